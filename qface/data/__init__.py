@@ -1,0 +1,30 @@
+"""Face images, the people in them, and pairs to verify."""
+
+from qface.data.folders import ImageFolder
+from qface.data.images import (
+    Images,
+    ImageSource,
+    IndexedImages,
+    LoaderImages,
+    TensorImages,
+    as_image_source,
+    normalise,
+)
+from qface.data.pairs import PairList, ResolvedPairs, read_lfw_pairs, resolve_pairs
+from qface.data.people import select_people
+
+__all__ = [
+    "ImageFolder",
+    "ImageSource",
+    "Images",
+    "IndexedImages",
+    "LoaderImages",
+    "PairList",
+    "ResolvedPairs",
+    "TensorImages",
+    "as_image_source",
+    "normalise",
+    "read_lfw_pairs",
+    "resolve_pairs",
+    "select_people",
+]

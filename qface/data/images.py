@@ -1,0 +1,125 @@
+"""One view of everything the API accepts as ``images``: a folder, a tensor, or a loader.
+
+Crops (a folder, or a uint8 tensor) are 112x112 RGB bytes that each model normalises for itself; floats (a float
+tensor, or a loader that yields them) are already normalised and reach the model as they are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from qface.errors import ImagesError
+from qface.preprocessing import CROP_SIZE, Preprocessing
+
+__all__ = ["ImageSource", "Images", "IndexedImages", "LoaderImages", "TensorImages", "as_image_source", "normalise"]
+
+Images = Union[str, Path, Tensor, Iterable[Any], "ImageSource"]
+"""What users may pass as images; :func:`as_image_source` turns each into an :class:`ImageSource`."""
+
+
+class ImageSource(ABC):
+    """Images that can be read in order, batch by batch."""
+
+    @abstractmethod
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield uint8 or float tensors [n <= batch_size, 3, height, width], each image once, in order."""
+
+
+class IndexedImages(ImageSource):
+    """Images that can also be read in any order; ``labels`` gives each one's identity where that is known."""
+
+    labels: Tensor | None = None
+    """int64 [len(self)], identities numbered from 0, or None where they are unknown."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The images at ``indices`` as one tensor [len(indices), 3, height, width]."""
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield the images in order, ``batch_size`` at a time."""
+        for start in range(0, len(self), batch_size):
+            yield self.read(range(start, min(start + batch_size, len(self))))
+
+
+class TensorImages(IndexedImages):
+    """A tensor [N, 3, H, W] in memory: uint8 holds 112x112 crops, float is already normalised.
+
+    Raises:
+        ImagesError: the tensor is empty, or of another shape or type.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+            raise ImagesError(f"images need the shape [N, 3, height, width] with N > 0; this tensor has {list(images.shape)}")
+        if images.dtype == torch.uint8 and tuple(images.shape[2:]) != (CROP_SIZE, CROP_SIZE):
+            raise ImagesError(
+                f"uint8 images are {CROP_SIZE}x{CROP_SIZE} face crops; these are {images.shape[2]}x{images.shape[3]}: "
+                "align them, or pass normalised floats"
+            )
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ImagesError(f"images are uint8 crops or normalised floats, not {images.dtype}")
+        if labels is not None and labels.shape != (len(images),):
+            raise ImagesError(f"{len(images)} images need {len(images)} labels, not a tensor {list(labels.shape)}")
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The images at ``indices``."""
+        return self.images[torch.as_tensor(list(indices))]
+
+
+class LoaderImages(ImageSource):
+    """A DataLoader, or any iterable of batches: tensors, or tuples that begin with one."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield the loader's own batches; it has decided their size, so ``batch_size`` is not used."""
+        for item in self.loader:
+            batch = item[0] if isinstance(item, (tuple, list)) else item
+            if not isinstance(batch, Tensor):
+                raise ImagesError(f"a loader of images yields tensors or (tensor, label) tuples, not {type(batch).__name__}")
+            yield batch
+
+
+def as_image_source(images: Images, people: str | Path | None = None) -> ImageSource:
+    """Turn whatever a user passed as ``images`` into an :class:`ImageSource`.
+
+    Args:
+        images: a folder of 112x112 crops, a tensor [N, 3, H, W], a loader, or an :class:`ImageSource`.
+        people: for a folder, which identities to keep; see :class:`qface.data.folders.ImageFolder`.
+
+    Raises:
+        ImagesError: the images cannot be used, or ``people`` is given for something that has no names.
+    """
+    from qface.data.folders import ImageFolder
+
+    if isinstance(images, (str, Path)):
+        return ImageFolder(images, people=people)
+    if people is not None:
+        raise ImagesError("people can be selected from a folder only, since other images carry no names")
+    if isinstance(images, ImageSource):
+        return images
+    if isinstance(images, Tensor):
+        return TensorImages(images)
+    if isinstance(images, Iterable):
+        return LoaderImages(images)
+    raise ImagesError(f"images are a folder, a tensor or a loader, not {type(images).__name__}")
+
+
+def normalise(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """What a model with ``preprocessing`` reads: bytes are normalised for it, floats pass."""
+    return preprocessing(batch) if batch.dtype == torch.uint8 else batch

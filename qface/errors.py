@@ -1,0 +1,54 @@
+"""Every error that qface raises on purpose. Each message is one line: what is wrong, and what to do about it."""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DependencyError",
+    "ExportError",
+    "ImagesError",
+    "PairsError",
+    "QFaceError",
+    "TraceError",
+    "TrainingError",
+    "UnsupportedLayerError",
+]
+
+
+class QFaceError(Exception):
+    """Base of all errors of this package; the command line prints it and exits with 2."""
+
+
+class CheckpointError(QFaceError):
+    """A model file cannot be read, is damaged, or holds something else than was asked for."""
+
+
+class ConfigError(QFaceError):
+    """A setting is out of its range, or settings contradict each other."""
+
+
+class DependencyError(QFaceError):
+    """An optional package is needed for what was asked and is not installed."""
+
+
+class ExportError(QFaceError):
+    """A model cannot be written in the wanted form."""
+
+
+class ImagesError(QFaceError):
+    """A folder, tensor or loader of images is empty, unreadable or of the wrong size or type."""
+
+
+class PairsError(QFaceError):
+    """A list of verification pairs is malformed or names images that are not there."""
+
+
+class TraceError(QFaceError):
+    """A network cannot be traced by torch.fx."""
+
+
+class TrainingError(QFaceError):
+    """Training cannot start or go on: incompatible networks, or a loss that is not finite."""
+
+
+class UnsupportedLayerError(QFaceError):
+    """A network contains an operation that the requested step cannot represent; the message names it."""

@@ -1,0 +1,321 @@
+"""A network as data: its FX graph in JSON over an allow-list, so that a file never runs code of its author.
+
+Only the modules, functions and methods named here can be written or read. Whoever adds a layer registers it with
+:func:`register_layer`. Names and targets are checked on reading, because torch.fx pastes them into Python source.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qface.errors import CheckpointError, UnsupportedLayerError
+from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
+
+__all__ = ["graph_from_data", "graph_to_data", "register_layer"]
+
+_CONV = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "bias",
+    "padding_mode",
+)
+_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+_POOL = ("kernel_size", "stride", "padding")
+
+# Constructor arguments; each is read from the attribute of the same name.
+_LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv1d: _CONV,
+    nn.Conv2d: _CONV,
+    nn.Linear: ("in_features", "out_features", "bias"),
+    nn.BatchNorm1d: _NORM,
+    nn.BatchNorm2d: _NORM,
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
+    nn.PReLU: ("num_parameters",),
+    nn.ReLU: (),
+    nn.ReLU6: (),
+    nn.LeakyReLU: ("negative_slope",),
+    nn.ELU: ("alpha",),
+    nn.GELU: ("approximate",),
+    nn.SiLU: (),
+    nn.Hardswish: (),
+    nn.Hardsigmoid: (),
+    nn.Hardtanh: ("min_val", "max_val"),
+    nn.Sigmoid: (),
+    nn.Tanh: (),
+    nn.Softmax: ("dim",),
+    nn.MaxPool2d: (*_POOL, "dilation", "ceil_mode"),
+    nn.AvgPool2d: (*_POOL, "ceil_mode", "count_include_pad"),
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.AdaptiveMaxPool2d: ("output_size",),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.Dropout: ("p",),
+    nn.Dropout2d: ("p",),
+    nn.Identity: (),
+    nn.PixelShuffle: ("upscale_factor",),
+    Add: (),
+    Multiply: (),
+    Concat: ("dim",),
+    L2Normalise: (),
+    ChannelAffine: ("channels",),
+}
+
+_FUNCTION_NAMES = {
+    "operator": "add sub mul truediv floordiv neg pow getitem iadd isub imul itruediv matmul eq",
+    "torch": "add sub mul div neg pow sqrt rsqrt exp abs clamp mean sum cat stack chunk split flatten reshape squeeze "
+    "unsqueeze permute transpose matmul bmm relu sigmoid tanh softmax max min amax norm prelu flip",
+    "torch.nn.functional": "relu relu6 leaky_relu prelu elu gelu silu hardswish hardsigmoid hardtanh sigmoid tanh softmax "
+    "adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d max_pool2d dropout dropout2d normalize pad linear interpolate "
+    "batch_norm conv2d layer_norm",
+}
+_METHODS = frozenset(
+    "add add_ sub mul mul_ div neg pow sqrt rsqrt exp abs clamp clamp_ mean sum flatten view reshape squeeze unsqueeze "
+    "permute transpose contiguous size dim chunk split relu relu_ sigmoid tanh softmax max min amax norm float half to "
+    "expand expand_as type_as matmul bmm detach clone flip".split()
+)
+_TENSOR_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
+
+
+def _allowed_functions() -> dict[str, Callable[..., Any]]:
+    found: dict[str, Callable[..., Any]] = {"builtins.getattr": getattr}
+    for module_name, names in _FUNCTION_NAMES.items():
+        module = importlib.import_module(module_name)
+        found.update({f"{module_name}.{name}": getattr(module, name) for name in names.split()})
+    return found
+
+
+_FUNCTIONS = _allowed_functions()
+# Some functions have two names (torch.relu is not F.relu, but F.sigmoid may be torch.sigmoid): the first one wins.
+_FUNCTION_OF = {function: name for name, function in reversed(list(_FUNCTIONS.items()))}
+_LAYER_OF = {layer.__name__: layer for layer in _LAYERS}
+
+_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64)
+}
+
+
+def register_layer(layer: type[nn.Module], arguments: tuple[str, ...]) -> None:
+    """Allow ``layer`` in saved graphs.
+
+    Args:
+        layer: a module class that stays one node when traced.
+        arguments: its constructor's keyword arguments, each also an attribute of the instance; values fit into JSON.
+    """
+    _LAYERS[layer] = arguments
+    _LAYER_OF[layer.__name__] = layer
+
+
+# ---- writing
+
+
+def graph_to_data(model: fx.GraphModule) -> dict[str, Any]:
+    """The graph and layers of ``model`` as plain lists, dicts, numbers and strings; tensors are not included.
+
+    Raises:
+        UnsupportedLayerError: a node is not on the allow-list; the message names it.
+    """
+    layers: dict[str, Any] = {}
+    tensors: dict[str, str] = {}
+    nodes = []
+    for node in model.graph.nodes:
+        if node.op == "call_module":
+            layers[node.target] = _layer_to_data(node.target, model.get_submodule(node.target))
+        elif node.op == "get_attr":
+            tensors[node.target] = _tensor_kind(model, node.target)
+        nodes.append(
+            {
+                "name": node.name,
+                "op": node.op,
+                "target": _target_to_data(node),
+                "args": _value_to_data(node.args, node),
+                "kwargs": _value_to_data(dict(node.kwargs), node),
+            }
+        )
+    frozen = sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    return {"nodes": nodes, "layers": layers, "tensors": tensors, "frozen": frozen}
+
+
+def _layer_to_data(path: str, layer: nn.Module) -> dict[str, Any]:
+    if type(layer) not in _LAYERS:
+        raise UnsupportedLayerError(
+            f"layer {path!r} is a {type(layer).__name__}, which qface cannot save as data; "
+            "build it from standard torch.nn layers, or register it with qface.models.register_layer"
+        )
+    arguments = {name: getattr(layer, name) for name in _LAYERS[type(layer)]}
+    if "bias" in arguments:
+        arguments["bias"] = arguments["bias"] is not None
+    return {"type": type(layer).__name__, "arguments": _value_to_data(arguments, path)}
+
+
+def _tensor_kind(model: nn.Module, path: str) -> str:
+    owner, _, name = path.rpartition(".")
+    return "parameter" if name in model.get_submodule(owner)._parameters else "buffer"
+
+
+def _target_to_data(node: fx.Node) -> str:
+    if node.op == "call_function":
+        name = _FUNCTION_OF.get(node.target) if callable(node.target) else None
+        if name is None:
+            raise UnsupportedLayerError(
+                f"node {node.name!r} calls {getattr(node.target, '__name__', node.target)}, which is not on the list of "
+                "functions that qface can save as data; use a standard torch function or layer"
+            )
+        return name
+    target = str(node.target)
+    if node.op == "call_method" and target not in _METHODS:
+        raise UnsupportedLayerError(
+            f"node {node.name!r} calls the tensor method {target!r}, which is not on the list of methods that qface can "
+            "save as data; use a standard torch function or layer"
+        )
+    return target
+
+
+def _value_to_data(value: Any, where: object) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, list):
+        return [_value_to_data(item, where) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_value_to_data(item, where) for item in value]}
+    if isinstance(value, slice):
+        return {"slice": [_value_to_data(item, where) for item in (value.start, value.stop, value.step)]}
+    if isinstance(value, dict):
+        return {"dict": {str(key): _value_to_data(item, where) for key, item in value.items()}}
+    if isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in _DTYPES:
+        return {"dtype": str(value).removeprefix("torch.")}
+    raise UnsupportedLayerError(
+        f"{where}: an argument of type {type(value).__name__} cannot be saved as data"
+    )
+
+
+# ---- reading
+
+
+def graph_from_data(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """Rebuild what :func:`graph_to_data` wrote and fill it with ``tensors``, its ``state_dict``.
+
+    Raises:
+        CheckpointError: the data is malformed, names something outside the allow-list, or does not fit the tensors.
+    """
+    try:
+        model = _build(data, tensors)
+        model.load_state_dict(dict(tensors))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the saved graph is damaged or of another version: {type(error).__name__}: {reason}"
+        ) from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in data["frozen"])
+    return model
+
+
+def _build(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    root = nn.Module()
+    for path, layer in data["layers"].items():
+        owner, name = _owner(root, path)
+        owner.add_module(name, _layer_from_data(layer))
+    for path, kind in data["tensors"].items():
+        _add_tensor(root, path, kind, tensors)
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for entry in data["nodes"]:
+        nodes[entry["name"]] = _node_from_data(graph, entry, nodes)
+    graph.lint()
+    return fx.GraphModule(root, graph)
+
+
+def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    if not _PATH.fullmatch(path):
+        raise ValueError(f"{path!r} is no module path")
+    *parents, name = path.split(".")
+    for parent in parents:
+        if not hasattr(root, parent):
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    return root, name
+
+
+def _layer_from_data(data: Mapping[str, Any]) -> nn.Module:
+    layer = _LAYER_OF.get(data["type"])
+    if layer is None:
+        raise CheckpointError(
+            f"the file uses a layer {data['type']!r} that this version of qface does not know; update qface"
+        )
+    return layer(**_value_from_data(data["arguments"], {}))
+
+
+def _add_tensor(root: nn.Module, path: str, kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    owner, name = _owner(root, path)
+    if hasattr(owner, name):
+        return  # it belongs to a layer that is there already
+    value = torch.empty_like(tensors[path])
+    if kind == "parameter":
+        owner.register_parameter(name, nn.Parameter(value, requires_grad=value.is_floating_point()))
+    else:
+        owner.register_buffer(name, value)
+
+
+def _node_from_data(graph: fx.Graph, entry: Mapping[str, Any], nodes: Mapping[str, fx.Node]) -> fx.Node:
+    op, name, target = entry["op"], entry["name"], entry["target"]
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} is no node name")
+    args = _value_from_data(entry["args"], nodes)
+    kwargs = _value_from_data(entry["kwargs"], nodes)
+    if not all(key.isidentifier() for key in kwargs):
+        raise ValueError(f"node {name!r} has a keyword that is no name")
+    return graph.create_node(op, _target_from_data(op, target, args), args, kwargs, name)
+
+
+def _target_from_data(op: str, target: str, args: tuple[Any, ...]) -> Any:
+    if op == "call_function":
+        if target not in _FUNCTIONS:
+            raise CheckpointError(
+                f"the file calls a function {target!r} that this version of qface does not know; update qface"
+            )
+        if target == "builtins.getattr" and args[1] not in _TENSOR_ATTRIBUTES:
+            raise ValueError(f"the attribute {args[1]!r} may not be read")
+        return _FUNCTIONS[target]
+    if op == "call_method" and target not in _METHODS:
+        raise CheckpointError(
+            f"the file calls a method {target!r} that this version of qface does not know; update qface"
+        )
+    if op not in ("placeholder", "output", "call_module", "get_attr", "call_method"):
+        raise ValueError(f"{op!r} is no kind of node")
+    if not _PATH.fullmatch(target):
+        raise ValueError(f"{target!r} is no target")
+    return target
+
+
+def _value_from_data(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_value_from_data(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "tuple":
+        return tuple(_value_from_data(item, nodes) for item in content)
+    if kind == "slice":
+        return slice(*(_value_from_data(item, nodes) for item in content))
+    if kind == "dict":
+        return {key: _value_from_data(item, nodes) for key, item in content.items()}
+    if kind == "dtype":
+        return _DTYPES[content]
+    raise ValueError(f"{kind!r} is no kind of value")

@@ -1,0 +1,40 @@
+"""Where a model comes from: the steps that made it, carried along and written into every file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from qface._version import __version__
+from qface.preprocessing import preprocessing_of, with_preprocessing
+
+__all__ = ["carry", "provenance_of", "record_step", "with_provenance"]
+
+_ATTRIBUTE = "provenance"
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def provenance_of(model: nn.Module) -> tuple[dict[str, Any], ...]:
+    """The steps that made ``model``, oldest first: each with ``step``, ``qface`` (version) and its settings."""
+    return tuple(getattr(model, _ATTRIBUTE, ()))
+
+
+def with_provenance(model: ModuleT, steps: tuple[dict[str, Any], ...]) -> ModuleT:
+    """Attach ``steps`` in place and return the model."""
+    setattr(model, _ATTRIBUTE, steps)
+    return model
+
+
+def record_step(model: ModuleT, step: str, settings: Mapping[str, Any]) -> ModuleT:
+    """Append one step to the provenance of ``model``, in place; ``settings`` must fit into JSON."""
+    plain = json.loads(json.dumps(dict(settings), default=str))
+    return with_provenance(model, (*provenance_of(model), {"step": step, "qface": __version__, **plain}))
+
+
+def carry(source: nn.Module, target: ModuleT) -> ModuleT:
+    """Give ``target`` the preprocessing and provenance of ``source``, since torch.fx drops both."""
+    return with_provenance(with_preprocessing(target, preprocessing_of(source)), provenance_of(source))

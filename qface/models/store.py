@@ -1,0 +1,117 @@
+"""``load`` and ``save``: models of this package, checkpoints of others, and qface's own format.
+
+The format is a safetensors file: the ``state_dict`` as tensors, and in the metadata ``format`` ("qface"),
+``format_version``, ``graph`` (:mod:`qface.models.graph_data`), ``preprocessing`` and ``provenance``, each JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qface.errors import CheckpointError
+from qface.files import replacing
+from qface.models.checkpoints import check_finite, fill, read_tensors, recognise
+from qface.models.graph_data import graph_from_data, graph_to_data
+from qface.models.iresnet import IRESNET_BLOCKS, iresnet
+from qface.models.mobilefacenet import MobileFaceNet
+from qface.models.provenance import provenance_of, with_provenance
+from qface.models.tracing import trace
+from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+
+__all__ = ["MODEL_NAMES", "load", "save"]
+
+FORMAT = "qface"
+FORMAT_VERSION = "1"
+
+MODEL_NAMES = ("mobilefacenet", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
+"""What :func:`load` takes instead of a path, for a network with fresh weights."""
+
+
+def load(
+    path_or_name: str | Path, model: nn.Module | None = None, preprocessing: Preprocessing | None = None
+) -> nn.Module:
+    """Load a model in eval mode, on the CPU, with its :class:`Preprocessing` attached.
+
+    Args:
+        path_or_name: a file that :func:`save` wrote; a checkpoint of an InsightFace IResNet or of a MobileFaceNet
+            (safetensors, or torch with tensors only; fp16 becomes fp32); or one of :data:`MODEL_NAMES`.
+        model: a network of your own, into which the weights of the file are loaded, in place.
+        preprocessing: what the network reads, where the file does not say or says it wrongly.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another network, or holds NaN.
+    """
+    if model is None and str(path_or_name) in MODEL_NAMES and not Path(path_or_name).exists():
+        fresh = _fresh(str(path_or_name))
+        return with_preprocessing(fresh, preprocessing or Preprocessing()).eval()
+    tensors, metadata = read_tensors(path_or_name)
+    check_finite(tensors, path_or_name)
+    loaded, likely = _fitting_network(tensors, metadata, path_or_name, model)
+    if "preprocessing" in metadata:
+        likely = Preprocessing.from_json(metadata["preprocessing"])
+    return with_preprocessing(loaded, preprocessing or likely).eval()
+
+
+def _fresh(name: str) -> nn.Module:
+    return MobileFaceNet() if name == "mobilefacenet" else iresnet(int(name.removeprefix("iresnet")))
+
+
+def _fitting_network(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path, model: nn.Module | None
+) -> tuple[nn.Module, Preprocessing]:
+    if model is not None:
+        likely = preprocessing_of(model)
+    elif metadata.get("format") == FORMAT:
+        return _from_own_format(tensors, metadata, path), Preprocessing()
+    else:
+        model, likely = recognise(tensors, path)
+    fill(model, tensors, path)
+    return model, likely
+
+
+def _from_own_format(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path
+) -> nn.Module:
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, and this qface reads {FORMAT_VERSION}; update qface"
+        )
+    try:
+        graph, steps = json.loads(metadata["graph"]), json.loads(metadata["provenance"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} lacks its graph or provenance ({error}); save it again") from error
+    try:
+        return with_provenance(graph_from_data(graph, tensors), tuple(steps))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write ``model`` with its architecture, preprocessing and provenance; :func:`load` needs nothing else.
+
+    Raises:
+        TraceError: torch.fx cannot trace the model.
+        UnsupportedLayerError: the model uses a layer or function that cannot be saved as data; it is named.
+        CheckpointError: a weight is NaN or infinite.
+        ExportError: the file cannot be written.
+    """
+    graph_module = trace(model)
+    tensors = {
+        name: value.detach().cpu().contiguous().clone() for name, value in graph_module.state_dict().items()
+    }
+    check_finite(tensors, path)
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "graph": json.dumps(graph_to_data(graph_module)),
+        "preprocessing": preprocessing_of(model).to_json(),
+        "provenance": json.dumps(provenance_of(model)),
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)

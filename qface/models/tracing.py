@@ -1,0 +1,65 @@
+"""From any ``nn.Module`` to a torch.fx graph, with an error that says where tracing failed and what helps."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from qface.errors import TraceError
+from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
+from qface.preprocessing import preprocessing_of
+
+__all__ = ["LEAF_LAYERS", "example_input", "trace"]
+
+LEAF_LAYERS: tuple[type[nn.Module], ...] = (Add, ChannelAffine, Concat, L2Normalise, Multiply)
+"""Layers of ours that stay one node when a network that contains them is traced."""
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, LEAF_LAYERS) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The graph of ``model``, which shares its parameters; a GraphModule is returned as it is.
+
+    Raises:
+        TraceError: the forward pass depends on values of tensors, or on Python that torch.fx cannot see.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:  # any Python of the user's forward may run, so anything may be raised
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced{_place(error)}: {_first_line(error)}. "
+            "Make its forward independent of tensor values (no if or loop on tensors, no len() or int() of them), or "
+            "wrap that function with torch.fx.wrap"
+        ) from error
+    return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
+
+
+def _place(error: Exception) -> str:
+    """File and line of the innermost frame outside torch, where the user can change something."""
+    place = ""
+    frame = error.__traceback__
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if f"{'/'}torch{'/'}" not in file.replace("\\", "/") and file != __file__:
+            place = f" at {file}:{frame.tb_lineno} in {frame.tb_frame.f_code.co_name}"
+        frame = frame.tb_next
+    return place
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".") if text else type(error).__name__
+
+
+def example_input(model: nn.Module, batch: int = 2) -> torch.Tensor:
+    """Zeros [batch, 3, height, width] of the size and on the device of ``model``."""
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    dtype = parameter.dtype if parameter is not None else torch.float32
+    return torch.zeros(batch, 3, *preprocessing_of(model).size, device=device, dtype=dtype)

@@ -1,0 +1,127 @@
+"""What a network wants to see: the part of the aligned 112x112 face crop it reads, and how bytes become floats.
+
+A :class:`Preprocessing` travels with a model through every verb and lies in the metadata of every file that qface
+writes, so that nobody has to remember which network wants which mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qface.errors import ConfigError
+
+__all__ = ["CROP_SIZE", "Preprocessing", "preprocessing_of", "with_preprocessing"]
+
+CROP_SIZE = 112
+"""Side of the aligned face crop in pixels (the ArcFace template)."""
+
+_ATTRIBUTE = "preprocessing"
+_COLORS = ("RGB", "BGR")
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an aligned 112x112 RGB crop of bytes to the float tensor that a network reads.
+
+    Args:
+        crop: top, left, bottom, right of the part of the 112x112 crop that is used, in pixels.
+        size: height and width the network reads; the crop is resized to it bilinearly where it differs.
+        color: channel order that the network reads, ``"RGB"`` or ``"BGR"``.
+        mean: per channel in the order of ``color``, in bytes (0..255).
+        std: likewise; the network reads ``(x - mean) / std``.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    crop: tuple[int, int, int, int] = (0, 0, CROP_SIZE, CROP_SIZE)
+    size: tuple[int, int] = (CROP_SIZE, CROP_SIZE)
+    color: str = "RGB"
+    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+
+    def __post_init__(self) -> None:
+        top, left, bottom, right = self.crop
+        if not (0 <= top < bottom <= CROP_SIZE and 0 <= left < right <= CROP_SIZE):
+            raise ConfigError(
+                f"crop {self.crop} is not (top, left, bottom, right) inside the {CROP_SIZE}x{CROP_SIZE} template"
+            )
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ConfigError(f"size {self.size} is not (height, width) in pixels")
+        if self.color not in _COLORS:
+            raise ConfigError(f"color {self.color!r} is none of {', '.join(_COLORS)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError("mean and std need three numbers each, and std positive ones")
+
+    def __call__(self, crops: Tensor) -> Tensor:
+        """Normalise ``crops``, uint8 [N, 3, 112, 112] in RGB, to float32 [N, 3, *size] on the same device."""
+        top, left, bottom, right = self.crop
+        pixels = crops[:, :, top:bottom, left:right].float()
+        if self.color == "BGR":
+            pixels = pixels.flip(1)
+        if (bottom - top, right - left) != self.size:
+            pixels = F.interpolate(pixels, self.size, mode="bilinear", align_corners=False)
+        return (pixels - self._per_channel(self.mean, pixels)) / self._per_channel(self.std, pixels)
+
+    @staticmethod
+    def _per_channel(values: tuple[float, float, float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, 3, 1, 1)
+
+    def to_json(self) -> str:
+        """One line of JSON, as it lies in file metadata."""
+        return json.dumps(
+            {
+                "crop": self.crop,
+                "size": self.size,
+                "color": self.color,
+                "mean": self.mean,
+                "std": self.std,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Preprocessing:
+        """Read what :meth:`to_json` wrote; ``mean`` and ``std`` may also be single numbers.
+
+        Raises:
+            ConfigError: the text is not such an object.
+        """
+        try:
+            fields: Mapping[str, Any] = json.loads(text)
+            return cls(
+                crop=tuple(int(v) for v in fields["crop"]),  # type: ignore[arg-type]
+                size=tuple(int(v) for v in fields["size"]),  # type: ignore[arg-type]
+                color=str(fields.get("color", "RGB")),
+                mean=_three(fields["mean"]),
+                std=_three(fields["std"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"the preprocessing record {text!r} cannot be read: {error}") from error
+
+
+def _three(value: Any) -> tuple[float, float, float]:
+    if isinstance(value, (int, float)):
+        return (float(value),) * 3
+    first, second, third = (float(v) for v in value)
+    return (first, second, third)
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """The preprocessing that ``model`` carries, or the default where it carries none."""
+    carried = getattr(model, _ATTRIBUTE, None)
+    return carried if isinstance(carried, Preprocessing) else Preprocessing()
+
+
+def with_preprocessing(model: ModuleT, preprocessing: Preprocessing) -> ModuleT:
+    """Attach ``preprocessing`` to ``model`` in place and return it."""
+    setattr(model, _ATTRIBUTE, preprocessing)
+    return model

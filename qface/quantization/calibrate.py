@@ -1,0 +1,125 @@
+"""``calibrate``: set the ranges of a student from images, and switch observers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from qface.data.images import Images, ImageSource, IndexedImages, as_image_source, normalise
+from qface.errors import ConfigError
+from qface.models.provenance import record_step
+from qface.preprocessing import preprocessing_of
+from qface.progress import track
+from qface.quantization.fake_quantize import LowBitFakeQuantize
+from qface.quantization.layers import MAX_BIAS, WeightedLayer
+from qface.quantization.placement import layer_of
+
+__all__ = ["CALIBRATION_IMAGES", "calibrate", "scale_parameters", "set_observers"]
+
+CALIBRATION_IMAGES = 512
+"""Images that :func:`calibrate` looks at by default; more changed no figure."""
+
+
+def quantizers(model: nn.Module) -> list[LowBitFakeQuantize]:
+    """All fake-quant modules with a range of their own, of activations and weights."""
+    return [module for module in model.modules() if isinstance(module, LowBitFakeQuantize)]
+
+
+def set_observers(model: nn.Module, enabled: bool) -> None:
+    """Let the ranges of ``model`` follow what it computes, or freeze them."""
+    for quantizer in quantizers(model):
+        quantizer.enable_observer(enabled)
+
+
+def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The scales of all quantizers of ``model``: what learned step sizes train."""
+    return [quantizer.scale for quantizer in quantizers(model)]
+
+
+def calibrate(
+    student: fx.GraphModule,
+    images: Images,
+    people: str | None = None,
+    count: int = CALIBRATION_IMAGES,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> fx.GraphModule:
+    """Set all ranges of ``student``, in place, from the float values that ``images`` give rise to.
+
+    Args:
+        student: what :func:`qface.quantize` returned.
+        images: a folder of crops, a tensor, or a loader.
+        people: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
+        count: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
+        batch_size: images at a time.
+        progress: show a progress bar.
+
+    Returns:
+        ``student``, calibrated, its observers off, its mode and device as before.
+
+    Raises:
+        ConfigError: the model is not quantized.
+        ImagesError: the images cannot be used.
+    """
+    found = quantizers(student)
+    if not found:
+        raise ConfigError("this network is not quantized; calibrate what qface.quantize returned")
+    source = as_image_source(images, people)
+    preprocessing = preprocessing_of(student)
+    device = found[0].scale.device
+    for quantizer in found:
+        quantizer.activation_post_process.reset()
+    _switch(found, observing=True)
+    try:
+        with torch.inference_mode():
+            for batch in track(_sample(source, count, batch_size), "calibrate", progress):
+                student(normalise(batch.to(device), preprocessing))
+    finally:
+        _switch(found, observing=False)
+    for quantizer in found:
+        quantizer.set_range()
+        quantizer.activation_post_process.reset()
+    _keep_biases_in_range(student)
+    return record_step(student, "calibrate", {"images": count})
+
+
+def _switch(found: list[LowBitFakeQuantize], observing: bool) -> None:
+    for quantizer in found:
+        quantizer.enable_observer(observing)
+        quantizer.enable_fake_quant(not observing)
+
+
+def _sample(source: ImageSource, count: int, batch_size: int) -> Iterator[Tensor]:
+    """About ``count`` images: every k-th of what can be indexed, else the first batches."""
+    if isinstance(source, IndexedImages):
+        indices = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long().tolist()
+        for start in range(0, len(indices), batch_size):
+            yield source.read(indices[start : start + batch_size])
+        return
+    seen = 0
+    for batch in source.batches(batch_size):
+        yield batch[: count - seen]
+        seen += len(batch)
+        if seen >= count:
+            return
+
+
+def _keep_biases_in_range(student: fx.GraphModule) -> None:
+    """Widen the scale of channels whose bias would not fit its integers, as where pruning left weights near zero."""
+    for node in student.graph.nodes:
+        layer = layer_of(node)
+        if isinstance(layer, WeightedLayer) and layer.bias is not None and len(node.args) > 1:
+            input_scale = _value(student, node.args[1])
+            least = layer.bias.detach().abs() / (MAX_BIAS / 2 * input_scale)
+            scale = layer.weight_fake_quant.scale
+            scale.data.copy_(torch.maximum(scale.data, least))
+
+
+def _value(student: fx.GraphModule, argument: object) -> float:
+    if isinstance(argument, fx.Node):
+        owner, _, name = str(argument.target).rpartition(".")
+        return float(getattr(student.get_submodule(owner), name))
+    assert isinstance(argument, float)
+    return argument

@@ -1,0 +1,340 @@
+"""The canonical form of a network: one named layer per operation, dropout gone, BatchNorm folded.
+
+Quantization, lowering and everything behind them then need to know layers only, by their type. The result computes what
+the network computes in eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from qface.errors import TraceError, UnsupportedLayerError
+from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply, batch_norm_affine
+from qface.models.provenance import carry
+from qface.models.tracing import example_input, trace
+
+__all__ = ["canonicalise"]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_NO_OPERATION = (nn.Dropout, nn.Dropout2d, nn.Identity)
+_NO_OPERATION_METHODS = frozenset({"contiguous", "detach", "clone", "float"})
+_SUPPORTED_WEIGHTS = (nn.Conv2d, nn.Linear, nn.PReLU, ChannelAffine, *_NORMS)
+
+Inputs = tuple[fx.Node, ...]
+Rewrite = Callable[[fx.Node], "tuple[nn.Module, Inputs] | None"]
+
+
+def canonicalise(model: nn.Module) -> fx.GraphModule:
+    """A new GraphModule in canonical form; ``model`` is untouched.
+
+    Raises:
+        TraceError: the model cannot be traced, or does not run on images of its size.
+        UnsupportedLayerError: a layer with weights is neither convolution, linear, PReLU nor BatchNorm; it is named.
+    """
+    copied = copy.deepcopy(trace(model))
+    graph_module = fx.GraphModule(copied, copied.graph)  # drops submodules that no node uses
+    _own_layer_per_call(graph_module)
+    _propagate_shapes(graph_module, example_input(model))
+    _remove_no_operations(graph_module)
+    _functions_to_layers(graph_module)
+    _fold_batch_norms(graph_module)
+    _refuse_unknown_weights(graph_module)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return carry(model, graph_module)
+
+
+def _own_layer_per_call(graph_module: fx.GraphModule) -> None:
+    """Give each call of a shared layer a copy of its own, since each needs ranges and foldings of its own."""
+    seen: dict[int, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        layer = graph_module.get_submodule(node.target)
+        calls = seen[id(layer)] = seen.get(id(layer), 0) + 1
+        if calls > 1:
+            node.target = _add_layer(graph_module, f"{node.target}_call{calls}", copy.deepcopy(layer))
+
+
+def _add_layer(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> str:
+    free = name
+    suffix = 1
+    while _exists(graph_module, free):
+        suffix += 1
+        free = f"{name}_{suffix}"
+    graph_module.add_submodule(free, layer)
+    return free
+
+
+def _exists(graph_module: fx.GraphModule, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    return hasattr(graph_module.get_submodule(owner), name)
+
+
+def _propagate_shapes(graph_module: fx.GraphModule, images: Tensor) -> None:
+    training = graph_module.training
+    try:
+        with torch.no_grad():
+            ShapeProp(graph_module.eval()).propagate(images)
+    except Exception as error:  # the user's own code runs here
+        shape = "x".join(str(side) for side in images.shape[1:])
+        raise TraceError(
+            f"the network does not run on an image of {shape}: {' '.join(str(error).split())[:200]}; "
+            "attach the Preprocessing with the size it reads"
+        ) from error
+    graph_module.train(training)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of the tensor that ``node`` produces for a batch of two, or () where it produces none."""
+    meta = node.meta.get("tensor_meta")
+    return tuple(meta.shape) if hasattr(meta, "shape") else ()
+
+
+# ---- operations without effect
+
+
+def _remove_no_operations(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        if _has_no_effect(graph_module, node):
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+
+
+def _has_no_effect(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(graph_module.get_submodule(node.target), _NO_OPERATION)
+    if node.op == "call_function":
+        return node.target in (F.dropout, F.dropout2d)
+    return node.op == "call_method" and node.target in _NO_OPERATION_METHODS
+
+
+# ---- functions to layers
+
+
+def _functions_to_layers(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        rewrite = _rewrite_of(node)
+        found = rewrite(node) if rewrite else None
+        if found is not None:
+            layer, inputs = found
+            _replace_by_layer(graph_module, node, layer, inputs)
+    graph_module.graph.eliminate_dead_code()
+
+
+def _rewrite_of(node: fx.Node) -> Rewrite | None:
+    if node.op == "call_function":
+        return _FUNCTIONS.get(node.target)
+    if node.op == "call_method":
+        return _METHODS.get(str(node.target))
+    return None
+
+
+def _replace_by_layer(graph_module: fx.GraphModule, node: fx.Node, layer: nn.Module, inputs: Inputs) -> None:
+    for part in layer if isinstance(layer, nn.Sequential) else (layer,):
+        target = _add_layer(graph_module, node.name, part.train(graph_module.training))
+        with graph_module.graph.inserting_before(node):
+            replacement = graph_module.graph.call_module(target, inputs)
+        inputs = (replacement,)
+    replacement.meta = dict(node.meta)
+    node.replace_all_uses_with(replacement)
+    graph_module.graph.erase_node(node)
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def _input(node: fx.Node) -> Inputs:
+    return (cast(fx.Node, _argument(node, 0, "input")),)
+
+
+def _simple(layer: Callable[[], nn.Module]) -> Rewrite:
+    return lambda node: (layer(), _input(node))
+
+
+def _leaky_relu(node: fx.Node) -> tuple[nn.Module, Inputs]:
+    return nn.LeakyReLU(_argument(node, 1, "negative_slope", 0.01)), _input(node)
+
+
+def _binary(layer: Callable[[], nn.Module]) -> Rewrite:
+    """Two tensors; a tensor and a number stay a function."""
+
+    def rewrite(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
+        left, right = _argument(node, 0, "input"), _argument(node, 1, "other")
+        plain = isinstance(left, fx.Node) and isinstance(right, fx.Node) and "alpha" not in node.kwargs
+        return (layer(), (left, right)) if plain and shape_of(left) and shape_of(right) else None
+
+    return rewrite
+
+
+def _concat(node: fx.Node) -> tuple[nn.Module, Inputs]:
+    tensors = _argument(node, 0, "tensors")
+    return Concat(_argument(node, 1, "dim", 0) % len(shape_of(node))), tuple(tensors)
+
+
+def _flatten(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
+    """Any reshape to [N, all the rest]."""
+    inputs = _input(node)
+    before, after = shape_of(inputs[0]), shape_of(node)
+    return (nn.Flatten(1), inputs) if len(after) == 2 and before and before[0] == after[0] else None
+
+
+def _mean(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
+    """The mean over height and width, which keeps both dimensions or drops them."""
+    inputs = _input(node)
+    before, after = shape_of(inputs[0]), shape_of(node)
+    axes = _argument(node, 1, "dim")
+    if len(before) != 4 or not isinstance(axes, (list, tuple)) or {axis % 4 for axis in axes} != {2, 3}:
+        return None
+    pool = nn.AdaptiveAvgPool2d(1)
+    return (pool if len(after) == 4 else nn.Sequential(pool, nn.Flatten(1))), inputs
+
+
+def _adaptive_pool(node: fx.Node) -> tuple[nn.Module, Inputs]:
+    return nn.AdaptiveAvgPool2d(_argument(node, 1, "output_size")), _input(node)
+
+
+def _normalise(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
+    plain = (
+        _argument(node, 1, "p", 2.0) == 2
+        and _argument(node, 2, "dim", 1) in (1, -1)
+        and len(shape_of(node)) == 2
+    )
+    return (L2Normalise(), _input(node)) if plain else None
+
+
+def _window(layer: Callable[..., nn.Module]) -> Rewrite:
+    def rewrite(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
+        if len(node.args) > 4:
+            return None
+        kernel = _argument(node, 1, "kernel_size")
+        stride = _argument(node, 2, "stride") or kernel
+        rest = {
+            name: value
+            for name, value in node.kwargs.items()
+            if name in ("ceil_mode", "count_include_pad", "dilation")
+        }
+        return layer(kernel, stride, _argument(node, 3, "padding", 0), **rest), _input(node)
+
+    return rewrite
+
+
+_ADD, _MULTIPLY = _binary(Add), _binary(Multiply)
+_FUNCTIONS: dict[Any, Rewrite] = {
+    operator.add: _ADD,
+    operator.iadd: _ADD,
+    torch.add: _ADD,
+    operator.mul: _MULTIPLY,
+    operator.imul: _MULTIPLY,
+    torch.mul: _MULTIPLY,
+    torch.cat: _concat,
+    torch.relu: _simple(nn.ReLU),
+    F.relu: _simple(nn.ReLU),
+    F.relu6: _simple(nn.ReLU6),
+    F.leaky_relu: _leaky_relu,
+    F.hardswish: _simple(nn.Hardswish),
+    F.hardsigmoid: _simple(nn.Hardsigmoid),
+    F.silu: _simple(nn.SiLU),
+    F.sigmoid: _simple(nn.Sigmoid),
+    torch.sigmoid: _simple(nn.Sigmoid),
+    torch.flatten: _flatten,
+    torch.reshape: _flatten,
+    torch.squeeze: _flatten,
+    torch.mean: _mean,
+    F.adaptive_avg_pool2d: _adaptive_pool,
+    F.avg_pool2d: _window(nn.AvgPool2d),
+    F.max_pool2d: _window(nn.MaxPool2d),
+    F.normalize: _normalise,
+}
+_METHODS: dict[str, Rewrite] = {
+    "add": _ADD,
+    "add_": _ADD,
+    "mul": _MULTIPLY,
+    "mul_": _MULTIPLY,
+    "relu": _simple(nn.ReLU),
+    "relu_": _simple(nn.ReLU),
+    "sigmoid": _simple(nn.Sigmoid),
+    "flatten": _flatten,
+    "view": _flatten,
+    "reshape": _flatten,
+    "squeeze": _flatten,
+    "mean": _mean,
+}
+
+
+# ---- BatchNorm
+
+
+def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        layer = _layer(graph_module, node)
+        if not isinstance(layer, _NORMS):
+            continue
+        if layer.running_mean is None:
+            raise UnsupportedLayerError(
+                f"{node.target!r} is a BatchNorm without running statistics, which has no fixed form to quantize; "
+                "build it with track_running_stats=True and estimate them"
+            )
+        producer = node.args[0]
+        previous = _layer(graph_module, producer)
+        if isinstance(previous, (nn.Conv2d, nn.Linear)) and len(producer.users) == 1:
+            _fold(previous, layer)
+            node.replace_all_uses_with(producer)
+            graph_module.graph.erase_node(node)
+        else:
+            _set_layer(
+                graph_module, node.target, ChannelAffine.from_batch_norm(layer).to(layer.running_mean.device)
+            )
+
+
+def _layer(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _set_layer(graph_module: fx.GraphModule, path: str, layer: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(graph_module.get_submodule(owner), name, layer.train(graph_module.training))
+
+
+def _fold(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    """Multiply the norm into the layer in front of it, in float64."""
+    scale, shift = batch_norm_affine(norm)
+    weight = layer.weight.detach().double() * scale.view(-1, *(1,) * (layer.weight.ndim - 1))
+    bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
+    layer.weight = nn.Parameter(weight.to(layer.weight.dtype))
+    layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+
+
+def _refuse_unknown_weights(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        layer = _layer(graph_module, node)
+        if (
+            layer is not None
+            and not isinstance(layer, _SUPPORTED_WEIGHTS)
+            and any(p.ndim > 1 for p in layer.parameters())
+        ):
+            raise UnsupportedLayerError(
+                f"layer {node.target!r} is a {type(layer).__name__}, whose weights qface cannot quantize; "
+                "it takes Conv2d, Linear, PReLU and BatchNorm"
+            )
+        if node.op == "call_function" and node.target in (
+            F.conv2d,
+            F.linear,
+            torch.matmul,
+            operator.matmul,
+            torch.bmm,
+        ):
+            raise UnsupportedLayerError(
+                f"node {node.name!r} multiplies by a function call, which has no layer to quantize; use nn.Conv2d or nn.Linear"
+            )

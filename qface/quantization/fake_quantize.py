@@ -1,0 +1,195 @@
+"""Fake-quant modules: they round a float tensor to a low-bit grid, with gradients for the tensor and for the scale."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+
+from qface.errors import ConfigError
+from qface.quantization.observers import Grid, make_observer
+
+__all__ = ["ImageQuantize", "LowBitFakeQuantize"]
+
+_MIN_SCALE = 1e-12
+
+
+class _SwitchedFakeQuantize(FakeQuantizeBase):
+    """Mirrors torch.ao's two switches, which are tensors, in Python, so that a forward on CUDA need not wait for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mirror()
+
+    def _mirror(self) -> None:
+        self.observing = bool(self.observer_enabled.item())
+        self.quantizing = bool(self.fake_quant_enabled.item())
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Switch rounding on or off."""
+        super().enable_fake_quant(enabled)
+        self._mirror()
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Switch observation on or off."""
+        super().enable_observer(enabled)
+        self._mirror()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._mirror()
+
+
+class LowBitFakeQuantize(_SwitchedFakeQuantize):
+    """Rounds to ``bits`` bits: per tensor and affine for activations, per channel and symmetric for weights.
+
+    Its ``scale`` is a parameter, so that an optimizer can learn it (LSQ, Esser et al., ICLR 2020); it starts where
+    ``rule`` puts it in :func:`qface.calibrate`.
+
+    Args:
+        bits: width, 2 to 8.
+        channels: number of output channels of a weight; None for an activation.
+        rule: how the range is chosen, see :class:`qface.quantization.QuantizationConfig`.
+        percentile: for the rule ``"percentile"``.
+    """
+
+    scale: nn.Parameter
+    zero_point: Tensor
+    calibrated: Tensor
+
+    def __init__(
+        self, bits: int, channels: int | None = None, rule: str = "mse", percentile: float = 99.99
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        self.channels = channels
+        self.rule = rule
+        self.percentile = percentile
+        self.grid = Grid(bits, symmetric=channels is not None)
+        # What torch.ao asks of a fake-quant module.
+        self.dtype = torch.qint8 if self.grid.symmetric else torch.quint8
+        self.quant_min, self.quant_max = self.grid.low, self.grid.high
+        self.is_dynamic = False
+        self.ch_axis = 0
+        self.activation_post_process = make_observer(rule, self.grid, channels is not None, percentile)
+        self.scale = nn.Parameter(torch.ones(channels or 1))
+        self.register_buffer("zero_point", torch.zeros(channels or 1, dtype=torch.int32))
+        self.register_buffer("calibrated", torch.zeros(1, dtype=torch.uint8))
+        self.disable_observer()
+
+    def _mirror(self) -> None:
+        super()._mirror()
+        self._ready = bool(self.calibrated.item()) if "calibrated" in self._buffers else False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, in its own shape.
+
+        Raises:
+            ConfigError: the scale was never set.
+        """
+        if self.observing:
+            self.observe(x)
+        if not self.quantizing:
+            return x
+        if not self._ready:
+            raise ConfigError(
+                "this network is quantized but not calibrated; call qface.calibrate(student, images) first"
+            )
+        if self.scale.requires_grad and torch.is_grad_enabled():
+            return self._learnable(x)
+        if self.channels is None:
+            return torch.fake_quantize_per_tensor_affine(
+                x, self.scale, self.zero_point, self.grid.low, self.grid.high
+            )
+        return torch.fake_quantize_per_channel_affine(
+            x, self.scale, self.zero_point, 0, self.grid.low, self.grid.high
+        )
+
+    def _learnable(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.scale.clamp_(min=_MIN_SCALE)
+        zero_point = self.zero_point.to(x.dtype)
+        # LSQ's gradient scale: one over the root of (values that share the scale, in one image) x (greatest integer).
+        values = x[0].numel()
+        factor = (values * max(self.grid.high, 1)) ** -0.5
+        if self.channels is None:
+            return torch._fake_quantize_learnable_per_tensor_affine(
+                x, self.scale, zero_point, self.grid.low, self.grid.high, factor
+            )
+        return torch._fake_quantize_learnable_per_channel_affine(
+            x, self.scale, zero_point, 0, self.grid.low, self.grid.high, factor
+        )
+
+    def observe(self, x: Tensor) -> None:
+        """Let the observer see ``x``; of a weight only the last tensor counts."""
+        if self.channels is not None:
+            self.activation_post_process.reset()
+        self.activation_post_process(x)
+        if self.quantizing:  # during training the range follows at once
+            self.set_range()
+
+    def set_range(self) -> None:
+        """Take scale and zero point from the observer.
+
+        Raises:
+            ConfigError: it has seen nothing.
+        """
+        scale, zero_point = self.calculate_qparams()
+        self.set_qparams(scale, zero_point)
+
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set scale and zero point, each of as many values as there are channels."""
+        self.scale.data.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated[0] = 1
+        self._mirror()
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Scale and zero point that the observer chooses."""
+        return self.activation_post_process.calculate_qparams()
+
+    def integers(self, x: Tensor) -> Tensor:
+        """The integers that stand for ``x``, as int32."""
+        shape = (-1,) + (1,) * (x.ndim - 1) if self.channels is not None else (1,)
+        scale, zero_point = self.scale.detach().view(shape), self.zero_point.view(shape)
+        # The reciprocal, as torch's own kernel does it: a division could round a tie the other way.
+        levels = torch.round(x.detach() * (1 / scale)) + zero_point
+        return cast(Tensor, levels.clamp(self.grid.low, self.grid.high).int())
+
+
+class ImageQuantize(_SwitchedFakeQuantize):
+    """The 8-bit grid of a normalised image that holds every byte value exactly.
+
+    Bytes x reach the network as ``(x - mean) / std``. With ``scale = 1 / std`` and ``zero_point = round(mean)``, the
+    integer of a pixel is its byte, and what the network reads is ``(x - zero_point) / std``: with InsightFace's mean of
+    127.5 half a grey level darker than before, the same for every pixel. So no grey level is lost, zero padding is exact,
+    and the first convolution may read the bytes of the image as they are.
+
+    Args:
+        scale: one grey level, ``1 / std``.
+        zero_point: the byte that reads as zero, 0 to 255.
+        offset: what is subtracted from the normalised image before rounding, ``(zero_point - mean) / std``.
+    """
+
+    def __init__(self, scale: float, zero_point: int, offset: float) -> None:
+        super().__init__()
+        self.bits = 8
+        self.scale = scale
+        self.zero_point = zero_point
+        self.offset = offset
+        self.grid = Grid(8, symmetric=False)
+        self.dtype = torch.quint8
+        self.is_dynamic = False
+        self.disable_observer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The image on its grid of bytes."""
+        if not self.quantizing:
+            return x
+        return torch.fake_quantize_per_tensor_affine(x - self.offset, self.scale, self.zero_point, 0, 255)
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Its fixed scale and zero point."""
+        return torch.tensor([self.scale]), torch.tensor([self.zero_point], dtype=torch.int32)

@@ -1,0 +1,89 @@
+"""What w6a6 means: which tensor has which width. Quantization, export and size accounting all read this table.
+
+===================  =====================  ==================================================================
+role                 width                  tensor
+===================  =====================  ==================================================================
+``IMAGE``            8                      the image, as the bytes it came in
+``MULTIPLIED``       ``activation_bits``    whatever a convolution or linear layer reads, save the image
+``OTHER``            8                      every other value: before an activation function, a residual sum or
+                                            gate that no convolution reads
+``WEIGHT``           ``weight_bits``        weights of all convolutions and linear layers, first and last too
+``SLOPE``            8                      slopes of PReLU
+``BIAS``             32                     biases, in units of input scale x weight scale
+``EMBEDDING``        float                  what the network returns
+===================  =====================  ==================================================================
+
+The scale and shift of a BatchNorm that cannot be folded stay float: they are two numbers a channel.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from torch import fx, nn
+
+from qface.models.layers import L2Normalise
+from qface.quantization.config import QuantizationConfig
+from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
+from qface.quantization.layers import WeightedLayer
+
+__all__ = ["BIAS_BITS", "IMAGE_BITS", "OTHER_BITS", "Role", "activation_bits", "is_shape_only", "role_of"]
+
+IMAGE_BITS = 8
+OTHER_BITS = 8
+BIAS_BITS = 32
+
+_SHAPE_ONLY = (nn.Flatten, nn.MaxPool2d, nn.Identity)
+
+
+class Role(enum.Enum):
+    """Part that an activation plays in the network."""
+
+    IMAGE = "image"
+    MULTIPLIED = "multiplied"
+    OTHER = "other"
+    EMBEDDING = "embedding"
+
+
+def layer_of(node: fx.Node) -> nn.Module | None:
+    """The layer that ``node`` calls, if it calls one."""
+    if node.op != "call_module" or node.graph.owning_module is None:
+        return None
+    return node.graph.owning_module.get_submodule(str(node.target))
+
+
+def is_shape_only(node: fx.Node) -> bool:
+    """Whether ``node`` only moves or drops values, so that its result lies on the grid of its input."""
+    return isinstance(layer_of(node), _SHAPE_ONLY)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Nodes that read the values of ``node``, looking through quantizers' and shape-only nodes."""
+    found = []
+    for user in node.users:
+        if is_shape_only(user) or isinstance(layer_of(user), (ImageQuantize, LowBitFakeQuantize)):
+            found.extend(_readers(user))
+        else:
+            found.append(user)
+    return found
+
+
+def role_of(node: fx.Node) -> Role:
+    """The role of the value that ``node`` produces."""
+    if node.op == "placeholder":
+        return Role.IMAGE
+    readers = _readers(node)
+    if any(isinstance(layer_of(reader), WeightedLayer) for reader in readers):
+        return Role.MULTIPLIED
+    if any(reader.op == "output" or isinstance(layer_of(reader), L2Normalise) for reader in readers):
+        return Role.EMBEDDING
+    return Role.OTHER
+
+
+def activation_bits(node: fx.Node, config: QuantizationConfig) -> int | None:
+    """Width of the value that ``node`` produces; None for float."""
+    role = role_of(node)
+    if role is Role.MULTIPLIED:
+        readers = [reader for reader in _readers(node) if isinstance(layer_of(reader), WeightedLayer)]
+        return min(config.activation_bits_of(str(reader.target)) for reader in readers)
+    return {Role.IMAGE: IMAGE_BITS, Role.OTHER: OTHER_BITS, Role.EMBEDDING: None}[role]

@@ -1,0 +1,221 @@
+"""``quantize``: from a float network to a prepared student, through torch.ao's ``prepare_qat_fx``."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.ao.quantization import QConfig, QConfigMapping
+from torch.ao.quantization.backend_config import (
+    BackendConfig,
+    BackendPatternConfig,
+    DTypeConfig,
+    ObservationType,
+)
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+from qface.errors import ConfigError
+from qface.models.graph_data import register_layer
+from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
+from qface.models.provenance import carry, record_step
+from qface.models.tracing import LEAF_LAYERS, example_input
+from qface.preprocessing import Preprocessing, preprocessing_of
+from qface.quantization.canonical import canonicalise
+from qface.quantization.config import QuantizationConfig, as_config
+from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
+from qface.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedPReLU, WeightedLayer
+from qface.quantization.placement import OTHER_BITS, activation_bits, is_shape_only, layer_of
+
+__all__ = ["is_quantized", "quantize"]
+
+_CONV = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "bias",
+    "padding_mode",
+)
+register_layer(QuantizedConv2d, (*_CONV, "weight_bits", "weight_rule", "percentile"))
+register_layer(
+    QuantizedLinear, ("in_features", "out_features", "bias", "weight_bits", "weight_rule", "percentile")
+)
+register_layer(QuantizedPReLU, ("num_parameters",))
+register_layer(LowBitFakeQuantize, ("bits", "channels", "rule", "percentile"))
+register_layer(ImageQuantize, ("scale", "zero_point", "offset"))
+
+_INTEGERS = DTypeConfig(
+    input_dtype=torch.quint8, output_dtype=torch.quint8, weight_dtype=torch.qint8, bias_dtype=torch.float
+)
+_SWAPPED = {nn.Conv2d: QuantizedConv2d, nn.Linear: QuantizedLinear, nn.PReLU: QuantizedPReLU}
+_OBSERVED = (
+    *_SWAPPED,
+    *_SWAPPED.values(),  # torch.ao swaps first and matches afterwards
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    Add,
+    Multiply,
+    Concat,
+    ChannelAffine,
+)
+_SHARED = (nn.Flatten, nn.MaxPool2d)
+_CLAMPS = (nn.ReLU, nn.ReLU6)
+
+
+def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphModule:
+    """A student of ``model`` that computes in low precision; ``model`` is untouched.
+
+    The student is what torch.ao's ``prepare_qat_fx`` returns: an FX graph with fake-quant modules, BatchNorm folded. Next
+    comes :func:`qface.calibrate`, which sets its ranges.
+
+    Args:
+        model: any network from images [N, 3, H, W] to embeddings [N, D] that torch.fx can trace.
+        bits: width of weights and activations, 2 to 8, or a config. What it applies to is
+            :mod:`qface.quantization.placement`.
+
+    Raises:
+        ConfigError: a width is out of range, an override names no layer, or the model is quantized already.
+        TraceError: the model cannot be traced; the message gives the place.
+        UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
+    """
+    config = as_config(bits)
+    if is_quantized(model):
+        raise ConfigError("this network is quantized already; quantize the float network it came from")
+    floating = canonicalise(model)
+    _check_overrides(floating, config)
+    student = prepare_qat_fx(
+        floating,
+        _qconfig_mapping(floating, config),
+        (example_input(model),),
+        prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_classes(list(LEAF_LAYERS)),
+        backend_config=_backend_config(),
+    )
+    _place_quantizers(student, config, preprocessing_of(model))
+    _connect_input_scales(student)
+    student.recompile()
+    return record_step(carry(model, student), "quantize", config.to_dict())
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether ``model`` holds fake-quant modules."""
+    return any(isinstance(module, LowBitFakeQuantize) for module in model.modules())
+
+
+def _check_overrides(model: fx.GraphModule, config: QuantizationConfig) -> None:
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    unknown = sorted(set(config.overrides) - set(layers))
+    if unknown:
+        raise ConfigError(
+            f"{len(unknown)} overrides name no convolution or linear layer (first: {unknown[0]!r}); "
+            f"the first of this network's {len(layers)} is {layers[0] if layers else None!r}"
+        )
+
+
+def _backend_config() -> BackendConfig:
+    """Which layers torch.ao observes: every one of ours with a fake-quant behind it, weights swapped."""
+    different = ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
+    shared = ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
+    backend = BackendConfig("qface")
+    for layers, observation in ((_OBSERVED, different), (_SHARED, shared)):
+        for layer in layers:
+            pattern = (
+                BackendPatternConfig(layer).set_observation_type(observation).add_dtype_config(_INTEGERS)
+            )
+            if layer in _SWAPPED:
+                pattern.set_root_module(layer).set_qat_module(_SWAPPED[layer])
+            backend.set_backend_pattern_config(pattern)
+    return backend
+
+
+def _qconfig_mapping(model: fx.GraphModule, config: QuantizationConfig) -> QConfigMapping:
+    """8 bits behind every layer for now, and each weight's own width."""
+    activation = _activation_quantizer(OTHER_BITS, config)
+    mapping = QConfigMapping().set_global(QConfig(activation, _weight_quantizer(config.weight_bits, config)))
+    for name in config.overrides:
+        mapping.set_module_name(
+            name, QConfig(activation, _weight_quantizer(config.weight_bits_of(name), config))
+        )
+    return mapping
+
+
+def _activation_quantizer(bits: int, config: QuantizationConfig) -> Any:
+    return LowBitFakeQuantize.with_args(bits=bits, rule=config.activation_range, percentile=config.percentile)
+
+
+def _weight_quantizer(bits: int, config: QuantizationConfig) -> Any:
+    # torch.ao builds one without arguments to look at its dtype; the layer that is swapped in gives its channels.
+    return LowBitFakeQuantize.with_args(
+        bits=bits, channels=1, rule=config.weight_range, percentile=config.percentile
+    )
+
+
+def _place_quantizers(
+    student: fx.GraphModule, config: QuantizationConfig, preprocessing: Preprocessing
+) -> None:
+    """Give each activation quantizer the width of the placement table, and drop those that carry no information."""
+    for node in list(student.graph.nodes):
+        if not isinstance(layer_of(node), LowBitFakeQuantize):
+            continue
+        producer = cast(fx.Node, node.args[0])
+        bits = activation_bits(producer, config)
+        if bits is None or is_shape_only(producer) or _feeds_only_a_clamp(node):
+            node.replace_all_uses_with(producer)
+            student.graph.erase_node(node)
+            student.delete_submodule(str(node.target))
+        elif producer.op == "placeholder" and _image_quantizer(preprocessing) is not None:
+            student.add_submodule(str(node.target), _image_quantizer(preprocessing))
+        elif bits != OTHER_BITS:
+            student.add_submodule(str(node.target), _activation_quantizer(bits, config)())
+
+
+def _feeds_only_a_clamp(quantizer: fx.Node) -> bool:
+    """ReLU and ReLU6 are part of the rounding that follows them, so nothing is rounded in between."""
+    producer = cast(fx.Node, quantizer.args[0])
+    if not isinstance(layer_of(producer), WeightedLayer):
+        return False
+    return all(isinstance(layer_of(user), _CLAMPS) for user in quantizer.users)
+
+
+def _image_quantizer(preprocessing: Preprocessing) -> ImageQuantize | None:
+    """The grid on which every byte is an integer; None where the channels have none in common."""
+    if len(set(preprocessing.mean)) > 1 or len(set(preprocessing.std)) > 1:
+        return None
+    mean, std = preprocessing.mean[0], preprocessing.std[0]
+    zero_point = round(mean)
+    return ImageQuantize(scale=1 / std, zero_point=zero_point, offset=(zero_point - mean) / std)
+
+
+def _connect_input_scales(student: fx.GraphModule) -> None:
+    """Hand every convolution and linear layer the scale of what it reads, as an edge of the graph."""
+    for node in list(student.graph.nodes):
+        if not isinstance(layer_of(node), WeightedLayer):
+            continue
+        quantizer = _quantizer_behind(cast(fx.Node, node.args[0]))
+        if quantizer is None:
+            continue
+        layer = layer_of(quantizer)
+        if isinstance(layer, ImageQuantize):
+            node.args = (node.args[0], layer.scale)
+        else:
+            with student.graph.inserting_before(node):
+                scale = student.graph.get_attr(f"{quantizer.target}.scale")
+            node.args = (node.args[0], scale)
+
+
+def _quantizer_behind(node: fx.Node) -> fx.Node | None:
+    """The quantizer that made ``node``, looking through shape-only nodes."""
+    while is_shape_only(node):
+        node = cast(fx.Node, node.args[0])
+    return node if isinstance(layer_of(node), (ImageQuantize, LowBitFakeQuantize)) else None
