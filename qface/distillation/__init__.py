@@ -1,0 +1,8 @@
+"""Distillation: a small or quantized student learns to see faces as its teacher does."""
+
+from qface.distillation.config import DistillConfig
+from qface.distillation.heads import ArcFaceHead
+from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
+from qface.distillation.trainer import distill
+
+__all__ = ["ArcFaceHead", "CosineEmbeddingLoss", "DistillConfig", "EKDLoss", "MSEEmbeddingLoss", "distill"]

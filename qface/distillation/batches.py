@@ -1,0 +1,170 @@
+"""The endless stream of training batches, from images that can be read in any order or from a loader."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sized
+from itertools import chain, count, islice, repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qface.data.images import ImageSource, IndexedImages, LoaderImages
+from qface.distillation.config import DistillConfig
+from qface.distillation.parallel import Parallel
+from qface.distillation.sampling import PairSampler, flips
+from qface.errors import ConfigError, ImagesError
+
+__all__ = ["Batch", "Batches", "batches_of"]
+
+
+class Batch(NamedTuple):
+    """What one process trains on in one step."""
+
+    images: Tensor
+    """This process's share of the batch, uint8 or float [n / processes, 3, height, width]."""
+
+    labels: Tensor | None
+    """Identities of the whole batch, int64 [n], or None where they are unknown."""
+
+
+class Batches(ABC):
+    """Batches by step number: a stream from step k on equals one from step 0 without its first k batches."""
+
+    steps_per_epoch: int | None
+    """None where it is unknown."""
+
+    identities: int | None = None
+    """Number of identities, or None where they are unknown."""
+
+    lacks_positives: bool = False
+    """Whether it is known that the images hold no two of one person."""
+
+    @abstractmethod
+    def stream(self, start: int) -> Iterator[Batch]:
+        """Yield the batches of step ``start`` and all later ones, without end."""
+
+    @abstractmethod
+    def example(self) -> Tensor:
+        """One image [1, 3, height, width], to look at what networks make of it."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """A word that tells other images from these."""
+
+
+def batches_of(source: ImageSource, config: DistillConfig, parallel: Parallel) -> Batches:
+    """The training batches of ``source``.
+
+    Raises:
+        ConfigError: several processes cannot share the images or the batch size.
+        ImagesError: there are too few images, or a loader that is exhausted after one pass.
+    """
+    if isinstance(source, IndexedImages):
+        return _IndexedBatches(source, config, parallel)
+    if parallel.world_size > 1:
+        raise ConfigError("several processes need images that can be read in any order: a folder or a tensor")
+    loader = source.loader if isinstance(source, LoaderImages) else _InOrder(source, config.batch_size)
+    return _LoaderBatches(loader, config)
+
+
+class _IndexedBatches(Batches):
+    """Pairs drawn by :class:`PairSampler`; each process reads its own slice of every batch."""
+
+    def __init__(self, source: IndexedImages, config: DistillConfig, parallel: Parallel) -> None:
+        size = _batch_size(len(source), config.batch_size, parallel.world_size)
+        self._source = source
+        self._sampler = PairSampler(len(source), source.labels, size, config.seed)
+        self._config = config
+        share = size // parallel.world_size
+        self._share = slice(parallel.rank * share, (parallel.rank + 1) * share)
+        self.steps_per_epoch = self._sampler.steps
+        self.lacks_positives = not self._sampler.has_positives
+        self.identities = None if source.labels is None else int(source.labels.max()) + 1
+
+    def stream(self, start: int) -> Iterator[Batch]:
+        epoch, skipped = divmod(start, self._sampler.steps)
+        batches = chain.from_iterable(self._sampler.epoch(number) for number in count(epoch))
+        for step, indices in enumerate(islice(batches, skipped, None), start):
+            yield self._read(indices, step)
+
+    def _read(self, indices: list[int], step: int) -> Batch:
+        images = self._source.read(indices[self._share])
+        if self._config.horizontal_flip:
+            images = _flipped(images, flips(len(indices), self._config.seed, step)[self._share])
+        labels = self._source.labels
+        return Batch(images, None if labels is None else labels[torch.tensor(indices, device=labels.device)])
+
+    def example(self) -> Tensor:
+        return self._source.read([0])
+
+    def digest(self) -> str:
+        labels = self._source.labels
+        known = b"" if labels is None else labels.cpu().numpy().tobytes()
+        return f"{len(self._source)} images, labels {hashlib.sha256(known).hexdigest()[:16]}"
+
+
+def _batch_size(images: int, wanted: int, processes: int) -> int:
+    if wanted % processes:
+        raise ConfigError(f"batch_size {wanted} cannot be shared by {processes} processes: choose a multiple of it")
+    size = min(wanted, images - images % processes)
+    if size < 2:
+        raise ImagesError(f"{images} images are too few to distil from: EKD compares pairs, so give more images")
+    return size
+
+
+class _LoaderBatches(Batches):
+    """A loader's own batches in its own order, again and again."""
+
+    def __init__(self, loader: Iterable[Any], config: DistillConfig) -> None:
+        if iter(loader) is loader:
+            raise ImagesError("a generator is exhausted after one pass: give a DataLoader or a list of batches")
+        self._loader = loader
+        self._config = config
+        self.steps_per_epoch = len(loader) if isinstance(loader, Sized) else None
+
+    def stream(self, start: int) -> Iterator[Batch]:
+        items = chain.from_iterable(repeat(self._loader))
+        for step, item in enumerate(islice(items, start, None), start):
+            yield self._read(item, step)
+
+    def _read(self, item: Any, step: int) -> Batch:
+        images, labels = _images_and_labels(item)
+        if self._config.horizontal_flip:
+            images = _flipped(images, flips(len(images), self._config.seed, step))
+        return Batch(images, labels)
+
+    def example(self) -> Tensor:
+        for item in self._loader:
+            return _images_and_labels(item)[0][:1]
+        raise ImagesError("the loader yields no batches")
+
+    def digest(self) -> str:
+        return f"a loader of {self.steps_per_epoch} batches"
+
+
+class _InOrder:
+    """The batches of a source that can only be read in order, any number of times."""
+
+    def __init__(self, source: ImageSource, batch_size: int) -> None:
+        self._source = source
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._source.batches(self._batch_size)
+
+
+def _images_and_labels(item: Any) -> tuple[Tensor, Tensor | None]:
+    images, *others = item if isinstance(item, (tuple, list)) else (item,)
+    if not isinstance(images, Tensor):
+        raise ImagesError(f"a loader of images yields tensors or (tensor, label) tuples, not {type(images).__name__}")
+    labels = others[0] if others and isinstance(others[0], Tensor) else None
+    if labels is not None and labels.shape != (len(images),):
+        raise ImagesError(f"a batch of {len(images)} images needs {len(images)} labels, not {list(labels.shape)}")
+    return images, labels
+
+
+def _flipped(images: Tensor, mirrored: Tensor) -> Tensor:
+    return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)

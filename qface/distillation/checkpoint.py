@@ -1,0 +1,140 @@
+"""The folder of a run: a checkpoint to go on from, and one line of JSON for every step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qface.distillation.config import DistillConfig
+from qface.errors import CheckpointError, ConfigError, TrainingError
+
+__all__ = ["RunFolder", "digest_of_structure", "digest_of_values"]
+
+_CHECKPOINT = "checkpoint.pt"
+_LOG = "log.jsonl"
+_FREE_TO_CHANGE = ("checkpoint_every", "device")
+
+
+class RunFolder:
+    """What a run leaves on disk so that another process can finish it.
+
+    Args:
+        path: the folder; it is made where it is missing.
+        config: settings of the run.
+        inputs: a word for each thing the run starts from (student, teacher, images), by its name.
+        resume: go on from the checkpoint where there is one.
+        writes: whether this process is the one that writes.
+
+    Raises:
+        ConfigError: the folder holds a checkpoint and ``resume`` is False.
+    """
+
+    def __init__(
+        self, path: Path, config: DistillConfig, inputs: Mapping[str, str], resume: bool, writes: bool
+    ) -> None:
+        self._checkpoint = path / _CHECKPOINT
+        self._log = path / _LOG
+        self._config = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
+        self._inputs = dict(inputs)
+        self._writes = writes
+        if self._checkpoint.exists() and not resume:
+            raise ConfigError(f"{path} already holds a run: resume it (resume=True), or choose another run folder")
+        if writes:
+            path.mkdir(parents=True, exist_ok=True)
+
+    def load(self) -> dict[str, Any] | None:
+        """The state that was saved last, on the CPU, or None where there is none.
+
+        Raises:
+            CheckpointError: the file is damaged.
+            ConfigError: it comes from other settings.
+            TrainingError: it comes from other networks or images.
+        """
+        if not self._checkpoint.exists():
+            return None
+        saved = self._read()
+        self._require_same_config(saved["config"])
+        self._require_same_inputs(saved["inputs"])
+        state: dict[str, Any] = saved["state"]
+        return state
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            saved = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{self._checkpoint} is damaged: delete it to start over") from error
+        if not isinstance(saved, dict) or not {"config", "inputs", "state"} <= saved.keys():
+            raise CheckpointError(f"{self._checkpoint} is no checkpoint of a distillation: choose another run folder")
+        return saved
+
+    def _require_same_config(self, saved: dict[str, Any]) -> None:
+        differing = [name for name in self._config if saved.get(name) != self._config[name]]
+        if differing:
+            was = ", ".join(f"{name}={saved.get(name)!r}" for name in differing)
+            now = ", ".join(f"{name}={self._config[name]!r}" for name in differing)
+            raise ConfigError(
+                f"{self._checkpoint} was made with {was}, not {now}: repeat that, or choose another folder"
+            )
+
+    def _require_same_inputs(self, saved: dict[str, str]) -> None:
+        for name, word in self._inputs.items():
+            if saved.get(name) != word:
+                raise TrainingError(
+                    f"{self._checkpoint} was made with other {name}: give those, or choose another folder"
+                )
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint in one move, so that a crash leaves either the old one or the new one."""
+        if not self._writes:
+            return
+        temporary = self._checkpoint.with_suffix(".tmp")
+        torch.save({"config": self._config, "inputs": self._inputs, "state": state}, temporary)
+        os.replace(temporary, self._checkpoint)
+
+    def begin_log(self, step: int) -> None:
+        """Keep the log of the first ``step`` steps; a killed run may have written more than it saved."""
+        if not self._writes:
+            return
+        lines = self._log.read_text().splitlines(keepends=True)[:step] if self._log.exists() else []
+        self._log.write_text("".join(lines))
+
+    def log(self, record: Mapping[str, float]) -> None:
+        """Append one line."""
+        if self._writes:
+            with self._log.open("a") as file:
+                file.write(json.dumps(dict(record)) + "\n")
+
+
+def digest_of_structure(model: nn.Module) -> str:
+    """A word for the names, shapes and types of everything ``model`` holds, whatever the values."""
+    return _digest(f"{name} {tuple(t.shape)} {t.dtype}".encode() for name, t in _tensors(model))
+
+
+def digest_of_values(model: nn.Module) -> str:
+    """A word for the names and values of everything ``model`` holds."""
+    return _digest(name.encode() + _bytes(tensor) for name, tensor in _tensors(model))
+
+
+def _tensors(model: nn.Module) -> chain[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _digest(parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,176 @@
+"""The settings of a distillation run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from qface.errors import ConfigError
+
+__all__ = ["DistillConfig", "EmbeddingLossName", "OptimizerName", "ScheduleName", "Surrogate"]
+
+Surrogate = Literal["sigmoid", "linear"]
+EmbeddingLossName = Literal["cosine", "mse"]
+OptimizerName = Literal["sgd", "adamw"]
+ScheduleName = Literal["cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How a student learns from a teacher; the defaults repair a quantized student in one epoch.
+
+    Args:
+        epochs: passes over the images; one epoch is ``floor(images / batch_size)`` steps, at least one
+            (of a loader: its own length).
+        batch_size: images a step, over all devices together; smaller where there are fewer images. A loader
+            keeps its own batches.
+        max_steps: an upper limit for all steps together, which the schedule then spans; None sets none.
+        ekd_weight: weight of the EKD term (:class:`qface.distillation.losses.EKDLoss`); 0 switches it off.
+        ekd_surrogate: ``"sigmoid"`` as in the EKD authors' code, ``"linear"`` as in the paper's equation 1.
+        ekd_parity: start the thresholds at zero and let a batch without positives fail, as the original does.
+        embedding_loss: ``"cosine"``, ``"mse"`` (QuantFace's) or None for no embedding term. It needs a
+            teacher with embeddings as long as the student's; EKD does not.
+        embedding_weight: weight of the embedding term.
+        class_head: train an ArcFace head on the identities beside the student (the paper's equation 3).
+        margin: angular margin of the class head in radians.
+        scale: the class head's factor on the cosines.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        learning_rate: at the start of the schedule.
+        scale_learning_rate: the same for the quantizers' scales; None means ``learning_rate``, 0 leaves them
+            as they are.
+        momentum: of SGD.
+        nesterov: Nesterov's momentum, of SGD.
+        weight_decay: on the weights of convolutions and linear layers only: not on biases, norms, PReLU
+            slopes and quantizer scales.
+        schedule: ``"cosine"`` falls to zero at the last step, ``"constant"`` does not.
+        max_gradient_norm: longer gradients are shortened to this 2-norm; None leaves them.
+        horizontal_flip: mirror every image with probability 1/2, the same way for student and teacher.
+        bn_statistics_steps: for so many steps batch norms use and update the statistics of the batch, then
+            the running ones are kept; None means always. Their affine parameters learn throughout.
+        observer_steps: for so many steps the observers of the quantizers follow the data; afterwards they are
+            off. Until then no checkpoint is written.
+        seed: of batches, flips and the class head's first weights.
+        checkpoint_every: steps between two checkpoints; they are written only where a run folder is given.
+        device: where to train, as torch names it; None takes a GPU where there is one.
+
+    Raises:
+        ConfigError: a field is out of its range, or no loss is left.
+    """
+
+    epochs: int = 1
+    batch_size: int = 64
+    max_steps: int | None = None
+    ekd_weight: float = 1.0
+    ekd_surrogate: Surrogate = "sigmoid"
+    ekd_parity: bool = False
+    embedding_loss: EmbeddingLossName | None = "cosine"
+    embedding_weight: float = 1.0
+    class_head: bool = False
+    margin: float = 0.4
+    scale: float = 64.0
+    optimizer: OptimizerName = "sgd"
+    learning_rate: float = 0.01
+    scale_learning_rate: float | None = None
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: ScheduleName = "cosine"
+    max_gradient_norm: float | None = None
+    horizontal_flip: bool = True
+    bn_statistics_steps: int | None = 0
+    observer_steps: int = 0
+    seed: int = 0
+    checkpoint_every: int = 50
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(1, epochs=self.epochs, max_steps=self.max_steps, checkpoint_every=self.checkpoint_every)
+        _at_least(2, batch_size=self.batch_size)
+        _at_least(
+            0,
+            bn_statistics_steps=self.bn_statistics_steps,
+            observer_steps=self.observer_steps,
+            seed=self.seed,
+        )
+        _not_negative(
+            ekd_weight=self.ekd_weight,
+            embedding_weight=self.embedding_weight,
+            margin=self.margin,
+            scale_learning_rate=self.scale_learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        _positive(learning_rate=self.learning_rate, scale=self.scale, max_gradient_norm=self.max_gradient_norm)
+        _one_of(("sigmoid", "linear"), ekd_surrogate=self.ekd_surrogate)
+        _one_of(("cosine", "mse", None), embedding_loss=self.embedding_loss)
+        _one_of(("sgd", "adamw"), optimizer=self.optimizer)
+        _one_of(("cosine", "constant"), schedule=self.schedule)
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+            raise ConfigError("nesterov needs a momentum above 0: set nesterov=False, or a momentum")
+        if not (self.uses_ekd or self.uses_embedding_loss or self.class_head):
+            raise ConfigError(
+                "no loss is left: give ekd_weight or embedding_weight a positive value, or set class_head"
+            )
+
+    @property
+    def uses_ekd(self) -> bool:
+        """Whether EKD is part of the loss."""
+        return self.ekd_weight > 0
+
+    @property
+    def uses_embedding_loss(self) -> bool:
+        """Whether the distance to the teacher's embedding is part of the loss."""
+        return self.embedding_loss is not None and self.embedding_weight > 0
+
+    @classmethod
+    def paper(cls) -> DistillConfig:
+        """The settings of Ef-QuantFace, section 4.2, with what it leaves open filled from the EKD authors'
+        code.
+
+        The paper: one epoch, batch 64, learning rate 0.001, margin 0.4, scale 64, EKD without a class head
+        (equation 4). Assumed: SGD with momentum 0.9 and weight decay 5e-4, no schedule within the one epoch,
+        batch norms that train as usual, thresholds that start at zero, all as in TFace
+        ``recognition/tasks/ekd``.
+        """
+        return cls(
+            epochs=1,
+            batch_size=64,
+            ekd_surrogate="sigmoid",
+            ekd_parity=True,
+            embedding_loss=None,
+            class_head=False,
+            margin=0.4,
+            scale=64.0,
+            optimizer="sgd",
+            learning_rate=0.001,
+            momentum=0.9,
+            nesterov=False,
+            weight_decay=5e-4,
+            schedule="constant",
+            bn_statistics_steps=None,
+        )
+
+
+def _at_least(least: int, **fields: int | None) -> None:
+    for name, value in fields.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ConfigError(f"{name} is a whole number from {least} on, not {value!r}")
+
+
+def _not_negative(**fields: float | None) -> None:
+    for name, value in fields.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"{name} is a number from 0 on, not {value!r}")
+
+
+def _positive(**fields: float | None) -> None:
+    for name, value in fields.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} is a number above 0, not {value!r}")
+
+
+def _one_of(choices: tuple[str | None, ...], **fields: str | None) -> None:
+    for name, value in fields.items():
+        if value not in choices:
+            raise ConfigError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}")

@@ -1,0 +1,56 @@
+"""A classifier on top of the embedding, for the variant of the paper that learns from identities too."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ArcFaceHead"]
+
+_INITIAL_STD = 0.01  # InsightFace arcface_torch
+_SMALLEST_SQUARED_SINE = 1e-12  # keeps the gradient of the square root finite
+
+
+class ArcFaceHead(nn.Module):
+    """Additive angular margin loss (Deng et al., CVPR 2019), ``L_Arcface`` in equation 3 of Ef-QuantFace.
+
+    Logits are ``scale cos(theta_c)``, and ``scale cos(theta_y + margin)`` for an image's own identity y.
+    Where ``theta_y + margin`` would pass pi, and the cosine rise again, ``cos(theta_y) - margin sin(margin)``
+    goes on falling instead, as in InsightFace's arcface_torch.
+
+    Args:
+        embedding_size: D, the length of the embeddings.
+        identities: number of classes.
+        margin: in radians.
+        scale: factor on the cosines.
+        generator: source of the first weights.
+    """
+
+    def __init__(
+        self,
+        embedding_size: int,
+        identities: int,
+        margin: float = 0.4,
+        scale: float = 64.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.margin = margin
+        self.scale = scale
+        self.weight = nn.Parameter(torch.randn(identities, embedding_size, generator=generator) * _INITIAL_STD)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy, a scalar, of ``embeddings`` [N, D] that belong to ``labels`` [N], int64."""
+        cosines = F.linear(F.normalize(embeddings), F.normalize(self.weight))
+        own = F.one_hot(labels, len(self.weight)).bool()
+        return F.cross_entropy(self.scale * torch.where(own, self._with_margin(cosines), cosines), labels)
+
+    def _with_margin(self, cosines: Tensor) -> Tensor:
+        sines = (1 - cosines.square()).clamp_min(_SMALLEST_SQUARED_SINE).sqrt()
+        shifted = cosines * math.cos(self.margin) - sines * math.sin(self.margin)
+        return torch.where(
+            cosines > math.cos(math.pi - self.margin), shifted, cosines - self.margin * math.sin(self.margin)
+        )

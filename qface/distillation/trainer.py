@@ -1,0 +1,242 @@
+"""The verb ``distill``, and the loop behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qface.data.images import Images, as_image_source, normalise
+from qface.distillation.batches import Batch, Batches, batches_of
+from qface.distillation.checkpoint import RunFolder, digest_of_structure, digest_of_values
+from qface.distillation.config import DistillConfig
+from qface.distillation.modes import borrowed, has_batch_norm, mode_changes, set_observers, set_student_mode
+from qface.distillation.objective import Objective
+from qface.distillation.optim import descend, optimizer_for, schedule_factor
+from qface.distillation.parallel import Parallel, processes_for
+from qface.distillation.progress import progress_bar
+from qface.errors import ConfigError, TrainingError
+from qface.models.provenance import record_step
+from qface.preprocessing import preprocessing_of
+
+__all__ = ["distill"]
+
+_DEFAULTS = DistillConfig()
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    config: DistillConfig = _DEFAULTS,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    people: str | Path | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Train ``student`` in place to embed faces as ``teacher`` does.
+
+    Any two networks that map images to embeddings [N, D] will do: quantized ones, pruned ones, float ones,
+    and, where EKD is the only loss, ones with embeddings of different length. Both come back on the device
+    and in the mode they were given in, even after an error; the observers of the student's quantizers are off
+    afterwards.
+
+    Under ``torchrun`` all processes share every batch and end with the same student, as one process alone
+    would (extra ``qface[distributed]``); a run folder must then be visible to all of them, and the first one
+    writes it.
+
+    Args:
+        student: the network that learns.
+        teacher: the network to learn from; it is not changed.
+        images: a folder, a tensor, a loader or an image source (:func:`qface.data.images.as_image_source`).
+            Bytes are normalised for each network by the preprocessing it carries, floats reach both as they
+            are. Identities are used where they are known; without them EKD sees negative pairs only.
+        config: the settings.
+        run_dir: folder for ``checkpoint.pt`` and ``log.jsonl`` (step, loss terms, learning rate, gradient
+            norm); None writes nothing.
+        resume: go on from the checkpoint in ``run_dir``, or start there where it holds none. A run that was
+            killed ends with the weights it would have had, bit for bit on a CPU; a finished one returns at
+            once.
+        people: for a folder, which identities to keep.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        ``student``.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: settings contradict each other, the images, or the checkpoint.
+        DependencyError: several processes without Lightning Fabric.
+        ImagesError: the images cannot be used.
+        TrainingError: the networks do not fit each other, or the loss is not finite.
+    """
+    if student is teacher:
+        raise TrainingError("student and teacher are one network: pass copy.deepcopy(network) as the teacher")
+    if resume and run_dir is None:
+        raise ConfigError("resume=True needs the run_dir to go on from")
+    parallel = processes_for(config.device)
+    batches = batches_of(as_image_source(images, people), config, parallel)
+    _check_settings(config, batches, student, parallel)
+    folder = None
+    if run_dir is not None:
+        inputs = {
+            "student layers": digest_of_structure(student),
+            "teacher weights": digest_of_values(teacher),
+            "images": batches.digest(),
+        }
+        folder = RunFolder(Path(run_dir), config, inputs, resume, writes=parallel.rank == 0)
+    with borrowed(parallel.device, student, teacher), _released(student):
+        trainer = _Trainer(student, teacher, batches, config, parallel)
+        trainer.run(folder, progress and parallel.rank == 0)
+        parallel.wait()
+    return record_step(student, "distill", asdict(config))
+
+
+@contextmanager
+def _released(student: nn.Module) -> Iterator[None]:
+    """Leave ``student`` without gradients and with its observers off."""
+    try:
+        yield
+    finally:
+        student.zero_grad(set_to_none=True)
+        set_observers(student, False)
+
+
+def _total_steps(config: DistillConfig, batches: Batches) -> int:
+    if batches.steps_per_epoch is None:
+        if config.max_steps is None:
+            raise ConfigError("these images have no known number: set max_steps to say how long to train")
+        return config.max_steps
+    steps = config.epochs * batches.steps_per_epoch
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def _check_settings(config: DistillConfig, batches: Batches, student: nn.Module, parallel: Parallel) -> None:
+    if config.uses_ekd and config.ekd_parity and batches.lacks_positives:
+        raise ConfigError(
+            "ekd_parity needs two images of one person in every batch, but none with two images is known: "
+            "set ekd_parity=False, or give images with identities"
+        )
+    moving_statistics = config.bn_statistics_steps != 0 and has_batch_norm(student)
+    if parallel.world_size > 1 and (moving_statistics or config.observer_steps > 0):
+        raise ConfigError(
+            "several processes would learn different statistics: set bn_statistics_steps=0 and observer_steps=0"
+        )
+
+
+class _Trainer:
+    """Student, teacher, losses and optimizer at some step of a run."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        batches: Batches,
+        config: DistillConfig,
+        parallel: Parallel,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher.eval()
+        self.batches = batches
+        self.config = config
+        self.parallel = parallel
+        self.step = 0
+        self.total = _total_steps(config, batches)
+        self.objective = self._objective()
+        self.optimizer = optimizer_for(config, student, self.objective)
+        self._student_of_all = parallel.wrap(student)
+
+    @torch.no_grad()
+    def _objective(self) -> Objective:
+        """The losses, of the size and type of the embeddings that the networks make of one image."""
+        self.student.eval()
+        set_observers(self.student, False)
+        example = self.batches.example()
+        student, teacher = (self._embed(model, example) for model in (self.student, self.teacher))
+        objective = Objective(self.config, student.shape[1], teacher.shape[1], self.batches.identities)
+        return objective.to(self.parallel.device, student.dtype)
+
+    def _embed(self, model: nn.Module, images: Tensor, through: nn.Module | None = None) -> Tensor:
+        """Embeddings [n, D] of ``images``, normalised for ``model``, sent ``through`` what stands for it."""
+        images = normalise(images.to(self.parallel.device), preprocessing_of(model))
+        embeddings = (through or model)(images)
+        if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
+            raise TrainingError(f"{type(model).__name__} does not map images to embeddings, one tensor [N, D]")
+        return embeddings
+
+    def run(self, folder: RunFolder | None, progress: bool) -> None:
+        """Train from the current step, or the one that ``folder`` holds, to the last."""
+        if folder is not None:
+            self._go_on_from(folder)
+        changes = mode_changes(self.config) | {self.step}
+        with progress_bar(self.step, self.total, progress) as advance:
+            for step, batch in zip(range(self.step, self.total), self.batches.stream(self.step), strict=False):
+                if step in changes:
+                    set_student_mode(self.student, self.config, step)
+                record = self._train_on(batch)
+                self.step = step + 1
+                advance(record["loss"])
+                if folder is not None:
+                    self._write(folder, record)
+
+    def _train_on(self, batch: Batch) -> dict[str, float]:
+        terms = self._terms(batch)
+        loss = torch.stack(list(terms.values())).sum()
+        record = {
+            "step": self.step,
+            **{name: term.item() for name, term in terms.items()},
+            "loss": loss.item(),
+        }
+        self._require_finite("loss", record["loss"])
+        self.student.zero_grad(set_to_none=True)
+        self.objective.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        factor = schedule_factor(self.config, self.step, self.total)
+        norm = descend(self.optimizer, factor, self.config.max_gradient_norm)
+        self._require_finite("gradient", norm)
+        return record | {"learning_rate": self.config.learning_rate * factor, "gradient_norm": norm}
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            teacher = self.parallel.gather(self._embed(self.teacher, batch.images))
+        student = self.parallel.gather(self._embed(self.student, batch.images, through=self._student_of_all))
+        labels = None if batch.labels is None else batch.labels.to(student.device)
+        terms: dict[str, Tensor] = self.objective(student, teacher, labels)
+        return terms
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            cure = f"choose a learning_rate below {self.config.learning_rate:g}"
+            if self.config.ekd_parity:
+                cure += ", or set ekd_parity=False where batches may lack positive pairs"
+            raise TrainingError(f"the {name} is {value} at step {self.step}: {cure}")
+
+    def _go_on_from(self, folder: RunFolder) -> None:
+        state = folder.load()
+        if state is not None:
+            self.step = state["step"]
+            self.student.load_state_dict(state["student"])
+            self.objective.load_state_dict(state["objective"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        folder.begin_log(self.step)
+
+    def _write(self, folder: RunFolder, record: dict[str, float]) -> None:
+        folder.log(record)
+        # What observers have seen is no part of a network's state, so no run could go on from between their steps.
+        observing = self.step < self.config.observer_steps
+        if (self.step % self.config.checkpoint_every == 0 and not observing) or self.step == self.total:
+            folder.save(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }

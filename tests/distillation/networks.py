@@ -1,0 +1,40 @@
+"""Tiny networks and images that all tests of this folder share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qface.data.images import TensorImages
+
+
+def tiny_network(seed: int, size: int = 8) -> nn.Module:
+    """A convolution, a batch norm, a dropout and an embedding of ``size`` values, of a [N, 3, 8, 8] image."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2),
+            nn.BatchNorm2d(8),
+            nn.PReLU(8),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(72, size),
+        )
+
+
+def face_images(people: int = 8, each: int = 4, seed: int = 0, **options: Any) -> TensorImages:
+    """Float images [people * each, 3, 8, 8], alike within a person, with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    faces = torch.randn(people, 1, 3, 8, 8, generator=generator, **options)
+    noise = torch.randn(people, each, 3, 8, 8, generator=generator, **options)
+    return TensorImages((faces + noise).flatten(0, 1), torch.arange(people).repeat_interleave(each))
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in model.state_dict().values()]
+
+
+def same_weights(first: nn.Module, second: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))

@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from qface.data.images import ImageSource, IndexedImages, TensorImages
+from qface.distillation import DistillConfig
+from qface.distillation import distill as distill_with_progress
+from qface.distillation.batches import batches_of
+from qface.distillation.parallel import Parallel, SingleProcess
+from qface.errors import CheckpointError, ConfigError, ImagesError, TrainingError
+from qface.preprocessing import Preprocessing, with_preprocessing
+
+from .networks import face_images, same_weights, tiny_network, weights
+
+CPU = DistillConfig(batch_size=16, epochs=3, learning_rate=0.05, checkpoint_every=2, device="cpu")
+
+
+def distill(*arguments: Any, **options: Any) -> nn.Module:
+    return distill_with_progress(*arguments, progress=False, **options)
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+class Interrupted(IndexedImages):
+    """Raises at one of its reads; the first read is the example."""
+
+    def __init__(self, images: IndexedImages, reads: int) -> None:
+        self.images, self.labels, self.reads = images, images.labels, reads
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        self.reads -= 1
+        if self.reads < 0:
+            raise KeyboardInterrupt
+        return self.images.read(indices)
+
+
+# Learning
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"embedding_loss": None},
+        {"embedding_loss": "mse", "ekd_weight": 0.0},
+        {"ekd_surrogate": "linear"},
+        {"optimizer": "adamw", "learning_rate": 0.01},
+        {"class_head": True},
+        {"max_gradient_norm": 1.0},
+    ],
+    ids=str,
+)
+def test_the_student_comes_closer_to_the_teacher(options: dict[str, Any], tmp_path: Path) -> None:
+    config = replace(CPU, **{"epochs": 15, "horizontal_flip": False, "schedule": "constant"} | options)
+    distill(tiny_network(0), tiny_network(1), face_images(), config, tmp_path)
+    losses = [record["loss"] for record in log(tmp_path)]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_the_student_comes_back_trained_in_place_and_the_teacher_unchanged() -> None:
+    student, teacher = tiny_network(0), tiny_network(1)
+    before, taught = weights(teacher), copy.deepcopy(student)
+    assert distill(student, teacher, face_images(), CPU) is student
+    assert not same_weights(student, taught)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(teacher), strict=True))
+    assert all(parameter.grad is None for parameter in [*student.parameters(), *teacher.parameters()])
+
+
+def test_each_network_sees_the_crop_it_wants() -> None:
+    seen: list[Tensor] = []
+
+    class Recorder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return self.scale * images.mean((2, 3))
+
+    crops = torch.randint(0, 256, (4, 3, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    student = with_preprocessing(Recorder(), Preprocessing(size=(8, 8), color="BGR"))
+    distill(student, Recorder(), crops, replace(CPU, batch_size=4, max_steps=1))
+    teacher_view, student_view = seen[-2:]
+    assert tuple(student_view.shape[2:]) == (8, 8)
+    assert tuple(teacher_view.shape[2:]) == (112, 112)
+    small = nn.functional.interpolate(teacher_view.flip(1), (8, 8), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(student_view, small, atol=1e-5, rtol=0)
+
+
+def test_ekd_alone_takes_embeddings_of_different_length() -> None:
+    student = tiny_network(0, size=6)
+    before = copy.deepcopy(student)
+    distill(student, tiny_network(1), face_images(), replace(CPU, embedding_loss=None))
+    assert not same_weights(student, before)
+
+
+def test_an_embedding_loss_refuses_embeddings_of_different_length_before_it_trains() -> None:
+    student = tiny_network(0, size=6)
+    before = copy.deepcopy(student)
+    with pytest.raises(TrainingError, match=r"6 values \(student\) and 8 \(teacher\)"):
+        distill(student, tiny_network(1), face_images(), CPU)
+    assert same_weights(student, before)
+
+
+# Images of all kinds
+
+
+def test_unlabelled_images_work_without_positives(tmp_path: Path) -> None:
+    distill(tiny_network(0), tiny_network(1), face_images().images, CPU, tmp_path)
+    assert all(record["ekd"] > 0 for record in log(tmp_path))
+
+
+def test_one_person_alone_works() -> None:
+    distill(tiny_network(0), tiny_network(1), face_images(people=1, each=8), CPU)
+
+
+def test_fewer_images_than_a_batch_are_one_batch(tmp_path: Path) -> None:
+    distill(
+        tiny_network(0),
+        tiny_network(1),
+        face_images(people=2),
+        replace(CPU, batch_size=64, epochs=2),
+        tmp_path,
+    )
+    assert len(log(tmp_path)) == 2
+
+
+def test_a_single_image_is_refused() -> None:
+    with pytest.raises(ImagesError, match="too few"):
+        distill(tiny_network(0), tiny_network(1), torch.zeros(1, 3, 8, 8), CPU)
+
+
+@pytest.mark.parametrize("options", [{"class_head": True}, {"ekd_parity": True}])
+def test_what_needs_identities_refuses_images_without(options: dict[str, Any]) -> None:
+    with pytest.raises((ConfigError, TrainingError), match="identit"):
+        distill(tiny_network(0), tiny_network(1), face_images().images, replace(CPU, **options))
+
+
+def test_a_loader_is_read_in_order_with_its_labels(tmp_path: Path) -> None:
+    faces = face_images()
+    loader = DataLoader(TensorDataset(faces.images, faces.labels), batch_size=8)
+    config = replace(CPU, horizontal_flip=False)
+    stream = batches_of_loader(loader, config)
+    first, second = next(stream), next(stream)
+    assert torch.equal(first.images, faces.images[:8])
+    assert torch.equal(second.labels, faces.labels[8:16])
+    distill(tiny_network(0), tiny_network(1), loader, config, tmp_path)
+    assert len(log(tmp_path)) == 12
+
+
+def batches_of_loader(loader: Any, config: DistillConfig) -> Iterator[Any]:
+    from qface.data.images import LoaderImages
+
+    return batches_of(LoaderImages(loader), config, SingleProcess(torch.device("cpu"))).stream(0)
+
+
+def test_a_generator_an_empty_loader_and_strange_batches_are_refused() -> None:
+    networks = tiny_network(0), tiny_network(1)
+    images = face_images().images
+    with pytest.raises(ImagesError, match="one pass"):
+        distill(*networks, (images for _ in range(3)), CPU)
+    with pytest.raises(ImagesError, match="no batches"):
+        distill(*networks, [], CPU)
+    with pytest.raises(ImagesError, match="not str"):
+        distill(*networks, ["batch"], CPU)
+    with pytest.raises(ImagesError, match="8 labels"):
+        distill(*networks, [(images[:8], torch.zeros(8, 2))], CPU)
+
+
+class InOrder(ImageSource):
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        return iter(face_images().images.split(batch_size))
+
+
+def test_a_source_of_unknown_length_needs_max_steps(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_steps"):
+        distill(tiny_network(0), tiny_network(1), InOrder(), CPU)
+    distill(tiny_network(0), tiny_network(1), InOrder(), replace(CPU, max_steps=5), tmp_path)
+    assert len(log(tmp_path)) == 5
+
+
+def test_ranks_read_their_own_halves_of_the_batch_of_one_process() -> None:
+    class Rank(SingleProcess):
+        def __init__(self, rank: int) -> None:
+            super().__init__(torch.device("cpu"))
+            self.rank, self.world_size = rank, 2
+
+    def first(parallel: Parallel) -> Any:
+        return next(batches_of(face_images(), CPU, parallel).stream(3))
+
+    whole, halves = first(SingleProcess(torch.device("cpu"))), [first(Rank(0)), first(Rank(1))]
+    assert torch.equal(whole.images, torch.cat([half.images for half in halves]))
+    assert all(torch.equal(whole.labels, half.labels) for half in halves)
+    with pytest.raises(ConfigError, match="multiple"):
+        batches_of(face_images(), replace(CPU, batch_size=15), Rank(0))
+
+
+# Modes and schedules
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_come_back_as_they_were(fails: bool) -> None:
+    student, teacher = tiny_network(0).train(), tiny_network(1).train()
+    student[1].eval()
+    images = Interrupted(face_images(), reads=3 if fails else 99)
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            distill(student, teacher, images, CPU)
+    else:
+        distill(student, teacher, images, CPU)
+    assert [module.training for module in student] == [True, False, True, True, True, True]
+    assert all(module.training for module in teacher.modules())
+
+
+@pytest.mark.parametrize(("steps", "updates"), [(0, 0), (2, 2), (None, 6)])
+def test_batch_norm_statistics_freeze_on_schedule(steps: int | None, updates: int) -> None:
+    student = tiny_network(0)
+    distill(student, tiny_network(1), face_images(), replace(CPU, bn_statistics_steps=steps))
+    assert student[1].num_batches_tracked == updates
+
+
+def test_observers_follow_the_schedule_and_end_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr("qface.quantization.set_observers", lambda model, on: calls.append(on))
+    distill(tiny_network(0), tiny_network(1), face_images(), replace(CPU, observer_steps=2))
+    assert calls == [False, True, False, False]  # the example, step 0, step 2, the end
+
+
+@pytest.mark.parametrize(("rate", "moves"), [(0.0, False), (None, True), (0.1, True)])
+def test_quantizer_scales_have_a_learning_rate_of_their_own(
+    rate: float | None, moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qface.quantization.scale_parameters", lambda model: [model[2].weight])
+    student = tiny_network(0)
+    before = student[2].weight.detach().clone()
+    distill(student, tiny_network(1), face_images(), replace(CPU, scale_learning_rate=rate))
+    assert torch.equal(student[2].weight, before) is not moves
+
+
+def test_weight_decay_spares_biases_norms_and_slopes() -> None:
+    from qface.distillation.optim import optimizer_for
+
+    student = tiny_network(0)
+    groups = optimizer_for(CPU, student, nn.Module()).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(student[0].weight), id(student[5].weight)}
+
+
+def test_the_learning_rate_falls_as_a_cosine(tmp_path: Path) -> None:
+    distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path)
+    rates = [record["learning_rate"] for record in log(tmp_path)]
+    assert rates[0] == 0.05
+    assert rates[3] == pytest.approx(0.025)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_frozen_student_and_a_student_that_is_its_own_teacher_are_refused() -> None:
+    student = tiny_network(0)
+    with pytest.raises(TrainingError, match="deepcopy"):
+        distill(student, student, face_images(), CPU)
+    with pytest.raises(TrainingError, match="nothing to train"):
+        distill(student.requires_grad_(False), tiny_network(1), face_images(), CPU)
+    with pytest.raises(TrainingError, match="one tensor"):
+        distill(tiny_network(0)[:2], tiny_network(1), face_images(), CPU)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_cure() -> None:
+    with pytest.raises(TrainingError, match=r"at step \d+: choose a learning_rate below 1e\+30"):
+        distill(tiny_network(0), tiny_network(1), face_images(), replace(CPU, learning_rate=1e30))
+
+
+# Run folders
+
+
+@pytest.mark.parametrize("reads", [1, 2, 4, 5, 6])
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "class_head": True, "bn_statistics_steps": 3}])
+def test_a_resumed_run_ends_with_the_same_weights(reads: int, options: dict[str, Any], tmp_path: Path) -> None:
+    config = replace(CPU, **options)
+    straight, resumed = tiny_network(0), tiny_network(0)
+    distill(straight, tiny_network(1), face_images(), config, tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        distill(resumed, tiny_network(1), Interrupted(face_images(), reads), config, tmp_path / "stopped")
+    resumed = tiny_network(0)
+    distill(resumed, tiny_network(1), face_images(), config, tmp_path / "stopped", resume=True)
+    assert same_weights(straight, resumed)
+    assert log(tmp_path / "straight") == log(tmp_path / "stopped")
+
+
+def test_a_resumed_loader_goes_on_where_it_was(tmp_path: Path) -> None:
+    loader = list(face_images().images.split(8))
+    straight, resumed = tiny_network(0), tiny_network(0)
+    distill(straight, tiny_network(1), loader, CPU)
+    with pytest.raises(ImagesError):
+        distill(resumed, tiny_network(1), [*loader[:3], "broken"], CPU, tmp_path)
+    distill(resumed, tiny_network(1), loader, CPU, tmp_path, resume=True)
+    assert same_weights(straight, resumed)
+
+
+def test_a_finished_run_returns_its_weights_at_once(tmp_path: Path) -> None:
+    finished, again = tiny_network(0), tiny_network(0)
+    distill(finished, tiny_network(1), face_images(), CPU, tmp_path)
+    distill(again, tiny_network(1), Interrupted(face_images(), reads=1), CPU, tmp_path, resume=True)
+    assert same_weights(finished, again)
+    assert len(log(tmp_path)) == 6
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
+    distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path)
+    with pytest.raises(ConfigError, match="resume=True"):
+        distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path)
+    with pytest.raises(ConfigError, match="run_dir"):
+        distill(tiny_network(0), tiny_network(1), face_images(), CPU, resume=True)
+
+
+def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
+    student, teacher, images = tiny_network(0), tiny_network(1), face_images()
+    distill(student, teacher, images, CPU, tmp_path)
+    for config in (replace(CPU, seed=1), replace(CPU, seed=1, learning_rate=0.1)):
+        with pytest.raises(ConfigError, match=r"seed=0.*seed=1"):
+            distill(student, teacher, images, config, tmp_path, resume=True)
+    with pytest.raises(TrainingError, match="student"):
+        distill(tiny_network(0, size=9), tiny_network(1, size=9), images, CPU, tmp_path, resume=True)
+    with pytest.raises(TrainingError, match="teacher"):
+        distill(student, tiny_network(2), images, CPU, tmp_path, resume=True)
+    with pytest.raises(TrainingError, match="images"):
+        distill(student, teacher, face_images(people=9), CPU, tmp_path, resume=True)
+    distill(student, teacher, images, replace(CPU, checkpoint_every=1, device=None), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04truncated"])
+def test_a_damaged_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged"):
+        distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path, resume=True)
+
+
+def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="no checkpoint of a distillation"):
+        distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path, resume=True)
+
+
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    distill_with_progress(tiny_network(0), tiny_network(1), face_images(), CPU)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "6/6" in captured.err
+    assert "loss" in captured.err
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_training_on_a_gpu_brings_the_networks_back_to_the_cpu(tmp_path: Path) -> None:
+    student, teacher = tiny_network(0), tiny_network(1)
+    before = copy.deepcopy(student)
+    distill(student, teacher, face_images(), replace(CPU, device=None, class_head=True), tmp_path)
+    assert {parameter.device.type for network in (student, teacher) for parameter in network.parameters()} == {"cpu"}
+    assert not same_weights(student, before)
+    resumed = distill(tiny_network(0), teacher, face_images(), replace(CPU, class_head=True), tmp_path, resume=True)
+    assert same_weights(student, resumed)
+
+
+def test_tensor_images_may_carry_labels_that_have_gaps() -> None:
+    faces = face_images()
+    images = TensorImages(faces.images, faces.labels * 3)
+    distill(tiny_network(0), tiny_network(1), images, replace(CPU, class_head=True))

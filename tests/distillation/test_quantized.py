@@ -1,0 +1,91 @@
+"""Distilling what the quantization package makes: the networks this package exists for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qface.data.images import IndexedImages
+from qface.distillation import DistillConfig, distill
+from qface.models.provenance import provenance_of
+from qface.preprocessing import Preprocessing, with_preprocessing
+from qface.quantization import calibrate, quantize, scale_parameters
+
+from .networks import face_images, same_weights, tiny_network
+
+CPU = DistillConfig(batch_size=16, epochs=3, learning_rate=0.05, checkpoint_every=2, device="cpu")
+
+
+def teacher() -> nn.Module:
+    return with_preprocessing(tiny_network(1), Preprocessing(size=(8, 8)))
+
+
+def student() -> nn.Module:
+    return calibrate(quantize(teacher(), bits=4), face_images().images)
+
+
+class Stopping(IndexedImages):
+    def __init__(self, reads: int) -> None:
+        self.images, self.reads = face_images(), reads
+        self.labels = self.images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        self.reads -= 1
+        if self.reads < 0:
+            raise KeyboardInterrupt
+        return self.images.read(indices)
+
+
+def distance(first: nn.Module, second: nn.Module) -> float:
+    images = face_images().images
+    with torch.no_grad():
+        cosines = nn.functional.cosine_similarity(first.eval()(images), second.eval()(images))
+    return float(1 - cosines.mean())
+
+
+def test_distillation_repairs_a_four_bit_student() -> None:
+    quantized = student()
+    before = distance(quantized, teacher())
+    distill(quantized, teacher(), face_images(), replace(CPU, epochs=20), progress=False)
+    assert distance(quantized, teacher()) < 0.8 * before
+
+
+@pytest.mark.parametrize("rate", [0.0, None])
+def test_scales_are_trained_unless_their_learning_rate_is_zero(rate: float | None) -> None:
+    quantized = student()
+    before = [scale.detach().clone() for scale in scale_parameters(quantized)]
+    distill(quantized, teacher(), face_images(), replace(CPU, scale_learning_rate=rate), progress=False)
+    still = [torch.equal(old, new) for old, new in zip(before, scale_parameters(quantized), strict=True)]
+    assert all(still) is (rate == 0.0)
+
+
+@pytest.mark.parametrize("observer_steps", [0, 3])
+@pytest.mark.parametrize("reads", [2, 4, 6])
+def test_a_resumed_quantized_run_ends_with_the_same_weights(reads: int, observer_steps: int, tmp_path: Path) -> None:
+    config = replace(CPU, observer_steps=observer_steps)
+    straight, stopped, resumed = student(), student(), student()
+    distill(straight, teacher(), face_images(), config, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        distill(stopped, teacher(), Stopping(reads), config, tmp_path, progress=False)
+    distill(resumed, teacher(), face_images(), config, tmp_path, resume=True, progress=False)
+    assert same_weights(straight, resumed)
+    images = face_images().images
+    with torch.no_grad():
+        assert torch.equal(straight.eval()(images), resumed.eval()(images))
+
+
+def test_the_student_remembers_how_it_was_distilled() -> None:
+    quantized = distill(student(), teacher(), face_images(), CPU, progress=False)
+    steps = provenance_of(quantized)
+    assert [step["step"] for step in steps] == ["quantize", "calibrate", "distill"]
+    assert steps[-1]["learning_rate"] == 0.05
+    copy.deepcopy(quantized)

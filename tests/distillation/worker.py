@@ -1,0 +1,53 @@
+"""Run by the tests in processes of their own: distils a tiny network and saves it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qface.data.images import IndexedImages
+from qface.distillation import DistillConfig, distill
+
+from .networks import face_images, tiny_network
+
+CONFIG = DistillConfig(batch_size=16, epochs=3, learning_rate=0.05, class_head=True, checkpoint_every=2, device="cpu")
+
+
+class KilledWhileReading(IndexedImages):
+    """Ends the process, as ``kill -9`` would, at one of its reads."""
+
+    def __init__(self, images: IndexedImages, last: int) -> None:
+        self.images = images
+        self.labels = images.labels
+        self.left = last
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.images.read(indices)
+
+
+def networks(dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return tiny_network(0).to(dtype), tiny_network(1).to(dtype)
+
+
+def main(task: str, folder: Path) -> None:
+    if task == "killed":
+        distill(*networks(), KilledWhileReading(face_images(), last=6), CONFIG, folder, progress=False)
+        return
+    student = distill(*networks(torch.float64), face_images(dtype=torch.float64), CONFIG, folder, progress=False)
+    torch.save(student.state_dict(), folder / f"rank{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
