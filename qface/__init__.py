@@ -1,0 +1,31 @@
+"""Makes face-recognition networks small and fast without losing what they know.
+
+One verb a stage, each working alone: ``load``, ``quantize``, ``calibrate``, ``distill``, ``export``, ``evaluate``,
+``save``.
+"""
+
+from qface._version import __version__
+from qface.deployment import export
+from qface.distillation import DistillConfig, distill
+from qface.errors import QFaceError
+from qface.evaluation import EvaluationResult, evaluate
+from qface.models import load, save
+from qface.preprocessing import Preprocessing
+from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
+
+__all__ = [
+    "DistillConfig",
+    "EvaluationResult",
+    "LayerBits",
+    "Preprocessing",
+    "QFaceError",
+    "QuantizationConfig",
+    "__version__",
+    "calibrate",
+    "distill",
+    "evaluate",
+    "export",
+    "load",
+    "quantize",
+    "save",
+]

@@ -24,9 +24,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
-        raise ExportError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that exists"
-        ) from error
+        raise ExportError(f"cannot write {path}: {error.strerror or error}; choose a folder that exists") from error
     os.close(handle)
     temporary = Path(name)
     try:

@@ -59,7 +59,9 @@ class TensorImages(IndexedImages):
 
     def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
         if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-            raise ImagesError(f"images need the shape [N, 3, height, width] with N > 0; this tensor has {list(images.shape)}")
+            raise ImagesError(
+                f"images need the shape [N, 3, height, width] with N > 0; this tensor has {list(images.shape)}"
+            )
         if images.dtype == torch.uint8 and tuple(images.shape[2:]) != (CROP_SIZE, CROP_SIZE):
             raise ImagesError(
                 f"uint8 images are {CROP_SIZE}x{CROP_SIZE} face crops; these are {images.shape[2]}x{images.shape[3]}: "
@@ -91,7 +93,9 @@ class LoaderImages(ImageSource):
         for item in self.loader:
             batch = item[0] if isinstance(item, (tuple, list)) else item
             if not isinstance(batch, Tensor):
-                raise ImagesError(f"a loader of images yields tensors or (tensor, label) tuples, not {type(batch).__name__}")
+                raise ImagesError(
+                    f"a loader of images yields tensors or (tensor, label) tuples, not {type(batch).__name__}"
+                )
             yield batch
 
 

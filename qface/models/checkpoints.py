@@ -63,9 +63,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(
-            f"{path} does not hold a state_dict of tensors; save model.state_dict() and load that"
-        )
+        raise CheckpointError(f"{path} does not hold a state_dict of tensors; save model.state_dict() and load that")
     return {str(name): value for name, value in content.items()}
 
 
@@ -75,9 +73,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     Raises:
         CheckpointError: a tensor holds NaN or an infinity; the message counts the tensors and names the first.
     """
-    broken = [
-        name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()
-    ]
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise CheckpointError(
             f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity (first: {broken[0]}); "
@@ -97,7 +93,8 @@ def recognise(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Modul
         return _iresnet(tensors, path)
     names = ", ".join(list(tensors)[:3])
     raise CheckpointError(
-        f"{path} holds neither an IResNet nor a MobileFaceNet (its first tensors: {names}); pass the network itself as model="
+        f"{path} holds neither an IResNet nor a MobileFaceNet (its first tensors: {names}); "
+        "pass the network itself as model="
     )
 
 
@@ -130,15 +127,13 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> N
         CheckpointError: names or shapes differ; the message counts them and names the first.
     """
     wanted = model.state_dict()
-    missing = sorted(
-        name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked")
-    )
+    missing = sorted(name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked"))
     unexpected = sorted(set(tensors) - set(wanted))
     if missing or unexpected:
         example = missing[0] if missing else unexpected[0]
         raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: {len(missing)} tensors are missing and {len(unexpected)} are not "
-            f"known to it (first: {example}); load it into the network it was saved from"
+            f"{path} does not fit {type(model).__name__}: {len(missing)} tensors are missing and {len(unexpected)} are "
+            f"not known to it (first: {example}); load it into the network it was saved from"
         )
     wrong = [name for name, value in tensors.items() if value.shape != wanted[name].shape]
     if wrong:

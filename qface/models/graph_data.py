@@ -17,7 +17,7 @@ from torch import fx, nn
 from qface.errors import CheckpointError, UnsupportedLayerError
 from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
 
-__all__ = ["graph_from_data", "graph_to_data", "register_layer"]
+__all__ = ["graph_from_data", "graph_to_data", "on_rebuild", "register_layer"]
 
 _CONV = (
     "in_channels",
@@ -75,9 +75,9 @@ _FUNCTION_NAMES = {
     "operator": "add sub mul truediv floordiv neg pow getitem iadd isub imul itruediv matmul eq",
     "torch": "add sub mul div neg pow sqrt rsqrt exp abs clamp mean sum cat stack chunk split flatten reshape squeeze "
     "unsqueeze permute transpose matmul bmm relu sigmoid tanh softmax max min amax norm prelu flip",
-    "torch.nn.functional": "relu relu6 leaky_relu prelu elu gelu silu hardswish hardsigmoid hardtanh sigmoid tanh softmax "
-    "adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d max_pool2d dropout dropout2d normalize pad linear interpolate "
-    "batch_norm conv2d layer_norm",
+    "torch.nn.functional": "relu relu6 leaky_relu prelu elu gelu silu hardswish hardsigmoid hardtanh sigmoid tanh "
+    "softmax adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d max_pool2d dropout dropout2d normalize pad linear "
+    "interpolate batch_norm conv2d layer_norm",
 }
 _METHODS = frozenset(
     "add add_ sub mul mul_ div neg pow sqrt rsqrt exp abs clamp clamp_ mean sum flatten view reshape squeeze unsqueeze "
@@ -102,9 +102,16 @@ _LAYER_OF = {layer.__name__: layer for layer in _LAYERS}
 
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64)
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64)
 }
+
+
+_REBUILD_HOOKS: list[Callable[[fx.GraphModule], None]] = []
+
+
+def on_rebuild(hook: Callable[[fx.GraphModule], None]) -> None:
+    """Call ``hook`` on every graph that is read back, before it is used."""
+    _REBUILD_HOOKS.append(hook)
 
 
 def register_layer(layer: type[nn.Module], arguments: tuple[str, ...]) -> None:
@@ -167,18 +174,18 @@ def _tensor_kind(model: nn.Module, path: str) -> str:
 
 def _target_to_data(node: fx.Node) -> str:
     if node.op == "call_function":
-        name = _FUNCTION_OF.get(node.target) if callable(node.target) else None
+        name: str | None = _FUNCTION_OF.get(node.target) if callable(node.target) else None
         if name is None:
             raise UnsupportedLayerError(
-                f"node {node.name!r} calls {getattr(node.target, '__name__', node.target)}, which is not on the list of "
-                "functions that qface can save as data; use a standard torch function or layer"
+                f"node {node.name!r} calls {getattr(node.target, '__name__', node.target)}, which is not on the list "
+                "of functions that qface can save as data; use a standard torch function or layer"
             )
         return name
     target = str(node.target)
     if node.op == "call_method" and target not in _METHODS:
         raise UnsupportedLayerError(
-            f"node {node.name!r} calls the tensor method {target!r}, which is not on the list of methods that qface can "
-            "save as data; use a standard torch function or layer"
+            f"node {node.name!r} calls the tensor method {target!r}, which is not on the list of methods that qface "
+            "can save as data; use a standard torch function or layer"
         )
     return target
 
@@ -198,9 +205,7 @@ def _value_to_data(value: Any, where: object) -> Any:
         return {"dict": {str(key): _value_to_data(item, where) for key, item in value.items()}}
     if isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in _DTYPES:
         return {"dtype": str(value).removeprefix("torch.")}
-    raise UnsupportedLayerError(
-        f"{where}: an argument of type {type(value).__name__} cannot be saved as data"
-    )
+    raise UnsupportedLayerError(f"{where}: an argument of type {type(value).__name__} cannot be saved as data")
 
 
 # ---- reading
@@ -222,6 +227,8 @@ def graph_from_data(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
         ) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in data["frozen"])
+    for hook in _REBUILD_HOOKS:
+        hook(model)
     return model
 
 

@@ -74,9 +74,7 @@ def _fitting_network(
     return model, likely
 
 
-def _from_own_format(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path
-) -> nn.Module:
+def _from_own_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path) -> nn.Module:
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -102,9 +100,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         ExportError: the file cannot be written.
     """
     graph_module = trace(model)
-    tensors = {
-        name: value.detach().cpu().contiguous().clone() for name, value in graph_module.state_dict().items()
-    }
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in graph_module.state_dict().items()}
     check_finite(tensors, path)
     metadata = {
         "format": FORMAT,

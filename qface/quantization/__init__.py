@@ -3,7 +3,7 @@
 from qface.quantization.calibrate import calibrate, scale_parameters, set_observers
 from qface.quantization.config import LayerBits, QuantizationConfig
 from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
-from qface.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedPReLU
+from qface.quantization.layers import QuantizedAdd, QuantizedConv2d, QuantizedLinear, QuantizedPReLU
 from qface.quantization.observers import (
     Grid,
     MinMaxObserver,
@@ -25,6 +25,7 @@ __all__ = [
     "MovingAverageObserver",
     "PercentileObserver",
     "QuantizationConfig",
+    "QuantizedAdd",
     "QuantizedConv2d",
     "QuantizedLinear",
     "QuantizedPReLU",

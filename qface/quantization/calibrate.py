@@ -14,7 +14,6 @@ from qface.preprocessing import preprocessing_of
 from qface.progress import track
 from qface.quantization.fake_quantize import LowBitFakeQuantize
 from qface.quantization.layers import MAX_BIAS, WeightedLayer
-from qface.quantization.placement import layer_of
 
 __all__ = ["CALIBRATION_IMAGES", "calibrate", "scale_parameters", "set_observers"]
 
@@ -108,18 +107,9 @@ def _sample(source: ImageSource, count: int, batch_size: int) -> Iterator[Tensor
 
 def _keep_biases_in_range(student: fx.GraphModule) -> None:
     """Widen the scale of channels whose bias would not fit its integers, as where pruning left weights near zero."""
-    for node in student.graph.nodes:
-        layer = layer_of(node)
-        if isinstance(layer, WeightedLayer) and layer.bias is not None and len(node.args) > 1:
-            input_scale = _value(student, node.args[1])
+    for layer in student.modules():
+        if isinstance(layer, WeightedLayer) and layer.bias is not None and layer.neighbours.inputs[0] is not None:
+            input_scale = layer.neighbours.inputs[0].tensors().scale
             least = layer.bias.detach().abs() / (MAX_BIAS / 2 * input_scale)
             scale = layer.weight_fake_quant.scale
             scale.data.copy_(torch.maximum(scale.data, least))
-
-
-def _value(student: fx.GraphModule, argument: object) -> float:
-    if isinstance(argument, fx.Node):
-        owner, _, name = str(argument.target).rpartition(".")
-        return float(getattr(student.get_submodule(owner), name))
-    assert isinstance(argument, float)
-    return argument

@@ -96,7 +96,7 @@ def _propagate_shapes(graph_module: fx.GraphModule, images: Tensor) -> None:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of the tensor that ``node`` produces for a batch of two, or () where it produces none."""
     meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if hasattr(meta, "shape") else ()
+    return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else ()
 
 
 # ---- operations without effect
@@ -111,7 +111,7 @@ def _remove_no_operations(graph_module: fx.GraphModule) -> None:
 
 def _has_no_effect(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return isinstance(graph_module.get_submodule(node.target), _NO_OPERATION)
+        return isinstance(_layer(graph_module, node), _NO_OPERATION)
     if node.op == "call_function":
         return node.target in (F.dropout, F.dropout2d)
     return node.op == "call_method" and node.target in _NO_OPERATION_METHODS
@@ -206,11 +206,7 @@ def _adaptive_pool(node: fx.Node) -> tuple[nn.Module, Inputs]:
 
 
 def _normalise(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
-    plain = (
-        _argument(node, 1, "p", 2.0) == 2
-        and _argument(node, 2, "dim", 1) in (1, -1)
-        and len(shape_of(node)) == 2
-    )
+    plain = _argument(node, 1, "p", 2.0) == 2 and _argument(node, 2, "dim", 1) in (1, -1) and len(shape_of(node)) == 2
     return (L2Normalise(), _input(node)) if plain else None
 
 
@@ -221,9 +217,7 @@ def _window(layer: Callable[..., nn.Module]) -> Rewrite:
         kernel = _argument(node, 1, "kernel_size")
         stride = _argument(node, 2, "stride") or kernel
         rest = {
-            name: value
-            for name, value in node.kwargs.items()
-            if name in ("ceil_mode", "count_include_pad", "dilation")
+            name: value for name, value in node.kwargs.items() if name in ("ceil_mode", "count_include_pad", "dilation")
         }
         return layer(kernel, stride, _argument(node, 3, "padding", 0), **rest), _input(node)
 
@@ -293,9 +287,7 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
             node.replace_all_uses_with(producer)
             graph_module.graph.erase_node(node)
         else:
-            _set_layer(
-                graph_module, node.target, ChannelAffine.from_batch_norm(layer).to(layer.running_mean.device)
-            )
+            _set_layer(graph_module, node.target, ChannelAffine.from_batch_norm(layer).to(layer.running_mean.device))
 
 
 def _layer(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -336,5 +328,6 @@ def _refuse_unknown_weights(graph_module: fx.GraphModule) -> None:
             torch.bmm,
         ):
             raise UnsupportedLayerError(
-                f"node {node.name!r} multiplies by a function call, which has no layer to quantize; use nn.Conv2d or nn.Linear"
+                f"node {node.name!r} multiplies by a function call, which has no layer to quantize; "
+                "use nn.Conv2d or nn.Linear"
             )

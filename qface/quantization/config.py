@@ -70,9 +70,7 @@ class QuantizationConfig:
         if self.weight_range not in RANGE_RULES or self.weight_range == "moving_average":
             raise ConfigError(f"weight_range {self.weight_range!r} is none of mse, minmax, percentile")
         if self.activation_range not in RANGE_RULES:
-            raise ConfigError(
-                f"activation_range {self.activation_range!r} is none of {', '.join(RANGE_RULES)}"
-            )
+            raise ConfigError(f"activation_range {self.activation_range!r} is none of {', '.join(RANGE_RULES)}")
         if not 50 < self.percentile <= 100:
             raise ConfigError(f"percentile is {self.percentile}; it must be above 50 and at most 100")
 

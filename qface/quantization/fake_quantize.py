@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from qface.errors import ConfigError
+from qface.quantization.kernels import GridTensors, on_grid
 from qface.quantization.observers import Grid, make_observer
 
 __all__ = ["ImageQuantize", "LowBitFakeQuantize"]
@@ -17,7 +18,7 @@ _MIN_SCALE = 1e-12
 
 
 class _SwitchedFakeQuantize(FakeQuantizeBase):
-    """Mirrors torch.ao's two switches, which are tensors, in Python, so that a forward on CUDA need not wait for them."""
+    """Mirrors torch.ao's two switches, which are tensors, in Python: a forward on CUDA need not wait for them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,9 +60,7 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
     zero_point: Tensor
     calibrated: Tensor
 
-    def __init__(
-        self, bits: int, channels: int | None = None, rule: str = "mse", percentile: float = 99.99
-    ) -> None:
+    def __init__(self, bits: int, channels: int | None = None, rule: str = "mse", percentile: float = 99.99) -> None:
         super().__init__()
         self.bits = bits
         self.channels = channels
@@ -97,15 +96,13 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
             raise ConfigError(
                 "this network is quantized but not calibrated; call qface.calibrate(student, images) first"
             )
+        if not self.training:
+            return self._deployed(x)
         if self.scale.requires_grad and torch.is_grad_enabled():
             return self._learnable(x)
         if self.channels is None:
-            return torch.fake_quantize_per_tensor_affine(
-                x, self.scale, self.zero_point, self.grid.low, self.grid.high
-            )
-        return torch.fake_quantize_per_channel_affine(
-            x, self.scale, self.zero_point, 0, self.grid.low, self.grid.high
-        )
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.grid.low, self.grid.high)
+        return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, 0, self.grid.low, self.grid.high)
 
     def _learnable(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -150,13 +147,19 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
         """Scale and zero point that the observer chooses."""
         return self.activation_post_process.calculate_qparams()
 
+    def tensors(self) -> GridTensors:
+        """Scale and zero point, without gradient."""
+        return GridTensors(self.scale.detach(), self.zero_point)
+
+    @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
-        """The integers that stand for ``x``, as int32."""
+        """The integers that stand for ``x``, as floats of its shape."""
         shape = (-1,) + (1,) * (x.ndim - 1) if self.channels is not None else (1,)
-        scale, zero_point = self.scale.detach().view(shape), self.zero_point.view(shape)
-        # The reciprocal, as torch's own kernel does it: a division could round a tie the other way.
-        levels = torch.round(x.detach() * (1 / scale)) + zero_point
-        return cast(Tensor, levels.clamp(self.grid.low, self.grid.high).int())
+        return on_grid(x, self.scale.view(shape), self.zero_point.view(shape), self.grid.low, self.grid.high)
+
+    def _deployed(self, x: Tensor) -> Tensor:
+        shape = (-1,) + (1,) * (x.ndim - 1) if self.channels is not None else (1,)
+        return self.integers(x).sub_(self.zero_point.view(shape)).mul_(self.scale.detach().view(shape))
 
 
 class ImageQuantize(_SwitchedFakeQuantize):
@@ -164,8 +167,8 @@ class ImageQuantize(_SwitchedFakeQuantize):
 
     Bytes x reach the network as ``(x - mean) / std``. With ``scale = 1 / std`` and ``zero_point = round(mean)``, the
     integer of a pixel is its byte, and what the network reads is ``(x - zero_point) / std``: with InsightFace's mean of
-    127.5 half a grey level darker than before, the same for every pixel. So no grey level is lost, zero padding is exact,
-    and the first convolution may read the bytes of the image as they are.
+    127.5 half a grey level darker than before, the same for every pixel. So no grey level is lost, zero padding is
+    exact, and the first convolution may read the bytes of the image as they are.
 
     Args:
         scale: one grey level, ``1 / std``.
@@ -188,7 +191,13 @@ class ImageQuantize(_SwitchedFakeQuantize):
         """The image on its grid of bytes."""
         if not self.quantizing:
             return x
+        # Half a grey level away from the next tie, so that any way of rounding gives the same byte.
         return torch.fake_quantize_per_tensor_affine(x - self.offset, self.scale, self.zero_point, 0, 255)
+
+    def tensors(self) -> GridTensors:
+        """Scale and zero point."""
+        device = self.fake_quant_enabled.device
+        return GridTensors(torch.tensor([self.scale], device=device), torch.tensor([self.zero_point], device=device))
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Its fixed scale and zero point."""

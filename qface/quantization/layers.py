@@ -1,43 +1,53 @@
-"""Layers that train on the low-bit grid: convolution, linear and PReLU with fake-quantized weights.
+"""Layers that train on the low-bit grid, and in eval mode compute what is deployed, bit for bit.
 
-Convolution and linear also round their bias to the int32 grid that the integer kernel adds it on, ``input scale x weight
-scale``, because half a step there can move an output of the deployed layer by one.
+In training mode a convolution multiplies floats that lie on grids, differentiably. In eval mode it multiplies the
+integers, as onnxruntime does (:mod:`qface.quantization.kernels`). For that a layer must know the grids of what it reads
+and of what it makes, which torch.ao keeps in neighbouring modules: :func:`connect` tells every layer its neighbours.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from qface.quantization.fake_quantize import LowBitFakeQuantize
+from qface.models.layers import Add
+from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
+from qface.quantization.kernels import accumulate, add_on_grids, requantize
 
-__all__ = ["QuantizedConv2d", "QuantizedLinear", "QuantizedPReLU", "WeightedLayer", "bias_integers"]
+__all__ = [
+    "MAX_BIAS",
+    "Neighbours",
+    "QuantizedAdd",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "QuantizedPReLU",
+    "WeightedLayer",
+    "connect",
+]
 
 SLOPE_BITS = 8
 # Integers up to here are exact in float32, in which the student trains.
 MAX_BIAS = 2**24
 
+Quantizer = ImageQuantize | LowBitFakeQuantize
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
-def bias_integers(bias: Tensor, input_scale: Tensor | float, weight_scale: Tensor) -> Tensor:
-    """``bias`` [channels] in units of ``input_scale * weight_scale``, rounded, as float32 integers."""
-    step = input_scale * weight_scale
-    return (bias / step).round().clamp(-MAX_BIAS, MAX_BIAS)
+@dataclass(frozen=True)
+class Neighbours:
+    """The quantizers of what a layer reads and of what it makes; None where a value stays float."""
 
+    inputs: tuple[Quantizer | None, ...] = (None,)
+    output: Quantizer | None = None
 
-def _bias_on_grid(
-    bias: Tensor | None, input_scale: Tensor | float | None, quantizer: LowBitFakeQuantize
-) -> Tensor | None:
-    """The bias that the integer kernel adds; its gradient passes to ``bias`` unchanged."""
-    if bias is None or input_scale is None or not quantizer.quantizing:
-        return bias
-    with torch.no_grad():
-        rounded = bias_integers(bias, input_scale, quantizer.scale) * (input_scale * quantizer.scale)
-    return bias + (rounded - bias).detach()
+    @property
+    def rounding(self) -> bool:
+        """Whether all of them are there and switched on."""
+        return all(quantizer is not None and quantizer.quantizing for quantizer in (*self.inputs, self.output))
 
 
 def _take_weights(target: LayerT, source: nn.Module, quantizer: Any) -> LayerT:
@@ -48,11 +58,15 @@ def _take_weights(target: LayerT, source: nn.Module, quantizer: Any) -> LayerT:
     return target.to(cast(Tensor, source.weight).device)
 
 
-class _QuantizedWeight(nn.Module):
-    """What the constructor was told, read back from the quantizer, as saving a graph needs it."""
+class _QuantizedMultiplication(nn.Module):
+    """What convolution and linear layer share: the bias on its int32 grid, and the integer path of eval mode."""
 
+    weight: Any
+    bias: Any
     weight_fake_quant: LowBitFakeQuantize
+    neighbours = Neighbours()
 
+    # What the constructor was told, read back from the quantizer, as saving a graph needs it.
     @property
     def weight_bits(self) -> int:
         """Width of the weight."""
@@ -68,8 +82,56 @@ class _QuantizedWeight(nn.Module):
         """For the rule ``"percentile"``."""
         return self.weight_fake_quant.percentile
 
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The sum of products of this layer."""
+        raise NotImplementedError
 
-class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer on the grid: differentiable in training mode, exactly what is deployed in eval mode."""
+        (quantizer,) = self.neighbours.inputs
+        if quantizer is None or not quantizer.quantizing or not self.weight_fake_quant.quantizing:
+            return self.multiply(input, self.weight_fake_quant(self.weight), self.bias)
+        if self.training:
+            return self.multiply(input, self.weight_fake_quant(self.weight), self._bias_on_grid())
+        with torch.no_grad():
+            return self._deployed(input, quantizer)
+
+    def _bias_on_grid(self) -> Tensor | None:
+        """The bias that the integer kernel adds; its gradient passes to ``bias`` unchanged."""
+        integers = self.bias_integers()
+        if self.bias is None or integers is None:
+            return None
+        with torch.no_grad():
+            rounded = integers * self._step()
+        return cast(Tensor, self.bias + (rounded - self.bias).detach())
+
+    @torch.no_grad()
+    def bias_integers(self) -> Tensor | None:
+        """The bias in units of input scale x weight scale, as float32 integers [out_channels]."""
+        if self.bias is None:
+            return None
+        return cast(Tensor, self.bias / self._step()).round_().clamp_(-MAX_BIAS, MAX_BIAS)
+
+    def _step(self) -> Tensor:
+        (quantizer,) = self.neighbours.inputs
+        assert quantizer is not None
+        return quantizer.tensors().scale * self.weight_fake_quant.scale
+
+    def _deployed(self, x: Tensor, quantizer: Quantizer) -> Tensor:
+        weight = self.weight_fake_quant.integers(self.weight)
+        bias = self.bias_integers()
+        scale = quantizer.tensors().scale
+        shape = (-1,) + (1,) * (x.ndim - 2)
+        sums = accumulate(self.multiply, (x / scale).round_(), weight, None if bias is None else bias.view(shape))
+        weight_scale = self.weight_fake_quant.scale.view(shape)
+        output = self.neighbours.output
+        if output is None or not output.quantizing:
+            return sums * (scale * weight_scale)
+        output_scale = output.tensors().scale
+        return requantize(sums, scale, weight_scale, output_scale) * output_scale
+
+
+class QuantizedConv2d(_QuantizedMultiplication, nn.Conv2d):
     """``nn.Conv2d`` with a per-channel fake-quantized weight.
 
     Args:
@@ -81,20 +143,14 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        weight_bits: int = 8,
-        weight_rule: str = "mse",
-        percentile: float = 99.99,
-        **kwargs: Any,
+        self, *args: Any, weight_bits: int = 8, weight_rule: str = "mse", percentile: float = 99.99, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.weight_fake_quant = LowBitFakeQuantize(weight_bits, self.out_channels, weight_rule, percentile)
 
-    def forward(self, input: Tensor, input_scale: Tensor | float | None = None) -> Tensor:
-        """Convolve on the grid; ``input_scale`` is the scale of the quantizer that made ``input``."""
-        bias = _bias_on_grid(self.bias, input_scale, self.weight_fake_quant)
-        return self._conv_forward(input, self.weight_fake_quant(self.weight), bias)
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolve."""
+        return self._conv_forward(x, weight, bias)
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d) -> QuantizedConv2d:
@@ -110,11 +166,10 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
             layer.bias is not None,
             layer.padding_mode,
         )
-        quantizer = cast(Any, layer.qconfig).weight(channels=layer.out_channels)
-        return _take_weights(target, layer, quantizer)
+        return _take_weights(target, layer, cast(Any, layer.qconfig).weight(channels=layer.out_channels))
 
 
-class QuantizedLinear(_QuantizedWeight, nn.Linear):
+class QuantizedLinear(_QuantizedMultiplication, nn.Linear):
     """``nn.Linear`` with a per-channel fake-quantized weight.
 
     Args:
@@ -138,10 +193,9 @@ class QuantizedLinear(_QuantizedWeight, nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.weight_fake_quant = LowBitFakeQuantize(weight_bits, out_features, weight_rule, percentile)
 
-    def forward(self, input: Tensor, input_scale: Tensor | float | None = None) -> Tensor:
-        """Multiply on the grid; ``input_scale`` is the scale of the quantizer that made ``input``."""
-        bias = _bias_on_grid(self.bias, input_scale, self.weight_fake_quant)
-        return F.linear(input, self.weight_fake_quant(self.weight), bias)
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply with the transposed weight."""
+        return F.linear(x, weight, bias)
 
     @classmethod
     def from_float(cls, layer: nn.Linear) -> QuantizedLinear:
@@ -170,5 +224,76 @@ class QuantizedPReLU(nn.PReLU):
         return _take_weights(target, layer, target.weight_fake_quant)
 
 
+class QuantizedAdd(Add):
+    """Sum of two tensors on grids; in eval mode it rounds as onnxruntime's integer sum does."""
+
+    neighbours = Neighbours()
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Broadcasting sum."""
+        if self.training or len(self.neighbours.inputs) != 2 or not self.neighbours.rounding:
+            return left + right
+        a, b, c = (cast(Quantizer, q).tensors() for q in (*self.neighbours.inputs, self.neighbours.output))
+        with torch.no_grad():
+            integers = add_on_grids(
+                (left / a.scale).round_() + a.zero_point, (right / b.scale).round_() + b.zero_point, a, b, c
+            )
+            return (integers - c.zero_point) * c.scale
+
+    @classmethod
+    def from_float(cls, layer: Add) -> QuantizedAdd:
+        """The same sum, which will know its neighbours."""
+        return cls().train(layer.training)
+
+
 WeightedLayer = (QuantizedConv2d, QuantizedLinear)
 """Layers that multiply: what they read has the activation width."""
+
+_SHAPE_ONLY = (nn.Flatten, nn.MaxPool2d, nn.Identity)
+_CLAMPS = (nn.ReLU, nn.ReLU6)
+
+
+def layer_of(node: fx.Node) -> nn.Module | None:
+    """The layer that ``node`` calls, if it calls one."""
+    if node.op != "call_module" or node.graph.owning_module is None:
+        return None
+    return node.graph.owning_module.get_submodule(str(node.target))
+
+
+def is_quantizer(node: fx.Node) -> bool:
+    """Whether ``node`` rounds a value to a grid."""
+    return isinstance(layer_of(node), (ImageQuantize, LowBitFakeQuantize))
+
+
+def is_shape_only(node: fx.Node) -> bool:
+    """Whether ``node`` only moves or drops values, so that its result lies on the grid of its input."""
+    return isinstance(layer_of(node), _SHAPE_ONLY)
+
+
+def is_clamp(node: fx.Node) -> bool:
+    """Whether ``node`` is an activation function that the rounding behind it can apply."""
+    return isinstance(layer_of(node), _CLAMPS)
+
+
+def connect(student: fx.GraphModule) -> None:
+    """Tell every layer of ``student`` the quantizers at both its ends; after any change of the graph, do it again."""
+    for node in student.graph.nodes:
+        layer = layer_of(node)
+        if isinstance(layer, (_QuantizedMultiplication, QuantizedAdd)):
+            inputs = tuple(_quantizer_before(arg) for arg in node.args if isinstance(arg, fx.Node))
+            layer.neighbours = Neighbours(inputs, _quantizer_after(node))
+
+
+def _quantizer_before(node: fx.Node) -> Quantizer | None:
+    while is_shape_only(node):
+        node = cast(fx.Node, node.args[0])
+    return cast(Quantizer, layer_of(node)) if is_quantizer(node) else None
+
+
+def _quantizer_after(node: fx.Node) -> Quantizer | None:
+    users = list(node.users)
+    while len(users) == 1 and is_clamp(users[0]):
+        users = list(users[0].users)
+    if len(users) != 1 or not is_quantizer(users[0]):
+        return None
+    return cast(Quantizer, layer_of(users[0]))

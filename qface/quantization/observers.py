@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,12 @@ class Grid:
     @property
     def low(self) -> int:
         """Least integer."""
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def high(self) -> int:
         """Greatest integer."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
     def qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point (float32 and int32, like ``low``) that cover ``low`` .. ``high`` and hold zero exactly.
@@ -67,9 +68,7 @@ class Grid:
             scale = (high - low) / self.high
         # float32 has no smaller normal number, and a division by zero would spread NaN.
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
-        zero_point = (
-            torch.zeros_like(scale) if self.symmetric else (-low / scale).round().clamp(self.low, self.high)
-        )
+        zero_point = torch.zeros_like(scale) if self.symmetric else (-low / scale).round().clamp(self.low, self.high)
         return scale.float(), zero_point.int()
 
     def round_trip(self, rows: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class RangeObserver(ObserverBase):
         self.observe(values.reshape(len(values) if self.per_channel else 1, -1))
         return x
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32), one per row.
 
         Raises:

@@ -20,20 +20,17 @@ from __future__ import annotations
 
 import enum
 
-from torch import fx, nn
+from torch import fx
 
 from qface.models.layers import L2Normalise
 from qface.quantization.config import QuantizationConfig
-from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
-from qface.quantization.layers import WeightedLayer
+from qface.quantization.layers import WeightedLayer, is_quantizer, is_shape_only, layer_of
 
-__all__ = ["BIAS_BITS", "IMAGE_BITS", "OTHER_BITS", "Role", "activation_bits", "is_shape_only", "role_of"]
+__all__ = ["BIAS_BITS", "IMAGE_BITS", "OTHER_BITS", "Role", "activation_bits", "role_of"]
 
 IMAGE_BITS = 8
 OTHER_BITS = 8
 BIAS_BITS = 32
-
-_SHAPE_ONLY = (nn.Flatten, nn.MaxPool2d, nn.Identity)
 
 
 class Role(enum.Enum):
@@ -45,23 +42,11 @@ class Role(enum.Enum):
     EMBEDDING = "embedding"
 
 
-def layer_of(node: fx.Node) -> nn.Module | None:
-    """The layer that ``node`` calls, if it calls one."""
-    if node.op != "call_module" or node.graph.owning_module is None:
-        return None
-    return node.graph.owning_module.get_submodule(str(node.target))
-
-
-def is_shape_only(node: fx.Node) -> bool:
-    """Whether ``node`` only moves or drops values, so that its result lies on the grid of its input."""
-    return isinstance(layer_of(node), _SHAPE_ONLY)
-
-
 def _readers(node: fx.Node) -> list[fx.Node]:
     """Nodes that read the values of ``node``, looking through quantizers' and shape-only nodes."""
     found = []
     for user in node.users:
-        if is_shape_only(user) or isinstance(layer_of(user), (ImageQuantize, LowBitFakeQuantize)):
+        if is_shape_only(user) or is_quantizer(user):
             found.extend(_readers(user))
         else:
             found.append(user)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,16 +18,26 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 from qface.errors import ConfigError
-from qface.models.graph_data import register_layer
-from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
+from qface.models.graph_data import on_rebuild, register_layer
+from qface.models.layers import Add, ChannelAffine, Concat, Multiply
 from qface.models.provenance import carry, record_step
 from qface.models.tracing import LEAF_LAYERS, example_input
 from qface.preprocessing import Preprocessing, preprocessing_of
 from qface.quantization.canonical import canonicalise
 from qface.quantization.config import QuantizationConfig, as_config
 from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
-from qface.quantization.layers import QuantizedConv2d, QuantizedLinear, QuantizedPReLU, WeightedLayer
-from qface.quantization.placement import OTHER_BITS, activation_bits, is_shape_only, layer_of
+from qface.quantization.layers import (
+    QuantizedAdd,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedPReLU,
+    WeightedLayer,
+    connect,
+    is_clamp,
+    is_shape_only,
+    layer_of,
+)
+from qface.quantization.placement import OTHER_BITS, activation_bits
 
 __all__ = ["is_quantized", "quantize"]
 
@@ -41,18 +52,22 @@ _CONV = (
     "bias",
     "padding_mode",
 )
+on_rebuild(connect)
 register_layer(QuantizedConv2d, (*_CONV, "weight_bits", "weight_rule", "percentile"))
-register_layer(
-    QuantizedLinear, ("in_features", "out_features", "bias", "weight_bits", "weight_rule", "percentile")
-)
+register_layer(QuantizedLinear, ("in_features", "out_features", "bias", "weight_bits", "weight_rule", "percentile"))
 register_layer(QuantizedPReLU, ("num_parameters",))
+register_layer(QuantizedAdd, ())
 register_layer(LowBitFakeQuantize, ("bits", "channels", "rule", "percentile"))
 register_layer(ImageQuantize, ("scale", "zero_point", "offset"))
 
 _INTEGERS = DTypeConfig(
     input_dtype=torch.quint8, output_dtype=torch.quint8, weight_dtype=torch.qint8, bias_dtype=torch.float
 )
-_SWAPPED = {nn.Conv2d: QuantizedConv2d, nn.Linear: QuantizedLinear, nn.PReLU: QuantizedPReLU}
+_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: QuantizedConv2d,
+    nn.Linear: QuantizedLinear,
+    nn.PReLU: QuantizedPReLU,
+}
 _OBSERVED = (
     *_SWAPPED,
     *_SWAPPED.values(),  # torch.ao swaps first and matches afterwards
@@ -65,20 +80,19 @@ _OBSERVED = (
     nn.Sigmoid,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
-    Add,
+    QuantizedAdd,
     Multiply,
     Concat,
     ChannelAffine,
 )
 _SHARED = (nn.Flatten, nn.MaxPool2d)
-_CLAMPS = (nn.ReLU, nn.ReLU6)
 
 
 def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphModule:
     """A student of ``model`` that computes in low precision; ``model`` is untouched.
 
-    The student is what torch.ao's ``prepare_qat_fx`` returns: an FX graph with fake-quant modules, BatchNorm folded. Next
-    comes :func:`qface.calibrate`, which sets its ranges.
+    The student is what torch.ao's ``prepare_qat_fx`` returns: an FX graph with fake-quant modules, BatchNorm folded.
+    Next comes :func:`qface.calibrate`, which sets its ranges.
 
     Args:
         model: any network from images [N, 3, H, W] to embeddings [N, D] that torch.fx can trace.
@@ -95,22 +109,31 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
         raise ConfigError("this network is quantized already; quantize the float network it came from")
     floating = canonicalise(model)
     _check_overrides(floating, config)
+    _swap_sums(floating)
     student = prepare_qat_fx(
         floating,
         _qconfig_mapping(floating, config),
         (example_input(model),),
-        prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_classes(list(LEAF_LAYERS)),
+        prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_classes([*LEAF_LAYERS, QuantizedAdd]),
         backend_config=_backend_config(),
     )
     _place_quantizers(student, config, preprocessing_of(model))
-    _connect_input_scales(student)
     student.recompile()
+    connect(student)
     return record_step(carry(model, student), "quantize", config.to_dict())
 
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether ``model`` holds fake-quant modules."""
     return any(isinstance(module, LowBitFakeQuantize) for module in model.modules())
+
+
+def _swap_sums(model: fx.GraphModule) -> None:
+    """Swap what torch.ao does not: layers that are not traced get no qconfig, and without one it leaves them alone."""
+    for node in model.graph.nodes:
+        layer = layer_of(node)
+        if isinstance(layer, Add):
+            model.add_submodule(str(node.target), QuantizedAdd.from_float(layer))
 
 
 def _check_overrides(model: fx.GraphModule, config: QuantizationConfig) -> None:
@@ -130,9 +153,7 @@ def _backend_config() -> BackendConfig:
     backend = BackendConfig("qface")
     for layers, observation in ((_OBSERVED, different), (_SHARED, shared)):
         for layer in layers:
-            pattern = (
-                BackendPatternConfig(layer).set_observation_type(observation).add_dtype_config(_INTEGERS)
-            )
+            pattern = BackendPatternConfig(layer).set_observation_type(observation).add_dtype_config(_INTEGERS)
             if layer in _SWAPPED:
                 pattern.set_root_module(layer).set_qat_module(_SWAPPED[layer])
             backend.set_backend_pattern_config(pattern)
@@ -142,29 +163,28 @@ def _backend_config() -> BackendConfig:
 def _qconfig_mapping(model: fx.GraphModule, config: QuantizationConfig) -> QConfigMapping:
     """8 bits behind every layer for now, and each weight's own width."""
     activation = _activation_quantizer(OTHER_BITS, config)
-    mapping = QConfigMapping().set_global(QConfig(activation, _weight_quantizer(config.weight_bits, config)))
+    mapping = QConfigMapping().set_global(_qconfig(activation, _weight_quantizer(config.weight_bits, config)))
     for name in config.overrides:
-        mapping.set_module_name(
-            name, QConfig(activation, _weight_quantizer(config.weight_bits_of(name), config))
-        )
+        mapping.set_module_name(name, _qconfig(activation, _weight_quantizer(config.weight_bits_of(name), config)))
     return mapping
 
 
+def _qconfig(activation: Any, weight: Any) -> Any:
+    return QConfig(activation, weight)  # type: ignore[no-untyped-call]
+
+
 def _activation_quantizer(bits: int, config: QuantizationConfig) -> Any:
-    return LowBitFakeQuantize.with_args(bits=bits, rule=config.activation_range, percentile=config.percentile)
+    return partial(LowBitFakeQuantize, bits=bits, rule=config.activation_range, percentile=config.percentile)
 
 
 def _weight_quantizer(bits: int, config: QuantizationConfig) -> Any:
     # torch.ao builds one without arguments to look at its dtype; the layer that is swapped in gives its channels.
-    return LowBitFakeQuantize.with_args(
-        bits=bits, channels=1, rule=config.weight_range, percentile=config.percentile
-    )
+    return partial(LowBitFakeQuantize, bits=bits, channels=1, rule=config.weight_range, percentile=config.percentile)
 
 
-def _place_quantizers(
-    student: fx.GraphModule, config: QuantizationConfig, preprocessing: Preprocessing
-) -> None:
+def _place_quantizers(student: fx.GraphModule, config: QuantizationConfig, preprocessing: Preprocessing) -> None:
     """Give each activation quantizer the width of the placement table, and drop those that carry no information."""
+    image_quantizer = _image_quantizer(preprocessing)
     for node in list(student.graph.nodes):
         if not isinstance(layer_of(node), LowBitFakeQuantize):
             continue
@@ -174,8 +194,8 @@ def _place_quantizers(
             node.replace_all_uses_with(producer)
             student.graph.erase_node(node)
             student.delete_submodule(str(node.target))
-        elif producer.op == "placeholder" and _image_quantizer(preprocessing) is not None:
-            student.add_submodule(str(node.target), _image_quantizer(preprocessing))
+        elif producer.op == "placeholder" and image_quantizer is not None:
+            student.add_submodule(str(node.target), image_quantizer)
         elif bits != OTHER_BITS:
             student.add_submodule(str(node.target), _activation_quantizer(bits, config)())
 
@@ -185,7 +205,7 @@ def _feeds_only_a_clamp(quantizer: fx.Node) -> bool:
     producer = cast(fx.Node, quantizer.args[0])
     if not isinstance(layer_of(producer), WeightedLayer):
         return False
-    return all(isinstance(layer_of(user), _CLAMPS) for user in quantizer.users)
+    return all(is_clamp(user) for user in quantizer.users)
 
 
 def _image_quantizer(preprocessing: Preprocessing) -> ImageQuantize | None:
@@ -195,27 +215,3 @@ def _image_quantizer(preprocessing: Preprocessing) -> ImageQuantize | None:
     mean, std = preprocessing.mean[0], preprocessing.std[0]
     zero_point = round(mean)
     return ImageQuantize(scale=1 / std, zero_point=zero_point, offset=(zero_point - mean) / std)
-
-
-def _connect_input_scales(student: fx.GraphModule) -> None:
-    """Hand every convolution and linear layer the scale of what it reads, as an edge of the graph."""
-    for node in list(student.graph.nodes):
-        if not isinstance(layer_of(node), WeightedLayer):
-            continue
-        quantizer = _quantizer_behind(cast(fx.Node, node.args[0]))
-        if quantizer is None:
-            continue
-        layer = layer_of(quantizer)
-        if isinstance(layer, ImageQuantize):
-            node.args = (node.args[0], layer.scale)
-        else:
-            with student.graph.inserting_before(node):
-                scale = student.graph.get_attr(f"{quantizer.target}.scale")
-            node.args = (node.args[0], scale)
-
-
-def _quantizer_behind(node: fx.Node) -> fx.Node | None:
-    """The quantizer that made ``node``, looking through shape-only nodes."""
-    while is_shape_only(node):
-        node = cast(fx.Node, node.args[0])
-    return node if isinstance(layer_of(node), (ImageQuantize, LowBitFakeQuantize)) else None

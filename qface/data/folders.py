@@ -1,0 +1,168 @@
+"""Folders of aligned face crops, one subfolder a person or flat."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qface.data.images import IndexedImages
+from qface.data.people import select_people
+from qface.errors import ImagesError
+from qface.preprocessing import CROP_SIZE
+
+__all__ = ["EXTENSIONS", "ImageFolder"]
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+"""File name endings that count as images, in lower case; letter case does not matter."""
+
+# What Pillow raises for a damaged file depends on the format and on where the damage lies.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+ResultT = TypeVar("ResultT")
+
+
+class ImageFolder(IndexedImages):
+    """A folder of 112x112 crops: ``root/<Person>/*`` with labels, or ``root/*`` without.
+
+    Files that begin with a dot or do not end in :data:`EXTENSIONS` are no images. Every header is checked
+    here, so that a wrong folder fails at once; damage further inside a file shows when it is read.
+
+    Args:
+        root: the folder.
+        people: which identities to keep; see :func:`qface.data.people.select_people`.
+
+    Attributes:
+        root: the folder.
+        paths: the images, sorted by person, then by file name.
+        labels: int64 [len(paths)], an index into ``names``; None for a flat folder.
+        names: the identities kept, sorted; empty for a flat folder.
+        all_names: the identities on disk, kept or not, sorted.
+
+    Raises:
+        ImagesError: the folder is missing, empty or mixes both layouts, ``people`` does not fit it, or images
+            cannot be read or are not 112x112.
+    """
+
+    def __init__(self, root: str | Path, people: str | Path | None = None) -> None:
+        self.root = Path(root)
+        loose, persons = _scan(self.root)
+        if people is not None and not persons:
+            raise ImagesError(f"people cannot be selected from {self.root}: it is flat, so its images carry no names")
+        self.all_names = sorted(persons)
+        self.names = select_people(self.all_names, people) if persons else []
+        self.paths = loose or [path for name in self.names for path in persons[name]]
+        self.labels = _labels([len(persons[name]) for name in self.names]) if persons else None
+        self._check_headers()
+
+    @property
+    def identities(self) -> int:
+        """How many people are kept; 0 for a flat folder."""
+        return len(self.names)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Decode the images at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
+
+        Raises:
+            ImagesError: one of them is damaged; the message counts the damaged images of the whole folder.
+        """
+        pixels = np.empty((len(indices), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
+        for position, index in enumerate(indices):
+            try:
+                pixels[position] = _decode(self.paths[index])
+            except _UNREADABLE as error:
+                damaged = [path for path in self.paths if _attempt(_decode, path) is None]
+                raise ImagesError(self._unreadable(damaged or [self.paths[index]])) from error
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def _check_headers(self) -> None:
+        sizes = [(path, _attempt(_size, path)) for path in self.paths]
+        unreadable = [path for path, size in sizes if size is None]
+        misfits = [(path, size) for path, size in sizes if size is not None and size != (CROP_SIZE, CROP_SIZE)]
+        complaints = []
+        if unreadable:
+            complaints.append(self._unreadable(unreadable))
+        if misfits:
+            path, (width, height) = misfits[0]
+            complaints.append(
+                f"{len(misfits)} of {len(self)} images in {self.root} are not {CROP_SIZE}x{CROP_SIZE} "
+                f"(first: {self._relative(path)} is {width}x{height}): align and crop them first"
+            )
+        if complaints:
+            raise ImagesError("; ".join(complaints))
+
+    def _unreadable(self, paths: Sequence[Path]) -> str:
+        return (
+            f"{len(paths)} of {len(self)} files in {self.root} cannot be read as images "
+            f"(first: {self._relative(paths[0])}): remove or repair them"
+        )
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+def _scan(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The loose images of ``root`` and, by name, those of its subfolders; one of the two is empty."""
+    if not root.is_dir():
+        raise ImagesError(f"{root} is no folder: pass a folder of {CROP_SIZE}x{CROP_SIZE} face crops")
+    with os.scandir(root) as entries:
+        folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    loose = _images_in(root)
+    persons = {name: images for name in folders if (images := _images_in(root / name))}
+    if loose and persons:
+        raise ImagesError(
+            f"{root} holds {len(loose)} loose images beside {len(persons)} folders of people "
+            f"(first: {loose[0].name}): keep one layout"
+        )
+    if not loose and not persons:
+        raise ImagesError(
+            f"{root} holds no images: expected <Person>/<image> or <image>, ending in {', '.join(sorted(EXTENSIONS))}"
+        )
+    return loose, persons
+
+
+def _images_in(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return sorted(folder / entry.name for entry in entries if _is_image(entry))
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    ending = os.path.splitext(entry.name)[1].lower()
+    return ending in EXTENSIONS and not entry.name.startswith(".") and entry.is_file()
+
+
+def _labels(counts: Sequence[int]) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+
+
+def _attempt(reader: Callable[[Path], ResultT], path: Path) -> ResultT | None:
+    try:
+        return reader(path)
+    except _UNREADABLE:
+        return None
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, from the header alone."""
+    with Image.open(path) as image:
+        # Pillow clips 16-bit and float pixels when it converts them to bytes: white images, without a word.
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"{path} has more than 8 bits a channel")
+        width, height = image.size
+        return width, height
+
+
+def _decode(path: Path) -> npt.NDArray[np.uint8]:
+    """Pixels as uint8 [height, width, 3] in RGB."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.uint8)

@@ -1,0 +1,8 @@
+"""From a student to a file that a stock runtime computes with integers: lowering, ONNX, and running it."""
+
+from qface.deployment.export import export
+from qface.deployment.graph import IntegerGraph
+from qface.deployment.lowering import lower
+from qface.deployment.runtime import OnnxEmbedder
+
+__all__ = ["IntegerGraph", "OnnxEmbedder", "export", "lower"]

@@ -1,0 +1,285 @@
+"""Lowering: from the prepared student, an FX graph with fake-quant modules, to the :class:`IntegerGraph`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from qface.deployment import graph as ir
+from qface.errors import ConfigError, ExportError, UnsupportedLayerError
+from qface.models import layers
+from qface.models.tracing import example_input
+from qface.preprocessing import preprocessing_of
+from qface.quantization import (
+    ImageQuantize,
+    LowBitFakeQuantize,
+    QuantizedAdd,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedPReLU,
+    is_quantized,
+)
+
+__all__ = ["lower"]
+
+_CLAMPS: dict[type[nn.Module], tuple[float, float | None]] = {nn.ReLU: (0.0, None), nn.ReLU6: (0.0, 6.0)}
+
+
+def lower(student: fx.GraphModule) -> ir.IntegerGraph:
+    """The integer graph of a calibrated ``student``.
+
+    Raises:
+        ConfigError: the student is not quantized, or not calibrated.
+        UnsupportedLayerError: a node has no integer form; it is named.
+    """
+    if not is_quantized(student):
+        raise ConfigError("this network is not quantized; pass what qface.quantize and qface.calibrate returned")
+    return _Lowering(student).run()
+
+
+class _Lowering:
+    """One walk over the nodes; ``values`` maps each node to the value it makes."""
+
+    def __init__(self, student: fx.GraphModule) -> None:
+        self.student = student
+        self.values: dict[fx.Node, ir.Value] = {}
+        self.operations: list[ir.Operation] = []
+        self._absorbed: set[fx.Node] = set()
+
+    def run(self) -> ir.IntegerGraph:
+        images = embedding = None
+        for node in self.student.graph.nodes:
+            if node.op == "placeholder":
+                if images is not None:
+                    raise ExportError(f"the network has a second input, {node.name!r}; it must read images only")
+                images = self.values[node] = ir.Value("images")
+            elif node.op == "output":
+                embedding = self._embedding(node)
+            elif node not in self._absorbed:
+                self._lower(node)
+        assert images is not None and embedding is not None
+        return ir.IntegerGraph(
+            images, tuple(self.operations), embedding, preprocessing_of(self.student), self._dimensions()
+        )
+
+    def _embedding(self, node: fx.Node) -> ir.Value:
+        result = node.args[0]
+        if not isinstance(result, fx.Node):
+            raise ExportError("the network returns more than one tensor; it must return the embeddings only")
+        return self._value(result)
+
+    def _dimensions(self) -> int:
+        training = self.student.training
+        with torch.no_grad():
+            shape = self.student.eval()(example_input(self.student, 1)).shape
+        self.student.train(training)
+        if len(shape) != 2:
+            raise ExportError(f"the network returns a tensor {list(shape)}; embeddings are [N, dimensions]")
+        return int(shape[1])
+
+    def _lower(self, node: fx.Node) -> None:
+        layer = self._layer(node)
+        if isinstance(layer, (ImageQuantize, LowBitFakeQuantize)):
+            self._lower_quantizer(node, layer)
+            return
+        rule = _RULES.get(type(layer)) if layer is not None else None
+        if rule is None:
+            what = type(layer).__name__ if layer is not None else getattr(node.target, "__name__", node.target)
+            raise UnsupportedLayerError(
+                f"node {node.name!r} ({what}) has no integer form that qface can export; replace it by a standard layer"
+            )
+        self.operations.append(rule(self, node, layer))
+
+    def _lower_quantizer(self, node: fx.Node, layer: ImageQuantize | LowBitFakeQuantize) -> None:
+        """A quantizer is the grid of the value before it; only behind the image is it an operation of its own."""
+        source = cast(fx.Node, node.args[0])
+        if source.op != "placeholder":
+            self.values[node] = self.values[source]
+            return
+        value = self.values[node] = ir.Value(node.name, _grid(layer, node))
+        offset = layer.offset if isinstance(layer, ImageQuantize) else 0.0
+        self.operations.append(ir.QuantizeImage(node.name, (self.values[source],), value, offset))
+
+    def _layer(self, node: fx.Node) -> nn.Module | None:
+        return self.student.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _value(self, argument: Any) -> ir.Value:
+        return self.values[argument]
+
+    def _inputs(self, node: fx.Node) -> tuple[ir.Value, ...]:
+        return tuple(self._value(argument) for argument in node.args if isinstance(argument, fx.Node))
+
+    def _output(self, node: fx.Node, last: fx.Node | None = None) -> ir.Value:
+        """The value of ``node``, on the grid of the quantizer that follows it (or that follows ``last``)."""
+        last = last or node
+        users = [user for user in last.users if isinstance(self._layer(user), LowBitFakeQuantize)]
+        if users and len(users) != len(last.users):
+            raise ExportError(f"the value of {last.name!r} is used both rounded and unrounded, which no runtime can do")
+        grid = _grid(cast(LowBitFakeQuantize, self._layer(users[0])), users[0]) if users else None
+        value = ir.Value(node.name, grid)
+        self.values[node] = self.values[last] = value
+        return value
+
+    def _on_grid_of_input(self, node: fx.Node) -> ir.Value:
+        value = self.values[node] = ir.Value(node.name, self._value(node.args[0]).grid)
+        return value
+
+    # ---- one rule per layer
+
+    def convolution(self, node: fx.Node, layer: QuantizedConv2d) -> ir.Operation:
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise UnsupportedLayerError(
+                f"layer {node.target!r} pads with {layer.padding_mode!r}, {layer.padding!r}; "
+                "only zero padding given in pixels can be exported"
+            )
+        return ir.Convolution(
+            **self._multiplication(node, layer),
+            stride=_pair(layer.stride),
+            padding=_pair(layer.padding),
+            dilation=_pair(layer.dilation),
+            groups=layer.groups,
+        )
+
+    def linear(self, node: fx.Node, layer: QuantizedLinear) -> ir.Operation:
+        return ir.Linear(**self._multiplication(node, layer))
+
+    def _multiplication(self, node: fx.Node, layer: QuantizedConv2d | QuantizedLinear) -> dict[str, Any]:
+        source = self._value(node.args[0])
+        if source.grid is None:
+            raise ExportError(f"layer {node.target!r} reads a float tensor, so it cannot run on integers")
+        quantizer = layer.weight_fake_quant
+        weight = ir.Weight(
+            quantizer.integers(layer.weight).to(torch.int8).cpu().numpy(), _float32(quantizer.scale), quantizer.bits
+        )
+        integers = layer.bias_integers()
+        bias = None if integers is None else integers.to(torch.int32).cpu().numpy()
+        clamp = self._clamp_behind(node)
+        return {
+            "name": str(node.target),
+            "inputs": (source,),
+            "output": self._output(node, clamp),
+            "weight": weight,
+            "bias": bias,
+            "clamp": None if clamp is None else _CLAMPS[type(cast(nn.Module, self._layer(clamp)))],
+        }
+
+    def _clamp_behind(self, node: fx.Node) -> fx.Node | None:
+        """The ReLU that directly follows and alone reads ``node``: it becomes part of the convolution."""
+        users = list(node.users)
+        if len(users) == 1 and isinstance(self._layer(users[0]), tuple(_CLAMPS)):
+            self._absorbed.add(users[0])
+            return users[0]
+        return None
+
+    def prelu(self, node: fx.Node, layer: QuantizedPReLU) -> ir.Operation:
+        quantizer = layer.weight_fake_quant
+        slopes = quantizer.integers(layer.weight.unsqueeze(0)).squeeze(0).to(torch.int8).cpu().numpy()
+        scale = float(quantizer.scale.detach())
+        return ir.PRelu(str(node.target), self._inputs(node), self._output(node), slopes, scale)
+
+    def affine(self, node: fx.Node, layer: layers.ChannelAffine) -> ir.Operation:
+        output = self._output(node)
+        return ir.Affine(str(node.target), self._inputs(node), output, _float32(layer.weight), _float32(layer.bias))
+
+    def leaky_relu(self, node: fx.Node, layer: nn.LeakyReLU) -> ir.Operation:
+        return self._activation(node, "LeakyRelu", {"alpha": layer.negative_slope})
+
+    def _activation(self, node: fx.Node, function: str, attributes: dict[str, float]) -> ir.Operation:
+        return ir.Activation(str(node.target), self._inputs(node), self._output(node), function, attributes)
+
+    def concat(self, node: fx.Node, layer: layers.Concat) -> ir.Operation:
+        return ir.Concat(str(node.target), self._inputs(node), self._output(node), layer.dim)
+
+    def global_average(self, node: fx.Node, layer: nn.AdaptiveAvgPool2d) -> ir.Operation:
+        if layer.output_size not in (1, (1, 1), [1, 1]):
+            raise UnsupportedLayerError(
+                f"layer {node.target!r} pools to {layer.output_size}; only a global average (1, 1) can be exported"
+            )
+        return ir.GlobalAveragePool(str(node.target), self._inputs(node), self._output(node))
+
+    def average_pool(self, node: fx.Node, layer: nn.AvgPool2d) -> ir.Operation:
+        return ir.AveragePool(
+            str(node.target),
+            self._inputs(node),
+            self._output(node),
+            _pair(layer.kernel_size),
+            _pair(layer.stride),
+            _pair(layer.padding),
+            layer.ceil_mode,
+            layer.count_include_pad,
+        )
+
+    def max_pool(self, node: fx.Node, layer: nn.MaxPool2d) -> ir.Operation:
+        return ir.MaxPool(
+            str(node.target),
+            self._inputs(node),
+            self._on_grid_of_input(node),
+            _pair(layer.kernel_size),
+            _pair(layer.stride),
+            _pair(layer.padding),
+            _pair(layer.dilation),
+            layer.ceil_mode,
+        )
+
+    def flatten(self, node: fx.Node, layer: nn.Flatten) -> ir.Operation:
+        if layer.start_dim != 1 or layer.end_dim != -1:
+            raise UnsupportedLayerError(
+                f"layer {node.target!r} flattens only some dimensions, which cannot be exported"
+            )
+        return ir.Flatten(str(node.target), self._inputs(node), self._on_grid_of_input(node))
+
+
+def _plain(kind: type[ir.Operation]) -> Callable[[_Lowering, fx.Node, Any], ir.Operation]:
+    """An operation that needs its inputs and output only."""
+    return lambda lowering, node, layer: kind(str(node.target), lowering._inputs(node), lowering._output(node))
+
+
+def _activation(function: str, **attributes: float) -> Callable[[_Lowering, fx.Node, Any], ir.Operation]:
+    return lambda lowering, node, layer: lowering._activation(node, function, attributes)
+
+
+_RULES: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.Operation]] = {
+    QuantizedConv2d: _Lowering.convolution,
+    QuantizedLinear: _Lowering.linear,
+    QuantizedPReLU: _Lowering.prelu,
+    nn.ReLU: _activation("Relu"),
+    nn.ReLU6: _activation("Relu6"),
+    nn.LeakyReLU: _Lowering.leaky_relu,
+    nn.Hardswish: _activation("HardSwish"),
+    nn.Hardsigmoid: _activation("HardSigmoid", alpha=1 / 6, beta=0.5),
+    nn.Sigmoid: _activation("Sigmoid"),
+    nn.SiLU: _activation("Silu"),
+    nn.AvgPool2d: _Lowering.average_pool,
+    nn.AdaptiveAvgPool2d: _Lowering.global_average,
+    nn.MaxPool2d: _Lowering.max_pool,
+    nn.Flatten: _Lowering.flatten,
+    QuantizedAdd: _plain(ir.Add),
+    layers.Multiply: _plain(ir.Multiply),
+    layers.Concat: _Lowering.concat,
+    layers.ChannelAffine: _Lowering.affine,
+    layers.L2Normalise: _plain(ir.L2Normalise),
+}
+
+
+def _grid(layer: ImageQuantize | LowBitFakeQuantize, node: fx.Node) -> ir.Grid:
+    if isinstance(layer, LowBitFakeQuantize) and not layer.calibrated.item():
+        raise ConfigError(f"the range of {node.name!r} was never set; call qface.calibrate(student, images) first")
+    scale, zero_point = (
+        (layer.scale, layer.zero_point)
+        if isinstance(layer, ImageQuantize)
+        else (float(layer.scale.detach()), int(layer.zero_point))
+    )
+    return ir.Grid(layer.bits, float(np.float32(scale)), zero_point)
+
+
+def _float32(tensor: Tensor) -> ir.Float32:
+    return tensor.detach().float().cpu().numpy()
+
+
+def _pair(value: Any) -> ir.Pair:
+    first, second = (value, value) if isinstance(value, int) else value
+    return int(first), int(second)

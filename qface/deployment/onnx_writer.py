@@ -1,0 +1,254 @@
+"""Writes an :class:`IntegerGraph` as an ONNX model in the QDQ form that onnxruntime turns into integer kernels."""
+
+from __future__ import annotations
+
+from functools import singledispatchmethod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from qface.deployment import graph as ir
+
+__all__ = ["IR_VERSION", "OPSET", "to_onnx"]
+
+OPSET = 18
+IR_VERSION = 9  # onnx's own default is newer than what some runtimes read
+
+
+def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str]) -> onnx.ModelProto:
+    """The QDQ model of ``graph``: input ``images`` [batch, 3, height, width], output ``embedding`` [batch, D], float32.
+
+    Weights are int8 whatever their width, activations uint8 and clipped to their width.
+
+    Args:
+        graph: what :func:`qface.deployment.lowering.lower` returned.
+        metadata: written into the model beside the preprocessing.
+    """
+    writer = _Writer()
+    for operation in graph.operations:
+        writer.write(operation)
+    height, width = graph.preprocessing.size
+    body = helper.make_graph(
+        [*writer.nodes, helper.make_node("Identity", [writer.float_name(graph.embedding)], ["embedding"])],
+        "qface",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, height, width])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", graph.dimensions])],
+        writer.initializers,
+    )
+    model = helper.make_model(
+        body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="qface"
+    )
+    helper.set_model_props(model, {"preprocessing": graph.preprocessing.to_json(), **metadata})
+    return model
+
+
+class _Writer:
+    """Collects nodes and initializers. A value on a grid has its integers under its own name, its floats under
+    ``<name>_dequantized``.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self._known: set[str] = set()
+
+    @singledispatchmethod
+    def write(self, operation: ir.Operation) -> None:
+        """Append the nodes of one operation."""
+        raise NotImplementedError(type(operation).__name__)
+
+    # ---- values
+
+    def float_name(self, value: ir.Value) -> str:
+        """Name of the floats of ``value``, dequantized once where it lies on a grid."""
+        if value.grid is None:
+            return value.name
+        name = f"{value.name}_dequantized"
+        if name not in self._known:
+            self._known.add(name)
+            self._node("DequantizeLinear", [value.name, *self._qparams(value)], name)
+        return name
+
+    def _finish(self, value: ir.Value, floats: str) -> None:
+        """Make ``value`` of ``floats``: rounded to its grid, or under another name."""
+        if value.grid is None:
+            self._node("Identity", [floats], value.name)
+            return
+        if value.grid.bits == 8:
+            self._node("QuantizeLinear", [floats, *self._qparams(value)], value.name)
+            return
+        rounded = f"{value.name}_rounded"
+        self._node("QuantizeLinear", [floats, *self._qparams(value)], rounded)
+        limits = [self._constant(f"level_{level}", np.uint8(level)) for level in (0, 2**value.grid.bits - 1)]
+        self._node("Clip", [rounded, *limits], value.name)
+
+    def _qparams(self, value: ir.Value) -> tuple[str, str]:
+        assert value.grid is not None
+        scale = self._constant(f"{value.name}_scale", np.float32(value.grid.scale))
+        return scale, self._constant(f"{value.name}_zero_point", np.uint8(value.grid.zero_point))
+
+    def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def _constant(self, name: str, value: npt.ArrayLike) -> str:
+        if name not in self._known:
+            self._known.add(name)
+            self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def _floats(self, operation: ir.Operation) -> list[str]:
+        return [self.float_name(value) for value in operation.inputs]
+
+    def _elementwise(self, operation: ir.Operation, kind: str, **attributes: Any) -> None:
+        floats = self._node(kind, self._floats(operation), f"{operation.output.name}_float", **attributes)
+        self._finish(operation.output, floats)
+
+    # ---- operations
+
+    @write.register
+    def _(self, operation: ir.QuantizeImage) -> None:
+        (images,) = operation.inputs
+        floats = images.name
+        if operation.offset:
+            offset = self._constant("image_offset", np.float32(operation.offset))
+            floats = self._node("Sub", [floats, offset], f"{operation.output.name}_shifted")
+        self._finish(operation.output, floats)
+
+    @write.register
+    def _(self, operation: ir.Convolution) -> None:
+        inputs = self._multiplication_inputs(operation)
+        top, left = operation.padding
+        product = self._node(
+            "Conv",
+            inputs,
+            f"{operation.output.name}_float",
+            kernel_shape=operation.weight.integers.shape[2:],
+            strides=operation.stride,
+            pads=[top, left, top, left],
+            dilations=operation.dilation,
+            group=operation.groups,
+        )
+        self._finish(operation.output, self._clamped(operation, product))
+
+    @write.register
+    def _(self, operation: ir.Linear) -> None:
+        inputs = self._multiplication_inputs(operation)
+        product = self._node("Gemm", inputs, f"{operation.output.name}_float", transB=1)
+        self._finish(operation.output, self._clamped(operation, product))
+
+    def _multiplication_inputs(self, operation: ir.Convolution | ir.Linear) -> list[str]:
+        """Input, weight and bias, dequantized per output channel."""
+        (source,) = operation.inputs
+        assert source.grid is not None
+        weight = operation.weight
+        inputs = [self.float_name(source), self._per_channel(f"{operation.name}.weight", weight.integers, weight.scale)]
+        if operation.bias is not None:
+            # onnxruntime fuses to its integer kernel only where this is exactly input scale x weight scale.
+            scale = np.float32(source.grid.scale) * weight.scale
+            inputs.append(self._per_channel(f"{operation.name}.bias", operation.bias, scale))
+        return inputs
+
+    def _per_channel(self, name: str, integers: npt.NDArray[Any], scale: ir.Float32) -> str:
+        zero_points = np.zeros(len(scale), integers.dtype)
+        names = [
+            self._constant(name, integers),
+            self._constant(f"{name}_scale", scale),
+            self._constant(f"{name}_zero_point", zero_points),
+        ]
+        return self._node("DequantizeLinear", names, f"{name}_dequantized", axis=0)
+
+    def _clamped(self, operation: ir.Convolution | ir.Linear, floats: str) -> str:
+        if operation.clamp is None:
+            return floats
+        low, high = operation.clamp
+        if high is None:
+            return self._node("Relu", [floats], f"{operation.output.name}_relu")
+        return self._clip(floats, low, high, f"{operation.output.name}_relu")
+
+    def _clip(self, floats: str, low: float, high: float, name: str) -> str:
+        limits = [self._constant(f"limit_{limit:g}", np.float32(limit)) for limit in (low, high)]
+        return self._node("Clip", [floats, *limits], name)
+
+    @write.register
+    def _(self, operation: ir.PRelu) -> None:
+        """PReLU is the greater of x and a x where every slope a <= 1, and onnxruntime's own kernel for it is slow."""
+        (floats,) = self._floats(operation)
+        slopes = (operation.slopes.astype(np.float32) * np.float32(operation.slope_scale)).reshape(-1, 1, 1)
+        slope = self._constant(f"{operation.name}.slope", slopes)
+        name = f"{operation.output.name}_float"
+        if slopes.max() > 1:
+            self._finish(operation.output, self._node("PRelu", [floats, slope], name))
+            return
+        scaled = self._node("Mul", [floats, slope], f"{operation.output.name}_scaled")
+        self._finish(operation.output, self._node("Max", [floats, scaled], name))
+
+    @write.register
+    def _(self, operation: ir.Activation) -> None:
+        (floats,) = self._floats(operation)
+        name = f"{operation.output.name}_float"
+        if operation.function == "Relu6":
+            self._finish(operation.output, self._clip(floats, 0.0, 6.0, name))
+        elif operation.function == "Silu":
+            gate = self._node("Sigmoid", [floats], f"{operation.output.name}_gate")
+            self._finish(operation.output, self._node("Mul", [floats, gate], name))
+        else:
+            self._elementwise(operation, operation.function, **operation.attributes)
+
+    @write.register
+    def _(self, operation: ir.Affine) -> None:
+        (floats,) = self._floats(operation)
+        shape = (-1, 1, 1)
+        scale = self._constant(f"{operation.name}.scale", operation.scale.reshape(shape))
+        shift = self._constant(f"{operation.name}.shift", operation.shift.reshape(shape))
+        scaled = self._node("Mul", [floats, scale], f"{operation.output.name}_scaled")
+        self._finish(operation.output, self._node("Add", [scaled, shift], f"{operation.output.name}_float"))
+
+    @write.register
+    def _(self, operation: ir.Add) -> None:
+        self._elementwise(operation, "Add")
+
+    @write.register
+    def _(self, operation: ir.Multiply) -> None:
+        self._elementwise(operation, "Mul")
+
+    @write.register
+    def _(self, operation: ir.Concat) -> None:
+        self._elementwise(operation, "Concat", axis=operation.axis)
+
+    @write.register
+    def _(self, operation: ir.GlobalAveragePool) -> None:
+        self._elementwise(operation, "GlobalAveragePool")
+
+    @write.register
+    def _(self, operation: ir.AveragePool) -> None:
+        self._elementwise(
+            operation,
+            "AveragePool",
+            **_window(operation),
+            ceil_mode=int(operation.ceil_mode),
+            count_include_pad=int(operation.count_include_pad),
+        )
+
+    @write.register
+    def _(self, operation: ir.MaxPool) -> None:
+        (source,) = operation.inputs
+        attributes = {**_window(operation), "dilations": operation.dilation, "ceil_mode": int(operation.ceil_mode)}
+        self._node("MaxPool", [source.name], operation.output.name, **attributes)
+
+    @write.register
+    def _(self, operation: ir.Flatten) -> None:
+        (source,) = operation.inputs
+        self._node("Flatten", [source.name], operation.output.name, axis=1)
+
+    @write.register
+    def _(self, operation: ir.L2Normalise) -> None:
+        self._elementwise(operation, "LpNormalization", axis=1, p=2)
+
+
+def _window(operation: ir.AveragePool | ir.MaxPool) -> dict[str, Any]:
+    top, left = operation.padding
+    return {"kernel_shape": operation.kernel, "strides": operation.stride, "pads": [top, left, top, left]}

@@ -1,0 +1,182 @@
+"""Any model as a function from images to L2-normalised embeddings, without a lasting change to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from qface.data.images import ImageSource, IndexedImages, normalise
+from qface.deployment.runtime import OnnxEmbedder
+from qface.errors import ConfigError, ImagesError, QFaceError
+from qface.preprocessing import Preprocessing, preprocessing_of
+
+__all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed"]
+
+Embeddings = npt.NDArray[np.float32]
+"""float32 [images, dimensions] with rows of length 1."""
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A function from normalised images to embeddings that knows how its images are normalised."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the network wants to see."""
+
+    def __call__(self, batch: Tensor, /) -> Tensor:
+        """Embed float32 [N, 3, height, width] to [N, D]."""
+
+
+Model = nn.Module | str | Path | Embedder
+"""What users may pass as a model; :func:`as_embedder` turns each into an :class:`Embedder`."""
+
+
+class TorchEmbedder:
+    """A module in eval mode on its own device; modes and observers are put back after every call.
+
+    Args:
+        model: a float network, or a prepared one with fake quantization.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.preprocessing = preprocessing_of(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; the CPU for a module that has none."""
+        parameter = next(self.model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @property
+    def runtime(self) -> str:
+        """Framework and device in words, for reports."""
+        return f"torch {self.device}"
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Embed ``batch``, normalised float32 [N, 3, height, width], to [N, D] on the model's device."""
+        with _evaluating(self.model), torch.inference_mode():
+            output: Tensor = self.model(batch.to(self.device))
+        return output
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode with observers off: torch's observers update in eval mode too."""
+    modes = [(module, module.training) for module in model.modules()]
+    observing: list[Any] = [module for module in model.modules() if _is_observing(module)]
+    model.eval()
+    for module in observing:
+        module.enable_observer(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module in observing:
+            module.enable_observer(True)
+
+
+def _is_observing(module: Any) -> bool:
+    # By torch.ao's names, not its classes: only qface.quantization knows those.
+    return hasattr(module, "enable_observer") and bool(module.observer_enabled)
+
+
+def as_embedder(model: Model) -> Embedder:
+    """Turn a module, a file or an :class:`Embedder` into an :class:`Embedder`.
+
+    A path that ends in ``.onnx`` goes to onnxruntime, any other to :func:`qface.models.load`.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        ConfigError: ``model`` is something else.
+    """
+    if isinstance(model, nn.Module):
+        return TorchEmbedder(model)
+    if isinstance(model, (str, Path)):
+        return _from_file(model)
+    if isinstance(model, Embedder):
+        return model
+    raise ConfigError(f"a model is an nn.Module, a path or an Embedder, not {type(model).__name__}")
+
+
+def _from_file(path: str | Path) -> Embedder:
+    if Path(path).suffix.lower() == ".onnx":
+        return OnnxEmbedder(path)
+    from qface.models import load  # only here, so that ONNX files need no networks
+
+    return TorchEmbedder(load(path))
+
+
+def embed(
+    model: Model, source: ImageSource, batch_size: int = 64, flip: bool = False, progress: bool = False
+) -> Embeddings:
+    """Embed every image of ``source`` in order.
+
+    Args:
+        model: see :func:`as_embedder`.
+        source: crops, or floats that are already normalised for ``model``.
+        batch_size: images a forward pass.
+        flip: add the embedding of the mirrored image before normalising, as ArcFace does.
+        progress: show a bar on stderr while it runs.
+
+    Returns:
+        float32 [images, dimensions], L2-normalised rows.
+
+    Raises:
+        ImagesError: there are no images, or they cannot be read.
+        QFaceError: the model does not give one finite vector an image.
+    """
+    embedder = as_embedder(model)
+    batches = source.batches(batch_size)
+    if progress:
+        batches = _with_bar(batches, len(source) if isinstance(source, IndexedImages) else None)
+    rows = [_embed_batch(embedder, batch, flip) for batch in batches]
+    if not rows:
+        raise ImagesError("there are no images to embed: pass at least one")
+    return _unit_rows(np.concatenate(rows))
+
+
+def _embed_batch(embedder: Embedder, batch: Tensor, flip: bool) -> Embeddings:
+    views = (batch, batch.flip(-1)) if flip else (batch,)
+    embeddings = [_vectors(embedder(normalise(view, embedder.preprocessing)), len(batch)) for view in views]
+    return sum(embeddings[1:], start=embeddings[0])
+
+
+def _vectors(output: object, images: int) -> Embeddings:
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != images:
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise QFaceError(f"the model gives {found} for {images} images: pass one that gives [{images}, dimensions]")
+    return output.detach().to("cpu", torch.float32).numpy()
+
+
+def _unit_rows(embeddings: Embeddings) -> Embeddings:
+    # float64, so that large but finite values do not overflow when they are squared
+    lengths: npt.NDArray[np.float64] = np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
+    unusable = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(unusable):
+        raise QFaceError(
+            f"{len(unusable)} of {len(embeddings)} embeddings are not finite or are zero "
+            f"(first: image {unusable[0]}): check the model's weights and scales"
+        )
+    return (embeddings / lengths).astype(np.float32)
+
+
+def _with_bar(batches: Iterable[Tensor], total: int | None) -> Iterator[Tensor]:
+    """Pass ``batches`` through and count their images on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Embedding", total=total)
+        for batch in batches:
+            yield batch
+            bar.advance(task, len(batch))

@@ -1,0 +1,142 @@
+"""The verb ``evaluate``: verification figures of a model on a folder of labelled faces."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qface.data.folders import ImageFolder
+from qface.data.images import Images, ImageSource, IndexedImages, as_image_source
+from qface.data.pairs import ResolvedPairs, read_lfw_pairs, resolve_pairs
+from qface.errors import ImagesError, PairsError
+from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
+from qface.evaluation.verification import count_pairs, ten_fold_accuracy, tpr_at_fpr
+
+__all__ = ["EvaluationResult", "evaluate"]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What :func:`evaluate` measured; shares are fractions, 0..1.
+
+    Args:
+        accuracy: mean over the folds of the pair list; None without pairs.
+        accuracy_std: its standard deviation over the folds.
+        tpr_at_fpr: true-positive rate at each false-positive rate over all pairs of images; None where there
+            are too few impostor pairs to measure it.
+        thresholds: the cosine above which a pair is accepted, for the same rates.
+        images: images embedded.
+        identities: people among them.
+        pairs: pairs of the list that were used.
+        pairs_dropped: pairs of the list left out, because somebody in them is not selected.
+        genuine_pairs: pairs of images of one person, out of all pairs.
+        impostor_pairs: pairs of images of two people, out of all pairs.
+        runtime: what computed the embeddings, such as ``"torch cpu"``.
+        seconds: time to read and embed the images, the gallery's included.
+    """
+
+    accuracy: float | None
+    accuracy_std: float | None
+    tpr_at_fpr: dict[str, float | None]
+    thresholds: dict[str, float | None]
+    images: int
+    identities: int
+    pairs: int
+    pairs_dropped: int
+    genuine_pairs: int
+    impostor_pairs: int
+    runtime: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    model: Model,
+    images: Images,
+    pairs: str | Path | None = None,
+    people: str | Path | None = None,
+    gallery: Model | None = None,
+    flip: bool = False,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> EvaluationResult:
+    """Measure how well ``model`` verifies faces: over all pairs of images, and over a list of pairs.
+
+    Args:
+        model: a module, the path of a model file, or an Embedder. A module is left as it is.
+        images: a folder of 112x112 crops with one subfolder a person, or other labelled images.
+        pairs: a list of pairs in LFW's format; it needs a folder.
+        people: which identities of the folder to use; see :func:`qface.data.people.select_people`.
+        gallery: another model that embeds the same images as the gallery, while ``model`` embeds the probes;
+            of a listed pair, the first image is the probe.
+        flip: add the embedding of the mirrored image before normalising.
+        batch_size: images a forward pass.
+        progress: show a bar on stderr.
+
+    Raises:
+        ImagesError: the images cannot be read, carry no labels, or form no genuine or no impostor pairs.
+        PairsError: the list of pairs is malformed, or does not fit the folder.
+        CheckpointError: a model file cannot be read.
+        QFaceError: a model gives no finite embeddings, or the two models' do not compare.
+    """
+    source = _labelled(as_image_source(images, people))
+    labels = _labels(source)
+    genuine, impostors = count_pairs(labels, ordered=gallery is not None)
+    listed = None if pairs is None else _resolve(pairs, source)
+    prober = as_embedder(model)
+
+    start = time.perf_counter()
+    probes = embed(prober, source, batch_size, flip, progress)
+    mates = None if gallery is None else embed(gallery, source, batch_size, flip, progress)
+    seconds = time.perf_counter() - start
+
+    points = tpr_at_fpr(probes, labels, gallery=mates)
+    accuracy, deviation = _accuracy(listed, probes, probes if mates is None else mates)
+    return EvaluationResult(
+        accuracy=accuracy,
+        accuracy_std=deviation,
+        tpr_at_fpr={fpr: point.tpr for fpr, point in points.items()},
+        thresholds={fpr: point.threshold for fpr, point in points.items()},
+        images=len(source),
+        identities=len(np.unique(labels)),
+        pairs=0 if listed is None else len(listed),
+        pairs_dropped=0 if listed is None else listed.dropped,
+        genuine_pairs=genuine,
+        impostor_pairs=impostors,
+        runtime=str(getattr(prober, "runtime", type(prober).__name__)),
+        seconds=seconds,
+    )
+
+
+def _labelled(source: ImageSource) -> IndexedImages:
+    if not isinstance(source, IndexedImages) or source.labels is None:
+        raise ImagesError("evaluation needs to know who is who: pass a folder with one subfolder a person")
+    return source
+
+
+def _labels(source: IndexedImages) -> npt.NDArray[np.int64]:
+    assert source.labels is not None
+    return source.labels.cpu().numpy().astype(np.int64)
+
+
+def _resolve(pairs: str | Path, source: IndexedImages) -> ResolvedPairs:
+    if not isinstance(source, ImageFolder):
+        raise PairsError(f"the pairs of {pairs} name files: pass the folder that holds them as images")
+    return resolve_pairs(read_lfw_pairs(pairs), source)
+
+
+def _accuracy(
+    pairs: ResolvedPairs | None, probes: Embeddings, mates: Embeddings
+) -> tuple[float, float] | tuple[None, None]:
+    if pairs is None:
+        return None, None
+    cosines = np.sum(probes[pairs.first] * mates[pairs.second], axis=1)
+    return ten_fold_accuracy(cosines, pairs.same, pairs.fold)

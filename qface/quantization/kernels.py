@@ -1,0 +1,70 @@
+"""The arithmetic of onnxruntime's integer kernels, bit for bit, on integers held in float tensors.
+
+A student in eval mode computes with these. A low-bit network is chaotic: one value that rounds the other way changes
+many of the next layer, and 1e-7 of float noise is enough for that. So "the same up to float noise" does not do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["GridTensors", "accumulate", "add_on_grids", "on_grid", "requantize"]
+
+# float32 holds every integer below.
+_EXACT_FLOAT32 = 2**24
+
+
+class GridTensors(NamedTuple):
+    """Scale and zero point of a tensor, each one float32 value (int32 for the zero point)."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """The integers of ``x`` as floats, zero point included; divides and rounds half to even, as QuantizeLinear does."""
+    return (x / scale).round_().add_(zero_point).clamp_(low, high)
+
+
+def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``multiply(x, weight) + bias`` of integer tensors, exact, then rounded to float32 as a kernel rounds its int32.
+
+    Args:
+        multiply: a convolution or matrix product that only sums products.
+        x: integers without their zero point, [N, ...].
+        weight: integers [out_channels, ...].
+        bias: integers that broadcast against the result.
+    """
+    bound = weight.abs().flatten(1).sum(1).max() * x.abs().max() + (0 if bias is None else bias.abs().max())
+    dtype = torch.float32 if bound < _EXACT_FLOAT32 else torch.float64
+    sums = multiply(x.to(dtype), weight.to(dtype))
+    return (sums if bias is None else sums + bias.to(dtype)).float()
+
+
+def requantize(sums: Tensor, input_scale: Tensor, weight_scale: Tensor, output_scale: Tensor) -> Tensor:
+    """``sums`` in steps of ``output_scale``, rounded half to even; the scales broadcast against ``sums``."""
+    return (sums * (input_scale * weight_scale / output_scale)).round_()
+
+
+def add_on_grids(left: Tensor, right: Tensor, a: GridTensors, b: GridTensors, c: GridTensors) -> Tensor:
+    """Integers of the sum of two tensors on grids, zero point included, not clamped: QLinearAdd's fused multiply-adds.
+
+    Args:
+        left: integers on the grid ``a``, zero point included.
+        right: integers on the grid ``b``.
+        a: grid of ``left``.
+        b: grid of ``right``.
+        c: grid of the result.
+    """
+    left_ratio, right_ratio = a.scale / c.scale, b.scale / c.scale
+    shift = c.zero_point - _fused_multiply_add(left_ratio, a.zero_point, right_ratio * b.zero_point)
+    return _fused_multiply_add(left, left_ratio, _fused_multiply_add(right, right_ratio, shift)).round_()
+
+
+def _fused_multiply_add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """``x * y + z`` with one rounding to float32; float64 holds the product of two float32 exactly."""
+    return (x.double() * y.double()).add_(z.double()).float()

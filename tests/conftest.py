@@ -1,0 +1,34 @@
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Crops = Callable[..., Path]
+
+
+@pytest.fixture
+def faces() -> Path:
+    """Folder with ``data/`` and ``weights/`` (QFACE_DATA, by default ``shared`` beside the checkout)."""
+    root = Path(os.environ.get("QFACE_DATA", Path(__file__).parents[2] / "shared"))
+    if not (root / "data" / "lfw").is_dir():
+        pytest.skip(f"no faces in {root}: set QFACE_DATA")
+    return root
+
+
+@pytest.fixture
+def crops(tmp_path: Path) -> Crops:
+    """Writes ``<name>/<name>_%04d.<ending>`` random crops for ``{name: number of images}``; returns the folder."""
+
+    def write(people: Mapping[str, int], ending: str = "png", folder: str = "crops", seed: int = 0) -> Path:
+        rng = np.random.default_rng(seed)
+        for name, count in people.items():
+            (tmp_path / folder / name).mkdir(parents=True, exist_ok=True)
+            for number in range(1, count + 1):
+                pixels = rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / folder / name / f"{name}_{number:04d}.{ending}")
+        return tmp_path / folder
+
+    return write

@@ -1,0 +1,160 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qface.data import ImageFolder
+from qface.errors import ImagesError
+
+
+def save(path, size=(112, 112), mode="RGB", color=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path)
+
+
+def message(root, people=None):
+    with pytest.raises(ImagesError) as error:
+        ImageFolder(root, people)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_people_are_labelled_in_sorted_order(crops):
+    folder = ImageFolder(crops({"Bob": 2, "Ann": 1, "Cem": 3}))
+    assert folder.names == folder.all_names == ["Ann", "Bob", "Cem"]
+    assert folder.labels.tolist() == [0, 1, 1, 2, 2, 2]
+    assert folder.labels.dtype == torch.int64
+    assert [path.name for path in folder.paths[:3]] == ["Ann_0001.png", "Bob_0001.png", "Bob_0002.png"]
+    assert (len(folder), folder.identities) == (6, 3)
+
+
+def test_selection_keeps_labels_dense(crops, tmp_path):
+    root = crops({"Ann": 1, "Bob": 2, "Cem": 1})
+    (tmp_path / "people.txt").write_text("Cem\nBob\n")
+    folder = ImageFolder(root, tmp_path / "people.txt")
+    assert folder.names == ["Bob", "Cem"]
+    assert folder.all_names == ["Ann", "Bob", "Cem"]
+    assert folder.labels.tolist() == [0, 0, 1]
+
+
+def test_headers_of_people_not_selected_are_not_checked(crops, tmp_path):
+    root = crops({"Ann": 1, "Bob": 1})
+    (root / "Bob" / "Bob_0002.png").write_bytes(b"")
+    (tmp_path / "people.txt").write_text("Ann\n")
+    assert len(ImageFolder(root, tmp_path / "people.txt")) == 1
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    for name in ("b.png", "a.JPG", "c.webp", "d.bmp", "e.jpeg"):
+        save(tmp_path / name)
+    folder = ImageFolder(tmp_path)
+    assert [path.name for path in folder.paths] == ["a.JPG", "b.png", "c.webp", "d.bmp", "e.jpeg"]
+    assert folder.labels is None
+    assert (folder.names, folder.identities) == ([], 0)
+    assert "flat" in message(tmp_path, "first-half")
+
+
+def test_other_files_and_hidden_ones_are_no_images(crops):
+    root = crops({"Ann": 1})
+    for name in ("notes.txt", "Ann/notes.txt", "Ann/._Ann_0001.png", ".cache.png"):
+        (root / name).write_text("x")
+    (root / ".thumbnails").mkdir()
+    save(root / ".thumbnails" / "x.png")
+    (root / "Nobody").mkdir()
+    folder = ImageFolder(root)
+    assert (len(folder), folder.all_names) == (1, ["Ann"])
+
+
+def test_read_gives_rgb_bytes_in_the_order_asked(crops):
+    folder = ImageFolder(crops({"Ann": 3}))
+    images = folder.read([2, 0])
+    assert images.dtype == torch.uint8
+    assert images.is_contiguous()
+    expected = [np.asarray(Image.open(folder.paths[index])) for index in (2, 0)]
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+
+
+def test_batches_cover_the_folder(crops):
+    folder = ImageFolder(crops({"Ann": 3, "Bob": 2}))
+    batches = list(folder.batches(2))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat(batches), folder.read(range(5)))
+
+
+@pytest.mark.parametrize(("mode", "color"), [("L", 7), ("RGBA", (7, 7, 7, 9)), ("P", 7), ("LA", (7, 9)), ("1", 1)])
+def test_other_modes_become_rgb(tmp_path, mode, color):
+    save(tmp_path / "x.png", mode=mode, color=color)
+    expected = Image.open(tmp_path / "x.png").convert("RGB")
+    assert torch.equal(
+        ImageFolder(tmp_path).read([0])[0], torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1)
+    )
+
+
+def test_grey_pixels_keep_their_value(tmp_path):
+    save(tmp_path / "x.png", mode="L", color=7)
+    assert ImageFolder(tmp_path).read([0]).unique().tolist() == [7]
+
+
+def test_deep_pixels_are_refused(tmp_path):
+    Image.fromarray(np.full((112, 112), 40000, dtype=np.uint16)).save(tmp_path / "x.png")
+    assert message(tmp_path).startswith("1 of 1 files")
+
+
+def test_folder_survives_pickling_for_loader_workers(crops):
+    folder = pickle.loads(pickle.dumps(ImageFolder(crops({"Ann": 1}))))
+    assert folder.read([0]).shape == (1, 3, 112, 112)
+
+
+def test_all_wrong_sizes_are_counted(tmp_path):
+    save(tmp_path / "s1" / "1.png", size=(92, 112))
+    save(tmp_path / "s1" / "2.png")
+    save(tmp_path / "s2" / "1.png", size=(112, 113))
+    assert message(tmp_path) == (
+        f"2 of 3 images in {tmp_path} are not 112x112 (first: s1/1.png is 92x112): align and crop them first"
+    )
+
+
+def test_all_files_that_are_no_images_are_counted(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "x.jpg").write_text("not an image")
+    (tmp_path / "y.png").write_bytes(b"")
+    assert message(tmp_path) == (
+        f"2 of 3 files in {tmp_path} cannot be read as images (first: x.jpg): remove or repair them"
+    )
+
+
+def test_both_complaints_stand_in_one_line(tmp_path):
+    save(tmp_path / "a.png", size=(8, 8))
+    (tmp_path / "b.png").write_bytes(b"")
+    assert "1 of 2 files" in message(tmp_path)
+    assert "1 of 2 images" in message(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_truncated_images_are_counted_when_read(crops, ending):
+    folder = ImageFolder(crops({"Ann": 4}, ending=ending))
+    for path in folder.paths[1:3]:
+        path.write_bytes(path.read_bytes()[:3000])
+    reopened = ImageFolder(folder.root)
+    assert reopened.read([0, 3]).shape == (2, 3, 112, 112)
+    with pytest.raises(ImagesError, match=rf"^2 of 4 files .* \(first: Ann/Ann_0002.{ending}\)"):
+        reopened.read([0, 2])
+
+
+def test_missing_empty_and_mixed_folders_are_errors(crops, tmp_path):
+    assert "is no folder" in message(tmp_path / "none")
+    (tmp_path / "empty" / "Ann").mkdir(parents=True)
+    assert "holds no images" in message(tmp_path / "empty")
+    mixed = crops({"Ann": 1})
+    save(mixed / "loose.png")
+    assert "(first: loose.png): keep one layout" in message(mixed)
+
+
+@pytest.mark.faces
+def test_lfw_opens_with_all_its_faces(faces):
+    folder = ImageFolder(faces / "data" / "lfw")
+    assert (len(folder), folder.identities) == (13233, 5749)
+    assert len(ImageFolder(faces / "data" / "lfw", "first-half")) == 6715
+    assert len(ImageFolder(faces / "data" / "lfw", "second-half")) == 6518

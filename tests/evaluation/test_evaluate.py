@@ -1,0 +1,133 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qface.data import ImageFolder, TensorImages
+from qface.errors import ImagesError, PairsError, QFaceError
+from qface.evaluation import FPRS, embed, evaluate, ten_fold_accuracy, tpr_at_fpr
+from qface.models import load
+
+PAIRS = "2\t1\nAnn\t1\t2\nAnn\t2\tBob\t1\nBob\t1\t2\nBob\t2\tCem\t1\n"
+PEOPLE = {"Ann": 3, "Bob": 3, "Cem": 3}
+
+
+class Pooled(nn.Module):
+    """Embeds an image as the means of its 4x4 cells, projected at random."""
+
+    def __init__(self, dimensions=16, noise=0.0, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        projection = torch.eye(48)[:, :dimensions] + noise * torch.randn(48, dimensions, generator=generator)
+        self.projection = nn.Parameter(projection)
+
+    def forward(self, images):
+        return nn.functional.adaptive_avg_pool2d(images, 4).flatten(1) @ self.projection
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    (tmp_path / "pairs.txt").write_text(PAIRS)
+    return tmp_path / "pairs.txt"
+
+
+def test_figures_are_those_of_the_parts(crops, pairs):
+    folder = ImageFolder(crops({**PEOPLE, **{f"P{k}": 2 for k in range(10)}}))
+    result = evaluate(Pooled(), folder, pairs=pairs)
+    probes = embed(Pooled(), folder)
+    points = tpr_at_fpr(probes, folder.labels.numpy())
+    assert result.tpr_at_fpr == {fpr: point.tpr for fpr, point in points.items()}
+    assert result.thresholds == {fpr: point.threshold for fpr, point in points.items()}
+    assert (result.images, result.identities, result.runtime) == (29, 13, "torch cpu")
+    assert (result.genuine_pairs, result.impostor_pairs) == (19, 387)
+    listed = np.array([(0, 1), (1, 3), (3, 4), (4, 6)])
+    cosines = (probes[listed[:, 0]] * probes[listed[:, 1]]).sum(1)
+    expected = ten_fold_accuracy(cosines, [1, 0, 1, 0], [0, 0, 1, 1])
+    assert (result.accuracy, result.accuracy_std) == pytest.approx(expected)
+    assert (result.pairs, result.pairs_dropped) == (4, 0)
+    assert result.seconds > 0
+
+
+def test_without_pairs_there_is_no_accuracy(crops):
+    result = evaluate(Pooled(), crops(PEOPLE))
+    assert (result.accuracy, result.accuracy_std, result.pairs, result.pairs_dropped) == (None, None, 0, 0)
+
+
+def test_result_is_plain_json(crops, pairs):
+    record = evaluate(Pooled(), crops(PEOPLE), pairs=pairs).to_dict()
+    assert json.loads(json.dumps(record)) == record
+    assert tuple(record["tpr_at_fpr"]) == FPRS
+
+
+def test_people_are_selected_and_pairs_dropped(crops, pairs, tmp_path):
+    pairs.write_text(PAIRS.replace("2\t1", "3\t1", 1).replace("Cem\t1", "Ann\t1") + "Cem\t1\t2\nCem\t1\tAnn\t1\n")
+    (tmp_path / "people.txt").write_text("Ann\nBob\n")
+    result = evaluate(Pooled(), crops(PEOPLE), pairs=pairs, people=tmp_path / "people.txt")
+    assert (result.images, result.identities, result.pairs, result.pairs_dropped) == (6, 2, 4, 2)
+
+
+def test_gallery_of_the_same_model_doubles_the_pairs_and_keeps_the_accuracy(crops, pairs):
+    folder = crops({**PEOPLE, **{f"P{k}": 2 for k in range(10)}})
+    alone, against = evaluate(Pooled(), folder, pairs), evaluate(Pooled(), folder, pairs, gallery=Pooled())
+    assert (against.genuine_pairs, against.impostor_pairs) == (2 * alone.genuine_pairs, 2 * alone.impostor_pairs)
+    assert against.accuracy == pytest.approx(alone.accuracy)
+
+
+def test_first_image_of_a_pair_is_the_probe(crops, pairs):
+    folder = ImageFolder(crops(PEOPLE))
+    probe, gallery = Pooled(noise=1.0, seed=1), Pooled()
+    listed = np.array([(0, 1), (1, 3), (3, 4), (4, 6)])
+    cosines = (embed(probe, folder)[listed[:, 0]] * embed(gallery, folder)[listed[:, 1]]).sum(1)
+    expected = ten_fold_accuracy(cosines, [1, 0, 1, 0], [0, 0, 1, 1])
+    result = evaluate(probe, folder, pairs, gallery=gallery)
+    assert (result.accuracy, result.accuracy_std) == pytest.approx(expected)
+
+
+def test_labelled_tensors_can_be_evaluated():
+    images = TensorImages(torch.rand(6, 3, 8, 8), torch.tensor([7, 7, 9, 9, 9, 2]))
+    result = evaluate(Pooled(), images)
+    assert (result.identities, result.genuine_pairs, result.impostor_pairs) == (3, 4, 11)
+
+
+def test_images_without_labels_are_refused(crops):
+    flat = crops({"Ann": 2}) / "Ann"
+    for images in (flat, torch.rand(4, 3, 8, 8), [torch.rand(4, 3, 8, 8)]):
+        with pytest.raises(ImagesError, match="who is who"):
+            evaluate(Pooled(), images)
+
+
+def test_pairs_need_a_folder(pairs):
+    images = TensorImages(torch.rand(3, 3, 8, 8), torch.tensor([0, 0, 1]))
+    with pytest.raises(PairsError, match="pass the folder"):
+        evaluate(Pooled(), images, pairs=pairs)
+
+
+def test_errors_come_before_any_embedding(crops, pairs):
+    def model(images):
+        raise AssertionError("embedded")
+
+    model.preprocessing = None
+    with pytest.raises(ImagesError, match="at least two people"):
+        evaluate(model, crops({"Ann": 2}))
+    with pytest.raises(PairsError, match="not in"):
+        evaluate(model, crops({"Ann": 2, "Bob": 1}, folder="other"), pairs=pairs)
+
+
+def test_models_of_different_embeddings_do_not_compare(crops):
+    with pytest.raises(QFaceError, match="16 dimensions and the gallery 8"):
+        evaluate(Pooled(), crops(PEOPLE), gallery=Pooled(8))
+
+
+@pytest.mark.faces
+def test_pretrained_network_knows_faces(faces, tmp_path):
+    root = faces / "data" / "lfw"
+    several = sorted(path.name for path in root.iterdir() if len(list(path.iterdir())) >= 4)[:40]
+    (tmp_path / "people.txt").write_text("\n".join(several))
+    path = faces / "weights" / "mobilefacenet_112x96.safetensors"
+    result = evaluate(path, root, people=tmp_path / "people.txt")
+    assert result.identities == 40
+    assert result.tpr_at_fpr["1e-3"] > 0.9
+    against = evaluate(load(path), root, people=tmp_path / "people.txt", gallery=path)
+    assert against.tpr_at_fpr["1e-3"] == pytest.approx(result.tpr_at_fpr["1e-3"], abs=0.01)
