@@ -10,7 +10,20 @@ from pathlib import Path
 
 from qface.errors import ExportError
 
-__all__ = ["replacing"]
+__all__ = ["check_folder", "replacing"]
+
+
+def check_folder(path: str | Path) -> None:
+    """Make sure, before long work, that ``path`` can be written at its end.
+
+    Raises:
+        ExportError: its folder does not exist or cannot be written to.
+    """
+    folder = Path(path).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ExportError(
+            f"cannot write {path}: {folder} is no folder that can be written to; choose another or make it"
+        )
 
 
 @contextlib.contextmanager

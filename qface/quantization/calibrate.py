@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,7 +41,7 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
 def calibrate(
     student: fx.GraphModule,
     images: Images,
-    people: str | None = None,
+    people: str | Path | None = None,
     count: int = CALIBRATION_IMAGES,
     batch_size: int = 64,
     progress: bool = False,

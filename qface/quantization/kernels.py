@@ -39,15 +39,18 @@ def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: 
         weight: integers [out_channels, ...].
         bias: integers that broadcast against the result.
     """
-    bound = weight.abs().flatten(1).sum(1).max() * x.abs().max() + (0 if bias is None else bias.abs().max())
+    low, high = x.aminmax()
+    bound = weight.abs().flatten(1).sum(1).max() * torch.maximum(-low, high)
+    if bias is not None:
+        bound = bound + bias.abs().max()
     dtype = torch.float32 if bound < _EXACT_FLOAT32 else torch.float64
     sums = multiply(x.to(dtype), weight.to(dtype))
-    return (sums if bias is None else sums + bias.to(dtype)).float()
+    return (sums if bias is None else sums.add_(bias.to(dtype))).float()
 
 
 def requantize(sums: Tensor, input_scale: Tensor, weight_scale: Tensor, output_scale: Tensor) -> Tensor:
-    """``sums`` in steps of ``output_scale``, rounded half to even; the scales broadcast against ``sums``."""
-    return (sums * (input_scale * weight_scale / output_scale)).round_()
+    """``sums``, overwritten, in steps of ``output_scale``, rounded half to even; the scales broadcast against them."""
+    return sums.mul_(input_scale * weight_scale / output_scale).round_()
 
 
 def add_on_grids(left: Tensor, right: Tensor, a: GridTensors, b: GridTensors, c: GridTensors) -> Tensor:

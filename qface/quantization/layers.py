@@ -128,7 +128,7 @@ class _QuantizedMultiplication(nn.Module):
         if output is None or not output.quantizing:
             return sums * (scale * weight_scale)
         output_scale = output.tensors().scale
-        return requantize(sums, scale, weight_scale, output_scale) * output_scale
+        return requantize(sums, scale, weight_scale, output_scale).mul_(output_scale)
 
 
 class QuantizedConv2d(_QuantizedMultiplication, nn.Conv2d):
@@ -150,7 +150,7 @@ class QuantizedConv2d(_QuantizedMultiplication, nn.Conv2d):
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve."""
-        return self._conv_forward(x, weight, bias)
+        return cast(Tensor, self._conv_forward(x, weight, bias))
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d) -> QuantizedConv2d:

@@ -1,0 +1,225 @@
+"""The command line: each command parses its options, calls one verb of the library and prints what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from torch import nn
+
+import qface
+from qface.demo import run_demo
+from qface.errors import QFaceError
+from qface.files import check_folder
+from qface.models.resolve import resolve_model
+from qface.reporting import demo_table, evaluation_table
+
+__all__ = ["export_alias", "main"]
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+_Path = click.Path(path_type=Path)
+
+
+class _Group(click.Group):
+    """Turns errors of the library into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return _one_line_errors(super().invoke, ctx)
+
+
+class _Command(click.Command):
+    """The same for a command that stands alone."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return _one_line_errors(super().invoke, ctx)
+
+
+def _one_line_errors(invoke: Callable[[click.Context], Any], ctx: click.Context) -> Any:
+    try:
+        return invoke(ctx)
+    except QFaceError as error:
+        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        ctx.exit(2)
+
+
+def _options(*options: Callable[[FunctionT], FunctionT]) -> Callable[[FunctionT], FunctionT]:
+    """Several options as one decorator."""
+
+    def decorate(function: FunctionT) -> FunctionT:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_images = click.option("--images", required=True, type=_Path, help="Folder of 112x112 face crops, one folder a person.")
+_people = click.option(
+    "--people", help="Which people: first-half, second-half, or a file with one name a line.  [default: all]"
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+_training = _options(
+    click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the images."),
+    click.option("--batch-size", type=int, default=64, show_default=True, help="Images a step."),
+    click.option("--lr", type=float, help="Learning rate.  [default: the recipe's]"),
+    click.option(
+        "--recipe",
+        type=click.Choice(["qface", "paper"]),
+        default="qface",
+        show_default=True,
+        help="Loss and optimizer: ours, or the paper's to the letter.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of batches and flips."),
+    click.option("--device", help="Where to train.  [default: cuda where there is one, else cpu]"),
+    click.option("--run-dir", type=_Path, help="Folder for checkpoints and the log."),
+    click.option("--resume", is_flag=True, help="Go on from the checkpoint in --run-dir."),
+)
+
+
+def _distill_config(recipe: str, lr: float | None, **settings: Any) -> qface.DistillConfig:
+    rate = {} if lr is None else {"learning_rate": lr}
+    make = qface.DistillConfig.paper if recipe == "paper" else qface.DistillConfig
+    return make(**rate, **settings)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(qface.__version__, prog_name="qface")
+def main() -> None:
+    """Make face-recognition networks small and fast without losing what they know."""
+
+
+@main.command()
+@click.option("--model", required=True, help="Teacher: a file, a name such as iresnet18, or package.module:factory.")
+@click.option("--weights", type=_Path, help="A file of weights for the network that --model makes.")
+@_images
+@_people
+@click.option("--bits", type=int, default=6, show_default=True, help="Width of weights and activations, 2 to 8.")
+@click.option("--weight-bits", type=int, help="Width of weights alone.")
+@click.option("--activation-bits", type=int, help="Width of activations alone.")
+@click.option("--distill/--no-distill", default=True, show_default=True, help="Fine-tune after calibration.")
+@click.option("-o", "--output", required=True, type=_Path, help="Student file to write (.safetensors).")
+@_training
+def quantize(
+    model: str,
+    weights: Path | None,
+    images: Path,
+    people: str | None,
+    bits: int,
+    weight_bits: int | None,
+    activation_bits: int | None,
+    distill: bool,
+    output: Path,
+    run_dir: Path | None,
+    resume: bool,
+    **training: Any,
+) -> None:
+    """Quantize a network, calibrate it on faces, and distil it."""
+    check_folder(output)
+    config = qface.QuantizationConfig(weight_bits or bits, activation_bits or bits)
+    teacher = resolve_model(model, weights)
+    student = qface.quantize(teacher, config)
+    qface.calibrate(student, images, people=people, progress=True)
+    if distill:
+        settings = _distill_config(**training)
+        qface.distill(student, teacher, images, settings, run_dir, resume, people=people)
+    qface.save(student, output)
+    click.echo(f"wrote {output}")
+
+
+@main.command()
+@click.option("--student", required=True, type=_Path, help="Student file.")
+@click.option("--teacher", required=True, help="Teacher: a file, a name, or package.module:factory.")
+@_images
+@_people
+@click.option("-o", "--output", required=True, type=_Path, help="Student file to write (.safetensors).")
+@_training
+def distill(
+    student: Path,
+    teacher: str,
+    images: Path,
+    people: str | None,
+    output: Path,
+    run_dir: Path | None,
+    resume: bool,
+    **training: Any,
+) -> None:
+    """Fine-tune a student to embed faces as its teacher does."""
+    check_folder(output)
+    learner = qface.load(student)
+    settings = _distill_config(**training)
+    qface.distill(learner, resolve_model(teacher), images, settings, run_dir, resume, people=people)
+    qface.save(learner, output)
+    click.echo(f"wrote {output}")
+
+
+@main.command()
+@click.argument("model")
+@_images
+@_people
+@click.option("--pairs", type=_Path, help="Pair list in LFW's format, for ten-fold accuracy.")
+@click.option("--gallery", help="Another model that embeds the gallery, while MODEL embeds the probes.")
+@click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
+@_json
+def evaluate(
+    model: str, images: Path, people: str | None, pairs: Path | None, gallery: str | None, flip: bool, as_json: bool
+) -> None:
+    """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
+    result = qface.evaluate(
+        _embedder(model),
+        images,
+        pairs=pairs,
+        people=people,
+        gallery=_embedder(gallery) if gallery else None,
+        flip=flip,
+        progress=True,
+    )
+    _print(result.to_dict(), evaluation_table(result), as_json)
+
+
+def _embedder(text: str) -> nn.Module | Path:
+    """A file for onnxruntime, or a network for torch."""
+    return Path(text) if text.endswith(".onnx") else resolve_model(text)
+
+
+_export_parameters = _options(
+    click.argument("student", type=_Path),
+    click.option("-o", "--output", required=True, type=_Path, help="File to write (.onnx)."),
+)
+
+
+@main.command()
+@_export_parameters
+def export(student: Path, output: Path) -> None:
+    """Write a student as an integer ONNX file (a float network as a float one)."""
+    check_folder(output)
+    qface.export(qface.load(student), output)
+    click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
+
+
+@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+@_export_parameters
+@click.pass_context
+def export_alias(ctx: click.Context, student: Path, output: Path) -> None:
+    """Write a student as an integer ONNX file (a float network as a float one)."""
+    ctx.invoke(export, student=student, output=output)
+
+
+@main.command()
+@click.option("-o", "--output", type=_Path, default=Path("runs/demo"), show_default=True, help="Folder for its files.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of training.")
+@_json
+def demo(output: Path, seed: int, as_json: bool) -> None:
+    """Do the whole job on 400 real faces: train a small teacher, quantize, distil, export, evaluate."""
+    report = run_demo(output, seed)
+    _print(report.to_dict(), demo_table(report), as_json)
+
+
+def _print(record: dict[str, Any], table: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(record))
+    else:
+        Console().print(table)

