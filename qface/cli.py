@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,9 +82,8 @@ _training = _options(
 
 
 def _distill_config(recipe: str, lr: float | None, **settings: Any) -> qface.DistillConfig:
-    rate = {} if lr is None else {"learning_rate": lr}
-    make = qface.DistillConfig.paper if recipe == "paper" else qface.DistillConfig
-    return make(**rate, **settings)
+    base = qface.DistillConfig.paper() if recipe == "paper" else qface.DistillConfig()
+    return replace(base, learning_rate=base.learning_rate if lr is None else lr, **settings)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

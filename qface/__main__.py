@@ -1,0 +1,5 @@
+"""``python -m qface``."""
+
+from qface.cli import main
+
+main(prog_name="qface")

@@ -1,0 +1,184 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from qface.cli import export_alias, main
+
+Crops = Callable[..., Path]
+
+FACTORY = """
+import torch
+from torch import nn
+
+from qface import Preprocessing
+
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.PReLU(8), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 16),
+    )
+    model.preprocessing = Preprocessing(size=(32, 32))
+    return model
+
+
+def make_number():
+    return 3
+"""
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refusal(result: Result) -> str:
+    """The one line of a command that was refused."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crops: Crops) -> Path:
+    """A folder with a module of networks and eight people's crops, as the current one."""
+    (tmp_path / "my_networks.py").write_text(FACTORY)
+    crops(dict.fromkeys(("Ann", "Bob", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"), 4))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_networks", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def student(workplace: Path) -> Path:
+    arguments = ("--model", "my_networks:make", "--images", "crops", "--people", "first-half")
+    result = run("quantize", *arguments, "--no-distill", "-o", "student.safetensors")
+    assert result.exit_code == 0, result.output
+    return workplace / "student.safetensors"
+
+
+def test_the_whole_job(workplace: Path) -> None:
+    common = ("--images", "crops", "--people", "first-half", "--batch-size", "8")
+    steps = (
+        ("quantize", "--model", "my_networks:make", *common, "--bits", "6", "-o", "student.safetensors"),
+        (
+            "distill",
+            "--student",
+            "student.safetensors",
+            "--teacher",
+            "my_networks:make",
+            *common,
+            "-o",
+            "again.safetensors",
+        ),
+        ("export", "again.safetensors", "-o", "student.onnx"),
+    )
+    for step in steps:
+        result = run(*step)
+        assert result.exit_code == 0, result.output
+    records = []
+    for model in ("again.safetensors", "student.onnx"):
+        result = run("evaluate", model, "--images", "crops", "--people", "second-half", "--json")
+        assert result.exit_code == 0, result.output
+        records.append(json.loads(result.stdout))
+    for record in records:
+        assert {"accuracy", "accuracy_std", "tpr_at_fpr", "images", "identities"} <= record.keys()
+        assert (record["images"], record["identities"]) == (16, 4)
+        assert record["accuracy"] is None
+    assert records[0]["tpr_at_fpr"] == records[1]["tpr_at_fpr"]
+
+
+def test_evaluate_prints_a_table_and_accepts_a_gallery(student: Path) -> None:
+    result = run("evaluate", student, "--images", "crops", "--gallery", "my_networks:make")
+    assert result.exit_code == 0, result.output
+    assert "TPR at FPR 1e-1" in result.stdout
+
+
+def test_quantize_prints_figures_with_pairs(student: Path) -> None:
+    lines = ["2\t2"]
+    for first, second in (("Ann", "Bob"), ("Cid", "Dee")):
+        lines += [f"{first}\t1\t2", f"{second}\t1\t2", f"{first}\t1\t{second}\t1", f"{first}\t2\t{second}\t2"]
+    Path("pairs.txt").write_text("\n".join(lines) + "\n")
+    result = run("evaluate", student, "--images", "crops", "--pairs", "pairs.txt", "--json")
+    assert result.exit_code == 0, result.output
+    assert 0 <= json.loads(result.stdout)["accuracy"] <= 1
+
+
+def test_the_alias_exports(student: Path) -> None:
+    result = CliRunner().invoke(export_alias, [str(student), "-o", "alias.onnx"])
+    assert result.exit_code == 0, result.output
+    assert Path("alias.onnx").stat().st_size > 0
+    refused = CliRunner().invoke(export_alias, ["missing.safetensors", "-o", "other.onnx"])
+    assert "missing.safetensors" in refusal(refused)
+
+
+@pytest.mark.parametrize("recipe", ["qface", "paper"])
+def test_recipes(workplace: Path, recipe: str) -> None:
+    arguments = ("--model", "my_networks:make", "--images", "crops", "--batch-size", "8", "--recipe", recipe)
+    result = run("quantize", *arguments, "--lr", "0.0001", "-o", "student.safetensors")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_killed_run_resumes(workplace: Path) -> None:
+    arguments = ("--model", "my_networks:make", "--images", "crops", "--batch-size", "8", "--run-dir", "run")
+    assert run("quantize", *arguments, "-o", "student.safetensors").exit_code == 0
+    assert "resume" in refusal(run("quantize", *arguments, "-o", "student.safetensors"))
+    assert run("quantize", *arguments, "--resume", "-o", "student.safetensors").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--model", "nothing", "--images", "crops"), "nothing"),
+        (("--model", "my_networks:absent", "--images", "crops"), "absent"),
+        (("--model", "my_networks:make_number", "--images", "crops"), "int"),
+        (("--model", "no_such_module:make", "--images", "crops"), "no_such_module"),
+        (("--model", "my_networks:make", "--images", "absent"), "absent"),
+        (("--model", "my_networks:make", "--images", "empty"), "empty"),
+        (("--model", "my_networks:make", "--images", "small"), "2 of 3"),
+        (("--model", "my_networks:make", "--images", "broken"), "2 of 3"),
+        (("--model", "my_networks:make", "--images", "crops", "--bits", "9"), "9"),
+        (("--model", "my_networks:make", "--images", "crops", "--people", "third-half"), "third-half"),
+    ],
+)
+def test_bad_input_gets_one_line_and_no_file(
+    workplace: Path, crops: Crops, arguments: tuple[str, ...], hint: str
+) -> None:
+    Path("empty").mkdir()
+    for folder in ("small", "broken"):
+        crops({"Ann": 3}, folder=folder)
+    from PIL import Image
+
+    for number in (1, 2):
+        Image.new("RGB", (92, 112)).save(f"small/Ann/Ann_{number:04d}.png")
+        Path(f"broken/Ann/Ann_{number:04d}.png").write_bytes(b"no image")
+    before = set(Path().rglob("*"))
+    assert hint in refusal(run("quantize", *arguments, "-o", "student.safetensors"))
+    assert {path for path in Path().rglob("*") if "__pycache__" not in path.parts} == before
+
+
+def test_an_output_folder_that_is_missing_is_refused_before_any_work(workplace: Path) -> None:
+    arguments = ("--model", "my_networks:make", "--images", "crops", "-o", "absent/student.safetensors")
+    assert "absent" in refusal(run("quantize", *arguments))
+
+
+def test_evaluate_refuses_a_single_identity_and_missing_pairs(student: Path, crops: Crops) -> None:
+    crops({"Ann": 3}, folder="alone")
+    refusal(run("evaluate", student, "--images", "alone"))
+    Path("pairs.txt").write_text("1\t1\nAnn\t1\t9\nAnn\t1\tZoe\t1\n")
+    line = refusal(run("evaluate", student, "--images", "crops", "--pairs", "pairs.txt"))
+    assert "2" in line
+    assert "absent.txt" in refusal(run("evaluate", student, "--images", "crops", "--pairs", "absent.txt"))
+
+
+def test_the_installed_commands_run() -> None:
+    for command in (("-m", "qface", "--version"), ("-m", "qface", "--help")):
+        finished = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+        assert "qface" in finished.stdout
