@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import random
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qface.data import ImageFolder
-from qface.deployment import OnnxEmbedder, export
+from qface.deployment import export, median_milliseconds
 from qface.distillation import DistillConfig, distill
 from qface.distillation.heads import ArcFaceHead
 from qface.errors import DependencyError
@@ -44,7 +42,6 @@ _EPOCHS = 40
 _BATCH = 50
 _LEARNING_RATE = 0.05
 _SHIFT = 4  # pixels by which training images are moved at random
-_TIMED_RUNS = 30
 
 
 @dataclass(frozen=True)
@@ -96,13 +93,14 @@ def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS) -> DemoRe
     distill(student, teacher, crops, DistillConfig(epochs=2, batch_size=_BATCH, seed=seed), people=training)
     save(student, folder / "student.safetensors")
 
+    files = [export(teacher, folder / "teacher.onnx"), export(student, folder / "student.onnx")]
     rows = []
-    for name, model in (("teacher, float32", teacher), ("student, w6a6", student)):
-        file = export(model, folder / f"{name.split(',')[0]}.onnx")
+    for name, file, latency in zip(
+        ("teacher, float32", "student, w6a6"), files, median_milliseconds(files), strict=True
+    ):
         result = evaluate(file, crops, pairs=pairs, people=held_out)
         rates = {fpr: result.tpr_at_fpr[fpr] for fpr in _FPRS}
-        size, latency = file.stat().st_size / 1e6, _median_milliseconds(file)
-        rows.append(DemoRow(name, result.accuracy, rates, size, latency))
+        rows.append(DemoRow(name, result.accuracy, rates, file.stat().st_size / 1e6, latency))
     return DemoReport(result.identities, result.images, tuple(rows))
 
 
@@ -182,15 +180,3 @@ def _augment(crops: Tensor) -> Tensor:
     padded = F.pad(mirrored.float(), (_SHIFT,) * 4, mode="replicate")
     top, left = torch.randint(2 * _SHIFT + 1, (2,)).tolist()
     return padded[:, :, top : top + CROP_SIZE, left : left + CROP_SIZE].byte()
-
-
-def _median_milliseconds(file: Path) -> float:
-    """Of one image on one thread, after a warm-up."""
-    embed = OnnxEmbedder(file, threads=1)
-    image = torch.zeros(1, 3, *embed.preprocessing.size)
-    times = []
-    for _ in range(_TIMED_RUNS):
-        start = time.perf_counter()
-        embed(image)
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[_TIMED_RUNS // 5 :])

@@ -2,7 +2,8 @@
 
 from qface.deployment.export import export
 from qface.deployment.graph import IntegerGraph
+from qface.deployment.latency import median_milliseconds
 from qface.deployment.lowering import lower
 from qface.deployment.runtime import OnnxEmbedder
 
-__all__ = ["IntegerGraph", "OnnxEmbedder", "export", "lower"]
+__all__ = ["IntegerGraph", "OnnxEmbedder", "export", "lower", "median_milliseconds"]

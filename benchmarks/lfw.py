@@ -1,0 +1,132 @@
+"""The README's headline table: a teacher and its student on LFW, tuned on half of the people, judged on the other.
+
+    python benchmarks/lfw.py --data ../shared [--weights FILE] [--bits 6] [--recipe qface] [--json lfw.json]
+
+Every figure of the student is that of the file in onnxruntime unless the row says torch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import qface
+from qface.data import ImageFolder
+from qface.deployment import median_milliseconds
+from qface.evaluation import embed
+
+FPRS = ("1e-3", "1e-4", "1e-5")
+AGREEMENT_IMAGES = 2000
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
+@click.option("--weights", default="weights/mobilefacenet_112x96.safetensors", show_default=True, help="In --data.")
+@click.option("--bits", default=6, show_default=True)
+@click.option("--recipe", type=click.Choice(["qface", "paper"]), default="qface", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/lfw"), show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
+def main(data: Path, weights: str, bits: int, recipe: str, seed: int, output: Path, json_file: Path | None) -> None:
+    """Measure teacher, calibrated student, distilled student and both exported files side by side."""
+    output.mkdir(parents=True, exist_ok=True)
+    faces, pairs = data / "data" / "lfw", data / "data" / "lfw_pairs.txt"
+    teacher = qface.load(data / weights)
+    float_file = qface.export(teacher, output / "teacher.onnx")
+
+    student = qface.quantize(teacher, bits)
+    calibration, seconds = timed(lambda: qface.calibrate(student, faces, people="first-half"))
+    rows = [row("teacher", teacher, faces, pairs, float_file)]
+    calibrated_file = qface.export(student, output / "calibrated.onnx")
+    rows += [
+        row("calibrated, torch", calibration, faces, pairs, seconds=seconds),
+        row("calibrated, file", calibrated_file, faces, pairs, calibrated_file),
+    ]
+
+    base = qface.DistillConfig.paper() if recipe == "paper" else qface.DistillConfig()
+    config = replace(base, seed=seed)
+    _, seconds = timed(lambda: qface.distill(student, teacher, faces, config, people="first-half"))
+    qface.save(student, output / "student.safetensors")
+    student_file = qface.export(student, output / "student.onnx")
+    rows += [
+        row("distilled, torch", student, faces, pairs, seconds=seconds),
+        row("distilled, file", student_file, faces, pairs, student_file),
+        row("distilled, file, against the teacher's gallery", student_file, faces, pairs, gallery=teacher),
+    ]
+    add_latencies(rows)
+    report = {"bits": bits, "recipe": recipe, "rows": rows, "agreement": agreement(student, student_file, faces)}
+    show(report)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def timed(work: Any) -> tuple[Any, float]:
+    """What ``work`` returns, and its seconds."""
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+def row(
+    name: str,
+    model: Any,
+    faces: Path,
+    pairs: Path,
+    file: Path | None = None,
+    seconds: float | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """One row of the table, on the second half of the people."""
+    result = qface.evaluate(model, faces, pairs=pairs, people="second-half", **options)
+    return {
+        "model": name,
+        **result.to_dict(),
+        "tuning_seconds": seconds,
+        "bytes": None if file is None else file.stat().st_size,
+        "file": None if file is None else str(file),
+    }
+
+
+def add_latencies(rows: list[dict[str, Any]]) -> None:
+    """Median milliseconds an image, batch 1, one thread, of each row's own file, all measured in turns."""
+    timed_rows = [line for line in rows if line["file"] is not None]
+    for line in rows:
+        line["milliseconds"] = None
+    latencies = median_milliseconds([line["file"] for line in timed_rows])
+    for line, milliseconds in zip(timed_rows, latencies, strict=True):
+        line["milliseconds"] = milliseconds
+
+
+def agreement(student: Any, file: Path, faces: Path) -> dict[str, float]:
+    """Cosines between the student's embeddings and the file's, over held-out faces."""
+    folder = ImageFolder(faces, people="second-half")
+    images = qface.data.TensorImages(folder.read(range(AGREEMENT_IMAGES)))
+    cosines = np.sum(embed(student, images) * embed(file, images), axis=1)
+    return {"images": len(cosines), "mean_cosine": float(cosines.mean()), "least_cosine": float(cosines.min())}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the table."""
+    table = Table(title=f"w{report['bits']}a{report['bits']}, recipe {report['recipe']}, second half of the people")
+    for column in ("model", *(f"TPR at {fpr}" for fpr in FPRS), "LFW 10-fold", "MB", "ms", "tuning s"):
+        table.add_column(column)
+    for line in report["rows"]:
+        rates = (f"{100 * line['tpr_at_fpr'][fpr]:.2f}" for fpr in FPRS)
+        size = "" if line["bytes"] is None else f"{line['bytes'] / 1e6:.2f}"
+        latency_text = "" if line["milliseconds"] is None else f"{line['milliseconds']:.2f}"
+        seconds = "" if line["tuning_seconds"] is None else f"{line['tuning_seconds']:.0f}"
+        table.add_row(line["model"], *rates, f"{100 * line['accuracy']:.2f}", size, latency_text, seconds)
+    Console().print(table)
+    Console().print(f"file against student: {report['agreement']}")
+
+
+if __name__ == "__main__":
+    main()

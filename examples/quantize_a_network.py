@@ -1,0 +1,25 @@
+"""Quantize, distil and export a network in Python, step by step.
+
+    python examples/quantize_a_network.py mobilefacenet_112x96.safetensors faces/ lfw_pairs.txt
+
+``faces/`` holds 112x112 crops, one folder a person. Half of the people tune the student, the other half judges it.
+"""
+
+import sys
+
+import qface
+
+weights, faces, pairs = sys.argv[1:]
+
+teacher = qface.load(weights)
+student = qface.quantize(teacher, bits=6)  # a new model; the teacher is untouched
+qface.calibrate(student, faces, people="first-half")
+qface.distill(student, teacher, faces, qface.DistillConfig(), people="first-half")
+
+qface.save(student, "student.safetensors")
+student = qface.load("student.safetensors")
+qface.export(student, "student.onnx")
+
+for name, model in (("teacher", teacher), ("student.onnx", "student.onnx")):
+    result = qface.evaluate(model, faces, pairs=pairs, people="second-half")
+    print(f"{name}: accuracy {result.accuracy:.4f}, TPR at FPR 1e-4 {result.tpr_at_fpr['1e-4']:.4f}")

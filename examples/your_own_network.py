@@ -1,0 +1,48 @@
+"""A network that qface does not know goes through the same verbs: anything that torch.fx can trace.
+
+python examples/your_own_network.py faces/
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+import qface
+
+
+class SqueezeExcite(nn.Module):
+    """Gate each channel by what the whole image says about it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(channels, channels // 4, 1)
+        self.up = nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = x.mean((2, 3), keepdim=True)
+        return x * torch.sigmoid(self.up(torch.relu(self.down(gate))))
+
+
+class Embedder(nn.Module):
+    """A few convolutions from a 112x112 image to 64 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.Hardswish())
+        self.excite = SqueezeExcite(32)
+        self.body = nn.Sequential(nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU6())
+        self.head = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.excite(self.stem(x)))
+        return self.head(x.mean((2, 3)))
+
+
+faces = sys.argv[1]
+network = Embedder().eval()
+# network = qface.load("weights.pth", model=Embedder(), preprocessing=qface.Preprocessing(color="BGR"))
+
+student = qface.calibrate(qface.quantize(network, bits=6), faces)
+qface.export(student, "own.onnx")
+print(qface.evaluate("own.onnx", faces).tpr_at_fpr)
