@@ -42,8 +42,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        try:
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise ExportError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,22 +7,24 @@ writes, so that nobody has to remember which network wants which mean.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qface.errors import ConfigError
 
-__all__ = ["CROP_SIZE", "Preprocessing", "preprocessing_of", "with_preprocessing"]
+__all__ = ["CROP_SIZE", "Preprocessing", "attach", "preprocessing_of", "with_preprocessing"]
 
 CROP_SIZE = 112
 """Side of the aligned face crop in pixels (the ArcFace template)."""
 
 _ATTRIBUTE = "preprocessing"
+_KEPT = "_user_preserved_attributes"  # torch.fx's name
 _COLORS = ("RGB", "BGR")
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -50,8 +52,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (127.5, 127.5, 127.5)
 
     def __post_init__(self) -> None:
-        top, left, bottom, right = self.crop
-        if not (0 <= top < bottom <= CROP_SIZE and 0 <= left < right <= CROP_SIZE):
+        if len(self.crop) != 4 or not _inside_template(*self.crop):
             raise ConfigError(
                 f"crop {self.crop} is not (top, left, bottom, right) inside the {CROP_SIZE}x{CROP_SIZE} template"
             )
@@ -59,7 +60,8 @@ class Preprocessing:
             raise ConfigError(f"size {self.size} is not (height, width) in pixels")
         if self.color not in _COLORS:
             raise ConfigError(f"color {self.color!r} is none of {', '.join(_COLORS)}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        numbers = len(self.mean) == len(self.std) == 3 and all(map(math.isfinite, (*self.mean, *self.std)))
+        if not numbers or min(self.std) <= 0:
             raise ConfigError("mean and std need three numbers each, and std positive ones")
 
     def __call__(self, crops: Tensor) -> Tensor:
@@ -104,8 +106,12 @@ class Preprocessing:
                 mean=_three(fields["mean"]),
                 std=_three(fields["std"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ConfigError(f"the preprocessing record {text!r} cannot be read: {error}") from error
+
+
+def _inside_template(top: int, left: int, bottom: int, right: int) -> bool:
+    return 0 <= top < bottom <= CROP_SIZE and 0 <= left < right <= CROP_SIZE
 
 
 def _three(value: Any) -> tuple[float, float, float]:
@@ -123,5 +129,15 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
 def with_preprocessing(model: ModuleT, preprocessing: Preprocessing) -> ModuleT:
     """Attach ``preprocessing`` to ``model`` in place and return it."""
-    setattr(model, _ATTRIBUTE, preprocessing)
+    return attach(model, _ATTRIBUTE, preprocessing)
+
+
+def attach(model: ModuleT, name: str, value: Any) -> ModuleT:
+    """Set an attribute in place that copies keep, and return the model.
+
+    ``copy.deepcopy`` of a GraphModule drops every attribute that ``meta`` does not list.
+    """
+    setattr(model, name, value)
+    if isinstance(model, fx.GraphModule):
+        model.meta[_KEPT] = {**model.meta.get(_KEPT, {}), name: value}  # a new dict, since copies share ``meta``'s own
     return model

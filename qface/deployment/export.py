@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qface._version import __version__
 from qface.deployment.lowering import lower
@@ -53,30 +54,52 @@ def export(model: nn.Module, path: str | Path) -> Path:
 
 
 def _export_float(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    training = model.training
+    model = copy.deepcopy(model).eval()
+    images = example_input(model, 1)
+    _check_interface(model, images)
     # torch's own exporter; the TorchScript one needs no further package. It warns that it is the older one.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model.eval(),
-            (example_input(model, 1),),
-            str(path),
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["embedding"],
-            dynamic_axes={"images": {0: "batch"}, "embedding": {0: "batch"}},
-        )
-    model.train(training)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                (images,),
+                str(path),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=["embedding"],
+                dynamic_axes={"images": {0: "batch"}, "embedding": {0: "batch"}},
+            )
+    except Exception as error:  # torch raises whatever its tracer meets
+        raise ExportError(f"torch cannot export this network: {_one_line(error)}; replace what it names") from error
     written = onnx.load(str(path))
     onnx.helper.set_model_props(written, {"preprocessing": preprocessing_of(model).to_json(), **metadata})
     onnx.save(written, str(path))
+
+
+def _check_interface(model: nn.Module, images: Tensor) -> None:
+    try:
+        with torch.no_grad():
+            output = model(images)
+    except Exception as error:  # the user's own code runs here
+        raise ExportError(
+            f"the network does not run on images {list(images.shape)}: {_one_line(error)}; "
+            "it must read images only, of the size in its Preprocessing"
+        ) from error
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        raise ExportError("the network must return one tensor, the embeddings [N, dimensions]")
 
 
 def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ExportError(f"the exported graph is not valid ONNX: {reason}; please report this network") from error
+        raise ExportError(
+            f"the exported graph is not valid ONNX: {_one_line(error)}; please report this network"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")

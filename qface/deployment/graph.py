@@ -40,6 +40,7 @@ Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 Pair = tuple[int, int]
+Clamp = tuple[float, float | None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class _Multiplication(Operation):
 
     weight: Weight
     bias: Int32 | None
-    clamp: tuple[float, float | None] | None
+    clamp: Clamp | None
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,15 @@ class Linear(_Multiplication):
 
 @dataclass(frozen=True)
 class PRelu(Operation):
-    """``x`` where positive, else ``slopes * slope_scale * x``; 8-bit slopes, one a channel or one for all."""
+    """``x`` where positive, else ``slopes * slope_scale * x``; 8-bit slopes, one a channel or one for all.
+
+    Args:
+        rank: number of dimensions of ``x``; channels are dimension 1.
+    """
 
     slopes: Int8
     slope_scale: float
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -130,10 +136,15 @@ class Activation(Operation):
 
 @dataclass(frozen=True)
 class Affine(Operation):
-    """``scale[c] * x + shift[c]`` in float: a BatchNorm that does not fold."""
+    """``scale[c] * x + shift[c]`` in float: a BatchNorm that does not fold.
+
+    Args:
+        rank: number of dimensions of ``x``; channels are dimension 1.
+    """
 
     scale: Float32
     shift: Float32
+    rank: int
 
 
 @dataclass(frozen=True)

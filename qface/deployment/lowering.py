@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from qface.quantization import (
 
 __all__ = ["lower"]
 
-_CLAMPS: dict[type[nn.Module], tuple[float, float | None]] = {nn.ReLU: (0.0, None), nn.ReLU6: (0.0, 6.0)}
+_CLAMPS: dict[type[nn.Module], ir.Clamp] = {nn.ReLU: (0.0, None), nn.ReLU6: (0.0, 6.0)}
 
 
 def lower(student: fx.GraphModule) -> ir.IntegerGraph:
@@ -49,37 +50,42 @@ class _Lowering:
         self.values: dict[fx.Node, ir.Value] = {}
         self.operations: list[ir.Operation] = []
         self._absorbed: set[fx.Node] = set()
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def run(self) -> ir.IntegerGraph:
+        self._shapes = self._shapes_of_nodes()
         images = embedding = None
+        dimensions = 0
         for node in self.student.graph.nodes:
             if node.op == "placeholder":
-                if images is not None:
-                    raise ExportError(f"the network has a second input, {node.name!r}; it must read images only")
                 images = self.values[node] = ir.Value("images")
             elif node.op == "output":
                 embedding = self._embedding(node)
+                dimensions = self._shapes[node.name][1]
             elif node not in self._absorbed:
                 self._lower(node)
         assert images is not None and embedding is not None
-        return ir.IntegerGraph(
-            images, tuple(self.operations), embedding, preprocessing_of(self.student), self._dimensions()
-        )
+        return ir.IntegerGraph(images, tuple(self.operations), embedding, preprocessing_of(self.student), dimensions)
+
+    def _shapes_of_nodes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of what each node makes of one image, by the node's name."""
+        inputs = [node for node in self.student.graph.nodes if node.op == "placeholder"]
+        if len(inputs) != 1:
+            raise ExportError(f"the network has {len(inputs)} inputs; it must read images only")
+        # A copy, since its mode changes, and its ranges too where observers are on.
+        recorder = _ShapeRecorder(copy.deepcopy(self.student).eval())
+        with torch.no_grad():
+            recorder.run(example_input(self.student, 1))
+        return recorder.shapes
 
     def _embedding(self, node: fx.Node) -> ir.Value:
         result = node.args[0]
         if not isinstance(result, fx.Node):
             raise ExportError("the network returns more than one tensor; it must return the embeddings only")
-        return self._value(result)
-
-    def _dimensions(self) -> int:
-        training = self.student.training
-        with torch.no_grad():
-            shape = self.student.eval()(example_input(self.student, 1)).shape
-        self.student.train(training)
+        shape = self._shapes[node.name]
         if len(shape) != 2:
             raise ExportError(f"the network returns a tensor {list(shape)}; embeddings are [N, dimensions]")
-        return int(shape[1])
+        return self._value(result)
 
     def _lower(self, node: fx.Node) -> None:
         layer = self._layer(node)
@@ -100,7 +106,7 @@ class _Lowering:
         if source.op != "placeholder":
             self.values[node] = self.values[source]
             return
-        value = self.values[node] = ir.Value(node.name, _grid(layer, node))
+        value = self.values[node] = _value_of(node, _grid(layer, node))
         offset = layer.offset if isinstance(layer, ImageQuantize) else 0.0
         self.operations.append(ir.QuantizeImage(node.name, (self.values[source],), value, offset))
 
@@ -120,13 +126,16 @@ class _Lowering:
         if users and len(users) != len(last.users):
             raise ExportError(f"the value of {last.name!r} is used both rounded and unrounded, which no runtime can do")
         grid = _grid(cast(LowBitFakeQuantize, self._layer(users[0])), users[0]) if users else None
-        value = ir.Value(node.name, grid)
+        value = _value_of(node, grid)
         self.values[node] = self.values[last] = value
         return value
 
     def _on_grid_of_input(self, node: fx.Node) -> ir.Value:
-        value = self.values[node] = ir.Value(node.name, self._value(node.args[0]).grid)
+        value = self.values[node] = _value_of(node, self._value(node.args[0]).grid)
         return value
+
+    def _rank(self, node: fx.Node) -> int:
+        return len(self._shapes[node.name])
 
     # ---- one rule per layer
 
@@ -145,6 +154,10 @@ class _Lowering:
         )
 
     def linear(self, node: fx.Node, layer: QuantizedLinear) -> ir.Operation:
+        if self._rank(node) != 2:
+            raise UnsupportedLayerError(
+                f"layer {node.target!r} multiplies {self._rank(node)} dimensions; only [N, features] can be exported"
+            )
         return ir.Linear(**self._multiplication(node, layer))
 
     def _multiplication(self, node: fx.Node, layer: QuantizedConv2d | QuantizedLinear) -> dict[str, Any]:
@@ -179,11 +192,17 @@ class _Lowering:
         quantizer = layer.weight_fake_quant
         slopes = quantizer.integers(layer.weight.unsqueeze(0)).squeeze(0).to(torch.int8).cpu().numpy()
         scale = float(quantizer.scale.detach())
-        return ir.PRelu(str(node.target), self._inputs(node), self._output(node), slopes, scale)
+        return ir.PRelu(str(node.target), self._inputs(node), self._output(node), slopes, scale, self._rank(node))
 
     def affine(self, node: fx.Node, layer: layers.ChannelAffine) -> ir.Operation:
-        output = self._output(node)
-        return ir.Affine(str(node.target), self._inputs(node), output, _float32(layer.weight), _float32(layer.bias))
+        return ir.Affine(
+            str(node.target),
+            self._inputs(node),
+            self._output(node),
+            _float32(layer.weight),
+            _float32(layer.bias),
+            self._rank(node),
+        )
 
     def leaky_relu(self, node: fx.Node, layer: nn.LeakyReLU) -> ir.Operation:
         return self._activation(node, "LeakyRelu", {"alpha": layer.negative_slope})
@@ -202,6 +221,10 @@ class _Lowering:
         return ir.GlobalAveragePool(str(node.target), self._inputs(node), self._output(node))
 
     def average_pool(self, node: fx.Node, layer: nn.AvgPool2d) -> ir.Operation:
+        if layer.divisor_override is not None:
+            raise UnsupportedLayerError(
+                f"layer {node.target!r} has a divisor of its own; only plain averages can be exported"
+            )
         return ir.AveragePool(
             str(node.target),
             self._inputs(node),
@@ -263,6 +286,24 @@ _RULES: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.Operation]]
     layers.ChannelAffine: _Lowering.affine,
     layers.L2Normalise: _plain(ir.L2Normalise),
 }
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a graph and keeps the shape of what each node makes, () where that is no tensor."""
+
+    def __init__(self, student: fx.GraphModule) -> None:
+        super().__init__(student)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.shapes[n.name] = tuple(getattr(result, "shape", ()))
+        return result
+
+
+def _value_of(node: fx.Node, grid: ir.Grid | None) -> ir.Value:
+    # The colon, which no node has, keeps a layer called "embedding" apart from the output of that name.
+    return ir.Value(f"{node.name}:0", grid)
 
 
 def _grid(layer: ImageQuantize | LowBitFakeQuantize, node: fx.Node) -> ir.Grid:

@@ -72,17 +72,18 @@ class _Writer:
             self._node("DequantizeLinear", [value.name, *self._qparams(value)], name)
         return name
 
-    def _finish(self, value: ir.Value, floats: str) -> None:
-        """Make ``value`` of ``floats``: rounded to its grid, or under another name."""
+    def _finish(self, value: ir.Value, floats: str, clamp: ir.Clamp | None = None) -> None:
+        """Make ``value`` of ``floats``: clamped, and rounded to its grid or under another name."""
         if value.grid is None:
-            self._node("Identity", [floats], value.name)
+            self._node("Identity", [floats if clamp is None else self._clamped(floats, clamp)], value.name)
             return
-        if value.grid.bits == 8:
+        # Clamped behind the rounding, which comes to the same and leaves onnxruntime its integer kernel.
+        low, high = _levels(value.grid, clamp)
+        if (low, high) == (0, 255):
             self._node("QuantizeLinear", [floats, *self._qparams(value)], value.name)
             return
-        rounded = f"{value.name}_rounded"
-        self._node("QuantizeLinear", [floats, *self._qparams(value)], rounded)
-        limits = [self._constant(f"level_{level}", np.uint8(level)) for level in (0, 2**value.grid.bits - 1)]
+        rounded = self._node("QuantizeLinear", [floats, *self._qparams(value)], f"{value.name}_rounded")
+        limits = [self._constant(f"level_{level}", np.uint8(level)) for level in (low, high)]
         self._node("Clip", [rounded, *limits], value.name)
 
     def _qparams(self, value: ir.Value) -> tuple[str, str]:
@@ -132,13 +133,13 @@ class _Writer:
             dilations=operation.dilation,
             group=operation.groups,
         )
-        self._finish(operation.output, self._clamped(operation, product))
+        self._finish(operation.output, product, operation.clamp)
 
     @write.register
     def _(self, operation: ir.Linear) -> None:
         inputs = self._multiplication_inputs(operation)
         product = self._node("Gemm", inputs, f"{operation.output.name}_float", transB=1)
-        self._finish(operation.output, self._clamped(operation, product))
+        self._finish(operation.output, product, operation.clamp)
 
     def _multiplication_inputs(self, operation: ir.Convolution | ir.Linear) -> list[str]:
         """Input, weight and bias, dequantized per output channel."""
@@ -161,13 +162,11 @@ class _Writer:
         ]
         return self._node("DequantizeLinear", names, f"{name}_dequantized", axis=0)
 
-    def _clamped(self, operation: ir.Convolution | ir.Linear, floats: str) -> str:
-        if operation.clamp is None:
-            return floats
-        low, high = operation.clamp
+    def _clamped(self, floats: str, clamp: ir.Clamp) -> str:
+        low, high = clamp
         if high is None:
-            return self._node("Relu", [floats], f"{operation.output.name}_relu")
-        return self._clip(floats, low, high, f"{operation.output.name}_relu")
+            return self._node("Relu", [floats], f"{floats}_relu")
+        return self._clip(floats, low, high, f"{floats}_relu")
 
     def _clip(self, floats: str, low: float, high: float, name: str) -> str:
         limits = [self._constant(f"limit_{limit:g}", np.float32(limit)) for limit in (low, high)]
@@ -175,16 +174,39 @@ class _Writer:
 
     @write.register
     def _(self, operation: ir.PRelu) -> None:
-        """PReLU is the greater of x and a x where every slope a <= 1, and onnxruntime's own kernel for it is slow."""
-        (floats,) = self._floats(operation)
-        slopes = (operation.slopes.astype(np.float32) * np.float32(operation.slope_scale)).reshape(-1, 1, 1)
-        slope = self._constant(f"{operation.name}.slope", slopes)
-        name = f"{operation.output.name}_float"
-        if slopes.max() > 1:
-            self._finish(operation.output, self._node("PRelu", [floats, slope], name))
+        """In exact terms of minimum and maximum, since onnxruntime's kernel for PRelu is slow."""
+        (source,) = operation.inputs
+        slopes = operation.slopes.astype(np.float32) * np.float32(operation.slope_scale)
+        slope = self._constant(f"{operation.name}.slope", _along_channels(slopes, operation.rank))
+        name = operation.output.name
+        if slopes.min() < 1 < slopes.max():
+            # max(x, 0) + a min(x, 0), of which one term is always zero.
+            positive, negative = self._positive_and_negative(source)
+            scaled = self._node("Mul", [negative, slope], f"{name}_scaled")
+            self._finish(operation.output, self._node("Add", [positive, scaled], f"{name}_float"))
             return
-        scaled = self._node("Mul", [floats, slope], f"{operation.output.name}_scaled")
-        self._finish(operation.output, self._node("Max", [floats, scaled], name))
+        floats = self.float_name(source)
+        scaled = self._node("Mul", [floats, slope], f"{name}_scaled")
+        greater = "Max" if slopes.max() <= 1 else "Min"
+        self._finish(operation.output, self._node(greater, [floats, scaled], f"{name}_float"))
+
+    def _positive_and_negative(self, value: ir.Value) -> tuple[str, str]:
+        """max(x, 0) and min(x, 0) in float; on a grid the bytes are clipped, which costs next to nothing."""
+        if value.grid is None:
+            zero = self._constant("zero", np.float32(0))
+            return (
+                self._node("Relu", [value.name], f"{value.name}_positive"),
+                self._node("Min", [value.name, zero], f"{value.name}_negative"),
+            )
+        zero = self._constant(f"level_{value.grid.zero_point}", np.uint8(value.grid.zero_point))
+        halves = [
+            self._node("Clip", [value.name, zero, ""], f"{value.name}_positive"),
+            self._node("Clip", [value.name, "", zero], f"{value.name}_negative"),
+        ]
+        positive, negative = (
+            self._node("DequantizeLinear", [half, *self._qparams(value)], f"{half}_dequantized") for half in halves
+        )
+        return positive, negative
 
     @write.register
     def _(self, operation: ir.Activation) -> None:
@@ -201,9 +223,8 @@ class _Writer:
     @write.register
     def _(self, operation: ir.Affine) -> None:
         (floats,) = self._floats(operation)
-        shape = (-1, 1, 1)
-        scale = self._constant(f"{operation.name}.scale", operation.scale.reshape(shape))
-        shift = self._constant(f"{operation.name}.shift", operation.shift.reshape(shape))
+        scale = self._constant(f"{operation.name}.scale", _along_channels(operation.scale, operation.rank))
+        shift = self._constant(f"{operation.name}.shift", _along_channels(operation.shift, operation.rank))
         scaled = self._node("Mul", [floats, scale], f"{operation.output.name}_scaled")
         self._finish(operation.output, self._node("Add", [scaled, shift], f"{operation.output.name}_float"))
 
@@ -247,6 +268,24 @@ class _Writer:
     @write.register
     def _(self, operation: ir.L2Normalise) -> None:
         self._elementwise(operation, "LpNormalization", axis=1, p=2)
+
+
+def _levels(grid: ir.Grid, clamp: ir.Clamp | None) -> tuple[int, int]:
+    """Least and greatest integer of ``grid`` that ``clamp`` lets pass."""
+    low, high = clamp if clamp is not None else (None, None)
+    return (
+        0 if low is None else max(_integer(low, grid), 0),
+        2**grid.bits - 1 if high is None else min(_integer(high, grid), 2**grid.bits - 1),
+    )
+
+
+def _integer(value: float, grid: ir.Grid) -> int:
+    return int(np.rint(np.float32(value) / np.float32(grid.scale))) + grid.zero_point
+
+
+def _along_channels(values: ir.Float32, rank: int) -> ir.Float32:
+    """In a shape that broadcasts along dimension 1 of ``rank``."""
+    return values.reshape(-1, *(1,) * (rank - 2))
 
 
 def _window(operation: ir.AveragePool | ir.MaxPool) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged or holds more than tensors, and qface does not run code from files; "
             "save its state_dict() and load that"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch checks little, so damaged bytes may raise anything
         raise CheckpointError(f"{path} is no complete torch file; fetch it again") from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -88,8 +87,10 @@ def recognise(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Modul
         CheckpointError: it is neither an IResNet nor a MobileFaceNet.
     """
     if "linear7.conv.weight" in tensors and "linear1.conv.weight" in tensors:
+        _check_dimensions(tensors, {"linear7.conv.weight": 4, "linear1.conv.weight": 4}, path)
         return _mobilefacenet(tensors)
     if "fc.weight" in tensors and "layer4.0.conv1.weight" in tensors and "features.weight" in tensors:
+        _check_dimensions(tensors, {"fc.weight": 2}, path)
         return _iresnet(tensors, path)
     names = ", ".join(list(tensors)[:3])
     raise CheckpointError(
@@ -98,9 +99,17 @@ def recognise(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Modul
     )
 
 
+def _check_dimensions(tensors: Mapping[str, Tensor], wanted: Mapping[str, int], path: str | Path) -> None:
+    """Of the tensors whose shapes say how large the network is."""
+    for name, dimensions in wanted.items():
+        shape = list(tensors[name].shape)
+        if len(shape) != dimensions or 0 in shape:
+            raise CheckpointError(f"{path}: {name} has the shape {shape}, and needs {dimensions} dimensions")
+
+
 def _mobilefacenet(tensors: Mapping[str, Tensor]) -> tuple[nn.Module, Preprocessing]:
     height, width = (16 * side for side in tensors["linear7.conv.weight"].shape[2:])
-    margin = (CROP_SIZE - width) // 2
+    margin = max(0, CROP_SIZE - width) // 2
     model = MobileFaceNet(len(tensors["linear1.conv.weight"]), (height, width))
     return model, Preprocessing(crop=(0, margin, CROP_SIZE, CROP_SIZE - margin), size=(height, width))
 

@@ -40,18 +40,18 @@ _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features", "bias"),
     nn.BatchNorm1d: _NORM,
     nn.BatchNorm2d: _NORM,
-    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", "bias"),
     nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
     nn.PReLU: ("num_parameters",),
-    nn.ReLU: (),
-    nn.ReLU6: (),
-    nn.LeakyReLU: ("negative_slope",),
-    nn.ELU: ("alpha",),
+    nn.ReLU: ("inplace",),
+    nn.ReLU6: ("inplace",),
+    nn.LeakyReLU: ("negative_slope", "inplace"),
+    nn.ELU: ("alpha", "inplace"),
     nn.GELU: ("approximate",),
-    nn.SiLU: (),
-    nn.Hardswish: (),
-    nn.Hardsigmoid: (),
-    nn.Hardtanh: ("min_val", "max_val"),
+    nn.SiLU: ("inplace",),
+    nn.Hardswish: ("inplace",),
+    nn.Hardsigmoid: ("inplace",),
+    nn.Hardtanh: ("min_val", "max_val", "inplace"),
     nn.Sigmoid: (),
     nn.Tanh: (),
     nn.Softmax: ("dim",),
@@ -220,15 +220,17 @@ def graph_from_data(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
     try:
         model = _build(data, tensors)
         model.load_state_dict(dict(tensors))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in data["frozen"])
+        for hook in _REBUILD_HOOKS:
+            hook(model)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the data may be anyone's, so torch and Python may raise anything on it
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"the saved graph is damaged or of another version: {type(error).__name__}: {reason}"
         ) from error
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in data["frozen"])
-    for hook in _REBUILD_HOOKS:
-        hook(model)
     return model
 
 
@@ -243,8 +245,17 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.G
     nodes: dict[str, fx.Node] = {}
     for entry in data["nodes"]:
         nodes[entry["name"]] = _node_from_data(graph, entry, nodes)
+    _check_paths(graph, set(data["layers"]), {name for name, _ in (*root.named_parameters(), *root.named_buffers())})
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+def _check_paths(graph: fx.Graph, layers: set[str], tensors: set[str]) -> None:
+    """Refuse nodes that reach for other attributes, from which a way leads to any Python: ``__init__.__builtins__``."""
+    for node in graph.nodes:
+        known = {"call_module": layers, "get_attr": tensors}.get(node.op)
+        if known is not None and node.target not in known:
+            raise ValueError(f"node {node.name!r} reads {node.target!r}, which is no layer or tensor of the file")
 
 
 def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:

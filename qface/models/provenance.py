@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from qface._version import __version__
-from qface.preprocessing import preprocessing_of, with_preprocessing
+from qface.preprocessing import attach, preprocessing_of, with_preprocessing
 
 __all__ = ["carry", "provenance_of", "record_step", "with_provenance"]
 
@@ -25,8 +25,7 @@ def provenance_of(model: nn.Module) -> tuple[dict[str, Any], ...]:
 
 def with_provenance(model: ModuleT, steps: tuple[dict[str, Any], ...]) -> ModuleT:
     """Attach ``steps`` in place and return the model."""
-    setattr(model, _ATTRIBUTE, steps)
-    return model
+    return attach(model, _ATTRIBUTE, steps)
 
 
 def record_step(model: ModuleT, step: str, settings: Mapping[str, Any]) -> ModuleT:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qface.errors import CheckpointError
+from qface.errors import CheckpointError, ConfigError, ExportError
 from qface.files import replacing
 from qface.models.checkpoints import check_finite, fill, read_tensors, recognise
 from qface.models.graph_data import graph_from_data, graph_to_data
@@ -53,8 +55,15 @@ def load(
     check_finite(tensors, path_or_name)
     loaded, likely = _fitting_network(tensors, metadata, path_or_name, model)
     if "preprocessing" in metadata:
-        likely = Preprocessing.from_json(metadata["preprocessing"])
+        likely = _preprocessing_from(metadata["preprocessing"], path_or_name)
     return with_preprocessing(loaded, preprocessing or likely).eval()
+
+
+def _preprocessing_from(text: str, path: str | Path) -> Preprocessing:
+    try:
+        return Preprocessing.from_json(text)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _fresh(name: str) -> nn.Module:
@@ -81,11 +90,11 @@ def _from_own_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
             f"{path} has format version {version}, and this qface reads {FORMAT_VERSION}; update qface"
         )
     try:
-        graph, steps = json.loads(metadata["graph"]), json.loads(metadata["provenance"])
-    except (KeyError, ValueError) as error:
+        graph, steps = json.loads(metadata["graph"]), tuple(json.loads(metadata["provenance"]))
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} lacks its graph or provenance ({error}); save it again") from error
     try:
-        return with_provenance(graph_from_data(graph, tensors), tuple(steps))
+        return with_provenance(graph_from_data(graph, tensors), steps)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -100,14 +109,27 @@ def save(model: nn.Module, path: str | Path) -> None:
         ExportError: the file cannot be written.
     """
     graph_module = trace(model)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in graph_module.state_dict().items()}
+    graph = graph_to_data(graph_module)
+    tensors = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in graph_module.state_dict().items()
+        if _is_used(name, graph)
+    }
     check_finite(tensors, path)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "graph": json.dumps(graph_to_data(graph_module)),
+        "graph": json.dumps(graph),
         "preprocessing": preprocessing_of(model).to_json(),
         "provenance": json.dumps(provenance_of(model)),
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"cannot write {path}: {error}; is the disk full?") from error
+
+
+def _is_used(tensor: str, graph: Mapping[str, Any]) -> bool:
+    """Whether a node reads it; layers that none calls may hang on a GraphModule, and are not rebuilt."""
+    return tensor in graph["tensors"] or any(tensor.startswith(f"{layer}.") for layer in graph["layers"])

@@ -43,11 +43,13 @@ def canonicalise(model: nn.Module) -> fx.GraphModule:
     graph_module = fx.GraphModule(copied, copied.graph)  # drops submodules that no node uses
     _own_layer_per_call(graph_module)
     _propagate_shapes(graph_module, example_input(model))
+    _undo_in_place(graph_module)
     _remove_no_operations(graph_module)
     _functions_to_layers(graph_module)
     _fold_batch_norms(graph_module)
     _refuse_unknown_weights(graph_module)
     graph_module.graph.lint()
+    graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return carry(model, graph_module)
 
@@ -99,13 +101,37 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else ()
 
 
+# ---- operations in place
+
+
+def _undo_in_place(graph_module: fx.GraphModule) -> None:
+    """Let those that read a value after an operation overwrote it read the result, so that nothing is overwritten."""
+    place = {node: number for number, node in enumerate(graph_module.graph.nodes)}
+    for node in list(graph_module.graph.nodes):
+        if _overwrites(graph_module, node):
+            later = {user for user in _input(node)[0].users if place[user] > place[node]}
+            _input(node)[0].replace_all_uses_with(node, delete_user_cb=later.__contains__)
+
+
+def _overwrites(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    layer = _layer(graph_module, node)
+    if layer is not None:
+        in_place = getattr(layer, "inplace", False)
+        if in_place:
+            layer.inplace = False  # type: ignore[assignment]
+        return bool(in_place)
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return bool(node.kwargs.get("inplace"))
+
+
 # ---- operations without effect
 
 
 def _remove_no_operations(graph_module: fx.GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
         if _has_no_effect(graph_module, node):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(_input(node)[0])
             graph_module.graph.erase_node(node)
 
 

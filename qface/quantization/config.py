@@ -67,6 +67,9 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
         _check_bits("activation_bits", self.activation_bits)
+        for name, bits in self.overrides.items():
+            if not isinstance(bits, LayerBits):
+                raise ConfigError(f"the override of {name!r} is {bits!r}; it must be a LayerBits")
         if self.weight_range not in RANGE_RULES or self.weight_range == "moving_average":
             raise ConfigError(f"weight_range {self.weight_range!r} is none of mse, minmax, percentile")
         if self.activation_range not in RANGE_RULES:

@@ -214,4 +214,6 @@ def _image_quantizer(preprocessing: Preprocessing) -> ImageQuantize | None:
         return None
     mean, std = preprocessing.mean[0], preprocessing.std[0]
     zero_point = round(mean)
+    if not 0 <= zero_point <= 255:
+        return None
     return ImageQuantize(scale=1 / std, zero_point=zero_point, offset=(zero_point - mean) / std)

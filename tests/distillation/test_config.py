@@ -18,7 +18,7 @@ def test_paper_settings() -> None:
         1,
     )
     assert (paper.optimizer, paper.momentum, paper.weight_decay, paper.nesterov) == ("sgd", 0.9, 5e-4, False)
-    assert paper.uses_ekd
+    assert paper.ekd_weight == 1.0  # the authors' own weights, 0.02 and 0.01, unchanged
     assert paper.ekd_parity
     assert not paper.uses_embedding_loss
     assert not paper.class_head
