@@ -4,9 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 Crops = Callable[..., Path]
+
+# The first call of a torch kernel, or a busy machine, may exceed any time limit of one example.
+settings.register_profile("qface", deadline=None)
+settings.load_profile("qface")
 
 
 @pytest.fixture

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from qface.data.images import Images
+from qface.errors import ConfigError, ImagesError
+from qface.models import provenance_of
+from qface.preprocessing import Preprocessing, with_preprocessing
+from qface.quantization import (
+    LowBitFakeQuantize,
+    QuantizationConfig,
+    calibrate,
+    quantize,
+    scale_parameters,
+    set_observers,
+)
+from tests.networks import foreign_net, random_faces, tiny_face_net
+
+SIZE = Preprocessing(size=(48, 48), std=(128.0,) * 3)
+FACES = random_faces(12)
+
+
+def student(bits: int | QuantizationConfig = 6, make: Callable[..., nn.Module] = tiny_face_net) -> fx.GraphModule:
+    return quantize(with_preprocessing(make(size=SIZE.size), SIZE), bits)
+
+
+def quantizers(model: nn.Module) -> list[LowBitFakeQuantize]:
+    return [module for module in model.modules() if isinstance(module, LowBitFakeQuantize)]
+
+
+def ranges(model: nn.Module) -> list[Tensor]:
+    return [value.detach().clone() for q in quantizers(model) for value in (q.scale, q.zero_point)]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    """A convolution of another batch size may sum in another order."""
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 if a.is_floating_point() else 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_sets_every_range_and_leaves_the_rest(training: bool) -> None:
+    model = student().train(training)
+    weights = [p.clone() for n, p in model.named_parameters() if not n.endswith("scale")]
+    assert calibrate(model, FACES) is model
+    assert model.training is training
+    assert all(q.calibrated and not q.observing and q.quantizing for q in quantizers(model))
+    assert all((q.scale > 0).all() for q in quantizers(model))
+    assert same(weights, [p for n, p in model.named_parameters() if not n.endswith("scale")])
+    assert all(p.requires_grad and p.is_leaf and p.grad is None for p in scale_parameters(model))
+    before = ranges(model)
+    model(3 * SIZE(FACES))  # observers are off
+    assert same(ranges(model), before)
+    assert provenance_of(model)[-1]["step"] == "calibrate"
+
+
+@pytest.mark.parametrize("rule", ["mse", "minmax", "percentile", "moving_average"])
+@pytest.mark.parametrize("make", [tiny_face_net, foreign_net])
+def test_8_bits_are_close_to_float(make: Callable[..., nn.Module], rule: str) -> None:
+    weight_rule = "minmax" if rule == "moving_average" else rule
+    model = student(QuantizationConfig(8, 8, weight_range=weight_rule, activation_range=rule), make)
+    calibrate(model, FACES, batch_size=4)
+    x = SIZE(random_faces(8, seed=7))
+    with torch.no_grad():
+        expected = make(size=SIZE.size)(x)
+        for training in (True, False):
+            assert torch.cosine_similarity(model.train(training)(x), expected).min() > 0.99
+
+
+def test_more_bits_are_closer_to_float() -> None:
+    x = SIZE(random_faces(8, seed=7))
+    with torch.no_grad():
+        expected = tiny_face_net(size=SIZE.size)(x)
+        errors = [
+            1 - torch.cosine_similarity(calibrate(student(b), FACES).eval()(x), expected).mean() for b in (2, 4, 8)
+        ]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+
+def test_it_repeats_and_repairs_itself() -> None:
+    first, second = calibrate(student(), FACES), calibrate(student(), FACES)
+    assert same(ranges(first), ranges(second))
+    calibrate(second, random_faces(3, seed=8))
+    assert not same(ranges(first), ranges(second))
+    assert same(ranges(calibrate(second, FACES)), ranges(first))  # nothing of the other images is left
+
+
+def test_ranges_are_those_of_float_values() -> None:
+    """Rounding to 2 bits plays no part in them; half a grey level of the image does."""
+    model = student(QuantizationConfig(2, 8, weight_range="minmax", activation_range="minmax"))
+    calibrate(model, FACES)
+    seen: list[tuple[float, float]] = []
+    teacher = tiny_face_net(size=SIZE.size)
+    teacher.prelu.register_forward_hook(lambda _, __, out: seen.append((out.min().item(), out.max().item())))
+    teacher(SIZE(FACES))
+    node = next(n for n in model.graph.nodes if n.target == "prelu")
+    quantizer = model.get_submodule(next(iter(node.users)).target)
+    ((low, high),) = seen
+    torch.testing.assert_close(quantizer.scale.item(), (high - low) / 255, rtol=0.01, atol=0)
+
+
+def loader(images: Tensor) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(images, torch.zeros(len(images))), batch_size=5)
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_all_kinds_of_images_give_the_same_ranges(crops: Callable[..., Path], batch_size: int) -> None:
+    from qface.data.folders import ImageFolder
+
+    folder = crops({"ann": 3, "bob": 4})
+    pixels = ImageFolder(folder).read(range(7))
+    kinds: list[Images] = [folder, str(folder), pixels, SIZE(pixels), loader(pixels), loader(SIZE(pixels)), [pixels]]
+    config = QuantizationConfig(activation_range="minmax")
+    expected = ranges(calibrate(student(config), pixels))
+    for images in kinds:
+        found = ranges(calibrate(student(config), images, batch_size=batch_size))
+        check_close(found, expected)
+
+
+def test_count_limits_the_images() -> None:
+    config = QuantizationConfig(activation_range="minmax")
+    four = ranges(calibrate(student(config), FACES[:4]))
+    check_close(ranges(calibrate(student(config), [FACES[:3], FACES[3:], FACES], count=4)), four)
+    spread = ranges(calibrate(student(config), FACES[[0, 4, 7, 11]]))
+    assert same(ranges(calibrate(student(config), FACES, count=4)), spread)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(0, 3, 112, 112, dtype=torch.uint8), 3, [], ["x"], Path("missing")])
+def test_unusable_images_leave_the_student_as_it_was(images: Any) -> None:
+    model = calibrate(student(), FACES).eval()
+    before = ranges(model)
+    output = model(SIZE(FACES))
+    with pytest.raises((ImagesError, ConfigError)) as caught:
+        calibrate(model, images)
+    assert "\n" not in str(caught.value)
+    assert same(ranges(model), before)
+    assert torch.equal(model(SIZE(FACES)), output)
+
+
+def test_a_float_network_has_nothing_to_calibrate() -> None:
+    with pytest.raises(ConfigError, match="not quantized"):
+        calibrate(tiny_face_net(), FACES)  # type: ignore[arg-type]
+
+
+def test_observers_can_follow_training() -> None:
+    model = calibrate(student(QuantizationConfig(activation_range="minmax")), FACES)
+    before = ranges(model)
+    set_observers(model, True)
+    assert all(q.observing for q in quantizers(model))
+    model(3 * SIZE(FACES))
+    set_observers(model, False)
+    after = ranges(model)
+    assert not same(before, after)
+    model(9 * SIZE(FACES))
+    assert same(after, ranges(model))
+
+
+def test_scales_are_parameters_of_the_student() -> None:
+    model = student()
+    scales = scale_parameters(model)
+    own = {id(parameter) for parameter in model.parameters()}
+    assert len(scales) == len(quantizers(model)) > 10
+    assert {id(scale) for scale in scales} <= own
+    assert scale_parameters(tiny_face_net()) == []
+
+
+def test_a_bias_far_beyond_the_weights_stays_representable() -> None:
+    teacher = with_preprocessing(tiny_face_net(size=SIZE.size), SIZE)
+    teacher.bn.weight.data[0] = 1e-9  # a channel that pruning might have left: nothing but its bias
+    teacher.bn.bias.data[0] = 1.0
+    model = calibrate(quantize(teacher, 8), FACES).eval()
+    x = SIZE(FACES)
+    assert torch.cosine_similarity(model(x), teacher(x)).min() > 0.99

@@ -1,0 +1,254 @@
+"""The canonical form computes what the network computes in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qface.errors import TraceError, UnsupportedLayerError
+from qface.models import Add, ChannelAffine, Concat, IResNet, L2Normalise, Multiply, provenance_of, record_step
+from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+from qface.quantization.canonical import canonicalise
+from tests.networks import foreign_net, tiny_face_net, with_statistics
+
+SMALL = Preprocessing(size=(16, 12))
+
+
+def small(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    return with_preprocessing(with_statistics(model).eval(), SMALL)
+
+
+def images(height: int = 16, width: int = 12) -> Tensor:
+    return torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(2))
+
+
+def check(model: nn.Module, x: Tensor | None = None) -> fx.GraphModule:
+    """The canonical form of ``model``, which computes the same."""
+    x = images(*preprocessing_of(model).size) if x is None else x
+    canonical = canonicalise(model)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        torch.testing.assert_close(canonical.eval()(x), expected, atol=1e-5, rtol=1e-4)
+    return canonical
+
+
+def kinds(canonical: fx.GraphModule) -> list[type]:
+    """What each node between image and output is."""
+    found = []
+    for node in canonical.graph.nodes:
+        if node.op == "call_module":
+            found.append(type(canonical.get_submodule(node.target)))
+        elif node.op not in ("placeholder", "output"):
+            found.append(node.target)
+    return found
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [tiny_face_net, foreign_net])
+def test_a_whole_network(make: Callable[..., nn.Module], training: bool) -> None:
+    model = with_preprocessing(make(size=(32, 32)), Preprocessing(size=(32, 32)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train(training)
+    canonical = canonicalise(model)
+    assert canonical.training == model.training == training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    check(model)
+    assert all(isinstance(kind, type) for kind in kinds(canonical))  # layers only
+    left = {nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout}
+    assert not left & {type(module) for module in canonical.modules()}
+
+
+def test_an_iresnet() -> None:
+    torch.manual_seed(0)
+    canonical = check(with_statistics(IResNet((1, 1, 1, 1), 8)).eval())
+    # bn1 of each block and the last bn2 have no convolution of their own in front of them.
+    assert kinds(canonical).count(ChannelAffine) == 5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_norm_behind_a_convolution_is_folded(bias: bool, groups: int) -> None:
+    convolution = nn.Conv2d(3, 6, 3, padding=1, groups=groups, bias=bias)
+    canonical = check(small(nn.Sequential(convolution, nn.BatchNorm2d(6), nn.Flatten())))
+    assert kinds(canonical) == [nn.Conv2d, nn.Flatten]
+
+
+def test_a_norm_behind_a_linear_layer_is_folded() -> None:
+    model = small(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 12, 5), nn.BatchNorm1d(5, affine=False)))
+    assert kinds(check(model)) == [nn.Flatten, nn.Linear]
+
+
+def test_a_channel_of_scale_zero_is_its_shift() -> None:
+    model = small(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten()))
+    model[1].weight.data[2] = 0
+    canonical = check(model)
+    assert all(parameter.isfinite().all() for parameter in canonical.parameters())
+
+
+def test_a_norm_before_a_convolution_becomes_an_affine() -> None:
+    model = small(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1), nn.Flatten()))
+    assert kinds(check(model)) == [ChannelAffine, nn.Conv2d, nn.Flatten]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.act = nn.PReLU(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.act(self.norm(self.conv(x)))
+        return x.flatten(1)
+
+
+def test_a_layer_that_is_called_again_gets_copies() -> None:
+    canonical = check(small(Twice()))
+    targets = [node.target for node in canonical.graph.nodes if node.op == "call_module"]
+    assert len(set(targets)) == len(targets) == 3 * 2 + 1
+    assert len({id(canonical.get_submodule(target)) for target in targets}) == len(targets)
+
+
+class ReadBeforeTheNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return (self.norm(x) + x).flatten(1)
+
+
+def test_a_convolution_that_others_read_too_keeps_its_weights() -> None:
+    model = small(ReadBeforeTheNorm())
+    canonical = check(model)
+    assert kinds(canonical) == [nn.Conv2d, ChannelAffine, Add, nn.Flatten]
+    assert torch.equal(canonical.conv.weight, model.conv.weight)
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+POOLED = [nn.AdaptiveAvgPool2d, nn.Flatten]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: x + x, [Add]),
+        (lambda x: x.add(x), [Add]),
+        (lambda x: torch.add(x, x), [Add]),
+        (lambda x: x * x, [Multiply]),
+        (lambda x: torch.mul(x, other=x), [Multiply]),
+        (lambda x: torch.cat([x, x], 1), [Concat]),
+        (lambda x: torch.cat((x, x), dim=-3), [Concat]),
+        (lambda x: torch.relu(x), [nn.ReLU]),
+        (lambda x: x.relu(), [nn.ReLU]),
+        (lambda x: F.relu6(x), [nn.ReLU6]),
+        (lambda x: F.leaky_relu(x, 0.3), [nn.LeakyReLU]),
+        (lambda x: F.leaky_relu(x, negative_slope=0.4), [nn.LeakyReLU]),
+        (lambda x: F.hardswish(x), [nn.Hardswish]),
+        (lambda x: F.hardsigmoid(x), [nn.Hardsigmoid]),
+        (lambda x: F.silu(x), [nn.SiLU]),
+        (lambda x: x.sigmoid(), [nn.Sigmoid]),
+        (lambda x: torch.sigmoid(x), [nn.Sigmoid]),
+        (lambda x: x.flatten(1), [nn.Flatten]),
+        (lambda x: torch.flatten(x, start_dim=1), [nn.Flatten]),
+        (lambda x: x.view(x.size(0), -1), [nn.Flatten]),
+        (lambda x: x.reshape((x.shape[0], 576)), [nn.Flatten]),
+        (lambda x: x.mean((2, 3)), POOLED),
+        (lambda x: x.mean(dim=[-1, -2]), POOLED),
+        (lambda x: torch.mean(x, (2, 3), True), POOLED[:1]),
+        (lambda x: F.adaptive_avg_pool2d(x, (2, 3)), POOLED[:1]),
+        (lambda x: F.adaptive_avg_pool2d(x, 1).squeeze(3).squeeze(2), None),
+        (lambda x: F.avg_pool2d(x, 2), [nn.AvgPool2d]),
+        (lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), [nn.AvgPool2d]),
+        (lambda x: F.max_pool2d(x, kernel_size=3, stride=2, padding=1), [nn.MaxPool2d]),
+        (lambda x: F.normalize(x.flatten(1)), [nn.Flatten, L2Normalise]),
+        (lambda x: F.dropout(F.dropout(x, 0.5, False), p=0.3, training=False), []),
+        (lambda x: F.dropout(input=x, training=False) + x, [Add]),
+        (lambda x: x.contiguous().float(), []),
+        (lambda x: x * 2 + 1, None),
+        (lambda x: torch.add(x, x, alpha=2), None),
+        (lambda x: x.mean(1), None),
+        (lambda x: x.flatten(2), None),
+        (lambda x: F.normalize(x, dim=2), None),
+        (lambda x: F.normalize(x.flatten(1), p=1.0), None),
+    ],
+)
+def test_a_function_becomes_a_layer(function: Callable[[Tensor], Any], expected: list[type] | None) -> None:
+    canonical = check(with_preprocessing(Function(function).eval(), SMALL))
+    layers = [kind for kind in kinds(canonical) if isinstance(kind, type)]
+    if expected is not None:  # else it stays, in part, a function
+        assert layers == expected
+
+
+@pytest.mark.parametrize(
+    "overwrite",
+    [
+        nn.ReLU(inplace=True),
+        nn.Hardswish(inplace=True),
+        lambda x: F.relu(x, inplace=True),
+        lambda x: F.relu6(x, True),
+        lambda x: x.relu_(),
+        lambda x: x.add_(x),
+    ],
+)
+def test_what_is_read_after_it_was_overwritten_is_the_new_value(overwrite: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.overwrite = overwrite
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            before = x * 1
+            after = self.overwrite(x)
+            return torch.cat([before, x, after], 1).flatten(1)
+
+    canonical = check(small(Net()))
+    assert not any(getattr(module, "inplace", False) for module in canonical.modules())
+
+
+def test_what_a_model_carries_is_carried_on() -> None:
+    model = record_step(small(Twice()), "made", {"by": "hand"})
+    canonical = canonicalise(model)
+    assert preprocessing_of(canonical) == SMALL
+    assert provenance_of(canonical) == provenance_of(model) != ()
+
+
+def test_a_network_of_another_size_is_refused() -> None:
+    model = with_preprocessing(tiny_face_net(size=(32, 32)), Preprocessing(size=(64, 64)))
+    with pytest.raises(TraceError, match="64x64") as caught:
+        canonicalise(model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (nn.Sequential(nn.ConvTranspose2d(3, 4, 2)), "ConvTranspose2d"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)), "running statistics"),
+        (Function(lambda x: F.linear(x, torch.ones(3, 12))), "linear"),
+        (Function(lambda x: x @ x.transpose(2, 3)), "matmul"),
+    ],
+)
+def test_what_cannot_be_quantized_is_named(model: nn.Module, name: str) -> None:
+    with pytest.raises(UnsupportedLayerError, match=name) as caught:
+        canonicalise(with_preprocessing(model.eval(), SMALL))
+    assert "\n" not in str(caught.value)
