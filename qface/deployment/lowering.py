@@ -293,6 +293,7 @@ class _ShapeRecorder(fx.Interpreter):
 
     def __init__(self, student: fx.GraphModule) -> None:
         super().__init__(student)
+        self.extra_traceback = False  # else torch.fx appends lines to the messages of errors
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -179,6 +179,9 @@ class _Writer:
         slopes = operation.slopes.astype(np.float32) * np.float32(operation.slope_scale)
         slope = self._constant(f"{operation.name}.slope", _along_channels(slopes, operation.rank))
         name = operation.output.name
+        if source.grid is None:
+            self._finish(operation.output, self._node("PRelu", [source.name, slope], f"{name}_float"))
+            return
         if slopes.min() < 1 < slopes.max():
             # max(x, 0) + a min(x, 0), of which one term is always zero.
             positive, negative = self._positive_and_negative(source)
@@ -191,13 +194,8 @@ class _Writer:
         self._finish(operation.output, self._node(greater, [floats, scaled], f"{name}_float"))
 
     def _positive_and_negative(self, value: ir.Value) -> tuple[str, str]:
-        """max(x, 0) and min(x, 0) in float; on a grid the bytes are clipped, which costs next to nothing."""
-        if value.grid is None:
-            zero = self._constant("zero", np.float32(0))
-            return (
-                self._node("Relu", [value.name], f"{value.name}_positive"),
-                self._node("Min", [value.name, zero], f"{value.name}_negative"),
-            )
+        """max(x, 0) and min(x, 0) of ``value`` on a grid: its bytes are clipped, which costs next to nothing."""
+        assert value.grid is not None
         zero = self._constant(f"level_{value.grid.zero_point}", np.uint8(value.grid.zero_point))
         halves = [
             self._node("Clip", [value.name, zero, ""], f"{value.name}_positive"),

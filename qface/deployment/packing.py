@@ -56,7 +56,8 @@ def _pack_plane(values: npt.NDArray[np.int16], width: int) -> Bytes:
     rows = np.zeros((per_byte, -(-values.size // per_byte)), np.uint8)
     rows.reshape(-1)[: values.size] = values
     shifts = np.arange(per_byte, dtype=np.uint8)[:, None] * np.uint8(width)
-    return np.bitwise_or.reduce(rows << shifts, axis=0)
+    packed: Bytes = np.bitwise_or.reduce(rows << shifts, axis=0)
+    return packed
 
 
 def unpack(planes: tuple[Plane, ...], count: int) -> Int8:

@@ -121,7 +121,7 @@ class _QuantizedMultiplication(nn.Module):
         weight = self.weight_fake_quant.integers(self.weight)
         bias = self.bias_integers()
         scale = quantizer.tensors().scale
-        shape = (-1,) + (1,) * (x.ndim - 2)
+        shape = (-1,) + (1,) * (self.weight.ndim - 2)
         sums = accumulate(self.multiply, (x / scale).round_(), weight, None if bias is None else bias.view(shape))
         weight_scale = self.weight_fake_quant.scale.view(shape)
         output = self.neighbours.output

@@ -205,7 +205,7 @@ def _feeds_only_a_clamp(quantizer: fx.Node) -> bool:
     producer = cast(fx.Node, quantizer.args[0])
     if not isinstance(layer_of(producer), WeightedLayer):
         return False
-    return all(is_clamp(user) for user in quantizer.users)
+    return len(quantizer.users) == 1 and all(is_clamp(user) for user in quantizer.users)
 
 
 def _image_quantizer(preprocessing: Preprocessing) -> ImageQuantize | None:

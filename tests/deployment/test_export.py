@@ -1,0 +1,327 @@
+"""What stands in an exported file, and what happens where none can be written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, fx, nn
+
+import qface
+from qface.deployment import OnnxEmbedder
+from qface.errors import ConfigError, ExportError, QFaceError, UnsupportedLayerError
+from qface.models.provenance import provenance_of
+from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
+from tests.deployment.integers import assert_exact, read_by_multiplications, session
+from tests.deployment.networks import CHANNELS, SIDE, Applied, Framed, Sum, calibrated, framed, seeded
+from tests.networks import TinyFaceNet, foreign_net, random_faces, tiny_face_net
+
+Crops = Callable[..., Path]
+
+PREPROCESSING = Preprocessing(crop=(0, 8, 112, 104), size=(32, 28), color="BGR", std=(128.0, 128.0, 128.0))
+
+
+def tiny(bits: int | QuantizationConfig = 4) -> fx.GraphModule:
+    return calibrated(network(), bits)
+
+
+def network() -> TinyFaceNet:
+    return with_preprocessing(tiny_face_net(size=PREPROCESSING.size), PREPROCESSING)
+
+
+@pytest.fixture(scope="module")
+def student() -> fx.GraphModule:
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def path(student: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "net.onnx"
+    assert qface.export(student, path) == path
+    return path
+
+
+def props(path: Path) -> dict[str, str]:
+    return {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+
+
+def signature(path: Path) -> list[tuple[str, list[object]]]:
+    graph = onnx.load(path).graph
+    return [
+        (value.name, [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim])
+        for value in (*graph.input, *graph.output)
+    ]
+
+
+# ---- the file of a student
+
+
+def test_file_is_valid_for_runtimes_of_the_last_years(path: Path) -> None:
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
+    assert model.ir_version <= 10
+
+
+def test_file_says_what_it_reads_and_where_it_comes_from(path: Path, student: fx.GraphModule) -> None:
+    assert signature(path) == [("images", ["batch", 3, 32, 28]), ("embedding", ["batch", 16])]
+    assert Preprocessing.from_json(props(path)["preprocessing"]) == PREPROCESSING
+    assert json.loads(props(path)["provenance"]) == list(provenance_of(student))
+    assert [step["step"] for step in json.loads(props(path)["provenance"])] == ["quantize", "calibrate"]
+    assert props(path)["qface"] == qface.__version__
+
+
+def test_an_image_embeds_alike_in_any_batch(path: Path, student: fx.GraphModule) -> None:
+    images = PREPROCESSING(random_faces(16))
+    embedder = OnnxEmbedder(path, threads=1)
+    together = embedder(images)
+    assert together.shape == (16, 16)
+    assert len(together.unique(dim=0)) == 16
+    assert torch.equal(torch.cat([embedder(image[None]) for image in images]), together)
+    assert torch.equal(embedder(images[5:8]), together[5:8])
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weights_and_activations_keep_to_their_bits(bits: int, tmp_path: Path) -> None:
+    qface.export(tiny(bits), tmp_path / "net.onnx")
+    constants = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer
+    }
+    read = read_by_multiplications(tmp_path / "net.onnx")
+    for tensor, layers in read.items():
+        for layer in layers:
+            weight = constants[f"{layer}.weight"]
+            assert weight.dtype == np.int8
+            assert -(2 ** (bits - 1)) <= weight.min() < 0 < weight.max() <= 2 ** (bits - 1) - 1
+            assert constants[f"{layer}.bias"].dtype == np.int32
+            step = constants[f"{tensor}_scale"] * constants[f"{layer}.weight_scale"]
+            assert np.array_equal(constants[f"{layer}.bias_scale"], step)
+    assert all(constant.size <= 16 for constant in constants.values() if constant.dtype == np.float32)
+    assert sum(constant.size for constant in constants.values() if constant.dtype == np.int8) > 3000
+
+    images = PREPROCESSING(random_faces(16, seed=3)).numpy()
+    outputs = session(tmp_path / "net.onnx", list(read)).run(None, {"images": images})[1:]
+    for layers, tensor in zip(read.values(), outputs, strict=True):
+        assert tensor.dtype == np.uint8
+        if layers == ["conv"]:
+            assert len(np.unique(tensor)) > 200  # the bytes of the image
+        else:
+            assert tensor.max() <= 2**bits - 1
+            assert 2 <= len(np.unique(tensor)) <= 2**bits
+
+
+def test_widths_of_single_layers_are_in_the_file(tmp_path: Path) -> None:
+    config = QuantizationConfig(overrides={"block1.conv2": LayerBits(weight=3, activation=4)})
+    qface.export(tiny(config), tmp_path / "net.onnx")
+    constants = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer
+    }
+    assert np.abs(constants["block1.conv2.weight"].astype(int)).max() <= 4
+    assert np.abs(constants["block2.conv2.weight"].astype(int)).max() > 4
+    read = read_by_multiplications(tmp_path / "net.onnx")
+    images = PREPROCESSING(random_faces(8)).numpy()
+    outputs = session(tmp_path / "net.onnx", list(read)).run(None, {"images": images})[1:]
+    greatest = {layers[0]: tensor.max() for layers, tensor in zip(read.values(), outputs, strict=True)}
+    assert greatest["block1.conv2"] == 15
+    assert 15 < greatest["block2.conv2"] <= 63
+
+
+def test_exporting_changes_nothing_in_the_student(tmp_path: Path) -> None:
+    student = tiny().train()
+    student.get_submodule("block1").eval()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    modes = [module.training for module in student.modules()]
+    qface.export(student, tmp_path / "net.onnx")
+    assert [module.training for module in student.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_layers_may_be_called_anything(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.images = nn.Conv2d(3, CHANNELS, 3, 2)
+            self.images_float = nn.PReLU(CHANNELS)
+            self.level_0 = nn.Conv2d(CHANNELS, CHANNELS, 1)
+            self.output = nn.MaxPool2d(11)
+            self.embedding = nn.Linear(CHANNELS, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.embedding(torch.flatten(self.output(self.level_0(self.images_float(self.images(x)))), 1))
+
+    model = with_preprocessing(seeded(Named), Preprocessing(size=(SIDE, SIDE)))
+    assert_exact(calibrated(model), tmp_path / "net.onnx")
+
+
+def test_channels_may_be_normalised_differently(tmp_path: Path) -> None:
+    preprocessing = Preprocessing(size=(32, 32), mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
+    model = with_preprocessing(tiny_face_net(size=(32, 32)), preprocessing)
+    assert_exact(calibrated(model), tmp_path / "net.onnx")
+    assert OnnxEmbedder(tmp_path / "net.onnx").preprocessing == preprocessing
+
+
+def test_foreign_network_goes_all_the_way_without_its_source(crops: Crops, tmp_path: Path) -> None:
+    size = (48, 48)
+    student = calibrate(
+        quantize(with_preprocessing(foreign_net(size=size), Preprocessing(size=size)), 6), random_faces()
+    )
+    qface.save(student, tmp_path / "student.safetensors")
+    folder = crops({"Anna": 3, "Berta": 2})
+    code = """
+import json, sys, qface
+student = qface.load("student.safetensors")
+qface.export(student, "net.onnx")
+result = qface.evaluate("net.onnx", "crops")
+assert not any(name.split(".")[0] == "tests" for name in sys.modules)
+print(json.dumps(result.to_dict()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["images"], result["genuine_pairs"], result["impostor_pairs"]) == (5, 4, 6)
+    assert result["runtime"].startswith("onnxruntime")
+
+    images = preprocessing_of(student)(random_faces(8, seed=5))
+    with torch.no_grad():
+        expected = student.eval()(images)
+    assert F.cosine_similarity(OnnxEmbedder(tmp_path / "net.onnx")(images), expected).mean() > 0.999
+    assert qface.evaluate(tmp_path / "net.onnx", folder).images == 5
+
+
+# ---- the file of a float network
+
+
+@pytest.mark.parametrize("build", [tiny_face_net, foreign_net])
+def test_float_network_is_exported_as_it_is(build: Callable[..., nn.Module], crops: Crops, tmp_path: Path) -> None:
+    model = with_preprocessing(build(size=PREPROCESSING.size), PREPROCESSING).train()
+    next(model.children()).eval()
+    modes = [module.training for module in model.modules()]
+    path = qface.export(model, tmp_path / "net.onnx")
+    assert [module.training for module in model.modules()] == modes
+
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert onnx.load(path).ir_version <= 10
+    assert signature(path) == [("images", ["batch", 3, 32, 28]), ("embedding", ["batch", 16])]
+    assert Preprocessing.from_json(props(path)["preprocessing"]) == PREPROCESSING
+    assert {tensor.data_type for tensor in onnx.load(path).graph.initializer} <= {TensorProto.FLOAT, TensorProto.INT64}
+    for count in (1, 5):
+        images = PREPROCESSING(random_faces(count))
+        with torch.no_grad():
+            expected = model.eval()(images)
+        assert torch.allclose(OnnxEmbedder(path, threads=1)(images), expected, atol=1e-4)
+    folder = crops({"Anna": 2, "Berta": 2})
+    measured, same = qface.evaluate(path, folder), qface.evaluate(model, folder)
+    assert measured.runtime.startswith("onnxruntime")
+    assert measured.thresholds == pytest.approx(same.thresholds, abs=1e-3)
+
+
+# ---- no file
+
+
+def refused(model: nn.Module, error: type[QFaceError], path: Path) -> str:
+    """The message of one line with which exporting fails, leaving the folder as it was."""
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    with pytest.raises(error) as caught:
+        qface.export(model, path)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "function": (lambda: Applied(torch.tanh), "'tanh'"),
+    "layer": (lambda: nn.Tanh(), "(Tanh)"),
+    "scalar": (lambda: Applied(lambda x: x * 2), "'mul'"),
+    "pooling to 2x2": (lambda: nn.AdaptiveAvgPool2d(2), "'body' pools to 2"),
+    "average with a divisor": (lambda: nn.AvgPool2d(2, divisor_override=3), "'body' has a divisor"),
+    "reflecting padding": (lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), "'body' pads with 'reflect'"),
+    "padding by name": (lambda: nn.Conv2d(8, 8, 3, padding="same"), "'same'"),
+    "linear over pixels": (lambda: nn.Linear(12, 4), "'body' multiplies 4 dimensions"),
+    "flattening a part": (lambda: nn.Flatten(2), "'body' flattens only some"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_has_no_integer_form_is_named(case: str, existing: bool, tmp_path: Path) -> None:
+    body, name = UNSUPPORTED[case]
+    if existing:
+        (tmp_path / "net.onnx").write_bytes(b"an older file")
+    assert name in refused(calibrated(framed(body)), UnsupportedLayerError, tmp_path / "net.onnx")
+
+
+def test_a_student_that_is_not_calibrated_is_refused(tmp_path: Path) -> None:
+    assert "qface.calibrate" in refused(quantize(network()), ConfigError, tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_paths_that_cannot_be_written_are_refused(quantized: bool, tmp_path: Path) -> None:
+    model = tiny() if quantized else network()
+    assert ".onnx" in refused(model, ExportError, tmp_path / "net.pt")
+    with pytest.raises(ExportError, match="folder"):
+        qface.export(model, tmp_path / "missing" / "net.onnx")
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(ExportError, match="cannot write"):
+        qface.export(model, tmp_path / "folder.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+class TwoInputs(Framed):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x + y)
+
+
+class TwoOutputs(Framed):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), self.stem(x)
+
+
+class Map(Framed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x)
+
+
+def small(kind: type[nn.Module]) -> nn.Module:
+    return with_preprocessing(seeded(lambda: kind(nn.MaxPool2d(4))), Preprocessing(size=(SIDE, SIDE)))
+
+
+@pytest.mark.parametrize("kind", [TwoInputs, TwoOutputs, Map])
+def test_float_networks_that_are_no_embedders_are_refused(kind: type[nn.Module], tmp_path: Path) -> None:
+    assert "the network" in refused(small(kind), ExportError, tmp_path / "net.onnx")
+
+
+def test_float_networks_that_torch_cannot_export_are_refused(tmp_path: Path) -> None:
+    model = small(Framed)
+    model.body = Applied(lambda x: torch.linalg.svdvals(x)[..., None])
+    model.fc = nn.Linear(96, 4)
+    assert "torch cannot export" in refused(model, ExportError, tmp_path / "net.onnx")
+
+
+def test_students_that_are_no_embedders_are_refused(tmp_path: Path) -> None:
+    assert "more than one tensor" in refused(calibrated(small(TwoOutputs)), ExportError, tmp_path / "net.onnx")
+    assert "[1, 8, 12, 12]" in refused(calibrated(small(Map)), ExportError, tmp_path / "net.onnx")
+    student = calibrated(small(Framed))
+    with student.graph.inserting_after(next(iter(student.graph.nodes))):
+        student.graph.placeholder("second")
+    student.recompile()
+    assert "2 inputs" in refused(student, ExportError, tmp_path / "net.onnx")
+
+
+def test_a_value_that_is_read_rounded_and_unrounded_is_refused(tmp_path: Path) -> None:
+    student = calibrated(framed(lambda: Sum(nn.ReLU())))
+    stem = next(node for node in student.graph.nodes if node.target == "stem")
+    (quantizer,) = stem.users
+    relu = next(node for node in quantizer.users if node.target == "body.left")
+    relu.replace_input_with(quantizer, stem)
+    student.recompile()
+    assert "'stem' is used both" in refused(student, ExportError, tmp_path / "net.onnx")
