@@ -188,24 +188,31 @@ def _embedder(text: str) -> nn.Module | Path:
 _export_parameters = _options(
     click.argument("student", type=_Path),
     click.option("-o", "--output", required=True, type=_Path, help="File to write (.onnx)."),
+    click.option(
+        "--container",
+        type=click.Choice(["packed", "int8"]),
+        default="packed",
+        show_default=True,
+        help="How a student's weights lie in the file: to their bits, or a byte each.",
+    ),
 )
 
 
 @main.command()
 @_export_parameters
-def export(student: Path, output: Path) -> None:
+def export(student: Path, output: Path, container: str) -> None:
     """Write a student as an integer ONNX file (a float network as a float one)."""
     check_folder(output)
-    qface.export(qface.load(student), output)
+    qface.export(qface.load(student), output, container)
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
 
 
 @click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @_export_parameters
 @click.pass_context
-def export_alias(ctx: click.Context, student: Path, output: Path) -> None:
+def export_alias(ctx: click.Context, student: Path, output: Path, container: str) -> None:
     """Write a student as an integer ONNX file (a float network as a float one)."""
-    ctx.invoke(export, student=student, output=output)
+    ctx.invoke(export, student=student, output=output, container=container)
 
 
 @main.command()

@@ -25,17 +25,23 @@ from qface.quantization import is_quantized
 __all__ = ["export"]
 
 
-def export(model: nn.Module, path: str | Path) -> Path:
+def export(model: nn.Module, path: str | Path, container: str = "packed") -> Path:
     """Write ``model`` as an ONNX model with a dynamic batch, its preprocessing and provenance in the metadata.
 
     A calibrated student becomes an integer graph that qface writes itself; a float network becomes float32 ONNX. Input
     ``images`` [batch, 3, height, width], normalised; output ``embedding`` [batch, dimensions].
 
+    Args:
+        model: a calibrated student, or a float network.
+        path: file to write, ``.onnx``.
+        container: of a student's weights: ``"packed"`` to their bits, which onnxruntime unpacks when it opens the file,
+            or ``"int8"``, a byte each.
+
     Returns:
         The path.
 
     Raises:
-        ConfigError: the student is not calibrated.
+        ConfigError: the student is not calibrated, or there is no such container.
         UnsupportedLayerError: a node has no integer form; it is named, and nothing is written.
         ExportError: the file cannot be written, or the graph is not valid.
     """
@@ -46,7 +52,7 @@ def export(model: nn.Module, path: str | Path) -> Path:
     with replacing(path) as temporary:
         if is_quantized(model):
             assert isinstance(model, fx.GraphModule)
-            onnx.save(to_onnx(lower(model), metadata), temporary)
+            onnx.save(to_onnx(lower(model), metadata, container), temporary)
         else:
             _export_float(model, temporary, metadata)
         _check(temporary)

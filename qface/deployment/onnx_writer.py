@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qface.deployment import graph as ir
+from qface.deployment.containers import WeightContainer, make_container
 
 __all__ = ["IR_VERSION", "OPSET", "to_onnx"]
 
@@ -18,25 +19,35 @@ OPSET = 18
 IR_VERSION = 9  # onnx's own default is newer than what some runtimes read
 
 
-def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str]) -> onnx.ModelProto:
+def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], container: str = "packed") -> onnx.ModelProto:
     """The QDQ model of ``graph``: input ``images`` [batch, 3, height, width], output ``embedding`` [batch, D], float32.
 
-    Weights are int8 whatever their width, activations uint8 and clipped to their width.
+    Activations are uint8, clipped to their width.
 
     Args:
         graph: what :func:`qface.deployment.lowering.lower` returned.
         metadata: written into the model beside the preprocessing.
+        container: how weights lie in the file, ``"packed"`` to their bits or as ``"int8"``.
+
+    Raises:
+        ConfigError: there is no such container.
     """
-    writer = _Writer()
+    weights = make_container(container)
+    writer = _Writer(weights)
     for operation in graph.operations:
         writer.write(operation)
+    weight_tensors, weight_nodes = weights.contents()
     height, width = graph.preprocessing.size
     body = helper.make_graph(
-        [*writer.nodes, helper.make_node("Identity", [writer.float_name(graph.embedding)], ["embedding"])],
+        [
+            *weight_nodes,
+            *writer.nodes,
+            helper.make_node("Identity", [writer.float_name(graph.embedding)], ["embedding"]),
+        ],
         "qface",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, height, width])],
         [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", graph.dimensions])],
-        writer.initializers,
+        [*weight_tensors, *writer.initializers],
     )
     model = helper.make_model(
         body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="qface"
@@ -50,7 +61,8 @@ class _Writer:
     ``<name>_dequantized``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: WeightContainer) -> None:
+        self.weights = weights
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self._known: set[str] = set()
@@ -92,7 +104,7 @@ class _Writer:
         return scale, self._constant(f"{value.name}_zero_point", np.uint8(value.grid.zero_point))
 
     def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
     def _constant(self, name: str, value: npt.ArrayLike) -> str:
@@ -146,21 +158,21 @@ class _Writer:
         (source,) = operation.inputs
         assert source.grid is not None
         weight = operation.weight
-        inputs = [self.float_name(source), self._per_channel(f"{operation.name}.weight", weight.integers, weight.scale)]
+        name = f"{operation.name}.weight"
+        self.weights.add(name, weight.integers, weight.bits)
+        scale = self._constant(f"{name}_scale", weight.scale)
+        inputs = [self.float_name(source), self._per_channel(name, scale, len(weight.scale), np.int8)]
         if operation.bias is not None:
-            # onnxruntime fuses to its integer kernel only where this is exactly input scale x weight scale.
-            scale = np.float32(source.grid.scale) * weight.scale
-            inputs.append(self._per_channel(f"{operation.name}.bias", operation.bias, scale))
+            # onnxruntime fuses to its integer kernel only where this is exactly input scale x weight scale; it
+            # multiplies them when it opens the file.
+            bias = self._constant(f"{operation.name}.bias", operation.bias)
+            bias_scale = self._node("Mul", [self._qparams(source)[0], scale], f"{bias}_scale")
+            inputs.append(self._per_channel(bias, bias_scale, len(weight.scale), np.int32))
         return inputs
 
-    def _per_channel(self, name: str, integers: npt.NDArray[Any], scale: ir.Float32) -> str:
-        zero_points = np.zeros(len(scale), integers.dtype)
-        names = [
-            self._constant(name, integers),
-            self._constant(f"{name}_scale", scale),
-            self._constant(f"{name}_zero_point", zero_points),
-        ]
-        return self._node("DequantizeLinear", names, f"{name}_dequantized", axis=0)
+    def _per_channel(self, integers: str, scale: str, channels: int, kind: type[np.signedinteger[Any]]) -> str:
+        zero_points = self._constant(f"zeros_{kind.__name__}_{channels}", np.zeros(channels, kind))
+        return self._node("DequantizeLinear", [integers, scale, zero_points], f"{integers}_dequantized", axis=0)
 
     def _clamped(self, floats: str, clamp: ir.Clamp) -> str:
         low, high = clamp

@@ -21,9 +21,9 @@ class DistillConfig:
     """How a student learns from a teacher; the defaults repair a quantized student in one epoch.
 
     EKD beside an embedding term needs a small weight: on MobileFaceNet at w6a6 the gradient of EKD at its authors'
-    weights is three times as long as the cosine loss's and far noisier, and 40 steps with weight 1 moved the student away
-    from its teacher (1 - cosine 0.060 to 0.073 on held-out people of the tuning half) where weight 0.1 brought it closer
-    (0.044).
+    weights is three times as long as the cosine loss's and far noisier, and 40 steps with weight 1 moved the student
+    away from its teacher (1 - cosine 0.060 to 0.073 on people set aside from the tuning half) where weight 0.1 brought
+    it closer (0.044).
 
     Args:
         epochs: passes over the images; one epoch is ``floor(images / batch_size)`` steps, at least one

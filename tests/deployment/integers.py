@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def session(path: Path, extra_outputs: list[str] | None = None, optimized: Path 
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def optimized_operators(path: Path, folder: Path) -> Counter[str]:
+    """How often each operator is left after onnxruntime optimized the file."""
+    session(path, optimized=folder / "optimized.onnx")
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
 
 
 def run_student(student: fx.GraphModule, images: Tensor) -> tuple[list[npt.NDArray[np.float32]], Tensor]:

@@ -19,7 +19,7 @@ from qface.data.folders import ImageFolder
 from qface.deployment import OnnxEmbedder
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.quantization import calibrate, quantize
-from tests.deployment.integers import assert_exact, compare, session
+from tests.deployment.integers import assert_exact, compare, optimized_operators
 from tests.deployment.networks import (
     CHANNELS,
     SIDE,
@@ -210,8 +210,7 @@ def test_onnxruntime_multiplies_integers_only(body: str, bits: int, tmp_path: Pa
     student = calibrated(framed(EXACT[body]), bits)
     qface.export(student, tmp_path / "net.onnx")
     written = Counter(node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node)
-    session(tmp_path / "net.onnx", optimized=tmp_path / "optimized.onnx")
-    optimized = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    optimized = optimized_operators(tmp_path / "net.onnx", tmp_path)
     assert written["Conv"] and written["Gemm"] and not written["PRelu"]
     assert optimized["QLinearConv"] == written["Conv"]
     assert optimized["QGemm"] == written["Gemm"]
@@ -228,8 +227,7 @@ def test_real_network_at_six_bits_embeds_as_its_student_does(faces: Path, tmp_pa
     embeddings = OnnxEmbedder(tmp_path / "net.onnx", threads=1)(images)
     assert F.cosine_similarity(embeddings, expected).mean() >= 0.9999
 
-    session(tmp_path / "net.onnx", optimized=tmp_path / "optimized.onnx")
-    optimized = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    optimized = optimized_operators(tmp_path / "net.onnx", tmp_path)
     assert optimized["QLinearConv"] >= 49
     assert optimized["Conv"] + optimized["FusedConv"] <= 1  # the last one makes the float embedding
     assert not optimized["PRelu"]
