@@ -61,8 +61,8 @@ def distill(
         run_dir: folder for ``checkpoint.pt`` and ``log.jsonl`` (step, loss terms, learning rate, gradient
             norm); None writes nothing.
         resume: go on from the checkpoint in ``run_dir``, or start there where it holds none. A run that was
-            killed ends with the weights it would have had, bit for bit on a CPU; a finished one returns at
-            once.
+            killed ends with the weights it would have had, bit for bit on a CPU with as many threads; a finished
+            one returns at once.
         people: for a folder, which identities to keep.
         progress: show a progress bar on stderr.
 
