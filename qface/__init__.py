@@ -1,11 +1,11 @@
 """Makes face-recognition networks small and fast without losing what they know.
 
 One verb a stage, each working alone: ``load``, ``quantize``, ``calibrate``, ``distill``, ``export``, ``evaluate``,
-``save``.
+``save``, and ``verify``, which proves that a file computes what was trained.
 """
 
 from qface._version import __version__
-from qface.deployment import export
+from qface.deployment import export, verify
 from qface.distillation import DistillConfig, distill
 from qface.errors import QFaceError
 from qface.evaluation import EvaluationResult, evaluate
@@ -28,4 +28,5 @@ __all__ = [
     "load",
     "quantize",
     "save",
+    "verify",
 ]

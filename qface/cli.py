@@ -14,10 +14,11 @@ from torch import nn
 
 import qface
 from qface.demo import run_demo
+from qface.deployment.latency import compare, open_file
 from qface.errors import QFaceError
 from qface.files import check_folder
 from qface.models.resolve import resolve_model
-from qface.reporting import demo_table, evaluation_table
+from qface.reporting import agreement_table, demo_table, evaluation_table, latency_table
 
 __all__ = ["export_alias", "main"]
 
@@ -185,34 +186,51 @@ def _embedder(text: str) -> nn.Module | Path:
     return Path(text) if text.endswith(".onnx") else resolve_model(text)
 
 
-_export_parameters = _options(
-    click.argument("student", type=_Path),
-    click.option("-o", "--output", required=True, type=_Path, help="File to write (.onnx)."),
-    click.option(
-        "--container",
-        type=click.Choice(["packed", "int8"]),
-        default="packed",
-        show_default=True,
-        help="How a student's weights lie in the file: to their bits, or a byte each.",
-    ),
+@main.command(cls=_Command)
+@click.argument("student", type=_Path)
+@click.option("-o", "--output", required=True, type=_Path, help="File to write (.onnx).")
+@click.option(
+    "--container",
+    type=click.Choice(["packed", "int8"]),
+    default="packed",
+    show_default=True,
+    help="How a student's weights lie in the file: to their bits, or a byte each.",
 )
-
-
-@main.command()
-@_export_parameters
-def export(student: Path, output: Path, container: str) -> None:
-    """Write a student as an integer ONNX file (a float network as a float one)."""
+@click.option("--images", type=_Path, help="Faces to check the file on.  [default: synthetic ones]")
+def export(student: Path, output: Path, container: str, images: Path | None) -> None:
+    """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
     check_folder(output)
-    qface.export(qface.load(student), output, container)
+    qface.export(qface.load(student), output, container, images)
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
 
 
-@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
-@_export_parameters
-@click.pass_context
-def export_alias(ctx: click.Context, student: Path, output: Path, container: str) -> None:
-    """Write a student as an integer ONNX file (a float network as a float one)."""
-    ctx.invoke(export, student=student, output=output, container=container)
+export_alias = export
+
+
+@main.command()
+@click.argument("student", type=_Path)
+@click.argument("file", type=_Path)
+@_images
+@_people
+@_json
+def verify(student: Path, file: Path, images: Path, people: str | None, as_json: bool) -> None:
+    """Prove that FILE computes what STUDENT computes, layer by layer and from end to end."""
+    agreement = qface.verify(qface.load(student), file, images, people)
+    _print(agreement.to_dict(), agreement_table(agreement), as_json)
+    if not agreement.agrees:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("files", type=_Path, nargs=-1, required=True, metavar="FILE...")
+@click.option("--threads", type=int, default=1, show_default=True, help="Threads within an operation.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Images a call.")
+@click.option("--runs", type=int, default=40, show_default=True, help="Timed calls of each file.")
+@_json
+def bench(files: tuple[Path, ...], threads: int, batch: int, runs: int, as_json: bool) -> None:
+    """Time ONNX files in turns; the first is what the others are measured by."""
+    rows = compare([open_file(file, threads) for file in files], threads, batch, runs)
+    _print({"rows": [row.to_dict() for row in rows]}, latency_table([rows], f"{runs} calls of each, in turns"), as_json)
 
 
 @main.command()

@@ -1,9 +1,19 @@
 """From a student to a file that a stock runtime computes with integers: lowering, ONNX, and running it."""
 
+from qface.deployment.agreement import Agreement, LayerAgreement, verify
 from qface.deployment.export import export
 from qface.deployment.graph import IntegerGraph
 from qface.deployment.latency import median_milliseconds
 from qface.deployment.lowering import lower
 from qface.deployment.runtime import OnnxEmbedder
 
-__all__ = ["IntegerGraph", "OnnxEmbedder", "export", "lower", "median_milliseconds"]
+__all__ = [
+    "Agreement",
+    "IntegerGraph",
+    "LayerAgreement",
+    "OnnxEmbedder",
+    "export",
+    "lower",
+    "median_milliseconds",
+    "verify",
+]

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from qface._version import __version__
+from qface.data.images import Images, as_image_source, normalise
+from qface.deployment.agreement import compare_layers, synthetic_crops
 from qface.deployment.lowering import lower
 from qface.deployment.onnx_writer import OPSET, to_onnx
 from qface.errors import ExportError
@@ -24,8 +26,10 @@ from qface.quantization import is_quantized
 
 __all__ = ["export"]
 
+_VERIFICATION_IMAGES = 8
 
-def export(model: nn.Module, path: str | Path, container: str = "packed") -> Path:
+
+def export(model: nn.Module, path: str | Path, container: str = "packed", images: Images | None = None) -> Path:
     """Write ``model`` as an ONNX model with a dynamic batch, its preprocessing and provenance in the metadata.
 
     A calibrated student becomes an integer graph that qface writes itself; a float network becomes float32 ONNX. Input
@@ -36,6 +40,8 @@ def export(model: nn.Module, path: str | Path, container: str = "packed") -> Pat
         path: file to write, ``.onnx``.
         container: of a student's weights: ``"packed"`` to their bits, which onnxruntime unpacks when it opens the file,
             or ``"int8"``, a byte each.
+        images: faces on which each layer of a student's file is compared with the student's, the first eight of them;
+            None takes a few seeded synthetic ones. The metadata say which.
 
     Returns:
         The path.
@@ -43,7 +49,8 @@ def export(model: nn.Module, path: str | Path, container: str = "packed") -> Pat
     Raises:
         ConfigError: the student is not calibrated, or there is no such container.
         UnsupportedLayerError: a node has no integer form; it is named, and nothing is written.
-        ExportError: the file cannot be written, or the graph is not valid.
+        ExportError: the file cannot be written, the graph is not valid, or onnxruntime computes something else with
+            it than the student; then no file is left.
     """
     path = Path(path)
     if path.suffix != ".onnx":
@@ -51,12 +58,35 @@ def export(model: nn.Module, path: str | Path, container: str = "packed") -> Pat
     metadata = {"qface": __version__, "provenance": json.dumps(provenance_of(model))}
     with replacing(path) as temporary:
         if is_quantized(model):
-            assert isinstance(model, fx.GraphModule)
-            onnx.save(to_onnx(lower(model), metadata, container), temporary)
+            crops, name = _verification_images(images)
+            onnx.save(to_onnx(lower(model), metadata | {"verified": name}, container), temporary)
+            _check(temporary)
+            _check_layers(model, temporary, normalise(crops, preprocessing_of(model)))
         else:
             _export_float(model, temporary, metadata)
-        _check(temporary)
+            _check(temporary)
     return path
+
+
+def _verification_images(images: Images | None) -> tuple[Tensor, str]:
+    """A few images, and what they are."""
+    if images is None:
+        crops = synthetic_crops()
+        return crops, f"{len(crops)} synthetic images"
+    crops = next(iter(as_image_source(images).batches(_VERIFICATION_IMAGES)))[:_VERIFICATION_IMAGES]
+    return crops, f"{len(crops)} given images"
+
+
+def _check_layers(student: nn.Module, file: Path, inputs: Tensor) -> None:
+    layers = compare_layers(student, file, inputs)
+    wrong = [layer for layer in layers if not layer.agrees]
+    if wrong:
+        first = wrong[0]
+        raise ExportError(
+            f"onnxruntime computes something else than the student in {len(wrong)} of {len(layers)} layers (first: "
+            f"{first.layer}, {first.different} of {first.elements} integers, by up to {first.greatest_step}); nothing "
+            "was written, please report this processor and network"
+        )
 
 
 def _export_float(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:

@@ -30,14 +30,14 @@ __all__ = ["lower"]
 _CLAMPS: dict[type[nn.Module], ir.Clamp] = {nn.ReLU: (0.0, None), nn.ReLU6: (0.0, 6.0)}
 
 
-def lower(student: fx.GraphModule) -> ir.IntegerGraph:
+def lower(student: nn.Module) -> ir.IntegerGraph:
     """The integer graph of a calibrated ``student``.
 
     Raises:
         ConfigError: the student is not quantized, or not calibrated.
         UnsupportedLayerError: a node has no integer form; it is named.
     """
-    if not is_quantized(student):
+    if not isinstance(student, fx.GraphModule) or not is_quantized(student):
         raise ConfigError("this network is not quantized; pass what qface.quantize and qface.calibrate returned")
     return _Lowering(student).run()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from qface.errors import CheckpointError, ConfigError, QFaceError
 from qface.preprocessing import Preprocessing
 
-__all__ = ["OnnxEmbedder"]
+__all__ = ["OnnxEmbedder", "cpu_session"]
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -105,6 +105,13 @@ def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> A
         raise CheckpointError(
             f"onnxruntime cannot open {path}: {_one_line(error)}; restore the file or export it again"
         ) from error
+
+
+def cpu_session(model: bytes) -> Any:
+    """An ``onnxruntime.InferenceSession`` for a serialized model, on the CPU, optimized as for any user."""
+    options = _onnxruntime().SessionOptions()
+    options.log_severity_level = _ERROR
+    return _onnxruntime().InferenceSession(model, options, providers=[_CPU])
 
 
 def _known(providers: Sequence[str]) -> list[str]:

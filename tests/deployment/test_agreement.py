@@ -1,0 +1,128 @@
+"""A file that computes what its student computes is told from one that does not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import numpy_helper
+from torch import fx, nn
+
+import qface
+from qface.cli import main
+from qface.errors import ExportError
+from qface.preprocessing import Preprocessing, with_preprocessing
+from tests.deployment.networks import calibrated
+from tests.networks import random_faces, tiny_face_net
+
+
+def network() -> nn.Module:
+    return with_preprocessing(tiny_face_net(size=(32, 32)), Preprocessing(size=(32, 32)))
+
+
+@pytest.fixture(scope="module")
+def student() -> fx.GraphModule:
+    return calibrated(network(), 6)
+
+
+@pytest.fixture
+def file(student: fx.GraphModule, tmp_path: Path) -> Path:
+    return qface.export(student, tmp_path / "net.onnx", container="int8")
+
+
+def with_changed(model: onnx.ModelProto, name: str, change: int) -> onnx.ModelProto:
+    """``change`` added to every integer of one initializer."""
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    values = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array((values + change).astype(values.dtype), name))
+    return model
+
+
+def a_bias(model: onnx.ModelProto) -> str:
+    return next(tensor.name for tensor in model.graph.initializer if tensor.name.endswith("conv2.bias"))
+
+
+def test_a_file_agrees_with_its_student(student: fx.GraphModule, file: Path) -> None:
+    agreement = qface.verify(student, file, random_faces(80, seed=5))
+    assert agreement.agrees
+    assert agreement.images == 80
+    assert agreement.least_cosine > 0.9999
+    assert len(agreement.layers) > 5
+    for layer in agreement.layers:
+        assert layer.different == 0
+        assert layer.greatest_level < 2**layer.bits
+    assert json.loads(json.dumps(agreement.to_dict()))["agrees"] is True
+
+
+def test_a_difference_is_found_in_the_layer_where_it_arises(student: fx.GraphModule, file: Path) -> None:
+    model = onnx.load(file)
+    name = a_bias(model)
+    onnx.save(with_changed(model, name, 5000), file)
+    agreement = qface.verify(student, file, random_faces(8))
+    assert not agreement.agrees
+    assert [layer.layer for layer in agreement.layers if layer.different] == [name.removesuffix(".bias")]
+
+
+def test_too_many_levels_are_found(student: fx.GraphModule, file: Path) -> None:
+    model = onnx.load(file)
+    (level,) = (tensor for tensor in model.graph.initializer if tensor.name == "level_63")
+    level.CopyFrom(numpy_helper.from_array(np.uint8(200), "level_63"))
+    onnx.save(model, file)
+    agreement = qface.verify(student, file, random_faces(8))
+    assert any(layer.greatest_level > 63 for layer in agreement.layers if layer.bits == 6)
+    assert not agreement.agrees
+
+
+def test_the_file_of_another_network_is_refused(student: fx.GraphModule, tmp_path: Path) -> None:
+    other = qface.export(network(), tmp_path / "float.onnx")
+    with pytest.raises(ExportError, match="not exported from this network"):
+        qface.verify(student, other, random_faces(4))
+
+
+@pytest.mark.parametrize("images", [None, random_faces(3)])
+def test_export_leaves_no_file_that_computes_something_else(
+    images: torch.Tensor | None, student: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qface.deployment.onnx_writer as writer
+
+    def faulty(*arguments: object) -> onnx.ModelProto:
+        model = writer.to_onnx(*arguments)
+        return with_changed(model, a_bias(model), 5000)
+
+    monkeypatch.setitem(qface.export.__globals__, "to_onnx", faulty)
+    with pytest.raises(ExportError, match=r"conv2"):
+        qface.export(student, tmp_path / "net.onnx", images=images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_says_on_which_images_it_was_checked(student: fx.GraphModule, tmp_path: Path) -> None:
+    said = {}
+    for name, images in (("default", None), ("given", random_faces(3))):
+        path = qface.export(student, tmp_path / f"{name}.onnx", images=images)
+        said[name] = {prop.key: prop.value for prop in onnx.load(path).metadata_props}["verified"]
+    assert said == {"default": "4 synthetic images", "given": "3 given images"}
+
+
+def test_verifying_changes_nothing(student: fx.GraphModule, file: Path) -> None:
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    student.train()
+    qface.verify(student, file, random_faces(4))
+    assert all(module.training for module in student.modules())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    student.eval()
+
+
+def test_the_command_line_tells_by_its_exit_code(student: fx.GraphModule, file: Path, crops, tmp_path: Path) -> None:
+    qface.save(student, tmp_path / "student.safetensors")
+    arguments = ["verify", str(tmp_path / "student.safetensors"), str(file), "--images", str(crops({"Ann": 3}))]
+    agreeing = CliRunner().invoke(main, [*arguments, "--json"])
+    assert agreeing.exit_code == 0, agreeing.output
+    assert json.loads(agreeing.stdout)["agrees"] is True
+    model = onnx.load(file)
+    onnx.save(with_changed(model, a_bias(model), 5000), file)
+    differing = CliRunner().invoke(main, arguments)
+    assert differing.exit_code == 1
+    assert "conv2" in differing.stdout
