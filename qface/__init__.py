@@ -5,7 +5,7 @@ One verb a stage, each working alone: ``load``, ``quantize``, ``calibrate``, ``d
 """
 
 from qface._version import __version__
-from qface.deployment import export, verify
+from qface.deployment import SizeLedger, export, measure_size, verify
 from qface.distillation import DistillConfig, distill
 from qface.errors import QFaceError
 from qface.evaluation import EvaluationResult, evaluate
@@ -20,12 +20,14 @@ __all__ = [
     "Preprocessing",
     "QFaceError",
     "QuantizationConfig",
+    "SizeLedger",
     "__version__",
     "calibrate",
     "distill",
     "evaluate",
     "export",
     "load",
+    "measure_size",
     "quantize",
     "save",
     "verify",

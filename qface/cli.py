@@ -19,6 +19,7 @@ from qface.errors import QFaceError
 from qface.files import check_folder
 from qface.models.resolve import resolve_model
 from qface.reporting import agreement_table, demo_table, evaluation_table, latency_table
+from qface.reporting.tables import size_tables
 
 __all__ = ["export_alias", "main"]
 
@@ -230,7 +231,17 @@ def verify(student: Path, file: Path, images: Path, people: str | None, as_json:
 def bench(files: tuple[Path, ...], threads: int, batch: int, runs: int, as_json: bool) -> None:
     """Time ONNX files in turns; the first is what the others are measured by."""
     rows = compare([open_file(file, threads) for file in files], threads, batch, runs)
-    _print({"rows": [row.to_dict() for row in rows]}, latency_table([rows], f"{runs} calls of each, in turns"), as_json)
+    _print({"rows": [row.to_dict() for row in rows]}, latency_table(rows, f"{runs} calls of each, in turns"), as_json)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--bits", type=int, default=6, show_default=True, help="Widths that a float network would get, 2 to 8.")
+@_json
+def size(model: str, bits: int, as_json: bool) -> None:
+    """Say what each byte is spent on; MODEL is an .onnx file, or a network whose packed file is predicted."""
+    ledger = qface.measure_size(_embedder(model), bits)
+    _print(ledger.to_dict(), size_tables(ledger), as_json)
 
 
 @main.command()

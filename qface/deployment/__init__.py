@@ -6,14 +6,18 @@ from qface.deployment.graph import IntegerGraph
 from qface.deployment.latency import median_milliseconds
 from qface.deployment.lowering import lower
 from qface.deployment.runtime import OnnxEmbedder
+from qface.deployment.size import SizeEntry, SizeLedger, measure_size
 
 __all__ = [
     "Agreement",
     "IntegerGraph",
     "LayerAgreement",
     "OnnxEmbedder",
+    "SizeEntry",
+    "SizeLedger",
     "export",
     "lower",
+    "measure_size",
     "median_milliseconds",
     "verify",
 ]

@@ -57,15 +57,19 @@ def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], container: str = "
 
 
 class _Writer:
-    """Collects nodes and initializers. A value on a grid has its integers under its own name, its floats under
-    ``<name>_dequantized``.
+    """Collects nodes and initializers.
+
+    Values and constants are called after their layers; what lies between two values gets a number, because names would
+    take a twelfth of a small network's file.
     """
 
     def __init__(self, weights: WeightContainer) -> None:
         self.weights = weights
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self._known: set[str] = set()
+        self._constants: set[str] = set()
+        self._dequantized: dict[str, str] = {}
+        self._numbered = 0
 
     @singledispatchmethod
     def write(self, operation: ir.Operation) -> None:
@@ -78,11 +82,9 @@ class _Writer:
         """Name of the floats of ``value``, dequantized once where it lies on a grid."""
         if value.grid is None:
             return value.name
-        name = f"{value.name}_dequantized"
-        if name not in self._known:
-            self._known.add(name)
-            self._node("DequantizeLinear", [value.name, *self._qparams(value)], name)
-        return name
+        if value.name not in self._dequantized:
+            self._dequantized[value.name] = self._node("DequantizeLinear", [value.name, *self._qparams(value)])
+        return self._dequantized[value.name]
 
     def _finish(self, value: ir.Value, floats: str, clamp: ir.Clamp | None = None) -> None:
         """Make ``value`` of ``floats``: clamped, and rounded to its grid or under another name."""
@@ -94,7 +96,7 @@ class _Writer:
         if (low, high) == (0, 255):
             self._node("QuantizeLinear", [floats, *self._qparams(value)], value.name)
             return
-        rounded = self._node("QuantizeLinear", [floats, *self._qparams(value)], f"{value.name}_rounded")
+        rounded = self._node("QuantizeLinear", [floats, *self._qparams(value)])
         limits = [self._constant(f"level_{level}", np.uint8(level)) for level in (low, high)]
         self._node("Clip", [rounded, *limits], value.name)
 
@@ -103,13 +105,17 @@ class _Writer:
         scale = self._constant(f"{value.name}_scale", np.float32(value.grid.scale))
         return scale, self._constant(f"{value.name}_zero_point", np.uint8(value.grid.zero_point))
 
-    def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+    def _node(self, kind: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
+        """Append a node and return the name of its output, a number unless it is given."""
+        if output is None:
+            self._numbered += 1
+            output = str(self._numbered)
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
     def _constant(self, name: str, value: npt.ArrayLike) -> str:
-        if name not in self._known:
-            self._known.add(name)
+        if name not in self._constants:
+            self._constants.add(name)
             self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
@@ -117,8 +123,7 @@ class _Writer:
         return [self.float_name(value) for value in operation.inputs]
 
     def _elementwise(self, operation: ir.Operation, kind: str, **attributes: Any) -> None:
-        floats = self._node(kind, self._floats(operation), f"{operation.output.name}_float", **attributes)
-        self._finish(operation.output, floats)
+        self._finish(operation.output, self._node(kind, self._floats(operation), **attributes))
 
     # ---- operations
 
@@ -128,7 +133,7 @@ class _Writer:
         floats = images.name
         if operation.offset:
             offset = self._constant("image_offset", np.float32(operation.offset))
-            floats = self._node("Sub", [floats, offset], f"{operation.output.name}_shifted")
+            floats = self._node("Sub", [floats, offset])
         self._finish(operation.output, floats)
 
     @write.register
@@ -138,7 +143,6 @@ class _Writer:
         product = self._node(
             "Conv",
             inputs,
-            f"{operation.output.name}_float",
             kernel_shape=operation.weight.integers.shape[2:],
             strides=operation.stride,
             pads=[top, left, top, left],
@@ -150,7 +154,7 @@ class _Writer:
     @write.register
     def _(self, operation: ir.Linear) -> None:
         inputs = self._multiplication_inputs(operation)
-        product = self._node("Gemm", inputs, f"{operation.output.name}_float", transB=1)
+        product = self._node("Gemm", inputs, transB=1)
         self._finish(operation.output, product, operation.clamp)
 
     def _multiplication_inputs(self, operation: ir.Convolution | ir.Linear) -> list[str]:
@@ -166,67 +170,64 @@ class _Writer:
             # onnxruntime fuses to its integer kernel only where this is exactly input scale x weight scale; it
             # multiplies them when it opens the file.
             bias = self._constant(f"{operation.name}.bias", operation.bias)
-            bias_scale = self._node("Mul", [self._qparams(source)[0], scale], f"{bias}_scale")
+            bias_scale = self._node("Mul", [self._qparams(source)[0], scale])
             inputs.append(self._per_channel(bias, bias_scale, len(weight.scale), np.int32))
         return inputs
 
     def _per_channel(self, integers: str, scale: str, channels: int, kind: type[np.signedinteger[Any]]) -> str:
         zero_points = self._constant(f"zeros_{kind.__name__}_{channels}", np.zeros(channels, kind))
-        return self._node("DequantizeLinear", [integers, scale, zero_points], f"{integers}_dequantized", axis=0)
+        return self._node("DequantizeLinear", [integers, scale, zero_points], axis=0)
 
     def _clamped(self, floats: str, clamp: ir.Clamp) -> str:
         low, high = clamp
         if high is None:
-            return self._node("Relu", [floats], f"{floats}_relu")
-        return self._clip(floats, low, high, f"{floats}_relu")
+            return self._node("Relu", [floats])
+        return self._clip(floats, low, high)
 
-    def _clip(self, floats: str, low: float, high: float, name: str) -> str:
+    def _clip(self, floats: str, low: float, high: float) -> str:
         limits = [self._constant(f"limit_{limit:g}", np.float32(limit)) for limit in (low, high)]
-        return self._node("Clip", [floats, *limits], name)
+        return self._node("Clip", [floats, *limits])
 
     @write.register
     def _(self, operation: ir.PRelu) -> None:
         """In exact terms of minimum and maximum, since onnxruntime's kernel for PRelu is slow."""
         (source,) = operation.inputs
         slopes = operation.slopes.astype(np.float32) * np.float32(operation.slope_scale)
-        slope = self._constant(f"{operation.name}.slope", _along_channels(slopes, operation.rank))
-        name = operation.output.name
+        slope = self._slope(operation)
         if source.grid is None:
-            self._finish(operation.output, self._node("PRelu", [source.name, slope], f"{name}_float"))
+            self._finish(operation.output, self._node("PRelu", [source.name, slope]))
             return
         if slopes.min() < 1 < slopes.max():
             # max(x, 0) + a min(x, 0), of which one term is always zero.
             positive, negative = self._positive_and_negative(source)
-            scaled = self._node("Mul", [negative, slope], f"{name}_scaled")
-            self._finish(operation.output, self._node("Add", [positive, scaled], f"{name}_float"))
+            scaled = self._node("Mul", [negative, slope])
+            self._finish(operation.output, self._node("Add", [positive, scaled]))
             return
         floats = self.float_name(source)
-        scaled = self._node("Mul", [floats, slope], f"{name}_scaled")
-        greater = "Max" if slopes.max() <= 1 else "Min"
-        self._finish(operation.output, self._node(greater, [floats, scaled], f"{name}_float"))
+        scaled = self._node("Mul", [floats, slope])
+        self._finish(operation.output, self._node("Max" if slopes.max() <= 1 else "Min", [floats, scaled]))
+
+    def _slope(self, operation: ir.PRelu) -> str:
+        """The slopes as floats; Cast and Mul are computed when the file is opened, DequantizeLinear would not be."""
+        integers = self._constant(f"{operation.name}.slope", _along_channels(operation.slopes, operation.rank))
+        scale = self._constant(f"{integers}_scale", np.float32(operation.slope_scale))
+        return self._node("Mul", [self._node("Cast", [integers], to=TensorProto.FLOAT), scale])
 
     def _positive_and_negative(self, value: ir.Value) -> tuple[str, str]:
         """max(x, 0) and min(x, 0) of ``value`` on a grid: its bytes are clipped, which costs next to nothing."""
         assert value.grid is not None
         zero = self._constant(f"level_{value.grid.zero_point}", np.uint8(value.grid.zero_point))
-        halves = [
-            self._node("Clip", [value.name, zero, ""], f"{value.name}_positive"),
-            self._node("Clip", [value.name, "", zero], f"{value.name}_negative"),
-        ]
-        positive, negative = (
-            self._node("DequantizeLinear", [half, *self._qparams(value)], f"{half}_dequantized") for half in halves
-        )
+        halves = [self._node("Clip", [value.name, zero, ""]), self._node("Clip", [value.name, "", zero])]
+        positive, negative = (self._node("DequantizeLinear", [half, *self._qparams(value)]) for half in halves)
         return positive, negative
 
     @write.register
     def _(self, operation: ir.Activation) -> None:
         (floats,) = self._floats(operation)
-        name = f"{operation.output.name}_float"
         if operation.function == "Relu6":
-            self._finish(operation.output, self._clip(floats, 0.0, 6.0, name))
+            self._finish(operation.output, self._clip(floats, 0.0, 6.0))
         elif operation.function == "Silu":
-            gate = self._node("Sigmoid", [floats], f"{operation.output.name}_gate")
-            self._finish(operation.output, self._node("Mul", [floats, gate], name))
+            self._finish(operation.output, self._node("Mul", [floats, self._node("Sigmoid", [floats])]))
         else:
             self._elementwise(operation, operation.function, **operation.attributes)
 
@@ -235,8 +236,7 @@ class _Writer:
         (floats,) = self._floats(operation)
         scale = self._constant(f"{operation.name}.scale", _along_channels(operation.scale, operation.rank))
         shift = self._constant(f"{operation.name}.shift", _along_channels(operation.shift, operation.rank))
-        scaled = self._node("Mul", [floats, scale], f"{operation.output.name}_scaled")
-        self._finish(operation.output, self._node("Add", [scaled, shift], f"{operation.output.name}_float"))
+        self._finish(operation.output, self._node("Add", [self._node("Mul", [floats, scale]), shift]))
 
     @write.register
     def _(self, operation: ir.Add) -> None:
@@ -293,7 +293,7 @@ def _integer(value: float, grid: ir.Grid) -> int:
     return int(np.rint(np.float32(value) / np.float32(grid.scale))) + grid.zero_point
 
 
-def _along_channels(values: ir.Float32, rank: int) -> ir.Float32:
+def _along_channels(values: npt.NDArray[Any], rank: int) -> npt.NDArray[Any]:
     """In a shape that broadcasts along dimension 1 of ``rank``."""
     return values.reshape(-1, *(1,) * (rank - 2))
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from qface.demo import DemoReport
-from qface.deployment import Agreement
+from qface.deployment import Agreement, SizeLedger
 from qface.deployment.latency import Latency
 from qface.evaluation import EvaluationResult
 
-__all__ = ["agreement_table", "demo_table", "evaluation_table", "latency_table"]
+__all__ = ["agreement_table", "demo_table", "evaluation_table", "latency_table", "size_tables"]
 
 
 def percent(value: float | None) -> str:
@@ -62,20 +63,45 @@ def demo_table(report: DemoReport) -> Table:
     return table
 
 
-def latency_table(comparisons: Sequence[Sequence[Latency]], title: str) -> Table:
-    """A row a network, under a line for each comparison; ratios are to the first row below it."""
-    table = Table(title=title, box=box.SIMPLE)
+def latency_table(rows: Sequence[Latency], title: str) -> Table:
+    """One comparison: threads and batch in the title, a row a network; ratios are to the first."""
+    setting = f"{counted(rows[0].threads, 'thread')}, {counted(rows[0].batch, 'image')} a call"
+    table = Table(title=f"{title}, {setting}", box=box.SIMPLE)
     for name in ("network", "provider", "median ms", "min ms", "ratio", "MB", "MiB", "load s"):
-        table.add_column(name, justify="left" if name in ("network", "provider") else "right")
-    for rows in comparisons:
-        table.add_section()
-        table.add_row(f"[bold]{counted(rows[0].threads, 'thread')}, {counted(rows[0].batch, 'image')} a call")
-        for row in rows:
-            figures = (row.median, row.minimum, row.ratio, row.megabytes, row.mebibytes, row.load_seconds)
-            table.add_row(row.name, row.provider, *(f"{figure:.2f}" for figure in figures))
+        table.add_column(name, justify="left" if name in ("network", "provider") else "right", overflow="fold")
+    for row in rows:
+        figures = (row.median, row.minimum, row.ratio, row.megabytes, row.mebibytes, row.load_seconds)
+        provider = row.provider.removesuffix("ExecutionProvider")
+        table.add_row(row.name, provider, *(f"{figure:.2f}" for figure in figures))
     return table
 
 
 def counted(count: int, noun: str) -> str:
     """``1 thread``, ``2 threads``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def size_tables(ledger: SizeLedger, largest: int = 10) -> Group:
+    """What the bytes are spent on, a row a kind and in total, and the ``largest`` entries."""
+    origin = "" if ledger.source == "file" else ", predicted: tensors without names and nodes"
+    kinds = Table(title=f"{ledger.bytes:,} bytes{origin}", box=box.SIMPLE, collapse_padding=True, pad_edge=False)
+    for name in ("kind", "elements", "float32", "packed", "bytes", "MB", "MiB"):
+        kinds.add_column(name, justify="left" if name == "kind" else "right", overflow="fold")
+    for kind, part in ledger.kinds.items():
+        kinds.add_row(*_size_row(kind, part))
+    kinds.add_section()
+    kinds.add_row(*_size_row("total", ledger))
+
+    entries = Table(title=f"the {largest} largest of {len(ledger.entries)} entries", box=box.SIMPLE)
+    for name in ("name", "kind", "elements", "bits", "bytes"):
+        entries.add_column(name, justify="left" if name in ("name", "kind") else "right", overflow="fold")
+    for entry in sorted(ledger.entries, key=lambda entry: -entry.bytes)[:largest]:
+        bits = "-" if entry.bits is None else str(entry.bits)
+        entries.add_row(entry.name, entry.kind, f"{entry.elements:,}", bits, f"{entry.bytes:,}")
+    return Group(kinds, entries)
+
+
+def _size_row(name: str, ledger: SizeLedger) -> list[str]:
+    totals = ledger.totals()
+    counts = [f"{totals[key]:,}" for key in ("elements", "fp32_bytes", "packed_bytes", "bytes")]
+    return [name, *counts, f"{ledger.mb:.3f}", f"{ledger.mib:.3f}"]

@@ -1,0 +1,150 @@
+"""The paper's and QuantFace's sizes beside ours, each with its formula and its unit, and the paper's slips marked.
+
+    python benchmarks/size.py [--json]
+
+No code computed the low-bit figures of either: they are the size of the float file x bits / 32, in MB (10^6 bytes) or
+in MiB (2^20) as the row says. Ours are :func:`qface.measure_size`: BatchNorm folded, weights packed, biases, scales and
+slopes at four bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import qface
+from qface.models import iresnet
+
+DEPTHS = (18, 34, 50, 100)
+BITS = (32, 8, 6)
+UNITS = {"MB": 10**6, "MiB": 2**20}
+TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Published:
+    """A size that stands in a table, as it stands there.
+
+    Args:
+        source: whose figure, and in which table of the paper Ef-QuantFace.
+        depth: of the IResNet.
+        bits: 32 for the float file.
+        size: in ``unit``, which the paper prints as MB in every row.
+        unit: the one that the formula gives it in.
+    """
+
+    source: str
+    depth: int
+    bits: int
+    size: float
+    unit: str
+
+
+PUBLISHED = (
+    Published("paper, tables 1 and 5", 18, 32, 96.22, "MB"),
+    Published("paper, tables 1 and 5; QuantFace", 18, 6, 18.10, "MB"),
+    Published("paper, table 1", 34, 32, 130.44, "MiB"),
+    Published("paper, table 2", 34, 8, 32.61, "MiB"),
+    Published("paper, tables 1 and 2", 34, 6, 24.45, "MiB"),
+    Published("paper, tables 1 and 5", 50, 32, 174.68, "MB"),
+    Published("QuantFace, table 2", 50, 8, 43.67, "MB"),
+    Published("paper, table 1; QuantFace", 50, 6, 32.77, "MB"),
+    Published("QuantFace, table 2", 100, 8, 65.31, "MB"),
+    Published("QuantFace, table 2", 100, 6, 49.01, "MB"),
+)
+
+SLIPS = (
+    "R34's 130.44, 32.61 and 24.45 are MiB under the heading MB: 136.8, 34.2 and 25.6 MB.",
+    "R34 is not 7.32 MB smaller than R50 at w6a6: the table's figures differ by 8.32, and in one unit by 7.1 MB.",
+    "The pruned 61.39, 87.22 and 111.32 do not belong to the parameters beside them: 17.39, 23.83 and 29.83 M take "
+    "69.6, 95.3 and 119.3 MB. They are another model's, whose embedding is cut to 409 too.",
+    'Table 5 repeats R18\'s size as its number of training images, "96.22M".',
+    'Table 5 prints sizes of 96.22 and 18.10 with an "M" like a number of parameters.',
+)
+
+
+def file_tensors(model: nn.Module) -> int:
+    """Numbers in a checkpoint: parameters, and statistics of BatchNorm."""
+    return sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+def by_formula(numbers: int, bits: int) -> float:
+    """Bytes of the float file x bits / 32."""
+    return 4 * numbers * bits / 32
+
+
+def rows_of(depth: int) -> list[dict[str, Any]]:
+    """A row a width: the published figures, their formula, and ours."""
+    model = iresnet(depth).eval()
+    numbers = file_tensors(model)
+    ledgers = {bits: qface.measure_size(model, bits) for bits in BITS if bits < 32}
+    ours = {32: ledgers[6].fp32_bytes, **{bits: ledger.bytes for bits, ledger in ledgers.items()}}
+    return [
+        {
+            "network": f"R{depth}",
+            "bits": bits,
+            "formula": f"4 x {numbers:,} x {bits}/32",
+            "formula_bytes": by_formula(numbers, bits),
+            "published": [
+                published_row(figure, by_formula(numbers, bits))
+                for figure in PUBLISHED
+                if (figure.depth, figure.bits) == (depth, bits)
+            ],
+            "ours_bytes": ours[bits],
+            **{f"ours_{unit.lower()}": ours[bits] / size for unit, size in UNITS.items()},
+        }
+        for bits in BITS
+    ]
+
+
+def published_row(figure: Published, expected: float) -> dict[str, Any]:
+    """A published figure, and how far the formula is from it."""
+    deviation = expected / UNITS[figure.unit] / figure.size - 1
+    return {**asdict(figure), "formula_deviation": deviation, "explained": abs(deviation) < TOLERANCE}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def main(as_json: bool) -> None:
+    """Print published sizes beside ours."""
+    rows = [row for depth in DEPTHS for row in rows_of(depth)]
+    if as_json:
+        click.echo(json.dumps({"rows": rows, "slips": SLIPS}))
+    else:
+        show(rows)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table, and the slips below it."""
+    table = Table(title="Sizes, published and ours", box=box.SIMPLE, pad_edge=False)
+    for name in ("network", "bits", "published", "off", "whose", "formula", "ours: bytes", "MB", "MiB"):
+        table.add_column(name, justify="left" if name in ("network", "whose", "formula") else "right", overflow="fold")
+    for row in rows:
+        figures = row["published"]
+        table.add_row(
+            row["network"],
+            str(row["bits"]),
+            "\n".join(f"{figure['size']:.2f} {figure['unit']}" for figure in figures) or "-",
+            "\n".join(f"{100 * figure['formula_deviation']:+.2f} %" for figure in figures) or "-",
+            "\n".join(figure["source"] for figure in figures) or "-",
+            row["formula"],
+            f"{row['ours_bytes']:,}",
+            f"{row['ours_mb']:.3f}",
+            f"{row['ours_mib']:.3f}",
+        )
+    console = Console(width=max(Console().width, 140))
+    console.print(table)
+    console.print("off: the formula against the published figure. Slips of the paper:")
+    for slip in SLIPS:
+        console.print(f"- {slip}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

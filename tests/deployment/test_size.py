@@ -1,0 +1,318 @@
+"""The ledger: every byte of a file is an entry, tensors are known by their use, and networks are predicted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from torch import fx, nn
+
+import qface
+from qface import measure_size
+from qface.cli import main
+from qface.deployment import SizeLedger
+from qface.deployment.size import KINDS, TENSORS, _shares
+from qface.errors import CheckpointError, ConfigError
+from qface.models import iresnet
+from qface.preprocessing import Preprocessing, with_preprocessing
+from qface.quantization import LayerBits, QuantizationConfig, quantize
+from qface.quantization.layers import WeightedLayer
+from tests.deployment.networks import Sum, calibrated, framed, prelu
+from tests.networks import foreign_net, tiny_face_net
+
+BITS = range(2, 9)
+SIZE = (32, 28)
+
+
+def network(build: Callable[..., nn.Module] = tiny_face_net) -> nn.Module:
+    return with_preprocessing(build(size=SIZE), Preprocessing(size=SIZE))
+
+
+def weights(student: fx.GraphModule) -> list[tuple[int, int]]:
+    """Elements and bits of every weight, in order."""
+    layers = [module for module in student.modules() if isinstance(module, WeightedLayer)]
+    return sorted((layer.weight.numel(), layer.weight_fake_quant.bits) for layer in layers)
+
+
+def found_weights(ledger: SizeLedger) -> list[tuple[int, int | None]]:
+    return sorted((entry.elements, entry.bits) for entry in ledger.of_kind("weight").entries)
+
+
+def elements(ledger: SizeLedger, *kinds: str) -> int:
+    return sum(entry.elements for entry in ledger.entries if entry.kind in kinds)
+
+
+def checked(path: Path) -> SizeLedger:
+    """The ledger of a file, whose entries add up to it."""
+    ledger = measure_size(path)
+    assert ledger.source == "file"
+    assert sum(entry.bytes for entry in ledger.entries) == ledger.bytes == path.stat().st_size
+    assert sum(part.bytes for part in ledger.kinds.values()) == ledger.bytes
+    assert all(entry.bytes >= 0 for entry in ledger.entries)
+    return ledger
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_files_of_students_add_up_and_tell_their_widths(bits: int, tmp_path: Path) -> None:
+    student = calibrated(network(), bits)
+    for container in ("packed", "int8"):
+        ledger = checked(qface.export(student, tmp_path / f"{container}.onnx", container))
+        assert found_weights(ledger) == weights(student)
+        count = elements(ledger, "weight")
+        expected = count * bits / 8 if container == "packed" else count
+        assert expected <= ledger.of_kind("weight").bytes < expected + 3
+        assert ledger.of_kind("weight").fp32_bytes == 4 * count
+        packed = sum(entry.packed_bytes for entry in ledger.of_kind("weight").entries)
+        assert count * bits / 8 <= packed < count * bits / 8 + len(weights(student))
+
+
+@pytest.mark.parametrize("container", ["packed", "int8"])
+def test_layers_of_several_widths_keep_their_own(container: str, tmp_path: Path) -> None:
+    config = QuantizationConfig(overrides={"block1.conv2": LayerBits(weight=3), "fc": LayerBits(weight=7)})
+    student = calibrated(network(), config)
+    ledger = checked(qface.export(student, tmp_path / "net.onnx", container))
+    assert found_weights(ledger) == weights(student)
+    assert {bits for _, bits in found_weights(ledger)} == {3, 6, 7}
+
+
+@pytest.mark.parametrize("container", ["packed", "int8"])
+@pytest.mark.parametrize("build", [tiny_face_net, foreign_net])
+def test_a_file_holds_the_tensors_that_its_student_foretells(
+    build: Callable[..., nn.Module], container: str, tmp_path: Path
+) -> None:
+    student = calibrated(network(build))
+    ledger, foretold = checked(qface.export(student, tmp_path / "net.onnx", container)), measure_size(student)
+    for kind in ("weight", "bias", "slope", "affine"):
+        assert elements(ledger, kind) == elements(foretold, kind), kind
+    assert ledger.fp32_bytes == foretold.fp32_bytes
+    assert ledger.kinds.keys() >= foretold.kinds.keys()
+
+
+SLOPES: dict[str, tuple[float, ...]] = {"one": (0.2,), "below": (0.2, 0.4), "above": (1.5, 2.0), "mixed": (0.2, 1.5)}
+
+
+@pytest.mark.parametrize("slopes", SLOPES.values(), ids=SLOPES)
+def test_slopes_are_told_from_affine_layers(slopes: tuple[float, ...], tmp_path: Path) -> None:
+    body = lambda: nn.Sequential(prelu(*slopes), nn.BatchNorm2d(8))  # noqa: E731
+    ledger = checked(qface.export(calibrated(framed(lambda: Sum(body()))), tmp_path / "net.onnx"))
+    assert elements(ledger, "slope") == min(len(slopes) - 1, 1) * 7 + 1
+    assert elements(ledger, "affine") == 16
+
+
+@pytest.mark.parametrize("build", [tiny_face_net, foreign_net])
+def test_float_files_add_up(build: Callable[..., nn.Module], tmp_path: Path) -> None:
+    model = network(build)
+    ledger = checked(qface.export(model, tmp_path / "net.onnx"))
+    assert elements(ledger, "weight") == elements(measure_size(model), "weight")
+    assert {entry.bits for entry in ledger.of_kind("weight").entries} == {32}
+    assert not elements(ledger, "scale", "zero_point")
+
+
+def test_what_others_add_to_a_file_is_counted(tmp_path: Path) -> None:
+    path = qface.export(calibrated(network()), tmp_path / "net.onnx")
+    before = checked(path)
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    model.doc_string = "of the model"
+    model.graph.doc_string = "of the graph"
+    model.graph.node[0].doc_string = "of a node"
+    onnx.save(model, path)
+    path.write_bytes(
+        path.read_bytes() + b"\xfa\x3e\x03abc" + b"\xf8\x3e\x96\x01" + b"\xfd\x3e1234" + b"\xf9\x3e12345678"
+    )
+    after = checked(path)
+    names = {entry.name for entry in after.entries} - {entry.name for entry in before.entries}
+    assert names == {"value_info", "doc_string", "field 1007"}
+    assert found_weights(after) == found_weights(before)
+
+
+def test_renaming_everything_changes_names_only(tmp_path: Path) -> None:
+    path = qface.export(calibrated(network()), tmp_path / "net.onnx")
+    before = checked(path)
+    model = onnx.load(path)
+    values = [tensor.name for tensor in model.graph.initializer]
+    values += [name for node in model.graph.node for name in node.output if name != "embedding"]
+    short = {name: f"{number:x}" for number, name in enumerate(dict.fromkeys(values))}
+    for tensor in model.graph.initializer:
+        tensor.name = short[tensor.name]
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [short.get(name, name) for name in names]
+    onnx.save(model, path)
+    after = checked(path)
+    assert after.bytes < before.bytes
+    for kind in TENSORS:
+        assert after.of_kind(kind).bytes == before.of_kind(kind).bytes, kind
+        assert elements(after, kind) == elements(before, kind)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> onnx.ModelProto:
+    """Any model of constants, shared buffers and operators, not necessarily a valid one."""
+    names = st.sampled_from(["", "a", "b", "c/:é"])
+    arrays = st.lists(st.integers(-128, 127), max_size=200).map(lambda values: np.array(values, np.int8))
+    tensors = [numpy_helper.from_array(draw(arrays), name) for name in draw(st.lists(names, max_size=3, unique=True))]
+    tensors.append(helper.make_tensor("typed", TensorProto.FLOAT, [3], [1.0, 2.0, 3.0]))
+    tensors.append(helper.make_tensor("typed_ints", TensorProto.INT32, [2], [1, -300]))
+    values_read = st.sampled_from(["", "typed_ints", *(tensor.name for tensor in tensors), "out0", "out1", "out2"])
+    operators = st.sampled_from(["Conv", "Split", "Reshape", "Mul", "Add", "Max", "DequantizeLinear", "PRelu"])
+    nodes = [
+        helper.make_node(draw(operators), draw(st.lists(values_read, min_size=1, max_size=4)), [f"out{number % 3}"])
+        for number in range(draw(st.integers(0, 6)))
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in draw(st.lists(names, max_size=3))]
+    graph = helper.make_graph(nodes, draw(names), values[:1], values[1:], tensors, value_info=values)
+    model = helper.make_model(graph, producer_name=draw(names))
+    helper.set_model_props(model, {draw(names): draw(names)})
+    return model
+
+
+@settings(max_examples=100, deadline=None)
+@given(model=models())
+def test_any_model_adds_up(model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.onnx"
+    path.write_bytes(model.SerializeToString())
+    checked(path)
+
+
+@given(total=st.integers(0, 10**9), lengths=st.lists(st.integers(0, 10**6), min_size=1, max_size=50))
+def test_shares_add_up_and_are_in_proportion(total: int, lengths: list[int]) -> None:
+    lengths = [*lengths, 1]
+    shares = _shares(total, lengths)
+    assert sum(shares) == total
+    for share, length in zip(shares, lengths, strict=True):
+        assert abs(share - total * length / sum(lengths)) <= 1 + 1e-6
+
+
+# ---- networks
+
+DESIGN = {18: 18.073, 34: 25.701, 50: 32.837, 100: 49.131}
+"""MB at 6 bits: packed, BatchNorm folded, scales, biases and slopes in float32."""
+
+
+@pytest.mark.parametrize("depth", DESIGN)
+def test_iresnets_at_six_bits(depth: int) -> None:
+    model = iresnet(depth).eval()
+    ledger = measure_size(model, 6)
+    assert ledger.source == "prediction"
+    slopes = sum(layer.num_parameters for layer in model.modules() if isinstance(layer, nn.PReLU))
+    expected = 1e6 * DESIGN[depth] - 3 * slopes  # which take a byte here and four there
+    assert ledger.mb == pytest.approx(expected / 1e6, rel=0.0005)
+    assert ledger.mib == pytest.approx(expected / 2**20, rel=0.0005)
+
+
+def test_a_float_network_counts_as_its_student() -> None:
+    model = network()
+    for bits in BITS:
+        foretold = measure_size(model, bits)
+        assert foretold == measure_size(quantize(model, bits)) == measure_size(calibrated(model, bits))
+        assert found_weights(foretold) == weights(quantize(model, bits))
+    assert measure_size(quantize(model, 3), 8) == measure_size(model, 3)
+    config = QuantizationConfig(overrides={"fc": LayerBits(weight=2)})
+    assert found_weights(measure_size(model, config)) == weights(quantize(model, config))
+
+
+def test_the_prediction_is_the_formula() -> None:
+    student = quantize(network(), 5)
+    ledger = measure_size(student)
+    words = elements(ledger, "bias", "affine", "scale")
+    packed = sum(-(-count * bits // 8) for count, bits in weights(student))
+    assert ledger.bytes == packed + 4 * words + elements(ledger, "slope", "zero_point")
+    assert {entry.bits for entry in ledger.of_kind("slope").entries} == {8}
+
+
+def test_saved_networks_are_read(tmp_path: Path) -> None:
+    model = network()
+    qface.save(model, tmp_path / "teacher.safetensors")
+    qface.save(calibrated(model, 4), tmp_path / "student.safetensors")
+    assert measure_size(tmp_path / "teacher.safetensors", 4).bytes == measure_size(model, 4).bytes
+    assert measure_size(str(tmp_path / "student.safetensors")).bytes == measure_size(model, 4).bytes
+
+
+# ---- refusals
+
+
+def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    for content in (b"no model at all", b"", b"\x08\x09", b"\x3a\xff\xff\xff"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"net\.onnx") as caught:
+            measure_size(path)
+        assert "\n" not in str(caught.value)
+    for missing in (tmp_path / "missing.onnx", tmp_path / "missing.safetensors", tmp_path):
+        with pytest.raises(CheckpointError):
+            measure_size(missing)
+    with pytest.raises(ConfigError):
+        measure_size(network(), 9)
+
+
+def test_weights_in_other_files_are_refused(tmp_path: Path) -> None:
+    model = onnx.load(qface.export(network(), tmp_path / "net.onnx"))
+    onnx.save(model, tmp_path / "parts.onnx", save_as_external_data=True, size_threshold=0)
+    with pytest.raises(CheckpointError, match="one file"):
+        measure_size(tmp_path / "parts.onnx")
+
+
+# ---- command line, table, benchmark
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["size", *map(str, arguments)])
+
+
+def test_the_command_prints_tables_or_json(tmp_path: Path) -> None:
+    path = qface.export(calibrated(network()), tmp_path / "net.onnx")
+    qface.save(network(), tmp_path / "net.safetensors")
+    table = run(path)
+    assert table.exit_code == 0, table.output
+    assert f"{path.stat().st_size:,} bytes" in table.stdout
+
+    record = json.loads(run(path, "--json").stdout)
+    assert record == measure_size(path).to_dict()
+    assert record["bytes"] == path.stat().st_size
+    assert record["mb"] == record["bytes"] / 1e6
+    assert record["mib"] == record["bytes"] / 2**20
+    assert list(record["kinds"]) == [kind for kind in KINDS if kind in record["kinds"]]
+    assert sum(entry["bytes"] for entry in record["entries"]) == record["bytes"]
+
+    predicted = [json.loads(run(tmp_path / "net.safetensors", "--json", "--bits", bits).stdout) for bits in "36"]
+    assert predicted == [measure_size(network(), bits).to_dict() for bits in (3, 6)]
+    assert "predicted" in run(tmp_path / "net.safetensors").stdout
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
+    for arguments in ((tmp_path / "missing.onnx",), ("no_such_model",), ("mobilefacenet", "--bits", "9")):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def benchmark() -> Any:
+    spec = spec_from_file_location("size_benchmark", Path(qface.__file__).parents[1] / "benchmarks" / "size.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_published_size_is_a_formula() -> None:
+    sizes = benchmark()
+    with torch.device("meta"):
+        numbers = {depth: sizes.file_tensors(iresnet(depth)) for depth in sizes.DEPTHS}
+    for figure in sizes.PUBLISHED:
+        row = sizes.published_row(figure, sizes.by_formula(numbers[figure.depth], figure.bits))
+        assert row["explained"], row
