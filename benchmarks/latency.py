@@ -1,0 +1,342 @@
+"""Latency and size of one network in five forms, timed in turns: float32, three int8 forms, and qface's packed file.
+
+    python benchmarks/latency.py [--data ../shared] [--networks mobilefacenet] [--threads 1] [--batch 1] [--runs 40]
+
+Weights come from --data where they are there, else they are random: latency depends on neither weights nor images.
+Compare ratios within one table; milliseconds are those of this machine at this moment. On a GPU the time includes the
+copies of images and embeddings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import qface
+from qface.data import ImageFolder
+from qface.deployment.latency import Candidate, Latency, compare, open_file
+from qface.deployment.runtime import OnnxEmbedder
+from qface.preprocessing import CROP_SIZE, preprocessing_of
+from qface.reporting import latency_table
+
+NETWORKS = {
+    "mobilefacenet": "mobilefacenet_112x96.safetensors",
+    "iresnet18": "iresnet18.safetensors",
+    "iresnet50": "iresnet50.safetensors",
+}
+"""Each network, and the file of its weights in ``weights/`` of --data."""
+
+CROPS = 32
+CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
+PACKED, INT8, FLOAT, STATIC, OPENVINO = "qface packed", "qface int8", "float32", "quantize_static", "NNCF int8"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where, on how many threads, and how many images a call."""
+
+    provider: str
+    threads: int
+    batch: int
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
+@click.option("--networks", type=click.Choice(list(NETWORKS)), multiple=True, default=list(NETWORKS), show_default=True)
+@click.option("--bits", default=6, show_default=True)
+@click.option("--threads", type=click.IntRange(1), multiple=True, help="Repeatable.  [default: 1, and all]")
+@click.option("--batch", type=click.IntRange(1), multiple=True, default=(1, 16), show_default=True, help="Repeatable.")
+@click.option("--runs", type=click.IntRange(1), default=40, show_default=True, help="Timed calls of each file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/latency"), show_default=True)
+def main(
+    data: Path,
+    networks: Sequence[str],
+    bits: int,
+    threads: Sequence[int],
+    batch: Sequence[int],
+    runs: int,
+    output: Path,
+) -> None:
+    """Write all forms of the networks, time them side by side, and report as table, JSON and figure."""
+    console, notes = Console(), list(missing_packages())
+    crops = few_crops(data)
+    report: dict[str, Any] = {"machine": machine(), "bits": bits, "runs": runs, "notes": notes, "networks": {}}
+    measured: dict[str, list[list[Latency]]] = {}
+    for name in networks:
+        teacher, origin = load_network(name, data, crops)
+        files = write_forms(teacher, crops, bits, folder(output / name))
+        places = settings(files[PACKED], sorted(set(threads)) or every_thread(), batch)
+        comparisons = [time_forms(files, setting, runs) for setting in places]
+        title = f"{name}, w{bits}a{bits}, {origin} weights"
+        measured[title] = comparisons
+        records = [row.to_dict() for rows in comparisons for row in rows]
+        report["networks"][name] = {"weights": origin, "rows": records}
+        for rows in comparisons:
+            console.print(latency_table(rows, title))
+    (output / "latency.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if importlib.util.find_spec("matplotlib"):
+        draw(measured, output / "latency.png")
+    for note in notes:
+        console.print(note)
+
+
+def missing_packages() -> Iterator[str]:
+    """A line for each part of the report that has to go."""
+    if not has_openvino():
+        yield f"no row {OPENVINO}: nncf and openvino are not installed; run: pip install 'qface[bench]'"
+    if importlib.util.find_spec("matplotlib") is None:
+        yield "no figure: matplotlib is not installed; run: pip install 'qface[bench]'"
+
+
+def has_openvino() -> bool:
+    """Whether OpenVINO and its quantizer are installed."""
+    return all(importlib.util.find_spec(package) for package in ("openvino", "nncf"))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+
+
+def every_thread() -> list[int]:
+    """One thread, and as many as this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return sorted({1, usable})
+
+
+def folder(path: Path) -> Path:
+    """``path``, made where it is not there."""
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def settings(file: Path, threads: Sequence[int], batch: Sequence[int]) -> list[Setting]:
+    """The CPU on each number of threads, then each accelerator that really runs ``file``, on one."""
+    places = [(CPU, count) for count in threads] + [(provider, 1) for provider in accelerators(file)]
+    return [Setting(provider, count, images) for provider, count in places for images in sorted(set(batch))]
+
+
+def accelerators(file: Path) -> list[str]:
+    """CUDA and TensorRT where a session gets them; onnxruntime lists what it was compiled with, GPU or not."""
+    if OnnxEmbedder(file).provider != CUDA:
+        return []
+    return [CUDA, *(provider for provider in [TENSORRT] if runs_on(file, provider))]
+
+
+def runs_on(file: Path, provider: str) -> bool:
+    """Whether ``provider`` really is what runs ``file``."""
+    try:
+        return OnnxEmbedder(file, [provider, CPU]).provider == provider
+    except qface.QFaceError:
+        return False
+
+
+# The network and its forms
+
+
+def few_crops(data: Path) -> Tensor:
+    """Real faces, uint8 [CROPS, 3, 112, 112], or random ones where --data has none."""
+    faces = data / "data" / "lfw"
+    if not faces.is_dir():
+        shape = (CROPS, 3, CROP_SIZE, CROP_SIZE)
+        return torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).byte()
+    images = ImageFolder(faces, people="first-half")
+    return images.read(torch.linspace(0, len(images) - 1, CROPS).long().tolist())
+
+
+def load_network(name: str, data: Path, crops: Tensor) -> tuple[nn.Module, str]:
+    """The network, and where its weights are from: ``pretrained`` or ``random``."""
+    weights = data / "weights" / NETWORKS[name]
+    if weights.exists():
+        return qface.load(weights), "pretrained"
+    torch.manual_seed(0)
+    return with_statistics(qface.load(name), crops), "random"
+
+
+def with_statistics(network: nn.Module, crops: Tensor) -> nn.Module:
+    """Make a fresh network one like those that were trained, as far as runtimes care.
+
+    Every BatchNorm gets the statistics of ``crops``, or a deep network overflows; slopes of PReLU differ, or
+    ``torch.onnx.export`` lets layers share them through Identity.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.momentum = 1.0
+        elif isinstance(module, nn.PReLU):
+            nn.init.uniform_(module.weight, 0.1, 0.4)
+    with torch.no_grad():
+        network.train()(preprocessing_of(network)(crops))
+    return network.eval()
+
+
+def write_forms(teacher: nn.Module, crops: Tensor, bits: int, into: Path) -> dict[str, Path]:
+    """Every form as a file; the first is what the others are measured by."""
+    images = preprocessing_of(teacher)(crops).numpy()
+    student = qface.calibrate(qface.quantize(teacher, bits), crops)
+    files = {
+        PACKED: qface.export(student, into / "packed.onnx"),
+        INT8: qface.export(student, into / "int8.onnx", container="int8"),
+        FLOAT: qface.export(teacher, into / "float32.onnx"),
+    }
+    files[STATIC] = quantize_static(files[FLOAT], images, into / "quantize_static.onnx")
+    if has_openvino():
+        files[OPENVINO] = quantize_openvino(files[FLOAT], images, into / "openvino.xml")
+    return files
+
+
+def quantize_static(source: Path, images: np.ndarray[Any, Any], target: Path) -> Path:
+    """onnxruntime's own QDQ: uint8 activations, int8 weights, a scale for each channel."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._images = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            image = next(self._images, None)
+            return None if image is None else {"images": image[None]}
+
+    prepared = target.with_suffix(".prepared.onnx")
+    with quiet():
+        quant_pre_process(str(source), str(prepared))
+        quantization.quantize_static(
+            str(prepared),
+            str(target),
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+    prepared.unlink()
+    written = onnx.load(target)
+    metadata = {entry.key: entry.value for entry in onnx.load(source).metadata_props}
+    onnx.helper.set_model_props(written, metadata)
+    onnx.save(written, target)
+    return target
+
+
+def quantize_openvino(source: Path, images: np.ndarray[Any, Any], target: Path) -> Path:
+    """NNCF's int8 with its defaults, as OpenVINO's pair of .xml and .bin."""
+    os.environ.setdefault("NNCF_CI", "1")  # or it would report to its makers
+    import nncf
+    import openvino
+
+    nncf.set_log_level(logging.ERROR)
+    with quiet():
+        dataset = nncf.Dataset([image[None] for image in images])
+        model = nncf.quantize(openvino.Core().read_model(source), dataset, subset_size=len(images))
+    openvino.save_model(model, target)
+    return target
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, advice or warnings of other people's quantizers."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# Timing
+
+
+def time_forms(files: dict[str, Path], setting: Setting, runs: int) -> list[Latency]:
+    """A row for each form that can run in ``setting``."""
+    candidates = [
+        open_openvino(file, name, setting)
+        if name == OPENVINO
+        else open_file(file, setting.threads, name, list(dict.fromkeys([setting.provider, CPU])))
+        for name, file in files.items()
+        if name != OPENVINO or setting.provider == CPU
+    ]
+    return compare(candidates, setting.threads, setting.batch, runs)
+
+
+def open_openvino(file: Path, name: str, setting: Setting) -> Candidate:
+    """OpenVINO on the CPU, compiled for exactly this batch."""
+    import openvino
+
+    start = time.perf_counter()
+    core = openvino.Core()
+    model = core.read_model(file)
+    size = tuple(dimension.get_length() for dimension in model.input().partial_shape[2:])
+    model.reshape([setting.batch, 3, *size])
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": setting.threads, "ENABLE_CPU_PINNING": False}
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+    seconds = time.perf_counter() - start
+
+    def embed(images: Tensor) -> object:
+        return request.infer([images.numpy()])
+
+    size_on_disk = sum(part.stat().st_size for part in (file, file.with_suffix(".bin")))
+    return Candidate(name, embed, size, "OpenVINO CPU", size_on_disk, seconds)
+
+
+# The figure
+
+
+def draw(networks: dict[str, list[list[Latency]]], path: Path) -> None:
+    """A panel for each title and its comparisons: every median as a multiple of qface's packed file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(networks), figsize=(5 * len(networks), 4), squeeze=False, sharey=True)
+    for panel, (title, comparisons) in zip(panels[0], networks.items(), strict=True):
+        draw_panel(panel, comparisons)
+        panel.set_title(title, fontsize="medium")
+    panels[0][0].set_ylabel(f"median time / {PACKED}")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_panel(panel: Any, comparisons: list[list[Latency]]) -> None:
+    """Bars in groups, one for each comparison."""
+    names = [row.name for row in max(comparisons, key=len)]
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
+        ratios = {group: row.ratio for group, rows in enumerate(comparisons) for row in rows if row.name == name}
+        centres = [group + (place + 0.5) * width - 0.4 for group in ratios]
+        panel.bar(centres, list(ratios.values()), width, label=name)
+    panel.set_xticks(range(len(comparisons)), [label(rows[0]) for rows in comparisons], fontsize="small")
+    panel.axhline(1, color="grey", linewidth=0.8)
+
+
+def label(row: Latency) -> str:
+    """Where and how a comparison was made, for an axis."""
+    return f"{row.provider.removesuffix('ExecutionProvider')}, {row.threads} thr.\nbatch {row.batch}"
+
+
+if __name__ == "__main__":
+    main()
