@@ -2,7 +2,8 @@
 
     python benchmarks/latency.py [--data ../shared] [--networks mobilefacenet] [--threads 1] [--batch 1] [--runs 40]
 
-Weights come from --data where they are there, else they are random: latency depends on neither weights nor images.
+Weights come from --data where they are there, else they are random, as the title then says. They matter: float32 took
+2.0 times as long as qface's packed file on the pretrained MobileFaceNet, 3.0 times on a random one of 112x112.
 Compare ratios within one table; milliseconds are those of this machine at this moment. On a GPU the time includes the
 copies of images and embeddings.
 """
