@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qface.data.images import TensorImages
+from qface.data.images import IndexedImages, TensorImages
 
 
 def tiny_network(seed: int, size: int = 8) -> nn.Module:
@@ -38,3 +39,19 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+
+
+class Interrupted(IndexedImages):
+    """Raises at one of its reads; the first read is the example."""
+
+    def __init__(self, images: IndexedImages, reads: int) -> None:
+        self.images, self.labels, self.reads = images, images.labels, reads
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        self.reads -= 1
+        if self.reads < 0:
+            raise KeyboardInterrupt
+        return self.images.read(indices)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from qface.data.images import ImageSource, IndexedImages, TensorImages
+from qface.data.images import ImageSource, TensorImages
 from qface.distillation import DistillConfig
 from qface.distillation import distill as distill_with_progress
 from qface.distillation.batches import batches_of
@@ -20,7 +20,7 @@ from qface.distillation.parallel import Parallel, SingleProcess
 from qface.errors import CheckpointError, ConfigError, ImagesError, TrainingError
 from qface.preprocessing import Preprocessing, with_preprocessing
 
-from .networks import face_images, same_weights, tiny_network, weights
+from .networks import Interrupted, face_images, same_weights, tiny_network, weights
 
 CPU = DistillConfig(batch_size=16, epochs=3, learning_rate=0.05, checkpoint_every=2, device="cpu")
 
@@ -31,22 +31,6 @@ def distill(*arguments: Any, **options: Any) -> nn.Module:
 
 def log(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-class Interrupted(IndexedImages):
-    """Raises at one of its reads; the first read is the example."""
-
-    def __init__(self, images: IndexedImages, reads: int) -> None:
-        self.images, self.labels, self.reads = images, images.labels, reads
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, indices: Sequence[int]) -> Tensor:
-        self.reads -= 1
-        if self.reads < 0:
-            raise KeyboardInterrupt
-        return self.images.read(indices)
 
 
 # Learning

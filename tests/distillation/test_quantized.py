@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qface.data.images import IndexedImages
 from qface.distillation import DistillConfig, distill
 from qface.models.provenance import provenance_of
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import calibrate, quantize, scale_parameters
 
-from .networks import face_images, same_weights, tiny_network
+from .networks import Interrupted, face_images, same_weights, tiny_network
 
 CPU = DistillConfig(batch_size=16, epochs=3, learning_rate=0.05, checkpoint_every=2, device="cpu")
 
@@ -28,21 +26,6 @@ def teacher() -> nn.Module:
 
 def student() -> nn.Module:
     return calibrate(quantize(teacher(), bits=4), face_images().images)
-
-
-class Stopping(IndexedImages):
-    def __init__(self, reads: int) -> None:
-        self.images, self.reads = face_images(), reads
-        self.labels = self.images.labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, indices: Sequence[int]) -> Tensor:
-        self.reads -= 1
-        if self.reads < 0:
-            raise KeyboardInterrupt
-        return self.images.read(indices)
 
 
 def distance(first: nn.Module, second: nn.Module) -> float:
@@ -75,7 +58,7 @@ def test_a_resumed_quantized_run_ends_with_the_same_weights(reads: int, observer
     straight, stopped, resumed = student(), student(), student()
     distill(straight, teacher(), face_images(), config, progress=False)
     with pytest.raises(KeyboardInterrupt):
-        distill(stopped, teacher(), Stopping(reads), config, tmp_path, progress=False)
+        distill(stopped, teacher(), Interrupted(face_images(), reads), config, tmp_path, progress=False)
     distill(resumed, teacher(), face_images(), config, tmp_path, resume=True, progress=False)
     assert same_weights(straight, resumed)
     images = face_images().images
