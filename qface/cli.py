@@ -27,26 +27,19 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 _Path = click.Path(path_type=Path)
 
 
-class _Group(click.Group):
+class _OneLineErrors(click.Command):
     """Turns errors of the library into one line and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        return _one_line_errors(super().invoke, ctx)
+        try:
+            return super().invoke(ctx)
+        except QFaceError as error:
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(2)
 
 
-class _Command(click.Command):
-    """The same for a command that stands alone."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        return _one_line_errors(super().invoke, ctx)
-
-
-def _one_line_errors(invoke: Callable[[click.Context], Any], ctx: click.Context) -> Any:
-    try:
-        return invoke(ctx)
-    except QFaceError as error:
-        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        ctx.exit(2)
+class _Group(_OneLineErrors, click.Group):
+    """The command ``qface``."""
 
 
 def _options(*options: Callable[[FunctionT], FunctionT]) -> Callable[[FunctionT], FunctionT]:
@@ -187,7 +180,7 @@ def _embedder(text: str) -> nn.Module | Path:
     return Path(text) if text.endswith(".onnx") else resolve_model(text)
 
 
-@main.command(cls=_Command)
+@main.command(cls=_OneLineErrors)
 @click.argument("student", type=_Path)
 @click.option("-o", "--output", required=True, type=_Path, help="File to write (.onnx).")
 @click.option(

@@ -11,7 +11,18 @@ __all__ = [
     "TraceError",
     "TrainingError",
     "UnsupportedLayerError",
+    "one_line",
 ]
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """The text of somebody else's error, to be quoted within a line of ours: no line breaks, no full stop at its end.
+
+    Args:
+        error: what was caught.
+        limit: characters to keep; None keeps all.
+    """
+    return " ".join(str(error).split())[:limit].rstrip(".")
 
 
 class QFaceError(Exception):

@@ -24,17 +24,18 @@ from qface.deployment import graph as ir
 from qface.deployment.lowering import lower
 from qface.deployment.runtime import OnnxEmbedder, cpu_session
 from qface.errors import ExportError
-from qface.preprocessing import CROP_SIZE, preprocessing_of
+from qface.preprocessing import CROP_SIZE
 from qface.quantization import ImageQuantize, LowBitFakeQuantize
 
-__all__ = ["Agreement", "LayerAgreement", "compare_layers", "synthetic_crops", "verify"]
+__all__ = ["LAYER_IMAGES", "Agreement", "LayerAgreement", "compare_layers", "synthetic_crops", "verify"]
 
 LEAST_EQUAL = 0.999
 """Share of a layer's integers that must be equal; no other may be off by more than one step."""
 LEAST_MEAN_COSINE = 0.9999
 LEAST_COSINE = 0.999
 
-_LAYER_IMAGES = 8
+LAYER_IMAGES = 8
+"""Images on which layers are compared; each gives thousands of integers a layer."""
 _SYNTHETIC_IMAGES = 4
 Integers = npt.NDArray[np.uint8]
 
@@ -105,13 +106,13 @@ def verify(student: nn.Module, file: str | Path, images: Images, people: str | P
     """
     embedder = OnnxEmbedder(file, providers=["CPUExecutionProvider"])
     network = copy.deepcopy(student).cpu().eval()
-    preprocessing = preprocessing_of(student)
+    graph = lower(student)
     layers: tuple[LayerAgreement, ...] = ()
     cosines = []
     for batch in as_image_source(images, people).batches(64):
-        inputs = normalise(batch, preprocessing)
+        inputs = normalise(batch, graph.preprocessing)
         if not layers:
-            layers = compare_layers(student, file, inputs[:_LAYER_IMAGES])
+            layers = compare_layers(network, graph, file, inputs[:LAYER_IMAGES])
         with torch.no_grad():
             cosines.append(torch.cosine_similarity(network(inputs), embedder(inputs)))
     found = torch.cat(cosines)
@@ -127,13 +128,21 @@ def synthetic_crops(count: int = _SYNTHETIC_IMAGES, seed: int = 0) -> Tensor:
     return ((0.8 * coarse + 0.2 * fine) * 255).round().byte()
 
 
-def compare_layers(student: nn.Module, file: str | Path, inputs: Tensor) -> tuple[LayerAgreement, ...]:
+def compare_layers(
+    student: nn.Module, graph: ir.IntegerGraph, file: str | Path, inputs: Tensor
+) -> tuple[LayerAgreement, ...]:
     """Each layer of ``file`` beside the student's, given the student's integers for normalised images ``inputs``.
+
+    Args:
+        student: calibrated; its mode is not changed.
+        graph: what it was lowered to.
+        file: what was written of that.
+        inputs: float32 [N, 3, height, width].
 
     Raises:
         ExportError: the file was not exported from this network.
     """
-    operations = [operation for operation in lower(student).operations if _is_rounded(operation)]
+    operations = [operation for operation in graph.operations if _is_rounded(operation)]
     expected = _integers(student, inputs)
     given = {operation.output.name: integers for operation, integers in zip(operations, expected, strict=True)}
     found = _run_cut(Path(file), given, inputs)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from qface._version import __version__
 from qface.data.images import Images, as_image_source, normalise
-from qface.deployment.agreement import compare_layers, synthetic_crops
+from qface.deployment.agreement import LAYER_IMAGES, compare_layers, synthetic_crops
+from qface.deployment.graph import IntegerGraph
 from qface.deployment.lowering import lower
 from qface.deployment.onnx_writer import OPSET, to_onnx
-from qface.errors import ExportError
+from qface.errors import ExportError, one_line
 from qface.files import replacing
 from qface.models.provenance import provenance_of
 from qface.models.tracing import example_input
@@ -26,7 +27,7 @@ from qface.quantization import is_quantized
 
 __all__ = ["export"]
 
-_VERIFICATION_IMAGES = 8
+_QUOTED = 300  # characters of an error of torch or onnx, which can fill a page
 
 
 def export(model: nn.Module, path: str | Path, container: str = "packed", images: Images | None = None) -> Path:
@@ -59,9 +60,10 @@ def export(model: nn.Module, path: str | Path, container: str = "packed", images
     with replacing(path) as temporary:
         if is_quantized(model):
             crops, name = _verification_images(images)
-            onnx.save(to_onnx(lower(model), metadata | {"verified": name}, container), temporary)
+            graph = lower(model)
+            onnx.save(to_onnx(graph, metadata | {"verified": name}, container), temporary)
             _check(temporary)
-            _check_layers(model, temporary, normalise(crops, preprocessing_of(model)))
+            _check_layers(model, graph, temporary, normalise(crops, graph.preprocessing))
         else:
             _export_float(model, temporary, metadata)
             _check(temporary)
@@ -73,12 +75,12 @@ def _verification_images(images: Images | None) -> tuple[Tensor, str]:
     if images is None:
         crops = synthetic_crops()
         return crops, f"{len(crops)} synthetic images"
-    crops = next(iter(as_image_source(images).batches(_VERIFICATION_IMAGES)))[:_VERIFICATION_IMAGES]
+    crops = next(iter(as_image_source(images).batches(LAYER_IMAGES)))[:LAYER_IMAGES]
     return crops, f"{len(crops)} given images"
 
 
-def _check_layers(student: nn.Module, file: Path, inputs: Tensor) -> None:
-    layers = compare_layers(student, file, inputs)
+def _check_layers(student: nn.Module, graph: IntegerGraph, file: Path, inputs: Tensor) -> None:
+    layers = compare_layers(student, graph, file, inputs)
     wrong = [layer for layer in layers if not layer.agrees]
     if wrong:
         first = wrong[0]
@@ -109,7 +111,9 @@ def _export_float(model: nn.Module, path: Path, metadata: dict[str, str]) -> Non
                 dynamic_axes={"images": {0: "batch"}, "embedding": {0: "batch"}},
             )
     except Exception as error:  # torch raises whatever its tracer meets
-        raise ExportError(f"torch cannot export this network: {_one_line(error)}; replace what it names") from error
+        raise ExportError(
+            f"torch cannot export this network: {one_line(error, _QUOTED)}; replace what it names"
+        ) from error
     written = onnx.load(str(path))
     onnx.helper.set_model_props(written, {"preprocessing": preprocessing_of(model).to_json(), **metadata})
     onnx.save(written, str(path))
@@ -121,7 +125,7 @@ def _check_interface(model: nn.Module, images: Tensor) -> None:
             output = model(images)
     except Exception as error:  # the user's own code runs here
         raise ExportError(
-            f"the network does not run on images {list(images.shape)}: {_one_line(error)}; "
+            f"the network does not run on images {list(images.shape)}: {one_line(error, _QUOTED)}; "
             "it must read images only, of the size in its Preprocessing"
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2:
@@ -133,9 +137,5 @@ def _check(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
-            f"the exported graph is not valid ONNX: {_one_line(error)}; please report this network"
+            f"the exported graph is not valid ONNX: {one_line(error, _QUOTED)}; please report this network"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")

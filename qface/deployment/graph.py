@@ -170,25 +170,27 @@ class GlobalAveragePool(Operation):
 
 
 @dataclass(frozen=True)
-class AveragePool(Operation):
-    """Mean over a window."""
+class _Window(Operation):
+    """Something over windows of ``kernel`` (height, width)."""
 
     kernel: Pair
     stride: Pair
     padding: Pair
     ceil_mode: bool
+
+
+@dataclass(frozen=True)
+class AveragePool(_Window):
+    """Mean over a window."""
+
     count_include_pad: bool
 
 
 @dataclass(frozen=True)
-class MaxPool(Operation):
+class MaxPool(_Window):
     """Maximum over a window; stays on the grid of its input."""
 
-    kernel: Pair
-    stride: Pair
-    padding: Pair
     dilation: Pair
-    ceil_mode: bool
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from qface.quantization import (
     QuantizedPReLU,
     is_quantized,
 )
+from qface.quantization.layers import layer_of
 
 __all__ = ["lower"]
 
@@ -88,7 +89,7 @@ class _Lowering:
         return self._value(result)
 
     def _lower(self, node: fx.Node) -> None:
-        layer = self._layer(node)
+        layer = layer_of(node)
         if isinstance(layer, (ImageQuantize, LowBitFakeQuantize)):
             self._lower_quantizer(node, layer)
             return
@@ -110,9 +111,6 @@ class _Lowering:
         offset = layer.offset if isinstance(layer, ImageQuantize) else 0.0
         self.operations.append(ir.QuantizeImage(node.name, (self.values[source],), value, offset))
 
-    def _layer(self, node: fx.Node) -> nn.Module | None:
-        return self.student.get_submodule(str(node.target)) if node.op == "call_module" else None
-
     def _value(self, argument: Any) -> ir.Value:
         return self.values[argument]
 
@@ -122,10 +120,10 @@ class _Lowering:
     def _output(self, node: fx.Node, last: fx.Node | None = None) -> ir.Value:
         """The value of ``node``, on the grid of the quantizer that follows it (or that follows ``last``)."""
         last = last or node
-        users = [user for user in last.users if isinstance(self._layer(user), LowBitFakeQuantize)]
+        users = [user for user in last.users if isinstance(layer_of(user), LowBitFakeQuantize)]
         if users and len(users) != len(last.users):
             raise ExportError(f"the value of {last.name!r} is used both rounded and unrounded, which no runtime can do")
-        grid = _grid(cast(LowBitFakeQuantize, self._layer(users[0])), users[0]) if users else None
+        grid = _grid(cast(LowBitFakeQuantize, layer_of(users[0])), users[0]) if users else None
         value = _value_of(node, grid)
         self.values[node] = self.values[last] = value
         return value
@@ -177,13 +175,13 @@ class _Lowering:
             "output": self._output(node, clamp),
             "weight": weight,
             "bias": bias,
-            "clamp": None if clamp is None else _CLAMPS[type(cast(nn.Module, self._layer(clamp)))],
+            "clamp": None if clamp is None else _CLAMPS[type(cast(nn.Module, layer_of(clamp)))],
         }
 
     def _clamp_behind(self, node: fx.Node) -> fx.Node | None:
         """The ReLU that directly follows and alone reads ``node``: it becomes part of the convolution."""
         users = list(node.users)
-        if len(users) == 1 and isinstance(self._layer(users[0]), tuple(_CLAMPS)):
+        if len(users) == 1 and isinstance(layer_of(users[0]), tuple(_CLAMPS)):
             self._absorbed.add(users[0])
             return users[0]
         return None
@@ -229,11 +227,8 @@ class _Lowering:
             str(node.target),
             self._inputs(node),
             self._output(node),
-            _pair(layer.kernel_size),
-            _pair(layer.stride),
-            _pair(layer.padding),
-            layer.ceil_mode,
-            layer.count_include_pad,
+            **_window(layer),
+            count_include_pad=layer.count_include_pad,
         )
 
     def max_pool(self, node: fx.Node, layer: nn.MaxPool2d) -> ir.Operation:
@@ -241,11 +236,8 @@ class _Lowering:
             str(node.target),
             self._inputs(node),
             self._on_grid_of_input(node),
-            _pair(layer.kernel_size),
-            _pair(layer.stride),
-            _pair(layer.padding),
-            _pair(layer.dilation),
-            layer.ceil_mode,
+            **_window(layer),
+            dilation=_pair(layer.dilation),
         )
 
     def flatten(self, node: fx.Node, layer: nn.Flatten) -> ir.Operation:
@@ -320,6 +312,15 @@ def _grid(layer: ImageQuantize | LowBitFakeQuantize, node: fx.Node) -> ir.Grid:
 
 def _float32(tensor: Tensor) -> ir.Float32:
     return tensor.detach().float().cpu().numpy()
+
+
+def _window(layer: nn.AvgPool2d | nn.MaxPool2d) -> dict[str, Any]:
+    return {
+        "kernel": _pair(layer.kernel_size),
+        "stride": _pair(layer.stride),
+        "padding": _pair(layer.padding),
+        "ceil_mode": layer.ceil_mode,
+    }
 
 
 def _pair(value: Any) -> ir.Pair:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qface.errors import CheckpointError, ConfigError, QFaceError
+from qface.errors import CheckpointError, ConfigError, QFaceError, one_line
 from qface.preprocessing import Preprocessing
 
 __all__ = ["OnnxEmbedder", "cpu_session"]
@@ -70,7 +70,7 @@ class OnnxEmbedder:
         try:
             outputs = self._session.run(None, {self._input: images.contiguous().numpy()})
         except Exception as error:  # onnxruntime's errors share no base class
-            raise QFaceError(f"{self.path} cannot embed images {list(images.shape)}: {_one_line(error)}") from error
+            raise QFaceError(f"{self.path} cannot embed images {list(images.shape)}: {one_line(error)}") from error
         return torch.from_numpy(outputs[0]).float()
 
     def _check_size(self) -> None:
@@ -103,7 +103,7 @@ def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> A
             return _onnxruntime().InferenceSession(path, options, providers=chosen)
     except Exception as error:
         raise CheckpointError(
-            f"onnxruntime cannot open {path}: {_one_line(error)}; restore the file or export it again"
+            f"onnxruntime cannot open {path}: {one_line(error)}; restore the file or export it again"
         ) from error
 
 
@@ -154,10 +154,6 @@ def _preprocessing(path: Path, session: Any) -> Preprocessing:
         return Preprocessing() if record is None else Preprocessing.from_json(record)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
 
 
 def _filled(piece: Tensor, length: int) -> Tensor:

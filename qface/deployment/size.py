@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 from torch import fx, nn
 
-from qface.errors import CheckpointError
+from qface.errors import CheckpointError, one_line
 from qface.models import ChannelAffine, load
 from qface.quantization import (
     ImageQuantize,
@@ -171,7 +171,7 @@ def measure_size(model_or_file: nn.Module | str | Path, bits: int | Quantization
         try:
             return SizeLedger("file", tuple(_file_entries(data, onnx_model)))
         except (ValueError, IndexError) as error:
-            raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}; export it again") from error
+            raise CheckpointError(f"{path} is damaged: {one_line(error)}; export it again") from error
     return measure_size(load(model_or_file), bits)
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qface.errors import CheckpointError, UnsupportedLayerError
+from qface.errors import CheckpointError, UnsupportedLayerError, one_line
 from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
 
 __all__ = ["graph_from_data", "graph_to_data", "on_rebuild", "register_layer"]
 
-_CONV = (
+CONVOLUTION_ARGUMENTS = (
     "in_channels",
     "out_channels",
     "kernel_size",
@@ -30,14 +30,15 @@ _CONV = (
     "bias",
     "padding_mode",
 )
+LINEAR_ARGUMENTS = ("in_features", "out_features", "bias")
 _NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 _POOL = ("kernel_size", "stride", "padding")
 
 # Constructor arguments; each is read from the attribute of the same name.
 _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv1d: _CONV,
-    nn.Conv2d: _CONV,
-    nn.Linear: ("in_features", "out_features", "bias"),
+    nn.Conv1d: CONVOLUTION_ARGUMENTS,
+    nn.Conv2d: CONVOLUTION_ARGUMENTS,
+    nn.Linear: LINEAR_ARGUMENTS,
     nn.BatchNorm1d: _NORM,
     nn.BatchNorm2d: _NORM,
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", "bias"),
@@ -227,7 +228,7 @@ def graph_from_data(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
     except CheckpointError:
         raise
     except Exception as error:  # the data may be anyone's, so torch and Python may raise anything on it
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise CheckpointError(
             f"the saved graph is damaged or of another version: {type(error).__name__}: {reason}"
         ) from error

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qface.errors import TraceError, UnsupportedLayerError
+from qface.errors import TraceError, UnsupportedLayerError, one_line
 from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply, batch_norm_affine
 from qface.models.provenance import carry
 from qface.models.tracing import example_input, trace
+from qface.quantization.layers import layer_of
 
 __all__ = ["canonicalise"]
 
@@ -89,7 +90,7 @@ def _propagate_shapes(graph_module: fx.GraphModule, images: Tensor) -> None:
     except Exception as error:  # the user's own code runs here
         shape = "x".join(str(side) for side in images.shape[1:])
         raise TraceError(
-            f"the network does not run on an image of {shape}: {' '.join(str(error).split())[:200]}; "
+            f"the network does not run on an image of {shape}: {one_line(error, 200)}; "
             "attach the Preprocessing with the size it reads"
         ) from error
     graph_module.train(training)
@@ -114,7 +115,7 @@ def _undo_in_place(graph_module: fx.GraphModule) -> None:
 
 
 def _overwrites(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    layer = _layer(graph_module, node)
+    layer = layer_of(node)
     if layer is not None:
         in_place = getattr(layer, "inplace", False)
         if in_place:
@@ -137,7 +138,7 @@ def _remove_no_operations(graph_module: fx.GraphModule) -> None:
 
 def _has_no_effect(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return isinstance(_layer(graph_module, node), _NO_OPERATION)
+        return isinstance(layer_of(node), _NO_OPERATION)
     if node.op == "call_function":
         return node.target in (F.dropout, F.dropout2d)
     return node.op == "call_method" and node.target in _NO_OPERATION_METHODS
@@ -298,7 +299,7 @@ _METHODS: dict[str, Rewrite] = {
 
 def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
-        layer = _layer(graph_module, node)
+        layer = layer_of(node)
         if not isinstance(layer, _NORMS):
             continue
         if layer.running_mean is None:
@@ -307,17 +308,13 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
                 "build it with track_running_stats=True and estimate them"
             )
         producer = node.args[0]
-        previous = _layer(graph_module, producer)
+        previous = layer_of(producer)
         if isinstance(previous, (nn.Conv2d, nn.Linear)) and len(producer.users) == 1:
             _fold(previous, layer)
             node.replace_all_uses_with(producer)
             graph_module.graph.erase_node(node)
         else:
             _set_layer(graph_module, node.target, ChannelAffine.from_batch_norm(layer).to(layer.running_mean.device))
-
-
-def _layer(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _set_layer(graph_module: fx.GraphModule, path: str, layer: nn.Module) -> None:
@@ -336,7 +333,7 @@ def _fold(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -
 
 def _refuse_unknown_weights(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
-        layer = _layer(graph_module, node)
+        layer = layer_of(node)
         if (
             layer is not None
             and not isinstance(layer, _SUPPORTED_WEIGHTS)

@@ -18,7 +18,7 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 from qface.errors import ConfigError
-from qface.models.graph_data import on_rebuild, register_layer
+from qface.models.graph_data import CONVOLUTION_ARGUMENTS, LINEAR_ARGUMENTS, on_rebuild, register_layer
 from qface.models.layers import Add, ChannelAffine, Concat, Multiply
 from qface.models.provenance import carry, record_step
 from qface.models.tracing import LEAF_LAYERS, example_input
@@ -41,20 +41,10 @@ from qface.quantization.placement import OTHER_BITS, activation_bits
 
 __all__ = ["is_quantized", "quantize"]
 
-_CONV = (
-    "in_channels",
-    "out_channels",
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "bias",
-    "padding_mode",
-)
+_WEIGHT_ARGUMENTS = ("weight_bits", "weight_rule", "percentile")
 on_rebuild(connect)
-register_layer(QuantizedConv2d, (*_CONV, "weight_bits", "weight_rule", "percentile"))
-register_layer(QuantizedLinear, ("in_features", "out_features", "bias", "weight_bits", "weight_rule", "percentile"))
+register_layer(QuantizedConv2d, (*CONVOLUTION_ARGUMENTS, *_WEIGHT_ARGUMENTS))
+register_layer(QuantizedLinear, (*LINEAR_ARGUMENTS, *_WEIGHT_ARGUMENTS))
 register_layer(QuantizedPReLU, ("num_parameters",))
 register_layer(QuantizedAdd, ())
 register_layer(LowBitFakeQuantize, ("bits", "channels", "rule", "percentile"))
