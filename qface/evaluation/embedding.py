@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from qface.data.images import ImageSource, IndexedImages, normalise
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, ImagesError, QFaceError
 from qface.preprocessing import Preprocessing, preprocessing_of
+from qface.progress import track
 
 __all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed"]
 
@@ -136,9 +138,8 @@ def embed(
         QFaceError: the model does not give one finite vector an image.
     """
     embedder = as_embedder(model)
-    batches = source.batches(batch_size)
-    if progress:
-        batches = _with_bar(batches, len(source) if isinstance(source, IndexedImages) else None)
+    total = math.ceil(len(source) / batch_size) if isinstance(source, IndexedImages) else None
+    batches = track(source.batches(batch_size), "Embedding", progress, total)
     rows = [_embed_batch(embedder, batch, flip) for batch in batches]
     if not rows:
         raise ImagesError("there are no images to embed: pass at least one")
@@ -168,15 +169,3 @@ def _unit_rows(embeddings: Embeddings) -> Embeddings:
             f"(first: image {unusable[0]}): check the model's weights and scales"
         )
     return (embeddings / lengths).astype(np.float32)
-
-
-def _with_bar(batches: Iterable[Tensor], total: int | None) -> Iterator[Tensor]:
-    """Pass ``batches`` through and count their images on stderr."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Embedding", total=total)
-        for batch in batches:
-            yield batch
-            bar.advance(task, len(batch))
