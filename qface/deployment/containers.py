@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qface.deployment.graph import Int8
-from qface.deployment.packing import Plane, pack
+from qface.deployment.packing import Place, offset, pack, places
 from qface.errors import ConfigError
 
 __all__ = ["CONTAINERS", "Int8Container", "PackedContainer", "WeightContainer", "make_container"]
@@ -47,72 +47,103 @@ class Int8Container:
 
 
 class PackedContainer:
-    """All weights of one width in one buffer without a wasted bit (:mod:`qface.deployment.packing`).
+    """Weights of one width in common buffers without a wasted bit (:mod:`qface.deployment.packing`).
 
-    A dozen nodes unpack the buffer once, and a Split hands each layer its part. onnxruntime computes all of it when it
-    opens the file, so that nothing of it is left at run time.
+    A dozen nodes unpack a buffer, and a Split hands each layer its part. onnxruntime computes all of it when it opens
+    the file, so that nothing of it is left at run time. What that takes is memory traffic rather than arithmetic, since
+    every result is copied and kept until the last one is there. Hence all of it is done on bytes, most of it on runs,
+    and large networks have several buffers: large results get fresh pages each time, small ones what others left.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[int, list[tuple[str, Int8]]] = defaultdict(list)
+        self._groups: dict[int, list[_Weight]] = defaultdict(list)
 
     def add(self, name: str, integers: Int8, bits: int) -> None:
         """Provide ``integers`` as an int8 tensor called ``name``."""
         self._groups[bits].append((name, integers))
 
     def contents(self) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
-        """A buffer of one to three planes for each width, and the nodes that unpack it."""
-        unpackers = [_Unpacker(bits, weights) for bits, weights in sorted(self._groups.items())]
+        """The planes of each buffer, and the nodes that unpack them."""
+        unpackers = [
+            _Unpacker(f"w{bits}.{number}" if number else f"w{bits}", bits, weights)
+            for bits, group in sorted(self._groups.items())
+            for number, weights in enumerate(_buffers(group))
+        ]
         initializers = [tensor for unpacker in unpackers for tensor in unpacker.initializers]
         return initializers, [node for unpacker in unpackers for node in unpacker.nodes]
 
 
-class _Unpacker:
-    """Initializers and nodes for the weights of one width."""
+_Weight = tuple[str, Int8]
+_BUFFER = 1 << 23
+"""Integers that lie in one buffer at most, unless a single layer has more."""
 
-    def __init__(self, bits: int, weights: list[tuple[str, Int8]]) -> None:
+
+def _buffers(weights: list[_Weight]) -> list[list[_Weight]]:
+    """``weights`` in order, each buffer filled before the next."""
+    buffers: list[list[_Weight]] = []
+    room = 0
+    for weight in weights:
+        size = weight[1].size
+        if not buffers or size > room:
+            buffers.append([])
+            room = _BUFFER
+        buffers[-1].append(weight)
+        room -= size
+    return buffers
+
+
+class _Unpacker:
+    """Initializers and nodes for the weights of one buffer.
+
+    No result lies beyond its type's range, where onnxruntime would wrap and others, OpenVINO for one, saturate.
+    """
+
+    def __init__(self, prefix: str, bits: int, weights: list[_Weight]) -> None:
         self.initializers: list[onnx.TensorProto] = []
         self.nodes: list[onnx.NodeProto] = []
-        self._prefix = f"w{bits}"
-        sizes = [integers.size for _, integers in weights]
+        self._prefix = prefix
         planes = pack(np.concatenate([integers.reshape(-1) for _, integers in weights]), bits)
-        unsigned = self._plane(planes[0], sum(sizes))
-        for plane in planes[1:]:
-            unsigned = self._node("BitwiseOr", [unsigned, self._plane(plane, sum(sizes))], f"or{plane.shift}")
-        self._split(self._signed(unsigned, bits), weights, sizes)
+        width = bits // len(planes)
+        names = [self._constant(f"plane{place * width}", plane) for place, plane in enumerate(planes)]
+        runs = [self._run(names, place, bits) for place in places(bits)]
+        self._split(self._signed(self._node("Concat", runs, axis=0), bits), len(runs) * planes.shape[1], weights)
 
-    def _plane(self, plane: Plane, count: int) -> str:
-        """The bits of one plane, uint8 [count], at their place in the byte."""
-        tag = f"plane{plane.shift}"
-        data = self._constant(tag, plane.data)
-        per_byte = 8 // plane.width
-        if per_byte > 1:
-            shifts = np.arange(per_byte, dtype=np.uint8)[:, None] * np.uint8(plane.width)
-            shifted = self._node("BitShift", [data, self._constant(f"{tag}_shifts", shifts)], f"{tag}_shifted", "RIGHT")
-            mask = self._constant(f"{tag}_mask", np.array([(1 << plane.width) - 1], np.uint8))
-            masked = self._node("BitwiseAnd", [shifted, mask], f"{tag}_masked")
-            data = self._node("Reshape", [masked, self._constant("flat", np.array([-1]))], f"{tag}_flat")
-        if per_byte * plane.data.size != count:
-            ends = [self._constant(f"{tag}_{end}", np.array([at])) for end, at in (("start", 0), ("end", count))]
-            data = self._node("Slice", [data, *ends], f"{tag}_values")
-        if plane.shift:
-            places = self._constant(f"{tag}_places", np.array([plane.shift], np.uint8))
-            data = self._node("BitShift", [data, places], f"{tag}_placed", "LEFT")
-        return data
+    def _run(self, planes: list[str], place: Place, bits: int) -> str:
+        """The integers of one run, uint8, with bits of others above them."""
+        run = planes[place.plane]
+        if place.shift:
+            run = self._shifted(run, place.shift, "RIGHT")
+        if place.straddles:
+            below = 8 - place.shift
+            above = self._masked(planes[place.plane + 1], bits - below)
+            run = self._node("BitwiseOr", [run, self._shifted(above, below, "LEFT")])
+        return run
 
-    def _signed(self, unsigned: str, bits: int) -> str:
-        """int8: what was stored is greater by half the range."""
-        wide = self._node("Cast", [unsigned], "wide", to=TensorProto.INT32)
-        half = self._constant("half", np.array([1 << (bits - 1)], np.int32))
-        return self._node("Cast", [self._node("Sub", [wide, half], "centred")], "signed", to=TensorProto.INT8)
+    def _shifted(self, plane: str, shift: int, direction: str) -> str:
+        by = self._constant(f"shift{shift}", np.array([shift], np.uint8))
+        return self._node("BitShift", [plane, by], direction=direction)
 
-    def _split(self, signed: str, weights: list[tuple[str, Int8]], sizes: list[int]) -> None:
-        parts = [f"{name}_flat" for name, _ in weights]
-        lengths = self._constant("sizes", np.array(sizes))
-        self.nodes.append(helper.make_node("Split", [signed, lengths], parts, axis=0))
-        for (name, integers), part in zip(weights, parts, strict=True):
+    def _masked(self, value: str, width: int) -> str:
+        """The lowest ``width`` bits."""
+        mask = self._constant(f"mask{width}", np.array([(1 << width) - 1], np.uint8))
+        return self._node("BitwiseAnd", [value, mask])
+
+    def _signed(self, runs: str, bits: int) -> str:
+        """int8, without the bits of others and without the offset."""
+        signed = self._node("Cast", [self._masked(runs, bits)], to=TensorProto.INT8)
+        return self._node("Sub", [signed, self._constant("offset", np.array([offset(bits)], np.int8))])
+
+    def _split(self, signed: str, count: int, weights: list[_Weight]) -> None:
+        """Give each layer its part of ``count`` integers; what fills up the last run is left over."""
+        parts = {f"{name}_flat": integers.size for name, integers in weights}
+        rest = count - sum(parts.values())
+        if rest:
+            parts[f"{self._prefix}_rest"] = rest
+        lengths = self._constant("sizes", np.array(list(parts.values())))
+        self.nodes.append(helper.make_node("Split", [signed, lengths], list(parts), axis=0))
+        for name, integers in weights:
             shape = self._constant("shape_" + "x".join(map(str, integers.shape)), np.array(integers.shape))
-            self.nodes.append(helper.make_node("Reshape", [part, shape], [name]))
+            self.nodes.append(helper.make_node("Reshape", [f"{name}_flat", shape], [name]))
 
     def _constant(self, name: str, value: npt.NDArray[Any]) -> str:
         name = f"{self._prefix}_{name}"
@@ -120,10 +151,9 @@ class _Unpacker:
             self.initializers.append(numpy_helper.from_array(value, name))
         return name
 
-    def _node(self, kind: str, inputs: list[str], output: str, direction: str | None = None, **attributes: Any) -> str:
-        output = f"{self._prefix}_{output}"
-        extra = {} if direction is None else {"direction": direction}
-        self.nodes.append(helper.make_node(kind, inputs, [output], **extra, **attributes))
+    def _node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
+        output = f"{self._prefix}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
 
