@@ -68,11 +68,23 @@ class Preprocessing:
         """Normalise ``crops``, uint8 [N, 3, 112, 112] in RGB, to float32 [N, 3, *size] on the same device."""
         top, left, bottom, right = self.crop
         pixels = crops[:, :, top:bottom, left:right].float()
-        if self.color == "BGR":
-            pixels = pixels.flip(1)
         if (bottom - top, right - left) != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bilinear", align_corners=False)
-        return (pixels - self._per_channel(self.mean, pixels)) / self._per_channel(self.std, pixels)
+        return self.normalise(pixels)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """What the network reads of ``pixels``, RGB [N, 3, *size] of 0..255 in any type, as float32."""
+        floats = self._between_orders(pixels).float()
+        return (floats - self._per_channel(self.mean, floats)) / self._per_channel(self.std, floats)
+
+    def to_bytes(self, images: Tensor) -> Tensor:
+        """The RGB pixels that :meth:`normalise` made ``images`` of, rounded, as uint8 [N, 3, *size]."""
+        pixels = images * self._per_channel(self.std, images) + self._per_channel(self.mean, images)
+        return self._between_orders(pixels.round().clamp(0, 255).byte())
+
+    def _between_orders(self, pixels: Tensor) -> Tensor:
+        """From RGB to the order of ``color``, or back, which is the same."""
+        return pixels.flip(1) if self.color == "BGR" else pixels
 
     @staticmethod
     def _per_channel(values: tuple[float, float, float], like: Tensor) -> Tensor:

@@ -37,6 +37,20 @@ def test_json_keeps_every_field(preprocessing: Preprocessing) -> None:
     assert Preprocessing.from_json(text) == preprocessing
 
 
+@given(preprocessings())
+def test_bytes_come_back_from_what_they_were_normalised_to(preprocessing: Preprocessing) -> None:
+    pixels = torch.arange(256).byte().view(1, 1, 16, 16) + torch.tensor([0, 7, 99]).byte().view(1, 3, 1, 1)
+    images = preprocessing.normalise(pixels)
+    assert images.dtype == torch.float32
+    assert torch.equal(preprocessing.to_bytes(images), pixels)
+
+
+def test_bytes_are_rounded_and_clamped() -> None:
+    preprocessing = Preprocessing(color="BGR", mean=(0.0, 100.0, 0.0), std=(2.0, 1.0, 1.0))
+    images = torch.tensor([200.0, 0.6, -3.0]).view(1, 3, 1, 1)
+    assert preprocessing.to_bytes(images).flatten().tolist() == [0, 101, 255]
+
+
 def test_json_of_others_may_give_one_number_for_all_channels_and_leave_the_color_out() -> None:
     text = json.dumps({"crop": [0, 8, 112, 104], "size": [112, 96], "mean": 127.5, "std": 128})
     assert Preprocessing.from_json(text) == Preprocessing(

@@ -1,13 +1,16 @@
 """``verify``: does an exported file compute what its student computes, layer by layer and from end to end?
 
 Layer by layer the file is cut open: every layer gets the student's integers as input, so that a difference stays where
-it arises. From end to end nothing is given but images, and the embeddings are compared.
+it arises. From end to end nothing is given but images, and the embeddings are compared. A file for GPUs rounds weights
+only; it is compared from end to end with a student that does the same.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,26 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qface.data.images import Images, as_image_source, normalise
+from qface.data.images import Images, ImageSource, as_image_source, normalise
 from qface.deployment import graph as ir
+from qface.deployment.inputs import fed, reading, seen
 from qface.deployment.lowering import lower
 from qface.deployment.runtime import OnnxEmbedder, cpu_session
-from qface.errors import ExportError
+from qface.errors import ExportError, ImagesError
 from qface.preprocessing import CROP_SIZE
-from qface.quantization import ImageQuantize, LowBitFakeQuantize
+from qface.quantization import ImageQuantize, LowBitFakeQuantize, QuantizedAffine
+from qface.quantization.layers import Quantizer, WeightedLayer, layer_of
 
-__all__ = ["LAYER_IMAGES", "Agreement", "LayerAgreement", "compare_layers", "synthetic_crops", "verify"]
+__all__ = [
+    "LAYER_IMAGES",
+    "Agreement",
+    "LayerAgreement",
+    "compare_embeddings",
+    "compare_layers",
+    "synthetic_crops",
+    "verify",
+    "without_rounded_activations",
+]
 
 LEAST_EQUAL = 0.999
 """Share of a layer's integers that must be equal; no other may be off by more than one step."""
@@ -51,7 +65,7 @@ class LayerAgreement:
         elements: integers compared.
         different: how many of them differ.
         greatest_step: by how much at most.
-        greatest_level: greatest integer of the file's side.
+        levels: least and greatest integer of the file's side.
     """
 
     layer: str
@@ -60,18 +74,21 @@ class LayerAgreement:
     elements: int
     different: int
     greatest_step: int
-    greatest_level: int
+    levels: tuple[int, int]
 
     @property
     def agrees(self) -> bool:
         """Whether it is equal but for a rounding here and there, and keeps to its bits."""
         equal = self.different <= (1 - LEAST_EQUAL) * self.elements
-        return equal and self.greatest_step <= 1 and self.greatest_level < 1 << self.bits
+        return equal and self.greatest_step <= 1 and self.levels[1] - self.levels[0] < 1 << self.bits
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What :func:`verify` found; cosines are between the embeddings of student and file, running free."""
+    """What :func:`verify` found; cosines are between the embeddings of student and file, running free.
+
+    A file for GPUs has no integer layers.
+    """
 
     layers: tuple[LayerAgreement, ...]
     images: int
@@ -92,6 +109,8 @@ class Agreement:
 def verify(student: nn.Module, file: str | Path, images: Images, people: str | Path | None = None) -> Agreement:
     """Compare ``student`` in eval mode with ``file``, which was exported from it.
 
+    A file for GPUs runs on one where there is one.
+
     Args:
         student: calibrated; its mode is not changed.
         file: the ONNX file.
@@ -104,19 +123,88 @@ def verify(student: nn.Module, file: str | Path, images: Images, people: str | P
         CheckpointError: the file is missing or damaged.
         ImagesError: the images cannot be used.
     """
-    embedder = OnnxEmbedder(file, providers=["CPUExecutionProvider"])
-    network = copy.deepcopy(student).cpu().eval()
     graph = lower(student)
-    layers: tuple[LayerAgreement, ...] = ()
-    cosines = []
-    for batch in as_image_source(images, people).batches(64):
-        inputs = normalise(batch, graph.preprocessing)
-        if not layers:
-            layers = compare_layers(network, graph, file, inputs[:LAYER_IMAGES])
-        with torch.no_grad():
-            cosines.append(torch.cosine_similarity(network(inputs), embedder(inputs)))
-    found = torch.cat(cosines)
-    return Agreement(layers, len(found), float(found.mean()), float(found.min()))
+    embedder = OnnxEmbedder(file, providers=["CPUExecutionProvider"])
+    graph = reading(embedder.input, graph)
+    batches = _batches(graph, as_image_source(images, people))
+    if embedder.target == "cuda":
+        return compare_embeddings(without_rounded_activations(student), OnnxEmbedder(file), batches)
+    first = next(batches)
+    layers = compare_layers(student, graph, file, first[:LAYER_IMAGES])
+    network = copy.deepcopy(student).cpu().eval()
+    return replace(compare_embeddings(network, embedder, chain([first], batches)), layers=layers)
+
+
+def _batches(graph: ir.IntegerGraph, source: ImageSource) -> Iterator[Tensor]:
+    """Normalised images as the network of ``graph`` sees them; at least one batch."""
+    batches = source.batches(64)
+    first = next(batches, None)
+    if first is None:
+        raise ImagesError("there are no images to compare: pass at least one")
+    for batch in chain([first], batches):
+        yield seen(graph, normalise(batch, graph.preprocessing))
+
+
+def compare_embeddings(network: nn.Module, embedder: OnnxEmbedder, batches: Iterable[Tensor]) -> Agreement:
+    """The cosines between the embeddings of both, without layers.
+
+    Args:
+        network: on the CPU, in eval mode.
+        embedder: the file.
+        batches: float32 [N, 3, height, width], normalised.
+
+    Raises:
+        ExportError: the embeddings have different sizes.
+    """
+    found = torch.cat([_cosines(network, embedder, batch) for batch in batches])
+    return Agreement((), len(found), float(found.mean()), float(found.min()))
+
+
+def _cosines(network: nn.Module, embedder: OnnxEmbedder, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        expected, found = network(images), embedder(images)
+    if expected.shape != found.shape:
+        raise ExportError(f"{embedder.path} was not exported from this network; export it again")
+    return torch.cosine_similarity(expected, found)
+
+
+def without_rounded_activations(student: nn.Module) -> nn.Module:
+    """A copy of ``student`` on the CPU, in eval mode, whose parameters are rounded and whose activations are not."""
+    network = copy.deepcopy(student).cpu().eval()
+    assert isinstance(network, fx.GraphModule)
+    layers = {str(node.target): layer_of(node) for node in network.graph.nodes}
+    for layer in layers.values():
+        _round_parameters(layer)
+    for name, layer in layers.items():
+        if isinstance(layer, ImageQuantize):
+            network.add_submodule(name, _Shift(layer.offset))
+        if isinstance(layer, (ImageQuantize, LowBitFakeQuantize)):
+            layer.disable_fake_quant()
+    return network
+
+
+@torch.no_grad()
+def _round_parameters(layer: nn.Module | None) -> None:
+    """Round those that the layer itself rounds only where its quantizers are on; weights have one of their own."""
+    if isinstance(layer, WeightedLayer):
+        integers, (quantizer,) = layer.bias_integers(), layer.neighbours.inputs
+        if integers is not None and quantizer is not None:
+            layer.bias.copy_(integers * (quantizer.tensors().scale * layer.weight_fake_quant.scale))
+    elif isinstance(layer, QuantizedAffine) and layer.neighbours.rounding:
+        weight, step, bias = layer.integers()
+        layer.weight.copy_(weight * step)
+        layer.bias.copy_(bias * (layer.neighbours.scales()[0] * step))
+
+
+class _Shift(nn.Module):
+    """What an :class:`ImageQuantize` does beside rounding."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.offset
 
 
 def synthetic_crops(count: int = _SYNTHETIC_IMAGES, seed: int = 0) -> Tensor:
@@ -135,9 +223,9 @@ def compare_layers(
 
     Args:
         student: calibrated; its mode is not changed.
-        graph: what it was lowered to.
+        graph: what it was lowered to, reading what ``file`` reads.
         file: what was written of that.
-        inputs: float32 [N, 3, height, width].
+        inputs: float32 [N, 3, height, width], as :func:`qface.deployment.inputs.seen`.
 
     Raises:
         ExportError: the file was not exported from this network.
@@ -145,7 +233,7 @@ def compare_layers(
     operations = [operation for operation in graph.operations if _is_rounded(operation)]
     expected = _integers(student, inputs)
     given = {operation.output.name: integers for operation, integers in zip(operations, expected, strict=True)}
-    found = _run_cut(Path(file), given, inputs)
+    found = _run_cut(Path(file), given, fed(graph, inputs))
     return tuple(_compared(operation, given, found) for operation in operations)
 
 
@@ -170,7 +258,7 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         layer = self.submodules.get(str(n.target)) if n.op == "call_module" else None
-        if isinstance(layer, (ImageQuantize, LowBitFakeQuantize)):
+        if isinstance(layer, Quantizer):
             scale, zero_point = layer.tensors()
             self.integers.append(((result / scale).round() + zero_point).byte().cpu().numpy())
         return result
@@ -204,5 +292,5 @@ def _compared(operation: ir.Operation, given: dict[str, Integers], found: dict[s
         elements=steps.size,
         different=int(np.count_nonzero(steps)),
         greatest_step=int(steps.max()),
-        greatest_level=int(found[name].max()),
+        levels=(int(found[name].min()), int(found[name].max())),
     )

@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -14,41 +15,65 @@ from torch import Tensor, nn
 
 from qface._version import __version__
 from qface.data.images import Images, as_image_source, normalise
-from qface.deployment.agreement import LAYER_IMAGES, compare_layers, synthetic_crops
+from qface.deployment.agreement import (
+    LAYER_IMAGES,
+    compare_embeddings,
+    compare_layers,
+    synthetic_crops,
+    without_rounded_activations,
+)
 from qface.deployment.graph import IntegerGraph
+from qface.deployment.half_writer import to_half_onnx
+from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT, check_input, reading, seen
 from qface.deployment.lowering import lower
-from qface.deployment.onnx_writer import OPSET, to_onnx
-from qface.errors import ExportError, one_line
+from qface.deployment.nodes import OPSET
+from qface.deployment.onnx_writer import to_onnx
+from qface.deployment.runtime import OnnxEmbedder
+from qface.errors import ConfigError, ExportError, one_line
 from qface.files import replacing
 from qface.models.provenance import provenance_of
 from qface.models.tracing import example_input
-from qface.preprocessing import preprocessing_of
+from qface.preprocessing import Preprocessing, preprocessing_of
 from qface.quantization import is_quantized
 
-__all__ = ["export"]
+__all__ = ["TARGETS", "export"]
+
+TARGETS = ("cpu", "cuda")
 
 _QUOTED = 300  # characters of an error of torch or onnx, which can fill a page
 
 
-def export(model: nn.Module, path: str | Path, container: str = "packed", images: Images | None = None) -> Path:
+def export(
+    model: nn.Module,
+    path: str | Path,
+    container: str = "packed",
+    images: Images | None = None,
+    input: str = FLOAT_INPUT,
+    target: str = "cpu",
+) -> Path:
     """Write ``model`` as an ONNX model with a dynamic batch, its preprocessing and provenance in the metadata.
 
     A calibrated student becomes an integer graph that qface writes itself; a float network becomes float32 ONNX. Input
-    ``images`` [batch, 3, height, width], normalised; output ``embedding`` [batch, dimensions].
+    ``images`` [batch, 3, height, width]; output ``embedding`` float32 [batch, dimensions].
 
     Args:
         model: a calibrated student, or a float network.
         path: file to write, ``.onnx``.
         container: of a student's weights: ``"packed"`` to their bits, which onnxruntime unpacks when it opens the file,
             or ``"int8"``, a byte each.
-        images: faces on which each layer of a student's file is compared with the student's, the first eight of them;
-            None takes a few seeded synthetic ones. The metadata say which.
+        images: faces on which a student's file is compared with the student, the first eight of them; None takes a few
+            seeded synthetic ones. The metadata say which.
+        input: what the file reads: ``"float32"``, normalised, or ``"uint8"``, the RGB bytes of the part and size that
+            the preprocessing names. Whoever resizes for it rounds to whole grey levels.
+        target: the processor that a student's file is for: ``"cpu"`` computes with integers; ``"cuda"`` keeps the
+            integers of the weights but computes in fp16, since onnxruntime has no integer convolution there.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: the student is not calibrated, or there is no such container.
+        ConfigError: the student is not calibrated, there is no such container, input or target, or a float network is
+            to be written for a target of its own.
         UnsupportedLayerError: a node has no integer form; it is named, and nothing is written.
         ExportError: the file cannot be written, the graph is not valid, or onnxruntime computes something else with
             it than the student; then no file is left.
@@ -56,18 +81,30 @@ def export(model: nn.Module, path: str | Path, container: str = "packed", images
     path = Path(path)
     if path.suffix != ".onnx":
         raise ExportError(f"{path} does not end in .onnx; choose such a name")
-    metadata = {"qface": __version__, "provenance": json.dumps(provenance_of(model))}
+    check_input(input)
+    _check_target(target, model)
+    metadata = {"qface": __version__, "provenance": json.dumps(provenance_of(model)), "input": input, "target": target}
     with replacing(path) as temporary:
         if is_quantized(model):
             crops, name = _verification_images(images)
-            graph = lower(model)
-            onnx.save(to_onnx(graph, metadata | {"verified": name}, container), temporary)
+            graph = reading(input, lower(model))
+            write, check = (to_onnx, _check_layers) if target == "cpu" else (to_half_onnx, _check_embeddings)
+            onnx.save(write(graph, metadata | {"verified": name}, container), temporary)
             _check(temporary)
-            _check_layers(model, graph, temporary, normalise(crops, graph.preprocessing))
+            check(model, graph, temporary, seen(graph, normalise(crops, graph.preprocessing)))
         else:
             _export_float(model, temporary, metadata)
             _check(temporary)
     return path
+
+
+def _check_target(target: str, model: nn.Module) -> None:
+    if target not in TARGETS:
+        raise ConfigError(f"target {target!r} is none of {', '.join(TARGETS)}")
+    if target != "cpu" and not is_quantized(model):
+        raise ConfigError(
+            f"the target {target!r} is for students only; a float network's file runs on any processor: leave it out"
+        )
 
 
 def _verification_images(images: Images | None) -> tuple[Tensor, str]:
@@ -91,10 +128,34 @@ def _check_layers(student: nn.Module, graph: IntegerGraph, file: Path, inputs: T
         )
 
 
+def _check_embeddings(student: nn.Module, graph: IntegerGraph, file: Path, inputs: Tensor) -> None:
+    agreement = compare_embeddings(without_rounded_activations(student), OnnxEmbedder(file), [inputs])
+    if not agreement.agrees:
+        raise ExportError(
+            "in fp16 onnxruntime computes something else than the student with unrounded activations: the cosines of "
+            f"{agreement.images} embeddings are {agreement.mean_cosine:.6f} on average, {agreement.least_cosine:.6f} "
+            "at the least; nothing was written, export this network for the target cpu"
+        )
+
+
+class _OfBytes(nn.Module):
+    """``network`` from RGB bytes, which it normalises as ``preprocessing`` says."""
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        self.preprocessing = preprocessing
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(self.preprocessing.normalise(images))
+
+
 def _export_float(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     model = copy.deepcopy(model).eval()
     images = example_input(model, 1)
     _check_interface(model, images)
+    if metadata["input"] == UINT8_INPUT:
+        model, images = _OfBytes(model, preprocessing_of(model)), images.byte()
     # torch's own exporter; the TorchScript one needs no further package. It warns that it is the older one.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:

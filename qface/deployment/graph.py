@@ -1,6 +1,6 @@
 """The integer graph: what a student becomes before it is written for a runtime.
 
-A straight list of operations over named values. A value on a :class:`Grid` is a uint8 tensor of ``bits`` bits that
+A straight list of operations over named values. A value on a :class:`Grid` is a uint8 tensor of ``2^bits`` levels that
 stands for ``scale * (q - zero_point)``; a value without a grid is float32. The writer, and whatever else wants to know
 what is deployed, reads this and never the student.
 """
@@ -22,6 +22,7 @@ __all__ = [
     "Concat",
     "Convolution",
     "Flatten",
+    "FloatAffine",
     "GlobalAveragePool",
     "Grid",
     "IntegerGraph",
@@ -29,9 +30,11 @@ __all__ = [
     "Linear",
     "MaxPool",
     "Multiply",
+    "NormaliseBytes",
     "Operation",
     "PRelu",
     "QuantizeImage",
+    "TakeBytes",
     "Value",
     "Weight",
 ]
@@ -40,16 +43,22 @@ Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 Pair = tuple[int, int]
+Channels = tuple[int, int, int]
 Clamp = tuple[float, float | None]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers 0 .. 2^bits - 1 that stand for ``scale * (q - zero_point)``."""
+    """Integers 256 - 2^bits .. 255 that stand for ``scale * (q - zero_point)``."""
 
     bits: int
     scale: float
     zero_point: int
+
+    @property
+    def low(self) -> int:
+        """Least integer; the greatest is that of a byte, so that kernels clamp there by themselves."""
+        return 256 - (1 << self.bits)
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,32 @@ class QuantizeImage(Operation):
 
 
 @dataclass(frozen=True)
+class TakeBytes(Operation):
+    """The bytes of an RGB image, which lie on the grid of the output as they are.
+
+    Args:
+        channels: which of them comes where.
+    """
+
+    channels: Channels
+
+
+@dataclass(frozen=True)
+class NormaliseBytes(Operation):
+    """``(x - mean) / std`` of the bytes of an RGB image, in float32.
+
+    Args:
+        channels: which of them comes where.
+        mean: in bytes, one a channel of the output.
+        std: likewise.
+    """
+
+    channels: Channels
+    mean: Float32
+    std: Float32
+
+
+@dataclass(frozen=True)
 class _Multiplication(Operation):
     """Convolution or linear layer: an int32 bias in units of input scale x weight scale, and a clamp before rounding.
 
@@ -115,7 +150,9 @@ class Linear(_Multiplication):
 
 @dataclass(frozen=True)
 class PRelu(Operation):
-    """``x`` where positive, else ``slopes * slope_scale * x``; 8-bit slopes, one a channel or one for all.
+    """``x`` where positive, else ``slopes * slope_scale * x``; 8-bit slopes, one a channel.
+
+    Between grids the products are rounded as those of a convolution, and so is ``x``.
 
     Args:
         rank: number of dimensions of ``x``; channels are dimension 1.
@@ -136,7 +173,21 @@ class Activation(Operation):
 
 @dataclass(frozen=True)
 class Affine(Operation):
-    """``scale[c] * x + shift[c]`` in float: a BatchNorm that does not fold.
+    """A BatchNorm that does not fold, between grids: one 8-bit weight and one int32 bias a channel.
+
+    Args:
+        weight: [channels].
+        rank: number of dimensions of ``x``; channels are dimension 1.
+    """
+
+    weight: Weight
+    bias: Int32
+    rank: int
+
+
+@dataclass(frozen=True)
+class FloatAffine(Operation):
+    """``scale[c] * x + shift[c]`` in float: a BatchNorm that does not fold, and has no grid before or behind it.
 
     Args:
         rank: number of dimensions of ``x``; channels are dimension 1.
@@ -208,7 +259,7 @@ class IntegerGraph:
     """A deployed network.
 
     Args:
-        images: the float input, [N, 3, height, width].
+        images: the input, [N, 3, height, width]: normalised floats, or RGB bytes where it has a grid.
         operations: in the order they run.
         embedding: the float output, [N, dimensions].
         preprocessing: what the network reads.

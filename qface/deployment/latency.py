@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError
+from qface.preprocessing import Preprocessing
 
 __all__ = ["Candidate", "Latency", "compare", "median_milliseconds", "open_file"]
 
@@ -30,11 +32,12 @@ class Candidate:
 
     Attributes:
         name: for the row.
-        embed: maps normalised images [N, 3, height, width] to embeddings.
+        embed: maps images [N, 3, height, width] to embeddings.
         size: height and width of the images.
         provider: what really computes, such as onnxruntime's execution provider.
         bytes: on disk.
         load_seconds: that opening took, once.
+        input: what it reads, one of :data:`qface.deployment.inputs.INPUTS`.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Candidate:
     provider: str
     bytes: int
     load_seconds: float
+    input: str = FLOAT_INPUT
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,15 @@ def open_file(
     start = time.perf_counter()
     embedder = OnnxEmbedder(path, providers, threads)
     seconds = time.perf_counter() - start
-    size = embedder.preprocessing.size
-    return Candidate(name or str(path), embedder, size, embedder.provider, embedder.path.stat().st_size, seconds)
+    return Candidate(
+        name or str(path),
+        embedder,
+        embedder.preprocessing.size,
+        embedder.provider,
+        embedder.path.stat().st_size,
+        seconds,
+        embedder.input,
+    )
 
 
 def compare(candidates: Sequence[Candidate], threads: int = 1, batch: int = 1, runs: int = 40) -> list[Latency]:
@@ -138,7 +149,7 @@ def compare(candidates: Sequence[Candidate], threads: int = 1, batch: int = 1, r
         ConfigError: a count is below 1.
     """
     _check_counts(threads=threads, batch=batch, runs=runs)
-    images = [_random_images(batch, candidate.size) for candidate in candidates]
+    images = [_random_images(batch, candidate) for candidate in candidates]
     times = _take_turns([candidate.embed for candidate in candidates], images, runs, _SETTLING if threads > 1 else 0)
     medians = [1000 * statistics.median(measured) for measured in times]
     return [
@@ -177,8 +188,9 @@ def _take_turns(
     return [measured[_WARM_UP:] for measured in times]
 
 
-def _random_images(batch: int, size: tuple[int, int]) -> Tensor:
-    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+def _random_images(batch: int, candidate: Candidate) -> Tensor:
+    pixels = torch.randint(256, (batch, 3, *candidate.size), generator=torch.Generator().manual_seed(0)).byte()
+    return pixels if candidate.input == UINT8_INPUT else Preprocessing().normalise(pixels)
 
 
 def _check_counts(**counts: int) -> None:

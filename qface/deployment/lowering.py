@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -19,12 +18,13 @@ from qface.quantization import (
     ImageQuantize,
     LowBitFakeQuantize,
     QuantizedAdd,
+    QuantizedAffine,
     QuantizedConv2d,
     QuantizedLinear,
     QuantizedPReLU,
     is_quantized,
 )
-from qface.quantization.layers import layer_of
+from qface.quantization.layers import AFFINE_BITS, Quantizer, is_quantizer, layer_of
 
 __all__ = ["lower"]
 
@@ -90,7 +90,7 @@ class _Lowering:
 
     def _lower(self, node: fx.Node) -> None:
         layer = layer_of(node)
-        if isinstance(layer, (ImageQuantize, LowBitFakeQuantize)):
+        if isinstance(layer, Quantizer):
             self._lower_quantizer(node, layer)
             return
         rule = _RULES.get(type(layer)) if layer is not None else None
@@ -101,7 +101,7 @@ class _Lowering:
             )
         self.operations.append(rule(self, node, layer))
 
-    def _lower_quantizer(self, node: fx.Node, layer: ImageQuantize | LowBitFakeQuantize) -> None:
+    def _lower_quantizer(self, node: fx.Node, layer: Quantizer) -> None:
         """A quantizer is the grid of the value before it; only behind the image is it an operation of its own."""
         source = cast(fx.Node, node.args[0])
         if source.op != "placeholder":
@@ -120,10 +120,10 @@ class _Lowering:
     def _output(self, node: fx.Node, last: fx.Node | None = None) -> ir.Value:
         """The value of ``node``, on the grid of the quantizer that follows it (or that follows ``last``)."""
         last = last or node
-        users = [user for user in last.users if isinstance(layer_of(user), LowBitFakeQuantize)]
+        users = [user for user in last.users if is_quantizer(user)]
         if users and len(users) != len(last.users):
             raise ExportError(f"the value of {last.name!r} is used both rounded and unrounded, which no runtime can do")
-        grid = _grid(cast(LowBitFakeQuantize, layer_of(users[0])), users[0]) if users else None
+        grid = _grid(cast(Quantizer, layer_of(users[0])), users[0]) if users else None
         value = _value_of(node, grid)
         self.values[node] = self.values[last] = value
         return value
@@ -163,9 +163,7 @@ class _Lowering:
         if source.grid is None:
             raise ExportError(f"layer {node.target!r} reads a float tensor, so it cannot run on integers")
         quantizer = layer.weight_fake_quant
-        weight = ir.Weight(
-            quantizer.integers(layer.weight).to(torch.int8).cpu().numpy(), _float32(quantizer.scale), quantizer.bits
-        )
+        weight = ir.Weight(_int8(quantizer.integers(layer.weight)), _float32(quantizer.scale), quantizer.bits)
         integers = layer.bias_integers()
         bias = None if integers is None else integers.to(torch.int32).cpu().numpy()
         clamp = self._clamp_behind(node)
@@ -187,20 +185,17 @@ class _Lowering:
         return None
 
     def prelu(self, node: fx.Node, layer: QuantizedPReLU) -> ir.Operation:
-        quantizer = layer.weight_fake_quant
-        slopes = quantizer.integers(layer.weight.unsqueeze(0)).squeeze(0).to(torch.int8).cpu().numpy()
-        scale = float(quantizer.scale.detach())
+        slopes = _int8(layer.slope_integers())
+        scale = float(layer.weight_fake_quant.scale.detach())
         return ir.PRelu(str(node.target), self._inputs(node), self._output(node), slopes, scale, self._rank(node))
 
-    def affine(self, node: fx.Node, layer: layers.ChannelAffine) -> ir.Operation:
-        return ir.Affine(
-            str(node.target),
-            self._inputs(node),
-            self._output(node),
-            _float32(layer.weight),
-            _float32(layer.bias),
-            self._rank(node),
-        )
+    def affine(self, node: fx.Node, layer: QuantizedAffine) -> ir.Operation:
+        name, inputs, output, rank = str(node.target), self._inputs(node), self._output(node), self._rank(node)
+        if inputs[0].grid is None or output.grid is None:
+            return ir.FloatAffine(name, inputs, output, _float32(layer.weight), _float32(layer.bias), rank)
+        integers, scale, bias = layer.integers()
+        weight = ir.Weight(_int8(integers), _float32(scale), AFFINE_BITS)
+        return ir.Affine(name, inputs, output, weight, bias.to(torch.int32).cpu().numpy(), rank)
 
     def leaky_relu(self, node: fx.Node, layer: nn.LeakyReLU) -> ir.Operation:
         return self._activation(node, "LeakyRelu", {"alpha": layer.negative_slope})
@@ -275,7 +270,7 @@ _RULES: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.Operation]]
     QuantizedAdd: _plain(ir.Add),
     layers.Multiply: _plain(ir.Multiply),
     layers.Concat: _Lowering.concat,
-    layers.ChannelAffine: _Lowering.affine,
+    QuantizedAffine: _Lowering.affine,
     layers.L2Normalise: _plain(ir.L2Normalise),
 }
 
@@ -299,15 +294,15 @@ def _value_of(node: fx.Node, grid: ir.Grid | None) -> ir.Value:
     return ir.Value(f"{node.name}:0", grid)
 
 
-def _grid(layer: ImageQuantize | LowBitFakeQuantize, node: fx.Node) -> ir.Grid:
+def _grid(layer: Quantizer, node: fx.Node) -> ir.Grid:
     if isinstance(layer, LowBitFakeQuantize) and not layer.calibrated.item():
         raise ConfigError(f"the range of {node.name!r} was never set; call qface.calibrate(student, images) first")
-    scale, zero_point = (
-        (layer.scale, layer.zero_point)
-        if isinstance(layer, ImageQuantize)
-        else (float(layer.scale.detach()), int(layer.zero_point))
-    )
-    return ir.Grid(layer.bits, float(np.float32(scale)), zero_point)
+    scale, zero_point = layer.tensors()
+    return ir.Grid(layer.bits, float(scale), int(zero_point))
+
+
+def _int8(integers: Tensor) -> ir.Int8:
+    return integers.to(torch.int8).cpu().numpy()
 
 
 def _float32(tensor: Tensor) -> ir.Float32:

@@ -6,26 +6,28 @@ from functools import singledispatchmethod
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from qface.deployment import graph as ir
 from qface.deployment.containers import WeightContainer, make_container
+from qface.deployment.nodes import NodeCollector, along_channels, assemble, convolution, window
+from qface.deployment.prelu import prelu_table
 
-__all__ = ["IR_VERSION", "OPSET", "to_onnx"]
+__all__ = ["to_onnx"]
 
-OPSET = 18
-IR_VERSION = 9  # onnx's own default is newer than what some runtimes read
+_HIGH = 255  # a byte, and so every kernel, clamps there by itself
+_ROWS = 2  # dimensions of [N, channels]
 
 
 def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], container: str = "packed") -> onnx.ModelProto:
     """The QDQ model of ``graph``: input ``images`` [batch, 3, height, width], output ``embedding`` [batch, D], float32.
 
-    Activations are uint8, clipped to their width.
+    Images are float32, or uint8 where they lie on a grid.
+    Activations are uint8, of which those of b bits use the top 2^b levels.
 
     Args:
-        graph: what :func:`qface.deployment.lowering.lower` returned.
+        graph: what :func:`qface.deployment.lowering.lower` returned, or that reading bytes.
         metadata: written into the model beside the preprocessing.
         container: how weights lie in the file, ``"packed"`` to their bits or as ``"int8"``.
 
@@ -36,40 +38,18 @@ def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], container: str = "
     writer = _Writer(weights)
     for operation in graph.operations:
         writer.write(operation)
-    weight_tensors, weight_nodes = weights.contents()
-    height, width = graph.preprocessing.size
-    body = helper.make_graph(
-        [
-            *weight_nodes,
-            *writer.nodes,
-            helper.make_node("Identity", [writer.float_name(graph.embedding)], ["embedding"]),
-        ],
-        "qface",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, height, width])],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", graph.dimensions])],
-        [*weight_tensors, *writer.initializers],
-    )
-    model = helper.make_model(
-        body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="qface"
-    )
-    helper.set_model_props(model, {"preprocessing": graph.preprocessing.to_json(), **metadata})
-    return model
+    writer.node("Identity", [writer.float_name(graph.embedding)], "embedding")
+    return assemble(graph, weights, writer.nodes, writer.initializers, metadata)
 
 
-class _Writer:
-    """Collects nodes and initializers.
-
-    Values and constants are called after their layers; what lies between two values gets a number, because names would
-    take a twelfth of a small network's file.
-    """
+class _Writer(NodeCollector):
+    """Values are called as in the graph; the floats of one that lies on a grid are made once they are asked for."""
 
     def __init__(self, weights: WeightContainer) -> None:
+        super().__init__()
         self.weights = weights
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
-        self._constants: set[str] = set()
         self._dequantized: dict[str, str] = {}
-        self._numbered = 0
+        self._named: dict[tuple[float, int], str] = {}
 
     @singledispatchmethod
     def write(self, operation: ir.Operation) -> None:
@@ -83,47 +63,51 @@ class _Writer:
         if value.grid is None:
             return value.name
         if value.name not in self._dequantized:
-            self._dequantized[value.name] = self._node("DequantizeLinear", [value.name, *self._qparams(value)])
+            self._dequantized[value.name] = self._dequantize(value.name, value)
         return self._dequantized[value.name]
+
+    def _dequantize(self, integers: str, value: ir.Value) -> str:
+        """The floats of ``integers`` on the grid of ``value``."""
+        return self.node("DequantizeLinear", [integers, *self._qparams(value)])
+
+    def _quantize(self, floats: str, value: ir.Value, output: str | None = None) -> str:
+        """The integers of ``floats`` on the grid of ``value``, saturated to a byte."""
+        return self.node("QuantizeLinear", [floats, *self._qparams(value)], output)
+
+    def _qparams(self, value: ir.Value) -> tuple[str, str]:
+        assert value.grid is not None
+        # What a PReLU reads and what it makes have the same.
+        name = self._named.setdefault((value.grid.scale, value.grid.zero_point), value.name)
+        scale = self.constant(f"{name}_scale", np.float32(value.grid.scale))
+        return scale, self.constant(f"{name}_zero_point", np.uint8(value.grid.zero_point))
 
     def _finish(self, value: ir.Value, floats: str, clamp: ir.Clamp | None = None) -> None:
         """Make ``value`` of ``floats``: clamped, and rounded to its grid or under another name."""
         if value.grid is None:
-            self._node("Identity", [floats if clamp is None else self._clamped(floats, clamp)], value.name)
+            self.node("Identity", [floats if clamp is None else self._clamped(floats, clamp)], value.name)
             return
         # Clamped behind the rounding, which comes to the same and leaves onnxruntime its integer kernel.
-        low, high = _levels(value.grid, clamp)
-        if (low, high) == (0, 255):
-            self._node("QuantizeLinear", [floats, *self._qparams(value)], value.name)
-            return
-        rounded = self._node("QuantizeLinear", [floats, *self._qparams(value)])
-        limits = [self._constant(f"level_{level}", np.uint8(level)) for level in (low, high)]
-        self._node("Clip", [rounded, *limits], value.name)
+        limits = self._limits(*_levels(value.grid, clamp))
+        if limits:
+            self.node("Clip", [self._quantize(floats, value), *limits], value.name)
+        else:
+            self._quantize(floats, value, value.name)
 
-    def _qparams(self, value: ir.Value) -> tuple[str, str]:
-        assert value.grid is not None
-        scale = self._constant(f"{value.name}_scale", np.float32(value.grid.scale))
-        return scale, self._constant(f"{value.name}_zero_point", np.uint8(value.grid.zero_point))
+    def _limits(self, low: int, high: int) -> list[str]:
+        """The limits that a Clip of bytes needs, none where a byte has them anyway."""
+        limits = [self._level(low) if low > 0 else ""]
+        if high < _HIGH:
+            limits.append(self._level(high))
+        return limits if any(limits) else []
 
-    def _node(self, kind: str, inputs: list[str], output: str | None = None, **attributes: Any) -> str:
-        """Append a node and return the name of its output, a number unless it is given."""
-        if output is None:
-            self._numbered += 1
-            output = str(self._numbered)
-        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
-        return output
-
-    def _constant(self, name: str, value: npt.ArrayLike) -> str:
-        if name not in self._constants:
-            self._constants.add(name)
-            self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
-        return name
+    def _level(self, level: int) -> str:
+        return self.constant(f"level_{level}", np.uint8(level))
 
     def _floats(self, operation: ir.Operation) -> list[str]:
         return [self.float_name(value) for value in operation.inputs]
 
     def _elementwise(self, operation: ir.Operation, kind: str, **attributes: Any) -> None:
-        self._finish(operation.output, self._node(kind, self._floats(operation), **attributes))
+        self._finish(operation.output, self.node(kind, self._floats(operation), **attributes))
 
     # ---- operations
 
@@ -132,29 +116,34 @@ class _Writer:
         (images,) = operation.inputs
         floats = images.name
         if operation.offset:
-            offset = self._constant("image_offset", np.float32(operation.offset))
-            floats = self._node("Sub", [floats, offset])
+            offset = self.constant("image_offset", np.float32(operation.offset))
+            floats = self.node("Sub", [floats, offset])
         self._finish(operation.output, floats)
 
     @write.register
+    def _(self, operation: ir.TakeBytes) -> None:
+        self.node("Identity", [self._pixels(operation)], operation.output.name)
+
+    @write.register
+    def _(self, operation: ir.NormaliseBytes) -> None:
+        mean = self.constant("image_mean", along_channels(operation.mean, rank=4))
+        std = self.constant("image_std", along_channels(operation.std, rank=4))
+        floats = self.node("Cast", [self._pixels(operation)], to=TensorProto.FLOAT)
+        self._finish(operation.output, self.node("Div", [self.node("Sub", [floats, mean]), std]))
+
+    def _pixels(self, operation: ir.TakeBytes | ir.NormaliseBytes) -> str:
+        (images,) = operation.inputs
+        return self.reordered(images.name, operation.channels)
+
+    @write.register
     def _(self, operation: ir.Convolution) -> None:
-        inputs = self._multiplication_inputs(operation)
-        top, left = operation.padding
-        product = self._node(
-            "Conv",
-            inputs,
-            kernel_shape=operation.weight.integers.shape[2:],
-            strides=operation.stride,
-            pads=[top, left, top, left],
-            dilations=operation.dilation,
-            group=operation.groups,
-        )
+        product = self.node("Conv", self._multiplication_inputs(operation), **convolution(operation))
         self._finish(operation.output, product, operation.clamp)
 
     @write.register
     def _(self, operation: ir.Linear) -> None:
         inputs = self._multiplication_inputs(operation)
-        product = self._node("Gemm", inputs, transB=1)
+        product = self.node("Gemm", inputs, transB=1)
         self._finish(operation.output, product, operation.clamp)
 
     def _multiplication_inputs(self, operation: ir.Convolution | ir.Linear) -> list[str]:
@@ -164,79 +153,140 @@ class _Writer:
         weight = operation.weight
         name = f"{operation.name}.weight"
         self.weights.add(name, weight.integers, weight.bits)
-        scale = self._constant(f"{name}_scale", weight.scale)
+        scale = self.constant(f"{name}_scale", weight.scale)
         inputs = [self.float_name(source), self._per_channel(name, scale, len(weight.scale), np.int8)]
         if operation.bias is not None:
-            # onnxruntime fuses to its integer kernel only where this is exactly input scale x weight scale; it
-            # multiplies them when it opens the file.
-            bias = self._constant(f"{operation.name}.bias", operation.bias)
-            bias_scale = self._node("Mul", [self._qparams(source)[0], scale])
-            inputs.append(self._per_channel(bias, bias_scale, len(weight.scale), np.int32))
+            inputs.append(self._bias(operation.name, operation.bias, source, scale))
         return inputs
 
+    def _bias(self, layer: str, integers: ir.Int32, source: ir.Value, weight_scale: str) -> str:
+        # onnxruntime fuses to its integer kernel only where this is exactly input scale x weight scale; it multiplies
+        # them when it opens the file.
+        scale = self.node("Mul", [self._qparams(source)[0], weight_scale])
+        return self._per_channel(self.constant(f"{layer}.bias", integers), scale, len(integers), np.int32)
+
     def _per_channel(self, integers: str, scale: str, channels: int, kind: type[np.signedinteger[Any]]) -> str:
-        zero_points = self._constant(f"zeros_{kind.__name__}_{channels}", np.zeros(channels, kind))
-        return self._node("DequantizeLinear", [integers, scale, zero_points], axis=0)
+        zero_points = self.constant(f"zeros_{kind.__name__}_{channels}", np.zeros(channels, kind))
+        return self.node("DequantizeLinear", [integers, scale, zero_points], axis=0)
 
     def _clamped(self, floats: str, clamp: ir.Clamp) -> str:
         low, high = clamp
         if high is None:
-            return self._node("Relu", [floats])
-        return self._clip(floats, low, high)
+            return self.node("Relu", [floats])
+        return self._clip_floats(floats, low, high)
 
-    def _clip(self, floats: str, low: float, high: float) -> str:
-        limits = [self._constant(f"limit_{limit:g}", np.float32(limit)) for limit in (low, high)]
-        return self._node("Clip", [floats, *limits])
+    def _clip_floats(self, floats: str, low: float, high: float) -> str:
+        limits = [self.constant(f"limit_{limit:g}", np.float32(limit)) for limit in (low, high)]
+        return self.node("Clip", [floats, *limits])
 
     @write.register
     def _(self, operation: ir.PRelu) -> None:
-        """In exact terms of minimum and maximum, since onnxruntime's kernel for PRelu is slow."""
+        """The slopes are weights of a depthwise convolution, whose kernel is one of integers; that of PRelu is not."""
         (source,) = operation.inputs
-        slopes = operation.slopes.astype(np.float32) * np.float32(operation.slope_scale)
-        slope = self._slope(operation)
-        if source.grid is None:
-            self._finish(operation.output, self._node("PRelu", [source.name, slope]))
+        if source.grid is None or operation.output.grid is None:
+            inputs = [*self._floats(operation), self._float_slopes(operation)]
+            self._finish(operation.output, self.node("PRelu", inputs))
             return
-        if slopes.min() < 1 < slopes.max():
-            # max(x, 0) + a min(x, 0), of which one term is always zero.
-            positive, negative = self._positive_and_negative(source)
-            scaled = self._node("Mul", [negative, slope])
-            self._finish(operation.output, self._node("Add", [positive, scaled]))
-            return
-        floats = self.float_name(source)
-        scaled = self._node("Mul", [floats, slope])
-        self._finish(operation.output, self._node("Max" if slopes.max() <= 1 else "Min", [floats, scaled]))
+        table = prelu_table(operation)
+        integers = self._as_map(source.name, operation.rank)
+        merged = (
+            self.node(table.merge, [self._kept(operation, integers), self._scaled(operation, integers)])
+            if table.merge
+            else self._sum_of_halves(operation, integers)
+        )
+        low = operation.output.grid.low
+        limits = self._limits(low if table.result.min() < low else 0, _HIGH)
+        if limits:
+            merged = self.node("Clip", [merged, *limits])
+        self._finish_map(operation, merged)
 
-    def _slope(self, operation: ir.PRelu) -> str:
-        """The slopes as floats; Cast and Mul are computed when the file is opened, DequantizeLinear would not be."""
-        integers = self._constant(f"{operation.name}.slope", _along_channels(operation.slopes, operation.rank))
-        scale = self._constant(f"{integers}_scale", np.float32(operation.slope_scale))
-        return self._node("Mul", [self._node("Cast", [integers], to=TensorProto.FLOAT), scale])
+    def _kept(self, operation: ir.PRelu, integers: str) -> str:
+        """``integers`` on the grid of the output."""
+        before, behind = operation.inputs[0].grid, operation.output.grid
+        assert before is not None and behind is not None
+        if (before.scale, before.zero_point) == (behind.scale, behind.zero_point):
+            return integers
+        channels = len(operation.slopes)
+        ones = self.constant(f"ones_{channels}", _depthwise(np.ones(channels, np.int8)))
+        return self._depthwise_product(operation, integers, ones, self.constant("one", np.float32(1)))
 
-    def _positive_and_negative(self, value: ir.Value) -> tuple[str, str]:
-        """max(x, 0) and min(x, 0) of ``value`` on a grid: its bytes are clipped, which costs next to nothing."""
-        assert value.grid is not None
-        zero = self._constant(f"level_{value.grid.zero_point}", np.uint8(value.grid.zero_point))
-        halves = [self._node("Clip", [value.name, zero, ""]), self._node("Clip", [value.name, "", zero])]
-        positive, negative = (self._node("DequantizeLinear", [half, *self._qparams(value)]) for half in halves)
-        return positive, negative
+    def _scaled(self, operation: ir.PRelu, integers: str) -> str:
+        """``integers`` times the slopes, on the grid of the output."""
+        slopes = self.constant(f"{operation.name}.slope", _depthwise(operation.slopes))
+        scale = self.constant(f"{operation.name}.slope_scale", np.float32(operation.slope_scale))
+        return self._depthwise_product(operation, integers, slopes, scale)
+
+    def _depthwise_product(self, operation: ir.PRelu, integers: str, weight: str, scale: str) -> str:
+        factors = self.node("DequantizeLinear", [weight, scale, self.constant("zero_int8", np.int8(0))])
+        inputs = [self._dequantize(integers, operation.inputs[0]), factors]
+        product = self.node("Conv", inputs, kernel_shape=(1, 1), group=len(operation.slopes))
+        return self._quantize(product, operation.output)
+
+    def _sum_of_halves(self, operation: ir.PRelu, integers: str) -> str:
+        """max(x, 0) + a min(x, 0), for slopes on both sides of 1; one term is always zero, and bytes wrap around."""
+        (source,) = operation.inputs
+        assert source.grid is not None and operation.output.grid is not None
+        zero = self._level(source.grid.zero_point)
+        positive = self._kept(operation, self.node("Clip", [integers, zero]))
+        negative = self._scaled(operation, self.node("Clip", [integers, "", zero]))
+        twice_shifted = self.node("Add", [positive, negative])
+        return self.node("Sub", [twice_shifted, self._level(operation.output.grid.zero_point)])
+
+    def _as_map(self, value: str, rank: int) -> str:
+        """``value``, or [N, channels, 1, 1] for rows [N, channels]."""
+        return self.node("Unsqueeze", [value, self._map_axes()]) if rank == _ROWS else value
+
+    def _finish_map(self, operation: ir.PRelu | ir.Affine, integers: str) -> None:
+        """Give ``integers`` the rank and name of the operation's output."""
+        if operation.rank == _ROWS:
+            self.node("Squeeze", [integers, self._map_axes()], operation.output.name)
+        else:
+            self.nodes[-1].output[:] = [operation.output.name]
+
+    def _map_axes(self) -> str:
+        return self.constant("map_axes", np.array([2, 3]))
+
+    def _float_slopes(self, operation: ir.PRelu) -> str:
+        slopes = operation.slopes * np.float32(operation.slope_scale)
+        return self.constant(f"{operation.name}.slope", along_channels(slopes, operation.rank))
+
+    @write.register
+    def _(self, operation: ir.Affine) -> None:
+        """A depthwise convolution too."""
+        (source,) = operation.inputs
+        assert operation.output.grid is not None
+        channels = len(operation.bias)
+        name = f"{operation.name}.affine"
+        scale = self.constant(f"{name}_scale", operation.weight.scale)
+        weight = self.constant(name, _depthwise(operation.weight.integers))
+        inputs = [
+            self._dequantize(self._as_map(source.name, operation.rank), source),
+            self._per_channel(weight, scale, channels, np.int8),
+            self._bias(operation.name, operation.bias, source, scale),
+        ]
+        product = self.node("Conv", inputs, kernel_shape=(1, 1), group=channels)
+        integers = self._quantize(product, operation.output)
+        limits = self._limits(operation.output.grid.low, _HIGH)
+        if limits:
+            integers = self.node("Clip", [integers, *limits])
+        self._finish_map(operation, integers)
 
     @write.register
     def _(self, operation: ir.Activation) -> None:
         (floats,) = self._floats(operation)
         if operation.function == "Relu6":
-            self._finish(operation.output, self._clip(floats, 0.0, 6.0))
+            self._finish(operation.output, self._clip_floats(floats, 0.0, 6.0))
         elif operation.function == "Silu":
-            self._finish(operation.output, self._node("Mul", [floats, self._node("Sigmoid", [floats])]))
+            self._finish(operation.output, self.node("Mul", [floats, self.node("Sigmoid", [floats])]))
         else:
             self._elementwise(operation, operation.function, **operation.attributes)
 
     @write.register
-    def _(self, operation: ir.Affine) -> None:
+    def _(self, operation: ir.FloatAffine) -> None:
         (floats,) = self._floats(operation)
-        scale = self._constant(f"{operation.name}.scale", _along_channels(operation.scale, operation.rank))
-        shift = self._constant(f"{operation.name}.shift", _along_channels(operation.shift, operation.rank))
-        self._finish(operation.output, self._node("Add", [self._node("Mul", [floats, scale]), shift]))
+        scale = self.constant(f"{operation.name}.scale", along_channels(operation.scale, operation.rank))
+        shift = self.constant(f"{operation.name}.shift", along_channels(operation.shift, operation.rank))
+        self._finish(operation.output, self.node("Add", [self.node("Mul", [floats, scale]), shift]))
 
     @write.register
     def _(self, operation: ir.Add) -> None:
@@ -259,21 +309,20 @@ class _Writer:
         self._elementwise(
             operation,
             "AveragePool",
-            **_window(operation),
-            ceil_mode=int(operation.ceil_mode),
+            **window(operation),
             count_include_pad=int(operation.count_include_pad),
         )
 
     @write.register
     def _(self, operation: ir.MaxPool) -> None:
         (source,) = operation.inputs
-        attributes = {**_window(operation), "dilations": operation.dilation, "ceil_mode": int(operation.ceil_mode)}
-        self._node("MaxPool", [source.name], operation.output.name, **attributes)
+        attributes = {**window(operation), "dilations": operation.dilation}
+        self.node("MaxPool", [source.name], operation.output.name, **attributes)
 
     @write.register
     def _(self, operation: ir.Flatten) -> None:
         (source,) = operation.inputs
-        self._node("Flatten", [source.name], operation.output.name, axis=1)
+        self.node("Flatten", [source.name], operation.output.name, axis=1)
 
     @write.register
     def _(self, operation: ir.L2Normalise) -> None:
@@ -284,8 +333,8 @@ def _levels(grid: ir.Grid, clamp: ir.Clamp | None) -> tuple[int, int]:
     """Least and greatest integer of ``grid`` that ``clamp`` lets pass."""
     low, high = clamp if clamp is not None else (None, None)
     return (
-        0 if low is None else max(_integer(low, grid), 0),
-        2**grid.bits - 1 if high is None else min(_integer(high, grid), 2**grid.bits - 1),
+        grid.low if low is None else max(_integer(low, grid), grid.low),
+        _HIGH if high is None else min(_integer(high, grid), _HIGH),
     )
 
 
@@ -293,11 +342,6 @@ def _integer(value: float, grid: ir.Grid) -> int:
     return int(np.rint(np.float32(value) / np.float32(grid.scale))) + grid.zero_point
 
 
-def _along_channels(values: npt.NDArray[Any], rank: int) -> npt.NDArray[Any]:
-    """In a shape that broadcasts along dimension 1 of ``rank``."""
-    return values.reshape(-1, *(1,) * (rank - 2))
-
-
-def _window(operation: ir.AveragePool | ir.MaxPool) -> dict[str, Any]:
-    top, left = operation.padding
-    return {"kernel_shape": operation.kernel, "strides": operation.stride, "pads": [top, left, top, left]}
+def _depthwise(integers: ir.Int8) -> ir.Int8:
+    """[channels] as the weight of a depthwise 1x1 convolution."""
+    return integers.reshape(-1, 1, 1, 1)

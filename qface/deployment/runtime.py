@@ -1,4 +1,4 @@
-"""An ONNX file as a function from normalised images to embeddings."""
+"""An ONNX file as a function from images to embeddings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
 from qface.errors import CheckpointError, ConfigError, QFaceError, one_line
 from qface.preprocessing import Preprocessing
 
@@ -19,7 +20,7 @@ __all__ = ["OnnxEmbedder", "cpu_session"]
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
-_METADATA_KEY = "preprocessing"
+_INPUTS = {"tensor(float)": FLOAT_INPUT, "tensor(uint8)": UINT8_INPUT}
 _WARNING, _ERROR, _FATAL = 2, 3, 4
 
 
@@ -35,6 +36,8 @@ class OnnxEmbedder:
     Attributes:
         path: the file.
         preprocessing: what the network wants to see; the default where the file does not tell.
+        input: what the file reads, one of :data:`qface.deployment.inputs.INPUTS`: normalised floats, or RGB bytes.
+        target: the processor that it is written for, ``"cpu"`` where the file does not tell.
         provider: the execution provider that is really used.
         runtime: the same in words, for reports.
 
@@ -46,29 +49,40 @@ class OnnxEmbedder:
     def __init__(self, path: str | Path, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
         self.path = Path(path)
         self._session = _open(self.path, providers, threads)
-        self._input, self._batch = _image_input(self.path, self._session)
-        self.preprocessing = _preprocessing(self.path, self._session)
+        self._name, self.input, self._batch = _image_input(self.path, self._session)
+        metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        self.preprocessing = _preprocessing(self.path, metadata)
+        self.target = metadata.get("target", "cpu")
         self.provider: str = self._session.get_providers()[0]
         self.runtime = f"onnxruntime {self.provider}"
         self._check_size()
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Embed ``batch``, normalised float32 [N, 3, height, width], to float32 [N, D] on the CPU.
+        """Embed ``batch`` to float32 [N, D] on the CPU.
 
         A network with a fixed batch size gets pieces of that size, the last one filled up with zeros.
+
+        Args:
+            batch: [N, 3, height, width], normalised floats or RGB bytes of this size. Whichever the file does not read
+                becomes what it reads: bytes are normalised, and floats are rounded to bytes.
 
         Raises:
             QFaceError: the network does not take images of this size.
         """
-        images = batch.detach().to("cpu", torch.float32)
+        images = self._as_read(batch.detach().cpu())
         if self._batch is None:
             return self._run(images)
         pieces = torch.split(images, self._batch)
         return torch.cat([self._run(_filled(piece, self._batch))[: len(piece)] for piece in pieces])
 
+    def _as_read(self, images: Tensor) -> Tensor:
+        if self.input == UINT8_INPUT:
+            return images if images.dtype == torch.uint8 else self.preprocessing.to_bytes(images.float())
+        return self.preprocessing.normalise(images) if images.dtype == torch.uint8 else images.float()
+
     def _run(self, images: Tensor) -> Tensor:
         try:
-            outputs = self._session.run(None, {self._input: images.contiguous().numpy()})
+            outputs = self._session.run(None, {self._name: images.contiguous().numpy()})
         except Exception as error:  # onnxruntime's errors share no base class
             raise QFaceError(f"{self.path} cannot embed images {list(images.shape)}: {one_line(error)}") from error
         return torch.from_numpy(outputs[0]).float()
@@ -138,18 +152,20 @@ def _silenced() -> Iterator[None]:
         _onnxruntime().set_default_logger_severity(_WARNING)
 
 
-def _image_input(path: Path, session: Any) -> tuple[str, int | None]:
-    """Name of the only input, and its batch size where that is fixed."""
+def _image_input(path: Path, session: Any) -> tuple[str, str, int | None]:
+    """Name of the only input, what it reads, and its batch size where that is fixed."""
     inputs = session.get_inputs()
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
+    if len(inputs) != 1 or inputs[0].type not in _INPUTS or len(inputs[0].shape) != 4:
         found = ", ".join(f"{node.name}: {node.type} {node.shape}" for node in inputs)
-        raise CheckpointError(f"{path} reads ({found}): pass a network with one float input [batch, 3, height, width]")
+        raise CheckpointError(
+            f"{path} reads ({found}): pass a network with one float or uint8 input [batch, 3, height, width]"
+        )
     batch = inputs[0].shape[0]
-    return inputs[0].name, batch if isinstance(batch, int) else None
+    return inputs[0].name, _INPUTS[inputs[0].type], batch if isinstance(batch, int) else None
 
 
-def _preprocessing(path: Path, session: Any) -> Preprocessing:
-    record = session.get_modelmeta().custom_metadata_map.get(_METADATA_KEY)
+def _preprocessing(path: Path, metadata: dict[str, str]) -> Preprocessing:
+    record = metadata.get("preprocessing")
     try:
         return Preprocessing() if record is None else Preprocessing.from_json(record)
     except ConfigError as error:

@@ -5,9 +5,10 @@ add up to the file's size to the byte; nothing is the remainder of something els
 nodes that read it, through whatever unpacks it. A network or student is counted as its packed file will hold it:
 
     bytes = sum over weights of ceil(elements x bits / 8)
-          + 4 x (biases + weight scales + slopes + affine scales and shifts) + 5 x activation quantizers
+          + slopes + 4 x (biases + weight scales) + 9 x channels of BatchNorms that do not fold
+          + 5 x activation quantizers with a range of their own
 
-with BatchNorm folded where it can be. That leaves out what only a file has: names, nodes, types and shapes.
+That leaves out what only a file has: names, nodes, types and shapes.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from qface.quantization import (
     ImageQuantize,
     LowBitFakeQuantize,
     QuantizationConfig,
+    QuantizedAffine,
     QuantizedConv2d,
     QuantizedLinear,
     QuantizedPReLU,
     is_quantized,
     quantize,
 )
-from qface.quantization.layers import SLOPE_BITS, layer_of
+from qface.quantization.layers import AFFINE_BITS, SLOPE_BITS, layer_of
 from qface.quantization.placement import BIAS_BITS
 
 __all__ = ["KINDS", "SizeEntry", "SizeLedger", "measure_size"]
@@ -198,6 +200,11 @@ def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
         slopes = layer.weight.numel()
         yield SizeEntry(f"{name}.slope", "slope", slopes, slopes, SLOPE_BITS)
         yield _words(f"{name}.slope_scale", "scale", 1)
+    elif isinstance(layer, QuantizedAffine) and layer.neighbours.complete:
+        channels = layer.channels
+        yield SizeEntry(f"{name}.affine", "affine", channels, channels, AFFINE_BITS)
+        yield _words(f"{name}.affine_scale", "scale", channels)
+        yield _words(f"{name}.bias", "bias", channels, BIAS_BITS)
     elif isinstance(layer, ChannelAffine):
         yield _words(f"{name}.scale", "affine", layer.weight.numel())
         yield _words(f"{name}.shift", "affine", layer.bias.numel())
@@ -359,37 +366,59 @@ class _Purposes:
     def _roles(self, node: onnx.NodeProto) -> Iterator[tuple[str, str]]:
         """The constants that ``node`` reads, each with its kind."""
         if node.op_type in ("Mul", "Add") and not self._constant.issuperset(node.output):
-            kind = self._elementwise_kind(node)
-            yield from ((name, kind) for name in node.input if name in self._constant)
+            yield from ((name, "affine") for name in node.input if name in self._constant)
         for place, kind in _ROLES.get(node.op_type, {}).items():
             if place < len(node.input) and node.input[place] in self._constant:
-                yield node.input[place], kind
+                yield node.input[place], self._depthwise_kind(node) if kind == "weight" else kind
 
-    def _elementwise_kind(self, node: onnx.NodeProto) -> str:
-        """A PReLU is written as max(x, a x) or max(x, 0) + a min(x, 0), a BatchNorm as a x + b."""
-        if node.op_type == "Add":
+    def _depthwise_kind(self, node: onnx.NodeProto) -> str:
+        """What the weights of a convolution are: a depthwise 1x1 is how PReLUs and BatchNorms are written.
+
+        Slopes share one scale, and may be ones, where a value only changes its grid.
+        """
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if "group" not in attributes or list(attributes["kernel_shape"].ints) != [1, 1]:
+            return "weight"
+        maker = self._constant_maker(node.input[1])
+        weight = self._tensors.get(maker.input[0] if maker is not None else node.input[1])
+        if maker is None or weight is None or list(weight.dims) != [attributes["group"].i, 1, 1, 1]:
+            return "weight"
+        if not self._is_scalar(maker.input[1]):
             return "affine"
-        readers = self._readers.get(node.output[0], [])
-        if any(reader.op_type in ("Max", "Min") for reader in readers):
-            return "slope"
-        adds_constant = any(not self._constant.isdisjoint(reader.input) for reader in readers)
-        return "slope" if not adds_constant and any(map(self._is_clipped, node.input)) else "affine"
-
-    def _is_clipped(self, value: str) -> bool:
-        """Whether ``value`` is a Clip's, as it is or dequantized."""
-        maker = self._makers.get(value)
-        if maker is not None and maker.op_type == "DequantizeLinear":
-            maker = self._makers.get(maker.input[0])
-        return maker is not None and maker.op_type == "Clip"
+        return "constant" if (numpy_helper.to_array(weight) == 1).all() else "slope"
 
     def _note(self, value: str, kind: str) -> None:
-        if value in self._unpacked and self._unpacked[value][0].op_type == "DequantizeLinear":
-            value = self._unpacked[value][0].input[0]
+        value, scale = self._integers(value)
+        if scale is not None:
+            self._note_scale(scale)
         for tensor, length in self._sources(value, None):
             uses = self._uses.setdefault(tensor, {})
             before = uses.setdefault(value, _Use(kind, value, length))
             if KINDS.index(kind) < KINDS.index(before.kind):
                 uses[value] = _Use(kind, value, length)
+
+    def _note_scale(self, value: str) -> None:
+        """A scale, or two that are multiplied."""
+        node = self._constant_maker(value)
+        for factor in node.input if node is not None and node.op_type == "Mul" else [value]:
+            self._note(factor, "scale")
+
+    def _integers(self, value: str) -> tuple[str, str | None]:
+        """The integers that constant nodes make ``value`` of, and the scale where Mul does it; or ``value`` itself."""
+        node = self._constant_maker(value)
+        if node is not None and node.op_type == "DequantizeLinear":
+            return node.input[0], None
+        if node is not None and node.op_type == "Cast":
+            return self._integers(node.input[0])
+        if node is not None and node.op_type == "Mul" and len(node.input) == 2:
+            cast = self._constant_maker(node.input[0])
+            if cast is not None and cast.op_type == "Cast":
+                return cast.input[0], node.input[1]
+        return value, None
+
+    def _constant_maker(self, value: str) -> onnx.NodeProto | None:
+        """The node that makes ``value`` of constants, if one does."""
+        return self._unpacked[value][0] if value in self._unpacked else None
 
     def _sources(self, value: str, length: int | None) -> Iterator[tuple[str, int | None]]:
         """The initializers that ``value`` is made of, with the elements that it takes of each where they are shared."""

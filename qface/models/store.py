@@ -28,7 +28,7 @@ from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocess
 __all__ = ["MODEL_NAMES", "load", "save"]
 
 FORMAT = "qface"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 MODEL_NAMES = ("mobilefacenet", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
 """What :func:`load` takes instead of a path, for a network with fresh weights."""

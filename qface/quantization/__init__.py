@@ -2,8 +2,14 @@
 
 from qface.quantization.calibrate import calibrate, scale_parameters, set_observers
 from qface.quantization.config import LayerBits, QuantizationConfig
-from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
-from qface.quantization.layers import QuantizedAdd, QuantizedConv2d, QuantizedLinear, QuantizedPReLU
+from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize, PreActivationQuantize
+from qface.quantization.layers import (
+    QuantizedAdd,
+    QuantizedAffine,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedPReLU,
+)
 from qface.quantization.observers import (
     Grid,
     MinMaxObserver,
@@ -24,8 +30,10 @@ __all__ = [
     "MinMaxObserver",
     "MovingAverageObserver",
     "PercentileObserver",
+    "PreActivationQuantize",
     "QuantizationConfig",
     "QuantizedAdd",
+    "QuantizedAffine",
     "QuantizedConv2d",
     "QuantizedLinear",
     "QuantizedPReLU",

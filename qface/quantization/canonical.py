@@ -21,6 +21,7 @@ from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multipl
 from qface.models.provenance import carry
 from qface.models.tracing import example_input, trace
 from qface.quantization.layers import layer_of
+from qface.quantization.slopes import flatten_slopes, one_slope_per_channel
 
 __all__ = ["canonicalise"]
 
@@ -48,6 +49,8 @@ def canonicalise(model: nn.Module) -> fx.GraphModule:
     _remove_no_operations(graph_module)
     _functions_to_layers(graph_module)
     _fold_batch_norms(graph_module)
+    _convolutions_to_linear_layers(graph_module)
+    _prepare_slopes(graph_module)
     _refuse_unknown_weights(graph_module)
     graph_module.graph.lint()
     graph_module.delete_all_unused_submodules()
@@ -329,6 +332,55 @@ def _fold(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -
     bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
     layer.weight = nn.Parameter(weight.to(layer.weight.dtype))
     layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+
+
+# ---- embeddings and slopes
+
+
+def _convolutions_to_linear_layers(graph_module: fx.GraphModule) -> None:
+    """A convolution over a whole map that is flattened behind it is a linear layer.
+
+    As the last layer, whose output stays float, only that has an integer kernel.
+    """
+    for node in list(graph_module.graph.nodes):
+        if _covers_its_input(node) and all(_flattens(user) for user in node.users):
+            convolution = cast(nn.Conv2d, layer_of(node))
+            _set_layer(graph_module, str(node.target), _as_linear(convolution))
+            flatten = _add_layer(graph_module, f"{node.name}_input", nn.Flatten(1))
+            with graph_module.graph.inserting_before(node):
+                node.args = (graph_module.graph.call_module(flatten, node.args),)
+            for user in list(node.users):
+                user.replace_all_uses_with(node)
+                graph_module.graph.erase_node(user)
+
+
+def _covers_its_input(node: fx.Node) -> bool:
+    layer = layer_of(node)
+    if not isinstance(layer, nn.Conv2d) or layer.groups > 1 or layer.dilation != (1, 1):
+        return False
+    return layer.padding in ("valid", (0, 0)) and layer.kernel_size == shape_of(_input(node)[0])[2:]
+
+
+def _flattens(node: fx.Node) -> bool:
+    layer = layer_of(node)
+    return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+
+
+def _as_linear(layer: nn.Conv2d) -> nn.Linear:
+    weight = layer.weight.detach().flatten(1)
+    linear = nn.Linear(weight.shape[1], len(weight), layer.bias is not None, weight.device, weight.dtype)
+    linear.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach())
+    return linear
+
+
+def _prepare_slopes(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        layer = layer_of(node)
+        if isinstance(layer, nn.PReLU):
+            one_slope_per_channel(layer, shape_of(_input(node)[0])[1])
+            flatten_slopes(node)
 
 
 def _refuse_unknown_weights(graph_module: fx.GraphModule) -> None:

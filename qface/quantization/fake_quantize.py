@@ -10,9 +10,9 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from qface.errors import ConfigError
 from qface.quantization.kernels import GridTensors, on_grid
-from qface.quantization.observers import Grid, make_observer
+from qface.quantization.observers import BYTE, Grid, make_observer
 
-__all__ = ["ImageQuantize", "LowBitFakeQuantize"]
+__all__ = ["ImageQuantize", "LowBitFakeQuantize", "PreActivationQuantize"]
 
 _MIN_SCALE = 1e-12
 
@@ -98,26 +98,27 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
             )
         if not self.training:
             return self._deployed(x)
-        if self.scale.requires_grad and torch.is_grad_enabled():
-            return self._learnable(x)
-        if self.channels is None:
-            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.grid.low, self.grid.high)
-        return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, 0, self.grid.low, self.grid.high)
+        return self.fake_quantize(x, self.grid.low, self.grid.high)
 
-    def _learnable(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.scale.clamp_(min=_MIN_SCALE)
-        zero_point = self.zero_point.to(x.dtype)
-        # LSQ's gradient scale: one over the root of (values that share the scale, in one image) x (greatest integer).
-        values = x[0].numel()
-        factor = (values * max(self.grid.high, 1)) ** -0.5
+    def fake_quantize(self, x: Tensor, low: int, high: int) -> Tensor:
+        """``x`` rounded to this step, clamped to the integers ``low`` .. ``high``; differentiable."""
+        # Counted from the least level of an activation, since torch wants zero among the integers.
+        origin = 0 if self.grid.symmetric else self.grid.low
+        zero_point, low, high = self.zero_point - origin, low - origin, high - origin
+        if self.scale.requires_grad and torch.is_grad_enabled():
+            return self._learnable(x, zero_point.to(x.dtype), low, high)
         if self.channels is None:
-            return torch._fake_quantize_learnable_per_tensor_affine(
-                x, self.scale, zero_point, self.grid.low, self.grid.high, factor
-            )
-        return torch._fake_quantize_learnable_per_channel_affine(
-            x, self.scale, zero_point, 0, self.grid.low, self.grid.high, factor
-        )
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, zero_point, low, high)
+        return torch.fake_quantize_per_channel_affine(x, self.scale, zero_point, 0, low, high)
+
+    def _learnable(self, x: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+        # Through ``data``, since whoever shares the scale may have used it for its own gradient already.
+        self.scale.data.clamp_(min=_MIN_SCALE)
+        # LSQ's gradient scale: one over the root of (values that share the scale, in one image) x (greatest integer).
+        factor = (x[0].numel() * self.grid.steps) ** -0.5
+        if self.channels is None:
+            return torch._fake_quantize_learnable_per_tensor_affine(x, self.scale, zero_point, low, high, factor)
+        return torch._fake_quantize_learnable_per_channel_affine(x, self.scale, zero_point, 0, low, high, factor)
 
     def observe(self, x: Tensor) -> None:
         """Let the observer see ``x``; of a weight only the last tensor counts."""
@@ -162,6 +163,42 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
         return self.integers(x).sub_(self.zero_point.view(shape)).mul_(self.scale.detach().view(shape))
 
 
+class PreActivationQuantize(nn.Module):
+    """The 8-bit grid of what a PReLU reads: step and zero point of what it makes, over all 256 integers of a byte.
+
+    A positive value then passes the PReLU as the integer that it is, rounded once, and a negative one is multiplied by
+    its slope in integers. It has no range of its own, and is on while the one that it follows is.
+    """
+
+    bits = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._followed: tuple[LowBitFakeQuantize, ...] = ()  # in a tuple, so that it is no submodule
+
+    def follow(self, quantizer: LowBitFakeQuantize) -> None:
+        """Take step and zero point from ``quantizer``, which rounds what the PReLU makes."""
+        self._followed = (quantizer,)
+
+    @property
+    def quantizing(self) -> bool:
+        """Whether it rounds."""
+        return any(quantizer.quantizing for quantizer in self._followed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, in its own shape."""
+        if not self.quantizing:
+            return x
+        if self.training:
+            return self._followed[0].fake_quantize(x, 0, BYTE - 1)
+        scale, zero_point = self.tensors()
+        return on_grid(x, scale, zero_point, 0, BYTE - 1).sub_(zero_point).mul_(scale)
+
+    def tensors(self) -> GridTensors:
+        """Scale and zero point, without gradient."""
+        return self._followed[0].tensors()
+
+
 class ImageQuantize(_SwitchedFakeQuantize):
     """The 8-bit grid of a normalised image that holds every byte value exactly.
 
@@ -192,7 +229,7 @@ class ImageQuantize(_SwitchedFakeQuantize):
         if not self.quantizing:
             return x
         # Half a grey level away from the next tie, so that any way of rounding gives the same byte.
-        return torch.fake_quantize_per_tensor_affine(x - self.offset, self.scale, self.zero_point, 0, 255)
+        return torch.fake_quantize_per_tensor_affine(x - self.offset, self.scale, self.zero_point, 0, BYTE - 1)
 
     def tensors(self) -> GridTensors:
         """Scale and zero point."""

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qface.models.layers import Add
-from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
+from qface.models.layers import Add, ChannelAffine
+from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize, PreActivationQuantize
 from qface.quantization.kernels import accumulate, add_on_grids, requantize
 
 __all__ = [
     "MAX_BIAS",
     "Neighbours",
     "QuantizedAdd",
+    "QuantizedAffine",
     "QuantizedConv2d",
     "QuantizedLinear",
     "QuantizedPReLU",
@@ -30,10 +31,11 @@ __all__ = [
 ]
 
 SLOPE_BITS = 8
+AFFINE_BITS = 8
 # Integers up to here are exact in float32, in which the student trains.
 MAX_BIAS = 2**24
 
-Quantizer = ImageQuantize | LowBitFakeQuantize
+Quantizer = ImageQuantize | LowBitFakeQuantize | PreActivationQuantize
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
@@ -45,9 +47,18 @@ class Neighbours:
     output: Quantizer | None = None
 
     @property
+    def complete(self) -> bool:
+        """Whether all of them are there."""
+        return None not in (*self.inputs, self.output)
+
+    @property
     def rounding(self) -> bool:
         """Whether all of them are there and switched on."""
-        return all(quantizer is not None and quantizer.quantizing for quantizer in (*self.inputs, self.output))
+        return self.complete and all(cast(Quantizer, quantizer).quantizing for quantizer in (*self.inputs, self.output))
+
+    def scales(self) -> tuple[Tensor, ...]:
+        """Of what is read and of what is made, where all of them are there."""
+        return tuple(cast(Quantizer, quantizer).tensors().scale for quantizer in (*self.inputs, self.output))
 
 
 def _take_weights(target: LayerT, source: nn.Module, quantizer: Any) -> LayerT:
@@ -208,6 +219,7 @@ class QuantizedPReLU(nn.PReLU):
     """``nn.PReLU`` whose slopes lie on an 8-bit grid of their own, one scale for all channels."""
 
     weight_fake_quant: LowBitFakeQuantize
+    neighbours = Neighbours()
 
     def __init__(self, num_parameters: int = 1) -> None:
         super().__init__(num_parameters)
@@ -215,7 +227,21 @@ class QuantizedPReLU(nn.PReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """``x`` where it is positive, else slope times ``x``."""
-        return F.prelu(input, self.weight_fake_quant(self.weight.unsqueeze(0)).squeeze(0))
+        if self.training or not self.neighbours.rounding:
+            return F.prelu(input, self.weight_fake_quant(self.weight.unsqueeze(0)).squeeze(0))
+        with torch.no_grad():
+            return self._deployed(input, *self.neighbours.scales())
+
+    def slope_integers(self) -> Tensor:
+        """The slopes in units of their scale, as floats [channels]."""
+        return self.weight_fake_quant.integers(self.weight.unsqueeze(0)).squeeze(0)
+
+    def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
+        integers = (x / scale).round_()
+        slopes = self.slope_integers().view(1, -1, *(1,) * (x.ndim - 2))
+        scaled = requantize(integers * slopes, scale, self.weight_fake_quant.scale, output_scale)
+        kept = requantize(integers.clone(), scale, torch.ones_like(scale), output_scale)
+        return torch.where(integers > 0, kept, scaled).mul_(output_scale)
 
     @classmethod
     def from_float(cls, layer: nn.PReLU) -> QuantizedPReLU:
@@ -246,11 +272,50 @@ class QuantizedAdd(Add):
         return cls().train(layer.training)
 
 
+class QuantizedAffine(ChannelAffine):
+    """``weight[c] * x + bias[c]``, deployed as a depthwise 1x1 convolution.
+
+    Weights of 8 bits lose nothing there, since each channel has a scale of its own.
+    """
+
+    neighbours = Neighbours()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift each channel."""
+        if self.training or not self.neighbours.rounding:
+            return super().forward(x)
+        with torch.no_grad():
+            return self._deployed(x, *self.neighbours.scales())
+
+    @torch.no_grad()
+    def integers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, their scales, and biases in units of input scale x weight scale, each [channels], as floats."""
+        input_scale, _ = self.neighbours.scales()
+        greatest = (1 << (AFFINE_BITS - 1)) - 1
+        # A channel that is next to nothing but shift gets a step in which the shift fits its integer.
+        step = torch.maximum(self.weight.abs() / greatest, self.bias.abs() / (input_scale * MAX_BIAS / 2))
+        step = step.clamp(min=torch.finfo(step.dtype).tiny)
+        return (self.weight / step).round(), step, (self.bias / (input_scale * step)).round()
+
+    def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
+        weight, weight_scale, bias = (values.view(1, -1, *(1,) * (x.ndim - 2)) for values in self.integers())
+        sums = ((x / scale).round_().double() * weight + bias).float()
+        return requantize(sums, scale, weight_scale, output_scale).mul_(output_scale)
+
+    @classmethod
+    def from_float(cls, layer: ChannelAffine) -> QuantizedAffine:
+        """The same map, which will know its neighbours."""
+        target = cls(layer.channels)
+        target._parameters.update(layer._parameters)
+        return target.train(layer.training)
+
+
 WeightedLayer = (QuantizedConv2d, QuantizedLinear)
 """Layers that multiply: what they read has the activation width."""
 
 _SHAPE_ONLY = (nn.Flatten, nn.MaxPool2d, nn.Identity)
 _CLAMPS = (nn.ReLU, nn.ReLU6)
+_WITH_NEIGHBOURS = (_QuantizedMultiplication, QuantizedAdd, QuantizedAffine, QuantizedPReLU)
 
 
 def layer_of(node: fx.Node) -> nn.Module | None:
@@ -262,7 +327,7 @@ def layer_of(node: fx.Node) -> nn.Module | None:
 
 def is_quantizer(node: fx.Node) -> bool:
     """Whether ``node`` rounds a value to a grid."""
-    return isinstance(layer_of(node), (ImageQuantize, LowBitFakeQuantize))
+    return isinstance(layer_of(node), Quantizer)
 
 
 def is_shape_only(node: fx.Node) -> bool:
@@ -279,9 +344,12 @@ def connect(student: fx.GraphModule) -> None:
     """Tell every layer of ``student`` the quantizers at both its ends; after any change of the graph, do it again."""
     for node in student.graph.nodes:
         layer = layer_of(node)
-        if isinstance(layer, (_QuantizedMultiplication, QuantizedAdd)):
+        if isinstance(layer, _WITH_NEIGHBOURS):
             inputs = tuple(_quantizer_before(arg) for arg in node.args if isinstance(arg, fx.Node))
             layer.neighbours = Neighbours(inputs, _quantizer_after(node))
+        elif isinstance(layer, PreActivationQuantize):
+            (activation,) = node.users
+            layer.follow(cast(LowBitFakeQuantize, _quantizer_after(activation)))
 
 
 def _quantizer_before(node: fx.Node) -> Quantizer | None:

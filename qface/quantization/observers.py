@@ -1,8 +1,11 @@
 """Observers: they see tensors and choose the scale and zero point of a low-bit grid.
 
 Every observer works on rows: one row for a whole activation tensor, one row per output channel for a weight. The grid
-of ``bits`` bits is affine and unsigned for activations, ``scale * (q - zero_point)`` with q in 0 .. 2^bits - 1, and
+of ``bits`` bits is affine and unsigned for activations, ``scale * (q - zero_point)`` with q in 256 - 2^bits .. 255, and
 symmetric and signed for weights, ``scale * q`` with q in -2^(bits-1) .. 2^(bits-1) - 1.
+
+Activations take the top of a byte because integer kernels saturate there: the upper clamp costs nothing, and below the
+least level there is room for what a PReLU reads (:class:`qface.quantization.fake_quantize.PreActivationQuantize`).
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ __all__ = [
     "make_observer",
 ]
 
+BYTE = 256
+"""Levels of the byte that holds an activation."""
 _AVERAGING = 0.01  # torch.ao's default for moving averages of ranges
 _SAMPLES = 32_768  # values of an activation that a percentile or squared error is computed from
 _SAMPLES_PER_CALL = 8_192
@@ -49,12 +54,17 @@ class Grid:
     @property
     def low(self) -> int:
         """Least integer."""
-        return -(1 << (self.bits - 1)) if self.symmetric else 0
+        return -(1 << (self.bits - 1)) if self.symmetric else BYTE - (1 << self.bits)
 
     @property
     def high(self) -> int:
         """Greatest integer."""
-        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else BYTE - 1
+
+    @property
+    def steps(self) -> int:
+        """Steps from zero to the greatest weight, or from the least to the greatest activation."""
+        return self.high if self.symmetric else self.high - self.low
 
     def qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point (float32 and int32, like ``low``) that cover ``low`` .. ``high`` and hold zero exactly.
@@ -63,12 +73,14 @@ class Grid:
         """
         low, high = low.double().clamp(max=0), high.double().clamp(min=0)
         if self.symmetric:
-            scale = torch.maximum(-low, high) / self.high
+            scale = torch.maximum(-low, high) / self.steps
         else:
-            scale = (high - low) / self.high
+            scale = (high - low) / self.steps
         # float32 has no smaller normal number, and a division by zero would spread NaN.
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
-        zero_point = torch.zeros_like(scale) if self.symmetric else (-low / scale).round().clamp(self.low, self.high)
+        if self.symmetric:
+            return scale.float(), torch.zeros_like(scale).int()
+        zero_point = self.low + (-low / scale).round().clamp(0, self.steps)
         return scale.float(), zero_point.int()
 
     def round_trip(self, rows: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -6,14 +6,15 @@ role                 width                  tensor
 ``IMAGE``            8                      the image, as the bytes it came in
 ``MULTIPLIED``       ``activation_bits``    whatever a convolution or linear layer reads, save the image
 ``OTHER``            8                      every other value: before an activation function, a residual sum or
-                                            gate that no convolution reads
+                                            gate that no convolution reads; before a PReLU with fewer bits behind
+                                            it, on the step of what is behind it
 ``WEIGHT``           ``weight_bits``        weights of all convolutions and linear layers, first and last too
 ``SLOPE``            8                      slopes of PReLU
 ``BIAS``             32                     biases, in units of input scale x weight scale
 ``EMBEDDING``        float                  what the network returns
 ===================  =====================  ==================================================================
 
-The scale and shift of a BatchNorm that cannot be folded stay float: they are two numbers a channel.
+The scale of a BatchNorm that cannot be folded loses nothing, as a weight of 8 bits with a float scale for each channel.
 """
 
 from __future__ import annotations

@@ -25,9 +25,10 @@ from qface.models.tracing import LEAF_LAYERS, example_input
 from qface.preprocessing import Preprocessing, preprocessing_of
 from qface.quantization.canonical import canonicalise
 from qface.quantization.config import QuantizationConfig, as_config
-from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
+from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize, PreActivationQuantize
 from qface.quantization.layers import (
     QuantizedAdd,
+    QuantizedAffine,
     QuantizedConv2d,
     QuantizedLinear,
     QuantizedPReLU,
@@ -47,7 +48,9 @@ register_layer(QuantizedConv2d, (*CONVOLUTION_ARGUMENTS, *_WEIGHT_ARGUMENTS))
 register_layer(QuantizedLinear, (*LINEAR_ARGUMENTS, *_WEIGHT_ARGUMENTS))
 register_layer(QuantizedPReLU, ("num_parameters",))
 register_layer(QuantizedAdd, ())
+register_layer(QuantizedAffine, ("channels",))
 register_layer(LowBitFakeQuantize, ("bits", "channels", "rule", "percentile"))
+register_layer(PreActivationQuantize, ())
 register_layer(ImageQuantize, ("scale", "zero_point", "offset"))
 
 _INTEGERS = DTypeConfig(
@@ -71,10 +74,11 @@ _OBSERVED = (
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
     QuantizedAdd,
+    QuantizedAffine,
     Multiply,
     Concat,
-    ChannelAffine,
 )
+_LEAVES = (*LEAF_LAYERS, QuantizedAdd, QuantizedAffine)
 _SHARED = (nn.Flatten, nn.MaxPool2d)
 
 
@@ -99,12 +103,12 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
         raise ConfigError("this network is quantized already; quantize the float network it came from")
     floating = canonicalise(model)
     _check_overrides(floating, config)
-    _swap_sums(floating)
+    _swap_leaves(floating)
     student = prepare_qat_fx(
         floating,
         _qconfig_mapping(floating, config),
         (example_input(model),),
-        prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_classes([*LEAF_LAYERS, QuantizedAdd]),
+        prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_classes(list(_LEAVES)),
         backend_config=_backend_config(),
     )
     _place_quantizers(student, config, preprocessing_of(model))
@@ -118,12 +122,14 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, LowBitFakeQuantize) for module in model.modules())
 
 
-def _swap_sums(model: fx.GraphModule) -> None:
+def _swap_leaves(model: fx.GraphModule) -> None:
     """Swap what torch.ao does not: layers that are not traced get no qconfig, and without one it leaves them alone."""
     for node in model.graph.nodes:
         layer = layer_of(node)
         if isinstance(layer, Add):
             model.add_submodule(str(node.target), QuantizedAdd.from_float(layer))
+        elif isinstance(layer, ChannelAffine):
+            model.add_submodule(str(node.target), QuantizedAffine.from_float(layer))
 
 
 def _check_overrides(model: fx.GraphModule, config: QuantizationConfig) -> None:
@@ -186,6 +192,8 @@ def _place_quantizers(student: fx.GraphModule, config: QuantizationConfig, prepr
             student.delete_submodule(str(node.target))
         elif producer.op == "placeholder" and image_quantizer is not None:
             student.add_submodule(str(node.target), image_quantizer)
+        elif _shares_the_step_of_a_prelu(node, config):
+            student.add_submodule(str(node.target), PreActivationQuantize())
         elif bits != OTHER_BITS:
             student.add_submodule(str(node.target), _activation_quantizer(bits, config)())
 
@@ -196,6 +204,15 @@ def _feeds_only_a_clamp(quantizer: fx.Node) -> bool:
     if not isinstance(layer_of(producer), WeightedLayer):
         return False
     return len(quantizer.users) == 1 and all(is_clamp(user) for user in quantizer.users)
+
+
+def _shares_the_step_of_a_prelu(quantizer: fx.Node, config: QuantizationConfig) -> bool:
+    """Whether only a PReLU reads it whose result has fewer levels than a byte, so that both have room on one grid."""
+    (reader, *others) = quantizer.users
+    if others or not isinstance(layer_of(reader), QuantizedPReLU):
+        return False
+    bits = activation_bits(reader, config)
+    return bits is not None and bits < OTHER_BITS
 
 
 def _image_quantizer(preprocessing: Preprocessing) -> ImageQuantize | None:

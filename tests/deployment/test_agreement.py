@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import qface
 from qface.cli import main
-from qface.errors import ExportError
+from qface.errors import ExportError, ImagesError
 from qface.preprocessing import Preprocessing, with_preprocessing
 from tests.deployment.networks import calibrated
 from tests.networks import random_faces, tiny_face_net
@@ -53,7 +53,8 @@ def test_a_file_agrees_with_its_student(student: fx.GraphModule, file: Path) -> 
     assert len(agreement.layers) > 5
     for layer in agreement.layers:
         assert layer.different == 0
-        assert layer.greatest_level < 2**layer.bits
+        least, greatest = layer.levels
+        assert 256 - 2**layer.bits <= least <= greatest < 256
     assert json.loads(json.dumps(agreement.to_dict()))["agrees"] is True
 
 
@@ -68,11 +69,11 @@ def test_a_difference_is_found_in_the_layer_where_it_arises(student: fx.GraphMod
 
 def test_too_many_levels_are_found(student: fx.GraphModule, file: Path) -> None:
     model = onnx.load(file)
-    (level,) = (tensor for tensor in model.graph.initializer if tensor.name == "level_63")
-    level.CopyFrom(numpy_helper.from_array(np.uint8(200), "level_63"))
+    (level,) = (tensor for tensor in model.graph.initializer if tensor.name == "level_192")
+    level.CopyFrom(numpy_helper.from_array(np.uint8(100), "level_192"))
     onnx.save(model, file)
     agreement = qface.verify(student, file, random_faces(8))
-    assert any(layer.greatest_level > 63 for layer in agreement.layers if layer.bits == 6)
+    assert any(layer.levels[0] < 192 for layer in agreement.layers if layer.bits == 6)
     assert not agreement.agrees
 
 
@@ -104,6 +105,13 @@ def test_the_file_says_on_which_images_it_was_checked(student: fx.GraphModule, t
         path = qface.export(student, tmp_path / f"{name}.onnx", images=images)
         said[name] = {prop.key: prop.value for prop in onnx.load(path).metadata_props}["verified"]
     assert said == {"default": "4 synthetic images", "given": "3 given images"}
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_no_images_are_an_error(target: str, student: fx.GraphModule, tmp_path: Path) -> None:
+    path = qface.export(student, tmp_path / "net.onnx", target=target)
+    with pytest.raises(ImagesError, match="no images"):
+        qface.verify(student, path, iter([]))
 
 
 def test_verifying_changes_nothing(student: fx.GraphModule, file: Path) -> None:

@@ -100,13 +100,12 @@ def test_weights_and_activations_keep_to_their_bits(bits: int, tmp_path: Path) -
         tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer
     }
     read = read_by_multiplications(tmp_path / "net.onnx")
-    for tensor, layers in read.items():
+    for layers in read.values():
         for layer in layers:
             weight = constants[f"{layer}.weight"]
             assert weight.dtype == np.int8
             assert -(2 ** (bits - 1)) <= weight.min() < 0 < weight.max() <= 2 ** (bits - 1) - 1
             assert constants[f"{layer}.bias"].dtype == np.int32
-            assert f"{tensor}_scale" in constants
             assert len(constants[f"{layer}.weight_scale"]) == len(weight)
     assert all(constant.size <= 16 for constant in constants.values() if constant.dtype == np.float32)
     assert sum(constant.size for constant in constants.values() if constant.dtype == np.int8) > 3000
@@ -118,7 +117,7 @@ def test_weights_and_activations_keep_to_their_bits(bits: int, tmp_path: Path) -
         if layers == ["conv"]:
             assert len(np.unique(tensor)) > 200  # the bytes of the image
         else:
-            assert tensor.max() <= 2**bits - 1
+            assert tensor.min() >= 256 - 2**bits
             assert 2 <= len(np.unique(tensor)) <= 2**bits
 
 
@@ -166,9 +165,9 @@ def test_widths_of_single_layers_are_in_the_file(tmp_path: Path) -> None:
     read = read_by_multiplications(tmp_path / "net.onnx")
     images = PREPROCESSING(random_faces(8)).numpy()
     outputs = session(tmp_path / "net.onnx", list(read)).run(None, {"images": images})[1:]
-    greatest = {layers[0]: tensor.max() for layers, tensor in zip(read.values(), outputs, strict=True)}
-    assert greatest["block1.conv2"] == 15
-    assert 15 < greatest["block2.conv2"] <= 63
+    least = {layers[0]: tensor.min() for layers, tensor in zip(read.values(), outputs, strict=True)}
+    assert least["block1.conv2"] == 240
+    assert 192 <= least["block2.conv2"] < 240
 
 
 def test_exporting_changes_nothing_in_the_student(tmp_path: Path) -> None:

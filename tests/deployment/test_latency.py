@@ -68,6 +68,18 @@ def test_candidates_take_turns_on_batches_of_their_size(clock):
     assert {shape for _, shape in calls} == {(3, 3, *SIZE)}
 
 
+def test_candidates_get_what_they_read(clock):
+    seen = []
+
+    def embed(images):
+        seen.append(images)
+        clock.now += 1
+
+    compare([Candidate(kind, embed, SIZE, "a provider", 1, 0.5, kind) for kind in ("float32", "uint8")], runs=1)
+    assert [images.dtype for images in seen[:2]] == [torch.float32, torch.uint8]
+    assert all(images.float().std() > 0.5 for images in seen)
+
+
 def test_rows_hold_median_minimum_and_the_ratio_to_the_first(clock):
     first, second = compare(
         [candidate("a", clock, [0.002], []), candidate("b", clock, [0.009, 0.001, 0.003], [])], runs=6

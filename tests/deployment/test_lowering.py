@@ -11,7 +11,8 @@ from qface.deployment import IntegerGraph, lower
 from qface.deployment.graph import Add, Affine, Convolution, Flatten, Grid, Linear, MaxPool, PRelu, QuantizeImage
 from qface.errors import ConfigError
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import ImageQuantize, LayerBits, LowBitFakeQuantize, QuantizationConfig
+from qface.quantization import LayerBits, QuantizationConfig, set_observers
+from qface.quantization.layers import Quantizer
 from tests.deployment.networks import CHANNELS, Sum, calibrated, framed, prelu
 from tests.networks import tiny_face_net
 
@@ -22,10 +23,10 @@ def student_of(bits: int | QuantizationConfig) -> fx.GraphModule:
     return calibrated(with_preprocessing(tiny_face_net(size=PREPROCESSING.size), PREPROCESSING), bits)
 
 
-def quantizers(student: fx.GraphModule) -> list[ImageQuantize | LowBitFakeQuantize]:
+def quantizers(student: fx.GraphModule) -> list[Quantizer]:
     """Those of activations, in the order they run."""
     layers = [student.get_submodule(str(node.target)) for node in student.graph.nodes if node.op == "call_module"]
-    return [layer for layer in layers if isinstance(layer, (ImageQuantize, LowBitFakeQuantize))]
+    return [layer for layer in layers if isinstance(layer, Quantizer)]
 
 
 def grids(graph: IntegerGraph) -> list[Grid]:
@@ -44,7 +45,7 @@ def test_grids_are_those_of_the_quantizers(bits: int) -> None:
     for grid, quantizer in zip(found, quantizers(student), strict=True):
         scale, zero_point = quantizer.tensors()
         assert grid == Grid(quantizer.bits, float(scale), int(zero_point))
-        assert 0 <= grid.zero_point < 2**grid.bits
+        assert grid.low <= grid.zero_point < 256 == grid.low + 2**grid.bits
     assert {grid.bits for grid in found} == {bits, 8}
 
 
@@ -111,8 +112,7 @@ def test_slopes_stand_for_those_of_the_student() -> None:
 
 def test_lowering_changes_nothing_even_while_ranges_are_observed() -> None:
     student = student_of(4).train()
-    for quantizer in quantizers(student):
-        quantizer.enable_observer()
+    set_observers(student, enabled=True)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     lower(student)
     assert student.training

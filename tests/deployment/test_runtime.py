@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -61,6 +62,23 @@ def test_takes_images_of_any_type_and_layout(write):
         assert torch.allclose(output, images.float().mean((2, 3)), atol=1e-6)
 
 
+@pytest.mark.parametrize("batch", ["N", 2])
+@pytest.mark.parametrize("color", ["RGB", "BGR"])
+def test_floats_and_bytes_reach_either_kind_of_file(write, batch, color):
+    preprocessing = replace(PREPROCESSING, color=color, mean=(10.0, 20.0, 30.0))
+    pixels = torch.randint(256, (5, 3, 112, 96)).byte()
+    images = preprocessing.normalise(pixels)
+    shape = (batch, 3, 112, 96)
+    for kind, dtype, expected in (
+        ("float32", TensorProto.FLOAT, images.mean((2, 3))),
+        ("uint8", TensorProto.UINT8, pixels.float().mean((2, 3))),
+    ):
+        embedder = OnnxEmbedder(write(shape, preprocessing.to_json(), dtype), threads=1)
+        assert embedder.input == kind
+        assert torch.equal(embedder(images), embedder(pixels))
+        assert torch.allclose(embedder(images), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_preprocessing_comes_from_the_file(write):
     assert OnnxEmbedder(write()).preprocessing == Preprocessing()
     path = write(("N", 3, 112, 96), PREPROCESSING.to_json())
@@ -92,8 +110,8 @@ def test_missing_and_damaged_files_are_errors(write, tmp_path):
 
 
 def test_other_inputs_are_errors(write):
-    assert "one float input" in message(write(dtype=TensorProto.UINT8))
-    assert "one float input" in message(write((3, 112, 112)))
+    assert "one float or uint8 input" in message(write(dtype=TensorProto.INT64))
+    assert "one float or uint8 input" in message(write((3, 112, 112)))
 
 
 def test_preprocessing_that_does_not_fit_is_an_error(write):

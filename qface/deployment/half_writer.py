@@ -1,0 +1,241 @@
+"""Writes an :class:`IntegerGraph` as an ONNX model that computes in fp16, for GPUs.
+
+onnxruntime's CUDA provider has no integer convolution. So here the weights are integers only in the file: Cast and Mul,
+which onnxruntime computes when it opens the file (it would keep DequantizeLinear), make them fp16. Activations are fp16
+and are not rounded to their grids.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatchmethod
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from qface.deployment import graph as ir
+from qface.deployment.containers import WeightContainer, make_container
+from qface.deployment.nodes import NodeCollector, along_channels, assemble, convolution, window
+
+__all__ = ["to_half_onnx"]
+
+_HALF, _SINGLE = TensorProto.FLOAT16, TensorProto.FLOAT
+
+
+def to_half_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], container: str = "packed") -> onnx.ModelProto:
+    """The fp16 model of ``graph``, from ``images`` [batch, 3, height, width] to ``embedding`` [batch, D].
+
+    Images are float32, or uint8 where they lie on a grid; embeddings are float32.
+
+    Args:
+        graph: what :func:`qface.deployment.lowering.lower` returned, or that reading bytes.
+        metadata: written into the model beside the preprocessing.
+        container: how weights lie in the file, ``"packed"`` to their bits or as ``"int8"``.
+
+    Raises:
+        ConfigError: there is no such container.
+    """
+    weights = make_container(container)
+    writer = _HalfWriter(weights, graph.images)
+    for operation in graph.operations:
+        writer.write(operation)
+    writer.node("Identity", [writer.single(graph.embedding)], "embedding")
+    return assemble(graph, weights, writer.nodes, writer.initializers, metadata)
+
+
+class _HalfWriter(NodeCollector):
+    """Holds every value in the type it was made in, and in others once they are asked for."""
+
+    def __init__(self, weights: WeightContainer, images: ir.Value) -> None:
+        super().__init__()
+        self.weights = weights
+        self._tensors: dict[str, dict[int, str]] = {}
+        self._keep(images, images.name, _SINGLE if images.grid is None else TensorProto.UINT8)
+
+    @singledispatchmethod
+    def write(self, operation: ir.Operation) -> None:
+        """Append the nodes of one operation."""
+        raise NotImplementedError(type(operation).__name__)
+
+    # ---- values
+
+    def single(self, value: ir.Value) -> str:
+        """Name of ``value`` as float32."""
+        return self._typed(value, _SINGLE)
+
+    def half(self, value: ir.Value) -> str:
+        """Name of ``value`` as fp16."""
+        return self._typed(value, _HALF)
+
+    def _typed(self, value: ir.Value, kind: int) -> str:
+        tensors = self._tensors[value.name]
+        if kind not in tensors:
+            made = next(iter(tensors.values()))
+            tensors[kind] = self._cast(made, kind)
+        return tensors[kind]
+
+    def _keep(self, value: ir.Value, tensor: str, kind: int = _HALF) -> None:
+        """Note that ``tensor`` of type ``kind`` holds ``value``."""
+        self._tensors[value.name] = {kind: tensor}
+
+    def _cast(self, tensor: str, kind: int) -> str:
+        return self.node("Cast", [tensor], to=kind)
+
+    def _halves(self, operation: ir.Operation) -> list[str]:
+        return [self.half(value) for value in operation.inputs]
+
+    def _elementwise(self, operation: ir.Operation, kind: str, **attributes: Any) -> None:
+        """One node of type ``kind`` that reads fp16 and makes fp16."""
+        self._keep(operation.output, self.node(kind, self._halves(operation), **attributes))
+
+    # ---- integers of the file
+
+    def _dequantized(self, integers: str, scale: str) -> str:
+        """``integers * scale``, multiplied in float32 and then rounded to fp16, when the file is opened."""
+        return self._cast(self.node("Mul", [self._cast(integers, _SINGLE), scale]), _HALF)
+
+    def _multiplication_inputs(self, operation: ir.Convolution | ir.Linear) -> list[str]:
+        """Input, weight and bias."""
+        (source,) = operation.inputs
+        weight, rank = operation.weight, operation.weight.integers.ndim
+        name = f"{operation.name}.weight"
+        self.weights.add(name, weight.integers, weight.bits)
+        scale = self.constant(f"{name}_scale", weight.scale)
+        column = self.constant(f"column_{rank}", np.array([-1, *(1,) * (rank - 1)]))
+        inputs = [self.half(source), self._dequantized(name, self.node("Reshape", [scale, column]))]
+        if operation.bias is not None:
+            inputs.append(self._bias(f"{operation.name}.bias", operation.bias, source, scale))
+        return inputs
+
+    def _bias(self, name: str, integers: ir.Int32, source: ir.Value, weight_scale: str) -> str:
+        """``integers`` are in units of input scale x weight scale."""
+        assert source.grid is not None
+        input_scale = self.constant(f"{source.name}_scale", np.float32(source.grid.scale))
+        return self._dequantized(self.constant(name, integers), self.node("Mul", [input_scale, weight_scale]))
+
+    # ---- images
+
+    @write.register
+    def _(self, operation: ir.QuantizeImage) -> None:
+        (images,) = operation.inputs
+        floats = self.single(images)
+        if operation.offset:
+            floats = self.node("Sub", [floats, self.constant("image_offset", np.float32(operation.offset))])
+        self._keep(operation.output, floats, _SINGLE)
+
+    @write.register
+    def _(self, operation: ir.TakeBytes) -> None:
+        grid = operation.output.grid
+        assert grid is not None
+        zero_point = self.constant("image_zero_point", np.float32(grid.zero_point))
+        centred = self.node("Sub", [self._pixels(operation), zero_point])
+        scale = self.constant("image_scale", np.float32(grid.scale))
+        self._keep(operation.output, self.node("Mul", [centred, scale]), _SINGLE)
+
+    @write.register
+    def _(self, operation: ir.NormaliseBytes) -> None:
+        mean = self.constant("image_mean", along_channels(operation.mean, rank=4))
+        std = self.constant("image_std", along_channels(operation.std, rank=4))
+        self._keep(
+            operation.output, self.node("Div", [self.node("Sub", [self._pixels(operation), mean]), std]), _SINGLE
+        )
+
+    def _pixels(self, operation: ir.TakeBytes | ir.NormaliseBytes) -> str:
+        """Bytes as float32, channels in order."""
+        (images,) = operation.inputs
+        return self._cast(self.reordered(images.name, operation.channels), _SINGLE)
+
+    # ---- operations
+
+    @write.register
+    def _(self, operation: ir.Convolution) -> None:
+        product = self.node("Conv", self._multiplication_inputs(operation), **convolution(operation))
+        self._keep(operation.output, self._clamped(product, operation.clamp))
+
+    @write.register
+    def _(self, operation: ir.Linear) -> None:
+        product = self.node("Gemm", self._multiplication_inputs(operation), transB=1)
+        self._keep(operation.output, self._clamped(product, operation.clamp))
+
+    def _clamped(self, tensor: str, clamp: ir.Clamp | None) -> str:
+        if clamp is None:
+            return tensor
+        low, high = clamp
+        return self.node("Relu", [tensor]) if high is None else self._clip(tensor, low, high)
+
+    def _clip(self, tensor: str, low: float, high: float) -> str:
+        limits = [self.constant(f"limit_{limit:g}", np.float16(limit)) for limit in (low, high)]
+        return self.node("Clip", [tensor, *limits])
+
+    @write.register
+    def _(self, operation: ir.PRelu) -> None:
+        integers = self.constant(f"{operation.name}.slope", along_channels(operation.slopes, operation.rank))
+        scale = self.constant(f"{integers}_scale", np.float32(operation.slope_scale))
+        self._keep(operation.output, self.node("PRelu", [*self._halves(operation), self._dequantized(integers, scale)]))
+
+    @write.register
+    def _(self, operation: ir.Affine) -> None:
+        (source,) = operation.inputs
+        name, weight, rank = f"{operation.name}.weight", operation.weight, operation.rank
+        scale = self.constant(f"{name}_scale", along_channels(weight.scale, rank))
+        factor = self._dequantized(self.constant(name, along_channels(weight.integers, rank)), scale)
+        bias = self._bias(f"{operation.name}.bias", along_channels(operation.bias, rank), source, scale)
+        self._affine(operation, factor, bias)
+
+    @write.register
+    def _(self, operation: ir.FloatAffine) -> None:
+        scale, shift = (
+            self._cast(self.constant(f"{operation.name}.{name}", along_channels(values, operation.rank)), _HALF)
+            for name, values in (("scale", operation.scale), ("shift", operation.shift))
+        )
+        self._affine(operation, scale, shift)
+
+    def _affine(self, operation: ir.Operation, factor: str, summand: str) -> None:
+        scaled = self.node("Mul", [*self._halves(operation), factor])
+        self._keep(operation.output, self.node("Add", [scaled, summand]))
+
+    @write.register
+    def _(self, operation: ir.Activation) -> None:
+        (x,) = self._halves(operation)
+        if operation.function == "Relu6":
+            self._keep(operation.output, self._clip(x, 0.0, 6.0))
+        elif operation.function == "Silu":
+            self._keep(operation.output, self.node("Mul", [x, self.node("Sigmoid", [x])]))
+        else:
+            self._elementwise(operation, operation.function, **operation.attributes)
+
+    @write.register
+    def _(self, operation: ir.Add) -> None:
+        self._elementwise(operation, "Add")
+
+    @write.register
+    def _(self, operation: ir.Multiply) -> None:
+        self._elementwise(operation, "Mul")
+
+    @write.register
+    def _(self, operation: ir.Concat) -> None:
+        self._elementwise(operation, "Concat", axis=operation.axis)
+
+    @write.register
+    def _(self, operation: ir.GlobalAveragePool) -> None:
+        self._elementwise(operation, "GlobalAveragePool")
+
+    @write.register
+    def _(self, operation: ir.AveragePool) -> None:
+        count_include_pad = int(operation.count_include_pad)
+        self._elementwise(operation, "AveragePool", **window(operation), count_include_pad=count_include_pad)
+
+    @write.register
+    def _(self, operation: ir.MaxPool) -> None:
+        self._elementwise(operation, "MaxPool", **window(operation), dilations=operation.dilation)
+
+    @write.register
+    def _(self, operation: ir.Flatten) -> None:
+        self._elementwise(operation, "Flatten", axis=1)
+
+    @write.register
+    def _(self, operation: ir.L2Normalise) -> None:
+        """In float32, where squares do not overflow."""
+        (source,) = operation.inputs
+        self._keep(operation.output, self.node("LpNormalization", [self.single(source)], axis=1, p=2), _SINGLE)

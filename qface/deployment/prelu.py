@@ -1,0 +1,63 @@
+"""What a PReLU between two grids makes of each of the 256 integers that it may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qface.deployment.graph import Grid, PRelu
+
+__all__ = ["PReluTable", "prelu_table"]
+
+Levels = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PReluTable:
+    """Integers made of the integers 0 .. 255, as onnxruntime's kernels make them.
+
+    Args:
+        kept: of the value as it is, [256, 1].
+        scaled: of the value times the slopes, [256, channels].
+        positive: where the value is above zero, [256, 1].
+    """
+
+    kept: Levels
+    scaled: Levels
+    positive: npt.NDArray[np.bool_]
+
+    @property
+    def result(self) -> Levels:
+        """What the PReLU makes, [256, channels]."""
+        return np.where(self.positive, self.kept, self.scaled)
+
+    @property
+    def merge(self) -> str | None:
+        """The operator that makes the result of ``kept`` and ``scaled``: Max where no slope is above 1, Min where none
+        is below; None where only a case distinction does."""
+        for name, operator in (("Max", np.maximum), ("Min", np.minimum)):
+            if np.array_equal(operator(self.kept, self.scaled), self.result):
+                return name
+        return None
+
+
+def prelu_table(operation: PRelu) -> PReluTable:
+    """The table of a PReLU whose input and output lie on grids."""
+    (source,) = operation.inputs
+    before, behind = source.grid, operation.output.grid
+    assert before is not None and behind is not None
+    values = np.arange(256, dtype=np.float32)[:, None] - np.float32(before.zero_point)
+    kept = _requantized(values, before, np.float32(1), behind)
+    products = values * operation.slopes.astype(np.float32)
+    scaled = _requantized(products, before, np.float32(operation.slope_scale), behind)
+    return PReluTable(kept, scaled, values > 0)
+
+
+def _requantized(sums: npt.NDArray[np.float32], before: Grid, weight_scale: np.float32, behind: Grid) -> Levels:
+    """As in :func:`qface.quantization.kernels.requantize`, with zero point and saturation."""
+    factor: Any = np.float32(np.float32(before.scale) * weight_scale) / np.float32(behind.scale)
+    levels: Levels = (np.rint(sums * np.float32(factor)) + behind.zero_point).clip(0, 255).astype(np.int32)
+    return levels
