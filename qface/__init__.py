@@ -1,17 +1,20 @@
 """Makes face-recognition networks small and fast without losing what they know.
 
 One verb a stage, each working alone: ``load``, ``quantize``, ``calibrate``, ``distill``, ``export``, ``evaluate``,
-``save``, and ``verify``, which proves that a file computes what was trained.
+``save``, and ``verify``, which proves that a file computes what was trained. ``sensitivity`` says what each layer loses
+at each width, and ``allocate_bits`` chooses widths for a budget.
 """
 
 from qface._version import __version__
 from qface.deployment import SizeLedger, export, measure_size, verify
+from qface.deployment.mixed_precision import allocate_bits
 from qface.distillation import DistillConfig, distill
 from qface.errors import QFaceError
 from qface.evaluation import EvaluationResult, evaluate
 from qface.models import load, save
 from qface.preprocessing import Preprocessing
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
+from qface.quantization.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "DistillConfig",
@@ -20,8 +23,10 @@ __all__ = [
     "Preprocessing",
     "QFaceError",
     "QuantizationConfig",
+    "Sensitivity",
     "SizeLedger",
     "__version__",
+    "allocate_bits",
     "calibrate",
     "distill",
     "evaluate",
@@ -30,5 +35,6 @@ __all__ = [
     "measure_size",
     "quantize",
     "save",
+    "sensitivity",
     "verify",
 ]

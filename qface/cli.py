@@ -14,11 +14,21 @@ from torch import nn
 
 import qface
 from qface.demo import run_demo
+from qface.deployment.export import TARGETS
+from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
-from qface.errors import QFaceError
+from qface.errors import ConfigError, QFaceError
 from qface.files import check_folder
 from qface.models.resolve import resolve_model
-from qface.reporting import agreement_table, demo_table, evaluation_table, latency_table
+from qface.reporting import (
+    agreement_table,
+    demo_table,
+    evaluation_table,
+    latency_table,
+    sensitivity_figure,
+    sensitivity_tables,
+)
+from qface.reporting.figures import check_figure
 from qface.reporting.tables import size_tables
 
 __all__ = ["export_alias", "main"]
@@ -95,6 +105,7 @@ def main() -> None:
 @click.option("--bits", type=int, default=6, show_default=True, help="Width of weights and activations, 2 to 8.")
 @click.option("--weight-bits", type=int, help="Width of weights alone.")
 @click.option("--activation-bits", type=int, help="Width of activations alone.")
+@click.option("--budget-mb", type=float, help="Greatest size of the file: a width for each weight that fits it best.")
 @click.option("--distill/--no-distill", default=True, show_default=True, help="Fine-tune after calibration.")
 @click.option("-o", "--output", required=True, type=_Path, help="Student file to write (.safetensors).")
 @_training
@@ -106,6 +117,7 @@ def quantize(
     bits: int,
     weight_bits: int | None,
     activation_bits: int | None,
+    budget_mb: float | None,
     distill: bool,
     output: Path,
     run_dir: Path | None,
@@ -115,7 +127,11 @@ def quantize(
     """Quantize a network, calibrate it on faces, and distil it."""
     check_folder(output)
     config = qface.QuantizationConfig(weight_bits or bits, activation_bits or bits)
+    if budget_mb is not None and weight_bits is not None:
+        raise ConfigError("--budget-mb chooses the widths of weights by itself; leave out --weight-bits")
     teacher = resolve_model(model, weights)
+    if budget_mb is not None:
+        config = qface.allocate_bits(teacher, images, budget_mb, people, config.activation_bits, progress=True)
     student = qface.quantize(teacher, config)
     qface.calibrate(student, images, people=people, progress=True)
     if distill:
@@ -180,6 +196,22 @@ def _embedder(text: str) -> nn.Module | Path:
     return Path(text) if text.endswith(".onnx") else resolve_model(text)
 
 
+@main.command()
+@click.argument("student", type=_Path)
+@_images
+@_people
+@click.option("--figure", type=_Path, help="Also draw the losses here (.png, .svg or .pdf).")
+@_json
+def sensitivity(student: Path, images: Path, people: str | None, figure: Path | None, as_json: bool) -> None:
+    """Measure what quantizing each layer alone costs, its weight and what it reads, at 2 to 8 bits."""
+    if figure is not None:
+        check_figure(figure)
+    result = qface.sensitivity(qface.load(student), images, people, progress=True)
+    if figure is not None:
+        sensitivity_figure(result, figure)
+    _print(result.to_dict(), sensitivity_tables(result), as_json)
+
+
 @main.command(cls=_OneLineErrors)
 @click.argument("student", type=_Path)
 @click.option("-o", "--output", required=True, type=_Path, help="File to write (.onnx).")
@@ -191,10 +223,25 @@ def _embedder(text: str) -> nn.Module | Path:
     help="How a student's weights lie in the file: to their bits, or a byte each.",
 )
 @click.option("--images", type=_Path, help="Faces to check the file on.  [default: synthetic ones]")
-def export(student: Path, output: Path, container: str, images: Path | None) -> None:
+@click.option(
+    "--input",
+    "input_type",
+    type=click.Choice(INPUTS),
+    default="float32",
+    show_default=True,
+    help="What the file reads: normalised floats, or the bytes of RGB images.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="cpu",
+    show_default=True,
+    help="Where a student's file runs: with integers on CPUs, or in fp16 on GPUs.",
+)
+def export(student: Path, output: Path, container: str, images: Path | None, input_type: str, target: str) -> None:
     """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
     check_folder(output)
-    qface.export(qface.load(student), output, container, images)
+    qface.export(qface.load(student), output, container, images, input_type, target)
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -178,6 +178,32 @@ def test_evaluate_refuses_a_single_identity_and_missing_pairs(student: Path, cro
     assert "absent.txt" in refusal(run("evaluate", student, "--images", "crops", "--pairs", "absent.txt"))
 
 
+def test_sensitivity_prints_every_layer_and_draws_a_figure(student: Path) -> None:
+    arguments = ("sensitivity", student, "--images", "crops", "--people", "first-half")
+    result = run(*arguments, "--figure", "figure.png", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["images"] == 16
+    assert [layer["name"] for layer in record["layers"]] == ["0", "5"]
+    assert Path("figure.png").read_bytes().startswith(b"\x89PNG")
+    printed = run(*arguments)
+    assert "one weight quantized" in printed.stdout
+    assert "one activation quantized" in printed.stdout
+    assert "figure.txt" in refusal(run(*arguments, "--figure", "figure.txt"))
+
+
+def test_quantize_within_a_budget(workplace: Path) -> None:
+    arguments = ("quantize", "--model", "my_networks:make", "--images", "crops", "--no-distill")
+    result = run(*arguments, "--budget-mb", "0.015", "-o", "student.safetensors")
+    assert result.exit_code == 0, result.output
+    assert run("export", "student.safetensors", "-o", "student.onnx").exit_code == 0
+    assert Path("student.onnx").stat().st_size <= 15_000
+    other = (*arguments, "-o", "other.safetensors")
+    assert "MB are too few" in refusal(run(*other, "--budget-mb", "0.001"))
+    assert "--weight-bits" in refusal(run(*other, "--budget-mb", "1", "--weight-bits", "4"))
+    assert not Path("other.safetensors").exists()
+
+
 def test_the_installed_commands_run() -> None:
     for command in (("-m", "qface", "--version"), ("-m", "qface", "--help")):
         finished = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -177,10 +178,16 @@ def median_milliseconds(files: Sequence[str | Path], threads: int = 1, batch: in
 def _take_turns(
     calls: Sequence[Callable[[Tensor], object]], images: Sequence[Tensor], runs: int, pause: float
 ) -> list[list[float]]:
-    """Seconds of ``runs`` calls each, without those of the warm-up."""
+    """Seconds of ``runs`` calls each, without those of the warm-up.
+
+    Each round has another order, so that what one leaves in the caches and threads does not always meet the same next.
+    """
     times: list[list[float]] = [[] for _ in calls]
+    turns = list(zip(calls, images, times, strict=True))
+    shuffle = random.Random(0).shuffle
     for _ in range(_WARM_UP + runs):
-        for call, batch, measured in zip(calls, images, times, strict=True):
+        shuffle(turns)
+        for call, batch, measured in turns:
             time.sleep(pause)
             start = time.perf_counter()
             call(batch)

@@ -154,10 +154,24 @@ class _Writer(NodeCollector):
         name = f"{operation.name}.weight"
         self.weights.add(name, weight.integers, weight.bits)
         scale = self.constant(f"{name}_scale", weight.scale)
-        inputs = [self.float_name(source), self._per_channel(name, scale, len(weight.scale), np.int8)]
+        if _reads_an_image(operation):
+            floats, name = self._with_fourth_color(source, name)
+        else:
+            floats = self.float_name(source)
+        inputs = [floats, self._per_channel(name, scale, len(weight.scale), np.int8)]
         if operation.bias is not None:
             inputs.append(self._bias(operation.name, operation.bias, source, scale))
         return inputs
+
+    def _with_fourth_color(self, source: ir.Value, weight: str) -> tuple[str, str]:
+        """Floats of an image and integers of its weight, each with a channel of zeros behind its three.
+
+        Kernels take four products at a time: with 4 x 9 of them the first convolution is twice as fast as with 3 x 9.
+        """
+        behind = self.constant("one_channel", np.array([0, 1]))
+        channels = self.constant("channel_axis", np.array([1]))
+        image = self.node("Pad", [source.name, behind, self._qparams(source)[1], channels])
+        return self._dequantize(image, source), self.node("Pad", [weight, behind, "", channels])
 
     def _bias(self, layer: str, integers: ir.Int32, source: ir.Value, weight_scale: str) -> str:
         # onnxruntime fuses to its integer kernel only where this is exactly input scale x weight scale; it multiplies
@@ -327,6 +341,10 @@ class _Writer(NodeCollector):
     @write.register
     def _(self, operation: ir.L2Normalise) -> None:
         self._elementwise(operation, "LpNormalization", axis=1, p=2)
+
+
+def _reads_an_image(operation: ir.Convolution | ir.Linear) -> bool:
+    return isinstance(operation, ir.Convolution) and (operation.groups, operation.weight.integers.shape[1]) == (1, 3)
 
 
 def _levels(grid: ir.Grid, clamp: ir.Clamp | None) -> tuple[int, int]:

@@ -407,8 +407,8 @@ class _Purposes:
         """The integers that constant nodes make ``value`` of, and the scale where Mul does it; or ``value`` itself."""
         node = self._constant_maker(value)
         if node is not None and node.op_type == "DequantizeLinear":
-            return node.input[0], None
-        if node is not None and node.op_type == "Cast":
+            return self._integers(node.input[0])[0], None
+        if node is not None and node.op_type in ("Cast", "Pad"):
             return self._integers(node.input[0])
         if node is not None and node.op_type == "Mul" and len(node.input) == 2:
             cast = self._constant_maker(node.input[0])

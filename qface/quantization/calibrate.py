@@ -74,7 +74,7 @@ def calibrate(
     _switch(found, observing=True)
     try:
         with torch.inference_mode():
-            for batch in track(_sample(source, count, batch_size), "calibrate", progress):
+            for batch in track(sample_images(source, count, batch_size), "calibrate", progress):
                 student(normalise(batch.to(device), preprocessing))
     finally:
         _switch(found, observing=False)
@@ -91,7 +91,7 @@ def _switch(found: list[LowBitFakeQuantize], observing: bool) -> None:
         quantizer.enable_fake_quant(not observing)
 
 
-def _sample(source: ImageSource, count: int, batch_size: int) -> Iterator[Tensor]:
+def sample_images(source: ImageSource, count: int, batch_size: int) -> Iterator[Tensor]:
     """About ``count`` images: every k-th of what can be indexed, else the first batches."""
     if isinstance(source, IndexedImages):
         indices = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long().tolist()

@@ -1,5 +1,13 @@
-"""What people look at: tables of results."""
+"""What people look at: tables and figures of results."""
 
-from qface.reporting.tables import agreement_table, demo_table, evaluation_table, latency_table
+from qface.reporting.figures import sensitivity_figure
+from qface.reporting.tables import agreement_table, demo_table, evaluation_table, latency_table, sensitivity_tables
 
-__all__ = ["agreement_table", "demo_table", "evaluation_table", "latency_table"]
+__all__ = [
+    "agreement_table",
+    "demo_table",
+    "evaluation_table",
+    "latency_table",
+    "sensitivity_figure",
+    "sensitivity_tables",
+]

@@ -12,8 +12,9 @@ from qface.demo import DemoReport
 from qface.deployment import Agreement, SizeLedger
 from qface.deployment.latency import Latency
 from qface.evaluation import EvaluationResult
+from qface.quantization.sensitivity import LayerSensitivity, Sensitivity
 
-__all__ = ["agreement_table", "demo_table", "evaluation_table", "latency_table", "size_tables"]
+__all__ = ["agreement_table", "demo_table", "evaluation_table", "latency_table", "sensitivity_tables", "size_tables"]
 
 
 def percent(value: float | None) -> str:
@@ -105,3 +106,24 @@ def _size_row(name: str, ledger: SizeLedger) -> list[str]:
     totals = ledger.totals()
     counts = [f"{totals[key]:,}" for key in ("elements", "fp32_bytes", "packed_bytes", "bytes")]
     return [name, *counts, f"{ledger.mb:.3f}", f"{ledger.mib:.3f}"]
+
+
+def sensitivity_tables(result: Sensitivity) -> Group:
+    """Losses of single tensors in thousandths, a row a layer: a table for weights and one for activations."""
+    tensors = [name for name in ("weight", "activation") if any(getattr(layer, name) for layer in result.layers)]
+    return Group(*(_sensitivity_table(result.layers, tensor, result.images) for tensor in tensors))
+
+
+def _sensitivity_table(layers: Sequence[LayerSensitivity], tensor: str, images: int) -> Table:
+    """One of ``tensor``, ``"weight"`` or ``"activation"``."""
+    widths = sorted({bits for layer in layers for bits in getattr(layer, tensor)})
+    title = f"1000 x (1 - cosine) with one {tensor} quantized, {counted(images, 'image')}"
+    table = Table(title=title, box=box.SIMPLE, collapse_padding=True, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for name in ("elements", *(counted(bits, "bit") for bits in widths)):
+        table.add_column(name, justify="right", overflow="fold")
+    for layer in layers:
+        losses = getattr(layer, tensor)
+        figures = (f"{1000 * losses[bits]:.3f}" if bits in losses else "-" for bits in widths)
+        table.add_row(layer.name, f"{layer.elements:,}", *figures)
+    return table

@@ -103,8 +103,8 @@ def test_the_first_convolution_reads_the_bytes(case: str, tmp_path: Path) -> Non
     session(path, optimized=tmp_path / "optimized.onnx")
     readers = readers_of_images(onnx.load(tmp_path / "optimized.onnx").graph)
     reordered = ["Gather"] if BYTES_ARE_INTEGERS[case].color == "BGR" else []
-    # onnxruntime's convolution of integers wants channels last.
-    assert [kind for kind in readers if kind != "Transpose"] == [*reordered, "QLinearConv"]
+    # onnxruntime's convolution of integers wants channels last, and four of them.
+    assert [kind for kind in readers if kind != "Transpose"] == [*reordered, "Pad", "QLinearConv"]
 
 
 def readers_of_images(graph: onnx.GraphProto) -> list[str]:

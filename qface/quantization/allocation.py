@@ -1,0 +1,103 @@
+"""``choose_widths``: which widths of the weights lose least within a number of bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from qface.errors import ConfigError
+from qface.quantization.sensitivity import Sensitivity
+
+__all__ = ["choose_widths"]
+
+_STATES = 2**15
+"""Budgets that are told apart; where the weights differ by less, up to half a thousandth of a budget stays unused."""
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Options = Sequence[tuple[int, float]]
+"""Widths to choose from, in rising order, with their losses."""
+
+
+def choose_widths(table: Sensitivity, budget: int, bits_a_width: int = 0) -> dict[str, int]:
+    """The width of each layer's weight with the least sum of losses, in at most ``budget`` bits altogether.
+
+    Losses of single layers are taken to add up. For each set of widths that may occur, this is a multiple-choice
+    knapsack, solved by dynamic programming: exact up to the rounding of :data:`_STATES`.
+
+    Args:
+        table: with the losses of the weights at the widths to choose from.
+        budget: the sum over layers of elements x width, and ``bits_a_width`` for each width that occurs.
+        bits_a_width: what it costs that a width occurs at all.
+
+    Returns:
+        The width of every layer by its name, in the order of the table.
+
+    Raises:
+        ConfigError: there are no widths to choose from, or all choices need more bits.
+    """
+    elements = [layer.elements for layer in table.layers]
+    best: tuple[float, list[int]] | None = None
+    for allowed in _sets_of_widths(table):
+        options = [[(bits, layer.weight[bits]) for bits in allowed if bits in layer.weight] for layer in table.layers]
+        found = _best_choice(elements, options, budget - bits_a_width * len(allowed)) if all(options) else None
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found
+    if best is None:
+        raise ConfigError(f"no choice of widths needs at most {budget} bits; raise the budget")
+    return {layer.name: bits for layer, bits in zip(table.layers, best[1], strict=True)}
+
+
+def _sets_of_widths(table: Sensitivity) -> Iterator[tuple[int, ...]]:
+    """All that may occur together, small sets first."""
+    widths = sorted({bits for layer in table.layers for bits in layer.weight})
+    if not widths:
+        raise ConfigError("there are no widths to choose from; measure the sensitivity of weights first")
+    for count in range(1, len(widths) + 1):
+        yield from itertools.combinations(widths, count)
+
+
+def _best_choice(elements: Sequence[int], options: Sequence[Options], budget: int) -> tuple[float, list[int]] | None:
+    """The least summed loss, and the widths that lead to it; None where nothing fits into ``budget`` bits."""
+    costs = [count * np.array([bits for bits, _ in of]) for count, of in zip(elements, options, strict=True)]
+    losses = [np.array([loss for _, loss in of]) for of in options]
+    spare = budget - sum(int(cost[0]) for cost in costs)
+    if spare < 0:
+        return None
+    extras = [cost - cost[0] for cost in costs]
+    unit = _unit(extras, spare)
+    picks = _knapsack([-(-extra // unit) for extra in extras], losses, spare // unit)
+    loss = sum(float(of[pick]) for of, pick in zip(losses, picks, strict=True))
+    return loss, [of[pick][0] for of, pick in zip(options, picks, strict=True)]
+
+
+def _unit(extras: Sequence[Ints], spare: int) -> int:
+    """Bits that count as one: what divides all costs, or a multiple of it that leaves :data:`_STATES` budgets."""
+    common = max(int(np.gcd.reduce(np.concatenate(extras))), 1)
+    return common * max(-(-spare // (common * _STATES)), 1)
+
+
+def _knapsack(costs: Sequence[Ints], losses: Sequence[Floats], budget: int) -> list[int]:
+    """The option of each item with the least summed loss and a summed cost of at most ``budget``; the first is free."""
+    budget = min(budget, sum(int(cost.max()) for cost in costs))
+    least = np.zeros(budget + 1)  # for each budget, the least loss of the items so far
+    picks = []
+    for cost, loss in zip(costs, losses, strict=True):
+        totals = np.full((len(cost), budget + 1), np.inf)
+        for option, price in enumerate(cost):
+            totals[option, price:] = least[: max(budget + 1 - price, 0)] + loss[option]
+        picks.append(totals.argmin(0).astype(np.int8))
+        least = totals.min(0)
+    return _walk_back(picks, costs, budget)
+
+
+def _walk_back(picks: Sequence[npt.NDArray[np.int8]], costs: Sequence[Ints], budget: int) -> list[int]:
+    """The options that led to ``budget``, from the last item to the first."""
+    chosen = []
+    for pick, cost in zip(reversed(picks), reversed(costs), strict=True):
+        chosen.append(int(pick[budget]))
+        budget -= int(cost[chosen[-1]])
+    return chosen[::-1]

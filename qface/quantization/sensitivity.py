@@ -1,0 +1,297 @@
+"""``sensitivity``: what the embedding loses when a single tensor of a network is quantized.
+
+The float network runs once. At every tensor in question it forks: from there on it runs again with that tensor rounded
+to each width, so that what lies before is never computed twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.ao.quantization import disable_fake_quant, disable_observer
+
+from qface.data.images import Images, as_image_source, normalise
+from qface.errors import ImagesError
+from qface.preprocessing import preprocessing_of
+from qface.progress import track
+from qface.quantization.calibrate import sample_images
+from qface.quantization.config import MAX_BITS, MIN_BITS, QuantizationConfig
+from qface.quantization.fake_quantize import LowBitFakeQuantize
+from qface.quantization.layers import WeightedLayer, is_shape_only, layer_of
+from qface.quantization.placement import Role, role_of
+from qface.quantization.prepare import is_quantized, quantize
+
+__all__ = ["SENSITIVITY_IMAGES", "WIDTHS", "LayerSensitivity", "Sensitivity", "read_sample", "sensitivity"]
+
+SENSITIVITY_IMAGES = 64
+"""Images that :func:`sensitivity` looks at by default."""
+WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
+"""All widths there are."""
+
+_READ_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What quantizing one tensor of a convolution or linear layer costs, all else in float.
+
+    Losses are means over images of 1 - cosine between the embedding and that of the float network, 0..2.
+
+    Args:
+        name: of the layer, as ``QuantizationConfig.overrides`` calls it.
+        elements: numbers in its weight.
+        weight: loss at each width of its weight.
+        activation: loss at each width of the tensor that it reads, which other layers may read too; empty for the
+            image, which always has 8 bits.
+    """
+
+    name: str
+    elements: int
+    weight: Mapping[int, float]
+    activation: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What :func:`sensitivity` measured.
+
+    Args:
+        images: images that the losses are means over.
+        layers: all convolutions and linear layers, in the order in which they run.
+    """
+
+    images: int
+    layers: tuple[LayerSensitivity, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with widths as strings, for JSON."""
+        return {"images": self.images, "layers": [_layer_record(layer) for layer in self.layers]}
+
+
+def _layer_record(layer: LayerSensitivity) -> dict[str, Any]:
+    losses = {"weight": layer.weight, "activation": layer.activation}
+    plain = {name: {str(bits): loss for bits, loss in of.items()} for name, of in losses.items()}
+    return {"name": layer.name, "elements": layer.elements, **plain}
+
+
+@torch.no_grad()
+def sensitivity(
+    model: nn.Module,
+    images: Images,
+    people: str | Path | None = None,
+    weight_bits: Sequence[int] = WIDTHS,
+    activation_bits: Sequence[int] = WIDTHS,
+    count: int = SENSITIVITY_IMAGES,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Sensitivity:
+    """How much the embedding changes when one tensor at a time is quantized, for each layer that multiplies.
+
+    A student's own ranges count at its own widths. At other widths, and wherever it is not calibrated, ranges are
+    chosen by the student's rules: of a weight from its values, of an activation from those that ``images`` give rise
+    to. The time is that of about half a forward pass for each layer, tensor and width.
+
+    Args:
+        model: what :func:`qface.quantize` returned, calibrated or not, or a float network; it is left as it is.
+        images: a folder of crops, a tensor, or a loader.
+        people: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
+        weight_bits: widths to try on weights, 2 to 8.
+        activation_bits: widths to try on what layers read, 2 to 8; none leaves activations out.
+        count: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
+        batch_size: images at a time.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: a width is out of range.
+        ImagesError: the images cannot be used, or there are none.
+        TraceError: torch.fx cannot trace the network.
+        UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
+    """
+    _check_widths(weight_bits, activation_bits)
+    faces = read_sample(images, people, count)
+    network = _switched_off(model)
+    device = next(network.parameters()).device
+    batches = [normalise(batch.to(device), preprocessing_of(model)) for batch in torch.split(faces, batch_size)]
+    layers = [node for node in network.graph.nodes if isinstance(layer_of(node), WeightedLayer)]
+    changes = [
+        *_weight_changes(layers, sorted(set(weight_bits))),
+        *_activation_changes(network, layers, sorted(set(activation_bits)), batches),
+    ]
+    losses = _mean_losses(network, batches, changes, progress)
+    return Sensitivity(len(faces), tuple(_of_layer(node, losses) for node in layers))
+
+
+def read_sample(images: Images, people: str | Path | None, count: int) -> Tensor:
+    """About ``count`` of ``images`` as one tensor [N, 3, height, width], uint8 crops or normalised floats.
+
+    Raises:
+        ImagesError: the images cannot be used, or there are none.
+    """
+    batches = list(sample_images(as_image_source(images, people), count, _READ_AT_ONCE))
+    if not sum(map(len, batches)):
+        raise ImagesError("there are no images to measure on; pass at least one")
+    return torch.cat(batches)
+
+
+def _check_widths(weight_bits: Sequence[int], activation_bits: Sequence[int]) -> None:
+    for bits in weight_bits:
+        QuantizationConfig(weight_bits=bits)
+    for bits in activation_bits:
+        QuantizationConfig(activation_bits=bits)
+
+
+def _switched_off(model: nn.Module) -> fx.GraphModule:
+    """A student of ``model``, or a copy of it where it is one, that computes in float."""
+    student = copy.deepcopy(model) if is_quantized(model) else quantize(model)
+    assert isinstance(student, fx.GraphModule)
+    return student.eval().apply(disable_observer).apply(disable_fake_quant)
+
+
+# ---- what is changed
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One tensor rounded to ``bits`` bits: ``compute`` makes of the input of ``node`` what it then gives."""
+
+    node: fx.Node
+    bits: int
+    compute: Callable[[Tensor], Tensor]
+
+
+_Losses = Mapping[tuple[fx.Node, int], float]
+"""By node and width of a change."""
+
+
+def _weight_changes(layers: Sequence[fx.Node], widths: Sequence[int]) -> list[_Change]:
+    return [_weight_change(node, bits) for node in layers for bits in widths]
+
+
+def _weight_change(node: fx.Node, bits: int) -> _Change:
+    layer = cast(Any, layer_of(node))
+    quantizer = _of_width(layer.weight_fake_quant, bits)
+    if not quantizer.calibrated:
+        quantizer.observe(layer.weight)
+    return _Change(node, bits, lambda x: layer.multiply(x, quantizer(layer.weight), layer.bias))
+
+
+def _activation_changes(
+    network: fx.GraphModule, layers: Sequence[fx.Node], widths: Sequence[int], batches: Sequence[Tensor]
+) -> list[_Change]:
+    quantizers = {
+        source: [_of_width(cast(LowBitFakeQuantize, layer_of(source)), bits) for bits in widths]
+        for source in dict.fromkeys(map(_source, layers))
+        if _has_a_width(source)
+    }
+    _calibrate(network, quantizers, batches)
+    return [_Change(source, quantizer.bits, quantizer) for source, of in quantizers.items() for quantizer in of]
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The node that rounds what ``node`` reads, in front of those that only move values."""
+    source = cast(fx.Node, node.args[0])
+    return _source(source) if is_shape_only(source) else source
+
+
+def _has_a_width(source: fx.Node) -> bool:
+    """Whether ``source`` rounds to the width of the config; the image has its own."""
+    quantizes = isinstance(layer_of(source), LowBitFakeQuantize)
+    return quantizes and role_of(cast(fx.Node, source.args[0])) is Role.MULTIPLIED
+
+
+def _of_width(own: LowBitFakeQuantize, bits: int) -> LowBitFakeQuantize:
+    """One that rounds as ``own`` does where it has this width and a range, else a new one without a range."""
+    if own.bits != bits or not own.calibrated:
+        return LowBitFakeQuantize(bits, own.channels, own.rule, own.percentile).to(own.scale.device).eval()
+    same = copy.deepcopy(own)
+    same.enable_fake_quant()
+    return same
+
+
+def _calibrate(
+    network: fx.GraphModule, quantizers: Mapping[fx.Node, Sequence[LowBitFakeQuantize]], batches: Sequence[Tensor]
+) -> None:
+    """Set the ranges that are missing from what ``network`` computes."""
+    missing = {node: [quantizer for quantizer in of if not quantizer.calibrated] for node, of in quantizers.items()}
+    if not any(missing.values()):
+        return
+    for batch in batches:
+        _Observing(network, missing).run(batch)
+    for of in missing.values():
+        for quantizer in of:
+            quantizer.set_range()
+            quantizer.activation_post_process.reset()
+
+
+class _Observing(fx.Interpreter):
+    """Shows the observers of each node what it computes."""
+
+    def __init__(self, network: fx.GraphModule, observing: Mapping[fx.Node, Sequence[LowBitFakeQuantize]]) -> None:
+        super().__init__(network)
+        self._observing = observing
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute the value of ``n``, and show it."""
+        value = super().run_node(n)
+        for quantizer in self._observing.get(n, ()):
+            quantizer.activation_post_process(value)
+        return value
+
+
+# ---- what it costs
+
+
+def _mean_losses(
+    network: fx.GraphModule, batches: Sequence[Tensor], changes: Sequence[_Change], progress: bool
+) -> _Losses:
+    sums: dict[tuple[fx.Node, int], float] = defaultdict(float)
+    runs = _losses(network, batches, changes)
+    for change, loss in track(runs, "sensitivity", progress, len(batches) * len(changes)):
+        sums[change.node, change.bits] += loss
+    images = sum(map(len, batches))
+    return {key: loss / images for key, loss in sums.items()}
+
+
+def _losses(
+    network: fx.GraphModule, batches: Sequence[Tensor], changes: Sequence[_Change]
+) -> Iterator[tuple[_Change, float]]:
+    """Each change with the sum over a batch of 1 - cosine."""
+    for batch in batches:
+        embeddings = network(batch).double()
+        for change, changed in _forks(network, batch, changes):
+            cosines = F.cosine_similarity(embeddings, changed.double())
+            yield change, float((1 - cosines).clamp(min=0).sum())
+
+
+def _forks(network: fx.GraphModule, images: Tensor, changes: Sequence[_Change]) -> Iterator[tuple[_Change, Tensor]]:
+    """Run ``network`` once; at each change go on to its end with the changed value, and yield the embeddings."""
+    at = defaultdict(list)
+    for change in changes:
+        at[change.node].append(change)
+    trunk, branch = fx.Interpreter(network), fx.Interpreter(network)
+    values = trunk.env
+    for node in network.graph.nodes:
+        for change in at[node]:
+            changed = change.compute(values[node.args[0]])
+            yield change, branch.run(initial_env={**values, node: changed})
+        values[node] = images if node.op == "placeholder" else trunk.run_node(node)
+        for read in trunk.user_to_last_uses.get(node, ()):
+            values[read] = None  # not removed, so that a branch does not compute it again
+
+
+def _of_layer(node: fx.Node, losses: _Losses) -> LayerSensitivity:
+    source = _source(node)
+    return LayerSensitivity(
+        name=str(node.target),
+        elements=cast(Any, layer_of(node)).weight.numel(),
+        weight={bits: loss for (changed, bits), loss in losses.items() if changed is node},
+        activation={bits: loss for (changed, bits), loss in losses.items() if changed is source},
+    )

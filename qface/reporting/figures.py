@@ -1,0 +1,83 @@
+"""Results as figures in files; matplotlib (extra ``qface[figures]``) is imported only when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qface.errors import DependencyError, ExportError
+from qface.files import check_folder, replacing
+from qface.quantization.sensitivity import LayerSensitivity, Sensitivity
+
+__all__ = ["check_figure", "sensitivity_figure"]
+
+FORMATS = (".png", ".svg", ".pdf")
+"""Endings of the files that can be drawn."""
+
+_INCHES_A_LAYER = 0.2
+
+
+def check_figure(path: str | Path) -> None:
+    """Make sure, before long work, that a figure can be drawn at its end.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+        ExportError: ``path`` ends in none of :data:`FORMATS`, or its folder cannot be written to.
+    """
+    _figure_class()
+    if Path(path).suffix not in FORMATS:
+        raise ExportError(f"{path} does not end in {', '.join(FORMATS)}; choose such a name")
+    check_folder(path)
+
+
+def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:
+    """Draw the losses of :func:`qface.sensitivity`: a line a width over the layers, weights above activations.
+
+    Args:
+        result: what was measured.
+        path: file to write, one of :data:`FORMATS`.
+
+    Returns:
+        The path.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+        ExportError: the file cannot be written in this form or place.
+    """
+    path = Path(path)
+    check_figure(path)
+    tensors = [name for name in ("weight", "activation") if any(getattr(layer, name) for layer in result.layers)]
+    size = (3 + _INCHES_A_LAYER * len(result.layers), 1 + 3 * len(tensors))
+    figure = _figure_class()(figsize=size, layout="constrained")
+    panels = figure.subplots(len(tensors), squeeze=False, sharex=True)[:, 0]
+    for panel, tensor in zip(panels, tensors, strict=True):
+        _draw_losses(panel, result.layers, tensor)
+    panels[-1].set_xticks(range(len(result.layers)), [layer.name for layer in result.layers], rotation=90, fontsize=7)
+    panels[0].set_title(f"one tensor quantized, all else in float, {result.images} images", fontsize="medium")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    return path
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise DependencyError("figures need matplotlib: pip install 'qface[figures]'") from error
+    return Figure
+
+
+def _draw_losses(panel: Any, layers: Sequence[LayerSensitivity], tensor: str) -> None:
+    """A line for each width of ``tensor``, ``"weight"`` or ``"activation"``, broken where it has none."""
+    from matplotlib import colormaps
+
+    widths = sorted({bits for layer in layers for bits in getattr(layer, tensor)})
+    for place, bits in enumerate(widths):
+        losses = [getattr(layer, tensor).get(bits, float("nan")) for layer in layers]
+        colour = colormaps["viridis"](place / max(len(widths) - 1, 1))
+        panel.plot(losses, marker=".", linewidth=0.8, color=colour, label=f"{bits} bits")
+    panel.set_yscale("log")
+    panel.set_ylabel(f"{tensor}: 1 - cosine")
+    panel.grid(axis="x", linewidth=0.3)
+    panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
