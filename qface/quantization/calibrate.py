@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
 
 from qface.data.images import Images, ImageSource, IndexedImages, as_image_source, normalise
-from qface.errors import ConfigError
+from qface.errors import ConfigError, ImagesError
 from qface.models.provenance import record_step
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
+from qface.quantization.bias_correction import channel_means
+from qface.quantization.bias_correction import correct_biases as correct_channel_means
+from qface.quantization.equalisation import equalise as equalise_channels
 from qface.quantization.fake_quantize import LowBitFakeQuantize
 from qface.quantization.layers import MAX_BIAS, WeightedLayer
 
@@ -20,6 +24,7 @@ __all__ = ["CALIBRATION_IMAGES", "calibrate", "scale_parameters", "set_observers
 
 CALIBRATION_IMAGES = 512
 """Images that :func:`calibrate` looks at by default; more changed no figure."""
+_SAMPLE = 64  # of them, for equalisation and bias correction, which look at all layers at once
 
 
 def quantizers(model: nn.Module) -> list[LowBitFakeQuantize]:
@@ -45,8 +50,15 @@ def calibrate(
     count: int = CALIBRATION_IMAGES,
     batch_size: int = 64,
     progress: bool = False,
+    equalise: bool = True,
+    correct_biases: bool = True,
 ) -> fx.GraphModule:
     """Set all ranges of ``student``, in place, from the float values that ``images`` give rise to.
+
+    The first time, its channels are brought to one range before (:mod:`qface.quantization.equalisation`), which changes
+    weights but not what the float network computes, and afterwards biases make up for what rounding does to the mean of
+    each channel (:mod:`qface.quantization.bias_correction`). Both look at 64 of the images. A student that was
+    calibrated already, and perhaps trained since, gets new ranges only.
 
     Args:
         student: what :func:`qface.quantize` returned.
@@ -55,6 +67,8 @@ def calibrate(
         count: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
         batch_size: images at a time.
         progress: show a progress bar.
+        equalise: of a new student, bring the channels of each tensor to one range first.
+        correct_biases: of a new student, correct the mean of each channel last.
 
     Returns:
         ``student``, calibrated, its observers off, its mode and device as before.
@@ -66,29 +80,71 @@ def calibrate(
     found = quantizers(student)
     if not found:
         raise ConfigError("this network is not quantized; calibrate what qface.quantize returned")
+    new = not any(quantizer.calibrated for quantizer in found)
     source = as_image_source(images, people)
     preprocessing = preprocessing_of(student)
     device = found[0].scale.device
     for quantizer in found:
         quantizer.activation_post_process.reset()
-    _switch(found, observing=True)
-    try:
-        with torch.inference_mode():
-            for batch in track(sample_images(source, count, batch_size), "calibrate", progress):
+    batches = list(sample_images(source, count, batch_size))
+    if not sum(map(len, batches)):
+        raise ImagesError("there are no images to calibrate on; pass at least one")
+    sample = normalise(_spread(torch.cat(batches), _SAMPLE).to(device), preprocessing)
+    with _in_eval_mode(student), _in_float(found), torch.no_grad():
+        if new and equalise:
+            equalise_channels(student, sample)
+        means = channel_means(student, sample)
+        with _observing(found):
+            for batch in track(batches, "calibrate", progress):
                 student(normalise(batch.to(device), preprocessing))
-    finally:
-        _switch(found, observing=False)
     for quantizer in found:
         quantizer.set_range()
         quantizer.activation_post_process.reset()
     _keep_biases_in_range(student)
-    return record_step(student, "calibrate", {"images": count})
+    if new and correct_biases:
+        with _in_eval_mode(student):
+            correct_channel_means(student, sample, means)
+    settings = {"images": count, "equalise": new and equalise, "correct_biases": new and correct_biases}
+    return record_step(student, "calibrate", settings)
 
 
-def _switch(found: list[LowBitFakeQuantize], observing: bool) -> None:
+def _spread(images: Tensor, count: int) -> Tensor:
+    """``count`` of ``images``, or all of fewer, evenly spread."""
+    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()]
+
+
+@contextmanager
+def _in_eval_mode(student: fx.GraphModule) -> Iterator[None]:
+    modes = {module: module.training for module in student.modules()}
+    student.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _in_float(found: list[LowBitFakeQuantize]) -> Iterator[None]:
+    """Round nothing."""
     for quantizer in found:
-        quantizer.enable_observer(observing)
-        quantizer.enable_fake_quant(not observing)
+        quantizer.enable_fake_quant(False)
+    try:
+        yield
+    finally:
+        for quantizer in found:
+            quantizer.enable_fake_quant()
+
+
+@contextmanager
+def _observing(found: list[LowBitFakeQuantize]) -> Iterator[None]:
+    for quantizer in found:
+        quantizer.enable_observer()
+    try:
+        yield
+    finally:
+        for quantizer in found:
+            quantizer.enable_observer(False)
 
 
 def sample_images(source: ImageSource, count: int, batch_size: int) -> Iterator[Tensor]:

@@ -379,8 +379,9 @@ def _prepare_slopes(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         layer = layer_of(node)
         if isinstance(layer, nn.PReLU):
-            one_slope_per_channel(layer, shape_of(_input(node)[0])[1])
-            flatten_slopes(node)
+            shape = shape_of(_input(node)[0])
+            one_slope_per_channel(layer, shape[1])
+            flatten_slopes(node, len(shape))
 
 
 def _refuse_unknown_weights(graph_module: fx.GraphModule) -> None:

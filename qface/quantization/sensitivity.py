@@ -22,8 +22,9 @@ from qface.data.images import Images, as_image_source, normalise
 from qface.errors import ImagesError
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
-from qface.quantization.calibrate import sample_images
+from qface.quantization.calibrate import quantizers, sample_images
 from qface.quantization.config import MAX_BITS, MIN_BITS, QuantizationConfig
+from qface.quantization.equalisation import equalise
 from qface.quantization.fake_quantize import LowBitFakeQuantize
 from qface.quantization.layers import WeightedLayer, is_shape_only, layer_of
 from qface.quantization.placement import Role, role_of
@@ -120,6 +121,9 @@ def sensitivity(
     network = _switched_off(model)
     device = next(network.parameters()).device
     batches = [normalise(batch.to(device), preprocessing_of(model)) for batch in torch.split(faces, batch_size)]
+    if not any(quantizer.calibrated for quantizer in quantizers(network)):
+        with torch.no_grad():
+            equalise(network, torch.cat(batches))  # as calibration will
     layers = [node for node in network.graph.nodes if isinstance(layer_of(node), WeightedLayer)]
     changes = [
         *_weight_changes(layers, sorted(set(weight_bits))),
@@ -186,13 +190,13 @@ def _weight_change(node: fx.Node, bits: int) -> _Change:
 def _activation_changes(
     network: fx.GraphModule, layers: Sequence[fx.Node], widths: Sequence[int], batches: Sequence[Tensor]
 ) -> list[_Change]:
-    quantizers = {
+    of_source = {
         source: [_of_width(cast(LowBitFakeQuantize, layer_of(source)), bits) for bits in widths]
         for source in dict.fromkeys(map(_source, layers))
         if _has_a_width(source)
     }
-    _calibrate(network, quantizers, batches)
-    return [_Change(source, quantizer.bits, quantizer) for source, of in quantizers.items() for quantizer in of]
+    _calibrate(network, of_source, batches)
+    return [_Change(source, quantizer.bits, quantizer) for source, of in of_source.items() for quantizer in of]
 
 
 def _source(node: fx.Node) -> fx.Node:

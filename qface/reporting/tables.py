@@ -40,13 +40,15 @@ def evaluation_table(result: EvaluationResult) -> Table:
 def agreement_table(agreement: Agreement) -> Table:
     """Student against file: the embeddings, and each layer that differs anywhere."""
     verdict = "agree" if agreement.agrees else "DO NOT AGREE"
-    table = Table(title=f"student and file {verdict}: {len(agreement.layers)} layers, {agreement.images} images")
+    layers = f"{len(agreement.layers)} layers, " if agreement.layers else ""
+    table = Table(title=f"student and file {verdict}: {layers}{agreement.images} images")
     table.add_column("compared")
     table.add_column("result", justify="right")
     table.add_row("embeddings, mean cosine", f"{agreement.mean_cosine:.7f}")
     table.add_row("embeddings, least cosine", f"{agreement.least_cosine:.7f}")
-    different = sum(layer.different for layer in agreement.layers)
-    table.add_row("integers that differ", f"{different} of {sum(layer.elements for layer in agreement.layers)}")
+    if agreement.layers:  # a file for GPUs has no layers of integers
+        different = sum(layer.different for layer in agreement.layers)
+        table.add_row("integers that differ", f"{different} of {sum(layer.elements for layer in agreement.layers)}")
     for layer in agreement.layers:
         if layer.different:
             table.add_row(layer.layer, f"{layer.different} of {layer.elements}, by up to {layer.greatest_step}")

@@ -399,7 +399,7 @@ def test_strings_in_arguments_stay_strings(
 @pytest.mark.parametrize(
     "entries",
     [
-        {"format_version": "2"},
+        {"format_version": "3"},
         {"format_version": ""},
         {"graph": "no json"},
         {"graph": "[" * 100_000},

@@ -30,7 +30,7 @@ def network(make: Callable[..., nn.Module] = tiny_face_net) -> nn.Module:
 
 
 def calibrated(bits: int | QuantizationConfig = 6, make: Callable[..., nn.Module] = tiny_face_net) -> fx.GraphModule:
-    return calibrate(quantize(network(make), bits), FACES)
+    return calibrate(quantize(network(make), bits), FACES, equalise=False, correct_biases=False)
 
 
 def layers(student: fx.GraphModule) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_ranges_at_other_widths_are_chosen_as_calibrate_does() -> None:
     chosen = sensitivity(calibrated(8), FACES, weight_bits=(3,), activation_bits=(3,))
     own = sensitivity(calibrated(3), FACES, weight_bits=(3,), activation_bits=(3,))
     for one, other in zip(chosen.layers, own.layers, strict=True):
-        assert one.weight == other.weight
+        assert one.weight == pytest.approx(other.weight, rel=1e-4)
         # Calibration sees the image in bytes, half a grey level darker.
         assert one.activation == pytest.approx(other.activation, rel=0.3)
 

@@ -1,0 +1,70 @@
+"""Bias correction: what rounding adds to the mean of a channel, taken off its bias again.
+
+Rounded weights, and clipped activations, shift the mean of what a layer makes (Nagel et al., Data-Free Quantization,
+ICCV 2019). Layer by layer, each one behind those corrected before it, its bias takes up the difference to the mean in
+float.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qface.quantization.layers import WeightedLayer, layer_of
+
+__all__ = ["channel_means", "correct_biases"]
+
+
+def channel_means(student: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
+    """Mean of each output channel of every convolution and linear layer, [channels], by the name of its node."""
+    recorder = _Recorder(student)
+    with torch.no_grad():
+        recorder.run(images)
+    return recorder.means
+
+
+def correct_biases(student: fx.GraphModule, images: Tensor, wanted: dict[str, Tensor]) -> None:
+    """Give every channel of ``student``, in place, the mean that it is ``wanted`` to have; biases only.
+
+    Args:
+        student: calibrated, in eval mode.
+        images: normalised, float32 [N, 3, height, width]; all at once.
+        wanted: what :func:`channel_means` returned for the same images with quantizers off.
+    """
+    with torch.no_grad():
+        _Corrector(student, wanted).run(images)
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, student: fx.GraphModule) -> None:
+        super().__init__(student)
+        self.means: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        layer = layer_of(n)
+        if isinstance(layer, WeightedLayer):
+            self.means[n.name] = _mean(result, layer)
+        return result
+
+
+class _Corrector(fx.Interpreter):
+    def __init__(self, student: fx.GraphModule, wanted: dict[str, Tensor]) -> None:
+        super().__init__(student)
+        self._wanted = wanted
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        layer = layer_of(n)
+        if isinstance(layer, WeightedLayer) and layer.bias is not None:
+            layer.bias.add_(self._wanted[n.name] - _mean(result, layer))
+            result = super().run_node(n)
+        return result
+
+
+def _mean(x: Tensor, layer: nn.Module) -> Tensor:
+    """Of each channel of what ``layer`` made; those of a linear layer come last."""
+    channels = -1 if isinstance(layer, nn.Linear) else 1
+    return x.movedim(channels, 0).flatten(1).mean(1)

@@ -1,0 +1,151 @@
+"""Channels brought to one range: the float network computes what it did, and rounding costs less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from qface.preprocessing import Preprocessing, with_preprocessing
+from qface.quantization import LowBitFakeQuantize, calibrate, quantize
+from qface.quantization.calibrate import quantizers
+from qface.quantization.equalisation import channel_groups, equalise
+from tests.deployment.networks import Gate, Sum, framed, prelu
+from tests.networks import foreign_net, random_faces, tiny_face_net
+
+SIDE = 24
+FRAME = Preprocessing(size=(SIDE, SIDE))
+
+
+def images(count: int = 8, seed: int = 0) -> Tensor:
+    return FRAME(random_faces(count, seed=seed))
+
+
+def sized(make: Callable[..., nn.Module]) -> nn.Module:
+    return with_preprocessing(make(size=(SIDE, SIDE)), FRAME).eval()
+
+
+def floating(model: nn.Module, bits: int = 6) -> fx.GraphModule:
+    """A student that rounds nothing."""
+    student = quantize(model, bits).eval()
+    for quantizer in quantizers(student):
+        quantizer.enable_fake_quant(False)
+    return student
+
+
+def uneven(layer: nn.Conv2d) -> nn.Conv2d:
+    """Its output channels get ranges from 1 to 1000."""
+    with torch.no_grad():
+        layer.weight.mul_(torch.logspace(0, 3, len(layer.weight)).view(-1, 1, 1, 1))
+    return layer
+
+
+class Widths(nn.Module):
+    """A depthwise convolution behind channels of all ranges, and a pointwise one behind that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.prelu = nn.Conv2d(8, 8, 3), prelu(0.2, -0.1)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.relu, self.pointwise = nn.ReLU(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.relu(self.depthwise(self.prelu(self.front(x)))))
+
+
+BODIES: dict[str, Callable[[], nn.Module]] = {
+    "depthwise": Widths,
+    "residual": lambda: nn.Sequential(Sum(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)), nn.Conv2d(8, 8, 3)),
+    "batch norm behind a sum": lambda: nn.Sequential(
+        nn.Conv2d(8, 8, 1), Sum(nn.Conv2d(8, 8, 3, padding=1)), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+    ),
+    "groups": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.LeakyReLU(), nn.Conv2d(8, 8, 3, groups=4)),
+    "a gate": lambda: nn.Sequential(nn.Conv2d(8, 8, 3), Gate(nn.Sigmoid()), nn.Conv2d(8, 8, 3)),
+    "pools": lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.MaxPool2d(2), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 1)),
+    "linear layers": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(8 * 144, 8), prelu(0.5, 0.1), nn.Linear(8, 8), nn.ReLU6(), nn.Linear(8, 8)
+    ),
+    "linear over pixels": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 8)),
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_the_float_network_computes_what_it_did(body: Callable[[], nn.Module]) -> None:
+    student = floating(framed(body))
+    with torch.no_grad():
+        expected = student(images(seed=1))
+        equalise(student, images())
+        torch.testing.assert_close(student(images(seed=1)), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_face_net, foreign_net])
+def test_whole_networks_compute_what_they_did(make: Callable[..., nn.Module]) -> None:
+    student = floating(sized(make))
+    with torch.no_grad():
+        expected = student(images(seed=1))
+        equalise(student, images())
+        torch.testing.assert_close(student(images(seed=1)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_channels_in_front_of_a_depthwise_convolution_get_one_range() -> None:
+    model = framed(Widths)
+    uneven(model.body.front)
+    student = floating(model)
+    seen: dict[str, Tensor] = {}
+    student.get_submodule("body.prelu").register_forward_hook(
+        lambda _, __, output: seen.update(range=output.amax((0, 2, 3)) - output.amin((0, 2, 3)))
+    )
+    with torch.no_grad():
+        student(images())
+        assert seen["range"].max() / seen["range"].min() > 100
+        equalise(student, images())
+        student(images())
+    assert seen["range"].max() / seen["range"].min() < 1.5
+
+
+def test_groups_end_where_a_factor_cannot_pass() -> None:
+    student = quantize(framed(BODIES["a gate"]), 4)
+    layers = dict(student.named_modules())
+    makers = [maker for group in channel_groups(student) for maker in group.makers]
+    assert layers["body.0"] not in makers  # what it makes is multiplied by the gate
+    assert layers["stem"] in makers
+
+
+def test_all_parts_of_a_residual_chain_are_one_group() -> None:
+    student = quantize(framed(BODIES["batch norm behind a sum"]), 4)
+    layers = dict(student.named_modules())
+    (group,) = (group for group in channel_groups(student) if layers["body.0"] in group.makers)
+    assert set(group.makers) == {layers["body.0"], layers["body.1.left"]}
+    assert set(group.readers) == {layers["body.1.left"], layers["body.2"]}
+    assert all(isinstance(quantizer, LowBitFakeQuantize) for quantizer in group.quantizers)
+
+
+def test_channels_that_are_never_active_do_no_harm() -> None:
+    model = framed(Widths)
+    with torch.no_grad():
+        model.body.front.weight[:3] = 0
+        model.body.front.bias[:3] = 0
+    student = floating(model)
+    with torch.no_grad():
+        expected = student(images())
+        equalise(student, images())
+        torch.testing.assert_close(student(images()), expected, rtol=1e-3, atol=1e-5)
+    assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
+
+
+def test_uneven_channels_survive_low_bits_only_when_equalised() -> None:
+    model = framed(Widths)
+    uneven(model.body.front)
+    faces = random_faces(16)
+    with torch.no_grad():
+        expected = model(images(8, seed=2))
+        cosines = [
+            torch.cosine_similarity(
+                calibrate(quantize(model, 6), faces, equalise=choice, correct_biases=False).eval()(images(8, seed=2)),
+                expected,
+            ).mean()
+            for choice in (False, True)
+        ]
+    assert 1 - cosines[1] < 0.7 * (1 - cosines[0])
