@@ -7,6 +7,7 @@ float.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,16 +26,19 @@ def channel_means(student: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
     return recorder.means
 
 
-def correct_biases(student: fx.GraphModule, images: Tensor, wanted: dict[str, Tensor]) -> None:
+def correct_biases(student: fx.GraphModule, batches: Sequence[Tensor], wanted: Sequence[dict[str, Tensor]]) -> None:
     """Give every channel of ``student``, in place, the mean that it is ``wanted`` to have; biases only.
+
+    Each batch corrects what those before it left, and counts as much as each of them.
 
     Args:
         student: calibrated, in eval mode.
-        images: normalised, float32 [N, 3, height, width]; all at once.
-        wanted: what :func:`channel_means` returned for the same images with quantizers off.
+        batches: normalised images, float32 [N, 3, height, width].
+        wanted: what :func:`channel_means` returned for each batch with quantizers off.
     """
     with torch.no_grad():
-        _Corrector(student, wanted).run(images)
+        for number, (images, means) in enumerate(zip(batches, wanted, strict=True), 1):
+            _Corrector(student, means, 1 / number).run(images)
 
 
 class _Recorder(fx.Interpreter):
@@ -51,15 +55,16 @@ class _Recorder(fx.Interpreter):
 
 
 class _Corrector(fx.Interpreter):
-    def __init__(self, student: fx.GraphModule, wanted: dict[str, Tensor]) -> None:
+    def __init__(self, student: fx.GraphModule, wanted: dict[str, Tensor], weight: float) -> None:
         super().__init__(student)
         self._wanted = wanted
+        self._weight = weight
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         layer = layer_of(n)
         if isinstance(layer, WeightedLayer) and layer.bias is not None:
-            layer.bias.add_(self._wanted[n.name] - _mean(result, layer))
+            layer.bias.add_(self._weight * (self._wanted[n.name] - _mean(result, layer)))
             result = super().run_node(n)
         return result
 

@@ -24,7 +24,8 @@ __all__ = ["CALIBRATION_IMAGES", "calibrate", "scale_parameters", "set_observers
 
 CALIBRATION_IMAGES = 512
 """Images that :func:`calibrate` looks at by default; more changed no figure."""
-_SAMPLE = 64  # of them, for equalisation and bias correction, which look at all layers at once
+_PART = 64  # of them, at which equalisation and bias correction look at once
+_PARTS = 4
 
 
 def quantizers(model: nn.Module) -> list[LowBitFakeQuantize]:
@@ -57,8 +58,8 @@ def calibrate(
 
     The first time, its channels are brought to one range before (:mod:`qface.quantization.equalisation`), which changes
     weights but not what the float network computes, and afterwards biases make up for what rounding does to the mean of
-    each channel (:mod:`qface.quantization.bias_correction`). Both look at 64 of the images. A student that was
-    calibrated already, and perhaps trained since, gets new ranges only.
+    each channel (:mod:`qface.quantization.bias_correction`). A student that was calibrated already, and perhaps trained
+    since, gets new ranges only.
 
     Args:
         student: what :func:`qface.quantize` returned.
@@ -89,11 +90,11 @@ def calibrate(
     batches = list(sample_images(source, count, batch_size))
     if not sum(map(len, batches)):
         raise ImagesError("there are no images to calibrate on; pass at least one")
-    sample = normalise(_spread(torch.cat(batches), _SAMPLE).to(device), preprocessing)
+    sample = [normalise(part.to(device), preprocessing) for part in _spread(torch.cat(batches))]
     with _in_eval_mode(student), _in_float(found), torch.no_grad():
         if new and equalise:
-            equalise_channels(student, sample)
-        means = channel_means(student, sample)
+            equalise_channels(student, sample[0])
+        means = [channel_means(student, part) for part in sample]
         with _observing(found):
             for batch in track(batches, "calibrate", progress):
                 student(normalise(batch.to(device), preprocessing))
@@ -108,9 +109,12 @@ def calibrate(
     return record_step(student, "calibrate", settings)
 
 
-def _spread(images: Tensor, count: int) -> Tensor:
-    """``count`` of ``images``, or all of fewer, evenly spread."""
-    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()]
+def _spread(images: Tensor) -> list[Tensor]:
+    """Up to four parts of 64 of ``images``, each of them evenly spread over all."""
+    count = min(_PARTS * _PART, len(images))
+    sample = images[torch.linspace(0, len(images) - 1, count).round().long()]
+    parts = -(-count // _PART)
+    return [sample[first::parts] for first in range(parts)]
 
 
 @contextmanager

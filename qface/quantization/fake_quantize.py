@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,33 @@ class _SwitchedFakeQuantize(FakeQuantizeBase):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._mirror()
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Rounding of a whole tensor to a step that learns (LSQ), with half the backward time of torch's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, factor: float) -> Tensor:
+        """``x`` on the grid."""
+        on = torch.ones(1, device=x.device)
+        rounded, inside = torch._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+            x, scale, zero_point, on, low, high
+        )
+        ctx.save_for_backward(x, rounded, inside, scale)
+        ctx.factor = factor
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Straight through inside the range; the step's is the sum of gradient x d(rounded) / d(step).
+
+        That derivative is (rounded - x) / step inside the range and rounded / step outside, so two dot products do.
+        """
+        x, rounded, inside, scale = ctx.saved_tensors
+        gradient = gradients[0]
+        passed = gradient * inside
+        total = torch.dot(gradient.flatten(), rounded.flatten()) - torch.dot(passed.flatten(), x.flatten())
+        return passed, (ctx.factor * total / scale).view_as(scale), None, None, None, None
 
 
 class LowBitFakeQuantize(_SwitchedFakeQuantize):
@@ -106,7 +133,7 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
         origin = 0 if self.grid.symmetric else self.grid.low
         zero_point, low, high = self.zero_point - origin, low - origin, high - origin
         if self.scale.requires_grad and torch.is_grad_enabled():
-            return self._learnable(x, zero_point.to(x.dtype), low, high)
+            return self._learnable(x, zero_point, low, high)
         if self.channels is None:
             return torch.fake_quantize_per_tensor_affine(x, self.scale, zero_point, low, high)
         return torch.fake_quantize_per_channel_affine(x, self.scale, zero_point, 0, low, high)
@@ -117,8 +144,10 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
         # LSQ's gradient scale: one over the root of (values that share the scale, in one image) x (greatest integer).
         factor = (x[0].numel() * self.grid.steps) ** -0.5
         if self.channels is None:
-            return torch._fake_quantize_learnable_per_tensor_affine(x, self.scale, zero_point, low, high, factor)
-        return torch._fake_quantize_learnable_per_channel_affine(x, self.scale, zero_point, 0, low, high, factor)
+            return cast(Tensor, _LearnedStep.apply(x, self.scale, zero_point, low, high, factor))  # type: ignore[no-untyped-call]
+        return torch._fake_quantize_learnable_per_channel_affine(
+            x, self.scale, zero_point.to(x.dtype), 0, low, high, factor
+        )
 
     def observe(self, x: Tensor) -> None:
         """Let the observer see ``x``; of a weight only the last tensor counts."""

@@ -24,7 +24,7 @@ def test_every_channel_gets_back_its_mean(make: Callable[..., nn.Module], bits: 
     student = calibrate(quantize(model, bits), random_faces(16), correct_biases=False, equalise=False).eval()
     before = channel_means(student, batch)
     weights = [layer.weight.clone() for layer in student.modules() if hasattr(layer, "weight_fake_quant")]
-    correct_biases(student, batch, wanted)
+    correct_biases(student, [batch], [wanted])
     after = channel_means(student, batch)
 
     def distance(found: dict[str, torch.Tensor]) -> float:
@@ -52,3 +52,15 @@ def test_it_brings_the_embeddings_closer() -> None:
             student = calibrate(quantize(model, 3), faces, correct_biases=correct)
             losses.append(float((student.eval()(held_out) - model(held_out)).square().mean()))
     assert losses[1] < losses[0]
+
+
+def test_batches_count_alike() -> None:
+    """What two batches ask for is what both together do, but for rounding."""
+    model, batch = sized(tiny_face_net), images(16)
+    biases = []
+    for batches in ([batch], [batch[:8], batch[8:]]):
+        wanted = [channel_means(floating(model, 8), part) for part in batches]
+        student = calibrate(quantize(model, 8), random_faces(16), correct_biases=False, equalise=False).eval()
+        correct_biases(student, batches, wanted)
+        biases.append(torch.cat([v for name, v in student.named_parameters() if name.endswith("bias")]))
+    assert torch.allclose(biases[0], biases[1], atol=0.01)
