@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from qface.demo import DemoReport
@@ -100,7 +101,7 @@ def size_tables(ledger: SizeLedger, largest: int = 10) -> Group:
         entries.add_column(name, justify="left" if name in ("name", "kind") else "right", overflow="fold")
     for entry in sorted(ledger.entries, key=lambda entry: -entry.bytes)[:largest]:
         bits = "-" if entry.bits is None else str(entry.bits)
-        entries.add_row(entry.name, entry.kind, f"{entry.elements:,}", bits, f"{entry.bytes:,}")
+        entries.add_row(escape(entry.name), entry.kind, f"{entry.elements:,}", bits, f"{entry.bytes:,}")
     return Group(kinds, entries)
 
 
