@@ -187,9 +187,9 @@ def without_rounded_activations(student: nn.Module) -> nn.Module:
 def _round_parameters(layer: nn.Module | None) -> None:
     """Round those that the layer itself rounds only where its quantizers are on; weights have one of their own."""
     if isinstance(layer, WeightedLayer):
-        integers, (quantizer,) = layer.bias_integers(), layer.neighbours.inputs
-        if integers is not None and quantizer is not None:
-            layer.bias.copy_(integers * (quantizer.tensors().scale * layer.weight_fake_quant.scale))
+        (quantizer,) = layer.neighbours.inputs
+        if layer.bias is not None and quantizer is not None:
+            layer.bias.copy_(layer.rounded_bias())
     elif isinstance(layer, QuantizedAffine) and layer.neighbours.rounding:
         weight, step, bias = layer.integers()
         layer.weight.copy_(weight * step)

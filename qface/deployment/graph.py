@@ -149,18 +149,25 @@ class Linear(_Multiplication):
 
 
 @dataclass(frozen=True)
-class PRelu(Operation):
-    """``x`` where positive, else ``slopes * slope_scale * x``; 8-bit slopes, one a channel.
-
-    Between grids the products are rounded as those of a convolution, and so is ``x``.
+class _OnChannels(Operation):
+    """Something of its own for each channel of ``x``.
 
     Args:
         rank: number of dimensions of ``x``; channels are dimension 1.
     """
 
+    rank: int
+
+
+@dataclass(frozen=True)
+class PRelu(_OnChannels):
+    """``x`` where positive, else ``slopes * slope_scale * x``; 8-bit slopes, one a channel.
+
+    Between grids the products are rounded as those of a convolution, and so is ``x``.
+    """
+
     slopes: Int8
     slope_scale: float
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -172,30 +179,23 @@ class Activation(Operation):
 
 
 @dataclass(frozen=True)
-class Affine(Operation):
+class Affine(_OnChannels):
     """A BatchNorm that does not fold, between grids: one 8-bit weight and one int32 bias a channel.
 
     Args:
         weight: [channels].
-        rank: number of dimensions of ``x``; channels are dimension 1.
     """
 
     weight: Weight
     bias: Int32
-    rank: int
 
 
 @dataclass(frozen=True)
-class FloatAffine(Operation):
-    """``scale[c] * x + shift[c]`` in float: a BatchNorm that does not fold, and has no grid before or behind it.
-
-    Args:
-        rank: number of dimensions of ``x``; channels are dimension 1.
-    """
+class FloatAffine(_OnChannels):
+    """``scale[c] * x + shift[c]`` in float: a BatchNorm that does not fold, and has no grid before or behind it."""
 
     scale: Float32
     shift: Float32
-    rank: int
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from qface.deployment import graph as ir
 from qface.deployment.containers import WeightContainer, make_container
-from qface.deployment.nodes import NodeCollector, along_channels, assemble, convolution, window
+from qface.deployment.nodes import Direct, NodeCollector, along_channels, assemble, convolution, window
 
 __all__ = ["to_half_onnx"]
 
@@ -46,6 +46,8 @@ def to_half_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], container: st
 
 class _HalfWriter(NodeCollector):
     """Holds every value in the type it was made in, and in others once they are asked for."""
+
+    number = np.float16
 
     def __init__(self, weights: WeightContainer, images: ir.Value) -> None:
         super().__init__()
@@ -119,54 +121,32 @@ class _HalfWriter(NodeCollector):
     @write.register
     def _(self, operation: ir.QuantizeImage) -> None:
         (images,) = operation.inputs
-        floats = self.single(images)
-        if operation.offset:
-            floats = self.node("Sub", [floats, self.constant("image_offset", np.float32(operation.offset))])
-        self._keep(operation.output, floats, _SINGLE)
+        self._keep(operation.output, self.shifted(operation, self.single(images)), _SINGLE)
 
     @write.register
     def _(self, operation: ir.TakeBytes) -> None:
         grid = operation.output.grid
         assert grid is not None
         zero_point = self.constant("image_zero_point", np.float32(grid.zero_point))
-        centred = self.node("Sub", [self._pixels(operation), zero_point])
+        centred = self.node("Sub", [self._cast(self.pixels(operation), _SINGLE), zero_point])
         scale = self.constant("image_scale", np.float32(grid.scale))
         self._keep(operation.output, self.node("Mul", [centred, scale]), _SINGLE)
 
     @write.register
     def _(self, operation: ir.NormaliseBytes) -> None:
-        mean = self.constant("image_mean", along_channels(operation.mean, rank=4))
-        std = self.constant("image_std", along_channels(operation.std, rank=4))
-        self._keep(
-            operation.output, self.node("Div", [self.node("Sub", [self._pixels(operation), mean]), std]), _SINGLE
-        )
-
-    def _pixels(self, operation: ir.TakeBytes | ir.NormaliseBytes) -> str:
-        """Bytes as float32, channels in order."""
-        (images,) = operation.inputs
-        return self._cast(self.reordered(images.name, operation.channels), _SINGLE)
+        self._keep(operation.output, self.normalised(operation, self._cast(self.pixels(operation), _SINGLE)), _SINGLE)
 
     # ---- operations
 
     @write.register
     def _(self, operation: ir.Convolution) -> None:
         product = self.node("Conv", self._multiplication_inputs(operation), **convolution(operation))
-        self._keep(operation.output, self._clamped(product, operation.clamp))
+        self._keep(operation.output, self.clamped(product, operation.clamp))
 
     @write.register
     def _(self, operation: ir.Linear) -> None:
         product = self.node("Gemm", self._multiplication_inputs(operation), transB=1)
-        self._keep(operation.output, self._clamped(product, operation.clamp))
-
-    def _clamped(self, tensor: str, clamp: ir.Clamp | None) -> str:
-        if clamp is None:
-            return tensor
-        low, high = clamp
-        return self.node("Relu", [tensor]) if high is None else self._clip(tensor, low, high)
-
-    def _clip(self, tensor: str, low: float, high: float) -> str:
-        limits = [self.constant(f"limit_{limit:g}", np.float16(limit)) for limit in (low, high)]
-        return self.node("Clip", [tensor, *limits])
+        self._keep(operation.output, self.clamped(product, operation.clamp))
 
     @write.register
     def _(self, operation: ir.PRelu) -> None:
@@ -198,33 +178,11 @@ class _HalfWriter(NodeCollector):
     @write.register
     def _(self, operation: ir.Activation) -> None:
         (x,) = self._halves(operation)
-        if operation.function == "Relu6":
-            self._keep(operation.output, self._clip(x, 0.0, 6.0))
-        elif operation.function == "Silu":
-            self._keep(operation.output, self.node("Mul", [x, self.node("Sigmoid", [x])]))
-        else:
-            self._elementwise(operation, operation.function, **operation.attributes)
+        self._keep(operation.output, self.activation(operation, x))
 
     @write.register
-    def _(self, operation: ir.Add) -> None:
-        self._elementwise(operation, "Add")
-
-    @write.register
-    def _(self, operation: ir.Multiply) -> None:
-        self._elementwise(operation, "Mul")
-
-    @write.register
-    def _(self, operation: ir.Concat) -> None:
-        self._elementwise(operation, "Concat", axis=operation.axis)
-
-    @write.register
-    def _(self, operation: ir.GlobalAveragePool) -> None:
-        self._elementwise(operation, "GlobalAveragePool")
-
-    @write.register
-    def _(self, operation: ir.AveragePool) -> None:
-        count_include_pad = int(operation.count_include_pad)
-        self._elementwise(operation, "AveragePool", **window(operation), count_include_pad=count_include_pad)
+    def _(self, operation: Direct) -> None:
+        self._keep(operation.output, self.direct(operation, self._halves(operation)))
 
     @write.register
     def _(self, operation: ir.MaxPool) -> None:

@@ -187,15 +187,15 @@ class _Lowering:
     def prelu(self, node: fx.Node, layer: QuantizedPReLU) -> ir.Operation:
         slopes = _int8(layer.slope_integers())
         scale = float(layer.weight_fake_quant.scale.detach())
-        return ir.PRelu(str(node.target), self._inputs(node), self._output(node), slopes, scale, self._rank(node))
+        return ir.PRelu(str(node.target), self._inputs(node), self._output(node), self._rank(node), slopes, scale)
 
     def affine(self, node: fx.Node, layer: QuantizedAffine) -> ir.Operation:
         name, inputs, output, rank = str(node.target), self._inputs(node), self._output(node), self._rank(node)
         if inputs[0].grid is None or output.grid is None:
-            return ir.FloatAffine(name, inputs, output, _float32(layer.weight), _float32(layer.bias), rank)
+            return ir.FloatAffine(name, inputs, output, rank, _float32(layer.weight), _float32(layer.bias))
         integers, scale, bias = layer.integers()
         weight = ir.Weight(_int8(integers), _float32(scale), AFFINE_BITS)
-        return ir.Affine(name, inputs, output, weight, bias.to(torch.int32).cpu().numpy(), rank)
+        return ir.Affine(name, inputs, output, rank, weight, bias.to(torch.int32).cpu().numpy())
 
     def leaky_relu(self, node: fx.Node, layer: nn.LeakyReLU) -> ir.Operation:
         return self._activation(node, "LeakyRelu", {"alpha": layer.negative_slope})

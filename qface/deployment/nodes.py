@@ -13,10 +13,14 @@ from onnx import TensorProto, helper, numpy_helper
 from qface.deployment import graph as ir
 from qface.deployment.containers import WeightContainer
 
-__all__ = ["IR_VERSION", "OPSET", "NodeCollector", "along_channels", "assemble", "convolution", "window"]
+__all__ = ["IR_VERSION", "OPSET", "Direct", "NodeCollector", "along_channels", "assemble", "convolution", "window"]
 
 OPSET = 18
 IR_VERSION = 9  # onnx's own default is newer than what some runtimes read
+
+
+Direct = ir.Add | ir.Multiply | ir.Concat | ir.GlobalAveragePool | ir.AveragePool
+"""Operations that one node computes, whatever the type of its numbers."""
 
 
 class NodeCollector:
@@ -25,6 +29,9 @@ class NodeCollector:
     Constants are called after their layers; what lies between two values gets a number, because names would take a
     twelfth of a small network's file.
     """
+
+    number: type[np.floating[Any]] = np.float32
+    """Type of the floats that operations compute with."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -47,11 +54,57 @@ class NodeCollector:
             self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def reordered(self, pixels: str, channels: ir.Channels) -> str:
-        """``pixels`` [N, 3, height, width] with each of ``channels`` in its place."""
-        if channels == tuple(range(len(channels))):
-            return pixels
-        return self.node("Gather", [pixels, self.constant("channels", np.array(channels))], axis=1)
+    # ---- images
+
+    def pixels(self, operation: ir.TakeBytes | ir.NormaliseBytes) -> str:
+        """The bytes of the image [N, 3, height, width], each channel in its place."""
+        (images,) = operation.inputs
+        if operation.channels == tuple(range(len(operation.channels))):
+            return images.name
+        return self.node("Gather", [images.name, self.constant("channels", np.array(operation.channels))], axis=1)
+
+    def normalised(self, operation: ir.NormaliseBytes, pixels: str) -> str:
+        """``pixels`` as float32, normalised."""
+        mean = self.constant("image_mean", along_channels(operation.mean, rank=4))
+        std = self.constant("image_std", along_channels(operation.std, rank=4))
+        return self.node("Div", [self.node("Sub", [pixels, mean]), std])
+
+    def shifted(self, operation: ir.QuantizeImage, images: str) -> str:
+        """``images`` as float32, less the offset."""
+        if not operation.offset:
+            return images
+        return self.node("Sub", [images, self.constant("image_offset", np.float32(operation.offset))])
+
+    # ---- operations on floats
+
+    def direct(self, operation: Direct, inputs: Sequence[str]) -> str:
+        """The one node of ``operation``."""
+        if isinstance(operation, ir.Concat):
+            return self.node("Concat", inputs, axis=operation.axis)
+        if isinstance(operation, ir.AveragePool):
+            count_include_pad = int(operation.count_include_pad)
+            return self.node("AveragePool", inputs, **window(operation), count_include_pad=count_include_pad)
+        return self.node("Mul" if isinstance(operation, ir.Multiply) else type(operation).__name__, inputs)
+
+    def activation(self, operation: ir.Activation, x: str) -> str:
+        """The activation function of ``x``."""
+        if operation.function == "Relu6":
+            return self.clip(x, 0.0, 6.0)
+        if operation.function == "Silu":
+            return self.node("Mul", [x, self.node("Sigmoid", [x])])
+        return self.node(operation.function, [x], None, **operation.attributes)
+
+    def clamped(self, x: str, clamp: ir.Clamp | None) -> str:
+        """``x`` as far as ``clamp`` lets it pass."""
+        if clamp is None:
+            return x
+        low, high = clamp
+        return self.node("Relu", [x]) if high is None else self.clip(x, low, high)
+
+    def clip(self, x: str, low: float, high: float) -> str:
+        """``x`` within ``low`` .. ``high``."""
+        limits = [self.constant(f"limit_{limit:g}", self.number(limit)) for limit in (low, high)]
+        return self.node("Clip", [x, *limits])
 
 
 def assemble(

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from qface.deployment import graph as ir
 from qface.deployment.containers import WeightContainer, make_container
-from qface.deployment.nodes import NodeCollector, along_channels, assemble, convolution, window
+from qface.deployment.nodes import Direct, NodeCollector, along_channels, assemble, convolution, window
 from qface.deployment.prelu import prelu_table
 
 __all__ = ["to_onnx"]
@@ -84,7 +84,7 @@ class _Writer(NodeCollector):
     def _finish(self, value: ir.Value, floats: str, clamp: ir.Clamp | None = None) -> None:
         """Make ``value`` of ``floats``: clamped, and rounded to its grid or under another name."""
         if value.grid is None:
-            self.node("Identity", [floats if clamp is None else self._clamped(floats, clamp)], value.name)
+            self.node("Identity", [self.clamped(floats, clamp)], value.name)
             return
         # Clamped behind the rounding, which comes to the same and leaves onnxruntime its integer kernel.
         limits = self._limits(*_levels(value.grid, clamp))
@@ -106,34 +106,21 @@ class _Writer(NodeCollector):
     def _floats(self, operation: ir.Operation) -> list[str]:
         return [self.float_name(value) for value in operation.inputs]
 
-    def _elementwise(self, operation: ir.Operation, kind: str, **attributes: Any) -> None:
-        self._finish(operation.output, self.node(kind, self._floats(operation), **attributes))
-
     # ---- operations
 
     @write.register
     def _(self, operation: ir.QuantizeImage) -> None:
         (images,) = operation.inputs
-        floats = images.name
-        if operation.offset:
-            offset = self.constant("image_offset", np.float32(operation.offset))
-            floats = self.node("Sub", [floats, offset])
-        self._finish(operation.output, floats)
+        self._finish(operation.output, self.shifted(operation, images.name))
 
     @write.register
     def _(self, operation: ir.TakeBytes) -> None:
-        self.node("Identity", [self._pixels(operation)], operation.output.name)
+        self.node("Identity", [self.pixels(operation)], operation.output.name)
 
     @write.register
     def _(self, operation: ir.NormaliseBytes) -> None:
-        mean = self.constant("image_mean", along_channels(operation.mean, rank=4))
-        std = self.constant("image_std", along_channels(operation.std, rank=4))
-        floats = self.node("Cast", [self._pixels(operation)], to=TensorProto.FLOAT)
-        self._finish(operation.output, self.node("Div", [self.node("Sub", [floats, mean]), std]))
-
-    def _pixels(self, operation: ir.TakeBytes | ir.NormaliseBytes) -> str:
-        (images,) = operation.inputs
-        return self.reordered(images.name, operation.channels)
+        floats = self.node("Cast", [self.pixels(operation)], to=TensorProto.FLOAT)
+        self._finish(operation.output, self.normalised(operation, floats))
 
     @write.register
     def _(self, operation: ir.Convolution) -> None:
@@ -183,16 +170,6 @@ class _Writer(NodeCollector):
         zero_points = self.constant(f"zeros_{kind.__name__}_{channels}", np.zeros(channels, kind))
         return self.node("DequantizeLinear", [integers, scale, zero_points], axis=0)
 
-    def _clamped(self, floats: str, clamp: ir.Clamp) -> str:
-        low, high = clamp
-        if high is None:
-            return self.node("Relu", [floats])
-        return self._clip_floats(floats, low, high)
-
-    def _clip_floats(self, floats: str, low: float, high: float) -> str:
-        limits = [self.constant(f"limit_{limit:g}", np.float32(limit)) for limit in (low, high)]
-        return self.node("Clip", [floats, *limits])
-
     @write.register
     def _(self, operation: ir.PRelu) -> None:
         """The slopes are weights of a depthwise convolution, whose kernel is one of integers; that of PRelu is not."""
@@ -202,17 +179,15 @@ class _Writer(NodeCollector):
             self._finish(operation.output, self.node("PRelu", inputs))
             return
         table = prelu_table(operation)
+        merge = table.merge
         integers = self._as_map(source.name, operation.rank)
         merged = (
-            self.node(table.merge, [self._kept(operation, integers), self._scaled(operation, integers)])
-            if table.merge
+            self.node(merge, [self._kept(operation, integers), self._scaled(operation, integers)])
+            if merge
             else self._sum_of_halves(operation, integers)
         )
         low = operation.output.grid.low
-        limits = self._limits(low if table.result.min() < low else 0, _HIGH)
-        if limits:
-            merged = self.node("Clip", [merged, *limits])
-        self._finish_map(operation, merged)
+        self._finish_map(operation, merged, low if table.result.min() < low else 0)
 
     def _kept(self, operation: ir.PRelu, integers: str) -> str:
         """``integers`` on the grid of the output."""
@@ -250,8 +225,11 @@ class _Writer(NodeCollector):
         """``value``, or [N, channels, 1, 1] for rows [N, channels]."""
         return self.node("Unsqueeze", [value, self._map_axes()]) if rank == _ROWS else value
 
-    def _finish_map(self, operation: ir.PRelu | ir.Affine, integers: str) -> None:
-        """Give ``integers`` the rank and name of the operation's output."""
+    def _finish_map(self, operation: ir.PRelu | ir.Affine, integers: str, low: int) -> None:
+        """Clip ``integers`` at ``low``, and give them the rank and name of the operation's output."""
+        limits = self._limits(low, _HIGH)
+        if limits:
+            integers = self.node("Clip", [integers, *limits])
         if operation.rank == _ROWS:
             self.node("Squeeze", [integers, self._map_axes()], operation.output.name)
         else:
@@ -279,21 +257,12 @@ class _Writer(NodeCollector):
             self._bias(operation.name, operation.bias, source, scale),
         ]
         product = self.node("Conv", inputs, kernel_shape=(1, 1), group=channels)
-        integers = self._quantize(product, operation.output)
-        limits = self._limits(operation.output.grid.low, _HIGH)
-        if limits:
-            integers = self.node("Clip", [integers, *limits])
-        self._finish_map(operation, integers)
+        self._finish_map(operation, self._quantize(product, operation.output), operation.output.grid.low)
 
     @write.register
     def _(self, operation: ir.Activation) -> None:
         (floats,) = self._floats(operation)
-        if operation.function == "Relu6":
-            self._finish(operation.output, self._clip_floats(floats, 0.0, 6.0))
-        elif operation.function == "Silu":
-            self._finish(operation.output, self.node("Mul", [floats, self.node("Sigmoid", [floats])]))
-        else:
-            self._elementwise(operation, operation.function, **operation.attributes)
+        self._finish(operation.output, self.activation(operation, floats))
 
     @write.register
     def _(self, operation: ir.FloatAffine) -> None:
@@ -303,29 +272,8 @@ class _Writer(NodeCollector):
         self._finish(operation.output, self.node("Add", [self.node("Mul", [floats, scale]), shift]))
 
     @write.register
-    def _(self, operation: ir.Add) -> None:
-        self._elementwise(operation, "Add")
-
-    @write.register
-    def _(self, operation: ir.Multiply) -> None:
-        self._elementwise(operation, "Mul")
-
-    @write.register
-    def _(self, operation: ir.Concat) -> None:
-        self._elementwise(operation, "Concat", axis=operation.axis)
-
-    @write.register
-    def _(self, operation: ir.GlobalAveragePool) -> None:
-        self._elementwise(operation, "GlobalAveragePool")
-
-    @write.register
-    def _(self, operation: ir.AveragePool) -> None:
-        self._elementwise(
-            operation,
-            "AveragePool",
-            **window(operation),
-            count_include_pad=int(operation.count_include_pad),
-        )
+    def _(self, operation: Direct) -> None:
+        self._finish(operation.output, self.direct(operation, self._floats(operation)))
 
     @write.register
     def _(self, operation: ir.MaxPool) -> None:
@@ -340,7 +288,7 @@ class _Writer(NodeCollector):
 
     @write.register
     def _(self, operation: ir.L2Normalise) -> None:
-        self._elementwise(operation, "LpNormalization", axis=1, p=2)
+        self._finish(operation.output, self.node("LpNormalization", self._floats(operation), axis=1, p=2))
 
 
 def _reads_an_image(operation: ir.Convolution | ir.Linear) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qface.distillation.config import DistillConfig
+from qface.modes import modes_kept
 
 __all__ = ["borrowed", "has_batch_norm", "mode_changes", "set_observers", "set_student_mode"]
 
@@ -49,16 +50,15 @@ def borrowed(device: torch.device, *models: nn.Module) -> Iterator[None]:
     """Move ``models`` to ``device``; afterwards, even after an error, device and mode are as before."""
     with ExitStack() as stack:
         for model in models:
-            stack.callback(_restore, model, _device_of(model), {part: part.training for part in model.modules()})
+            stack.enter_context(modes_kept(model))
+            stack.callback(_restore, model, _device_of(model))
             model.to(device)
         yield
 
 
-def _restore(model: nn.Module, device: torch.device | None, training: dict[nn.Module, bool]) -> None:
+def _restore(model: nn.Module, device: torch.device | None) -> None:
     if device is not None:
         model.to(device)
-    for module, flag in training.items():
-        module.training = flag
 
 
 def _device_of(model: nn.Module) -> torch.device | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qface.data.images import ImageSource, IndexedImages, normalise
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, ImagesError, QFaceError
+from qface.modes import modes_kept
 from qface.preprocessing import Preprocessing, preprocessing_of
 from qface.progress import track
 
@@ -73,18 +74,16 @@ class TorchEmbedder:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode with observers off: torch's observers update in eval mode too."""
-    modes = [(module, module.training) for module in model.modules()]
     observing: list[Any] = [module for module in model.modules() if _is_observing(module)]
-    model.eval()
-    for module in observing:
-        module.enable_observer(False)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with modes_kept(model):
+        model.eval()
         for module in observing:
-            module.enable_observer(True)
+            module.enable_observer(False)
+        try:
+            yield
+        finally:
+            for module in observing:
+                module.enable_observer(True)
 
 
 def _is_observing(module: Any) -> bool:

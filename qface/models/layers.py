@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Add", "ChannelAffine", "Concat", "L2Normalise", "Multiply"]
+__all__ = ["Add", "ChannelAffine", "Concat", "L2Normalise", "Multiply", "along_channels"]
 
 
 class Add(nn.Module):
@@ -62,8 +62,7 @@ class ChannelAffine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale and shift each channel."""
-        shape = (1, -1) + (1,) * (x.ndim - 2)
-        return self.weight.view(shape) * x + self.bias.view(shape)
+        return along_channels(self.weight, x) * x + along_channels(self.bias, x)
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> ChannelAffine:
@@ -73,6 +72,11 @@ class ChannelAffine(nn.Module):
         affine.weight.data.copy_(scale)
         affine.bias.data.copy_(shift)
         return affine
+
+
+def along_channels(values: Tensor, x: Tensor) -> Tensor:
+    """``values`` [channels] in a shape that broadcasts along dimension 1 of ``x``."""
+    return values.view(1, -1, *(1,) * (x.ndim - 2))
 
 
 def batch_norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

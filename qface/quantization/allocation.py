@@ -53,7 +53,7 @@ def choose_widths(table: Sensitivity, budget: int, bits_a_width: int = 0) -> dic
 
 def _sets_of_widths(table: Sensitivity) -> Iterator[tuple[int, ...]]:
     """All that may occur together, small sets first."""
-    widths = sorted({bits for layer in table.layers for bits in layer.weight})
+    widths = table.widths("weight")
     if not widths:
         raise ConfigError("there are no widths to choose from; measure the sensitivity of weights first")
     for count in range(1, len(widths) + 1):

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from qface.data.images import Images, ImageSource, IndexedImages, as_image_source, normalise
 from qface.errors import ConfigError, ImagesError
 from qface.models.provenance import record_step
+from qface.modes import modes_kept
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
 from qface.quantization.bias_correction import channel_means
@@ -87,14 +88,12 @@ def calibrate(
     device = found[0].scale.device
     for quantizer in found:
         quantizer.activation_post_process.reset()
-    batches = list(sample_images(source, count, batch_size))
-    if not sum(map(len, batches)):
-        raise ImagesError("there are no images to calibrate on; pass at least one")
-    sample = [normalise(part.to(device), preprocessing) for part in _spread(torch.cat(batches))]
+    batches = sample_batches(source, count, batch_size)
+    sample = [normalise(part.to(device), preprocessing) for part in _spread(torch.cat(batches))] if new else []
     with _in_eval_mode(student), _in_float(found), torch.no_grad():
         if new and equalise:
             equalise_channels(student, sample[0])
-        means = [channel_means(student, part) for part in sample]
+        means = [channel_means(student, part) for part in sample] if correct_biases else []
         with _observing(found):
             for batch in track(batches, "calibrate", progress):
                 student(normalise(batch.to(device), preprocessing))
@@ -111,21 +110,21 @@ def calibrate(
 
 def _spread(images: Tensor) -> list[Tensor]:
     """Up to four parts of 64 of ``images``, each of them evenly spread over all."""
-    count = min(_PARTS * _PART, len(images))
-    sample = images[torch.linspace(0, len(images) - 1, count).round().long()]
-    parts = -(-count // _PART)
-    return [sample[first::parts] for first in range(parts)]
+    indices = _evenly(len(images), _PARTS * _PART)
+    parts = -(-len(indices) // _PART)
+    return [images[indices[first::parts]] for first in range(parts)]
+
+
+def _evenly(length: int, count: int) -> Tensor:
+    """Up to ``count`` indices below ``length``, evenly spread."""
+    return torch.linspace(0, length - 1, min(count, length)).round().long()
 
 
 @contextmanager
 def _in_eval_mode(student: fx.GraphModule) -> Iterator[None]:
-    modes = {module: module.training for module in student.modules()}
-    student.eval()
-    try:
+    with modes_kept(student):
+        student.eval()
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
@@ -151,10 +150,21 @@ def _observing(found: list[LowBitFakeQuantize]) -> Iterator[None]:
             quantizer.enable_observer(False)
 
 
-def sample_images(source: ImageSource, count: int, batch_size: int) -> Iterator[Tensor]:
-    """About ``count`` images: every k-th of what can be indexed, else the first batches."""
+def sample_batches(source: ImageSource, count: int, batch_size: int) -> list[Tensor]:
+    """About ``count`` images: every k-th of what can be indexed, else the first batches.
+
+    Raises:
+        ImagesError: the images cannot be used, or there are none.
+    """
+    batches = list(_sample(source, count, batch_size))
+    if not sum(map(len, batches)):
+        raise ImagesError("there are no images to look at; pass at least one")
+    return batches
+
+
+def _sample(source: ImageSource, count: int, batch_size: int) -> Iterator[Tensor]:
     if isinstance(source, IndexedImages):
-        indices = torch.linspace(0, len(source) - 1, min(count, len(source))).round().long().tolist()
+        indices = _evenly(len(source), count).tolist()
         for start in range(0, len(indices), batch_size):
             yield source.read(indices[start : start + batch_size])
         return

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qface.models.layers import Add, ChannelAffine
+from qface.models.layers import Add, ChannelAffine, along_channels
 from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize, PreActivationQuantize
 from qface.quantization.kernels import accumulate, add_on_grids, requantize
 
@@ -109,12 +109,14 @@ class _QuantizedMultiplication(nn.Module):
 
     def _bias_on_grid(self) -> Tensor | None:
         """The bias that the integer kernel adds; its gradient passes to ``bias`` unchanged."""
+        rounded = self.rounded_bias()
+        return None if rounded is None else cast(Tensor, self.bias + (rounded - self.bias).detach())
+
+    @torch.no_grad()
+    def rounded_bias(self) -> Tensor | None:
+        """The bias that the integer kernel adds, as floats [out_channels]."""
         integers = self.bias_integers()
-        if self.bias is None or integers is None:
-            return None
-        with torch.no_grad():
-            rounded = integers * self._step()
-        return cast(Tensor, self.bias + (rounded - self.bias).detach())
+        return None if integers is None else integers * self._step()
 
     @torch.no_grad()
     def bias_integers(self) -> Tensor | None:
@@ -238,7 +240,7 @@ class QuantizedPReLU(nn.PReLU):
 
     def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
         integers = (x / scale).round_()
-        slopes = self.slope_integers().view(1, -1, *(1,) * (x.ndim - 2))
+        slopes = along_channels(self.slope_integers(), x)
         scaled = requantize(integers * slopes, scale, self.weight_fake_quant.scale, output_scale)
         kept = requantize(integers.clone(), scale, torch.ones_like(scale), output_scale)
         return torch.where(integers > 0, kept, scaled).mul_(output_scale)
@@ -298,8 +300,8 @@ class QuantizedAffine(ChannelAffine):
         return (self.weight / step).round(), step, (self.bias / (input_scale * step)).round()
 
     def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
-        weight, weight_scale, bias = (values.view(1, -1, *(1,) * (x.ndim - 2)) for values in self.integers())
-        sums = ((x / scale).round_().double() * weight + bias).float()
+        weight, weight_scale, bias = (along_channels(values, x) for values in self.integers())
+        sums = accumulate(torch.mul, (x / scale).round_(), weight, bias)
         return requantize(sums, scale, weight_scale, output_scale).mul_(output_scale)
 
     @classmethod

@@ -19,10 +19,9 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import disable_fake_quant, disable_observer
 
 from qface.data.images import Images, as_image_source, normalise
-from qface.errors import ImagesError
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
-from qface.quantization.calibrate import quantizers, sample_images
+from qface.quantization.calibrate import quantizers, sample_batches
 from qface.quantization.config import MAX_BITS, MIN_BITS, QuantizationConfig
 from qface.quantization.equalisation import equalise
 from qface.quantization.fake_quantize import LowBitFakeQuantize
@@ -71,6 +70,19 @@ class Sensitivity:
 
     images: int
     layers: tuple[LayerSensitivity, ...]
+
+    def losses(self, tensor: str) -> list[Mapping[int, float]]:
+        """Of each layer's ``"weight"`` or ``"activation"``."""
+        return [layer.weight if tensor == "weight" else layer.activation for layer in self.layers]
+
+    def widths(self, tensor: str) -> list[int]:
+        """Those at which any ``"weight"`` or ``"activation"`` was measured, in rising order."""
+        return sorted({bits for losses in self.losses(tensor) for bits in losses})
+
+    @property
+    def tensors(self) -> list[str]:
+        """``"weight"``, ``"activation"`` or both: what was measured."""
+        return [tensor for tensor in ("weight", "activation") if self.widths(tensor)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with widths as strings, for JSON."""
@@ -122,8 +134,7 @@ def sensitivity(
     device = next(network.parameters()).device
     batches = [normalise(batch.to(device), preprocessing_of(model)) for batch in torch.split(faces, batch_size)]
     if not any(quantizer.calibrated for quantizer in quantizers(network)):
-        with torch.no_grad():
-            equalise(network, torch.cat(batches))  # as calibration will
+        equalise(network, torch.cat(batches))  # as calibration will
     layers = [node for node in network.graph.nodes if isinstance(layer_of(node), WeightedLayer)]
     changes = [
         *_weight_changes(layers, sorted(set(weight_bits))),
@@ -139,10 +150,7 @@ def read_sample(images: Images, people: str | Path | None, count: int) -> Tensor
     Raises:
         ImagesError: the images cannot be used, or there are none.
     """
-    batches = list(sample_images(as_image_source(images, people), count, _READ_AT_ONCE))
-    if not sum(map(len, batches)):
-        raise ImagesError("there are no images to measure on; pass at least one")
-    return torch.cat(batches)
+    return torch.cat(sample_batches(as_image_source(images, people), count, _READ_AT_ONCE))
 
 
 def _check_widths(weight_bits: Sequence[int], activation_bits: Sequence[int]) -> None:

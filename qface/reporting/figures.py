@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qface.errors import DependencyError, ExportError
 from qface.files import check_folder, replacing
-from qface.quantization.sensitivity import LayerSensitivity, Sensitivity
+from qface.quantization.sensitivity import Sensitivity
 
 __all__ = ["check_figure", "sensitivity_figure"]
 
@@ -47,12 +46,11 @@ def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:
     """
     path = Path(path)
     check_figure(path)
-    tensors = [name for name in ("weight", "activation") if any(getattr(layer, name) for layer in result.layers)]
-    size = (3 + _INCHES_A_LAYER * len(result.layers), 1 + 3 * len(tensors))
+    size = (3 + _INCHES_A_LAYER * len(result.layers), 1 + 3 * len(result.tensors))
     figure = _figure_class()(figsize=size, layout="constrained")
-    panels = figure.subplots(len(tensors), squeeze=False, sharex=True)[:, 0]
-    for panel, tensor in zip(panels, tensors, strict=True):
-        _draw_losses(panel, result.layers, tensor)
+    panels = figure.subplots(len(result.tensors), squeeze=False, sharex=True)[:, 0]
+    for panel, tensor in zip(panels, result.tensors, strict=True):
+        _draw_losses(panel, result, tensor)
     panels[-1].set_xticks(range(len(result.layers)), [layer.name for layer in result.layers], rotation=90, fontsize=7)
     panels[0].set_title(f"one tensor quantized, all else in float, {result.images} images", fontsize="medium")
     with replacing(path) as temporary:
@@ -68,13 +66,13 @@ def _figure_class() -> Any:
     return Figure
 
 
-def _draw_losses(panel: Any, layers: Sequence[LayerSensitivity], tensor: str) -> None:
+def _draw_losses(panel: Any, result: Sensitivity, tensor: str) -> None:
     """A line for each width of ``tensor``, ``"weight"`` or ``"activation"``, broken where it has none."""
     from matplotlib import colormaps
 
-    widths = sorted({bits for layer in layers for bits in getattr(layer, tensor)})
+    widths = result.widths(tensor)
     for place, bits in enumerate(widths):
-        losses = [getattr(layer, tensor).get(bits, float("nan")) for layer in layers]
+        losses = [of.get(bits, float("nan")) for of in result.losses(tensor)]
         colour = colormaps["viridis"](place / max(len(widths) - 1, 1))
         panel.plot(losses, marker=".", linewidth=0.8, color=colour, label=f"{bits} bits")
     panel.set_yscale("log")

@@ -13,7 +13,7 @@ from qface.demo import DemoReport
 from qface.deployment import Agreement, SizeLedger
 from qface.deployment.latency import Latency
 from qface.evaluation import EvaluationResult
-from qface.quantization.sensitivity import LayerSensitivity, Sensitivity
+from qface.quantization.sensitivity import Sensitivity
 
 __all__ = ["agreement_table", "demo_table", "evaluation_table", "latency_table", "sensitivity_tables", "size_tables"]
 
@@ -113,20 +113,18 @@ def _size_row(name: str, ledger: SizeLedger) -> list[str]:
 
 def sensitivity_tables(result: Sensitivity) -> Group:
     """Losses of single tensors in thousandths, a row a layer: a table for weights and one for activations."""
-    tensors = [name for name in ("weight", "activation") if any(getattr(layer, name) for layer in result.layers)]
-    return Group(*(_sensitivity_table(result.layers, tensor, result.images) for tensor in tensors))
+    return Group(*(_sensitivity_table(result, tensor) for tensor in result.tensors))
 
 
-def _sensitivity_table(layers: Sequence[LayerSensitivity], tensor: str, images: int) -> Table:
+def _sensitivity_table(result: Sensitivity, tensor: str) -> Table:
     """One of ``tensor``, ``"weight"`` or ``"activation"``."""
-    widths = sorted({bits for layer in layers for bits in getattr(layer, tensor)})
-    title = f"1000 x (1 - cosine) with one {tensor} quantized, {counted(images, 'image')}"
+    widths = result.widths(tensor)
+    title = f"1000 x (1 - cosine) with one {tensor} quantized, {counted(result.images, 'image')}"
     table = Table(title=title, box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     table.add_column("layer", overflow="fold")
     for name in ("elements", *(counted(bits, "bit") for bits in widths)):
         table.add_column(name, justify="right", overflow="fold")
-    for layer in layers:
-        losses = getattr(layer, tensor)
+    for layer, losses in zip(result.layers, result.losses(tensor), strict=True):
         figures = (f"{1000 * losses[bits]:.3f}" if bits in losses else "-" for bits in widths)
         table.add_row(layer.name, f"{layer.elements:,}", *figures)
     return table
