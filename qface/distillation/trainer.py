@@ -16,6 +16,7 @@ from qface.data.images import Images, as_image_source, normalise
 from qface.distillation.batches import Batch, Batches, batches_of
 from qface.distillation.checkpoint import RunFolder, digest_of_structure, digest_of_values
 from qface.distillation.config import DistillConfig
+from qface.distillation.memory import memory_kept
 from qface.distillation.modes import borrowed, has_batch_norm, mode_changes, set_observers, set_student_mode
 from qface.distillation.objective import Objective
 from qface.distillation.optim import descend, optimizer_for, schedule_factor
@@ -91,7 +92,7 @@ def distill(
             "images": batches.digest(),
         }
         folder = RunFolder(Path(run_dir), config, inputs, resume, writes=parallel.rank == 0)
-    with borrowed(parallel.device, student, teacher), _released(student):
+    with memory_kept(), borrowed(parallel.device, student, teacher), _released(student):
         trainer = _Trainer(student, teacher, batches, config, parallel)
         trainer.run(folder, progress and parallel.rank == 0)
         parallel.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from qface.errors import ConfigError
 from qface.quantization.kernels import GridTensors, on_grid
+from qface.quantization.learned_step import Levels, prelu_on_grid, round_to_grid
 from qface.quantization.observers import BYTE, Grid, make_observer
 
 __all__ = ["ImageQuantize", "LowBitFakeQuantize", "PreActivationQuantize"]
@@ -43,33 +44,6 @@ class _SwitchedFakeQuantize(FakeQuantizeBase):
         self._mirror()
 
 
-class _LearnedStep(torch.autograd.Function):
-    """Rounding of a whole tensor to a step that learns (LSQ), with half the backward time of torch's own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, factor: float) -> Tensor:
-        """``x`` on the grid."""
-        on = torch.ones(1, device=x.device)
-        rounded, inside = torch._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
-            x, scale, zero_point, on, low, high
-        )
-        ctx.save_for_backward(x, rounded, inside, scale)
-        ctx.factor = factor
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Straight through inside the range; the step's is the sum of gradient x d(rounded) / d(step).
-
-        That derivative is (rounded - x) / step inside the range and rounded / step outside, so two dot products do.
-        """
-        x, rounded, inside, scale = ctx.saved_tensors
-        gradient = gradients[0]
-        passed = gradient * inside
-        total = torch.dot(gradient.flatten(), rounded.flatten()) - torch.dot(passed.flatten(), x.flatten())
-        return passed, (ctx.factor * total / scale).view_as(scale), None, None, None, None
-
-
 class LowBitFakeQuantize(_SwitchedFakeQuantize):
     """Rounds to ``bits`` bits: per tensor and affine for activations, per channel and symmetric for weights.
 
@@ -99,6 +73,7 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
         self.quant_min, self.quant_max = self.grid.low, self.grid.high
         self.is_dynamic = False
         self.ch_axis = 0
+        self.behind_prelu = False  # one that reads values of the same step
         self.activation_post_process = make_observer(rule, self.grid, channels is not None, percentile)
         self.scale = nn.Parameter(torch.ones(channels or 1))
         self.register_buffer("zero_point", torch.zeros(channels or 1, dtype=torch.int32))
@@ -108,6 +83,7 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
     def _mirror(self) -> None:
         super()._mirror()
         self._ready = bool(self.calibrated.item()) if "calibrated" in self._buffers else False
+        self._zero = int(self.zero_point[0].item()) if "zero_point" in self._buffers else 0
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid, in its own shape.
@@ -117,7 +93,7 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
         """
         if self.observing:
             self.observe(x)
-        if not self.quantizing:
+        if not self.quantizing or self.rounds_within_prelu:
             return x
         if not self._ready:
             raise ConfigError(
@@ -129,25 +105,34 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
 
     def fake_quantize(self, x: Tensor, low: int, high: int) -> Tensor:
         """``x`` rounded to this step, clamped to the integers ``low`` .. ``high``; differentiable."""
-        # Counted from the least level of an activation, since torch wants zero among the integers.
-        origin = 0 if self.grid.symmetric else self.grid.low
-        zero_point, low, high = self.zero_point - origin, low - origin, high - origin
-        if self.scale.requires_grad and torch.is_grad_enabled():
-            return self._learnable(x, zero_point, low, high)
-        if self.channels is None:
-            return torch.fake_quantize_per_tensor_affine(x, self.scale, zero_point, low, high)
-        return torch.fake_quantize_per_channel_affine(x, self.scale, zero_point, 0, low, high)
+        step = self._learned_scale().view(self._shape(x))
+        return round_to_grid(x, step, self._levels(low, high), self._factor(x))
 
-    def _learnable(self, x: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    @property
+    def rounds_within_prelu(self) -> bool:
+        """Whether the PReLU before it rounds what it reads and makes at once, so that nothing is left to round."""
+        return self.behind_prelu and self.training and self.quantizing and self._ready and not self.observing
+
+    def prelu(self, x: Tensor, slopes: Tensor) -> Tensor:
+        """The PReLU of ``x`` [N, C, ...], rounded before it to all integers of a byte, and behind it to this grid."""
+        levels = self._levels(self.grid.low, self.grid.high)
+        return prelu_on_grid(x, slopes, self._learned_scale(), self._levels(0, BYTE - 1), levels, self._factor(x))
+
+    def _learned_scale(self) -> Tensor:
         # Through ``data``, since whoever shares the scale may have used it for its own gradient already.
         self.scale.data.clamp_(min=_MIN_SCALE)
-        # LSQ's gradient scale: one over the root of (values that share the scale, in one image) x (greatest integer).
-        factor = (x[0].numel() * self.grid.steps) ** -0.5
-        if self.channels is None:
-            return cast(Tensor, _LearnedStep.apply(x, self.scale, zero_point, low, high, factor))  # type: ignore[no-untyped-call]
-        return torch._fake_quantize_learnable_per_channel_affine(
-            x, self.scale, zero_point.to(x.dtype), 0, low, high, factor
-        )
+        return self.scale
+
+    def _levels(self, low: int, high: int) -> Levels:
+        return Levels(low - self._zero, high - self._zero)
+
+    def _factor(self, x: Tensor) -> float:
+        """LSQ's: one over the root of (values that share the scale, in one image) x (greatest integer)."""
+        return float((x[0].numel() * self.grid.steps) ** -0.5)
+
+    def _shape(self, x: Tensor) -> tuple[int, ...]:
+        """In which scale and zero point broadcast against ``x``."""
+        return (1,) if self.channels is None else (-1,) + (1,) * (x.ndim - 1)
 
     def observe(self, x: Tensor) -> None:
         """Let the observer see ``x``; of a weight only the last tensor counts."""
@@ -184,11 +169,11 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
         """The integers that stand for ``x``, as floats of its shape."""
-        shape = (-1,) + (1,) * (x.ndim - 1) if self.channels is not None else (1,)
+        shape = self._shape(x)
         return on_grid(x, self.scale.view(shape), self.zero_point.view(shape), self.grid.low, self.grid.high)
 
     def _deployed(self, x: Tensor) -> Tensor:
-        shape = (-1,) + (1,) * (x.ndim - 1) if self.channels is not None else (1,)
+        shape = self._shape(x)
         return self.integers(x).sub_(self.zero_point.view(shape)).mul_(self.scale.detach().view(shape))
 
 
@@ -208,6 +193,7 @@ class PreActivationQuantize(nn.Module):
     def follow(self, quantizer: LowBitFakeQuantize) -> None:
         """Take step and zero point from ``quantizer``, which rounds what the PReLU makes."""
         self._followed = (quantizer,)
+        quantizer.behind_prelu = True
 
     @property
     def quantizing(self) -> bool:
@@ -216,7 +202,7 @@ class PreActivationQuantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid, in its own shape."""
-        if not self.quantizing:
+        if not self.quantizing or self._followed[0].rounds_within_prelu:
             return x
         if self.training:
             return self._followed[0].fake_quantize(x, 0, BYTE - 1)

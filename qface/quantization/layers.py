@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from qface.models.layers import Add, ChannelAffine, along_channels
 from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize, PreActivationQuantize
 from qface.quantization.kernels import accumulate, add_on_grids, requantize
+from qface.quantization.learned_step import prelu
 
 __all__ = [
     "MAX_BIAS",
@@ -229,10 +230,14 @@ class QuantizedPReLU(nn.PReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """``x`` where it is positive, else slope times ``x``."""
-        if self.training or not self.neighbours.rounding:
-            return F.prelu(input, self.weight_fake_quant(self.weight.unsqueeze(0)).squeeze(0))
-        with torch.no_grad():
-            return self._deployed(input, *self.neighbours.scales())
+        if not self.training and self.neighbours.rounding:
+            with torch.no_grad():
+                return self._deployed(input, *self.neighbours.scales())
+        slopes = self.weight_fake_quant(self.weight.unsqueeze(0)).squeeze(0)
+        output = self.neighbours.output
+        if isinstance(output, LowBitFakeQuantize) and output.rounds_within_prelu:
+            return output.prelu(input, slopes)
+        return prelu(input, slopes)
 
     def slope_integers(self) -> Tensor:
         """The slopes in units of their scale, as floats [channels]."""
