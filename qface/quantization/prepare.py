@@ -85,7 +85,8 @@ _SHARED = (nn.Flatten, nn.MaxPool2d)
 def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphModule:
     """A student of ``model`` that computes in low precision; ``model`` is untouched.
 
-    The student is what torch.ao's ``prepare_qat_fx`` returns: an FX graph with fake-quant modules, BatchNorm folded.
+    The student is what torch.ao's ``prepare_qat_fx`` returns: an FX graph with fake-quant modules, BatchNorm folded,
+    in training or eval mode as ``model`` is.
     Next comes :func:`qface.calibrate`, which sets its ranges.
 
     Args:
@@ -114,6 +115,7 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
     _place_quantizers(student, config, preprocessing_of(model))
     student.recompile()
     connect(student)
+    student.train(model.training)  # new modules are in training mode, and torch.ao leaves them there
     return record_step(carry(model, student), "quantize", config.to_dict())
 
 

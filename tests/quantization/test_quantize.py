@@ -196,6 +196,11 @@ def test_a_student_carries_preprocessing_and_a_record() -> None:
     assert (step["step"], step["weight_bits"], step["activation_bits"]) == ("quantize", 5, 7)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_all_parts_of_a_student_are_in_the_mode_of_the_teacher(training: bool) -> None:
+    assert {part.training for part in quantize(tiny().train(training)).modules()} == {training}
+
+
 def test_a_student_cannot_be_quantized_again() -> None:
     with pytest.raises(ConfigError, match="already"):
         quantize(quantize(tiny()))
