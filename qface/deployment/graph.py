@@ -271,3 +271,9 @@ class IntegerGraph:
     embedding: Value
     preprocessing: Preprocessing
     dimensions: int
+
+    @property
+    def weight_bits(self) -> int:
+        """The greatest width of weights; 0 where there are none."""
+        weighted = (Convolution, Linear)
+        return max((each.weight.bits for each in self.operations if isinstance(each, weighted)), default=0)

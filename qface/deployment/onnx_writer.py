@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import singledispatchmethod
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,9 +12,11 @@ from qface.deployment import graph as ir
 from qface.deployment.containers import WeightContainer, make_container
 from qface.deployment.nodes import Direct, NodeCollector, along_channels, assemble, convolution, window
 from qface.deployment.prelu import prelu_table
+from qface.deployment.runtime import WEIGHT_BITS
 
 __all__ = ["to_onnx"]
 
+_BYTE = 8
 _HIGH = 255  # a byte, and so every kernel, clamps there by itself
 _ROWS = 2  # dimensions of [N, channels]
 
@@ -35,19 +36,27 @@ def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], container: str = "
         ConfigError: there is no such container.
     """
     weights = make_container(container)
-    writer = _Writer(weights)
+    bits = graph.weight_bits
+    writer = _Writer(weights, shared_zeros=bits < _BYTE)
     for operation in graph.operations:
         writer.write(operation)
     writer.node("Identity", [writer.float_name(graph.embedding)], "embedding")
-    return assemble(graph, weights, writer.nodes, writer.initializers, metadata)
+    return assemble(graph, weights, writer.nodes, writer.initializers, {**metadata, WEIGHT_BITS: str(bits)})
 
 
 class _Writer(NodeCollector):
-    """Values are called as in the graph; the floats of one that lies on a grid are made once they are asked for."""
+    """Values are called as in the graph; the floats of one that lies on a grid are made once they are asked for.
 
-    def __init__(self, weights: WeightContainer) -> None:
+    Args:
+        weights: how they lie in the file.
+        shared_zeros: let weights share their zero points, which takes less room. Where onnxruntime has to shift weights
+            to unsigned bytes (:mod:`qface.deployment.runtime`), it fails on shared ones.
+    """
+
+    def __init__(self, weights: WeightContainer, shared_zeros: bool) -> None:
         super().__init__()
         self.weights = weights
+        self._shared_zeros = shared_zeros
         self._dequantized: dict[str, str] = {}
         self._named: dict[tuple[float, int], str] = {}
 
@@ -145,7 +154,7 @@ class _Writer(NodeCollector):
             floats, name = self._with_fourth_color(source, name)
         else:
             floats = self.float_name(source)
-        inputs = [floats, self._per_channel(name, scale, len(weight.scale), np.int8)]
+        inputs = [floats, self._factors(name, scale, (len(weight.scale),))]
         if operation.bias is not None:
             inputs.append(self._bias(operation.name, operation.bias, source, scale))
         return inputs
@@ -164,11 +173,14 @@ class _Writer(NodeCollector):
         # onnxruntime fuses to its integer kernel only where this is exactly input scale x weight scale; it multiplies
         # them when it opens the file.
         scale = self.node("Mul", [self._qparams(source)[0], weight_scale])
-        return self._per_channel(self.constant(f"{layer}.bias", integers), scale, len(integers), np.int32)
+        zeros = self.constant(f"zeros_int32_{len(integers)}", np.zeros_like(integers))
+        return self.node("DequantizeLinear", [self.constant(f"{layer}.bias", integers), scale, zeros], axis=0)
 
-    def _per_channel(self, integers: str, scale: str, channels: int, kind: type[np.signedinteger[Any]]) -> str:
-        zero_points = self.constant(f"zeros_{kind.__name__}_{channels}", np.zeros(channels, kind))
-        return self.node("DequantizeLinear", [integers, scale, zero_points], axis=0)
+    def _factors(self, integers: str, scale: str, shape: tuple[int, ...] = ()) -> str:
+        """The floats of weights, whose ``scale`` has this shape: [channels], or none for all channels."""
+        name = "_".join(map(str, ("zeros_int8" if self._shared_zeros else f"{integers}_zeros", *shape)))
+        zeros = self.constant(name, np.zeros(shape, np.int8))
+        return self.node("DequantizeLinear", [integers, scale, zeros], **({"axis": 0} if shape else {}))
 
     @write.register
     def _(self, operation: ir.PRelu) -> None:
@@ -206,8 +218,7 @@ class _Writer(NodeCollector):
         return self._depthwise_product(operation, integers, slopes, scale)
 
     def _depthwise_product(self, operation: ir.PRelu, integers: str, weight: str, scale: str) -> str:
-        factors = self.node("DequantizeLinear", [weight, scale, self.constant("zero_int8", np.int8(0))])
-        inputs = [self._dequantize(integers, operation.inputs[0]), factors]
+        inputs = [self._dequantize(integers, operation.inputs[0]), self._factors(weight, scale)]
         product = self.node("Conv", inputs, kernel_shape=(1, 1), group=len(operation.slopes))
         return self._quantize(product, operation.output)
 
@@ -253,7 +264,7 @@ class _Writer(NodeCollector):
         weight = self.constant(name, _depthwise(operation.weight.integers))
         inputs = [
             self._dequantize(self._as_map(source.name, operation.rank), source),
-            self._per_channel(weight, scale, channels, np.int8),
+            self._factors(weight, scale, (channels,)),
             self._bias(operation.name, operation.bias, source, scale),
         ]
         product = self.node("Conv", inputs, kernel_shape=(1, 1), group=channels)

@@ -1,4 +1,9 @@
-"""An ONNX file as a function from images to embeddings."""
+"""An ONNX file as a function from images to embeddings.
+
+x86 processors without VNNI add two products of bytes in 16 bits, where weights of 8 bits saturate; those of 7 or fewer
+cannot. Such a file says that it has them, and is run in onnxruntime's mode that is exact, and slower, there. Other
+processors ignore it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,9 @@ from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
 from qface.errors import CheckpointError, ConfigError, QFaceError, one_line
 from qface.preprocessing import Preprocessing
 
-__all__ = ["OnnxEmbedder", "cpu_session"]
+__all__ = ["WEIGHT_BITS", "OnnxEmbedder", "cpu_session"]
+
+WEIGHT_BITS = "weight_bits"  # the metadata's key for the greatest width of weights that are multiplied
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -106,15 +113,14 @@ def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> A
     """An ``onnxruntime.InferenceSession``."""
     if not path.is_file():
         raise CheckpointError(f"the model {path} does not exist: pass an ONNX file")
-    options = _onnxruntime().SessionOptions()
-    options.log_severity_level = _ERROR
+    options = _options()
     if threads is not None:
         options.intra_op_num_threads = threads
     chosen = _default_providers() if providers is None else _known(providers)
     try:
         # Whoever asks for a GPU by name should read why it does not work.
         with _silenced() if providers is None else nullcontext():
-            return _onnxruntime().InferenceSession(path, options, providers=chosen)
+            return _exact_session(path, options, chosen)
     except Exception as error:
         raise CheckpointError(
             f"onnxruntime cannot open {path}: {one_line(error)}; restore the file or export it again"
@@ -123,9 +129,22 @@ def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> A
 
 def cpu_session(model: bytes) -> Any:
     """An ``onnxruntime.InferenceSession`` for a serialized model, on the CPU, optimized as for any user."""
+    return _exact_session(model, _options(), [_CPU])
+
+
+def _options() -> Any:
     options = _onnxruntime().SessionOptions()
     options.log_severity_level = _ERROR
-    return _onnxruntime().InferenceSession(model, options, providers=[_CPU])
+    return options
+
+
+def _exact_session(model: Path | bytes, options: Any, providers: list[str]) -> Any:
+    """One that does not saturate. What a file needs is known once it is open; few need another one."""
+    session = _onnxruntime().InferenceSession(model, options, providers=providers)
+    if session.get_modelmeta().custom_metadata_map.get(WEIGHT_BITS) != "8":
+        return session
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return _onnxruntime().InferenceSession(model, options, providers=providers)
 
 
 def _known(providers: Sequence[str]) -> list[str]:

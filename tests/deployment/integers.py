@@ -41,6 +41,8 @@ def session(path: Path, extra_outputs: list[str] | None = None, optimized: Path 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    if {entry.key: entry.value for entry in model.metadata_props}["weight_bits"] == "8":
+        options.add_session_config_entry("session.x64quantprecision", "1")  # as docs/formats.md asks of users
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -39,20 +39,7 @@ SMALL = Preprocessing(size=(32, 32))
 FRAME = Preprocessing(size=(SIDE, SIDE))
 
 
-def _multiplies_bytes_exactly() -> bool:
-    """Without VNNI, x86 adds two products of 8 x 8 bits in 16 bits, which saturate."""
-    try:
-        return "vnni" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-BITS = [
-    2,
-    4,
-    6,
-    pytest.param(8, marks=pytest.mark.skipif(not _multiplies_bytes_exactly(), reason="no VNNI: w8a8 may saturate")),
-]
+BITS = [2, 4, 6, 8]
 
 
 def conv(*args: object, **kwargs: object) -> nn.Conv2d:
