@@ -2,7 +2,7 @@
 
 One verb a stage, each working alone: ``load``, ``quantize``, ``calibrate``, ``distill``, ``export``, ``evaluate``,
 ``save``, and ``verify``, which proves that a file computes what was trained. ``sensitivity`` says what each layer loses
-at each width, and ``allocate_bits`` chooses widths for a budget.
+at each width, ``allocate_bits`` chooses widths for a budget, and ``operating_thresholds`` the cosines to accept.
 """
 
 from qface._version import __version__
@@ -10,7 +10,7 @@ from qface.deployment import SizeLedger, export, measure_size, verify
 from qface.deployment.mixed_precision import allocate_bits
 from qface.distillation import DistillConfig, distill
 from qface.errors import QFaceError
-from qface.evaluation import EvaluationResult, evaluate
+from qface.evaluation import EvaluationResult, OperatingThresholds, evaluate, operating_thresholds
 from qface.models import load, save
 from qface.preprocessing import Preprocessing
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
@@ -20,6 +20,7 @@ __all__ = [
     "DistillConfig",
     "EvaluationResult",
     "LayerBits",
+    "OperatingThresholds",
     "Preprocessing",
     "QFaceError",
     "QuantizationConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "export",
     "load",
     "measure_size",
+    "operating_thresholds",
     "quantize",
     "save",
     "sensitivity",

@@ -27,6 +27,7 @@ from qface.reporting import (
     latency_table,
     sensitivity_figure,
     sensitivity_tables,
+    thresholds_table,
 )
 from qface.reporting.figures import check_figure
 from qface.reporting.tables import size_tables
@@ -189,6 +190,23 @@ def evaluate(
         progress=True,
     )
     _print(result.to_dict(), evaluation_table(result), as_json)
+
+
+@main.command()
+@click.argument("teacher")
+@click.argument("student")
+@_images
+@click.option("--people", help="Whom to set thresholds on, as for other commands.  [default: all]")
+@click.option("--judged-on", help="Whom to measure them on.  [default: the same]")
+@click.option("--fpr", default="1e-4", show_default=True, help="Share of impostors that may be accepted.")
+@_json
+def thresholds(
+    teacher: str, student: str, images: Path, people: str | None, judged_on: str | None, fpr: str, as_json: bool
+) -> None:
+    """Set the cosine to accept where float meets float, quantized quantized, and quantized a float gallery."""
+    models = (_embedder(teacher), _embedder(student))
+    result = qface.operating_thresholds(*models, images, fpr, people, judged_on, progress=True)
+    _print(result.to_dict(), thresholds_table(result), as_json)
 
 
 def _embedder(text: str) -> nn.Module | Path:

@@ -101,6 +101,19 @@ def test_evaluate_prints_a_table_and_accepts_a_gallery(student: Path) -> None:
     assert "TPR at FPR 1e-1" in result.stdout
 
 
+def test_thresholds_of_float_quantized_and_mixed(student: Path) -> None:
+    arguments = ("thresholds", "my_networks:make", student, "--images", "crops", "--fpr", "0.2")
+    result = run(*arguments, "--people", "first-half", "--judged-on", "second-half", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert (record["set_on"], record["judged_on"]) == ("first-half", "second-half")
+    assert [row["pairing"] for row in record["pairings"]] == ["float", "quantized", "mixed"]
+    table = run(*arguments)
+    assert table.exit_code == 0, table.output
+    assert "mixed" in table.stdout
+    assert "fpr" in refusal(run(*arguments[:-1], "often")).lower() or "rate" in refusal(run(*arguments[:-1], "often"))
+
+
 def test_quantize_prints_figures_with_pairs(student: Path) -> None:
     lines = ["2\t2"]
     for first, second in (("Ann", "Bob"), ("Cid", "Dee")):

@@ -12,6 +12,8 @@ from qface.data.images import (
 )
 from qface.data.pairs import PairList, ResolvedPairs, read_lfw_pairs, resolve_pairs
 from qface.data.people import select_people
+from qface.data.relabelled import Relabelled
+from qface.data.subset import Subset, nested_subset
 
 __all__ = [
     "ImageFolder",
@@ -20,9 +22,12 @@ __all__ = [
     "IndexedImages",
     "LoaderImages",
     "PairList",
+    "Relabelled",
     "ResolvedPairs",
+    "Subset",
     "TensorImages",
     "as_image_source",
+    "nested_subset",
     "normalise",
     "read_lfw_pairs",
     "resolve_pairs",

@@ -180,7 +180,7 @@ class _Writer(NodeCollector):
         """The floats of weights, whose ``scale`` has this shape: [channels], or none for all channels."""
         name = "_".join(map(str, ("zeros_int8" if self._shared_zeros else f"{integers}_zeros", *shape)))
         zeros = self.constant(name, np.zeros(shape, np.int8))
-        return self.node("DequantizeLinear", [integers, scale, zeros], **({"axis": 0} if shape else {}))
+        return self.node("DequantizeLinear", [integers, scale, zeros], axis=0)
 
     @write.register
     def _(self, operation: ir.PRelu) -> None:

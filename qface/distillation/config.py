@@ -8,12 +8,13 @@ from typing import Literal
 
 from qface.errors import ConfigError
 
-__all__ = ["DistillConfig", "EmbeddingLossName", "OptimizerName", "ScheduleName", "Surrogate"]
+__all__ = ["DistillConfig", "EmbeddingLossName", "OptimizerName", "PrecisionName", "ScheduleName", "Surrogate"]
 
 Surrogate = Literal["sigmoid", "linear"]
 EmbeddingLossName = Literal["cosine", "mse"]
 OptimizerName = Literal["sgd", "adamw"]
 ScheduleName = Literal["cosine", "constant"]
+PrecisionName = Literal["float32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class DistillConfig:
         ekd_weight: weight of the EKD term (:class:`qface.distillation.losses.EKDLoss`); 0 switches it off.
         ekd_surrogate: ``"sigmoid"`` as in the EKD authors' code, ``"linear"`` as in the paper's equation 1.
         ekd_parity: start the thresholds at zero and let a batch without positives fail, as the original does.
+        pseudo_pairs: of images without labels, let EKD take those for one person that the teacher is sure of
+            (:mod:`qface.distillation.pseudo_labels`); otherwise it sees negative pairs only. A class head needs
+            true labels.
         embedding_loss: ``"cosine"``, ``"mse"`` (QuantFace's) or None for no embedding term. It needs a
             teacher with embeddings as long as the student's; EKD does not.
         embedding_weight: weight of the embedding term.
@@ -55,6 +59,8 @@ class DistillConfig:
             the running ones are kept; None means always. Their affine parameters learn throughout.
         observer_steps: for so many steps the observers of the quantizers follow the data; afterwards they are
             off. Until then no checkpoint is written.
+        precision: ``"float32"``, or ``"bf16"`` to multiply in bfloat16 (autocast), which is faster on a GPU and less
+            exact. Quantizers and losses compute in float32 in any case.
         seed: of batches, flips and the class head's first weights.
         checkpoint_every: steps between two checkpoints; they are written only where a run folder is given.
         device: where to train, as torch names it; None takes a GPU where there is one.
@@ -69,6 +75,7 @@ class DistillConfig:
     ekd_weight: float = 0.1
     ekd_surrogate: Surrogate = "sigmoid"
     ekd_parity: bool = False
+    pseudo_pairs: bool = True
     embedding_loss: EmbeddingLossName | None = "cosine"
     embedding_weight: float = 1.0
     class_head: bool = False
@@ -85,6 +92,7 @@ class DistillConfig:
     horizontal_flip: bool = True
     bn_statistics_steps: int | None = 0
     observer_steps: int = 0
+    precision: PrecisionName = "float32"
     seed: int = 0
     checkpoint_every: int = 50
     device: str | None = None
@@ -111,6 +119,7 @@ class DistillConfig:
         _one_of(("cosine", "mse", None), embedding_loss=self.embedding_loss)
         _one_of(("sgd", "adamw"), optimizer=self.optimizer)
         _one_of(("cosine", "constant"), schedule=self.schedule)
+        _one_of(("float32", "bf16"), precision=self.precision)
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov needs a momentum above 0: set nesterov=False, or a momentum")
         if not (self.uses_ekd or self.uses_embedding_loss or self.class_head):

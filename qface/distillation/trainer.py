@@ -22,6 +22,7 @@ from qface.distillation.objective import Objective
 from qface.distillation.optim import descend, optimizer_for, schedule_factor
 from qface.distillation.parallel import Parallel, processes_for
 from qface.distillation.progress import progress_bar
+from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.errors import ConfigError, TrainingError
 from qface.models.provenance import record_step
 from qface.preprocessing import preprocessing_of
@@ -57,7 +58,8 @@ def distill(
         teacher: the network to learn from; it is not changed.
         images: a folder, a tensor, a loader or an image source (:func:`qface.data.images.as_image_source`).
             Bytes are normalised for each network by the preprocessing it carries, floats reach both as they
-            are. Identities are used where they are known; without them EKD sees negative pairs only.
+            are. EKD uses identities where they are known. Where they are not, it takes the teacher's word for them
+            (``config.pseudo_pairs``), or, of a loader, sees negative pairs only.
         config: the settings.
         run_dir: folder for ``checkpoint.pt`` and ``log.jsonl`` (step, loss terms, learning rate, gradient
             norm); None writes nothing.
@@ -82,7 +84,11 @@ def distill(
     if resume and run_dir is None:
         raise ConfigError("resume=True needs the run_dir to go on from")
     parallel = processes_for(config.device)
-    batches = batches_of(as_image_source(images, people), config, parallel)
+    source = as_image_source(images, people)
+    if config.pseudo_pairs and config.uses_ekd and not config.class_head:
+        with borrowed(parallel.device, teacher):
+            source = with_pseudo_labels(source, teacher, progress and parallel.rank == 0)
+    batches = batches_of(source, config, parallel)
     _check_settings(config, batches, student, parallel)
     folder = None
     if run_dir is not None:
@@ -166,10 +172,11 @@ class _Trainer:
     def _embed(self, model: nn.Module, images: Tensor, through: nn.Module | None = None) -> Tensor:
         """Embeddings [n, D] of ``images``, normalised for ``model``, sent ``through`` what stands for it."""
         images = normalise(images.to(self.parallel.device), preprocessing_of(model))
-        embeddings = (through or model)(images)
+        with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            embeddings = (through or model)(images)
         if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
             raise TrainingError(f"{type(model).__name__} does not map images to embeddings, one tensor [N, D]")
-        return embeddings
+        return embeddings.float() if embeddings.dtype is torch.bfloat16 else embeddings
 
     def run(self, folder: RunFolder | None, progress: bool) -> None:
         """Train from the current step, or the one that ``folder`` holds, to the last."""

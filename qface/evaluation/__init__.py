@@ -2,10 +2,13 @@
 
 from qface.evaluation.embedding import Embedder, TorchEmbedder, as_embedder, embed
 from qface.evaluation.evaluate import EvaluationResult, evaluate
+from qface.evaluation.thresholds import OperatingThresholds, PairingThreshold, operating_thresholds
 from qface.evaluation.verification import (
     FPRS,
     OperatingPoint,
+    Rates,
     count_pairs,
+    rates_at,
     ten_fold_accuracy,
     tpr_at_fpr,
 )
@@ -15,11 +18,16 @@ __all__ = [
     "Embedder",
     "EvaluationResult",
     "OperatingPoint",
+    "OperatingThresholds",
+    "PairingThreshold",
+    "Rates",
     "TorchEmbedder",
     "as_embedder",
     "count_pairs",
     "embed",
     "evaluate",
+    "operating_thresholds",
+    "rates_at",
     "ten_fold_accuracy",
     "tpr_at_fpr",
 ]

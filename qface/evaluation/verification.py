@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qface.errors import ConfigError, ImagesError, PairsError, QFaceError
 
-__all__ = ["FPRS", "OperatingPoint", "count_pairs", "ten_fold_accuracy", "tpr_at_fpr"]
+__all__ = ["FPRS", "OperatingPoint", "Rates", "count_pairs", "rates_at", "ten_fold_accuracy", "tpr_at_fpr"]
 
 FPRS = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 """The false-positive rates that are reported, as exact decimals."""
@@ -39,6 +39,19 @@ class OperatingPoint:
 
     tpr: float | None
     threshold: float | None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a threshold accepts.
+
+    Args:
+        tpr: share of genuine pairs, 0..1.
+        fpr: share of impostor pairs.
+    """
+
+    tpr: float
+    fpr: float
 
 
 def count_pairs(labels: npt.ArrayLike, ordered: bool = False) -> tuple[int, int]:
@@ -99,6 +112,28 @@ def tpr_at_fpr(
         genuine.append(same)
         highest.add(different)
     return _operating_points(ranks, np.sort(np.concatenate(genuine)), highest.descending())
+
+
+def rates_at(threshold: float, probes: Scores, labels: npt.ArrayLike, gallery: Scores | None = None) -> Rates:
+    """The shares of genuine and impostor pairs whose cosine is larger than ``threshold``.
+
+    Args:
+        threshold: a cosine.
+        probes: float32 [images, dimensions], L2-normalised.
+        labels: [images], the identities.
+        gallery: see :func:`tpr_at_fpr`, whose pairs are the same.
+
+    Raises:
+        ImagesError: there are no genuine or no impostor pairs.
+        QFaceError: the embeddings do not match the labels or each other, or are not finite.
+    """
+    people = np.asarray(labels)
+    _check_embeddings(probes, people, gallery)
+    genuine, impostors = count_pairs(people, ordered=gallery is not None)
+    accepted = np.zeros(2, np.int64)
+    for scores in _score_blocks(probes, people, gallery):
+        accepted += [np.count_nonzero(kind > np.float32(threshold)) for kind in scores]
+    return Rates(int(accepted[0]) / genuine, int(accepted[1]) / impostors)
 
 
 def _check_embeddings(probes: Scores, labels: npt.NDArray[np.generic], gallery: Scores | None) -> None:

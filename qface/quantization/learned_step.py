@@ -55,12 +55,14 @@ def prelu_on_grid(x: Tensor, slopes: Tensor, step: Tensor, before: Levels, behin
         behind: levels of what it makes.
         factor: what the gradient of ``step`` is multiplied with.
     """
-    return cast(Tensor, _PReLUOnGrid.apply(x, slopes, step, before, behind, factor))  # type: ignore[no-untyped-call]
+    with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the slopes, and so the results, were others
+        return cast(Tensor, _PReLUOnGrid.apply(x, slopes, step, before, behind, factor))  # type: ignore[no-untyped-call]
 
 
 def prelu(x: Tensor, slopes: Tensor) -> Tensor:
     """``torch.prelu`` of ``x`` [N, C, ...] with ``slopes`` [C] or [1]."""
-    return cast(Tensor, _PReLU.apply(x, slopes))  # type: ignore[no-untyped-call]
+    with torch.autocast(x.device.type, enabled=False):
+        return cast(Tensor, _PReLU.apply(x, slopes))  # type: ignore[no-untyped-call]
 
 
 class _RoundToGrid(torch.autograd.Function):

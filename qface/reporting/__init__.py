@@ -1,7 +1,14 @@
 """What people look at: tables and figures of results."""
 
 from qface.reporting.figures import sensitivity_figure
-from qface.reporting.tables import agreement_table, demo_table, evaluation_table, latency_table, sensitivity_tables
+from qface.reporting.tables import (
+    agreement_table,
+    demo_table,
+    evaluation_table,
+    latency_table,
+    sensitivity_tables,
+    thresholds_table,
+)
 
 __all__ = [
     "agreement_table",
@@ -10,4 +17,5 @@ __all__ = [
     "latency_table",
     "sensitivity_figure",
     "sensitivity_tables",
+    "thresholds_table",
 ]

@@ -12,10 +12,18 @@ from rich.table import Table
 from qface.demo import DemoReport
 from qface.deployment import Agreement, SizeLedger
 from qface.deployment.latency import Latency
-from qface.evaluation import EvaluationResult
+from qface.evaluation import EvaluationResult, OperatingThresholds, Rates
 from qface.quantization.sensitivity import Sensitivity
 
-__all__ = ["agreement_table", "demo_table", "evaluation_table", "latency_table", "sensitivity_tables", "size_tables"]
+__all__ = [
+    "agreement_table",
+    "demo_table",
+    "evaluation_table",
+    "latency_table",
+    "sensitivity_tables",
+    "size_tables",
+    "thresholds_table",
+]
 
 
 def percent(value: float | None) -> str:
@@ -36,6 +44,22 @@ def evaluation_table(result: EvaluationResult) -> Table:
         threshold = result.thresholds[fpr]
         table.add_row(f"TPR at FPR {fpr}", percent(rate), "-" if threshold is None else f"{threshold:.4f}")
     return table
+
+
+def thresholds_table(result: OperatingThresholds) -> Table:
+    """Thresholds for one false-positive rate, a row a pairing."""
+    people = f"set on {result.set_on or 'all people'}, judged on {result.judged_on or 'all people'}"
+    table = Table(title=f"FPR {result.fpr}, {people}")
+    for name in ("probe and gallery", "threshold", "TPR", "FPR", "TPR with float's", "FPR with float's"):
+        table.add_column(name, justify="left" if name == "probe and gallery" else "right")
+    for row in result.pairings:
+        threshold = "-" if row.threshold is None else f"{row.threshold:.4f}"
+        table.add_row(row.pairing, threshold, *_rates(row.rates), *_rates(row.rates_at_float))
+    return table
+
+
+def _rates(rates: Rates | None) -> tuple[str, str]:
+    return ("-", "-") if rates is None else (percent(rates.tpr), f"{rates.fpr:.1e}")
 
 
 def agreement_table(agreement: Agreement) -> Table:

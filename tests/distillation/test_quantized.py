@@ -13,7 +13,7 @@ from torch import nn
 from qface.distillation import DistillConfig, distill
 from qface.models.provenance import provenance_of
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import calibrate, quantize, scale_parameters
+from qface.quantization import LowBitFakeQuantize, calibrate, quantize, scale_parameters
 
 from .networks import Interrupted, face_images, same_weights, tiny_network
 
@@ -72,3 +72,23 @@ def test_the_student_remembers_how_it_was_distilled() -> None:
     assert [step["step"] for step in steps] == ["quantize", "calibrate", "distill"]
     assert steps[-1]["learning_rate"] == 0.05
     copy.deepcopy(quantized)
+
+
+def test_bfloat16_trains_too_and_quantizers_stay_exact() -> None:
+    quantized = student()
+    before = distance(quantized, teacher())
+    distill(quantized, teacher(), face_images(), replace(CPU, epochs=20, precision="bf16"), progress=False)
+    assert distance(quantized, teacher()) < 0.8 * before
+
+    rounded: list[tuple[LowBitFakeQuantize, torch.Tensor]] = []
+    for quantizer in quantized.modules():
+        if isinstance(quantizer, LowBitFakeQuantize) and quantizer.channels is None:
+            quantizer.register_forward_hook(lambda module, inputs, output: rounded.append((module, output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized.train()(face_images().images)
+    assert rounded
+    for quantizer, values in rounded:
+        steps = values / quantizer.scale
+        assert values.dtype is torch.float32
+        assert (steps - steps.round()).abs().max() < 1e-3
+        assert len(values.unique()) <= 2**quantizer.bits

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qface.errors import ConfigError, ImagesError, PairsError, QFaceError
-from qface.evaluation import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr, verification
+from qface.evaluation import FPRS, OperatingPoint, count_pairs, rates_at, ten_fold_accuracy, tpr_at_fpr, verification
 
 NOT_MEASURED = OperatingPoint(None, None)
 
@@ -205,3 +205,21 @@ def test_fewer_than_two_usable_folds_are_an_error():
         ten_fold_accuracy([0.9, 0.1, 0.9], [True, False, True], [0, 0, 1])
     with pytest.raises(PairsError, match=r"^0 of 0 folds"):
         ten_fold_accuracy([], [], [])
+
+
+@given(small_sets().filter(lambda drawn: usable(drawn[0])), st.integers(-20, 20), st.sampled_from([1, 100, 2**23]))
+def test_the_rates_of_a_threshold_equal_brute_force(drawn, threshold, block):
+    labels, probes, gallery = drawn
+    with mock.patch.object(verification, "_BLOCK_SCORES", block):
+        for mates in (None, gallery):
+            rates = rates_at(threshold, probes, labels, mates)
+            genuine, impostor = all_scores(probes, labels, mates)
+            assert (rates.tpr, rates.fpr) == (np.mean(genuine > threshold), np.mean(impostor > threshold))
+
+
+def test_the_threshold_of_a_rate_accepts_that_rate():
+    embeddings, labels = faces(300, 16, 60)
+    point = tpr_at_fpr(embeddings, labels, ["1e-2"])["1e-2"]
+    rates = rates_at(point.threshold, embeddings, labels)
+    assert rates.tpr == point.tpr
+    assert 0.0099 < rates.fpr <= 0.01

@@ -1,0 +1,324 @@
+"""What quantization costs: recipes x widths x seeds, tuned on half of the people of LFW, judged on the other half.
+
+    python benchmarks/accuracy.py [--data ../shared] [--networks mobilefacenet] [--recipe qface] [--recipe paper]
+                                  [--rows w6a6] [--seeds 3] [--max-steps N] [--sweep] [-o runs/accuracy] [--json FILE]
+
+Ranges, training and mixed widths see the first half of the people only. All figures are those of the exported file in
+onnxruntime on the second half; "float gallery" lets the float network enrol and the file probe. Where a row has a
+share, calibration too sees no other images. A seed draws the 512 images of calibration, the share, and the order of
+training. Goals are those of the recipe ``qface``; means over the seeds are held against them.
+
+``--recipe paper`` is Ef-QuantFace's: EKD alone, one epoch, batch 64, learning rate 0.001, and channels and biases as
+they are. Its ranges are taken to be QuantFace's (``QuantAct`` of its ``quant_modules.py``): from the least to the
+greatest value. Two things differ: QuantFace goes on widening the ranges of activations while it trains, here they stay
+where 512 images put them; its weights are asymmetric, here they are symmetric. Mixed widths are chosen once a seed,
+for both recipes.
+
+``--sweep`` adds the rows with 8, 6, 4 and 2 bits for weights and activations alike, and a figure; ``--rows w8a8
+--sweep`` runs these rows alone. Each run is written to the output folder at once; the same command goes on behind the
+last, a training behind its last checkpoint (its seconds are then not known). Ctrl-C prints the table of what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from accuracy_report import draw_sweep, markdown, summarise, table
+from accuracy_rows import CALIBRATION_IMAGES, EVERY_ROW, NETWORKS, RECIPES, ROWS, SWEEP, Row
+from held_out import Embeddings, Halves
+from records import Record, Records, digest
+from rich.console import Console
+from torch import nn
+
+import qface
+from qface.data import IndexedImages, nested_subset
+from qface.evaluation import embed
+from qface.files import replacing
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student: of which network, how it is made, and by what chance."""
+
+    network: str
+    recipe: str
+    row: Row
+    seed: int
+    max_steps: int | None
+
+    @property
+    def name(self) -> str:
+        """For files and messages."""
+        return f"{self.network}-{self.recipe}-{self.row.name}-seed{self.seed}"
+
+    @property
+    def training(self) -> qface.DistillConfig:
+        """The settings of its distillation."""
+        return replace(RECIPES[self.recipe].training, seed=self.seed, max_steps=self.max_steps)
+
+    def settings(self) -> Record:
+        """All that its figures depend on, beside network and images."""
+        recipe = RECIPES[self.recipe]
+        return {
+            **self.row.settings(),
+            "seed": self.seed,
+            "calibration_images": CALIBRATION_IMAGES,
+            "weight_range": recipe.quantization.weight_range,
+            "activation_range": recipe.quantization.activation_range,
+            "refined": recipe.refined,
+            "training": asdict(self.training) if self.row.trained else None,
+        }
+
+
+class Bench:
+    """One network: its students and their figures, each made once.
+
+    Args:
+        network: one of :data:`NETWORKS`.
+        data: the folder with ``weights/``.
+        halves: images and pairs.
+        records: where results are kept.
+    """
+
+    def __init__(self, network: str, data: Path, halves: Halves, records: Records) -> None:
+        self.network = network
+        self._weights = data / "weights" / NETWORKS[network]
+        if not self._weights.exists():
+            raise click.ClickException(f"no weights of {network} in {self._weights}: put them there")
+        self._halves = halves
+        self._records = records
+        self._inputs = {
+            "version": qface.__version__,
+            "weights": digest(self._weights.read_bytes()),
+            "images": digest(halves.names()),
+        }
+
+    def find(self, run: Run) -> Record | None:
+        """The figures of ``run``, where they were measured before."""
+        return self._records.find(run.name, self._settings(run))
+
+    def figures(self, run: Run) -> Record:
+        """The figures of ``run``, measured where they are missing."""
+        result = self._records.recall(run.name, self._settings(run), lambda: self._measure(run))
+        shutil.rmtree(self._training_folder(run), ignore_errors=True)
+        return result
+
+    def find_teacher(self) -> Record | None:
+        """The figures of the float network, where they were measured before."""
+        return self._records.find(f"{self.network}-float", self._inputs)
+
+    def teacher_figures(self) -> Record:
+        """The figures of the float network."""
+        return self._records.recall(
+            f"{self.network}-float",
+            self._inputs,
+            lambda: self._halves.figures(self._teacher_embeddings, self._teacher_embeddings),
+        )
+
+    def _settings(self, run: Run) -> Record:
+        return {**self._inputs, **run.settings()}
+
+    def _training_folder(self, run: Run) -> Path:
+        return self._records.path(run.name, self._settings(run), ".training")
+
+    @cached_property
+    def _teacher(self) -> nn.Module:
+        return qface.load(self._weights)
+
+    @cached_property
+    def _teacher_embeddings(self) -> Embeddings:
+        path = self._records.path(f"{self.network}-float", self._inputs, ".npy")
+        if not path.exists():
+            embeddings = embed(self._teacher, self._halves.judging, progress=True)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, embeddings)
+        return np.load(path)
+
+    def _measure(self, run: Run) -> Record:
+        """Make the student of ``run``, export it, and judge its file."""
+        student, seconds = self._tuned(run)
+        file = qface.export(student, self._records.path(run.name, self._settings(run), ".onnx"))
+        figures = self._halves.figures(embed(file, self._halves.judging, progress=True), self._teacher_embeddings)
+        size = {"bytes": file.stat().st_size, "mean_weight_bits": mean_weight_bits(file)}
+        return {**figures, **size, "seconds": seconds, "file": file.name}
+
+    def _tuned(self, run: Run) -> tuple[nn.Module, float | None]:
+        """The student of ``run``, and the seconds it took; None where some of them were another process's."""
+        tuning = nested_subset(self._halves.tuning, run.row.share, run.seed)
+        calibration = nested_subset(tuning, min(CALIBRATION_IMAGES, len(tuning)), run.seed)
+        config, choosing = self._config(run, calibration)
+        student, calibrating = timed(lambda: self._calibrated(run, config, calibration))
+        if not run.row.trained:
+            return student, choosing + calibrating
+        folder = self._training_folder(run)
+        resumed = folder.exists()
+        _, training = timed(
+            lambda: qface.distill(student, self._teacher, tuning, run.training, run_dir=folder, resume=True)
+        )
+        return student, None if resumed else choosing + calibrating + training
+
+    def _calibrated(self, run: Run, config: qface.QuantizationConfig, images: IndexedImages) -> Any:
+        refined = RECIPES[run.recipe].refined
+        return qface.calibrate(qface.quantize(self._teacher, config), images, equalise=refined, correct_biases=refined)
+
+    def _config(self, run: Run, images: IndexedImages) -> tuple[qface.QuantizationConfig, float]:
+        """Widths and ranges, and the seconds it took to choose them."""
+        row, ranges = run.row, RECIPES[run.recipe].quantization
+        uniform = replace(ranges, weight_bits=row.weight_bits, activation_bits=row.activation_bits)
+        if not row.mixed:
+            return uniform, 0.0
+        chosen = self._mixed_widths(run, images)
+        overrides = {name: qface.LayerBits(weight=bits) for name, bits in chosen["widths"].items()}
+        return replace(uniform, weight_bits=chosen["weight_bits"], overrides=overrides), chosen["seconds"]
+
+    def _mixed_widths(self, run: Run, images: IndexedImages) -> Record:
+        row = run.row
+        what = {"weight_bits": row.weight_bits, "activation_bits": row.activation_bits}
+        settings = {
+            **self._inputs,
+            **what,
+            "share": row.share,
+            "seed": run.seed,
+            "calibration_images": CALIBRATION_IMAGES,
+        }
+        name = f"{self.network}-widths-w{row.weight_bits}a{row.activation_bits}-seed{run.seed}"
+        return self._records.recall(name, settings, lambda: self._allocate(row, images))
+
+    def _allocate(self, row: Row, images: IndexedImages) -> Record:
+        """The best widths for the weights in a file as large as with ``row.weight_bits`` for all of them.
+
+        Since a further width takes more nodes, such a file has no more bits a weight on average.
+        """
+        start = time.perf_counter()
+        uniform = qface.QuantizationConfig(row.weight_bits, row.activation_bits)
+        student = qface.calibrate(qface.quantize(self._teacher, uniform), images)
+        with tempfile.TemporaryDirectory() as folder:
+            budget = qface.export(student, Path(folder) / "uniform.onnx").stat().st_size
+        config = qface.allocate_bits(
+            self._teacher, images, budget / 1e6, activation_bits=row.activation_bits, progress=True
+        )
+        widths = {name: bits.weight for name, bits in config.overrides.items()}
+        return {"weight_bits": config.weight_bits, "widths": widths, "seconds": time.perf_counter() - start}
+
+
+def mean_weight_bits(file: Path) -> float:
+    """The average width of the weights of ``file``."""
+    weights = qface.measure_size(file).of_kind("weight").entries
+    return sum(entry.elements * (entry.bits or 0) for entry in weights) / sum(entry.elements for entry in weights)
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``work`` returns, and its seconds."""
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
+@click.option("--networks", type=click.Choice(list(NETWORKS)), multiple=True, default=list(NETWORKS), show_default=True)
+@click.option("--recipe", "recipes", type=click.Choice(list(RECIPES)), multiple=True, default=["qface"])
+@click.option("--rows", type=click.Choice(list(EVERY_ROW)), multiple=True, help="Repeatable.  [default: with goals]")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--max-steps", type=click.IntRange(1), help="Train no longer than this.  [default: one epoch]")
+@click.option("--sweep", is_flag=True, help="Also 8, 6, 4 and 2 bits for weights and activations alike.")
+@click.option("--no-train", is_flag=True, help="Leave out all rows that train.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/accuracy"), show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures here.")
+def main(
+    data: Path,
+    networks: Sequence[str],
+    recipes: Sequence[str],
+    rows: Sequence[str],
+    seeds: int,
+    max_steps: int | None,
+    sweep: bool,
+    no_train: bool,
+    output: Path,
+    json_file: Path | None,
+) -> None:
+    """Measure what is missing, then print the table; Ctrl-C prints what there is."""
+    output.mkdir(parents=True, exist_ok=True)
+    halves, records = Halves(data), Records(output)
+    benches = {network: Bench(network, data, halves, records) for network in networks}
+    runs = list(planned(networks, recipes, chosen(rows, sweep, no_train), seeds, max_steps))
+    code = 130  # a shell's, after Ctrl-C
+    try:
+        code = 0 if measure_missing(runs, benches) else 1
+    except KeyboardInterrupt:
+        click.echo("interrupted: the same command goes on from here", err=True)
+    report(runs, benches, output, sweep, json_file)
+    sys.exit(code)
+
+
+def chosen(names: Sequence[str], sweep: bool, no_train: bool) -> list[Row]:
+    """The rows called ``names`` (those with goals where there are none), and those of the sweep."""
+    wanted = {*(names or [row.name for row in ROWS]), *(SWEEP if sweep else ())}
+    return [row for row in EVERY_ROW.values() if row.name in wanted and not (no_train and row.trained)]
+
+
+def planned(
+    networks: Sequence[str], recipes: Sequence[str], rows: Sequence[Row], seeds: int, max_steps: int | None
+) -> Iterator[Run]:
+    """All runs, network by network, so that one is in memory; all rows of one seed before the next seed."""
+    for network in networks:
+        for seed in range(seeds):
+            for row in rows:
+                for recipe in recipes:
+                    yield Run(network, recipe, row, seed, max_steps)
+
+
+def measure_missing(runs: Sequence[Run], benches: dict[str, Bench]) -> bool:
+    """Measure what is not on disk, and say whether all is there; what fails is named and does not stop the others."""
+    complete = True
+    for bench in benches.values():
+        bench.teacher_figures()
+    missing = [run for run in runs if benches[run.network].find(run) is None]
+    for number, run in enumerate(missing, 1):
+        click.echo(f"{number} of {len(missing)}: {run.name}", err=True)
+        try:
+            benches[run.network].figures(run)
+        except qface.QFaceError as error:
+            click.echo(f"{run.name} failed: {error}", err=True)
+            complete = False
+    return complete
+
+
+def report(runs: Sequence[Run], benches: dict[str, Bench], output: Path, sweep: bool, json_file: Path | None) -> None:
+    """Show and write what is there of ``runs``."""
+    teachers = {name: found for name, bench in benches.items() if (found := bench.find_teacher())}
+    results = [(run, benches[run.network].find(run)) for run in runs if run.network in teachers]
+    figures = [_identified(run, result) for run, result in results if result is not None]
+    lines = summarise(teachers, figures)
+    Console(width=max(Console().width, 220)).print(table(lines, teachers))
+    click.echo(f"{len(figures)} of {len(runs)} runs are there")
+    _write(output / "accuracy.md", markdown(lines, teachers))
+    if sweep:
+        draw_sweep(lines, output / "accuracy.png")
+    if json_file is not None:
+        _write(json_file, json.dumps({"float": teachers, "runs": figures, "summary": lines}, indent=1))
+
+
+def _identified(run: Run, result: Record) -> Record:
+    which = {"network": run.network, "recipe": run.recipe, "row": run.row.name, "settings": run.settings()}
+    return {**which, "seed": run.seed, **result}
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

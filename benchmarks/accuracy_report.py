@@ -1,0 +1,170 @@
+"""The accuracy table as figures, as text, as Markdown, and as a plot of loss over width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from accuracy_rows import EVERY_ROW, SWEEP, SWEEP_BITS, Goal
+from held_out import FPRS
+from rich.table import Table
+
+from qface.files import replacing
+
+Record = dict[str, Any]
+
+HEADINGS = (
+    *("network", "recipe", "row", "seeds"),
+    *(f"TPR at {fpr}" for fpr in FPRS),
+    *("lost at 1e-4", "10-fold", "10-fold lost", "lost, float gallery"),
+    *("1 - cosine", "weight bits", "MB", "tuning s", "goal"),
+)
+
+
+def summarise(teachers: dict[str, Record], runs: Iterable[Record]) -> list[Record]:
+    """A record for each network, recipe and row: means over seeds in points, losses against float, and verdicts."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for run in runs:
+        groups.setdefault((run["network"], run["recipe"], run["row"]), []).append(run)
+    lines = {key: _line(key, group, teachers[key[0]]) for key, group in groups.items()}
+    for (network, recipe, row), line in lines.items():
+        goal = EVERY_ROW[row].goal_of(network) if recipe == "qface" else Goal()
+        line["goals"] = _verdicts(line, goal, lines.get((network, recipe, goal.over)))
+    return list(lines.values())
+
+
+def _line(key: tuple[str, str, str], group: Sequence[Record], teacher: Record) -> Record:
+    network, recipe, row = key
+    rate, accuracy = _points(teacher["tpr"]["1e-4"]), _points(teacher["accuracy"])
+    return {
+        "network": network,
+        "recipe": recipe,
+        "row": row,
+        "seeds": len(group),
+        "tpr": {fpr: _over_seeds([_points(run["tpr"][fpr]) for run in group]) for fpr in FPRS},
+        "tpr_loss": _over_seeds([_minus(rate, _points(run["tpr"]["1e-4"])) for run in group]),
+        "accuracy": _over_seeds([_points(run["accuracy"]) for run in group]),
+        "accuracy_loss": _over_seeds([_minus(accuracy, _points(run["accuracy"])) for run in group]),
+        "gallery_loss": _over_seeds([_minus(rate, _points(run["gallery_tpr"]["1e-4"])) for run in group]),
+        "distance": _over_seeds([run["distance"] for run in group]),
+        "mean_weight_bits": _over_seeds([run["mean_weight_bits"] for run in group]),
+        "mb": _over_seeds([run["bytes"] / 1e6 for run in group]),
+        # What was interrupted has no time of its own.
+        "seconds": _over_seeds([run["seconds"] for run in group if run["seconds"] is not None]),
+    }
+
+
+def _points(share: float | None) -> float | None:
+    """In percent; None where too few pairs were there to measure it."""
+    return None if share is None else 100 * share
+
+
+def _minus(minuend: float | None, subtrahend: float | None) -> float | None:
+    return None if minuend is None or subtrahend is None else minuend - subtrahend
+
+
+def _over_seeds(values: Sequence[float | None]) -> Record:
+    """Mean and standard deviation, None where they are not known."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return {"mean": None, "std": None}
+    return {"mean": fmean(known), "std": stdev(known) if len(known) > 1 else None}
+
+
+def _verdicts(line: Record, goal: Goal, rival: Record | None) -> list[Record]:
+    """For each goal the limit and by how many points it is met, negative where it is missed."""
+    verdicts = []
+    for name in ("tpr", "accuracy", "gallery"):
+        most, lost = asdict(goal)[name], line[f"{name}_loss"]["mean"]
+        if most is not None and lost is not None:
+            verdicts.append({"goal": f"{name} loss at most {most:g}", "margin": most - lost})
+    if goal.gain is not None and rival is not None:
+        gain = _minus(rival["tpr_loss"]["mean"], line["tpr_loss"]["mean"])
+        if gain is not None:
+            verdicts.append({"goal": f"{goal.gain:g} better than {goal.over}", "margin": gain - goal.gain})
+    return verdicts
+
+
+def table(lines: Iterable[Record], teachers: dict[str, Record]) -> Table:
+    """For the terminal."""
+    result = Table(title="Judged on the second half of the people, in points")
+    for heading in HEADINGS:
+        result.add_column(heading)
+    for cells in _rows(lines, teachers):
+        result.add_row(*cells)
+    return result
+
+
+def markdown(lines: Iterable[Record], teachers: dict[str, Record]) -> str:
+    """The same table as text for a page."""
+    rows = [HEADINGS, ["---"] * len(HEADINGS), *_rows(lines, teachers)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def _rows(lines: Iterable[Record], teachers: dict[str, Record]) -> list[list[str]]:
+    rows = [_float_cells(network, teacher) for network, teacher in teachers.items()]
+    return rows + [_cells(line) for line in lines]
+
+
+def _float_cells(network: str, teacher: Record) -> list[str]:
+    rates = [_text(_points(teacher["tpr"][fpr])) for fpr in FPRS]
+    accuracy = _text(_points(teacher["accuracy"]))
+    return [network, "", "float", "", *rates, "", accuracy, *[""] * (len(HEADINGS) - 9)]
+
+
+def _cells(line: Record) -> list[str]:
+    rates = [_spread(line["tpr"][fpr]) for fpr in FPRS]
+    losses = [_spread(line[name]) for name in ("tpr_loss", "accuracy", "accuracy_loss", "gallery_loss")]
+    digits = {"distance": 4, "mean_weight_bits": 2, "mb": 3, "seconds": 0}
+    others = [_text(line[name]["mean"], count) for name, count in digits.items()]
+    goals = "; ".join(_verdict(verdict) for verdict in line["goals"])
+    return [line["network"], line["recipe"], line["row"], str(line["seeds"]), *rates, *losses, *others, goals]
+
+
+def _spread(figure: Record) -> str:
+    deviation = "" if figure["std"] is None else f" ± {figure['std']:.2f}"
+    return f"{_text(figure['mean'])}{deviation}"
+
+
+def _text(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _verdict(verdict: Record) -> str:
+    word = "met" if verdict["margin"] >= 0 else "missed"
+    return f"{verdict['goal']}: {word} by {abs(verdict['margin']):.2f}"
+
+
+def draw_sweep(lines: Iterable[Record], path: Path) -> None:
+    """Points lost at FPR 1e-4 over the width, a line a network, recipe and training; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    panel = figure.subplots()
+    for label, losses in _curves(lines).items():
+        panel.plot(*zip(*sorted(losses.items()), strict=True), marker="o", label=label)
+    if not panel.lines:
+        return
+    panel.set_xlabel("bits of weights and activations")
+    panel.set_ylabel("points of TPR at FPR 1e-4 lost")
+    panel.set_yscale("symlog", linthresh=1)  # 2 bits lose a hundred times what 8 bits lose, which may be less than 0
+    panel.set_xticks(SWEEP_BITS)
+    panel.grid(linewidth=0.3)
+    panel.legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _curves(lines: Iterable[Record]) -> dict[str, dict[int, float]]:
+    curves: dict[str, dict[int, float]] = {}
+    for line in lines:
+        row, lost = EVERY_ROW[line["row"]], line["tpr_loss"]["mean"]
+        if row.name in SWEEP and lost is not None:
+            label = f"{line['network']}, {line['recipe']}, {'trained' if row.trained else 'untrained'}"
+            curves.setdefault(label, {})[row.weight_bits] = lost
+    return curves

@@ -1,0 +1,137 @@
+"""What a training step of a quantized student costs, in steps of the float network it came from.
+
+    python benchmarks/qat_step.py [--data ../shared] [--network mobilefacenet] [--batch-size 64] [--repeats 10]
+                                  [--json FILE]
+
+A step is forward, backward and SGD, in training mode: of the float network with its batch norms, and of the student
+with all quantizers on and their steps learning. The teacher's forward, which both need beside it, is a row of its own.
+All are timed in turns within one run; compare the ratios. On a CPU freed memory is kept, as :func:`qface.distill`
+does; the last rows show the same steps without that.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import qface
+from qface.distillation.memory import memory_kept
+from qface.models.tracing import example_input
+from qface.progress import track
+
+NETWORKS = {"mobilefacenet": "mobilefacenet_112x96.safetensors", "iresnet18": "iresnet18.safetensors"}
+CALIBRATION_IMAGES = 32
+FLOAT, QAT, TEACHER = "float step", "QAT step", "teacher's forward"
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
+@click.option(
+    "--network", type=click.Choice(list(NETWORKS)), multiple=True, default=["mobilefacenet"], show_default=True
+)
+@click.option("--bits", default=6, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=10, show_default=True, help="Timed steps of each kind.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
+def main(data: Path, network: Sequence[str], bits: int, batch_size: int, repeats: int, json_file: Path | None) -> None:
+    """Time the steps of each network on the CPU, and on a GPU where there is one."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    report = [
+        {"network": name, "device": device, **measured(name, data, bits, batch_size, repeats, device)}
+        for name in network
+        for device in devices
+    ]
+    for entry in report:
+        show(entry)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def measured(name: str, data: Path, bits: int, batch_size: int, repeats: int, device: str) -> dict[str, Any]:
+    """Median seconds of each kind of step."""
+    file = data / "weights" / NETWORKS[name]
+    teacher = qface.load(file if file.exists() else name).to(device).eval()
+    images = torch.randn(batch_size, *example_input(teacher).shape[1:], device=device)
+    student = qface.calibrate(qface.quantize(teacher, bits), images[:CALIBRATION_IMAGES])
+    steps = {
+        FLOAT: training_step(copy.deepcopy(teacher), images),
+        QAT: training_step(student, images),
+        TEACHER: lambda: forward(teacher, images),
+    }
+    with memory_kept():
+        kept = in_turns(steps, repeats)
+    given_back = in_turns({kind: steps[kind] for kind in (FLOAT, QAT)}, repeats) if device == "cpu" else {}
+    return {
+        "weights": "pretrained" if file.exists() else "random",
+        "batch_size": batch_size,
+        "threads": torch.get_num_threads(),
+        "seconds": kept,
+        "seconds_with_memory_given_back": given_back,
+    }
+
+
+def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """One step of SGD, which moves next to nothing, on the squares of the embeddings."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-8, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(images).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+@torch.no_grad()
+def forward(model: nn.Module, images: Tensor) -> None:
+    """Embed once."""
+    model(images)
+
+
+def in_turns(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """The median seconds of each step, timed in rounds of random order; the first round does not count."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in steps}
+    order = random.Random(0)
+    for _ in track(range(repeats + 1), "steps", True):
+        for kind in order.sample(list(steps), len(steps)):
+            seconds[kind].append(timed(steps[kind]))
+    return {kind: median(values[1:]) for kind, values in seconds.items()}
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Seconds of ``step``, on a GPU until it is done."""
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else nullcontext
+    start = time.perf_counter()
+    step()
+    finish()
+    return time.perf_counter() - start
+
+
+def show(entry: dict[str, Any]) -> None:
+    """Print one network on one device."""
+    title = f"{entry['network']} ({entry['weights']} weights), {entry['device']}, batch {entry['batch_size']}"
+    table = Table(title=f"{title}, {entry['threads']} threads")
+    for heading in ("step", "seconds", "of the float step"):
+        table.add_column(heading, justify="left" if heading == "step" else "right")
+    for words, seconds in (("", entry["seconds"]), (", memory given back", entry["seconds_with_memory_given_back"])):
+        for kind, value in seconds.items():
+            table.add_row(kind + words, f"{value:.3f}", f"{value / seconds[FLOAT]:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

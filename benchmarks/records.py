@@ -1,0 +1,52 @@
+"""Results on disk, each beside the settings it was made with, so that an interrupted benchmark goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qface.files import replacing
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Records:
+    """JSON files in ``folder``: a name, a word for the settings, and what was measured with them."""
+
+    folder: Path
+
+    def path(self, name: str, settings: Record, ending: str = "") -> Path:
+        """Where what belongs to ``name`` and ``settings`` lies; other settings have another path."""
+        return self.folder / f"{name}-{digest(canonical(settings))}{ending}"
+
+    def find(self, name: str, settings: Record) -> Record | None:
+        """What was measured with exactly these settings, or None."""
+        path = self.path(name, settings, ".json")
+        if not path.exists():
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record["result"] if canonical(record["settings"]) == canonical(settings) else None
+
+    def recall(self, name: str, settings: Record, make: Callable[[], Record]) -> Record:
+        """What is there already, or else what ``make`` returns, which is written at once."""
+        found = self.find(name, settings)
+        if found is None:
+            found = make()
+            with replacing(self.path(name, settings, ".json")) as temporary:
+                temporary.write_text(json.dumps({"settings": settings, "result": found}, indent=1), encoding="utf-8")
+        return found
+
+
+def canonical(settings: Record) -> str:
+    """``settings`` as text that is equal where they are."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def digest(content: str | bytes) -> str:
+    """A short word for ``content``."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:8]

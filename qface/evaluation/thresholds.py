@@ -1,0 +1,135 @@
+"""The verb ``operating_thresholds``: which cosine to accept where quantized devices meet a float network's gallery."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qface.data.images import Images, IndexedImages, as_image_source
+from qface.errors import ImagesError
+from qface.evaluation.embedding import Embeddings, Model, embed
+from qface.evaluation.verification import Rates, rates_at, tpr_at_fpr
+
+__all__ = ["OperatingThresholds", "PairingThreshold", "operating_thresholds"]
+
+
+@dataclass(frozen=True)
+class PairingThreshold:
+    """The threshold of one pairing of models, and what it accepts.
+
+    Args:
+        pairing: ``"float"`` (float probes, float gallery), ``"quantized"`` (both quantized) or ``"mixed"`` (quantized
+            probes, float gallery).
+        threshold: the cosine above which a pair is accepted; None where there were too few impostor pairs to set it.
+        rates: what it accepts of the people it is judged on; None likewise.
+        rates_at_float: what the float pairing's threshold accepts, as on a device that kept it.
+    """
+
+    pairing: str
+    threshold: float | None
+    rates: Rates | None
+    rates_at_float: Rates | None
+
+
+@dataclass(frozen=True)
+class OperatingThresholds:
+    """Thresholds for one false-positive rate.
+
+    Args:
+        fpr: the rate that was wanted, as a decimal.
+        set_on: the people that thresholds were set on, as they were named; None for all.
+        judged_on: the people that rates were measured on.
+        pairings: float, quantized and mixed.
+    """
+
+    fpr: str
+    set_on: str | None
+    judged_on: str | None
+    pairings: tuple[PairingThreshold, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for JSON."""
+        return asdict(self)
+
+
+def operating_thresholds(
+    teacher: Model,
+    student: Model,
+    images: Images,
+    fpr: str = "1e-4",
+    people: str | Path | None = None,
+    judged_on: str | Path | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> OperatingThresholds:
+    """The thresholds for a false-positive rate where float meets float, quantized quantized, and quantized float.
+
+    Args:
+        teacher: the float model: a module, the path of a model file, or an Embedder.
+        student: the quantized one.
+        images: a folder of 112x112 crops with one subfolder a person, or other labelled images.
+        fpr: the rate, a decimal between 0 and 1 such as ``"1e-4"``.
+        people: of a folder, the people to set thresholds on.
+        judged_on: the people to measure them on; None takes the same, on which the rate is what was wanted.
+        batch_size: images a forward pass.
+        progress: show a bar on stderr.
+
+    Raises:
+        ConfigError: the rate is no such decimal.
+        ImagesError: the images cannot be read, carry no labels, or form no genuine or no impostor pairs.
+        CheckpointError: a model file cannot be read.
+        QFaceError: a model gives no finite embeddings, or the two models' do not compare.
+    """
+    seen = _faces(teacher, student, images, people, batch_size, progress)
+    judged = seen if judged_on is None else _faces(teacher, student, images, judged_on, batch_size, progress)
+    thresholds = {name: seen.threshold(name, fpr) for name in _PAIRINGS}
+    rows = (
+        PairingThreshold(name, threshold, judged.rates(name, threshold), judged.rates(name, thresholds["float"]))
+        for name, threshold in thresholds.items()
+    )
+    return OperatingThresholds(fpr, _name(people), _name(people if judged_on is None else judged_on), tuple(rows))
+
+
+_PAIRINGS = ("float", "quantized", "mixed")
+
+
+@dataclass(frozen=True)
+class _Faces:
+    """Embeddings of the same people by both models."""
+
+    teacher: Embeddings
+    student: Embeddings
+    labels: npt.NDArray[np.int64]
+
+    def threshold(self, pairing: str, fpr: str) -> float | None:
+        probes, gallery = self._embeddings(pairing)
+        return tpr_at_fpr(probes, self.labels, [fpr], gallery)[fpr].threshold
+
+    def rates(self, pairing: str, threshold: float | None) -> Rates | None:
+        probes, gallery = self._embeddings(pairing)
+        return None if threshold is None else rates_at(threshold, probes, self.labels, gallery)
+
+    def _embeddings(self, pairing: str) -> tuple[Embeddings, Embeddings | None]:
+        probes = self.teacher if pairing == "float" else self.student
+        return probes, self.teacher if pairing == "mixed" else None
+
+
+def _faces(
+    teacher: Model, student: Model, images: Images, people: str | Path | None, batch_size: int, progress: bool
+) -> _Faces:
+    source = as_image_source(images, people)
+    if not isinstance(source, IndexedImages) or source.labels is None:
+        raise ImagesError("thresholds need to know who is who: pass a folder with one subfolder a person")
+    return _Faces(
+        embed(teacher, source, batch_size, progress=progress),
+        embed(student, source, batch_size, progress=progress),
+        source.labels.cpu().numpy().astype(np.int64),
+    )
+
+
+def _name(people: str | Path | None) -> str | None:
+    return None if people is None else str(people)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import qface
+from qface.data import ImageFolder
+from qface.distillation import DistillConfig, distill
+from qface.distillation.pseudo_labels import pseudo_labels
+from qface.errors import ConfigError
+from qface.evaluation import embed
+from tests.distillation.networks import face_images, same_weights, tiny_network
+
+SETTINGS = DistillConfig(device="cpu", batch_size=8, max_steps=3, embedding_loss=None, ekd_weight=1.0)
+
+
+def people(sizes: list[int], spread: float, seed: int, dimensions: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings around a random direction for each person, shuffled, and who is who."""
+    random = np.random.default_rng(seed)
+    labels = random.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    centres = random.normal(size=(len(sizes), dimensions))
+    rows = centres[labels] + spread * random.normal(size=(len(labels), dimensions))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+@given(st.lists(st.integers(1, 8), min_size=20, max_size=40), st.integers(0, 100))
+def test_people_who_are_far_from_each_other_are_told_apart(sizes: list[int], seed: int) -> None:
+    embeddings, labels = people(sizes, 0.2, seed)
+    found = pseudo_labels(embeddings).numpy()
+    assert np.array_equal(found[:, None] == found, labels[:, None] == labels)
+    assert found.min() == 0 and found.max() == len(np.unique(labels)) - 1
+
+
+def test_strangers_stay_strangers() -> None:
+    embeddings, _ = people([1] * 500, 0.0, 0)
+    assert len(pseudo_labels(embeddings).unique()) == 500
+
+
+def test_one_image_is_one_person() -> None:
+    assert pseudo_labels(np.ones((1, 1), np.float32)).tolist() == [0]
+
+
+def test_real_faces(faces: Path) -> None:
+    teacher = qface.load(faces / "weights" / "mobilefacenet_112x96.safetensors")
+    folder = ImageFolder(faces / "data" / "lfw", people="first-half")
+    assert folder.labels is not None
+    chosen = range(0, 400)
+    found, labels = pseudo_labels(embed(teacher, qface.data.TensorImages(folder.read(chosen)))), folder.labels[:400]
+    upper = torch.ones(400, 400).triu(1).bool()
+    together, true = (found[:, None] == found)[upper], (labels[:, None] == labels)[upper]
+    assert true[together].float().mean() > 0.99
+    assert together[true].float().mean() > 0.8
+
+
+# ---- training
+
+TEACHER = nn.Flatten()  # whose embedding is the image, so that images of one person lie close to each other
+
+
+def trained(images: qface.data.TensorImages | Tensor, config: DistillConfig = SETTINGS) -> nn.Module:
+    return distill(tiny_network(0), copy.deepcopy(TEACHER), images, config, progress=False)
+
+
+def test_without_labels_training_is_what_it_is_with_them() -> None:
+    images = face_images()
+    assert same_weights(trained(images.images), trained(images))
+    assert not same_weights(trained(images.images, replace(SETTINGS, pseudo_pairs=False)), trained(images))
+
+
+def test_the_original_ekd_finds_its_positives_without_labels() -> None:
+    trained(face_images().images, replace(SETTINGS, ekd_parity=True))
+    with pytest.raises(ConfigError, match="ekd_parity"):
+        trained(face_images().images, replace(SETTINGS, ekd_parity=True, pseudo_pairs=False))
