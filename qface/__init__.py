@@ -13,15 +13,18 @@ from qface.errors import QFaceError
 from qface.evaluation import EvaluationResult, OperatingThresholds, evaluate, operating_thresholds
 from qface.models import load, save
 from qface.preprocessing import Preprocessing
+from qface.pruning import Budget, PruningConfig, prune
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
+    "Budget",
     "DistillConfig",
     "EvaluationResult",
     "LayerBits",
     "OperatingThresholds",
     "Preprocessing",
+    "PruningConfig",
     "QFaceError",
     "QuantizationConfig",
     "Sensitivity",
@@ -35,6 +38,7 @@ __all__ = [
     "load",
     "measure_size",
     "operating_thresholds",
+    "prune",
     "quantize",
     "save",
     "sensitivity",

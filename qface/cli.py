@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import click
 from rich.console import Console
@@ -20,8 +20,11 @@ from qface.deployment.latency import compare, open_file
 from qface.errors import ConfigError, QFaceError
 from qface.files import check_folder
 from qface.models.resolve import resolve_model
+from qface.pruning import cost_of
+from qface.pruning.config import ImportanceName, ScopeName
 from qface.reporting import (
     agreement_table,
+    costs_table,
     demo_table,
     evaluation_table,
     latency_table,
@@ -86,6 +89,30 @@ _training = _options(
     click.option("--resume", is_flag=True, help="Go on from the checkpoint in --run-dir."),
 )
 
+_pruning = _options(
+    click.option(
+        "--importance",
+        type=click.Choice(get_args(ImportanceName)),
+        default="magnitude",
+        show_default=True,
+        help="What the weakest channels are told by.",
+    ),
+    click.option("--norm", type=int, default=2, show_default=True, help="Of magnitude: 1 or 2."),
+    click.option(
+        "--scope",
+        type=click.Choice(get_args(ScopeName)),
+        default="layer",
+        show_default=True,
+        help="Remove the same share of each layer, or the weakest of the network.",
+    ),
+    click.option("--round-to", type=int, default=1, show_default=True, help="Widths are multiples of it."),
+    click.option("--keep", multiple=True, help="A layer whose outputs stay as they are; repeatable."),
+    click.option("--keep-embedding/--cut-embedding", default=True, show_default=True),
+    click.option("--repair/--no-repair", default=True, show_default=True, help="Solve for lost outputs on --images."),
+    click.option("--steps", type=int, default=1, show_default=True, help="Rounds to remove the channels in."),
+)
+_PRUNING = ("importance", "norm", "scope", "round_to", "keep", "keep_embedding", "repair", "steps")
+
 
 def _distill_config(recipe: str, lr: float | None, **settings: Any) -> qface.DistillConfig:
     base = qface.DistillConfig.paper() if recipe == "paper" else qface.DistillConfig()
@@ -140,6 +167,66 @@ def quantize(
         qface.distill(student, teacher, images, settings, run_dir, resume, people=people)
     qface.save(student, output)
     click.echo(f"wrote {output}")
+
+
+@main.command()
+@click.option("--model", required=True, help="Network: a file, a name such as iresnet18, or package.module:factory.")
+@click.option("--weights", type=_Path, help="A file of weights for the network that --model makes.")
+@click.option("--ratio", type=float, help="Share of channels to remove.  [default: 0.2]")
+@click.option("--parameters", type=float, help="Instead: remove as little as leaves so many parameters.")
+@click.option("--macs", type=float, help="Instead: remove as little as leaves so many products an image.")
+@click.option("--mb", type=float, help="Instead: remove as little as leaves so many 10^6 bytes of float32.")
+@click.option("--images", type=_Path, help="Folder of face crops, for repair, importance and --distill.")
+@_people
+@_pruning
+@click.option("--distill/--no-distill", default=False, show_default=True, help="Fine-tune on --images after each step.")
+@click.option("-o", "--output", required=True, type=_Path, help="Network file to write (.safetensors).")
+@_json
+@_training
+def prune(
+    model: str,
+    weights: Path | None,
+    ratio: float | None,
+    parameters: float | None,
+    macs: float | None,
+    mb: float | None,
+    images: Path | None,
+    people: str | None,
+    distill: bool,
+    output: Path,
+    as_json: bool,
+    run_dir: Path | None,
+    resume: bool,
+    **options: Any,
+) -> None:
+    """Remove whole channels of a network."""
+    check_folder(output)
+    if distill and images is None:
+        raise ConfigError("--distill needs faces to train on: give --images")
+    wanted = _share_or_budget(ratio, parameters=parameters, macs=macs, mb=mb)
+    teacher = resolve_model(model, weights)
+    config = qface.PruningConfig(seed=options["seed"], **{name: options.pop(name) for name in _PRUNING})
+    training = _distill_config(**options)
+
+    def tune(pruned: nn.Module, step: int) -> None:
+        folder = None if run_dir is None else run_dir / f"step-{step}"
+        qface.distill(pruned, teacher, cast(Path, images), training, folder, resume, people=people)
+
+    pruned = qface.prune(teacher, wanted, images, config, people, tune if distill else None, progress=True)
+    if distill:
+        tune(pruned, config.steps)
+    qface.save(pruned, output)
+    before, after = cost_of(teacher), cost_of(pruned)
+    _print({"before": asdict(before), "after": asdict(after)}, costs_table(before, after), as_json)
+
+
+def _share_or_budget(ratio: float | None, **budgets: float | None) -> float | qface.Budget:
+    given = {unit: limit for unit, limit in budgets.items() if limit is not None}
+    if len(given) + (ratio is not None) > 1:
+        raise ConfigError("--ratio, --parameters, --macs and --mb each say how much to remove: give one of them")
+    for unit, limit in given.items():
+        return qface.Budget(limit, cast(Any, unit))
+    return 0.2 if ratio is None else ratio
 
 
 @main.command()

@@ -205,6 +205,29 @@ def test_sensitivity_prints_every_layer_and_draws_a_figure(student: Path) -> Non
     assert "figure.txt" in refusal(run(*arguments, "--figure", "figure.txt"))
 
 
+def test_prune_says_what_is_left_and_its_file_goes_on(workplace: Path) -> None:
+    faces = ("--images", "crops", "--people", "first-half")
+    options = ("--model", "my_networks:make", "--ratio", "0.5", "--distill", "--steps", "2", "--batch-size", "8")
+    result = run("prune", *options, *faces, "-o", "pruned.safetensors", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["after"]["parameters"] == 4 * 28 + 4 * 2 + 4 + 4 * 16 + 16
+    assert record["after"]["macs"] < record["before"]["macs"]
+    result = run("quantize", "--model", "pruned.safetensors", *faces, "--no-distill", "-o", "student.safetensors")
+    assert result.exit_code == 0, result.output
+    table = run("prune", "--model", "my_networks:make", "--mb", "0.001", "-o", "small.safetensors")
+    assert table.exit_code == 0, table.output
+    assert "MACs" in table.stdout
+
+
+def test_prune_refuses_what_contradicts(workplace: Path, student: Path) -> None:
+    network = ("prune", "--model", "my_networks:make", "-o", "pruned.safetensors")
+    assert "--ratio" in refusal(run(*network, "--ratio", "0.2", "--macs", "1e6"))
+    assert "--images" in refusal(run(*network, "--distill"))
+    assert "float network" in refusal(run("prune", "--model", student, "-o", "pruned.safetensors"))
+    assert not Path("pruned.safetensors").exists()
+
+
 def test_quantize_within_a_budget(workplace: Path) -> None:
     arguments = ("quantize", "--model", "my_networks:make", "--images", "crops", "--no-distill")
     result = run(*arguments, "--budget-mb", "0.015", "-o", "student.safetensors")

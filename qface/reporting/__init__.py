@@ -3,6 +3,7 @@
 from qface.reporting.figures import sensitivity_figure
 from qface.reporting.tables import (
     agreement_table,
+    costs_table,
     demo_table,
     evaluation_table,
     latency_table,
@@ -12,6 +13,7 @@ from qface.reporting.tables import (
 
 __all__ = [
     "agreement_table",
+    "costs_table",
     "demo_table",
     "evaluation_table",
     "latency_table",

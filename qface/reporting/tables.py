@@ -13,10 +13,12 @@ from qface.demo import DemoReport
 from qface.deployment import Agreement, SizeLedger
 from qface.deployment.latency import Latency
 from qface.evaluation import EvaluationResult, OperatingThresholds, Rates
+from qface.pruning import Cost
 from qface.quantization.sensitivity import Sensitivity
 
 __all__ = [
     "agreement_table",
+    "costs_table",
     "demo_table",
     "evaluation_table",
     "latency_table",
@@ -43,6 +45,21 @@ def evaluation_table(result: EvaluationResult) -> Table:
     for fpr, rate in result.tpr_at_fpr.items():
         threshold = result.thresholds[fpr]
         table.add_row(f"TPR at FPR {fpr}", percent(rate), "-" if threshold is None else f"{threshold:.4f}")
+    return table
+
+
+def costs_table(before: Cost, after: Cost) -> Table:
+    """What a network costs before and after pruning."""
+    table = Table()
+    for name in ("", "before", "after", "left"):
+        table.add_column(name, justify="right" if name else "left")
+    rows = (
+        ("parameters", before.parameters, after.parameters, "{:,}"),
+        ("MACs", before.macs, after.macs, "{:,}"),
+        ("MB as float32", before.mb, after.mb, "{:.2f}"),
+    )
+    for name, old, new, style in rows:
+        table.add_row(name, style.format(old), style.format(new), percent(new / old))
     return table
 
 

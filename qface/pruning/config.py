@@ -1,0 +1,73 @@
+"""Settings of :func:`qface.prune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from qface.errors import ConfigError
+
+__all__ = ["ImportanceName", "PruningConfig", "ScopeName"]
+
+ImportanceName = Literal["magnitude", "taylor", "hessian", "fpgm", "bn_scale"]
+ScopeName = Literal["layer", "network"]
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How channels are chosen, and what is done about the loss.
+
+    The defaults choose as Ef-QuantFace does: the weakest channels of every layer by 2-norm of the weights (DepGraph,
+    Fang et al., CVPR 2023).
+
+    Args:
+        importance: of a channel, over all weights that go with it. ``"magnitude"``: the norm of its weights;
+            ``"bn_scale"``: of its batch norm's scales; ``"fpgm"``: how far it lies from the geometric median of its
+            layer; ``"taylor"``: how much its removal changes a loss to first order, that of embeddings which differ
+            from those of mirror images; ``"hessian"``: to second order, of the embedding. The last two need images.
+        norm: p of ``"magnitude"``, 1 or 2.
+        scope: within which the weakest are looked for: each ``"layer"`` loses the same share, or all channels of the
+            ``"network"`` are compared.
+        greatest_share: what no layer loses more than, of its channels; for the scope ``"network"``.
+        round_to: number of channels is brought down to a multiple of it. Integer kernels want a multiple of 4.
+        keep: layers, by name, whose outputs stay as they are.
+        keep_embedding: leave the size of the embedding as it is.
+        steps: how many rounds the channels are removed in; between them :func:`qface.prune` can train.
+        repair: solve each layer that reads fewer channels for the outputs that it had, by least squares over images
+            (:mod:`qface.pruning.repair`), where images are given.
+        images: how many of them importance and repair look at.
+        seed: of what is drawn for importance and repair.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    importance: ImportanceName = "magnitude"
+    norm: int = 2
+    scope: ScopeName = "layer"
+    greatest_share: float = 0.8
+    round_to: int = 1
+    keep: tuple[str, ...] = ()
+    keep_embedding: bool = True
+    steps: int = 1
+    repair: bool = True
+    images: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.importance not in get_args(ImportanceName):
+            raise ConfigError(f"importance is one of {', '.join(get_args(ImportanceName))}, not {self.importance!r}")
+        if self.scope not in get_args(ScopeName):
+            raise ConfigError(f"scope is layer or network, not {self.scope!r}")
+        if self.norm not in (1, 2):
+            raise ConfigError(f"norm is 1 or 2, not {self.norm!r}")
+        if not 0 < self.greatest_share < 1:
+            raise ConfigError(f"greatest_share lies between 0 and 1, not {self.greatest_share!r}")
+        for name in ("round_to", "steps", "images"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is a whole number from 1 on, not {getattr(self, name)!r}")
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether importance is measured on images."""
+        return self.importance in ("taylor", "hessian")

@@ -1,0 +1,76 @@
+"""How much channels are worth: torch-pruning's estimators, and the gradients that two of them read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qface.modes import modes_kept
+from qface.pruning.config import PruningConfig
+
+__all__ = ["estimator", "write_gradients"]
+
+_BATCH = 32
+
+
+def estimator(config: PruningConfig) -> Callable[[Any], Tensor]:
+    """What torch-pruning asks for the importance of each channel of a group."""
+    # Imported late, since it costs as long as torch itself; by name, because it carries no types.
+    pruner = import_module("torch_pruning.pruner.importance")
+    if config.importance == "magnitude":
+        made = pruner.MagnitudeImportance(p=config.norm)
+    else:
+        kinds = {
+            "taylor": pruner.TaylorImportance,
+            "hessian": pruner.HessianImportance,
+            "fpgm": pruner.FPGMImportance,
+            "bn_scale": pruner.BNScaleImportance,
+        }
+        made = kinds[config.importance]()
+    return made  # type: ignore[no-any-return]
+
+
+def write_gradients(model: nn.Module, images: Tensor, config: PruningConfig) -> None:
+    """Leave in ``grad`` of every parameter of ``model`` what ``taylor`` and ``hessian`` read, estimated on ``images``.
+
+    A network that is compared with itself has no gradient. For ``taylor`` it is taught to embed mirror images alike;
+    the gradient is that of the mean cosine distance. For ``hessian``, with embeddings z of length 1, the curvature of
+    |z - z0|^2 / 2 at z0 is J^T J, whose diagonal is the mean square of the gradient of v . z over random v.
+
+    Args:
+        model: in any mode; it computes in eval mode.
+        images: normalised, [N, 3, height, width].
+    """
+    with modes_kept(model), torch.enable_grad():
+        model.eval()
+        model.zero_grad()
+        if config.importance == "taylor":
+            _write_mirror_gradients(model, images)
+        elif config.importance == "hessian":
+            _write_squared_gradients(model, images, torch.Generator().manual_seed(config.seed))
+
+
+def _write_mirror_gradients(model: nn.Module, images: Tensor) -> None:
+    for batch in torch.split(images, _BATCH):
+        distances = 1 - F.cosine_similarity(model(batch), model(batch.flip(-1)))
+        (distances.sum() / len(images)).backward()  # type: ignore[no-untyped-call]
+
+
+def _write_squared_gradients(model: nn.Module, images: Tensor, generator: torch.Generator) -> None:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    squares = [torch.zeros_like(parameter) for parameter in parameters]
+    for image in torch.split(images, 1):
+        embedding = F.normalize(model(image))
+        direction = torch.randn(embedding.shape, generator=generator).to(embedding)
+        for square, gradient in zip(
+            squares, torch.autograd.grad((embedding * direction).sum(), parameters, allow_unused=True), strict=True
+        ):
+            if gradient is not None:
+                square.addcmul_(gradient, gradient, value=1 / len(images))
+    for parameter, square in zip(parameters, squares, strict=True):
+        parameter.grad = square

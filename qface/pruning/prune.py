@@ -1,0 +1,243 @@
+"""The verb ``prune``: whole channels removed through torch-pruning's dependency graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qface.data.images import Images, IndexedImages, as_image_source, normalise
+from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_line
+from qface.models.layers import Concat
+from qface.models.provenance import carry, provenance_of, record_step
+from qface.models.tracing import example_input, trace
+from qface.modes import modes_kept
+from qface.preprocessing import preprocessing_of
+from qface.pruning.budget import Budget
+from qface.pruning.config import PruningConfig
+from qface.pruning.importance import estimator, write_gradients
+from qface.pruning.repair import Kept, repair
+
+__all__ = ["prune"]
+
+_WEIGHTED = (nn.Conv2d, nn.Linear)
+_HALVINGS = 12  # of the share of channels, until a budget is met
+
+Between = Callable[[nn.Module, int], object]
+
+
+def prune(
+    model: nn.Module,
+    ratio: float | Budget = 0.2,
+    images: Images | None = None,
+    config: PruningConfig | None = None,
+    people: str | Path | None = None,
+    between: Between | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """A smaller network of the same kind, in eval mode; ``model`` is untouched.
+
+    Args:
+        model: a float network from images [N, 3, H, W] to embeddings [N, D] that torch.fx can trace.
+        ratio: the share of channels to remove, above 0 and below 1, or a :class:`Budget` for what is left: the least
+            share that meets it is taken.
+        images: for importance and repair, as for :func:`qface.calibrate`; None repairs nothing.
+        config: the settings.
+        people: of a folder, which identities.
+        between: called after every step but the last with the network so far and the number of the step, from 1 on,
+            such as to train it in place.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The pruned network, a module of the same class. It is saved, quantized and distilled like any other.
+
+    Raises:
+        ConfigError: the network is quantized; or the ratio, the budget, or a name to keep is impossible.
+        ImagesError: the images cannot be used, or are needed and missing.
+        TraceError: the model cannot be traced.
+        UnsupportedLayerError: a layer cannot be pruned.
+    """
+    config = config or PruningConfig()
+    _check(model, ratio, images, config)
+    sample = None if images is None else _sample(images, people, model, config)
+    share = _share_for(model, ratio, sample, config) if isinstance(ratio, Budget) else float(ratio)
+    pruned = copy.deepcopy(model).eval()
+    for step in range(1, config.steps + 1):
+        before = copy.deepcopy(pruned)
+        kept = _remove(pruned, _share_of_step(share, step, config.steps), sample, config)
+        if config.repair and sample is not None:
+            repair(pruned, before, kept, sample, config.seed, progress)
+        if between is not None and step < config.steps:
+            between(pruned, step)
+    settings = {"share": share, "images": 0 if sample is None else len(sample), **asdict(config)}
+    return record_step(carry(model, pruned.eval()), "prune", settings)
+
+
+def _check(model: nn.Module, ratio: float | Budget, images: Images | None, config: PruningConfig) -> None:
+    if any(step["step"] == "quantize" for step in provenance_of(model)):
+        raise ConfigError("this network is quantized: prune the float network that it came from, then quantize that")
+    if not isinstance(ratio, Budget) and not 0 < ratio < 1:
+        raise ConfigError(f"the share of channels to remove lies between 0 and 1, not {ratio!r}")
+    if config.needs_images and images is None:
+        raise ImagesError(f"importance {config.importance!r} is measured on images: pass some")
+    layers = dict(model.named_modules())
+    unknown = [name for name in config.keep if name not in layers]
+    if unknown:
+        weighted = [name for name, layer in layers.items() if isinstance(layer, _WEIGHTED)]
+        raise ConfigError(f"no layer to keep is called {unknown[0]!r}; there are {', '.join(weighted[:5])} and others")
+
+
+def _sample(images: Images, people: str | Path | None, model: nn.Module, config: PruningConfig) -> Tensor:
+    """Up to ``config.images`` of the images, spread evenly, normalised."""
+    source = as_image_source(images, people)
+    if isinstance(source, IndexedImages):
+        chosen = torch.linspace(0, len(source) - 1, min(config.images, len(source))).round().long()
+        found = source.read(chosen.tolist())
+    else:
+        found = torch.cat(list(source.batches(config.images))[:1])
+    return normalise(found, preprocessing_of(model))
+
+
+def _share_of_step(share: float, step: int, steps: int) -> float:
+    """What to remove at ``step`` of the channels that are left, so that each step removes as many of the first ones."""
+    left = 1 - share * (step - 1) / steps
+    return share / steps / left
+
+
+def _share_for(model: nn.Module, budget: Budget, sample: Tensor | None, config: PruningConfig) -> float:
+    """The least share of channels whose removal meets ``budget``, to one in 4096."""
+    if budget.cost(model) <= budget.limit:
+        raise ConfigError(f"the network costs {budget.cost(model):g} {budget.unit} as it is: nothing needs pruning")
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        share = (low + high) / 2
+        if _cost_without(model, share, budget, sample, config) <= budget.limit:
+            high = share
+        else:
+            low = share
+    if high == 1.0:
+        least = _cost_without(model, low, budget, sample, config)
+        raise ConfigError(f"no share of channels brings the network below {least:g} {budget.unit}: raise the budget")
+    return high
+
+
+def _cost_without(
+    model: nn.Module, share: float, budget: Budget, sample: Tensor | None, config: PruningConfig
+) -> float:
+    candidate = copy.deepcopy(model).eval()
+    for step in range(1, config.steps + 1):
+        _remove(candidate, _share_of_step(share, step, config.steps), sample, config)
+    return budget.cost(candidate)
+
+
+def _remove(model: nn.Module, share: float, sample: Tensor | None, config: PruningConfig) -> dict[str, Kept]:
+    """Remove ``share`` of the channels of ``model``, in place, and say what is left of each layer."""
+    if config.needs_images and sample is not None:
+        write_gradients(model, sample, config)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    model.requires_grad_(True)  # torch-pruning follows the gradients of one forward pass
+    kept = _Channels(model)
+    try:
+        for group in _pruner(model, share, config).step(interactive=True):
+            kept.remove(group)
+            group.prune()
+        _check_runs(model)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedLayerError(f"{type(model).__name__} cannot be pruned: {one_line(error)}") from error
+    for parameter, trains in zip(model.parameters(), trained, strict=True):
+        parameter.requires_grad_(trains)
+    model.zero_grad(set_to_none=True)
+    return kept.left
+
+
+def _check_runs(model: nn.Module) -> None:
+    """Let what torch-pruning overlooked fail here, with an error that says so."""
+    with modes_kept(model), torch.no_grad():
+        model.eval()(example_input(model, 1))
+
+
+def _pruner(model: nn.Module, share: float, config: PruningConfig) -> Any:
+    kept = [model.get_submodule(name) for name in config.keep] + _concatenated_layers(model)
+    if config.keep_embedding:
+        kept += _embedding_layers(model)
+    return import_module("torch_pruning").pruner.algorithms.BasePruner(
+        model,
+        example_input(model, 1),
+        importance=estimator(config),
+        global_pruning=config.scope == "network",
+        pruning_ratio=share,
+        max_pruning_ratio=config.greatest_share if config.scope == "network" else 1.0,
+        ignored_layers=kept,
+        round_to=config.round_to if config.round_to > 1 else None,
+    )
+
+
+def _embedding_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers whose outputs are channels of the embedding."""
+    (output,) = (node for node in trace(model).graph.nodes if node.op == "output")
+    return list(_weighted_before(model, output, set()))
+
+
+def _concatenated_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers whose outputs are concatenated: torch-pruning 1.6.1 takes one for the other there."""
+    concatenations = [node for node in trace(model).graph.nodes if _concatenates(model, node)]
+    return [layer for node in concatenations for layer in _weighted_before(model, node, set())]
+
+
+def _concatenates(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(model.get_submodule(str(node.target)), Concat)
+    return node.target in (torch.cat, torch.concat, torch.concatenate)
+
+
+def _weighted_before(model: nn.Module, node: fx.Node, seen: set[fx.Node]) -> Iterator[nn.Module]:
+    for source in node.all_input_nodes:
+        if source in seen:
+            continue
+        seen.add(source)
+        layer = model.get_submodule(str(source.target)) if source.op == "call_module" else None
+        if isinstance(layer, _WEIGHTED) and getattr(layer, "groups", 1) == 1:
+            yield layer
+        else:
+            yield from _weighted_before(model, source, seen)
+
+
+class _Channels:
+    """Which channels of each convolution and linear layer of ``model`` are left."""
+
+    def __init__(self, model: nn.Module) -> None:
+        names = [str(node.target) for node in trace(model).graph.nodes if node.op == "call_module"]  # as they run
+        layers = {name: model.get_submodule(name) for name in names}
+        weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer, _WEIGHTED)}
+        self._names = {layers[name]: name for name in weights}
+        self.left = {
+            name: Kept(torch.arange(weight.shape[1]), torch.arange(weight.shape[0])) for name, weight in weights.items()
+        }
+
+    def remove(self, group: Any) -> None:
+        """Note that ``group`` is to be removed, before it is."""
+        function = import_module("torch_pruning.pruner.function")
+        outputs = (function.prune_conv_out_channels, function.prune_linear_out_channels)
+        inputs = (function.prune_conv_in_channels, function.prune_linear_in_channels)
+        depthwise = (function.prune_depthwise_conv_out_channels, function.prune_depthwise_conv_in_channels)
+        for dependency, indices in group:
+            name = self._names.get(dependency.target.module)
+            if name is None:
+                continue
+            left = self.left[name]
+            if dependency.handler in outputs + depthwise[:1]:
+                self.left[name] = Kept(left.inputs, _without(left.outputs, indices))
+            elif dependency.handler in inputs:
+                self.left[name] = Kept(_without(left.inputs, indices), left.outputs)
+
+
+def _without(channels: Tensor, positions: list[int]) -> Tensor:
+    remaining = torch.ones(len(channels), dtype=torch.bool)
+    remaining[positions] = False
+    return channels[remaining]

@@ -1,0 +1,209 @@
+"""Closed-form repair: a layer that lost inputs is solved for the outputs that it had.
+
+Layer by layer, in the order they run: over positions drawn from images, the weights are changed so that what the pruned
+network now feeds the layer gives, by least squares, what the layer made in the original network. The change is ridge
+regression of what is missing, so that few images change little. Batch norms behind it then see what they were made for.
+It needs no labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qface.modes import modes_kept
+from qface.progress import track
+
+__all__ = ["Kept", "repair"]
+
+_POSITIONS = 16_384  # at most, of a layer
+_RIDGE = 1e-2  # of the mean square of what the layer reads
+_BATCH = 64
+
+Layer = nn.Conv2d | nn.Linear
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Channels of a layer that are left, as numbers in the original network.
+
+    Args:
+        inputs: of the layer's weight, its dimension 1.
+        outputs: its dimension 0.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Where outputs of a convolution are looked at: image, row and column, each [M]."""
+
+    image: Tensor
+    row: Tensor
+    column: Tensor
+
+    @classmethod
+    def drawn(cls, images: int, height: int, width: int, generator: torch.Generator) -> _Positions:
+        """At most :data:`_POSITIONS` different ones."""
+        chosen = torch.randperm(images * height * width, generator=generator)[:_POSITIONS].sort().values
+        return cls(chosen // (height * width), chosen // width % height, chosen % width)
+
+    def within(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of ``count`` images from ``start`` on, images numbered from 0."""
+        inside = (self.image >= start) & (self.image < start + count)
+        return self.image[inside] - start, self.row[inside], self.column[inside]
+
+
+def repair(
+    pruned: nn.Module,
+    original: nn.Module,
+    kept: Mapping[str, Kept],
+    images: Tensor,
+    seed: int = 0,
+    progress: bool = False,
+) -> None:
+    """Change the weights of ``pruned``, in place, so that its layers make what they made in ``original``.
+
+    Args:
+        pruned: a network with the layers of ``original``, by the same names, of which some are narrower.
+        original: the network that it was; both are called in eval mode.
+        kept: of each convolution and linear layer, by name in the order they run, the channels that are left.
+        images: normalised, [N, 3, height, width].
+        seed: of the positions.
+        progress: show a bar on stderr.
+    """
+    names = [name for name in kept if _lost_inputs(original.get_submodule(name), kept[name])]
+    generator = torch.Generator().manual_seed(seed)
+    with modes_kept(pruned), modes_kept(original), torch.no_grad():
+        pruned.eval()
+        original.eval()
+        sizes = _output_sizes(original, names, images[:1])
+        positions = {name: _Positions.drawn(len(images), *sizes[name], generator) for name in names}
+        made = _outputs(original, names, positions, images)
+        for name in track(names, "repair", progress):
+            layer = cast(Layer, pruned.get_submodule(name))
+            _solve(layer, _inputs(pruned, layer, positions[name], images), made[name][:, kept[name].outputs])
+
+
+def _lost_inputs(layer: nn.Module, kept: Kept) -> bool:
+    """Whether ``layer`` mixes channels of which some are gone; a depthwise convolution mixes none."""
+    grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+    return not grouped and len(kept.inputs) < cast(Tensor, layer.weight).shape[1]
+
+
+def _run(model: nn.Module, hooks: Mapping[nn.Module, Callable[[Tensor, Tensor], None]], images: Tensor) -> None:
+    """Run ``model``, and call the hook of each layer with what it read and made."""
+
+    def calling(hook: Callable[[Tensor, Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, inputs, output: hook(inputs[0], output)
+
+    handles = [layer.register_forward_hook(calling(hook)) for layer, hook in hooks.items()]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _output_sizes(model: nn.Module, names: Sequence[str], image: Tensor) -> dict[str, tuple[int, int]]:
+    """Height and width of what each layer makes; 1 x 1 of a linear layer."""
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def note(name: str) -> Callable[[Tensor, Tensor], None]:
+        def keep(_: Tensor, output: Tensor) -> None:
+            shape = _as_map(output).shape
+            sizes[name] = (shape[2], shape[3])
+
+        return keep
+
+    _run(model, {model.get_submodule(name): note(name) for name in names}, image)
+    return sizes
+
+
+def _outputs(
+    model: nn.Module, names: Sequence[str], positions: Mapping[str, _Positions], images: Tensor
+) -> dict[str, Tensor]:
+    """What each layer makes at its positions, [M, channels]."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+
+        def note(name: str, start: int = start, count: int = len(batch)) -> Callable[[Tensor, Tensor], None]:
+            image, row, column = positions[name].within(start, count)
+            return lambda _, output: parts[name].append(_as_map(output)[image, :, row, column])
+
+        _run(model, {model.get_submodule(name): note(name) for name in names}, batch)
+    return {name: torch.cat(of) for name, of in parts.items()}
+
+
+class _StopForward(Exception):  # noqa: N818 - as StopIteration
+    """What lies behind the layer need not run."""
+
+
+def _inputs(model: nn.Module, layer: Layer, positions: _Positions, images: Tensor) -> Tensor:
+    """What ``layer`` multiplies with its weights at ``positions``, [M, weights of a channel]."""
+    parts: list[Tensor] = []
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+
+        def note(given: Tensor, _: Tensor, start: int = start, count: int = len(batch)) -> None:
+            parts.append(_patches(layer, given, *positions.within(start, count)))
+            raise _StopForward
+
+        try:
+            _run(model, {layer: note}, batch)
+        except _StopForward:
+            continue
+    return torch.cat(parts)
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """``x`` as [N, channels, height, width]."""
+    return x[:, :, None, None] if x.ndim == 2 else x
+
+
+def _patches(layer: Layer, x: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """The values under the kernel at these outputs, [M, weights of a channel]."""
+    if isinstance(layer, nn.Linear):
+        return x[image]
+    (height, width), (up, left) = layer.kernel_size, cast(tuple[int, int], layer.padding)
+    padded = F.pad(x, (left, left, up, up))
+    rows = row[:, None] * layer.stride[0] + torch.arange(height) * layer.dilation[0]
+    columns = column[:, None] * layer.stride[1] + torch.arange(width) * layer.dilation[1]
+    found = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # [M, height, width, channels]
+    return found.permute(0, 3, 1, 2).flatten(1)
+
+
+def _solve(layer: Layer, x: Tensor, wanted: Tensor) -> None:
+    """Give ``layer`` the weights, and the bias if it has one, to make ``wanted`` [M, outputs] of ``x`` [M, inputs]."""
+    missing = wanted - F.linear(x, layer.weight.flatten(1), layer.bias)
+    if layer.bias is None:
+        change = _ridge(x, missing)
+    else:
+        mean, shift = x.mean(0), missing.mean(0)
+        change = _ridge(x - mean, missing - shift)
+        layer.bias += shift - change @ mean
+    layer.weight += change.view_as(layer.weight)
+
+
+def _ridge(x: Tensor, y: Tensor) -> Tensor:
+    """The map [outputs, inputs] from ``x`` [M, inputs] to ``y`` [M, outputs] of least squares and little length."""
+    x, y = x.double(), y.double()
+    ridge = _RIDGE * float(x.square().sum()) / x.shape[1]
+    if x.shape[0] >= x.shape[1]:
+        found: Tensor = torch.linalg.solve(_with_ridge(x.T @ x, ridge), x.T @ y).T
+    else:  # the same, by a system of as many equations as there are positions
+        found = torch.linalg.solve(_with_ridge(x @ x.T, ridge), y).T @ x
+    return found.float()
+
+
+def _with_ridge(products: Tensor, ridge: float) -> Tensor:
+    products.diagonal().add_(ridge)
+    return products

@@ -1,0 +1,239 @@
+"""``prune``: which channels go, what is left, and what the smaller network is good for."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import qface
+from qface.errors import ConfigError, ImagesError
+from qface.models import MobileFaceNet, iresnet, provenance_of
+from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+from qface.pruning import Budget, PruningConfig, cost_of, prune
+from tests.networks import foreign_net, random_faces, tiny_face_net, with_statistics
+
+SMALL = Preprocessing(size=(32, 32))
+
+
+def tiny() -> nn.Module:
+    return with_preprocessing(tiny_face_net(size=SMALL.size), SMALL)
+
+
+def widths(model: nn.Module) -> dict[str, int]:
+    return {
+        name: layer.weight.shape[0]
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    }
+
+
+def embeds(model: nn.Module) -> torch.Size:
+    with torch.no_grad():
+        return model.eval()(torch.zeros(2, 3, *preprocessing_of(model).size)).shape
+
+
+# The paper's networks
+
+
+@pytest.mark.parametrize(
+    ("depth", "with_embedding_kept", "with_embedding_cut", "paper_mb"),
+    [(18, 17_388_240, 15_323_708, 61.39), (34, 23_827_372, 21_762_840, 87.22), (50, 29_831_500, 27_766_968, 111.32)],
+)
+def test_the_papers_counts(depth: int, with_embedding_kept: int, with_embedding_cut: int, paper_mb: float) -> None:
+    network = with_preprocessing(iresnet(depth).eval(), Preprocessing())
+    pruned = prune(network, 0.2)
+    assert cost_of(pruned).parameters == with_embedding_kept
+    assert [layer.out_channels for layer in (pruned.conv1, pruned.layer2[0].conv1)] == [51, 102]
+    assert [layer.out_channels for layer in (pruned.layer3[0].conv1, pruned.layer4[0].conv1)] == [204, 409]
+    cut = prune(network, 0.2, config=PruningConfig(keep_embedding=False))
+    assert cost_of(cut).parameters == with_embedding_cut
+    assert cost_of(cut).mb == pytest.approx(paper_mb, rel=0.003)
+
+
+# What is pruned
+
+
+@pytest.mark.parametrize("make", [tiny, lambda: with_preprocessing(foreign_net(size=SMALL.size), SMALL)])
+def test_a_pruned_network_is_smaller_and_its_original_untouched(make) -> None:
+    original = make()
+    before = copy.deepcopy(original.state_dict())
+    pruned = prune(original, 0.5)
+    assert type(pruned) is type(original)
+    assert cost_of(pruned).parameters < cost_of(original).parameters
+    assert cost_of(pruned).macs < cost_of(original).macs
+    assert embeds(pruned) == embeds(original)
+    assert preprocessing_of(pruned) == SMALL
+    assert [step["step"] for step in provenance_of(pruned)] == ["prune"]
+    assert original.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
+    assert all(parameter.grad is None for model in (original, pruned) for parameter in model.parameters())
+
+
+def test_what_trained_before_trains_afterwards() -> None:
+    original = tiny()
+    original.features.weight.requires_grad = False
+    frozen = [name for name, parameter in prune(original, 0.5).named_parameters() if not parameter.requires_grad]
+    assert frozen == ["features.weight"]
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_the_weakest_channels_go(norm: int) -> None:
+    original = tiny()
+    with torch.no_grad():
+        for name, parameter in original.block1.named_parameters():
+            if parameter.ndim and name.split(".")[0] in ("conv1", "bn2"):
+                parameter[[1, 4]] *= 1e-3
+        original.block1.conv2.weight[:, [1, 4]] *= 1e-3
+    pruned = prune(original, 0.25, config=PruningConfig(norm=norm))
+    kept = [0, 2, 3, 5, 6, 7]
+    assert torch.equal(pruned.block1.bn2.running_mean, original.block1.bn2.running_mean[kept])
+    assert torch.equal(pruned.block1.prelu.weight, original.block1.prelu.weight[kept])
+
+
+def test_named_layers_and_the_embedding_stay() -> None:
+    original = tiny()
+    pruned = prune(original, 0.5, config=PruningConfig(keep=("block1.conv1",)))
+    assert widths(pruned)["block1.conv1"] == 8
+    assert widths(pruned)["block2.conv1"] == 4
+    assert embeds(pruned) == (2, 16)
+    assert embeds(prune(original, 0.5, config=PruningConfig(keep_embedding=False))) == (2, 8)
+
+
+def test_widths_are_multiples_of_round_to() -> None:
+    torch.manual_seed(0)
+    network = with_preprocessing(with_statistics(MobileFaceNet(16, SMALL.size)).eval(), SMALL)
+    pruned = prune(network, 0.2, config=PruningConfig(round_to=8))
+    layers = [layer for layer in pruned.modules() if isinstance(layer, nn.Conv2d)]
+    assert all(layer.out_channels % 8 == 0 for layer in layers)
+    assert all(layer.groups in (1, layer.out_channels) for layer in layers)
+    assert embeds(pruned) == (2, 16)
+
+
+def test_the_scope_network_takes_more_where_weak_channels_are() -> None:
+    original = tiny()
+    with torch.no_grad():
+        original.block1.conv1.weight[:4] *= 1e-3
+        original.block1.bn2.weight[:4] *= 1e-3
+        original.block1.conv2.weight[:, :4] *= 1e-3
+    layers = widths(prune(original, 0.2, config=PruningConfig(scope="network", greatest_share=0.6)))
+    assert layers["block1.conv1"] == 4
+    assert layers["block2.conv1"] > 6
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor", "hessian", "fpgm", "bn_scale"])
+def test_every_importance_prunes_the_same_share(importance) -> None:
+    config = PruningConfig(importance=importance, images=4, repair=False)
+    pruned = prune(tiny(), 0.25, random_faces(4), config)
+    assert widths(pruned) == widths(prune(tiny(), 0.25))
+
+
+@pytest.mark.parametrize("importance", ["taylor", "hessian"])
+def test_channels_that_reach_nothing_go_first_by_gradients(importance) -> None:
+    original = tiny()
+    with torch.no_grad():
+        original.block1.conv1.weight[[2, 5]] *= 100  # large, and unused
+        original.block1.conv2.weight[:, [2, 5]] = 0
+    pruned = prune(original, 0.25, random_faces(4), PruningConfig(importance=importance, repair=False))
+    kept = [0, 1, 3, 4, 6, 7]
+    assert torch.equal(pruned.block1.prelu.weight, original.block1.prelu.weight[kept])
+
+
+# Budgets and steps
+
+
+@pytest.mark.parametrize(("unit", "part"), [("parameters", 0.5), ("macs", 0.6), ("mb", 0.7)])
+def test_a_budget_is_met_and_hardly_undercut(unit, part: float) -> None:
+    torch.manual_seed(0)
+    network = with_preprocessing(MobileFaceNet(16, SMALL.size).eval(), SMALL)
+    limit = part * getattr(cost_of(network), unit)
+    cost = getattr(cost_of(prune(network, Budget(limit, unit))), unit)
+    assert 0.97 * limit < cost <= limit
+
+
+def test_steps_remove_what_one_step_does_and_may_train_between() -> None:
+    seen: list[tuple[int, int]] = []
+    config = PruningConfig(steps=2)
+    pruned = prune(tiny(), 0.5, config=config, between=lambda model, step: seen.append((step, widths(model)["conv"])))
+    assert seen == [(1, 6)]
+    assert widths(pruned) == widths(prune(tiny(), 0.5))
+
+
+# With everything else
+
+
+def test_a_pruned_network_is_saved_with_its_shape_and_loads_in_another_process(tmp_path: Path) -> None:
+    pruned = prune(tiny(), 0.5)
+    qface.save(pruned, tmp_path / "pruned.safetensors")
+    images = torch.randn(2, 3, *SMALL.size, generator=torch.Generator().manual_seed(0))
+    torch.save(images, tmp_path / "images.pt")
+    script = (
+        "import sys, torch, qface; folder = sys.argv[1]\n"
+        "model = qface.load(folder + '/pruned.safetensors')\n"
+        "torch.save(model(torch.load(folder + '/images.pt')).detach(), folder + '/embeddings.pt')"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "embeddings.pt"), pruned(images))
+
+
+def test_prune_distill_quantize_distill_export(tmp_path: Path) -> None:
+    teacher, faces = tiny(), random_faces(16)
+    training = qface.DistillConfig(batch_size=8, learning_rate=1e-3, device="cpu")
+    pruned = prune(teacher, 0.5, faces, PruningConfig(round_to=4))
+    qface.distill(pruned, teacher, faces, training, progress=False)
+    student = qface.calibrate(qface.quantize(pruned, 6), faces)
+    qface.distill(student, teacher, faces, training, progress=False)
+    qface.export(student, tmp_path / "net.onnx")
+    assert qface.verify(student, tmp_path / "net.onnx", faces).agrees
+    steps = [step["step"] for step in provenance_of(student)]
+    assert steps == ["prune", "distill", "quantize", "calibrate", "distill"]
+
+
+# Refusals
+
+
+def test_what_cannot_be_pruned_is_told_why() -> None:
+    with pytest.raises(ConfigError, match="prune the float network"):
+        prune(qface.quantize(tiny()), 0.2)
+    for ratio in (0.0, 1.0, -0.1, 2):
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            prune(tiny(), ratio)
+    with pytest.raises(ConfigError, match=r"'nothing'.*conv"):
+        prune(tiny(), 0.2, config=PruningConfig(keep=("nothing",)))
+    with pytest.raises(ImagesError, match="taylor"):
+        prune(tiny(), 0.2, config=PruningConfig(importance="taylor"))
+    with pytest.raises(ConfigError, match="nothing needs pruning"):
+        prune(tiny(), Budget(1e9, "parameters"))
+    with pytest.raises(ConfigError, match="raise the budget"):
+        prune(tiny(), Budget(1, "parameters"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"importance": "luck"},
+        {"scope": "world"},
+        {"norm": 3},
+        {"greatest_share": 1.0},
+        {"round_to": 0},
+        {"steps": 0},
+        {"images": 0},
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(fields) -> None:
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        replace(PruningConfig(), **fields)
+
+
+@pytest.mark.parametrize(("limit", "unit"), [(0, "macs"), (-1, "mb"), (1, "acres")])
+def test_impossible_budgets_are_refused(limit: float, unit) -> None:
+    with pytest.raises(ConfigError, match=r"budget"):
+        Budget(limit, unit)
