@@ -1,0 +1,254 @@
+"""Where pruning pays against lower bits: accuracy, size and latency of networks pruned, quantized, and both.
+
+    python benchmarks/pruning.py [--data ../shared] [--network mobilefacenet] [--ratios 0.1 --ratios 0.2] [--bits 6]
+                                 [--no-train] [--max-steps N] [-o runs/pruning] [--json FILE]
+
+Everything is tuned on the first half of the people, and judged on the second: all figures are those of the exported
+file in onnxruntime. Latencies are of one image on one thread, all files in turns, in multiples of the float network's
+time. Widths are rounded down to multiples of 4, as integer kernels like them; ``--round-to 1`` leaves them as they come
+out. Each file is written at once with its figures; the same command goes on behind the last. It prints a table and
+draws accuracy over size and over latency.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from accuracy_rows import NETWORKS
+from held_out import Halves
+from records import Record, Records, digest
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import qface
+from qface.deployment import median_milliseconds
+from qface.evaluation import embed
+from qface.files import replacing
+from qface.pruning import cost_of
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network: pruned by ``ratio`` and repaired or not, quantized to ``bits``; None leaves a step out.
+
+    Args:
+        ratio: share of channels removed.
+        repaired: layers solved for their outputs after pruning.
+        bits: width of weights and activations.
+        trained: distilled after pruning, and again after calibration.
+    """
+
+    ratio: float | None = None
+    repaired: bool = True
+    bits: int | None = None
+    trained: bool = False
+
+    @property
+    def name(self) -> str:
+        """For files and the table."""
+        pruned = "" if self.ratio is None else f"pruned{self.ratio:g}"
+        parts = (
+            pruned,
+            "unrepaired" if not self.repaired else "",
+            f"w{self.bits}a{self.bits}" if self.bits else "",
+            "distilled" if self.trained else "",
+        )
+        return "-".join(part for part in parts if part) or "float"
+
+
+def variants(ratios: Sequence[float], bits: Sequence[int], train: bool) -> Iterator[Variant]:
+    """All that is compared."""
+    yield Variant()
+    for ratio in ratios:
+        yield Variant(ratio, repaired=False)
+    for trained in (False, True) if train else (False,):
+        for ratio in ratios:
+            yield Variant(ratio, trained=trained)
+        for width in bits:
+            yield Variant(bits=width, trained=trained)
+            for ratio in ratios:
+                yield Variant(ratio, bits=width, trained=trained)
+
+
+class Bench:
+    """Makes and judges variants of one network.
+
+    Args:
+        network: one of :data:`NETWORKS`.
+        data: the folder with ``data/`` and ``weights/``.
+        records: where files and figures are kept.
+        round_to: what pruned widths are a multiple of.
+        max_steps: of each training; None for one epoch.
+    """
+
+    def __init__(self, network: str, data: Path, records: Records, round_to: int, max_steps: int | None) -> None:
+        weights = data / "weights" / NETWORKS[network]
+        self.network = network
+        self.teacher = qface.load(weights)
+        self._halves = Halves(data)
+        self._records = records
+        self._pruning = qface.PruningConfig(round_to=round_to)
+        self._training = qface.DistillConfig(max_steps=max_steps)
+        self._inputs = {
+            "version": qface.__version__,
+            "weights": digest(weights.read_bytes()),
+            "images": digest(self._halves.names()),
+            "pruning": asdict(self._pruning),
+            "training": asdict(self._training),
+        }
+
+    def figures(self, variant: Variant) -> Record:
+        """Accuracy, size, MACs and file of ``variant``."""
+        name, settings = f"{self.network}-{variant.name}", {**self._inputs, **asdict(variant)}
+        return self._records.recall(name, settings, lambda: self._measure(variant, self._path(name, settings, ".onnx")))
+
+    def _path(self, name: str, settings: Record, ending: str) -> Path:
+        return self._records.path(name, settings, ending)
+
+    def _measure(self, variant: Variant, path: Path) -> Record:
+        network = self._pruned(variant)
+        costs = asdict(cost_of(network))
+        if variant.bits is not None:
+            network = self._quantized(network, variant)
+        file = qface.export(network, path)
+        embeddings = embed(file, self._halves.judging, progress=True)
+        figures = self._halves.figures(embeddings, self._teacher_embeddings(variant, embeddings))
+        return {**figures, **costs, "bytes": file.stat().st_size, "file": file.name}
+
+    def _pruned(self, variant: Variant) -> nn.Module:
+        """The float network, pruned as far as ``variant`` says; once trained, from its own file."""
+        if variant.ratio is None:
+            return self.teacher
+        float_variant = replace(variant, bits=None)
+        name, settings = f"{self.network}-{float_variant.name}", {**self._inputs, **asdict(float_variant)}
+        path = self._path(name, settings, ".safetensors")
+        if not path.exists():
+            config = replace(self._pruning, repair=variant.repaired)
+            images = self._halves.tuning if variant.repaired else None
+            pruned = qface.prune(self.teacher, variant.ratio, images, config, progress=True)
+            if variant.trained:
+                qface.distill(pruned, self.teacher, self._halves.tuning, self._training)
+            qface.save(pruned, path)
+        return qface.load(path)
+
+    def _quantized(self, network: nn.Module, variant: Variant) -> nn.Module:
+        assert variant.bits is not None
+        student = qface.calibrate(qface.quantize(network, variant.bits), self._halves.tuning, progress=True)
+        if variant.trained:
+            qface.distill(student, self.teacher, self._halves.tuning, self._training)
+        return student
+
+    def _teacher_embeddings(self, variant: Variant, own: Any) -> Any:
+        return own if variant == Variant() else self._float_embeddings
+
+    @cached_property
+    def _float_embeddings(self) -> Any:
+        path = self._path(f"{self.network}-float", self._inputs, ".npy")
+        if not path.exists():
+            file = self._records.folder / self.figures(Variant())["file"]
+            embeddings = embed(file, self._halves.judging, progress=True)
+            with replacing(path) as temporary, temporary.open("wb") as opened:
+                np.save(opened, embeddings)
+        return np.load(path)
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
+@click.option("--network", type=click.Choice(list(NETWORKS)), default="mobilefacenet", show_default=True)
+@click.option("--ratios", type=click.FloatRange(0, 1, True, True), multiple=True, default=[0.1, 0.2, 0.3])
+@click.option("--bits", type=click.IntRange(2, 8), multiple=True, default=[6, 4], show_default=True)
+@click.option("--round-to", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--no-train", is_flag=True, help="Leave out all that is distilled.")
+@click.option("--max-steps", type=click.IntRange(1), help="Train no longer than this.  [default: one epoch]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/pruning"), show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures here.")
+def main(
+    data: Path,
+    network: str,
+    ratios: Sequence[float],
+    bits: Sequence[int],
+    round_to: int,
+    no_train: bool,
+    max_steps: int | None,
+    output: Path,
+    json_file: Path | None,
+) -> None:
+    """Measure what is missing, time all files in turns, print the table and draw the figure."""
+    output.mkdir(parents=True, exist_ok=True)
+    bench = Bench(network, data, Records(output), round_to, max_steps)
+    rows = []
+    for variant in variants(ratios, bits, not no_train):
+        click.echo(variant.name, err=True)
+        rows.append({"name": variant.name, **asdict(variant), **bench.figures(variant)})
+    times = median_milliseconds([output / row["file"] for row in rows])
+    for row, milliseconds in zip(rows, times, strict=True):
+        row["milliseconds"], row["speedup"] = milliseconds, times[0] / milliseconds
+    Console(width=max(Console().width, 140)).print(table(network, rows))
+    draw(network, rows, output / f"{network}.png")
+    if json_file is not None:
+        with replacing(json_file) as temporary:
+            temporary.write_text(json.dumps({"network": network, "rows": rows}, indent=1), encoding="utf-8")
+
+
+def table(network: str, rows: Sequence[Record]) -> Table:
+    """A row a file."""
+    shown = Table(title=f"{network}, second half of the people")
+    for column in ("", "TPR at 1e-4", "lost", "LFW 10-fold", "1 - cosine", "MACs", "MB", "times as fast as float"):
+        shown.add_column(column, justify="right" if column else "left")
+    best = rows[0]["tpr"]["1e-4"]
+    for row in rows:
+        rate = row["tpr"]["1e-4"]
+        lost = None if rate is None or best is None else best - rate
+        shown.add_row(
+            *(row["name"], points(rate), points(lost), points(row["accuracy"]), f"{row['distance']:.4f}"),
+            *(f"{row['macs'] / 1e6:.0f} M", f"{row['bytes'] / 1e6:.2f}", f"{row['speedup']:.2f}"),
+        )
+    return shown
+
+
+def points(share: float | None) -> str:
+    """In percent."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def draw(network: str, rows: Sequence[Record], path: Path) -> None:
+    """Points lost over size and over speed, a line for each width and training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    best = rows[0]["tpr"]["1e-4"]
+    for (bits, trained), line in lines(rows).items():
+        label = f"{'float' if bits is None else f'w{bits}a{bits}'}{', distilled' if trained else ''}"
+        lost = [100 * (best - row["tpr"]["1e-4"]) for row in line]
+        for panel, key, scale in zip(panels, ("bytes", "speedup"), (1e-6, 1), strict=True):
+            panel.plot([row[key] * scale for row in line], lost, marker="o", label=label)
+    panels[0].set(xlabel="MB", ylabel=f"points of TPR at FPR 1e-4 lost, {network}", xscale="log", yscale="symlog")
+    panels[1].set(xlabel="times as fast as float", xscale="log")
+    for panel in panels:
+        panel.grid(linewidth=0.3)
+    if panels[0].lines:
+        panels[0].legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def lines(rows: Sequence[Record]) -> dict[tuple[int | None, bool], list[Record]]:
+    """Rows that differ in how much was pruned only."""
+    found: dict[tuple[int | None, bool], list[Record]] = {}
+    for row in rows:
+        if row["repaired"] and row["tpr"]["1e-4"] is not None:
+            found.setdefault((row["bits"], row["trained"]), []).append(row)
+    return found
+
+
+if __name__ == "__main__":
+    main()

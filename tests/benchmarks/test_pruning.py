@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import qface
+from tests.benchmarks.scripts import run
+
+
+def test_every_variant_is_a_file_with_figures_and_is_made_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    output, figures = data.parent / "runs", data.parent / "figures.json"
+    options = ("--data", data, "-o", output, "--json", figures, "--max-steps", "1", "--ratios", "0.5", "--bits", "6")
+    result = run("pruning", *options)
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads(figures.read_text())["rows"]}
+    assert set(rows) == {
+        *("float", "pruned0.5-unrepaired", "pruned0.5", "w6a6", "pruned0.5-w6a6"),
+        *("pruned0.5-distilled", "w6a6-distilled", "pruned0.5-w6a6-distilled"),
+    }
+    assert rows["float"]["distance"] == pytest.approx(0, abs=1e-5)
+    assert rows["pruned0.5"]["macs"] < rows["float"]["macs"]
+    assert rows["pruned0.5-w6a6"]["macs"] == rows["pruned0.5"]["macs"]
+    for row in rows.values():
+        assert (output / row["file"]).stat().st_size == row["bytes"]
+        assert row["speedup"] > 0
+    assert (output / "mobilefacenet.png").read_bytes().startswith(b"\x89PNG")
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("made twice")
+
+    for verb in ("prune", "export", "distill"):
+        monkeypatch.setattr(qface, verb, again)
+    assert run("pruning", *options).exit_code == 0
