@@ -12,8 +12,10 @@ from qface.data.images import (
 )
 from qface.data.pairs import PairList, ResolvedPairs, read_lfw_pairs, resolve_pairs
 from qface.data.people import select_people
+from qface.data.records import RecordImages
 from qface.data.relabelled import Relabelled
 from qface.data.subset import Subset, nested_subset
+from qface.data.verification_bin import VerificationBin
 
 __all__ = [
     "ImageFolder",
@@ -22,10 +24,12 @@ __all__ = [
     "IndexedImages",
     "LoaderImages",
     "PairList",
+    "RecordImages",
     "Relabelled",
     "ResolvedPairs",
     "Subset",
     "TensorImages",
+    "VerificationBin",
     "as_image_source",
     "nested_subset",
     "normalise",

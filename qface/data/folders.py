@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
+from qface.data.decoding import UNREADABLE, decode, size_of
 from qface.data.images import IndexedImages
 from qface.data.people import select_people
 from qface.errors import ImagesError
@@ -22,9 +21,6 @@ __all__ = ["EXTENSIONS", "ImageFolder"]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 """File name endings that count as images, in lower case; letter case does not matter."""
-
-# What Pillow raises for a damaged file depends on the format and on where the damage lies.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 ResultT = TypeVar("ResultT")
 
@@ -79,14 +75,14 @@ class ImageFolder(IndexedImages):
         pixels = np.empty((len(indices), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
         for position, index in enumerate(indices):
             try:
-                pixels[position] = _decode(self.paths[index])
-            except _UNREADABLE as error:
-                damaged = [path for path in self.paths if _attempt(_decode, path) is None]
+                pixels[position] = decode(self.paths[index])
+            except UNREADABLE as error:
+                damaged = [path for path in self.paths if _attempt(decode, path) is None]
                 raise ImagesError(self._unreadable(damaged or [self.paths[index]])) from error
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def _check_headers(self) -> None:
-        sizes = [(path, _attempt(_size, path)) for path in self.paths]
+        sizes = [(path, _attempt(size_of, path)) for path in self.paths]
         unreadable = [path for path, size in sizes if size is None]
         misfits = [(path, size) for path, size in sizes if size is not None and size != (CROP_SIZE, CROP_SIZE)]
         complaints = []
@@ -148,21 +144,5 @@ def _labels(counts: Sequence[int]) -> Tensor:
 def _attempt(reader: Callable[[Path], ResultT], path: Path) -> ResultT | None:
     try:
         return reader(path)
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the header alone."""
-    with Image.open(path) as image:
-        # Pillow clips 16-bit and float pixels when it converts them to bytes: white images, without a word.
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{path} has more than 8 bits a channel")
-        width, height = image.size
-        return width, height
-
-
-def _decode(path: Path) -> npt.NDArray[np.uint8]:
-    """Pixels as uint8 [height, width, 3] in RGB."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"), dtype=np.uint8)

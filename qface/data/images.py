@@ -103,16 +103,15 @@ def as_image_source(images: Images, people: str | Path | None = None) -> ImageSo
     """Turn whatever a user passed as ``images`` into an :class:`ImageSource`.
 
     Args:
-        images: a folder of 112x112 crops, a tensor [N, 3, H, W], a loader, or an :class:`ImageSource`.
+        images: a folder of 112x112 crops, a ``.rec`` or ``.bin`` file of InsightFace, a tensor [N, 3, H, W], a
+            loader, or an :class:`ImageSource`.
         people: for a folder, which identities to keep; see :class:`qface.data.folders.ImageFolder`.
 
     Raises:
         ImagesError: the images cannot be used, or ``people`` is given for something that has no names.
     """
-    from qface.data.folders import ImageFolder
-
     if isinstance(images, (str, Path)):
-        return ImageFolder(images, people=people)
+        return _from_path(Path(images), people)
     if people is not None:
         raise ImagesError("people can be selected from a folder only, since other images carry no names")
     if isinstance(images, ImageSource):
@@ -122,6 +121,19 @@ def as_image_source(images: Images, people: str | Path | None = None) -> ImageSo
     if isinstance(images, Iterable):
         return LoaderImages(images)
     raise ImagesError(f"images are a folder, a tensor or a loader, not {type(images).__name__}")
+
+
+def _from_path(path: Path, people: str | Path | None) -> ImageSource:
+    from qface.data.folders import ImageFolder
+    from qface.data.records import RecordImages
+    from qface.data.verification_bin import VerificationBin
+
+    readers = {".rec": RecordImages, ".bin": VerificationBin}
+    if path.suffix not in readers or path.is_dir():
+        return ImageFolder(path, people=people)
+    if people is not None:
+        raise ImagesError(f"people can be selected from a folder only; {path} carries no names")
+    return readers[path.suffix](path)
 
 
 def normalise(batch: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -13,11 +13,14 @@ import numpy.typing as npt
 from qface.data.folders import ImageFolder
 from qface.data.images import Images, ImageSource, IndexedImages, as_image_source
 from qface.data.pairs import ResolvedPairs, read_lfw_pairs, resolve_pairs
+from qface.data.verification_bin import VerificationBin
 from qface.errors import ImagesError, PairsError
 from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
-from qface.evaluation.verification import count_pairs, ten_fold_accuracy, tpr_at_fpr
+from qface.evaluation.verification import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr
 
 __all__ = ["EvaluationResult", "evaluate"]
+
+Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,11 @@ class EvaluationResult:
             are too few impostor pairs to measure it.
         thresholds: the cosine above which a pair is accepted, for the same rates.
         images: images embedded.
-        identities: people among them.
+        identities: people among them; 0 where only pairs are known.
         pairs: pairs of the list that were used.
         pairs_dropped: pairs of the list left out, because somebody in them is not selected.
-        genuine_pairs: pairs of images of one person, out of all pairs.
-        impostor_pairs: pairs of images of two people, out of all pairs.
+        genuine_pairs: pairs of images of one person, out of all pairs, or of those that are known.
+        impostor_pairs: pairs of images of two people, likewise.
         runtime: what computed the embeddings, such as ``"torch cpu"``.
         seconds: time to read and embed the images, the gallery's included.
     """
@@ -72,7 +75,8 @@ def evaluate(
 
     Args:
         model: a module, the path of a model file, or an Embedder. A module is left as it is.
-        images: a folder of 112x112 crops with one subfolder a person, or other labelled images.
+        images: a folder of 112x112 crops with one subfolder a person, or other labelled images; or a ``.bin`` file of
+            InsightFace, which brings its pairs and no identities, so that only the accuracy is measured.
         pairs: a list of pairs in LFW's format; it needs a folder.
         people: which identities of the folder to use; see :func:`qface.data.people.select_people`.
         gallery: another model that embeds the same images as the gallery, while ``model`` embeds the probes;
@@ -87,10 +91,10 @@ def evaluate(
         CheckpointError: a model file cannot be read.
         QFaceError: a model gives no finite embeddings, or the two models' do not compare.
     """
-    source = _labelled(as_image_source(images, people))
-    labels = _labels(source)
-    genuine, impostors = count_pairs(labels, ordered=gallery is not None)
-    listed = None if pairs is None else _resolve(pairs, source)
+    source = as_image_source(images, people)
+    listed = _listed(pairs, source)
+    labels = None if isinstance(source, VerificationBin) else _labels(source)
+    genuine, impostors = _counts(labels, listed, ordered=gallery is not None)
     prober = as_embedder(model)
 
     start = time.perf_counter()
@@ -98,15 +102,15 @@ def evaluate(
     mates = None if gallery is None else embed(gallery, source, batch_size, flip, progress)
     seconds = time.perf_counter() - start
 
-    points = tpr_at_fpr(probes, labels, gallery=mates)
+    points = _points(probes, labels, mates)
     accuracy, deviation = _accuracy(listed, probes, probes if mates is None else mates)
     return EvaluationResult(
         accuracy=accuracy,
         accuracy_std=deviation,
         tpr_at_fpr={fpr: point.tpr for fpr, point in points.items()},
         thresholds={fpr: point.threshold for fpr, point in points.items()},
-        images=len(source),
-        identities=len(np.unique(labels)),
+        images=len(probes),
+        identities=0 if labels is None else len(np.unique(labels)),
         pairs=0 if listed is None else len(listed),
         pairs_dropped=0 if listed is None else listed.dropped,
         genuine_pairs=genuine,
@@ -116,21 +120,37 @@ def evaluate(
     )
 
 
-def _labelled(source: ImageSource) -> IndexedImages:
+def _labels(source: ImageSource) -> Labels:
     if not isinstance(source, IndexedImages) or source.labels is None:
         raise ImagesError("evaluation needs to know who is who: pass a folder with one subfolder a person")
-    return source
-
-
-def _labels(source: IndexedImages) -> npt.NDArray[np.int64]:
-    assert source.labels is not None
     return source.labels.cpu().numpy().astype(np.int64)
 
 
-def _resolve(pairs: str | Path, source: IndexedImages) -> ResolvedPairs:
+def _listed(pairs: str | Path | None, source: ImageSource) -> ResolvedPairs | None:
+    if isinstance(source, VerificationBin):
+        if pairs is not None:
+            raise PairsError(f"{source.path} brings its own pairs: leave {pairs} out")
+        return source.pairs
+    if pairs is None:
+        return None
     if not isinstance(source, ImageFolder):
         raise PairsError(f"the pairs of {pairs} name files: pass the folder that holds them as images")
     return resolve_pairs(read_lfw_pairs(pairs), source)
+
+
+def _counts(labels: Labels | None, listed: ResolvedPairs | None, ordered: bool) -> tuple[int, int]:
+    """Genuine and impostor pairs: all that labels give rise to, or those that are listed."""
+    if labels is not None:
+        return count_pairs(labels, ordered)
+    assert listed is not None
+    genuine = int(np.count_nonzero(listed.same))
+    return genuine, len(listed) - genuine
+
+
+def _points(probes: Embeddings, labels: Labels | None, mates: Embeddings | None) -> dict[str, OperatingPoint]:
+    if labels is None:
+        return {fpr: OperatingPoint(None, None) for fpr in FPRS}
+    return tpr_at_fpr(probes, labels, gallery=mates)
 
 
 def _accuracy(

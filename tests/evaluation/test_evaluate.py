@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -102,6 +103,23 @@ def test_pairs_need_a_folder(pairs):
     images = TensorImages(torch.rand(3, 3, 8, 8), torch.tensor([0, 0, 1]))
     with pytest.raises(PairsError, match="pass the folder"):
         evaluate(Pooled(), images, pairs=pairs)
+
+
+def test_a_verification_bin_brings_its_pairs(crops, pairs, tmp_path):
+    folder = ImageFolder(crops(PEOPLE))
+    of_folder = evaluate(Pooled(), folder, pairs=pairs)
+    listed = [(0, 1), (1, 3), (3, 4), (4, 6)]
+    encoded = [folder.paths[index].read_bytes() for pair in listed for index in pair]
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((encoded, [True, False, True, False])))
+    result = evaluate(Pooled(), tmp_path / "lfw.bin")
+    assert (result.images, result.identities, result.pairs) == (8, 0, 4)
+    assert (result.genuine_pairs, result.impostor_pairs) == (2, 2)
+    assert set(result.tpr_at_fpr) == set(FPRS)
+    assert set(result.tpr_at_fpr.values()) == {None}
+    assert result.accuracy is not None
+    assert of_folder.accuracy is not None
+    with pytest.raises(PairsError, match="brings its own"):
+        evaluate(Pooled(), tmp_path / "lfw.bin", pairs=pairs)
 
 
 def test_errors_come_before_any_embedding(crops, pairs):

@@ -1,0 +1,43 @@
+"""From encoded images to pixels."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from qface.preprocessing import CROP_SIZE
+
+__all__ = ["UNREADABLE", "decode", "size_of"]
+
+# What Pillow raises for a damaged file depends on the format and on where the damage lies.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    """Width and height in pixels, from the header alone.
+
+    Raises:
+        ValueError: it has more than 8 bits a channel. Damage raises what :data:`UNREADABLE` lists.
+    """
+    with Image.open(file) as image:
+        # Pillow clips 16-bit and float pixels when it converts them to bytes: white images, without a word.
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"{file} has more than 8 bits a channel")
+        width, height = image.size
+        return width, height
+
+
+def decode(content: Path | bytes) -> npt.NDArray[np.uint8]:
+    """The pixels of a 112x112 crop, uint8 [112, 112, 3] in RGB.
+
+    Raises:
+        ValueError: it is of another size. Damage raises what :data:`UNREADABLE` lists.
+    """
+    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        if image.size != (CROP_SIZE, CROP_SIZE):
+            raise ValueError(f"it is {image.size[0]}x{image.size[1]}, not {CROP_SIZE}x{CROP_SIZE}")
+        return np.asarray(image.convert("RGB"), dtype=np.uint8)

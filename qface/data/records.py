@@ -1,0 +1,189 @@
+"""InsightFace's training sets: ``train.rec`` and ``train.idx``, MXNet's RecordIO.
+
+A record is, in little-endian: the magic number 0xced7230a; a word whose upper 3 bits say whether it is whole (0) or the
+first (1), a middle (2) or the last part (3) of a larger one, and whose lower 29 bits are its length; the data; zeros up
+to a multiple of 4 bytes. Where data contain the magic number, they were cut there, and it was left out. Data begin with
+a header: flag (uint32), label (float32), two ids (uint64); a flag above 0 is the number of float32 labels that follow
+and count instead.
+
+Record 0 of InsightFace has two labels: images are the records 1 up to the first, and each record from the first up to
+the second stands for one person, whose two labels are the first image and the one behind the last. Without it all
+records are images, with their own labels.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qface.data.decoding import UNREADABLE, decode
+from qface.data.images import IndexedImages
+from qface.errors import ImagesError, one_line
+
+__all__ = ["RecordImages"]
+
+_MAGIC = 0xCED7230A
+_MAGIC_BYTES = struct.pack("<I", _MAGIC)
+_WORDS = struct.Struct("<II")
+_HEADER = struct.Struct("<IfQQ")
+_WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
+_LENGTH_BITS = 29
+
+Labels = npt.NDArray[np.float32]
+
+
+class RecordImages(IndexedImages):
+    """The 112x112 crops of a ``.rec`` file, with its ``.idx`` beside it; images are read when they are asked for.
+
+    Args:
+        path: the ``.rec`` file.
+
+    Attributes:
+        path: the file.
+        labels: int64 [images], identities numbered from 0 in the order of the file's own labels.
+
+    Raises:
+        ImagesError: a file is missing, damaged, or holds no images.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._data = _mapped(self.path)
+        self._offsets = _read_index(self.path.with_suffix(".idx"))
+        people = self._people()
+        self._keys = self._image_keys(people)
+        if not self._keys:
+            raise ImagesError(f"{self.path} holds no images: fetch it again")
+        own = self._identities(people) if people is not None else self._own_labels()
+        self.labels = torch.from_numpy(np.unique(own, return_inverse=True)[1].reshape(-1).astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Decode the images at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
+
+        Raises:
+            ImagesError: one of them is damaged or not 112x112; its record is named.
+        """
+        crops = [self._decode(self._keys[index]) for index in indices]
+        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+
+    def _decode(self, key: int) -> npt.NDArray[np.uint8]:
+        try:
+            return decode(self._content(key)[1])
+        except UNREADABLE as error:
+            raise self._damaged(key, one_line(error)) from error
+
+    def _people(self) -> range | None:
+        """The records that stand for people, where record 0 says so."""
+        if 0 not in self._offsets:
+            return None
+        labels = self._labels_of(0)
+        if len(labels) != 2:
+            return None
+        if not 1 <= labels[0] <= labels[1] <= max(self._offsets) + 1:
+            raise self._damaged(0, "it should name the first record of a person and the one behind the last")
+        return range(int(labels[0]), int(labels[1]))
+
+    def _image_keys(self, people: range | None) -> list[int]:
+        if people is None:
+            return sorted(self._offsets)
+        keys = range(1, people.start)
+        missing = next((key for key in keys if key not in self._offsets), None)
+        if missing is not None:
+            raise ImagesError(f"{self.path.with_suffix('.idx')} lacks record {missing}: fetch both files again")
+        return list(keys)
+
+    def _identities(self, people: range) -> npt.NDArray[np.int64]:
+        """Of each image, the record that stands for its person."""
+        identities = np.full(len(self._keys), -1, np.int64)
+        for person in people:
+            bounds = self._labels_of(person)
+            if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= len(self._keys) + 1:
+                raise self._damaged(person, "it should name a person's first image and the one behind the last")
+            identities[int(bounds[0]) - 1 : int(bounds[1]) - 1] = person
+        if (identities < 0).any():
+            nobodys = np.count_nonzero(identities < 0)
+            raise ImagesError(f"{nobodys} of {len(self)} images in {self.path} belong to nobody: fetch it again")
+        return identities
+
+    def _own_labels(self) -> Labels:
+        return np.array([self._labels_of(key)[0] for key in self._keys], np.float32)
+
+    def _labels_of(self, key: int) -> Labels:
+        return self._content(key)[0]
+
+    def _content(self, key: int) -> tuple[Labels, bytes]:
+        """The labels of a record, at least one, and what follows them."""
+        if key not in self._offsets:
+            raise ImagesError(f"{self.path.with_suffix('.idx')} lacks record {key}: fetch both files again")
+        data = self._record(key)
+        if len(data) < _HEADER.size:
+            raise self._damaged(key, "it is too short")
+        flag, label, _, _ = _HEADER.unpack_from(data)
+        if flag == 0:
+            return np.array([label], np.float32), data[_HEADER.size :]
+        end = _HEADER.size + 4 * flag
+        if len(data) < end:
+            raise self._damaged(key, f"it announces {flag} labels and ends before")
+        return np.frombuffer(data[_HEADER.size : end], "<f4"), data[end:]
+
+    def _record(self, key: int) -> bytes:
+        """The data of a record, its parts joined."""
+        parts: list[bytes] = []
+        offset = self._offsets[key]
+        while True:
+            kind, part, offset = self._part(key, offset)
+            if kind in (_WHOLE, _FIRST) if parts else kind in (_MIDDLE, _LAST):
+                raise self._damaged(key, "its parts are out of order")
+            parts.append(part)
+            if kind in (_WHOLE, _LAST):
+                return _MAGIC_BYTES.join(parts)
+
+    def _part(self, key: int, offset: int) -> tuple[int, bytes, int]:
+        """Kind, data, and where the next part begins."""
+        start = offset + _WORDS.size
+        if not 0 <= offset <= len(self._data) - _WORDS.size:
+            raise self._damaged(key, f"the file ends at {len(self._data)}, before byte {start}")
+        magic, word = _WORDS.unpack_from(self._data, offset)
+        if magic != _MAGIC:
+            raise self._damaged(key, f"there is no record at byte {offset}")
+        kind, length = word >> _LENGTH_BITS, word & (2**_LENGTH_BITS - 1)
+        if kind > _LAST or start + length > len(self._data):
+            raise self._damaged(key, "it reaches beyond the end of the file")
+        return kind, self._data[start : start + length], start + length + -length % 4
+
+    def _damaged(self, key: int, what: str) -> ImagesError:
+        return ImagesError(f"record {key} of {self.path} cannot be read: {what}; fetch the file and its .idx again")
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ImagesError(
+            f"{path} cannot be opened ({one_line(error)}): pass a .rec file with its .idx beside it"
+        ) from error
+
+
+def _read_index(path: Path) -> dict[int, int]:
+    """Where each record begins, by key: lines ``key<TAB>offset``."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+        offsets = {int(key): int(offset) for key, offset in (line.split() for line in lines if line.strip())}
+    except (OSError, ValueError) as error:
+        raise ImagesError(
+            f"{path} cannot be read as an index of records ({one_line(error)}): fetch it again"
+        ) from error
+    if not offsets:
+        raise ImagesError(f"{path} lists no records: fetch it again")
+    return offsets

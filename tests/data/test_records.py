@@ -1,0 +1,171 @@
+"""RecordIO files written here byte by byte, by the format's description."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from qface.data import RecordImages, as_image_source
+from qface.errors import ImagesError
+
+MAGIC = b"\x0a\x23\xd7\xce"
+
+
+def crop(seed: int, side: int = 112) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def header(labels: Sequence[float], key: int, always_array: bool = False) -> bytes:
+    if len(labels) == 1 and not always_array:
+        return struct.pack("<IfQQ", 0, labels[0], key, 0)
+    return struct.pack("<IfQQ", len(labels), 0.0, key, 0) + struct.pack(f"<{len(labels)}f", *labels)
+
+
+def part(kind: int, data: bytes) -> bytes:
+    return MAGIC + struct.pack("<I", kind << 29 | len(data)) + data + bytes(-len(data) % 4)
+
+
+def record(data: bytes) -> bytes:
+    """As MXNet writes it: cut at every aligned magic number."""
+    pieces, start = [], 0
+    for position in range(0, len(data) - 3, 4):
+        if data[position : position + 4] == MAGIC:
+            pieces.append(data[start:position])
+            start = position + 4
+    pieces.append(data[start:])
+    if len(pieces) == 1:
+        return part(0, data)
+    return b"".join(part(1 if not i else 3 if i == len(pieces) - 1 else 2, piece) for i, piece in enumerate(pieces))
+
+
+def write(folder: Path, records: dict[int, bytes]) -> Path:
+    content, index = b"", []
+    for key, data in records.items():
+        index.append(f"{key}\t{len(content)}\n")
+        content += record(data)
+    (folder / "train.rec").write_bytes(content)
+    (folder / "train.idx").write_text("".join(index))
+    return folder / "train.rec"
+
+
+def training_set(counts: Sequence[int]) -> dict[int, bytes]:
+    """Records as InsightFace's: a header, the images of each person, and a record for each person."""
+    images = sum(counts)
+    records = {0: header((images + 1, images + 1 + len(counts)), 0)}
+    people, key = {}, 1
+    for person, count in enumerate(counts):
+        people[images + 1 + person] = header((key, key + count), images + 1 + person)
+        for _ in range(count):
+            records[key] = header((float(person), 0.0), key) + png(crop(key))
+            key += 1
+    return records | people
+
+
+def test_a_training_set_has_its_images_and_identities(tmp_path: Path) -> None:
+    source = as_image_source(write(tmp_path, training_set((2, 1, 3))))
+    assert isinstance(source, RecordImages)
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, 0, 1, 2, 2, 2]
+    expected = np.stack([crop(6), crop(1)]).transpose(0, 3, 1, 2)
+    assert torch.equal(source.read([5, 0]), torch.from_numpy(expected.copy()))
+
+
+@pytest.mark.parametrize("always_array", [False, True])
+def test_without_a_header_all_records_are_images_with_their_own_labels(always_array: bool, tmp_path: Path) -> None:
+    records = {
+        key: header((label,), key, always_array) + png(crop(key)) for key, label in ((7, 3.0), (2, 9.0), (4, 3.0))
+    }
+    source = RecordImages(write(tmp_path, records))
+    assert source.labels is not None
+    assert source.labels.tolist() == [1, 0, 0]
+    assert torch.equal(source.read([2])[0], torch.from_numpy(crop(7)).permute(2, 0, 1))
+
+
+@given(st.lists(st.sampled_from([MAGIC, b"abcd", b"xy", b"\x00" * 8]), max_size=8).map(b"".join))
+def test_data_that_hold_the_magic_number_come_back_whole(tmp_path_factory: pytest.TempPathFactory, tail: bytes) -> None:
+    folder = tmp_path_factory.mktemp("records")
+    image = png(crop(0))
+    # Behind the end of a PNG anything may follow.
+    source = RecordImages(write(folder, {1: header((0.0,), 1) + image + bytes(-len(image) % 4) + tail}))
+    assert source._content(1)[1] == image + bytes(-len(image) % 4) + tail
+    assert torch.equal(source.read([0])[0], torch.from_numpy(crop(0)).permute(2, 0, 1))
+
+
+def broken(records: dict[int, bytes]) -> dict[str, dict[int, bytes]]:
+    return {
+        "too short": records | {3: b"abc"},
+        "announces 9 labels": records | {3: struct.pack("<IfQQ", 9, 0, 3, 0)},
+        "record 2": {key: data for key, data in records.items() if key != 2},
+        "person": records | {4: header((1, 99), 4)},
+        "belong to nobody": records | {5: header((3, 3), 5)},
+        "first record of a person": records | {0: header((float("nan"), 5.0), 0)},
+        "record 5": {key: data for key, data in records.items() if key != 5} | {6: b""},
+    }
+
+
+@pytest.mark.parametrize("what", broken(training_set((2, 1))))
+def test_contradictions_are_named(what: str, tmp_path: Path) -> None:
+    with pytest.raises(ImagesError, match=what):
+        RecordImages(write(tmp_path, broken(training_set((2, 1)))[what])).read(range(3))
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, training_set((2, 1)))
+    content, index = path.read_bytes(), path.with_suffix(".idx").read_text()
+
+    path.write_bytes(content[:200])
+    with pytest.raises(ImagesError, match=r"train\.rec"):
+        RecordImages(path)
+    path.write_bytes(b"\0" * len(content))
+    with pytest.raises(ImagesError, match="no record at byte 0"):
+        RecordImages(path)
+    path.write_bytes(content)
+    for text, complaint in (
+        ("0\t10000000\n", "the file ends"),
+        ("0 a\n", "index"),
+        ("", "lists no"),
+        ("0\t-8", "ends"),
+    ):
+        path.with_suffix(".idx").write_text(text)
+        with pytest.raises(ImagesError, match=complaint):
+            RecordImages(path)
+    path.with_suffix(".idx").write_text(index)
+    assert len(RecordImages(path)) == 3
+    path.with_suffix(".idx").unlink()
+    with pytest.raises(ImagesError, match=r"train\.idx"):
+        RecordImages(path)
+    with pytest.raises(ImagesError, match=r"nothing\.rec"):
+        as_image_source(tmp_path / "nothing.rec")
+
+
+def test_images_of_another_size_or_damaged_are_named(tmp_path: Path) -> None:
+    records = {1: header((0.0,), 1) + png(crop(0, 100)), 2: header((0.0,), 2) + b"no image"}
+    source = RecordImages(write(tmp_path, records))
+    with pytest.raises(ImagesError, match=r"record 1 .* 100x100"):
+        source.read([0])
+    with pytest.raises(ImagesError, match="record 2"):
+        source.read([1])
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.mktemp("records")
+    (folder / "train.rec").write_bytes(content)
+    (folder / "train.idx").write_text("0\t0\n1\t24\n")
+    with pytest.raises(ImagesError):
+        RecordImages(folder / "train.rec").read([0])

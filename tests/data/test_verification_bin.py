@@ -1,0 +1,119 @@
+"""Verification sets as InsightFace's ``lfw2pack.py`` and Python 2 wrote them, and as somebody hostile would."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from qface.data import VerificationBin, as_image_source
+from qface.errors import ImagesError, PairsError
+
+
+def png(seed: int, side: int = 112) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write(folder: Path, content: object, protocol: int = 4) -> Path:
+    path = folder / "lfw.bin"
+    path.write_bytes(pickle.dumps(content, protocol))
+    return path
+
+
+SAME = [True, False] * 13
+IMAGES = [png(seed) for seed in range(4)] * 13
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("kind", [bytes, lambda image: np.frombuffer(image, np.uint8)], ids=["bytes", "arrays"])
+@pytest.mark.parametrize("flag", [bool, int, np.bool_])
+def test_images_pairs_and_folds(protocol: int, kind, flag, tmp_path: Path) -> None:
+    content = ([kind(image) for image in IMAGES], [flag(same) for same in SAME])
+    source = as_image_source(write(tmp_path, content, protocol))
+    assert isinstance(source, VerificationBin)
+    assert len(source) == 52
+    assert source.labels is None
+    assert source.pairs.same.tolist() == SAME
+    assert source.pairs.first.tolist() == list(range(0, 52, 2))
+    assert source.pairs.second.tolist() == list(range(1, 52, 2))
+    assert np.bincount(source.pairs.fold).tolist() == [3] * 6 + [2] * 4
+    pixels = np.asarray(Image.open(io.BytesIO(IMAGES[3])))
+    assert torch.equal(source.read([3])[0], torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+
+
+def python2(images: list[bytes], same: list[bool]) -> bytes:
+    """A pickle of protocol 2 whose images are Python 2's ``str``."""
+    listed = b"".join(b"T" + len(image).to_bytes(4, "little") + image for image in images)
+    flags = b"".join(b"\x88" if each else b"\x89" for each in same)
+    return b"\x80\x02](" + listed + b"e](" + flags + b"e\x86."
+
+
+def test_a_file_of_python_2(tmp_path: Path) -> None:
+    (tmp_path / "lfw.bin").write_bytes(python2(IMAGES[:4], SAME[:2]))
+    source = VerificationBin(tmp_path / "lfw.bin")
+    assert source.pairs.same.tolist() == [True, False]
+    assert source.read(range(4)).shape == (4, 3, 112, 112)
+
+
+class Harmful:
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple:
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize("function", [os.system, eval, getattr, np.load, np.fromfile, pickle.loads], ids=str)
+def test_nothing_in_a_file_is_run(function, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    path = write(tmp_path, (Harmful(function, f"open({str(trace)!r}, 'w')"), []))
+    with pytest.raises(ImagesError, match="is not run"):
+        VerificationBin(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [([b"x"], [True]), ([b"x"] * 4, [True]), ([], []), ([b"x"] * 3, [True])],
+    ids=["one image", "four for one", "nothing", "three"],
+)
+def test_images_that_do_not_pair_up_are_counted(content: object, tmp_path: Path) -> None:
+    with pytest.raises(PairsError, match="two for each"):
+        VerificationBin(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    "content", [3, ([1, 2], [True]), ([b"a", b"b"], ["yes"]), ([b"a", b"b"], [2]), ([], [], [])], ids=str
+)
+def test_other_contents_are_refused(content: object, tmp_path: Path) -> None:
+    with pytest.raises(ImagesError, match="verification set"):
+        VerificationBin(write(tmp_path, content))
+
+
+def test_damaged_images_are_named_by_number(tmp_path: Path) -> None:
+    source = VerificationBin(write(tmp_path, ([png(0), b"no image", png(1, 96), png(2)], [True, False])))
+    with pytest.raises(ImagesError, match="image 1 "):
+        source.read([0, 1])
+    with pytest.raises(ImagesError, match=r"image 2 .* 96x96"):
+        source.read([2])
+    with pytest.raises(ImagesError, match=r"missing\.bin"):
+        VerificationBin(tmp_path / "missing.bin")
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("bins") / "lfw.bin"
+    path.write_bytes(content)
+    with pytest.raises((ImagesError, PairsError)):
+        VerificationBin(path)
