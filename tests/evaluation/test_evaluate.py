@@ -107,17 +107,19 @@ def test_pairs_need_a_folder(pairs):
 
 def test_a_verification_bin_brings_its_pairs(crops, pairs, tmp_path):
     folder = ImageFolder(crops(PEOPLE))
-    of_folder = evaluate(Pooled(), folder, pairs=pairs)
-    listed = [(0, 1), (1, 3), (3, 4), (4, 6)]
+    listed = [(0, 1), (1, 3), (3, 4), (4, 6), (0, 2), (2, 8)] * 5
     encoded = [folder.paths[index].read_bytes() for pair in listed for index in pair]
-    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((encoded, [True, False, True, False])))
+    same = [True, False] * 15
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((encoded, same)))
     result = evaluate(Pooled(), tmp_path / "lfw.bin")
-    assert (result.images, result.identities, result.pairs) == (8, 0, 4)
-    assert (result.genuine_pairs, result.impostor_pairs) == (2, 2)
-    assert set(result.tpr_at_fpr) == set(FPRS)
-    assert set(result.tpr_at_fpr.values()) == {None}
-    assert result.accuracy is not None
-    assert of_folder.accuracy is not None
+    assert (result.images, result.identities, result.pairs) == (60, 0, 30)
+    assert (result.genuine_pairs, result.impostor_pairs) == (15, 15)
+    assert result.tpr_at_fpr == dict.fromkeys(FPRS)
+    probes = embed(Pooled(), folder)
+    cosines = np.array([probes[a] @ probes[b] for a, b in listed])
+    assert (result.accuracy, result.accuracy_std) == pytest.approx(
+        ten_fold_accuracy(cosines, same, np.repeat(np.arange(10), 3))
+    )
     with pytest.raises(PairsError, match="brings its own"):
         evaluate(Pooled(), tmp_path / "lfw.bin", pairs=pairs)
 
