@@ -10,7 +10,7 @@ from qface.data.images import (
     as_image_source,
     normalise,
 )
-from qface.data.pairs import PairList, ResolvedPairs, read_lfw_pairs, resolve_pairs
+from qface.data.pairs import PairList, ResolvedPairs, read_lfw_pairs, read_pairs, resolve_pairs
 from qface.data.people import select_people
 from qface.data.records import RecordImages
 from qface.data.relabelled import Relabelled
@@ -34,6 +34,7 @@ __all__ = [
     "nested_subset",
     "normalise",
     "read_lfw_pairs",
+    "read_pairs",
     "resolve_pairs",
     "select_people",
 ]

@@ -1,4 +1,9 @@
-"""Lists of verification pairs in the format of LFW (http://vis-www.cs.umass.edu/lfw/#views)."""
+"""Lists of verification pairs in the text formats of LFW, SLLFW, CALFW and CPLFW.
+
+LFW's (http://vis-www.cs.umass.edu/lfw/#views) has a header and names people and numbers; the others have no header,
+name files, and spend two lines on a pair: SLLFW's ``Ann/Ann_0001.jpg``, of one person where the folders are equal, and
+CALFW's and CPLFW's ``Ann_0001.jpg 3``, of one person where the number is not 0.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,9 @@ import numpy.typing as npt
 from qface.data.folders import ImageFolder
 from qface.errors import PairsError
 
-__all__ = ["PairList", "ResolvedPairs", "read_lfw_pairs", "resolve_pairs"]
+__all__ = ["PairList", "ResolvedPairs", "read_lfw_pairs", "read_pairs", "resolve_pairs"]
 
-Face = tuple[str, int]
-"""A person's name and the number of the image, from 1."""
+_FOLDS = 10  # where a format has none of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,15 +28,15 @@ class PairList:
 
     Args:
         path: the file, for messages.
-        first: name and number of each pair's first image.
+        first: each pair's first image, ``person/file`` or ``file``, without the file's ending.
         second: likewise for the second image.
         same: bool [pairs], whether both show one person.
         fold: int64 [pairs], numbered from 0.
     """
 
     path: Path
-    first: list[Face]
-    second: list[Face]
+    first: list[str]
+    second: list[str]
     same: npt.NDArray[np.bool_]
     fold: npt.NDArray[np.int64]
 
@@ -60,6 +64,66 @@ class ResolvedPairs:
 
     def __len__(self) -> int:
         return len(self.first)
+
+
+def read_pairs(path: str | Path) -> PairList:
+    """Read a list in any of the formats of this module; its first line tells which.
+
+    Raises:
+        PairsError: the file cannot be read, a line is malformed, or the number of pairs is not as announced.
+    """
+    path = Path(path)
+    _, first = next(_numbered_lines(path), (1, ""))
+    if "." not in first:
+        return read_lfw_pairs(path)
+    return _read_sllfw_pairs(path) if "/" in first else _read_calfw_pairs(path)
+
+
+def _read_sllfw_pairs(path: Path) -> PairList:
+    """Two lines ``name/name_0001.jpg`` for each pair; each fold has as many pairs of one person as of two."""
+    lines = [(number, line.strip()) for number, line in _numbered_lines(path)]
+    for number, line in lines:
+        if line.count("/") != 1:
+            raise PairsError(f"{path}, line {number}: expected 'name/name_0001.jpg', not {line!r}")
+    files = [line for _, line in lines]
+    return _of_files(path, files, [one.split("/")[0] == other.split("/")[0] for one, other in _twos(path, files)])
+
+
+def _read_calfw_pairs(path: Path) -> PairList:
+    """Two lines ``name_0001.jpg number`` for each pair; 0 stands for two people, anything else for one."""
+    files, numbers = [], []
+    for number, line in _numbered_lines(path):
+        fields = line.split()
+        if len(fields) != 2 or not fields[1].isdecimal():
+            raise PairsError(f"{path}, line {number}: expected 'name_0001.jpg' and a number, not {line.strip()!r}")
+        files.append(fields[0])
+        numbers.append(fields[1])
+    for pair, (one, other) in enumerate(_twos(path, numbers)):
+        if one != other:
+            raise PairsError(f"{path}: the lines of pair {pair + 1} end in different numbers, {one} and {other}")
+    return _of_files(path, files, [int(one) != 0 for one, _ in _twos(path, numbers)])
+
+
+def _twos(path: Path, lines: Sequence[str]) -> list[tuple[str, str]]:
+    if not lines or len(lines) % 2:
+        raise PairsError(f"{path} holds {len(lines)} lines, and needs two for each pair: restore the file")
+    return list(zip(lines[::2], lines[1::2], strict=True))
+
+
+def _of_files(path: Path, files: Sequence[str], same: Sequence[bool]) -> PairList:
+    """Two of ``files`` for each pair; folds are ten runs of the pairs of one person, and of those of two."""
+    stems = [_stem(file) for file in files]
+    kinds = np.array(same, np.bool_)
+    fold = np.zeros(len(kinds), np.int64)
+    for kind in (kinds, ~kinds):
+        count = int(np.count_nonzero(kind))
+        fold[kind] = np.arange(count) * _FOLDS // max(count, 1)
+    return PairList(path, stems[::2], stems[1::2], kinds, fold)
+
+
+def _stem(file: str) -> str:
+    """``file`` without its ending."""
+    return file.rpartition(".")[0] or file
 
 
 def read_lfw_pairs(path: str | Path) -> PairList:
@@ -94,52 +158,68 @@ def read_lfw_pairs(path: str | Path) -> PairList:
 
 
 def resolve_pairs(pairs: PairList, folder: ImageFolder) -> ResolvedPairs:
-    """Find the images of ``pairs`` in ``folder``: ``<name>/<name>_%04d`` with any ending.
+    """Find the images of ``pairs`` in ``folder``, with any ending.
 
     A pair with somebody whom ``people`` has not selected is left out and counted; folds keep their numbers.
 
     Raises:
-        PairsError: the folder is flat, or pairs name people or images that are not on disk (all are counted).
+        PairsError: the list names people and the folder is flat, or the other way round; or pairs name people or
+            images that are not on disk (all are counted).
     """
-    if not folder.names:
-        raise PairsError(f"{pairs.path} names people, but {folder.root} is flat: pass one subfolder a person")
-    index = {(path.parent.name, path.stem): number for number, path in enumerate(folder.paths)}
+    _check_layout(pairs, folder)
+    index = {
+        path.relative_to(folder.root).with_suffix("").as_posix(): number for number, path in enumerate(folder.paths)
+    }
     both = list(zip(pairs.first, pairs.second, strict=True))
-    _check_on_disk(pairs.path, both, folder, index)
     selected = set(folder.names)
-    kept = np.array([a[0] in selected and b[0] in selected for a, b in both], dtype=np.bool_)
+    _check_on_disk(pairs.path, both, folder, index)
+    kept = np.array([all(_person(image) in selected or not selected for image in pair) for pair in both], np.bool_)
     remaining = [pair for pair, keep in zip(both, kept, strict=True) if keep]
     return ResolvedPairs(
-        first=np.array([index[_key(a)] for a, _ in remaining], dtype=np.int64),
-        second=np.array([index[_key(b)] for _, b in remaining], dtype=np.int64),
+        first=np.array([index[first] for first, _ in remaining], dtype=np.int64),
+        second=np.array([index[second] for _, second in remaining], dtype=np.int64),
         same=pairs.same[kept],
         fold=pairs.fold[kept],
         dropped=int(np.count_nonzero(~kept)),
     )
 
 
-def _check_on_disk(
-    path: Path, both: Sequence[tuple[Face, Face]], folder: ImageFolder, index: dict[tuple[str, str], int]
-) -> None:
+def _check_layout(pairs: PairList, folder: ImageFolder) -> None:
+    names_people = "/" in pairs.first[0]
+    if names_people and not folder.names:
+        raise PairsError(f"{pairs.path} names people, but {folder.root} is flat: pass one subfolder a person")
+    if folder.names and not names_people:
+        raise PairsError(
+            f"{pairs.path} names files, but {folder.root} has subfolders: pass the folder that holds the files"
+        )
+
+
+def _check_on_disk(path: Path, both: Sequence[tuple[str, str]], folder: ImageFolder, index: dict[str, int]) -> None:
     on_disk, selected = set(folder.all_names), set(folder.names)
 
-    def is_missing(face: Face) -> bool:
+    def is_missing(image: str) -> bool:
         # The images of people who are not selected are not listed: only the people can be looked up.
-        return face[0] not in on_disk or (face[0] in selected and _key(face) not in index)
+        person = _person(image)
+        looked_up = person in selected or not selected
+        return (looked_up and image not in index) or (bool(on_disk) and person not in on_disk)
 
-    broken = [(pair, face) for pair in both if (face := next(filter(is_missing, pair), None))]
+    broken = [(pair, image) for pair in both if (image := next(filter(is_missing, pair), None))]
     if broken:
         (first, second), missing = broken[0]
         raise PairsError(
             f"{len(broken)} of {len(both)} pairs in {path} name images that are not in {folder.root} "
-            f"(first: {'/'.join(_key(missing))} of the pair {_key(first)[1]}, {_key(second)[1]}): "
+            f"(first: {missing} of the pair {_file(first)}, {_file(second)}): "
             "restore the images or use the pairs of this folder"
         )
 
 
-def _key(face: Face) -> tuple[str, str]:
-    name, number = face
-    return name, f"{name}_{number:04d}"
+def _person(image: str) -> str:
+    """The folder of ``image``; none in a flat one."""
+    return image.rpartition("/")[0]
+
+
+def _file(image: str) -> str:
+    return image.rpartition("/")[2]
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -161,16 +241,20 @@ def _header(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[int, int]:
     return (folds[0] if folds else 1), per_fold
 
 
-def _faces(path: Path, number: int, line: str, is_same: bool) -> tuple[Face, Face]:
+def _faces(path: Path, number: int, line: str, is_same: bool) -> tuple[str, str]:
     fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
     expected = 3 if is_same else 4
     if len(fields) == expected:
         name, first, *other_name, second = fields
         a, b = _positive(first), _positive(second)
         if a is not None and b is not None:
-            return (name, a), (other_name[0] if other_name else name, b)
+            return _image(name, a), _image(other_name[0] if other_name else name, b)
     wanted = "a same pair 'name<TAB>i<TAB>j'" if is_same else "a different pair 'name1<TAB>i<TAB>name2<TAB>j'"
     raise PairsError(f"{path}, line {number}: expected {wanted}, not {line.strip()!r}")
+
+
+def _image(name: str, number: int) -> str:
+    return f"{name}/{name}_{number:04d}"
 
 
 def _positive(field: str) -> int | None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from qface.data.folders import ImageFolder
 from qface.data.images import Images, ImageSource, IndexedImages, as_image_source
-from qface.data.pairs import ResolvedPairs, read_lfw_pairs, resolve_pairs
+from qface.data.pairs import ResolvedPairs, read_pairs, resolve_pairs
 from qface.data.verification_bin import VerificationBin
 from qface.errors import ImagesError, PairsError
 from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
@@ -75,9 +75,9 @@ def evaluate(
 
     Args:
         model: a module, the path of a model file, or an Embedder. A module is left as it is.
-        images: a folder of 112x112 crops with one subfolder a person, or other labelled images; or a ``.bin`` file of
-            InsightFace, which brings its pairs and no identities, so that only the accuracy is measured.
-        pairs: a list of pairs in LFW's format; it needs a folder.
+        images: a folder of 112x112 crops with one subfolder a person, or other labelled images; or a flat folder with
+            ``pairs``, or a ``.bin`` file of InsightFace, which brings its own: then only the accuracy is measured.
+        pairs: a list of pairs (:func:`qface.data.read_pairs`); it needs a folder.
         people: which identities of the folder to use; see :func:`qface.data.people.select_people`.
         gallery: another model that embeds the same images as the gallery, while ``model`` embeds the probes;
             of a listed pair, the first image is the probe.
@@ -93,7 +93,7 @@ def evaluate(
     """
     source = as_image_source(images, people)
     listed = _listed(pairs, source)
-    labels = None if isinstance(source, VerificationBin) else _labels(source)
+    labels = _labels(source, needed=listed is None)
     genuine, impostors = _counts(labels, listed, ordered=gallery is not None)
     prober = as_embedder(model)
 
@@ -120,10 +120,12 @@ def evaluate(
     )
 
 
-def _labels(source: ImageSource) -> Labels:
-    if not isinstance(source, IndexedImages) or source.labels is None:
-        raise ImagesError("evaluation needs to know who is who: pass a folder with one subfolder a person")
-    return source.labels.cpu().numpy().astype(np.int64)
+def _labels(source: ImageSource, needed: bool) -> Labels | None:
+    if isinstance(source, IndexedImages) and source.labels is not None:
+        return source.labels.cpu().numpy().astype(np.int64)
+    if needed:
+        raise ImagesError("evaluation needs to know who is who: pass a folder with one subfolder a person, or pairs")
+    return None
 
 
 def _listed(pairs: str | Path | None, source: ImageSource) -> ResolvedPairs | None:
@@ -135,7 +137,7 @@ def _listed(pairs: str | Path | None, source: ImageSource) -> ResolvedPairs | No
         return None
     if not isinstance(source, ImageFolder):
         raise PairsError(f"the pairs of {pairs} name files: pass the folder that holds them as images")
-    return resolve_pairs(read_lfw_pairs(pairs), source)
+    return resolve_pairs(read_pairs(pairs), source)
 
 
 def _counts(labels: Labels | None, listed: ResolvedPairs | None, ordered: bool) -> tuple[int, int]:

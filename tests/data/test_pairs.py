@@ -3,7 +3,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qface.data import ImageFolder, read_lfw_pairs, resolve_pairs
+from qface.data import ImageFolder, read_lfw_pairs, read_pairs, resolve_pairs
 from qface.errors import PairsError
 
 LIST = "2\t1\nAnn\t1\t2\nAnn\t2\tBob\t1\nBob\t1\t2\nBob\t2\tCem\t1\n"
@@ -27,8 +27,8 @@ def message(path):
 
 def test_reads_folds_of_same_and_different_pairs(write):
     pairs = read_lfw_pairs(write(LIST))
-    assert pairs.first == [("Ann", 1), ("Ann", 2), ("Bob", 1), ("Bob", 2)]
-    assert pairs.second == [("Ann", 2), ("Bob", 1), ("Bob", 2), ("Cem", 1)]
+    assert pairs.first == ["Ann/Ann_0001", "Ann/Ann_0002", "Bob/Bob_0001", "Bob/Bob_0002"]
+    assert pairs.second == ["Ann/Ann_0002", "Bob/Bob_0001", "Bob/Bob_0002", "Cem/Cem_0001"]
     assert pairs.same.tolist() == [True, False, True, False]
     assert pairs.fold.tolist() == [0, 0, 1, 1]
     assert len(pairs) == 4
@@ -41,11 +41,11 @@ def test_single_number_is_one_fold(write):
 
 
 def test_blanks_separate_where_there_are_no_tabs_and_blank_lines_do_not_count(write):
-    assert read_lfw_pairs(write("1 1\n\nAnn 1 2\nAnn 1  Bob 2\n\n")).second == [("Ann", 2), ("Bob", 2)]
+    assert read_lfw_pairs(write("1 1\n\nAnn 1 2\nAnn 1  Bob 2\n\n")).second == ["Ann/Ann_0002", "Bob/Bob_0002"]
 
 
 def test_names_may_hold_blanks_between_tabs(write):
-    assert read_lfw_pairs(write("1\nAnn Lee\t1\t2\nAnn Lee\t1\tBob\t2\n")).first[0] == ("Ann Lee", 1)
+    assert read_lfw_pairs(write("1\nAnn Lee\t1\t2\nAnn Lee\t1\tBob\t2\n")).first[0] == "Ann Lee/Ann Lee_0001"
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -57,11 +57,10 @@ def test_reads_what_was_written(write, folds, per_fold, data):
         lines += [f"A\t{data.draw(number)}\t{data.draw(number)}" for _ in range(per_fold)]
         lines += [f"A\t{data.draw(number)}\tB\t{data.draw(number)}" for _ in range(per_fold)]
     pairs = read_lfw_pairs(write("\n".join([f"{folds}\t{per_fold}", *lines])))
-    rebuilt = [
-        f"{a}\t{i}\t{j}" if same else f"{a}\t{i}\t{b}\t{j}"
-        for (a, i), (b, j), same in zip(pairs.first, pairs.second, pairs.same, strict=True)
-    ]
-    assert rebuilt == lines
+    named = [(line.split("\t")[0], line.split("\t")[1], line.split("\t")[-2], line.split("\t")[-1]) for line in lines]
+    assert pairs.first == [f"{a}/{a}_{int(i):04d}" for a, i, _, _ in named]
+    second = [b if not same else a for (a, _, b, _), same in zip(named, pairs.same, strict=True)]
+    assert pairs.second == [f"{b}/{b}_{int(j):04d}" for b, (*_, j) in zip(second, named, strict=True)]
     assert np.array_equal(pairs.fold, np.repeat(np.arange(folds), 2 * per_fold))
 
 
@@ -137,6 +136,73 @@ def test_flat_folder_cannot_resolve_names(crops, write):
     flat = ImageFolder(crops({"Ann": 2}) / "Ann")
     with pytest.raises(PairsError, match="is flat"):
         resolve_pairs(read_lfw_pairs(write(LIST)), flat)
+
+
+# SLLFW, CALFW and CPLFW
+
+
+def two_lines_each(same: list[bool], line) -> str:
+    """A list of pairs, the lines of each by ``line(pair, position, same)``."""
+    return "".join(line(pair, at, one) + "\n" for pair, one in enumerate(same) for at in (0, 1))
+
+
+def sllfw_line(pair, at, same):
+    name = f"P{pair:02}" if same or not at else "Other"
+    return f"{name}/{name}_{at + 1:04d}.jpg"
+
+
+def calfw_line(pair, at, same):
+    return f"P{pair:02}_{at + 1:04d}.jpg {(pair % 10 + 1) if same else 0}"
+
+
+def test_sllfw_tells_people_by_folders(write):
+    pairs = read_pairs(write(two_lines_each([True, False] * 20, sllfw_line)))
+    assert pairs.first[:2] == ["P00/P00_0001", "P01/P01_0001"]
+    assert pairs.second[:2] == ["P00/P00_0002", "Other/Other_0002"]
+    assert pairs.same.tolist() == [True, False] * 20
+    assert pairs.fold.tolist() == [fold for fold in range(10) for _ in range(4)]
+
+
+def test_calfw_tells_people_by_numbers_wherever_they_stand(write):
+    pairs = read_pairs(write(two_lines_each([True] * 20 + [False] * 10, calfw_line)))
+    assert pairs.first[21] == "P21_0001"
+    assert pairs.second[21] == "P21_0002"
+    assert pairs.same.tolist() == [True] * 20 + [False] * 10
+    assert pairs.fold.tolist() == [fold for fold in range(10) for _ in (0, 1)] + list(range(10))
+
+
+def test_files_are_found_in_a_flat_folder_with_any_ending(crops, write):
+    flat = ImageFolder(crops({"P00": 2}) / "P00")
+    listed = write(two_lines_each([True], calfw_line))
+    resolved = resolve_pairs(read_pairs(listed), flat)
+    assert [flat.paths[i].stem for i in (resolved.first[0], resolved.second[0])] == ["P00_0001", "P00_0002"]
+    with pytest.raises(PairsError, match=r"^1 of 2 pairs .*P01_0001"):
+        resolve_pairs(read_pairs(write(two_lines_each([True, False], calfw_line))), flat)
+    with pytest.raises(PairsError, match="has subfolders"):
+        resolve_pairs(read_pairs(listed), ImageFolder(flat.root.parent))
+
+
+def test_lfw_is_still_told_by_its_header(write):
+    assert read_pairs(write(LIST)).first == read_lfw_pairs(write(LIST)).first
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A/A_0001.jpg\nA/A_0002.jpg\nB/B_0001.jpg\n", "3 lines"),
+        ("A/A_0001.jpg\nA_0002.jpg\n", "line 2: expected 'name/"),
+        ("A_0001.jpg 1\nA_0002.jpg\n", "line 2: expected 'name_0001.jpg' and"),
+        ("A_0001.jpg 1\nA_0002.jpg x\n", "line 2"),
+        ("A_0001.jpg 1\nA_0002.jpg 0\n", "pair 1 end in different numbers"),
+        ("A_0001.jpg 1\n", "1 lines"),
+        ("", "line 1: expected 'folds"),
+    ],
+)
+def test_malformed_lists_of_files_are_named(write, text, expected):
+    with pytest.raises(PairsError) as error:
+        read_pairs(write(text))
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.faces
