@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qface.data.images import Images, IndexedImages, as_image_source, normalise
+from qface.data.images import Images, as_image_source, normalise
+from qface.data.sampling import sample_batches
 from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_line
 from qface.models.layers import Concat
 from qface.models.provenance import carry, provenance_of, record_step
@@ -95,12 +96,7 @@ def _check(model: nn.Module, ratio: float | Budget, images: Images | None, confi
 
 def _sample(images: Images, people: str | Path | None, model: nn.Module, config: PruningConfig) -> Tensor:
     """Up to ``config.images`` of the images, spread evenly, normalised."""
-    source = as_image_source(images, people)
-    if isinstance(source, IndexedImages):
-        chosen = torch.linspace(0, len(source) - 1, min(config.images, len(source))).round().long()
-        found = source.read(chosen.tolist())
-    else:
-        found = torch.cat(list(source.batches(config.images))[:1])
+    found = torch.cat(sample_batches(as_image_source(images, people), config.images, config.images))
     return normalise(found, preprocessing_of(model))
 
 

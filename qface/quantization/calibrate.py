@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from qface.data.images import Images, ImageSource, IndexedImages, as_image_source, normalise
-from qface.errors import ConfigError, ImagesError
+from qface.data.images import Images, as_image_source, normalise
+from qface.data.sampling import evenly, sample_batches
+from qface.errors import ConfigError
 from qface.models.provenance import record_step
 from qface.modes import modes_kept
 from qface.preprocessing import preprocessing_of
@@ -110,14 +111,9 @@ def calibrate(
 
 def _spread(images: Tensor) -> list[Tensor]:
     """Up to four parts of 64 of ``images``, each of them evenly spread over all."""
-    indices = _evenly(len(images), _PARTS * _PART)
+    indices = evenly(len(images), _PARTS * _PART)
     parts = -(-len(indices) // _PART)
     return [images[indices[first::parts]] for first in range(parts)]
-
-
-def _evenly(length: int, count: int) -> Tensor:
-    """Up to ``count`` indices below ``length``, evenly spread."""
-    return torch.linspace(0, length - 1, min(count, length)).round().long()
 
 
 @contextmanager
@@ -148,32 +144,6 @@ def _observing(found: list[LowBitFakeQuantize]) -> Iterator[None]:
     finally:
         for quantizer in found:
             quantizer.enable_observer(False)
-
-
-def sample_batches(source: ImageSource, count: int, batch_size: int) -> list[Tensor]:
-    """About ``count`` images: every k-th of what can be indexed, else the first batches.
-
-    Raises:
-        ImagesError: the images cannot be used, or there are none.
-    """
-    batches = list(_sample(source, count, batch_size))
-    if not sum(map(len, batches)):
-        raise ImagesError("there are no images to look at; pass at least one")
-    return batches
-
-
-def _sample(source: ImageSource, count: int, batch_size: int) -> Iterator[Tensor]:
-    if isinstance(source, IndexedImages):
-        indices = _evenly(len(source), count).tolist()
-        for start in range(0, len(indices), batch_size):
-            yield source.read(indices[start : start + batch_size])
-        return
-    seen = 0
-    for batch in source.batches(batch_size):
-        yield batch[: count - seen]
-        seen += len(batch)
-        if seen >= count:
-            return
 
 
 def _keep_biases_in_range(student: fx.GraphModule) -> None:

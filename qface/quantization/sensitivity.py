@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import disable_fake_quant, disable_observer
 
 from qface.data.images import Images, as_image_source, normalise
+from qface.data.sampling import sample_batches
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
-from qface.quantization.calibrate import quantizers, sample_batches
+from qface.quantization.calibrate import quantizers
 from qface.quantization.config import MAX_BITS, MIN_BITS, QuantizationConfig
 from qface.quantization.equalisation import equalise
 from qface.quantization.fake_quantize import LowBitFakeQuantize

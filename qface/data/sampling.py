@@ -1,0 +1,44 @@
+"""A few images of many, for what looks at a sample: calibration, sensitivity, pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qface.data.images import ImageSource, IndexedImages
+from qface.errors import ImagesError
+
+__all__ = ["evenly", "sample_batches"]
+
+
+def evenly(length: int, count: int) -> Tensor:
+    """Up to ``count`` indices below ``length``, evenly spread."""
+    return torch.linspace(0, length - 1, min(count, length)).round().long()
+
+
+def sample_batches(source: ImageSource, count: int, batch_size: int) -> list[Tensor]:
+    """About ``count`` images: every k-th of what can be indexed, else the first batches.
+
+    Raises:
+        ImagesError: the images cannot be used, or there are none.
+    """
+    batches = list(_sample(source, count, batch_size))
+    if not sum(map(len, batches)):
+        raise ImagesError("there are no images to look at; pass at least one")
+    return batches
+
+
+def _sample(source: ImageSource, count: int, batch_size: int) -> Iterator[Tensor]:
+    if isinstance(source, IndexedImages):
+        indices = evenly(len(source), count).tolist()
+        for start in range(0, len(indices), batch_size):
+            yield source.read(indices[start : start + batch_size])
+        return
+    seen = 0
+    for batch in source.batches(batch_size):
+        yield batch[: count - seen]
+        seen += len(batch)
+        if seen >= count:
+            return
