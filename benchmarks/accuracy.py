@@ -26,19 +26,19 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from accuracy_report import draw_sweep, markdown, summarise, table
 from accuracy_rows import CALIBRATION_IMAGES, EVERY_ROW, NETWORKS, RECIPES, ROWS, SWEEP, Row
 from held_out import Embeddings, Halves
 from records import Record, Records, digest
 from rich.console import Console
+from stopwatch import timed
 from torch import nn
 
 import qface
@@ -138,12 +138,11 @@ class Bench:
 
     @cached_property
     def _teacher_embeddings(self) -> Embeddings:
-        path = self._records.path(f"{self.network}-float", self._inputs, ".npy")
-        if not path.exists():
-            embeddings = embed(self._teacher, self._halves.judging, progress=True)
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                np.save(file, embeddings)
-        return np.load(path)
+        return self._records.recall_array(
+            f"{self.network}-float",
+            self._inputs,
+            lambda: embed(self._teacher, self._halves.judging, progress=True),
+        )
 
     def _measure(self, run: Run) -> Record:
         """Make the student of ``run``, export it, and judge its file."""
@@ -216,13 +215,6 @@ def mean_weight_bits(file: Path) -> float:
     """The average width of the weights of ``file``."""
     weights = qface.measure_size(file).of_kind("weight").entries
     return sum(entry.elements * (entry.bits or 0) for entry in weights) / sum(entry.elements for entry in weights)
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What ``work`` returns, and its seconds."""
-    start = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - start
 
 
 @click.command()

@@ -8,7 +8,6 @@ Every figure of the student is that of the file in onnxruntime unless the row sa
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import click
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from stopwatch import timed
 
 import qface
 from qface.data import ImageFolder
@@ -66,13 +66,6 @@ def main(data: Path, weights: str, bits: int, recipe: str, seed: int, output: Pa
     show(report)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1), encoding="utf-8")
-
-
-def timed(work: Any) -> tuple[Any, float]:
-    """What ``work`` returns, and its seconds."""
-    start = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - start
 
 
 def row(

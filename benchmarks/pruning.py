@@ -17,12 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import click
-import numpy as np
 from accuracy_rows import NETWORKS
-from held_out import Halves
+from held_out import Embeddings, Halves
 from records import Record, Records, digest
 from rich.console import Console
 from rich.table import Table
@@ -64,9 +62,12 @@ class Variant:
         return "-".join(part for part in parts if part) or "float"
 
 
+FLOAT = Variant()
+
+
 def variants(ratios: Sequence[float], bits: Sequence[int], train: bool) -> Iterator[Variant]:
     """All that is compared."""
-    yield Variant()
+    yield FLOAT
     for ratio in ratios:
         yield Variant(ratio, repaired=False)
     for trained in (False, True) if train else (False,):
@@ -107,29 +108,30 @@ class Bench:
 
     def figures(self, variant: Variant) -> Record:
         """Accuracy, size, MACs and file of ``variant``."""
-        name, settings = f"{self.network}-{variant.name}", {**self._inputs, **asdict(variant)}
-        return self._records.recall(name, settings, lambda: self._measure(variant, self._path(name, settings, ".onnx")))
+        return self._records.recall(*self._key(variant), lambda: self._measure(variant))
 
-    def _path(self, name: str, settings: Record, ending: str) -> Path:
-        return self._records.path(name, settings, ending)
+    def _key(self, variant: Variant) -> tuple[str, Record]:
+        """Name and settings of ``variant``."""
+        return f"{self.network}-{variant.name}", {**self._inputs, **asdict(variant)}
 
-    def _measure(self, variant: Variant, path: Path) -> Record:
+    def _path(self, variant: Variant, ending: str) -> Path:
+        return self._records.path(*self._key(variant), ending)
+
+    def _measure(self, variant: Variant) -> Record:
         network = self._pruned(variant)
         costs = asdict(cost_of(network))
         if variant.bits is not None:
             network = self._quantized(network, variant)
-        file = qface.export(network, path)
-        embeddings = embed(file, self._halves.judging, progress=True)
-        figures = self._halves.figures(embeddings, self._teacher_embeddings(variant, embeddings))
+        file = qface.export(network, self._path(variant, ".onnx"))
+        embeddings = self._float_embeddings if variant == FLOAT else self._embed(file)
+        figures = self._halves.figures(embeddings, self._float_embeddings)
         return {**figures, **costs, "bytes": file.stat().st_size, "file": file.name}
 
     def _pruned(self, variant: Variant) -> nn.Module:
         """The float network, pruned as far as ``variant`` says; once trained, from its own file."""
         if variant.ratio is None:
             return self.teacher
-        float_variant = replace(variant, bits=None)
-        name, settings = f"{self.network}-{float_variant.name}", {**self._inputs, **asdict(float_variant)}
-        path = self._path(name, settings, ".safetensors")
+        path = self._path(replace(variant, bits=None), ".safetensors")
         if not path.exists():
             config = replace(self._pruning, repair=variant.repaired)
             images = self._halves.tuning if variant.repaired else None
@@ -146,18 +148,13 @@ class Bench:
             qface.distill(student, self.teacher, self._halves.tuning, self._training)
         return student
 
-    def _teacher_embeddings(self, variant: Variant, own: Any) -> Any:
-        return own if variant == Variant() else self._float_embeddings
-
     @cached_property
-    def _float_embeddings(self) -> Any:
-        path = self._path(f"{self.network}-float", self._inputs, ".npy")
-        if not path.exists():
-            file = self._records.folder / self.figures(Variant())["file"]
-            embeddings = embed(file, self._halves.judging, progress=True)
-            with replacing(path) as temporary, temporary.open("wb") as opened:
-                np.save(opened, embeddings)
-        return np.load(path)
+    def _float_embeddings(self) -> Embeddings:
+        """Of the float network's file, which is measured first."""
+        return self._records.recall_array(*self._key(FLOAT), lambda: self._embed(self._path(FLOAT, ".onnx")))
+
+    def _embed(self, file: Path) -> Embeddings:
+        return embed(file, self._halves.judging, progress=True)
 
 
 @click.command()

@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 import torch
+from accuracy_rows import NETWORKS
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -32,7 +33,6 @@ from qface.distillation.memory import memory_kept
 from qface.models.tracing import example_input
 from qface.progress import track
 
-NETWORKS = {"mobilefacenet": "mobilefacenet_112x96.safetensors", "iresnet18": "iresnet18.safetensors"}
 CALIBRATION_IMAGES = 32
 FLOAT, QAT, TEACHER = "float step", "QAT step", "teacher's forward"
 

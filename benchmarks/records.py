@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from qface.files import replacing
 
 Record = dict[str, Any]
@@ -40,6 +43,14 @@ class Records:
             with replacing(self.path(name, settings, ".json")) as temporary:
                 temporary.write_text(json.dumps({"settings": settings, "result": found}, indent=1), encoding="utf-8")
         return found
+
+    def recall_array(self, name: str, settings: Record, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """The same for an array."""
+        path = self.path(name, settings, ".npy")
+        if not path.exists():
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, make())
+        return np.load(path)
 
 
 def canonical(settings: Record) -> str:

@@ -1,0 +1,16 @@
+"""How long something takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+ResultT = TypeVar("ResultT")
+
+
+def timed(work: Callable[[], ResultT]) -> tuple[ResultT, float]:
+    """What ``work`` returns, and its seconds."""
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
