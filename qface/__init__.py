@@ -6,11 +6,19 @@ at each width, ``allocate_bits`` chooses widths for a budget, and ``operating_th
 """
 
 from qface._version import __version__
+from qface.data.crops import AlignmentReport, align
 from qface.deployment import SizeLedger, export, measure_size, verify
 from qface.deployment.mixed_precision import allocate_bits
 from qface.distillation import DistillConfig, distill
 from qface.errors import QFaceError
-from qface.evaluation import EvaluationResult, OperatingThresholds, evaluate, operating_thresholds
+from qface.evaluation import (
+    EvaluationResult,
+    OperatingThresholds,
+    TemplateResult,
+    evaluate,
+    evaluate_templates,
+    operating_thresholds,
+)
 from qface.models import load, save
 from qface.preprocessing import Preprocessing
 from qface.pruning import Budget, PruningConfig, prune
@@ -18,6 +26,7 @@ from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantiz
 from qface.quantization.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
+    "AlignmentReport",
     "Budget",
     "DistillConfig",
     "EvaluationResult",
@@ -29,11 +38,14 @@ __all__ = [
     "QuantizationConfig",
     "Sensitivity",
     "SizeLedger",
+    "TemplateResult",
     "__version__",
+    "align",
     "allocate_bits",
     "calibrate",
     "distill",
     "evaluate",
+    "evaluate_templates",
     "export",
     "load",
     "measure_size",

@@ -18,18 +18,21 @@ from qface.deployment.export import TARGETS
 from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
 from qface.errors import ConfigError, QFaceError
+from qface.evaluation import TemplateProtocol
 from qface.files import check_folder
 from qface.models.resolve import resolve_model
 from qface.pruning import cost_of
 from qface.pruning.config import ImportanceName, ScopeName
 from qface.reporting import (
     agreement_table,
+    alignment_table,
     costs_table,
     demo_table,
     evaluation_table,
     latency_table,
     sensitivity_figure,
     sensitivity_tables,
+    templates_table,
     thresholds_table,
 )
 from qface.reporting.figures import check_figure
@@ -277,6 +280,45 @@ def evaluate(
         progress=True,
     )
     _print(result.to_dict(), evaluation_table(result), as_json)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--data", required=True, type=_Path, help="Folder of IJB-B or IJB-C, with meta/ and loose_crop/.")
+@click.option(
+    "--protocol",
+    type=click.Choice(get_args(TemplateProtocol)),
+    default="paper",
+    show_default=True,
+    help="A template is the mean of its images, or of its photos and videos.",
+)
+@click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
+@click.option("--detector-score", is_flag=True, help="Weight images by the detector's score.")
+@click.option("--run-dir", type=_Path, help="Folder to keep embeddings in; a run that was stopped goes on there.")
+@_json
+def ijb(
+    model: str,
+    data: Path,
+    protocol: TemplateProtocol,
+    flip: bool,
+    detector_score: bool,
+    run_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure 1:1 verification of templates on IJB-B or IJB-C; MODEL as for evaluate."""
+    result = qface.evaluate_templates(_embedder(model), data, protocol, flip, detector_score, run_dir, progress=True)
+    _print(result.to_dict(), templates_table(result), as_json)
+
+
+@main.command()
+@click.argument("photos", type=_Path)
+@click.option("-o", "--output", required=True, type=_Path, help="Folder of crops to write.")
+@click.option("--landmarks", type=_Path, help="Lines 'file x1 y1 ... x5 y5'.  [default: look for faces]")
+@_json
+def align(photos: Path, output: Path, landmarks: Path | None, as_json: bool) -> None:
+    """Cut aligned 112x112 crops from PHOTOS, a folder; what is there already is kept."""
+    report = qface.align(photos, output, landmarks, progress=True)
+    _print(report.to_dict(), alignment_table(report), as_json)
 
 
 @main.command()

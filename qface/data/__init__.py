@@ -1,5 +1,8 @@
 """Face images, the people in them, and pairs to verify."""
 
+from qface.data.alignment import ARCFACE_LANDMARKS, similarity_transform
+from qface.data.cfp import CfpSplit
+from qface.data.crops import AlignmentReport, align
 from qface.data.folders import ImageFolder
 from qface.data.images import (
     Images,
@@ -10,31 +13,44 @@ from qface.data.images import (
     as_image_source,
     normalise,
 )
-from qface.data.pairs import PairList, ResolvedPairs, read_lfw_pairs, read_pairs, resolve_pairs
+from qface.data.landmarks import FaceLandmarks, read_landmarks
+from qface.data.pairs import PairedImages, PairList, ResolvedPairs, read_lfw_pairs, read_pairs, resolve_pairs
 from qface.data.people import select_people
 from qface.data.records import RecordImages
 from qface.data.relabelled import Relabelled
 from qface.data.subset import Subset, nested_subset
+from qface.data.templates import LooseCrops, TemplateSet, read_templates
 from qface.data.verification_bin import VerificationBin
 
 __all__ = [
+    "ARCFACE_LANDMARKS",
+    "AlignmentReport",
+    "CfpSplit",
+    "FaceLandmarks",
     "ImageFolder",
     "ImageSource",
     "Images",
     "IndexedImages",
     "LoaderImages",
+    "LooseCrops",
     "PairList",
+    "PairedImages",
     "RecordImages",
     "Relabelled",
     "ResolvedPairs",
     "Subset",
+    "TemplateSet",
     "TensorImages",
     "VerificationBin",
+    "align",
     "as_image_source",
     "nested_subset",
     "normalise",
+    "read_landmarks",
     "read_lfw_pairs",
     "read_pairs",
+    "read_templates",
     "resolve_pairs",
     "select_people",
+    "similarity_transform",
 ]

@@ -103,8 +103,8 @@ def as_image_source(images: Images, people: str | Path | None = None) -> ImageSo
     """Turn whatever a user passed as ``images`` into an :class:`ImageSource`.
 
     Args:
-        images: a folder of 112x112 crops, a ``.rec`` or ``.bin`` file of InsightFace, a tensor [N, 3, H, W], a
-            loader, or an :class:`ImageSource`.
+        images: a folder of 112x112 crops, a ``.rec`` or ``.bin`` file of InsightFace, a split of CFP (its folder
+            ``Protocol/Split/FP``), a tensor [N, 3, H, W], a loader, or an :class:`ImageSource`.
         people: for a folder, which identities to keep; see :class:`qface.data.folders.ImageFolder`.
 
     Raises:
@@ -124,16 +124,18 @@ def as_image_source(images: Images, people: str | Path | None = None) -> ImageSo
 
 
 def _from_path(path: Path, people: str | Path | None) -> ImageSource:
+    from qface.data.cfp import CfpSplit, is_cfp_split
     from qface.data.folders import ImageFolder
     from qface.data.records import RecordImages
     from qface.data.verification_bin import VerificationBin
 
-    readers = {".rec": RecordImages, ".bin": VerificationBin}
-    if path.suffix not in readers or path.is_dir():
+    files = {".rec": RecordImages, ".bin": VerificationBin}
+    reader = CfpSplit if is_cfp_split(path) else files.get(path.suffix) if not path.is_dir() else None
+    if reader is None:
         return ImageFolder(path, people=people)
     if people is not None:
         raise ImagesError(f"people can be selected from a folder only; {path} carries no names")
-    return readers[path.suffix](path)
+    return reader(path)
 
 
 def normalise(batch: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qface.data.folders import ImageFolder
+from qface.data.images import IndexedImages
 from qface.errors import PairsError
 
-__all__ = ["PairList", "ResolvedPairs", "read_lfw_pairs", "read_pairs", "resolve_pairs"]
+__all__ = ["PairList", "PairedImages", "ResolvedPairs", "read_lfw_pairs", "read_pairs", "resolve_pairs"]
 
 _FOLDS = 10  # where a format has none of its own
 
@@ -64,6 +65,18 @@ class ResolvedPairs:
 
     def __len__(self) -> int:
         return len(self.first)
+
+
+class PairedImages(IndexedImages):
+    """Images that bring their own pairs.
+
+    Attributes:
+        path: the file or folder they come from.
+        pairs: which images to compare, and in which fold.
+    """
+
+    path: Path
+    pairs: ResolvedPairs
 
 
 def read_pairs(path: str | Path) -> PairList:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from qface.data.decoding import UNREADABLE, decode
-from qface.data.images import IndexedImages
-from qface.data.pairs import ResolvedPairs
+from qface.data.pairs import PairedImages, ResolvedPairs
 from qface.errors import ImagesError, PairsError, one_line
 
 __all__ = ["VerificationBin"]
@@ -29,7 +28,7 @@ _FOLDS = 10
 _NUMPY = {"_reconstruct": "numpy._core.multiarray", "scalar": "numpy._core.multiarray"}
 
 
-class VerificationBin(IndexedImages):
+class VerificationBin(PairedImages):
     """The 112x112 crops of a ``.bin`` file, two for each of its pairs; who they show is not known.
 
     Args:

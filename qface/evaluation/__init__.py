@@ -2,6 +2,7 @@
 
 from qface.evaluation.embedding import Embedder, TorchEmbedder, as_embedder, embed
 from qface.evaluation.evaluate import EvaluationResult, evaluate
+from qface.evaluation.template_verification import TemplateProtocol, TemplateResult, evaluate_templates
 from qface.evaluation.thresholds import OperatingThresholds, PairingThreshold, operating_thresholds
 from qface.evaluation.verification import (
     FPRS,
@@ -11,6 +12,7 @@ from qface.evaluation.verification import (
     rates_at,
     ten_fold_accuracy,
     tpr_at_fpr,
+    tpr_at_fpr_of_scores,
 )
 
 __all__ = [
@@ -21,13 +23,17 @@ __all__ = [
     "OperatingThresholds",
     "PairingThreshold",
     "Rates",
+    "TemplateProtocol",
+    "TemplateResult",
     "TorchEmbedder",
     "as_embedder",
     "count_pairs",
     "embed",
     "evaluate",
+    "evaluate_templates",
     "operating_thresholds",
     "rates_at",
     "ten_fold_accuracy",
     "tpr_at_fpr",
+    "tpr_at_fpr_of_scores",
 ]

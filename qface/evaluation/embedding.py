@@ -20,7 +20,7 @@ from qface.modes import modes_kept
 from qface.preprocessing import Preprocessing, preprocessing_of
 from qface.progress import track
 
-__all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed"]
+__all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed", "embedding_batches"]
 
 Embeddings = npt.NDArray[np.float32]
 """float32 [images, dimensions] with rows of length 1."""
@@ -136,13 +136,35 @@ def embed(
         ImagesError: there are no images, or they cannot be read.
         QFaceError: the model does not give one finite vector an image.
     """
-    embedder = as_embedder(model)
-    total = math.ceil(len(source) / batch_size) if isinstance(source, IndexedImages) else None
-    batches = track(source.batches(batch_size), "Embedding", progress, total)
-    rows = [_embed_batch(embedder, batch, flip) for batch in batches]
+    rows = list(embedding_batches(as_embedder(model), source, batch_size, flip, progress))
     if not rows:
         raise ImagesError("there are no images to embed: pass at least one")
     return _unit_rows(np.concatenate(rows))
+
+
+def embedding_batches(
+    embedder: Embedder, source: ImageSource, batch_size: int, flip: bool, progress: bool, start: int = 0
+) -> Iterator[Embeddings]:
+    """Embed the images of ``source`` in order, and yield the rows of a batch each, of any length.
+
+    Args:
+        embedder: what embeds.
+        source: see :func:`embed`.
+        batch_size: images a forward pass.
+        flip: add the embedding of the mirrored image.
+        progress: show a bar on stderr while it runs.
+        start: leave out so many images; of a source that can be read in any order only.
+    """
+    images = max(0, len(source) - start) if isinstance(source, IndexedImages) else None
+    batches = _from(source, batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
+    total = None if images is None else math.ceil(images / batch_size)
+    for batch in track(batches, "Embedding", progress, total):
+        yield _embed_batch(embedder, batch, flip)
+
+
+def _from(source: IndexedImages, batch_size: int, start: int) -> Iterator[Tensor]:
+    for first in range(start, len(source), batch_size):
+        yield source.read(range(first, min(first + batch_size, len(source))))
 
 
 def _embed_batch(embedder: Embedder, batch: Tensor, flip: bool) -> Embeddings:

@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from qface.data.folders import ImageFolder
 from qface.data.images import Images, ImageSource, IndexedImages, as_image_source
-from qface.data.pairs import ResolvedPairs, read_pairs, resolve_pairs
-from qface.data.verification_bin import VerificationBin
+from qface.data.pairs import PairedImages, ResolvedPairs, read_pairs, resolve_pairs
 from qface.errors import ImagesError, PairsError
 from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
 from qface.evaluation.verification import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr
@@ -75,8 +74,8 @@ def evaluate(
 
     Args:
         model: a module, the path of a model file, or an Embedder. A module is left as it is.
-        images: a folder of 112x112 crops with one subfolder a person, or other labelled images; or a flat folder with
-            ``pairs``, or a ``.bin`` file of InsightFace, which brings its own: then only the accuracy is measured.
+        images: a folder of 112x112 crops with one subfolder a person, or other labelled images; or, for the accuracy
+            alone, a flat folder with ``pairs``, or what brings its own: a ``.bin`` file of InsightFace, a split of CFP.
         pairs: a list of pairs (:func:`qface.data.read_pairs`); it needs a folder.
         people: which identities of the folder to use; see :func:`qface.data.people.select_people`.
         gallery: another model that embeds the same images as the gallery, while ``model`` embeds the probes;
@@ -129,7 +128,7 @@ def _labels(source: ImageSource, needed: bool) -> Labels | None:
 
 
 def _listed(pairs: str | Path | None, source: ImageSource) -> ResolvedPairs | None:
-    if isinstance(source, VerificationBin):
+    if isinstance(source, PairedImages):
         if pairs is not None:
             raise PairsError(f"{source.path} brings its own pairs: leave {pairs} out")
         return source.pairs

@@ -14,7 +14,16 @@ import numpy.typing as npt
 
 from qface.errors import ConfigError, ImagesError, PairsError, QFaceError
 
-__all__ = ["FPRS", "OperatingPoint", "Rates", "count_pairs", "rates_at", "ten_fold_accuracy", "tpr_at_fpr"]
+__all__ = [
+    "FPRS",
+    "OperatingPoint",
+    "Rates",
+    "count_pairs",
+    "rates_at",
+    "ten_fold_accuracy",
+    "tpr_at_fpr",
+    "tpr_at_fpr_of_scores",
+]
 
 FPRS = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 """The false-positive rates that are reported, as exact decimals."""
@@ -112,6 +121,31 @@ def tpr_at_fpr(
         genuine.append(same)
         highest.add(different)
     return _operating_points(ranks, np.sort(np.concatenate(genuine)), highest.descending())
+
+
+def tpr_at_fpr_of_scores(
+    scores: npt.ArrayLike, same: npt.ArrayLike, fprs: Sequence[str] = FPRS
+) -> dict[str, OperatingPoint]:
+    """True-positive rate at fixed false-positive rates over listed pairs; :func:`tpr_at_fpr` says how.
+
+    Args:
+        scores: float32 [pairs], cosines.
+        same: bool [pairs], whether both sides show one person.
+        fprs: rates as decimals, between 0 and 1; they are the keys of the result.
+
+    Raises:
+        PairsError: there are no genuine or no impostor pairs.
+        ConfigError: a rate is no such decimal.
+        QFaceError: a score is not finite.
+    """
+    cosines, genuine = np.asarray(scores, np.float32), np.asarray(same, np.bool_)
+    if genuine.all() or not genuine.any():
+        raise PairsError("verification needs pairs of one person and pairs of two: restore the list")
+    if not np.isfinite(cosines).all():
+        raise QFaceError("the scores are not finite: check the model's weights and scales")
+    impostors = np.sort(cosines[~genuine])[::-1]
+    ranks = {fpr: _rank(fpr, len(impostors)) for fpr in fprs}
+    return _operating_points(ranks, np.sort(cosines[genuine]), impostors)
 
 
 def rates_at(threshold: float, probes: Scores, labels: npt.ArrayLike, gallery: Scores | None = None) -> Rates:

@@ -41,13 +41,17 @@ def load(
 
     Args:
         path_or_name: a file that :func:`save` wrote; a checkpoint of an InsightFace IResNet or of a MobileFaceNet
-            (safetensors, or torch with tensors only; fp16 becomes fp32); or one of :data:`MODEL_NAMES`.
+            (safetensors, or torch with tensors only; fp16 becomes fp32); a float ``.onnx`` file
+            (:mod:`qface.models.onnx_import`); or one of :data:`MODEL_NAMES`.
         model: a network of your own, into which the weights of the file are loaded, in place.
         preprocessing: what the network reads, where the file does not say or says it wrongly.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another network, or holds NaN.
+        UnsupportedLayerError: an ``.onnx`` file holds an operation that cannot be imported.
     """
+    if Path(path_or_name).suffix.lower() == ".onnx":
+        return _from_onnx(path_or_name, model, preprocessing)
     if model is None and str(path_or_name) in MODEL_NAMES and not Path(path_or_name).exists():
         fresh = _fresh(str(path_or_name))
         return with_preprocessing(fresh, preprocessing or Preprocessing()).eval()
@@ -57,6 +61,16 @@ def load(
     if "preprocessing" in metadata:
         likely = _preprocessing_from(metadata["preprocessing"], path_or_name)
     return with_preprocessing(loaded, preprocessing or likely).eval()
+
+
+def _from_onnx(path: str | Path, model: nn.Module | None, preprocessing: Preprocessing | None) -> nn.Module:
+    if model is not None:
+        raise CheckpointError(f"{path} brings its own network: leave out model=, or load weights from another file")
+    from qface.models.onnx_import import load_onnx  # only here, so that other files need no onnx
+
+    network, likely = load_onnx(path)
+    check_finite(network.state_dict(), path)
+    return with_preprocessing(network, preprocessing or likely)
 
 
 def _preprocessing_from(text: str, path: str | Path) -> Preprocessing:

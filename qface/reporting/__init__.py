@@ -3,21 +3,25 @@
 from qface.reporting.figures import sensitivity_figure
 from qface.reporting.tables import (
     agreement_table,
+    alignment_table,
     costs_table,
     demo_table,
     evaluation_table,
     latency_table,
     sensitivity_tables,
+    templates_table,
     thresholds_table,
 )
 
 __all__ = [
     "agreement_table",
+    "alignment_table",
     "costs_table",
     "demo_table",
     "evaluation_table",
     "latency_table",
     "sensitivity_figure",
     "sensitivity_tables",
+    "templates_table",
     "thresholds_table",
 ]

@@ -9,21 +9,24 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from qface.data import AlignmentReport
 from qface.demo import DemoReport
 from qface.deployment import Agreement, SizeLedger
 from qface.deployment.latency import Latency
-from qface.evaluation import EvaluationResult, OperatingThresholds, Rates
+from qface.evaluation import EvaluationResult, OperatingThresholds, Rates, TemplateResult
 from qface.pruning import Cost
 from qface.quantization.sensitivity import Sensitivity
 
 __all__ = [
     "agreement_table",
+    "alignment_table",
     "costs_table",
     "demo_table",
     "evaluation_table",
     "latency_table",
     "sensitivity_tables",
     "size_tables",
+    "templates_table",
     "thresholds_table",
 ]
 
@@ -45,6 +48,32 @@ def evaluation_table(result: EvaluationResult) -> Table:
     for fpr, rate in result.tpr_at_fpr.items():
         threshold = result.thresholds[fpr]
         table.add_row(f"TPR at FPR {fpr}", percent(rate), "-" if threshold is None else f"{threshold:.4f}")
+    return table
+
+
+def templates_table(result: TemplateResult) -> Table:
+    """One evaluation of templates: how it was done and counts in the title, a row a rate."""
+    added = [name for name, used in (("flip", result.flip), ("detector score", result.detector_score)) if used]
+    how = f"protocol {result.protocol}, " + (" and ".join(added) if added else "neither flip nor detector score")
+    table = Table(title=f"{how}: {result.images} images, {result.templates} templates, {result.runtime}")
+    for name in ("figure", "value", "threshold"):
+        table.add_column(name, justify="left" if name == "figure" else "right")
+    for fpr, rate in result.tpr_at_fpr.items():
+        threshold = result.thresholds[fpr]
+        table.add_row(f"TPR at FPR {fpr}", percent(rate), "-" if threshold is None else f"{threshold:.4f}")
+    return table
+
+
+def alignment_table(report: AlignmentReport) -> Table:
+    """How many photos became crops, and the names of the first that did not."""
+    table = Table()
+    for name in ("photos", "number", "first of them"):
+        table.add_column(name, justify="right" if name == "number" else "left")
+    table.add_row("found", str(report.photos), "")
+    table.add_row("aligned now", str(report.aligned), "")
+    table.add_row("aligned before", str(report.present), "")
+    table.add_row("without a face", str(len(report.faceless)), ", ".join(map(escape, report.faceless[:3])))
+    table.add_row("no images", str(len(report.unreadable)), ", ".join(map(escape, report.unreadable[:3])))
     return table
 
 

@@ -1,0 +1,141 @@
+"""CFP, Celebrities in Frontal-Profile (http://www.cfpw.io): its lists of images, and its splits FF and FP.
+
+::
+
+    Data/Images/001/frontal/01.jpg ...
+    Protocol/Pair_list_F.txt      number, path of a frontal image
+    Protocol/Pair_list_P.txt      number, path of a profile image
+    Protocol/Split/FP/01/same.txt numbers of a frontal image and of a profile image, with a comma
+    Protocol/Split/FP/01/diff.txt likewise, of two people; ten folders, one a fold; FF has two frontal images each
+
+Images must be aligned crops; :func:`qface.align` makes such a folder of ``Data`` and keeps its names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qface.data.decoding import UNREADABLE, decode
+from qface.data.folders import EXTENSIONS
+from qface.data.landmarks import numbered_lines
+from qface.data.pairs import PairedImages, ResolvedPairs
+from qface.errors import ImagesError, PairsError, one_line
+
+__all__ = ["CfpSplit", "is_cfp_split"]
+
+_LISTS = {"FF": ("F", "F"), "FP": ("F", "P")}
+"""Which list the first and the second number of a pair belong to."""
+
+
+def is_cfp_split(path: Path) -> bool:
+    """Whether ``path`` is ``Protocol/Split/FF`` or ``Protocol/Split/FP`` of CFP."""
+    return path.name in _LISTS and (path.parent.parent / "Pair_list_F.txt").exists()
+
+
+class CfpSplit(PairedImages):
+    """The images of a split that its pairs name; who they show is not told.
+
+    Args:
+        path: the folder ``Protocol/Split/FF`` or ``Protocol/Split/FP``.
+
+    Attributes:
+        path: the folder.
+        pairs: which images to compare, and in which fold.
+        paths: the images.
+
+    Raises:
+        PairsError: a list is missing or malformed.
+        ImagesError: an image is missing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not is_cfp_split(self.path):
+            raise PairsError(f"{self.path} is no split of CFP: pass its folder Protocol/Split/FF or Protocol/Split/FP")
+        protocol = self.path.parent.parent
+        images = {name: _listed(protocol / f"Pair_list_{name}.txt") for name in set(_LISTS[self.path.name])}
+        numbers, same, fold = _numbers(self.path)
+        sides = [
+            _look_up(self.path, images[name], numbers[:, side]) for side, name in enumerate(_LISTS[self.path.name])
+        ]
+        names = sorted({*sides[0], *sides[1]})
+        index = {name: position for position, name in enumerate(names)}
+        self.paths = [_on_disk(protocol.parent / name) for name in names]
+        first, second = (np.array([index[name] for name in side], np.int64) for side in sides)
+        self.pairs = ResolvedPairs(first, second, same, fold, dropped=0)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Decode the images at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
+
+        Raises:
+            ImagesError: one of them is damaged or not 112x112; it is named.
+        """
+        crops = [_decode(self.paths[index]) for index in indices]
+        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+
+
+def _decode(path: Path) -> npt.NDArray[np.uint8]:
+    try:
+        return decode(path)
+    except UNREADABLE as error:
+        raise ImagesError(f"{path} cannot be read as a crop ({one_line(error)}): align the photos first") from error
+
+
+def _listed(path: Path) -> dict[int, str]:
+    """The images of a list by their numbers, as paths below CFP's folder."""
+    images = {}
+    for number, line in numbered_lines(path):
+        fields = line.split(maxsplit=1)
+        name = fields[-1].strip().replace("\\", "/")
+        if len(fields) != 2 or not fields[0].isdecimal() or "Data/" not in name:
+            raise PairsError(f"{path}, line {number}: expected 'number ../Data/Images/...', not {line.strip()!r}")
+        images[int(fields[0])] = name[name.index("Data/") :]
+    return images
+
+
+def _numbers(split: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Both numbers of each pair, whether it is of one person, and its fold."""
+    folders = sorted(folder for folder in split.iterdir() if folder.is_dir() and folder.name.isdecimal())
+    numbers: list[list[int]] = []
+    same: list[bool] = []
+    fold: list[int] = []
+    for position, folder in enumerate(folders):
+        for file, is_same in (("same.txt", True), ("diff.txt", False)):
+            for number, line in numbered_lines(folder / file):
+                fields = line.split(",")
+                if len(fields) != 2 or not all(field.strip().isdecimal() for field in fields):
+                    raise PairsError(f"{folder / file}, line {number}: expected 'number,number', not {line.strip()!r}")
+                numbers.append([int(field) for field in fields])
+                same.append(is_same)
+                fold.append(position)
+    if not numbers:
+        raise PairsError(f"{split} holds no pairs: expected folders 01 to 10 with same.txt and diff.txt")
+    return np.array(numbers, np.int64), np.array(same, np.bool_), np.array(fold, np.int64)
+
+
+def _look_up(split: Path, images: dict[int, str], numbers: npt.NDArray[np.int64]) -> list[str]:
+    unknown = [int(number) for number in numbers if int(number) not in images]
+    if unknown:
+        raise PairsError(
+            f"{len(unknown)} pairs in {split} name images that are in no list (first: {unknown[0]}): restore the lists"
+        )
+    return [images[int(number)] for number in numbers]
+
+
+def _on_disk(path: Path) -> Path:
+    """``path``, with whatever ending it has there."""
+    if path.exists():
+        return path
+    for ending in sorted(EXTENSIONS):
+        if path.with_suffix(ending).exists():
+            return path.with_suffix(ending)
+    raise ImagesError(f"there is no image {path}: align CFP's folder Data to this place")

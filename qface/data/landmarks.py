@@ -1,0 +1,90 @@
+"""Text files that say where faces lie: a line ``file x1 y1 ... x5 y5`` each, with or without a detector's score.
+
+This is the format of ``ijbc_name_5pts_score.txt`` of IJB-B and IJB-C.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qface.data.alignment import Landmarks
+from qface.errors import ImagesError
+
+__all__ = ["FaceLandmarks", "numbered_lines", "read_landmarks"]
+
+
+@dataclass(frozen=True, eq=False)
+class FaceLandmarks:
+    """One line of a file.
+
+    Args:
+        file: the photo's name.
+        points: float64 [5, 2]; see :data:`qface.data.alignment.Landmarks`.
+        score: how sure the detector was; 1 where the line has none.
+    """
+
+    file: str
+    points: Landmarks
+    score: float
+
+
+def read_landmarks(path: str | Path) -> list[FaceLandmarks]:
+    """Read a file of landmarks, in its order.
+
+    Raises:
+        ImagesError: the file cannot be read, holds nothing, or a line is malformed; it is named.
+    """
+    path = Path(path)
+    faces = [_face(path, number, line) for number, line in numbered_lines(path)]
+    if not faces:
+        raise ImagesError(f"{path} holds no landmarks: expected lines 'file x1 y1 ... x5 y5'")
+    return faces
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers from 1.
+
+    Raises:
+        ImagesError: it cannot be read as text.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise ImagesError(f"there is no file {path}: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImagesError(f"{path} cannot be read as text: {error}") from error
+
+
+def _face(path: Path, number: int, line: str) -> FaceLandmarks:
+    numbers = _numbers(line.split())
+    # File names may hold blanks, and perhaps numbers: what counts is how the line ends.
+    for count in (11, 10):
+        if len(numbers) >= count:
+            points = np.array(numbers[-count:][:10], np.float64).reshape(5, 2)
+            name = line.rsplit(maxsplit=count)[0].strip()
+            return FaceLandmarks(name, points, numbers[-1] if count == 11 else 1.0)
+    raise ImagesError(
+        f"{path}, line {number}: expected 'file x1 y1 ... x5 y5' with a score or not, not {line.strip()!r}"
+    )
+
+
+def _numbers(fields: list[str]) -> list[float]:
+    """The finite numbers that ``fields`` end in, save the first field."""
+    numbers: list[float] = []
+    for text in reversed(fields[1:]):
+        try:
+            value = float(text)
+        except ValueError:
+            break
+        if not math.isfinite(value):
+            break
+        numbers.append(value)
+    return numbers[::-1]

@@ -1,0 +1,160 @@
+"""IJB-B and IJB-C: loose crops with landmarks, the templates they make up, and pairs of templates.
+
+A folder as InsightFace gives it out::
+
+    IJBC/loose_crop/1.jpg ...
+    IJBC/meta/ijbc_face_tid_mid.txt         image, template, media
+    IJBC/meta/ijbc_name_5pts_score.txt      image, five landmarks, the detector's score
+    IJBC/meta/ijbc_template_pair_label.txt  template, template, 1 where both are of one person
+
+The first two name the same images in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qface.data.alignment import align
+from qface.data.decoding import UNREADABLE
+from qface.data.images import IndexedImages
+from qface.data.landmarks import FaceLandmarks, numbered_lines, read_landmarks
+from qface.errors import ImagesError, PairsError, one_line
+
+__all__ = ["LooseCrops", "TemplateSet", "read_templates"]
+
+_FILES = {"faces": "*_face_tid_mid.txt", "landmarks": "*_name_5pts_score.txt", "pairs": "*_template_pair_label.txt"}
+
+
+class LooseCrops(IndexedImages):
+    """Photos of one face each, aligned by known landmarks when they are read.
+
+    Args:
+        root: the folder of the photos.
+        faces: each one's landmarks.
+    """
+
+    def __init__(self, root: Path, faces: Sequence[FaceLandmarks]) -> None:
+        self.root = root
+        self.faces = faces
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Align the faces at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
+
+        Raises:
+            ImagesError: a photo is missing or damaged, or its landmarks are in one place; it is named.
+        """
+        crops = np.stack([self._crop(self.faces[index]) for index in indices])
+        return torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous()
+
+    def _crop(self, face: FaceLandmarks) -> npt.NDArray[np.uint8]:
+        path = self.root / face.file
+        try:
+            with Image.open(path) as photo:
+                return np.asarray(align(photo, face.points))
+        except (*UNREADABLE, ImagesError) as error:
+            raise ImagesError(f"{path} cannot be read as a face ({one_line(error)}): restore it") from error
+
+
+@dataclass(frozen=True, eq=False)
+class TemplateSet:
+    """Images, and how they are compared: all images of a template at once.
+
+    Args:
+        images: the images.
+        scores: float32 [images], how sure the detector was of each.
+        templates: int64 [images], which template each belongs to, from 0 in the order of ``names``.
+        media: int64 [images], the photo or video that each comes from.
+        names: int64 [templates], the numbers that the files give templates, ascending.
+        first: int32 [pairs], the first template of each pair, from 0.
+        second: likewise the second.
+        same: bool [pairs], whether both are of one person.
+    """
+
+    images: LooseCrops
+    scores: npt.NDArray[np.float32]
+    templates: npt.NDArray[np.int64]
+    media: npt.NDArray[np.int64]
+    names: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int32]
+    second: npt.NDArray[np.int32]
+    same: npt.NDArray[np.bool_]
+
+
+def read_templates(root: str | Path) -> TemplateSet:
+    """Read the folder ``root`` of IJB-B or IJB-C; photos are opened only when they are embedded.
+
+    Raises:
+        ImagesError: a file is missing or malformed, or two files do not name the same images.
+        PairsError: the list of pairs is malformed, or names templates without images.
+    """
+    root = Path(root)
+    files = {what: _the_one(root / "meta", pattern) for what, pattern in _FILES.items()}
+    faces = read_landmarks(files["landmarks"])
+    names, media = _read_faces(files["faces"], faces)
+    templates, positions = np.unique(names, return_inverse=True)
+    first, second, same = _read_pairs(files["pairs"], templates)
+    return TemplateSet(
+        images=LooseCrops(root / "loose_crop", faces),
+        scores=np.array([face.score for face in faces], np.float32),
+        templates=positions.astype(np.int64),
+        media=media,
+        names=templates,
+        first=first,
+        second=second,
+        same=same,
+    )
+
+
+def _the_one(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise ImagesError(f"{folder} holds {len(found)} files {pattern}, not one: pass the folder of IJB-B or IJB-C")
+    return found[0]
+
+
+def _read_faces(path: Path, faces: Sequence[FaceLandmarks]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Template and media of each image, as the file numbers them."""
+    rows = []
+    for position, (number, line) in enumerate(numbered_lines(path)):
+        fields = line.split()
+        if len(fields) != 3 or not (_is_number(fields[1]) and _is_number(fields[2])):
+            raise ImagesError(f"{path}, line {number}: expected 'image template media', not {line.strip()!r}")
+        if position < len(faces) and fields[0] != faces[position].file:
+            raise ImagesError(f"{path}, line {number} is of {fields[0]}, and the landmarks of {faces[position].file}")
+        rows.append((int(fields[1]), int(fields[2])))
+    if len(rows) != len(faces):
+        raise ImagesError(f"{path} names {len(rows)} images, and the landmarks {len(faces)}: restore the files")
+    table = np.array(rows, np.int64)
+    return table[:, 0], table[:, 1]
+
+
+def _is_number(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
+def _read_pairs(
+    path: Path, templates: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Each pair's templates, as positions in ``templates``, and whether they are of one person."""
+    try:
+        table = np.loadtxt(path, np.int64, comments=None, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise PairsError(f"{path} cannot be read as pairs of templates: {one_line(error)}") from error
+    if not table.size or table.shape[1] != 3 or not np.isin(table[:, 2], (0, 1)).all():
+        raise PairsError(f"{path} does not hold lines 'template template 0-or-1': restore it")
+    positions = np.searchsorted(templates, table[:, :2]).clip(max=len(templates) - 1).astype(np.int32)
+    unknown = (templates[positions] != table[:, :2]).any(axis=1)
+    if unknown.any():
+        raise PairsError(f"{np.count_nonzero(unknown)} of {len(table)} pairs in {path} name templates without images")
+    return positions[:, 0].copy(), positions[:, 1].copy(), table[:, 2] == 1

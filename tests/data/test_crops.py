@@ -1,0 +1,124 @@
+"""A folder of photos becomes a folder of crops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import qface
+from qface.data import ARCFACE_LANDMARKS, ImageFolder, align
+from qface.errors import ExportError, ImagesError
+
+SHIFT = np.array([40.0, 25.0])
+
+
+def photo(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (180, 200, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def line(name: str) -> str:
+    return " ".join([name, *map(str, (ARCFACE_LANDMARKS + SHIFT).ravel())]) + "\n"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number, name in enumerate(("Ann/1.png", "Ann/2.png", "Bob/1.png")):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(number).save(path)
+    return tmp_path / "photos"
+
+
+def test_given_landmarks(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "points.txt").write_text(line("Ann/1.png") + line("Bob/1.png"))
+    report = align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
+    assert (report.photos, report.aligned, report.present) == (3, 2, 0)
+    assert report.faceless == ("Ann/2.png",)
+    folder = ImageFolder(tmp_path / "crops")
+    assert folder.names == ["Ann", "Bob"]
+    expected = np.asarray(photo(2))[25:137, 40:152]
+    assert np.abs(folder.read([1])[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+
+
+@dataclass
+class Face:
+    bbox: np.ndarray
+    landmarks: np.ndarray
+
+
+class Detector:
+    """Finds a face beside the middle, one in the middle, and a small one, unless the photo is black; counts photos."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def detect(self, image: np.ndarray) -> list[Face]:
+        self.seen.append(image)
+        if not image.any():
+            return []
+        boxes = ([0, 0, 60, 60], [70, 60, 130, 120], [95, 85, 105, 95])
+        return [Face(np.array(box), ARCFACE_LANDMARKS + SHIFT * number) for number, box in enumerate(boxes)]
+
+
+def test_the_face_in_the_middle_is_taken(photos: Path, tmp_path: Path) -> None:
+    detector = Detector()
+    Image.new("RGB", (50, 50)).save(photos / "Ann" / "3.png")
+    report = align(photos, tmp_path / "crops", detector=detector)
+    assert (report.aligned, report.faceless) == (3, ("Ann/3.png",))
+    np.testing.assert_array_equal(detector.seen[0], np.asarray(photo(0))[:, :, ::-1])  # BGR
+    crop = np.asarray(Image.open(tmp_path / "crops" / "Ann" / "1.png"), int)
+    assert np.abs(crop - np.asarray(photo(0))[25:137, 40:152]).max() <= 1
+
+
+def test_a_stopped_run_goes_on(photos: Path, tmp_path: Path) -> None:
+    class Stopped(Detector):
+        def detect(self, image: np.ndarray) -> list[Face]:
+            if len(self.seen) == 2:
+                raise KeyboardInterrupt
+            return super().detect(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        align(photos, tmp_path / "crops", detector=Stopped())
+    detector = Detector()
+    report = align(photos, tmp_path / "crops", detector=detector)
+    assert (report.aligned, report.present, len(detector.seen)) == (1, 2, 1)
+
+
+def test_photos_are_turned_as_their_camera_says(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    upright = photo(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photos" / "a.png", exif=exif)
+    detector = Detector()
+    align(tmp_path / "photos", tmp_path / "crops", detector=detector)
+    np.testing.assert_array_equal(detector.seen[0], np.asarray(upright)[:, :, ::-1])
+
+
+def test_files_that_are_no_images_are_named(photos: Path, tmp_path: Path) -> None:
+    (photos / "Bob" / "2.png").write_bytes(b"no image")
+    report = align(photos, tmp_path / "crops", detector=Detector())
+    assert (report.aligned, report.unreadable) == (3, ("Bob/2.png",))
+    assert report.to_dict()["unreadable"] == ("Bob/2.png",)
+
+
+def test_refusals(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ImagesError, match="is no folder"):
+        align(tmp_path / "none", tmp_path / "crops")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImagesError, match="holds no photos"):
+        align(tmp_path / "empty", tmp_path / "crops")
+    photo(4).save(photos / "Bob" / "1.bmp")
+    with pytest.raises(ExportError, match=r"Bob/1.bmp and Bob/1.png would both become"):
+        align(photos, tmp_path / "crops", detector=Detector())
+
+
+def test_without_a_detector_one_is_told_what_to_install(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "uniface", None)
+    with pytest.raises(qface.QFaceError, match=r"pip install 'qface\[align\]'"):
+        align(photos, tmp_path / "crops")

@@ -1,0 +1,144 @@
+"""1:1 verification of templates against a slow, obvious implementation of the same rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qface
+from qface.data import read_templates
+from qface.errors import ConfigError, PairsError, QFaceError
+from qface.evaluation import template_verification as templates_module
+from qface.evaluation import tpr_at_fpr_of_scores
+from qface.preprocessing import Preprocessing
+from tests.data.ijb import SmallIjb
+from tests.networks import tiny_face_net
+
+
+def obvious_scores(written: SmallIjb, raw: dict[str, np.ndarray], protocol: str, weighted: bool) -> dict:
+    """The cosine of each pair, by the rules of ArcFace's and Ef-QuantFace's texts."""
+    joined = {}
+    for template in {template for _, template, _, _ in written.rows}:
+        by_media: dict[int, list[np.ndarray]] = {}
+        for file, owner, media, score in written.rows:
+            if owner == template:
+                by_media.setdefault(media, []).append(raw[file] * (score if weighted else 1))
+        if protocol == "arcface":
+            vector = sum(np.mean(images, axis=0) for images in by_media.values())
+        else:
+            vector = np.mean([image for images in by_media.values() for image in images], axis=0)
+        joined[template] = vector / np.linalg.norm(vector)
+    return {(a, b): float(joined[a] @ joined[b]) for a, b, _ in written.pairs}
+
+
+def obvious_tpr(genuine: list[float], impostors: list[float], fpr: float) -> float:
+    threshold = sorted(impostors, reverse=True)[int(len(impostors) * fpr)]
+    return sum(score > threshold for score in genuine) / len(genuine)
+
+
+def raw_embeddings(model: nn.Module, root: Path, flip: bool) -> dict[str, np.ndarray]:
+    images = read_templates(root).images
+    x = (images.read(range(len(images))).float() - 127.5) / 127.5
+    with torch.no_grad():
+        rows = model(x) + (model(x.flip(3)) if flip else 0)
+    return {face.file: row.double().numpy() for face, row in zip(images.faces, rows, strict=True)}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("protocol", ["paper", "arcface"])
+def test_against_the_obvious(protocol, weighted: bool, flip: bool, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(templates_module, "_IMAGES", 5)  # so that templates meet the ends of blocks
+    monkeypatch.setattr(templates_module, "_PAIRS", 7)
+    written = SmallIjb(tmp_path)
+    model = tiny_face_net()
+    result = qface.evaluate_templates(model, tmp_path, protocol, flip, weighted)
+    scores = obvious_scores(written, raw_embeddings(model, tmp_path, flip), protocol, weighted)
+    genuine = [scores[a, b] for a, b, same in written.pairs if same]
+    impostors = [scores[a, b] for a, b, same in written.pairs if not same]
+    assert (result.protocol, result.flip, result.detector_score) == (protocol, flip, weighted)
+    assert (result.genuine_pairs, result.impostor_pairs) == (len(genuine), len(impostors))
+    assert (result.images, result.templates) == (len(written.rows), 18)
+    assert result.tpr_at_fpr["1e-1"] == obvious_tpr(genuine, impostors, 0.1)
+    threshold = sorted(impostors, reverse=True)[int(len(impostors) * 0.1)]
+    assert result.thresholds["1e-1"] == pytest.approx(threshold, abs=1e-6)
+    assert result.tpr_at_fpr["1e-3"] is None  # of 135 impostors
+
+
+def test_protocols_differ_on_videos(tmp_path: Path) -> None:
+    SmallIjb(tmp_path)
+    model = tiny_face_net()
+    thresholds = [qface.evaluate_templates(model, tmp_path, name).thresholds["1e-1"] for name in ("paper", "arcface")]
+    assert thresholds[0] != thresholds[1]
+
+
+class Counting:
+    """An embedder that counts images and may be stopped."""
+
+    preprocessing = Preprocessing()
+
+    def __init__(self, stop_after: int | None = None, sign: float = 1.0) -> None:
+        self.network, self.images, self.stop_after, self.sign = tiny_face_net(), 0, stop_after, sign
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        if self.stop_after is not None and self.images >= self.stop_after:
+            raise KeyboardInterrupt
+        self.images += len(batch)
+        with torch.no_grad():
+            return self.sign * self.network(batch)
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
+    SmallIjb(tmp_path / "ijb")
+    whole = Counting()
+    expected = qface.evaluate_templates(whole, tmp_path / "ijb", batch_size=4)
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        qface.evaluate_templates(Counting(stop_after=20), tmp_path / "ijb", run_dir=run, batch_size=4)
+    with (run / "embeddings.f32").open("ab") as file:
+        file.write(b"part of a row")
+    rest = Counting()
+    resumed = qface.evaluate_templates(rest, tmp_path / "ijb", run_dir=run, batch_size=4)
+    assert rest.images < whole.images - 10
+    assert resumed.tpr_at_fpr == expected.tpr_at_fpr
+    assert resumed.thresholds == pytest.approx(expected.thresholds, abs=1e-6)
+    finished = Counting()
+    qface.evaluate_templates(finished, tmp_path / "ijb", "arcface", run_dir=run, batch_size=4)
+    assert finished.images == 1  # the one that tells models apart
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    SmallIjb(tmp_path / "ijb")
+    run = tmp_path / "run"
+    qface.evaluate_templates(Counting(), tmp_path / "ijb", run_dir=run)
+    with pytest.raises(ConfigError, match="of another model"):
+        qface.evaluate_templates(Counting(sign=-1.0), tmp_path / "ijb", run_dir=run)
+    with pytest.raises(ConfigError, match="other images or settings"):
+        qface.evaluate_templates(Counting(), tmp_path / "ijb", flip=True, run_dir=run)
+
+
+def test_no_such_protocol(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="paper, arcface, not 'median'"):
+        qface.evaluate_templates(tiny_face_net(), tmp_path, "median")
+
+
+def test_a_model_without_embeddings_is_named(tmp_path: Path) -> None:
+    SmallIjb(tmp_path)
+    with pytest.raises(QFaceError, match="are not finite or are zero"):
+        qface.evaluate_templates(Counting(sign=0.0), tmp_path)
+
+
+def test_rates_of_listed_scores() -> None:
+    scores = np.arange(200, dtype=np.float32) / 200
+    same = np.arange(200) % 2 == 1
+    point = tpr_at_fpr_of_scores(scores, same, ["1e-1"])["1e-1"]
+    assert point.threshold == pytest.approx(178 / 200)  # ten impostors lie above it
+    assert point.tpr == 11 / 100
+    with pytest.raises(PairsError, match="pairs of one person and pairs of two"):
+        tpr_at_fpr_of_scores(scores, np.ones(200, bool))
+    with pytest.raises(QFaceError, match="not finite"):
+        tpr_at_fpr_of_scores(scores * np.nan, same)
