@@ -242,7 +242,7 @@ def main(
 ) -> None:
     """Measure what is missing, then print the table; Ctrl-C prints what there is."""
     output.mkdir(parents=True, exist_ok=True)
-    halves, records = Halves(data), Records(output)
+    halves, records = Halves(data / "data"), Records(output)
     benches = {network: Bench(network, data, halves, records) for network in networks}
     runs = list(planned(networks, recipes, chosen(rows, sweep, no_train), seeds, max_steps))
     code = 130  # a shell's, after Ctrl-C

@@ -17,17 +17,17 @@ Embeddings = npt.NDArray[np.float32]
 
 
 class Halves:
-    """``data/lfw`` and ``data/lfw_pairs.txt`` of a folder.
+    """``lfw`` and ``lfw_pairs.txt`` of a folder.
 
     Attributes:
         tuning: images of the first half of the people.
         judging: images of the second half.
     """
 
-    def __init__(self, data: Path) -> None:
-        self.tuning = ImageFolder(data / "data" / "lfw", people="first-half")
-        self.judging = ImageFolder(data / "data" / "lfw", people="second-half")
-        self._pairs = resolve_pairs(read_lfw_pairs(data / "data" / "lfw_pairs.txt"), self.judging)
+    def __init__(self, faces: Path) -> None:
+        self.tuning = ImageFolder(faces / "lfw", people="first-half")
+        self.judging = ImageFolder(faces / "lfw", people="second-half")
+        self._pairs = resolve_pairs(read_lfw_pairs(faces / "lfw_pairs.txt"), self.judging)
 
     def names(self) -> str:
         """All images by name, and how many of the pairs are judged."""

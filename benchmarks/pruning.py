@@ -94,7 +94,7 @@ class Bench:
         weights = data / "weights" / NETWORKS[network]
         self.network = network
         self.teacher = qface.load(weights)
-        self._halves = Halves(data)
+        self._halves = Halves(data / "data")
         self._records = records
         self._pruning = qface.PruningConfig(round_to=round_to)
         self._training = qface.DistillConfig(max_steps=max_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from qface.errors import ConfigError
 
@@ -12,7 +12,7 @@ __all__ = ["DistillConfig", "EmbeddingLossName", "OptimizerName", "PrecisionName
 
 Surrogate = Literal["sigmoid", "linear"]
 EmbeddingLossName = Literal["cosine", "mse"]
-OptimizerName = Literal["sgd", "adamw"]
+OptimizerName = Literal["relative_adam", "sgd", "adamw"]
 ScheduleName = Literal["cosine", "constant"]
 PrecisionName = Literal["float32", "bf16"]
 
@@ -44,16 +44,18 @@ class DistillConfig:
         class_head: train an ArcFace head on the identities beside the student (the paper's equation 3).
         margin: angular margin of the class head in radians.
         scale: the class head's factor on the cosines.
-        optimizer: ``"sgd"`` or ``"adamw"``.
-        learning_rate: at the start of the schedule. Channels that calibration equalised have weights of very
-            different size: at 0.02 the first ten steps triple the loss.
+        optimizer: ``"relative_adam"``, whose steps are in parts of the size of what they change
+            (:mod:`qface.distillation.relative_adam`); ``"sgd"`` or ``"adamw"``.
+        learning_rate: at the start of the schedule. For SGD 0.005: channels that calibration equalised have weights of
+            very different size, and at 0.02 the first ten steps triple the loss.
         scale_learning_rate: the same for the quantizers' scales; None means ``learning_rate``, 0 leaves them
             as they are.
         momentum: of SGD.
         nesterov: Nesterov's momentum, of SGD.
         weight_decay: on the weights of convolutions and linear layers only: not on biases, norms, PReLU
-            slopes and quantizer scales.
+            slopes and quantizer scales. Not of ``"relative_adam"``.
         schedule: ``"cosine"`` falls to zero at the last step, ``"constant"`` does not.
+        warmup_steps: steps before the rate is whole; it grows by the same amount in each.
         max_gradient_norm: longer gradients are shortened to this 2-norm; None leaves them.
         horizontal_flip: mirror every image with probability 1/2, the same way for student and teacher.
         bn_statistics_steps: for so many steps batch norms use and update the statistics of the batch, then
@@ -82,13 +84,14 @@ class DistillConfig:
     class_head: bool = False
     margin: float = 0.4
     scale: float = 64.0
-    optimizer: OptimizerName = "sgd"
-    learning_rate: float = 0.005
+    optimizer: OptimizerName = "relative_adam"
+    learning_rate: float = 0.001
     scale_learning_rate: float | None = None
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
     schedule: ScheduleName = "cosine"
+    warmup_steps: int = 8
     max_gradient_norm: float | None = None
     horizontal_flip: bool = True
     bn_statistics_steps: int | None = 0
@@ -105,6 +108,7 @@ class DistillConfig:
             0,
             bn_statistics_steps=self.bn_statistics_steps,
             observer_steps=self.observer_steps,
+            warmup_steps=self.warmup_steps,
             seed=self.seed,
         )
         _not_negative(
@@ -118,7 +122,7 @@ class DistillConfig:
         _positive(learning_rate=self.learning_rate, scale=self.scale, max_gradient_norm=self.max_gradient_norm)
         _one_of(("sigmoid", "linear"), ekd_surrogate=self.ekd_surrogate)
         _one_of(("cosine", "mse", None), embedding_loss=self.embedding_loss)
-        _one_of(("sgd", "adamw"), optimizer=self.optimizer)
+        _one_of(get_args(OptimizerName), optimizer=self.optimizer)
         _one_of(("cosine", "constant"), schedule=self.schedule)
         _one_of(("float32", "bf16"), precision=self.precision)
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
@@ -165,6 +169,7 @@ class DistillConfig:
             nesterov=False,
             weight_decay=5e-4,
             schedule="constant",
+            warmup_steps=0,
             bn_statistics_steps=None,
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qface.distillation.config import DistillConfig
+from qface.distillation.relative_adam import RelativeAdam
 from qface.errors import TrainingError
 
 __all__ = ["descend", "optimizer_for", "schedule_factor"]
@@ -46,6 +47,8 @@ def _group(parameters: list[nn.Parameter], learning_rate: float, weight_decay: f
 def _optimizer(config: DistillConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups)
+    if config.optimizer == "relative_adam":
+        return RelativeAdam([{**group, "weight_decay": 0.0} for group in groups])
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
 
 
@@ -57,7 +60,8 @@ def _scales(student: nn.Module) -> list[nn.Parameter]:
 
 def schedule_factor(config: DistillConfig, step: int, total: int) -> float:
     """What the learning rate is multiplied with at step ``step`` of ``total``."""
-    return 0.5 * (1 + math.cos(math.pi * step / total)) if config.schedule == "cosine" else 1.0
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    return warm * (0.5 * (1 + math.cos(math.pi * step / total)) if config.schedule == "cosine" else 1.0)
 
 
 def descend(optimizer: torch.optim.Optimizer, factor: float, max_norm: float | None) -> float:

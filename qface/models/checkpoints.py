@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qface.errors import CheckpointError
 from qface.models.iresnet import IRESNET_BLOCKS, IResNet
 from qface.models.mobilefacenet import MobileFaceNet
+from qface.models.pickled_modules import read_pickled_module
 from qface.preprocessing import CROP_SIZE, Preprocessing
 
 __all__ = ["check_finite", "fill", "read_tensors", "recognise"]
@@ -26,7 +27,8 @@ _IRESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a ``.safetensors`` or torch file, by name without ``module.``, and its metadata.
 
-    Torch files are read with ``weights_only=True``: nothing in them is executed.
+    Torch files are read with ``weights_only=True``: nothing in them is executed. Of a whole pickled module, parameters
+    and buffers are taken, likewise without running its code (:mod:`qface.models.pickled_modules`).
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else than tensors.
@@ -51,11 +53,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, and qface does not run code from files; "
-            "save its state_dict() and load that"
-        ) from error
+    except pickle.UnpicklingError:
+        return read_pickled_module(path)
     except Exception as error:  # torch checks little, so damaged bytes may raise anything
         raise CheckpointError(f"{path} is no complete torch file; fetch it again") from error
     for wrapper in _WRAPPERS:

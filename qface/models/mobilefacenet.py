@@ -43,7 +43,7 @@ class _ConvBlock(nn.Module):
         return x if self._linear else cast(Tensor, self.prelu(x))
 
 
-class _Bottleneck(nn.Module):
+class Bottleneck(nn.Module):
     """Inverted residual: 1x1 expansion, depthwise 3x3, linear 1x1 projection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
@@ -82,7 +82,7 @@ class MobileFaceNet(nn.Module):
         channels = _STEM_CHANNELS
         for expansion, outputs, repeats, stride in _BOTTLENECKS:
             for repeat in range(repeats):
-                blocks.append(_Bottleneck(channels, outputs, stride if repeat == 0 else 1, expansion))
+                blocks.append(Bottleneck(channels, outputs, stride if repeat == 0 else 1, expansion))
                 channels = outputs
         self.blocks = nn.Sequential(*blocks)
         self.conv2 = _ConvBlock(channels, _HEAD_CHANNELS, 1)

@@ -58,7 +58,7 @@ def calibrate(
 ) -> fx.GraphModule:
     """Set all ranges of ``student``, in place, from the float values that ``images`` give rise to.
 
-    The first time, its channels are brought to one range before (:mod:`qface.quantization.equalisation`), which changes
+    The first time, its channels are made to fit one grid before (:mod:`qface.quantization.equalisation`), which changes
     weights but not what the float network computes, and afterwards biases make up for what rounding does to the mean of
     each channel (:mod:`qface.quantization.bias_correction`). A student that was calibrated already, and perhaps trained
     since, gets new ranges only.
@@ -70,7 +70,7 @@ def calibrate(
         count: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
         batch_size: images at a time.
         progress: show a progress bar.
-        equalise: of a new student, bring the channels of each tensor to one range first.
+        equalise: of a new student, make the channels of each tensor fit one grid first.
         correct_biases: of a new student, correct the mean of each channel last.
 
     Returns:
@@ -93,7 +93,7 @@ def calibrate(
     sample = [normalise(part.to(device), preprocessing) for part in _spread(torch.cat(batches))] if new else []
     with _in_eval_mode(student), _in_float(found), torch.no_grad():
         if new and equalise:
-            equalise_channels(student, sample[0])
+            equalise_channels(student, torch.cat(sample))
         means = [channel_means(student, part) for part in sample] if correct_biases else []
         with _observing(found):
             for batch in track(batches, "calibrate", progress):

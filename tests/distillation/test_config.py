@@ -18,6 +18,7 @@ def test_paper_settings() -> None:
         1,
     )
     assert (paper.optimizer, paper.momentum, paper.weight_decay, paper.nesterov) == ("sgd", 0.9, 5e-4, False)
+    assert paper.warmup_steps == 0
     assert paper.ekd_weight == 1.0  # the authors' own weights, 0.02 and 0.01, unchanged
     assert paper.ekd_parity
     assert not paper.uses_embedding_loss
@@ -46,7 +47,8 @@ def test_paper_settings() -> None:
         {"optimizer": "lamb"},
         {"schedule": "step"},
         {"ekd_weight": 0.0, "embedding_loss": None},
-        {"momentum": 0.0},
+        {"momentum": 0.0, "optimizer": "sgd"},
+        {"warmup_steps": -1},
     ],
 )
 def test_a_bad_setting_is_refused_in_one_line(fields: dict[str, Any]) -> None:

@@ -22,7 +22,9 @@ from qface.preprocessing import Preprocessing, with_preprocessing
 
 from .networks import Interrupted, face_images, same_weights, tiny_network, weights
 
-CPU = DistillConfig(batch_size=16, epochs=3, learning_rate=0.05, checkpoint_every=2, device="cpu")
+CPU = DistillConfig(
+    batch_size=16, epochs=3, optimizer="sgd", learning_rate=0.05, warmup_steps=0, checkpoint_every=2, device="cpu"
+)
 
 
 def distill(*arguments: Any, **options: Any) -> nn.Module:
@@ -44,6 +46,7 @@ def log(folder: Path) -> list[dict[str, float]]:
         {"embedding_loss": "mse", "ekd_weight": 0.0},
         {"ekd_surrogate": "linear"},
         {"optimizer": "adamw", "learning_rate": 0.01},
+        {"optimizer": "relative_adam", "learning_rate": 0.02},
         {"class_head": True},
         {"max_gradient_norm": 1.0},
     ],
@@ -253,6 +256,14 @@ def test_the_learning_rate_falls_as_a_cosine(tmp_path: Path) -> None:
     assert rates[0] == 0.05
     assert rates[3] == pytest.approx(0.025)
     assert rates == sorted(rates, reverse=True)
+
+
+def test_the_learning_rate_grows_over_the_warm_up(tmp_path: Path) -> None:
+    distill(
+        tiny_network(0), tiny_network(1), face_images(), replace(CPU, schedule="constant", warmup_steps=3), tmp_path
+    )
+    rates = [record["learning_rate"] for record in log(tmp_path)]
+    assert rates == pytest.approx([0.0125, 0.025, 0.0375, 0.05, 0.05, 0.05])
 
 
 def test_a_frozen_student_and_a_student_that_is_its_own_teacher_are_refused() -> None:

@@ -17,7 +17,9 @@ from qface.quantization import LowBitFakeQuantize, calibrate, quantize, scale_pa
 
 from .networks import Interrupted, face_images, same_weights, tiny_network
 
-CPU = DistillConfig(batch_size=16, epochs=3, learning_rate=0.05, checkpoint_every=2, device="cpu")
+CPU = DistillConfig(
+    batch_size=16, epochs=3, optimizer="sgd", learning_rate=0.05, warmup_steps=0, checkpoint_every=2, device="cpu"
+)
 
 
 def teacher() -> nn.Module:

@@ -16,7 +16,16 @@ from qface.distillation import DistillConfig, distill
 
 from .networks import face_images, tiny_network
 
-CONFIG = DistillConfig(batch_size=16, epochs=3, learning_rate=0.05, class_head=True, checkpoint_every=2, device="cpu")
+CONFIG = DistillConfig(
+    batch_size=16,
+    epochs=3,
+    optimizer="sgd",
+    learning_rate=0.05,
+    warmup_steps=0,
+    class_head=True,
+    checkpoint_every=2,
+    device="cpu",
+)
 
 
 class KilledWhileReading(IndexedImages):

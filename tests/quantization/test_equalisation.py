@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import LowBitFakeQuantize, calibrate, quantize
+from qface.quantization import LowBitFakeQuantize, QuantizationConfig, calibrate, equalisation, quantize
 from qface.quantization.calibrate import quantizers
 from qface.quantization.equalisation import channel_groups, equalise
 from tests.deployment.networks import Gate, Sum, framed, prelu
@@ -89,20 +89,64 @@ def test_whole_networks_compute_what_they_did(make: Callable[..., nn.Module]) ->
         torch.testing.assert_close(student(images(seed=1)), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_channels_in_front_of_a_depthwise_convolution_get_one_range() -> None:
+def rounding_error(values: Tensor, bits: int) -> Tensor:
+    """Mean squared error of each channel on the grid that suits all of them best, in parts of the channel's range."""
+    channels = values.transpose(0, 1).flatten(1)
+    ranges = channels.amax(1) - channels.amin(1)
+    least = torch.full_like(ranges, torch.inf)
+    for width in torch.linspace(0.3, 1, 15).tolist():
+        for low in torch.linspace(0, 1, 15).tolist():
+            step = width * float(ranges.max()) / (2**bits - 1)
+            zero = round(low * (2**bits - 1))
+            rounded = (channels / step).round().clamp(-zero, 2**bits - 1 - zero) * step
+            errors = (rounded - channels).square().mean(1) / ranges.square()
+            least = torch.where(errors.sum() < least.sum(), errors, least)
+    return least
+
+
+def test_channels_in_front_of_a_depthwise_convolution_share_a_grid_at_little_loss() -> None:
     model = framed(Widths)
     uneven(model.body.front)
     student = floating(model)
     seen: dict[str, Tensor] = {}
-    student.get_submodule("body.prelu").register_forward_hook(
-        lambda _, __, output: seen.update(range=output.amax((0, 2, 3)) - output.amin((0, 2, 3)))
-    )
+    student.get_submodule("body.prelu").register_forward_hook(lambda _, __, output: seen.update(values=output))
     with torch.no_grad():
         student(images())
-        assert seen["range"].max() / seen["range"].min() > 100
+        before = rounding_error(seen["values"], 6)
         equalise(student, images())
         student(images())
-    assert seen["range"].max() / seen["range"].min() < 1.5
+        after = rounding_error(seen["values"], 6)
+    assert before.max() > 1e-2  # of the narrowest channel nothing is left
+    assert after.max() < 1e-3
+
+
+def test_a_channel_of_another_shape_gets_a_factor_of_its_own() -> None:
+    """Channels of one range, half of them on one side of zero: the others must be narrower to fit the same grid."""
+    model = framed(Widths)
+    with torch.no_grad():
+        model.body.front.weight[1:] = model.body.front.weight[0]
+        model.body.front.bias.zero_()
+        model.body.prelu.weight.fill_(0.9)
+        model.body.prelu.weight[:4] = 0.01
+    student = floating(model)
+    seen: dict[str, Tensor] = {}
+    student.get_submodule("body.prelu").register_forward_hook(lambda _, __, output: seen.update(values=output))
+    with torch.no_grad():
+        student(images())
+        before = rounding_error(seen["values"], 4).mean()
+        equalise(student, images())
+        student(images())
+        after = rounding_error(seen["values"], 4).mean()
+    assert after < before
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits", "expected"), [(6, 6, 0.8), (4, 8, 0.015), (8, 6, 0.985)])
+def test_the_narrower_side_gets_the_evening_out(weight_bits: int, activation_bits: int, expected: float) -> None:
+    model = framed(lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.PReLU(8), nn.Conv2d(8, 8, 1)))
+    student = quantize(model, QuantizationConfig(weight_bits, activation_bits))
+    layers = dict(student.named_modules())
+    (group,) = (group for group in channel_groups(student) if layers["body.0"] in group.makers)
+    assert equalisation._share_of_activations(group) == pytest.approx(expected, abs=5e-3)
 
 
 def test_groups_end_where_a_factor_cannot_pass() -> None:

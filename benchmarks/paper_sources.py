@@ -1,0 +1,125 @@
+"""What the tables can find: networks in --weights, sets of faces in --data, and where users get what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from held_out import Embeddings, Halves
+
+import qface
+from qface.data import ImageFolder, IndexedImages, Relabelled
+from qface.evaluation import embed
+
+__all__ = ["HALF_COLUMNS", "STAND_INS", "Figures", "Model", "Sources"]
+
+Model = Any  # what qface.evaluate takes
+Figures = dict[str, float | None]
+
+STAND_INS = {"mobilefacenet": "mobilefacenet_112x96", "iresnet18": "iresnet18"}
+"""Networks that come with LFW in halves instead of the paper's, by the names of their files."""
+HALF_COLUMNS = {"lfw": "LFW, second half", "1e-5": "TPR at 1e-5, second half", "1e-4": "TPR at 1e-4, second half"}
+
+_ENDINGS = (".safetensors", ".pth", ".pt", ".onnx")
+_MODEL_ZOO = "InsightFace's model zoo, recognition/arcface_torch: glint360k_cosface_{}_fp16_0.1, backbone.pth"
+_SETS = {"lfw": "lfw.bin", "calfw": "calfw.bin", "cplfw": "cplfw.bin"}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Two folders.
+
+    Args:
+        weights: ``R18.pth``, ``R34.pth``, ``R50.pth``, ``R100.pth`` (or .safetensors, .pt, .onnx); the stand-ins;
+            ``quantface/R18_w6a6.pth`` and so on, as QuantFace publishes them.
+        data: ``lfw/`` with ``lfw_pairs.txt``, ``lfw.bin``, ``calfw.bin``, ``cplfw.bin``, ``sllfw_pairs.txt``,
+            ``IJBC/``; ``unlabelled/``, faces without names.
+    """
+
+    weights: Path
+    data: Path
+
+    def network(self, name: str) -> Path | None:
+        """The file of a network."""
+        return self._file(self.weights / STAND_INS.get(name, name))
+
+    def published(self, name: str, bits: int) -> Path | None:
+        """QuantFace's file of a network."""
+        return self._file(self.weights / "quantface" / f"{name}_w{bits}a{bits}")
+
+    @staticmethod
+    def _file(stem: Path) -> Path | None:
+        candidates = (stem.with_name(stem.name + ending) for ending in _ENDINGS)
+        return next((path for path in candidates if path.exists()), None)
+
+    @cached_property
+    def halves(self) -> Halves | None:
+        """LFW in two halves, for the stand-ins."""
+        there = (self.data / "lfw").is_dir() and (self.data / "lfw_pairs.txt").exists()
+        return Halves(self.data) if there else None
+
+    def training(self, network: str, labelled: bool) -> IndexedImages | None:
+        """What a network is tuned on: the paper's on all of LFW, a stand-in on the first half of its people."""
+        if not (self.data / "lfw").is_dir():
+            return None
+        if network in STAND_INS:
+            images: IndexedImages | None = self.halves.tuning if self.halves else None
+        else:
+            images = ImageFolder(self.data / "lfw")
+        if labelled or images is None:
+            return images
+        unlabelled = self.data / "unlabelled"
+        return ImageFolder(unlabelled) if unlabelled.is_dir() else Relabelled(images, None)
+
+    def judges(self, network: str) -> dict[str, Callable[[Model], Figures]]:
+        """What a network is judged on, by name: each gives figures in percent, by their columns."""
+        if network in STAND_INS:
+            return {"halves": self._on_halves} if self.halves else {}
+        found: dict[str, Callable[[Model], Figures]] = {
+            name: self._on_pairs(name, self.data / file) for name, file in _SETS.items() if (self.data / file).exists()
+        }
+        if (self.data / "sllfw_pairs.txt").exists() and (self.data / "lfw").is_dir():
+            found["sllfw"] = self._on_pairs("sllfw", self.data / "lfw", self.data / "sllfw_pairs.txt")
+        if (self.data / "IJBC").is_dir():
+            found["ijbc"] = self._on_ijbc
+        return found
+
+    def _on_halves(self, model: Model) -> Figures:
+        assert self.halves is not None
+        embeddings: Embeddings = embed(model, self.halves.judging, progress=True)
+        figures = self.halves.figures(embeddings, embeddings)
+        return {
+            HALF_COLUMNS["lfw"]: 100 * figures["accuracy"],
+            **{HALF_COLUMNS[fpr]: _percent(figures["tpr"][fpr]) for fpr in ("1e-5", "1e-4")},
+        }
+
+    def _on_pairs(self, column: str, images: Path, pairs: Path | None = None) -> Callable[[Model], Figures]:
+        return lambda model: {column: _percent(qface.evaluate(model, images, pairs, progress=True).accuracy)}
+
+    def _on_ijbc(self, model: Model) -> Figures:
+        rates = qface.evaluate_templates(model, self.data / "IJBC", "paper", progress=True).tpr_at_fpr
+        return {f"ijbc-{fpr}": _percent(rates[fpr]) for fpr in ("1e-5", "1e-4")}
+
+    def missing(self, networks: list[str]) -> list[str]:
+        """What is not there, and where to get it."""
+        lacks = [
+            f"no weights of {name}: {_MODEL_ZOO.format(name.lower())}, as {self.weights / name}.pth"
+            for name in networks
+            if name not in STAND_INS and self.network(name) is None
+        ]
+        wanted = {
+            **dict.fromkeys(_SETS.values(), "InsightFace's dataset zoo (faces_webface_112x112 or faces_emore)"),
+            "sllfw_pairs.txt": "whdeng.cn/SLLFW, pair_SLLFW.txt; with lfw/ beside it",
+            "lfw": "vis-www.cs.umass.edu/lfw, its photos cut by qface align",
+            "IJBC": "NIST (IJB-C, by request), with InsightFace's meta/ and loose_crop/",
+        }
+        return lacks + [
+            f"no {self.data / file}: {place}" for file, place in wanted.items() if not (self.data / file).exists()
+        ]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

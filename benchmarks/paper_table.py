@@ -1,0 +1,199 @@
+"""One of the paper's tables: run what can be run, and print it beside what the paper prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from accuracy_rows import RECIPES
+from paper_arms import Arms, Unavailable
+from paper_rows import SETS, TABLES, PaperTable, Row
+from paper_sources import HALF_COLUMNS, STAND_INS, Sources
+from records import Record, Records
+from rich.console import Console
+from rich.table import Table
+
+import qface
+from qface.files import replacing
+
+__all__ = ["command"]
+
+_Path = click.Path(path_type=Path)
+
+
+def command(number: int) -> click.Command:
+    """The command line of table ``number``."""
+
+    @click.command(help=f"Table {number} of Ef-QuantFace: {TABLES[number].title.lower()}.")
+    @click.option("--weights", type=_Path, default=Path("../shared/weights"), show_default=True, help="Networks.")
+    @click.option("--data", type=_Path, default=Path("../shared/data"), show_default=True, help="Faces.")
+    @click.option("--recipe", type=click.Choice(list(RECIPES)), default="qface", show_default=True)
+    @click.option("--networks", multiple=True, help="Only these, of R18, R34, R50, R100 and the stand-ins; repeatable.")
+    @click.option("--seed", type=int, default=0, show_default=True)
+    @click.option("--max-steps", type=click.IntRange(1), help="Of each training.  [default: one epoch]")
+    @click.option("-o", "--output", type=_Path, default=Path(f"runs/table{number}"), show_default=True)
+    @click.option("--json", "json_file", type=_Path, help="Also write all figures here.")
+    def main(
+        weights: Path,
+        data: Path,
+        recipe: str,
+        networks: Sequence[str],
+        seed: int,
+        max_steps: int | None,
+        output: Path,
+        json_file: Path | None,
+    ) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        table = TABLES[number]
+        sources = Sources(weights, data)
+        arms = Arms(sources, Records(output), recipe, table.teacher_of, seed, max_steps)
+        wanted = [row for row in _rows(table, sources) if not networks or row.network in networks]
+        lines: list[Record] = []
+        try:
+            for row in wanted:
+                lines.append(_line(row, arms))
+        except KeyboardInterrupt:
+            click.echo("interrupted: the same command goes on from here", err=True)
+            sys.exit(130)
+        finally:
+            _report(table, lines, sources.missing([row.network for row in table.rows]), recipe, output, json_file)
+
+    return main
+
+
+def _rows(table: PaperTable, sources: Sources) -> list[Row]:
+    """The paper's rows, and its methods for each stand-in that is there."""
+    stand_ins = [name for name in STAND_INS if sources.network(name) is not None]
+    smaller = [name for name in stand_ins if name in table.teacher_of] or stand_ins
+    rows = list(table.rows)
+    for name in stand_ins:
+        for method in table.methods():
+            if method.kind == "published" or (table.teacher_of and name not in smaller and method.kind != "float"):
+                continue
+            rows.append(Row(name, method.name, method))
+    return rows
+
+
+def _line(row: Row, arms: Arms) -> Record:
+    """What the paper prints of a row, and what came of it here."""
+    click.echo(f"{row.network}, {row.label} ({row.method.name})", err=True)
+    line = {"network": row.network, "label": row.label, "method": row.method.name, **_printed(row)}
+    try:
+        return {**line, "measured": arms.figures(row.network, row.method), "missing": None}
+    except (Unavailable, qface.QFaceError) as error:
+        return {**line, "measured": {}, "missing": str(error)}
+
+
+def _printed(row: Row) -> Record:
+    images = None if row.images is None else round(1e6 * row.images)
+    return {"printed": {**row.printed, "mb": row.mb, "images": images}, "remark": row.remark}
+
+
+def _report(
+    table: PaperTable,
+    lines: Sequence[Record],
+    missing: Sequence[str],
+    recipe: str,
+    output: Path,
+    json_file: Path | None,
+) -> None:
+    headings, cells = _headings(lines), [_cells(line, _columns(lines)) for line in lines]
+    shown = Table(title=f"Table {table.number}: {table.title}, recipe {recipe}; measured (printed, difference)")
+    for heading in headings:
+        shown.add_column(heading)
+    for row in cells:
+        shown.add_row(*row)
+    notes = [*table.remarks, *_remarks(lines)]
+    console = Console(width=max(Console().width, 200))
+    console.print(shown)
+    for note in notes:
+        console.print(f"- {note}", markup=False)
+    for lack in missing:
+        console.print(f"missing: {lack}", markup=False)
+    _write(output / f"table{table.number}.md", _markdown(headings, cells, notes))
+    _draw(table, lines, output / f"table{table.number}.png")
+    if json_file is not None:
+        _write(json_file, json.dumps({"table": _as_data(table), "recipe": recipe, "rows": lines, "missing": missing}))
+
+
+def _as_data(table: PaperTable) -> Record:
+    return {"number": table.number, "title": table.title, "remarks": table.remarks, "teacher_of": table.teacher_of}
+
+
+def _columns(lines: Sequence[Record]) -> dict[str, str]:
+    """The columns of figures that any row has, by their keys."""
+    known = {**SETS, **{heading: heading for heading in HALF_COLUMNS.values()}}
+    used = {key for line in lines for key in (*line["measured"], *line["printed"])}
+    return {key: heading for key, heading in known.items() if key in used}
+
+
+def _headings(lines: Sequence[Record]) -> list[str]:
+    return ["network", "model", "method", "images", "MB", *_columns(lines).values(), "seconds", ""]
+
+
+def _cells(line: Record, columns: dict[str, str]) -> list[str]:
+    measured, printed = line["measured"], line["printed"]
+    figures = [_cell(measured.get(key), printed.get(key)) for key in columns]
+    images = _cell(measured.get("images"), printed["images"], digits=0)
+    size = _cell(measured.get("mb"), printed["mb"])
+    seconds = "" if "seconds" not in measured else f"{measured['seconds']:.0f}"
+    last = line["missing"] or ("see below" if line["remark"] else "")
+    return [line["network"], line["label"], line["method"], images, size, *figures, seconds, last]
+
+
+def _cell(measured: float | None, printed: float | None, digits: int = 2) -> str:
+    """``93.50 (93.79, -0.29)``; either may be missing."""
+    if measured is None:
+        return "" if printed is None else f"({printed:,.{digits}f})"
+    if printed is None:
+        return f"{measured:,.{digits}f}"
+    return f"{measured:,.{digits}f} ({printed:,.{digits}f}, {measured - printed:+,.{digits}f})"
+
+
+def _remarks(lines: Sequence[Record]) -> list[str]:
+    return [f"{line['network']}, {line['label']}: {line['remark']}." for line in lines if line["remark"]]
+
+
+def _markdown(headings: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    rows = [headings, ["---"] * len(headings), *cells]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return table + "\n" + "".join(f"- {note}\n" for note in notes)
+
+
+def _draw(table: PaperTable, lines: Sequence[Record], path: Path) -> None:
+    """TPR at 1e-4, measured and printed, a row a model; nothing without matplotlib or figures."""
+    columns = ("ijbc-1e-4", HALF_COLUMNS["1e-4"])
+    marks: dict[str, Callable[[Record], Any]] = {
+        "measured": lambda line: next((v for key in columns if (v := line["measured"].get(key)) is not None), None),
+        "printed": lambda line: line["printed"].get("ijbc-1e-4"),
+    }
+    shown = [line for line in lines if any(read(line) is not None for read in marks.values())]
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return
+    if not shown:
+        return
+    figure = Figure(figsize=(7, 1 + 0.28 * len(shown)), layout="constrained")
+    panel = figure.subplots()
+    for marker, (label, read) in zip("ox", marks.items(), strict=True):
+        points = [(value, place) for place, line in enumerate(shown) if (value := read(line)) is not None]
+        if points:
+            panel.scatter(*zip(*points, strict=True), marker=marker, label=label)
+    panel.set_yticks(range(len(shown)), [f"{line['network']}, {line['label']}" for line in shown], fontsize=7)
+    panel.invert_yaxis()
+    panel.set_xlabel("TPR at FPR 1e-4 in percent")
+    panel.set_title(f"Table {table.number}: {table.title}", fontsize="medium")
+    panel.grid(linewidth=0.3)
+    panel.legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

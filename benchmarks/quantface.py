@@ -1,0 +1,159 @@
+"""QuantFace's way to quantize (Boutros, Damer, Kuijper: QuantFace, ICPR 2022), to compare with in one run.
+
+After its published code: weights on asymmetric grids for each output channel, found anew at each step; activations
+behind PReLUs and residual blocks between the least and the greatest value ever seen, which is followed for the first
+299 steps and then kept; slopes on a grid as wide as activations. The student is trained to the teacher's normalised
+embeddings by their squared error, with SGD and Nesterov's momentum, at a rate of 0.1 / 512 an image and gradients of at
+most 5. Batch norms, sums and what they make stay float. There is no integer file of it: weights have zero points of
+their own for each channel, which integer convolutions of onnxruntime do not take, so its students run in torch.
+
+Layers have the names that they have in QuantFace's files, so that :func:`load_published` finds them.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qface
+from qface.errors import CheckpointError
+from qface.models.iresnet import IResNetBlock
+from qface.models.mobilefacenet import Bottleneck
+from qface.models.pickled_modules import read_pickled_module
+from qface.preprocessing import preprocessing_of, with_preprocessing
+
+STEPS_OF_RANGES = 299
+BATCH_SIZE = 64  # of Ef-QuantFace's comparison; QuantFace's is 128
+RATE_OF_AN_IMAGE = 0.1 / 512
+
+TRAINING = qface.DistillConfig(
+    batch_size=BATCH_SIZE,
+    ekd_weight=0.0,
+    embedding_loss="mse",
+    optimizer="sgd",
+    learning_rate=RATE_OF_AN_IMAGE * BATCH_SIZE,
+    schedule="constant",
+    warmup_steps=0,
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=5e-4,
+    max_gradient_norm=5.0,
+    bn_statistics_steps=None,
+)
+
+
+def fake_quantize(x: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
+    """``x`` on the grid of 2^bits levels between ``low`` and ``high``; gradients pass as if nothing was rounded."""
+    steps = 2**bits - 1
+    step = (high - low).clamp(min=1e-8) / steps
+    zero = (low / step).round()
+    rounded = ((x / step).round() - zero).clamp(0, steps)
+    return x + ((rounded + zero) * step - x).detach()
+
+
+class RangeQuantizer(nn.Module):
+    """Rounds activations between the least and the greatest value that training has shown."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("x_min", torch.zeros(1))
+        self.register_buffer("x_max", torch.zeros(1))
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the grid."""
+        if self.training and self.steps < STEPS_OF_RANGES:
+            self.steps += 1
+            self.x_min.copy_(torch.minimum(self.x_min, x.detach().min()))
+            self.x_max.copy_(torch.maximum(self.x_max, x.detach().max()))
+        return fake_quantize(x, self.bits, self.x_min, self.x_max)
+
+
+class RangeConv2d(nn.Conv2d):
+    """A convolution whose weights are rounded between the extremes of each output channel."""
+
+    bits: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve."""
+        return self._conv_forward(x, rounded_rows(self.weight, self.bits), self.bias)
+
+
+class RangeLinear(nn.Linear):
+    """The same for a linear layer."""
+
+    bits: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply."""
+        return F.linear(x, rounded_rows(self.weight, self.bits), self.bias)
+
+
+def rounded_rows(weight: Tensor, bits: int) -> Tensor:
+    """``weight`` rounded between the extremes of each of its rows."""
+    rows = weight.detach().flatten(1)
+    shape = (-1,) + (1,) * (weight.ndim - 1)
+    return fake_quantize(weight, bits, rows.amin(1).view(shape), rows.amax(1).view(shape))
+
+
+class RangePReLU(nn.PReLU):
+    """PReLU whose slopes and results are rounded."""
+
+    def __init__(self, channels: int, bits: int) -> None:
+        super().__init__(channels)
+        self.quantAct = RangeQuantizer(bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rounded PReLU of ``x``."""
+        slopes = self.weight.detach()
+        rounded = fake_quantize(self.weight, self.quantAct.bits, slopes.min(), slopes.max())
+        return self.quantAct(F.prelu(x, rounded))
+
+
+def student_of(teacher: nn.Module, weight_bits: int, activation_bits: int) -> nn.Module:
+    """A copy of ``teacher``, an IResNet or a MobileFaceNet, that rounds as QuantFace's students do."""
+    student = _rounding(copy.deepcopy(teacher), weight_bits, activation_bits)
+    return with_preprocessing(student, preprocessing_of(teacher)).train(teacher.training)
+
+
+def _rounding(module: nn.Module, weight_bits: int, activation_bits: int) -> nn.Module:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        module.__class__ = RangeConv2d if isinstance(module, nn.Conv2d) else RangeLinear
+        module.bits = weight_bits  # type: ignore[assignment]
+        return module
+    if isinstance(module, nn.PReLU):
+        rounded = RangePReLU(module.num_parameters, activation_bits)
+        rounded.weight = module.weight
+        return rounded
+    for name, child in list(module.named_children()):
+        changed = _rounding(child, weight_bits, activation_bits)
+        if isinstance(child, IResNetBlock | Bottleneck):
+            changed = nn.Sequential(changed, RangeQuantizer(activation_bits))
+        setattr(module, name, changed)
+    return module
+
+
+def load_published(path: Path, model: nn.Module, weight_bits: int, activation_bits: int) -> nn.Module:
+    """A student with the weights and ranges of a file that QuantFace published; a whole pickled module.
+
+    Args:
+        path: the file.
+        model: the network, with any weights.
+        weight_bits: what it was trained with.
+        activation_bits: likewise.
+
+    Raises:
+        CheckpointError: the file is of another network.
+    """
+    student = student_of(model, weight_bits, activation_bits)
+    tensors = read_pickled_module(path)
+    missing = [name for name in student.state_dict() if name not in tensors and not name.endswith(".steps")]
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors (first: {missing[0]}): it is of another network")
+    student.load_state_dict({name: tensors.get(name, value) for name, value in student.state_dict().items()})
+    return student.eval()

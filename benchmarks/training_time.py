@@ -1,0 +1,179 @@
+"""Where the 440 times come from: QuantFace's training loop and ours, timed in one run, and what an epoch of each takes.
+
+    python benchmarks/training_time.py [--data ../shared] [--networks mobilefacenet] [--steps 8] [--rounds 3]
+                                       [-o runs/training_time] [--json FILE]
+
+Ef-QuantFace's figure 1 sets 6,600 minutes an epoch of QuantFace, on 5.8 million images, against 15 minutes of its own,
+on 13,233. Here both loops take the same images in turns, a few steps at a time, so that the ratio of a step is measured
+and the rest is arithmetic: minutes an epoch are seconds a step times steps, *extrapolated* from these few.
+QuantFace's loop is benchmarks/quantface.py in :func:`qface.distill`, with embeddings of teacher and student for each
+batch, as its own has. A GPU is used where there is one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import quantface
+import torch
+from accuracy_rows import NETWORKS
+from rich.console import Console
+from rich.table import Table
+from stopwatch import timed
+from torch import nn
+
+import qface
+from qface.data import ImageFolder, TensorImages
+from qface.data.sampling import sample_batches
+from qface.files import replacing
+from qface.progress import track
+
+EPOCHS = {"LFW": 13_233, "QuantFace, synthetic": 500_000, "MS1MV2": 5_822_653}
+"""Images of an epoch."""
+PRINTED_MINUTES = {"QuantFace on MS1MV2": 6_600, "Ef-QuantFace on LFW": 15}
+"""Of figure 1 of the paper."""
+LOOPS = ("QuantFace", "qface, paper's recipe", "qface")
+CALIBRATION_IMAGES = 128
+
+Loop = Callable[[], nn.Module]
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
+@click.option("--networks", type=click.Choice(list(NETWORKS)), multiple=True, default=["mobilefacenet"])
+@click.option("--bits", default=6, show_default=True)
+@click.option("--batch-size", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Of each loop in a round.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Beside one that does not count.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/training_time"), show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
+def main(
+    data: Path,
+    networks: Sequence[str],
+    bits: int,
+    batch_size: int,
+    steps: int,
+    rounds: int,
+    output: Path,
+    json_file: Path | None,
+) -> None:
+    """Time the loops of each network, then print, draw and write what an epoch takes."""
+    output.mkdir(parents=True, exist_ok=True)
+    report = [{"network": name, **measured(name, data, bits, batch_size, steps, rounds)} for name in networks]
+    for entry in report:
+        Console(width=max(Console().width, 130)).print(table(entry))
+        click.echo(explained(entry))
+        draw(entry, output / f"training_time-{entry['network']}.png")
+    if json_file is not None:
+        with replacing(json_file) as temporary:
+            temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def measured(name: str, data: Path, bits: int, batch_size: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Median seconds a step of each loop, and minutes an epoch of each number of images."""
+    weights = data / "weights" / NETWORKS[name]
+    teacher = qface.load(weights if weights.exists() else name)
+    images = _images(data, max(CALIBRATION_IMAGES, batch_size * steps))
+    loops = _loops(teacher, images, bits, batch_size, steps)
+    seconds: dict[str, list[float]] = {loop: [] for loop in loops}
+    for _ in track(range(rounds + 1), "rounds", True):
+        for loop, train in loops.items():
+            seconds[loop].append(timed(train)[1] / steps)
+    of_a_step = {loop: median(values[1:]) for loop, values in seconds.items()}
+    return {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
+        "steps_timed": steps * rounds,
+        "seconds_a_step": of_a_step,
+        "images_a_second": {loop: batch_size / value for loop, value in of_a_step.items()},
+        "minutes_an_epoch": {
+            loop: {name: images // batch_size * value / 60 for name, images in EPOCHS.items()}
+            for loop, value in of_a_step.items()
+        },
+    }
+
+
+def _images(data: Path, count: int) -> TensorImages:
+    """So many labelled crops of LFW's first half of people, in memory, so that the disk is not timed."""
+    folder = ImageFolder(data / "data" / "lfw", people="first-half")
+    chosen = list(range(min(count, len(folder))))
+    assert folder.labels is not None
+    return TensorImages(folder.read(chosen), folder.labels[chosen])
+
+
+def _loops(teacher: nn.Module, images: TensorImages, bits: int, batch_size: int, steps: int) -> dict[str, Loop]:
+    """What trains a student for ``steps`` steps, each loop with a student of its own."""
+
+    def loop(student: nn.Module, config: qface.DistillConfig) -> Loop:
+        # At next to no rate, so that the students stay as they are however often they are trained.
+        timed_config = replace(config, batch_size=batch_size, max_steps=steps, epochs=steps, learning_rate=1e-9)
+        return partial(qface.distill, student, teacher, images, timed_config, progress=False)
+
+    sample = torch.cat(sample_batches(images, CALIBRATION_IMAGES, batch_size))
+    students = (
+        quantface.student_of(teacher, bits, bits),
+        qface.calibrate(qface.quantize(teacher, bits), sample),
+        qface.calibrate(qface.quantize(teacher, bits), sample),
+    )
+    configs = (quantface.TRAINING, qface.DistillConfig.paper(), qface.DistillConfig())
+    return {name: loop(*each) for name, *each in zip(LOOPS, students, configs, strict=True)}
+
+
+def table(entry: dict[str, Any]) -> Table:
+    """A row a loop."""
+    title = f"{entry['network']}, {entry['device']}, batch {entry['batch_size']}, {entry['threads']} threads"
+    result = Table(title=f"{title}; minutes an epoch are extrapolated from {entry['steps_timed']} steps")
+    for heading in ("loop", "seconds a step", "images a second", *(f"{name}, {n:,}" for name, n in EPOCHS.items())):
+        result.add_column(heading, justify="left" if heading == "loop" else "right")
+    for loop, seconds in entry["seconds_a_step"].items():
+        minutes = (f"{value:,.1f} min" for value in entry["minutes_an_epoch"][loop].values())
+        result.add_row(loop, f"{seconds:.3f}", f"{entry['images_a_second'][loop]:.1f}", *minutes)
+    return result
+
+
+def explained(entry: dict[str, Any]) -> str:
+    """How much of the paper's 440 is the step, and how much the number of images."""
+    minutes = entry["minutes_an_epoch"]
+    whole = minutes["QuantFace"]["MS1MV2"] / minutes["qface"]["LFW"]
+    step = entry["seconds_a_step"]["QuantFace"] / entry["seconds_a_step"]["qface"]
+    images = EPOCHS["MS1MV2"] / EPOCHS["LFW"]
+    printed = PRINTED_MINUTES["QuantFace on MS1MV2"] / PRINTED_MINUTES["Ef-QuantFace on LFW"]
+    return (
+        f"An epoch of QuantFace on MS1MV2 against one of ours on LFW: {whole:.0f} times as long. "
+        f"{images:.0f} of it is the number of images, {step:.2f} the step. The paper prints {printed:.0f}."
+    )
+
+
+def draw(entry: dict[str, Any], path: Path) -> None:
+    """Minutes an epoch, in the manner of the paper's first figure, beside what it prints."""
+    from matplotlib.figure import Figure
+
+    minutes = entry["minutes_an_epoch"]
+    bars = {
+        "QuantFace, MS1MV2\n5.8 M images (extrapolated)": minutes["QuantFace"]["MS1MV2"],
+        "QuantFace, synthetic\n0.5 M images (extrapolated)": minutes["QuantFace"]["QuantFace, synthetic"],
+        "qface, LFW\n13,233 images (extrapolated)": minutes["qface"]["LFW"],
+        "printed: QuantFace": PRINTED_MINUTES["QuantFace on MS1MV2"],
+        "printed: Ef-QuantFace": PRINTED_MINUTES["Ef-QuantFace on LFW"],
+    }
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panel = figure.subplots()
+    panel.barh(list(bars), list(bars.values()), color=["C0"] * 3 + ["0.7"] * 2)
+    panel.bar_label(panel.containers[0], fmt="{:,.0f}", padding=3)
+    panel.invert_yaxis()
+    panel.set_xscale("log")
+    panel.set_xlabel(f"minutes an epoch, {entry['network']}, {entry['device']}, {entry['threads']} threads")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""All five tables to the end, on tiny networks under the paper's names and files in the field's formats."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import qface
+from qface.data import ImageFolder
+from tests.benchmarks.scripts import run, script
+from tests.data.ijb import SmallIjb
+from tests.networks import TinyFaceNet, tiny_face_net
+
+NETWORKS = ("R18", "R34", "R50", "R100")
+
+
+def write_bin(path: Path, pairs: int = 20) -> None:
+    """A verification set as InsightFace's lfw2pack.py writes it."""
+    images = []
+    for seed in range(2 * pairs):
+        noise = torch.randint(0, 256, (112, 112, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noise.numpy()).save(buffer, "png")
+        images.append(buffer.getvalue())
+    path.write_bytes(pickle.dumps((images, [number % 2 == 0 for number in range(pairs)])))
+
+
+@pytest.fixture
+def paper(data: Path) -> Path:
+    """Everything that the tables look for, small."""
+    weights, faces = data / "weights", data / "data"
+    for seed, name in enumerate(NETWORKS):
+        qface.save(tiny_face_net(seed, size=(112, 112)), weights / f"{name}.safetensors")
+    for name in ("lfw", "calfw", "cplfw"):
+        write_bin(faces / f"{name}.bin")
+    SmallIjb(faces / "IJBC", people=15, templates=2)
+    names = ImageFolder(faces / "lfw").names
+    lines = []
+    for number in range(20):
+        one, other = names[number], names[number if number % 2 == 0 else number + 1]
+        lines += [f"{one}/{one}_0001.png", f"{other}/{other}_0002.png"]
+    (faces / "sllfw_pairs.txt").write_text("\n".join(lines) + "\n")
+    (weights / "quantface").mkdir()
+    quantface = script("quantface")
+    for name in ("R18", "R50", "R100"):
+        for bits in (6, 8):
+            model = quantface.student_of(qface.load(weights / f"{name}.safetensors"), bits, bits)
+            torch.save(model, weights / "quantface" / f"{name}_w{bits}a{bits}.pth")
+    return data
+
+
+def measure(root: Path, number: int, *arguments: str) -> tuple[Any, dict[str, Any]]:
+    folders = ("--weights", root / "weights", "--data", root / "data", "-o", root.parent / f"table{number}")
+    options = ("--max-steps", "1", "--json", root.parent / "table.json")
+    result = run(f"table{number}", *folders, *options, *arguments)
+    return result, json.loads((root.parent / "table.json").read_text())
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_every_row_is_filled(number: int, paper: Path) -> None:
+    result, table = measure(paper, number)
+    assert result.exit_code == 0, result.output
+    printed = script("paper_rows").TABLES[number].rows
+    assert [row["label"] for row in table["rows"][: len(printed)]] == [row.label for row in printed]
+    for row in table["rows"]:
+        assert row["missing"] is None, row
+        wanted = row["printed"].keys() - {"mb", "images"}
+        assert wanted <= row["measured"].keys()
+        columns = ("LFW, second half",) if row["network"] == "mobilefacenet" else ("lfw", "calfw", "sllfw", "cplfw")
+        assert all(row["measured"][key] is not None for key in columns)
+        assert row["measured"]["mb"] > 0
+    assert table["missing"] == []
+    page = (paper.parent / f"table{number}" / f"table{number}.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(table["rows"])
+    assert len({line.count("|") for line in rows}) == 1
+    assert any(line.startswith("- ") for line in page.splitlines())
+
+
+def test_what_is_missing_is_named_and_stops_nothing(data: Path) -> None:
+    result, table = measure(data, 3)
+    assert result.exit_code == 0, result.output
+    assert {row["network"] for row in table["rows"] if row["missing"] is None} == {"mobilefacenet"}
+    assert all("no weights of R" in row["missing"] for row in table["rows"] if row["missing"])
+    wanted = " ".join(table["missing"])
+    for file in ("R18.pth", "R34.pth", "R50.pth", "lfw.bin", "sllfw_pairs.txt", "IJBC"):
+        assert file in wanted
+    assert "model zoo" in wanted
+
+
+def test_figures_are_measured_once(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = measure(paper, 4, "--networks", "R34")
+    assert len({row["measured"]["images"] for row in first["rows"]}) == 4
+    monkeypatch.setattr(qface, "calibrate", lambda *_, **__: pytest.fail("made again"))
+    result, again = measure(paper, 4, "--networks", "R34")
+    assert result.exit_code == 0, result.output
+    assert again == first
+
+
+def test_an_interrupted_table_shows_what_is_there(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qface, "distill", interrupt)
+    result, table = measure(data, 5, "--networks", "mobilefacenet")
+    assert result.exit_code == 130
+    assert [row["method"] for row in table["rows"]] == ["float"]
+
+
+def test_differences_are_printed() -> None:
+    cell = script("paper_table")._cell
+    assert cell(93.5, 93.79) == "93.50 (93.79, -0.29)"
+    assert cell(None, 93.79) == "(93.79)"
+    assert cell(93.5, None) == "93.50"
+
+
+def test_printed_figures_are_the_papers() -> None:
+    """Each number of the tables is in the paper's text, where that is at hand."""
+    text = Path(__file__).parents[3] / "shared" / "paper.txt"
+    if not text.exists():
+        pytest.skip("the paper's text is not here")
+    words = set(re.findall(r"\d+\.\d+", text.read_text()))
+    tables = script("paper_rows").TABLES
+    printed = [value for table in tables.values() for row in table.rows for value in row.printed.values()]
+    assert len(printed) > 100
+    assert [value for value in printed if f"{value:.2f}" not in words] == []
+
+
+# ---- QuantFace's method
+
+
+def test_quantface_rounds_to_its_grids() -> None:
+    quantface = script("quantface")
+    low, high = torch.tensor(-1.0), torch.tensor(2.0)
+    x = torch.linspace(-1.5, 2.5, 401)
+    rounded = quantface.fake_quantize(x, 4, low, high)
+    assert len(rounded.unique()) == 16
+    assert rounded.min() == pytest.approx(-1, abs=0.1)
+    inside = (x > -1) & (x < 2)
+    assert (rounded - x)[inside].abs().max() <= 0.5 * 3 / 15 + 1e-6
+
+
+def test_quantface_follows_ranges_for_299_steps_of_training() -> None:
+    quantizer = script("quantface").RangeQuantizer(6).train()
+    for step in range(350):
+        quantizer(torch.tensor([[-0.01 * step, 0.02 * step]]))
+    assert quantizer.x_max.item() == pytest.approx(0.02 * 298)
+    assert quantizer.x_min.item() == pytest.approx(-0.01 * 298)
+    quantizer.eval()(torch.tensor([[100.0]]))
+    assert quantizer.x_max.item() < 6
+
+
+def test_quantface_starts_near_its_teacher_and_learns() -> None:
+    quantface = script("quantface")
+    teacher = tiny_face_net(size=(112, 112))
+    student = quantface.student_of(teacher, 8, 8)
+    images = torch.randn(8, 3, 112, 112)
+    with torch.no_grad():
+        expected = teacher(images)
+        student.train()(images)  # sees the ranges
+        found = student.eval()(images)
+    assert torch.cosine_similarity(found, expected).mean() > 0.9
+    assert sum(isinstance(layer, quantface.RangeConv2d) for layer in student.modules()) == 5
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_a_published_file_of_another_network_is_refused(tmp_path: Path) -> None:
+    quantface = script("quantface")
+    torch.save(tiny_face_net(size=(112, 112)), tmp_path / "R18_w6a6.pth")
+    with pytest.raises(qface.QFaceError, match="it is of another network"):
+        quantface.load_published(tmp_path / "R18_w6a6.pth", TinyFaceNet(), 6, 6)
+
+
+def test_training_time(data: Path) -> None:
+    files = ("--data", data, "-o", data.parent / "times", "--json", data.parent / "times.json")
+    result = run("training_time", *files, "--steps", "1", "--rounds", "1", "--batch-size", "4")
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads((data.parent / "times.json").read_text())
+    assert list(entry["seconds_a_step"]) == ["QuantFace", "qface, paper's recipe", "qface"]
+    for loop, seconds in entry["seconds_a_step"].items():
+        assert entry["images_a_second"][loop] == pytest.approx(4 / seconds)
+        assert entry["minutes_an_epoch"][loop]["LFW"] == pytest.approx(13_233 // 4 * seconds / 60)
+    assert "440 of it is the number of images" in result.output

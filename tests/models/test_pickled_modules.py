@@ -1,0 +1,139 @@
+"""Whole modules as ``torch.save(model)`` writes them: their tensors come out, and their code stays where it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import qface
+from qface.errors import CheckpointError
+from qface.models import MobileFaceNet
+from qface.models.pickled_modules import read_pickled_module
+from tests.networks import TinyFaceNet, tiny_face_net, with_statistics
+
+
+class Unusual(nn.Module):
+    """Views, shared parameters, other types, and attributes of classes that nobody else has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.arange(12.0).view(3, 4)
+        self.inner = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Sequential(nn.PReLU(3), nn.BatchNorm2d(3))})
+        self.view = nn.Parameter(table[:, 1:3])
+        self.transposed = nn.Parameter(table.t())
+        self.register_buffer("narrow", torch.ones(2, dtype=torch.float16))
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("not_saved", torch.ones(1), persistent=False)
+        self.config = Config()
+
+
+class Config(dict[str, int]):
+    """A dictionary with a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(width=3)
+
+
+def test_tensors_of_any_module(tmp_path: Path) -> None:
+    model = Unusual()
+    torch.save(model, tmp_path / "whole.pth")
+    found = read_pickled_module(tmp_path / "whole.pth")
+    assert set(found) - {"not_saved"} == set(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_names_of_parallel_training(tmp_path: Path) -> None:
+    torch.save(nn.DataParallel(tiny_face_net()), tmp_path / "whole.pth")
+    assert set(read_pickled_module(tmp_path / "whole.pth")) == set(tiny_face_net().state_dict())
+
+
+def test_a_known_network_is_loaded(tmp_path: Path) -> None:
+    model = with_statistics(MobileFaceNet(16)).eval()
+    torch.save(model, tmp_path / "whole.pth")
+    loaded = qface.load(tmp_path / "whole.pth")
+    x = torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+
+
+def make_folder(path: str) -> None:
+    os.mkdir(path)
+
+
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path, how: str) -> None:
+        self.marker, self.how = str(marker), how
+
+    def __reduce__(self) -> Any:
+        return make_folder if self.how == "own function" else os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("how", ["own function", "function of the system"])
+def test_code_of_a_module_is_not_run(how: str, tmp_path: Path) -> None:
+    model, marker = tiny_face_net(), tmp_path / "marker"
+    model.trap = Harmful(marker, how)
+    torch.save(model, tmp_path / "whole.pth")
+    assert set(read_pickled_module(tmp_path / "whole.pth")) == set(tiny_face_net().state_dict())
+    assert not marker.exists()
+    torch.load(tmp_path / "whole.pth", weights_only=False)
+    assert marker.exists()  # it would have been
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "whole.pth"
+    torch.save(TinyFaceNet(4, (32, 32)), path)
+    return path
+
+
+def rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    """The archive again, with what ``change`` makes of each of its files."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return target
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_a_damaged_pickle_raises_nothing_else(whole: Path, tmp_path: Path, place: float, flip: int) -> None:
+    def damage(name: str, content: bytes) -> bytes:
+        if not name.endswith("data.pkl"):
+            return content
+        changed = bytearray(content)
+        changed[int(place * len(content))] ^= flip
+        return bytes(changed)
+
+    with contextlib.suppress(CheckpointError):  # where it hit a name, nothing can be noticed
+        read_pickled_module(rewritten(whole, tmp_path / "damaged.pth", damage))
+
+
+def test_storages_that_are_too_short_and_other_files(whole: Path, tmp_path: Path) -> None:
+    def cut(name: str, content: bytes) -> bytes:
+        return content[:-4] if name.endswith("data/0") else content
+
+    with pytest.raises(CheckpointError, match="storage 0 holds"):
+        read_pickled_module(rewritten(whole, tmp_path / "short.pth", cut))
+    big = rewritten(whole, tmp_path / "big.pth", lambda name, content: b"big" if "byteorder" in name else content)
+    with pytest.raises(CheckpointError, match="big-endian"):
+        read_pickled_module(big)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="is no module either"):
+        read_pickled_module(tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("no archive")
+    with pytest.raises(CheckpointError, match="is no complete torch file"):
+        read_pickled_module(tmp_path / "text.pth")
