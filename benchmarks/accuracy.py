@@ -76,7 +76,7 @@ class Run:
             "calibration_images": CALIBRATION_IMAGES,
             "weight_range": recipe.quantization.weight_range,
             "activation_range": recipe.quantization.activation_range,
-            "refined": recipe.refined,
+            "calibration": recipe.calibration,
             "training": asdict(self.training) if self.row.trained else None,
         }
 
@@ -168,8 +168,7 @@ class Bench:
         return student, None if resumed else choosing + calibrating + training
 
     def _calibrated(self, run: Run, config: qface.QuantizationConfig, images: IndexedImages) -> Any:
-        refined = RECIPES[run.recipe].refined
-        return qface.calibrate(qface.quantize(self._teacher, config), images, equalise=refined, correct_biases=refined)
+        return qface.calibrate(qface.quantize(self._teacher, config), images, **RECIPES[run.recipe].calibration)
 
     def _config(self, run: Run, images: IndexedImages) -> tuple[qface.QuantizationConfig, float]:
         """Widths and ranges, and the seconds it took to choose them."""

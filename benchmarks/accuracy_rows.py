@@ -95,20 +95,24 @@ class Recipe:
 
     Args:
         quantization: rules of the ranges; the widths are the row's.
-        refined: calibration equalises channels and corrects biases.
+        calibration: which parts of :func:`qface.calibrate` are on.
         training: settings of the distillation; seed and steps are the run's.
     """
 
     quantization: qface.QuantizationConfig
-    refined: bool
+    calibration: dict[str, bool]
     training: qface.DistillConfig
 
 
+def _parts(on: bool) -> dict[str, bool]:
+    return dict.fromkeys(("equalise", "compensate", "correct_biases"), on)
+
+
 RECIPES = {
-    "qface": Recipe(qface.QuantizationConfig(), refined=True, training=qface.DistillConfig()),
+    "qface": Recipe(qface.QuantizationConfig(), _parts(True), training=qface.DistillConfig()),
     "paper": Recipe(
         qface.QuantizationConfig(weight_range="minmax", activation_range="minmax"),
-        refined=False,
+        _parts(False),
         training=qface.DistillConfig.paper(),
     ),
 }

@@ -134,13 +134,13 @@ class Arms:
         config = replace(recipe.quantization, weight_bits=method.bits, activation_bits=method.bits)
         calibration = nested_subset(images, min(CALIBRATION_IMAGES, len(images)), self.seed)
         student = qface.quantize(teacher, config)
-        qface.calibrate(student, calibration, equalise=recipe.refined, correct_biases=recipe.refined)
+        qface.calibrate(student, calibration, **recipe.calibration)
         qface.distill(student, teacher, images, self._training(method), run_dir=folder, resume=True)
         qface.export(student, file)
         return file, file.stat().st_size / 1e6
 
     def _pruned(self, teacher: nn.Module, images: IndexedImages, folder: Path) -> tuple[Model, float]:
-        config = qface.PruningConfig(repair=RECIPES[self.recipe].refined)
+        config = qface.PruningConfig(repair=self.recipe == "qface")
         pruned = qface.prune(teacher, PRUNED_SHARE, images, config)
         qface.distill(pruned, teacher, images, self._training(Method("pruned")), run_dir=folder, resume=True)
         return pruned, cost_of(pruned).mb

@@ -112,9 +112,10 @@ _pruning = _options(
     click.option("--keep", multiple=True, help="A layer whose outputs stay as they are; repeatable."),
     click.option("--keep-embedding/--cut-embedding", default=True, show_default=True),
     click.option("--repair/--no-repair", default=True, show_default=True, help="Solve for lost outputs on --images."),
+    click.option("--reestimate/--no-reestimate", default=False, show_default=True, help="Measure batch norms again."),
     click.option("--steps", type=int, default=1, show_default=True, help="Rounds to remove the channels in."),
 )
-_PRUNING = ("importance", "norm", "scope", "round_to", "keep", "keep_embedding", "repair", "steps")
+_PRUNING = ("importance", "norm", "scope", "round_to", "keep", "keep_embedding", "repair", "reestimate", "steps")
 
 
 def _distill_config(recipe: str, lr: float | None, **settings: Any) -> qface.DistillConfig:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import qface
 from qface.cli import export_alias, main
+from qface.models.resolve import resolve_model
+from tests.data.ijb import SmallIjb
 
 Crops = Callable[..., Path]
 
@@ -244,3 +247,37 @@ def test_the_installed_commands_run() -> None:
     for command in (("-m", "qface", "--version"), ("-m", "qface", "--help")):
         finished = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
         assert "qface" in finished.stdout
+
+
+def test_templates_are_verified_by_either_protocol(workplace: Path) -> None:
+    SmallIjb(workplace / "IJBC")
+    arguments = ("ijb", "my_networks:make", "--data", "IJBC", "--run-dir", "run")
+    result = run(*arguments, "--protocol", "arcface", "--detector-score", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert (record["protocol"], record["flip"], record["detector_score"]) == ("arcface", False, True)
+    assert record["templates"] == 18
+    table = run(*arguments)
+    assert table.exit_code == 0, table.output
+    assert "protocol paper, neither flip nor detector score" in " ".join(table.stdout.split())
+    assert "other images or settings" in refusal(run(*arguments, "--flip"))
+
+
+def test_photos_are_aligned_by_their_landmarks(workplace: Path) -> None:
+    written = SmallIjb(workplace / "IJBC")
+    landmarks = workplace / "IJBC" / "meta" / "ijbc_name_5pts_score.txt"
+    arguments = ("align", "IJBC/loose_crop", "-o", "faces", "--landmarks", landmarks)
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["aligned"] == len(written.rows)
+    assert "aligned before" in run(*arguments).stdout
+    assert "is no folder" in refusal(run("align", "nowhere", "-o", "faces"))
+
+
+def test_an_onnx_file_is_a_network_to_quantize(student: Path) -> None:
+    assert run("export", student, "-o", "student.onnx").exit_code == 0
+    common = ("--images", "crops", "--people", "first-half", "--no-distill", "-o", "again.safetensors")
+    assert "is quantized already" in refusal(run("quantize", "--model", "student.onnx", *common))
+    qface.export(resolve_model("my_networks:make"), "float.onnx")
+    result = run("quantize", "--model", "float.onnx", *common)
+    assert result.exit_code == 0, result.output

@@ -85,7 +85,7 @@ class DistillConfig:
     margin: float = 0.4
     scale: float = 64.0
     optimizer: OptimizerName = "relative_adam"
-    learning_rate: float = 0.001
+    learning_rate: float = 0.002
     scale_learning_rate: float | None = None
     momentum: float = 0.9
     nesterov: bool = True

@@ -35,7 +35,9 @@ class PruningConfig:
         steps: how many rounds the channels are removed in; between them :func:`qface.prune` can train.
         repair: solve each layer that reads fewer channels for the outputs that it had, by least squares over images
             (:mod:`qface.pruning.repair`), where images are given.
-        images: how many of them importance and repair look at.
+        reestimate: measure the statistics of batch norms again, on images, behind the repair. Repaired layers make what
+            they made, and their batch norms need it less.
+        images: how many of them importance, repair and batch norms look at.
         seed: of what is drawn for importance and repair.
 
     Raises:
@@ -51,6 +53,7 @@ class PruningConfig:
     keep_embedding: bool = True
     steps: int = 1
     repair: bool = True
+    reestimate: bool = False
     images: int = 512
     seed: int = 0
 

@@ -20,6 +20,7 @@ from qface.models.provenance import carry, provenance_of, record_step
 from qface.models.tracing import example_input, trace
 from qface.modes import modes_kept
 from qface.preprocessing import preprocessing_of
+from qface.pruning.batch_norm import reestimate_batch_norms
 from qface.pruning.budget import Budget
 from qface.pruning.config import PruningConfig
 from qface.pruning.importance import estimator, write_gradients
@@ -48,7 +49,7 @@ def prune(
         model: a float network from images [N, 3, H, W] to embeddings [N, D] that torch.fx can trace.
         ratio: the share of channels to remove, above 0 and below 1, or a :class:`Budget` for what is left: the least
             share that meets it is taken.
-        images: for importance and repair, as for :func:`qface.calibrate`; None repairs nothing.
+        images: for importance, repair and batch norms, as for :func:`qface.calibrate`; None repairs nothing.
         config: the settings.
         people: of a folder, which identities.
         between: called after every step but the last with the network so far and the number of the step, from 1 on,
@@ -74,9 +75,11 @@ def prune(
         kept = _remove(pruned, _share_of_step(share, step, config.steps), sample, config)
         if config.repair and sample is not None:
             repair(pruned, before, kept, sample, config.seed, progress)
+        if config.reestimate and sample is not None:
+            reestimate_batch_norms(pruned, sample)
         if between is not None and step < config.steps:
             between(pruned, step)
-    settings = {"share": share, "images": 0 if sample is None else len(sample), **asdict(config)}
+    settings = {**asdict(config), "share": share, "images": 0 if sample is None else len(sample)}
     return record_step(carry(model, pruned.eval()), "prune", settings)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qface.models.patches import Layer, Positions, as_map, patches
 from qface.modes import modes_kept
 from qface.progress import track
 
@@ -24,8 +25,6 @@ __all__ = ["Kept", "repair"]
 _POSITIONS = 16_384  # at most, of a layer
 _RIDGE = 1e-2  # of the mean square of what the layer reads
 _BATCH = 64
-
-Layer = nn.Conv2d | nn.Linear
 
 
 @dataclass(frozen=True)
@@ -39,26 +38,6 @@ class Kept:
 
     inputs: Tensor
     outputs: Tensor
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """Where outputs of a convolution are looked at: image, row and column, each [M]."""
-
-    image: Tensor
-    row: Tensor
-    column: Tensor
-
-    @classmethod
-    def drawn(cls, images: int, height: int, width: int, generator: torch.Generator) -> _Positions:
-        """At most :data:`_POSITIONS` different ones."""
-        chosen = torch.randperm(images * height * width, generator=generator)[:_POSITIONS].sort().values
-        return cls(chosen // (height * width), chosen // width % height, chosen % width)
-
-    def within(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of ``count`` images from ``start`` on, images numbered from 0."""
-        inside = (self.image >= start) & (self.image < start + count)
-        return self.image[inside] - start, self.row[inside], self.column[inside]
 
 
 def repair(
@@ -85,7 +64,7 @@ def repair(
         pruned.eval()
         original.eval()
         sizes = _output_sizes(original, names, images[:1])
-        positions = {name: _Positions.drawn(len(images), *sizes[name], generator) for name in names}
+        positions = {name: Positions.drawn(len(images), *sizes[name], _POSITIONS, generator) for name in names}
         made = _outputs(original, names, positions, images)
         for name in track(names, "repair", progress):
             layer = cast(Layer, pruned.get_submodule(name))
@@ -118,7 +97,7 @@ def _output_sizes(model: nn.Module, names: Sequence[str], image: Tensor) -> dict
 
     def note(name: str) -> Callable[[Tensor, Tensor], None]:
         def keep(_: Tensor, output: Tensor) -> None:
-            shape = _as_map(output).shape
+            shape = as_map(output).shape
             sizes[name] = (shape[2], shape[3])
 
         return keep
@@ -128,7 +107,7 @@ def _output_sizes(model: nn.Module, names: Sequence[str], image: Tensor) -> dict
 
 
 def _outputs(
-    model: nn.Module, names: Sequence[str], positions: Mapping[str, _Positions], images: Tensor
+    model: nn.Module, names: Sequence[str], positions: Mapping[str, Positions], images: Tensor
 ) -> dict[str, Tensor]:
     """What each layer makes at its positions, [M, channels]."""
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -136,8 +115,8 @@ def _outputs(
         batch = images[start : start + _BATCH]
 
         def note(name: str, start: int = start, count: int = len(batch)) -> Callable[[Tensor, Tensor], None]:
-            image, row, column = positions[name].within(start, count)
-            return lambda _, output: parts[name].append(_as_map(output)[image, :, row, column])
+            at = positions[name].within(start, count)
+            return lambda _, output: parts[name].append(as_map(output)[at.image, :, at.row, at.column])
 
         _run(model, {model.get_submodule(name): note(name) for name in names}, batch)
     return {name: torch.cat(of) for name, of in parts.items()}
@@ -147,14 +126,14 @@ class _StopForward(Exception):  # noqa: N818 - as StopIteration
     """What lies behind the layer need not run."""
 
 
-def _inputs(model: nn.Module, layer: Layer, positions: _Positions, images: Tensor) -> Tensor:
+def _inputs(model: nn.Module, layer: Layer, positions: Positions, images: Tensor) -> Tensor:
     """What ``layer`` multiplies with its weights at ``positions``, [M, weights of a channel]."""
     parts: list[Tensor] = []
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
 
         def note(given: Tensor, _: Tensor, start: int = start, count: int = len(batch)) -> None:
-            parts.append(_patches(layer, given, *positions.within(start, count)))
+            parts.append(patches(layer, given, positions.within(start, count)))
             raise _StopForward
 
         try:
@@ -162,23 +141,6 @@ def _inputs(model: nn.Module, layer: Layer, positions: _Positions, images: Tenso
         except _StopForward:
             continue
     return torch.cat(parts)
-
-
-def _as_map(x: Tensor) -> Tensor:
-    """``x`` as [N, channels, height, width]."""
-    return x[:, :, None, None] if x.ndim == 2 else x
-
-
-def _patches(layer: Layer, x: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The values under the kernel at these outputs, [M, weights of a channel]."""
-    if isinstance(layer, nn.Linear):
-        return x[image]
-    (height, width), (up, left) = layer.kernel_size, cast(tuple[int, int], layer.padding)
-    padded = F.pad(x, (left, left, up, up))
-    rows = row[:, None] * layer.stride[0] + torch.arange(height) * layer.dilation[0]
-    columns = column[:, None] * layer.stride[1] + torch.arange(width) * layer.dilation[1]
-    found = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # [M, height, width, channels]
-    return found.permute(0, 3, 1, 2).flatten(1)
 
 
 def _solve(layer: Layer, x: Tensor, wanted: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from qface.quantization.bias_correction import correct_biases as correct_channel
 from qface.quantization.equalisation import equalise as equalise_channels
 from qface.quantization.fake_quantize import LowBitFakeQuantize
 from qface.quantization.layers import MAX_BIAS, WeightedLayer
+from qface.quantization.rounding import InputMoments, round_with_compensation
 
 __all__ = ["CALIBRATION_IMAGES", "calibrate", "scale_parameters", "set_observers"]
 
@@ -54,13 +55,15 @@ def calibrate(
     batch_size: int = 64,
     progress: bool = False,
     equalise: bool = True,
+    compensate: bool = True,
     correct_biases: bool = True,
 ) -> fx.GraphModule:
     """Set all ranges of ``student``, in place, from the float values that ``images`` give rise to.
 
     The first time, its channels are made to fit one grid before (:mod:`qface.quantization.equalisation`), which changes
-    weights but not what the float network computes, and afterwards biases make up for what rounding does to the mean of
-    each channel (:mod:`qface.quantization.bias_correction`). A student that was calibrated already, and perhaps trained
+    weights but not what the float network computes; afterwards weights are rounded so that they make up for each
+    other's errors (:mod:`qface.quantization.rounding`), and biases make up for what rounding does to the mean of each
+    channel (:mod:`qface.quantization.bias_correction`). A student that was calibrated already, and perhaps trained
     since, gets new ranges only.
 
     Args:
@@ -71,6 +74,7 @@ def calibrate(
         batch_size: images at a time.
         progress: show a progress bar.
         equalise: of a new student, make the channels of each tensor fit one grid first.
+        compensate: of a new student, round weights so that they make up for each other's errors.
         correct_biases: of a new student, correct the mean of each channel last.
 
     Returns:
@@ -95,17 +99,20 @@ def calibrate(
         if new and equalise:
             equalise_channels(student, torch.cat(sample))
         means = [channel_means(student, part) for part in sample] if correct_biases else []
-        with _observing(found):
+        moments = InputMoments(student)
+        with _observing(found), moments if new and compensate else nullcontext():
             for batch in track(batches, "calibrate", progress):
                 student(normalise(batch.to(device), preprocessing))
     for quantizer in found:
         quantizer.set_range()
         quantizer.activation_post_process.reset()
     _keep_biases_in_range(student)
+    round_with_compensation(moments)
     if new and correct_biases:
         with _in_eval_mode(student):
             correct_channel_means(student, sample, means)
-    settings = {"images": count, "equalise": new and equalise, "correct_biases": new and correct_biases}
+    parts = {"equalise": equalise, "compensate": compensate, "correct_biases": correct_biases}
+    settings = {"images": count, **{name: new and wanted for name, wanted in parts.items()}}
     return record_step(student, "calibrate", settings)
 
 

@@ -27,8 +27,10 @@ def test_every_kind_of_row_is_measured_for_every_recipe(data: Path) -> None:
     assert {(each["recipe"], each["row"]) for each in runs} == {
         (recipe, row) for recipe in ("qface", "paper") for row in rows
     }
-    ranges = {(each["recipe"], each["settings"]["weight_range"], each["settings"]["refined"]) for each in runs}
-    assert ranges == {("qface", "mse", True), ("paper", "minmax", False)}
+    ranges = {
+        (each["recipe"], each["settings"]["weight_range"], *each["settings"]["calibration"].values()) for each in runs
+    }
+    assert ranges == {("qface", "mse", True, True, True), ("paper", "minmax", False, False, False)}
     assert all(each["mean_weight_bits"] <= 4 for each in runs if each["row"] != "w6a6-25%")
     page = (data.parent / "runs" / "accuracy.md").read_text().splitlines()
     assert len(page) == 2 + 1 + 6

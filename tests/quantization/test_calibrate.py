@@ -53,7 +53,7 @@ def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
 def test_it_sets_every_range_and_leaves_the_rest(training: bool) -> None:
     model = student().train(training)
     weights = [p.clone() for n, p in model.named_parameters() if not n.endswith("scale")]
-    assert calibrate(model, FACES, equalise=False, correct_biases=False) is model
+    assert calibrate(model, FACES, equalise=False, compensate=False, correct_biases=False) is model
     assert model.training is training
     assert all(q.calibrated and not q.observing and q.quantizing for q in quantizers(model))
     assert all((q.scale > 0).all() for q in quantizers(model))
@@ -91,7 +91,7 @@ def test_more_bits_are_closer_to_float() -> None:
 def test_it_repeats_and_repairs_itself() -> None:
     first, second = calibrate(student(), FACES), calibrate(student(), FACES)
     assert same(ranges(first), ranges(second))
-    first, second = (calibrate(student(), FACES, correct_biases=False) for _ in range(2))
+    first, second = (calibrate(student(), FACES, compensate=False, correct_biases=False) for _ in range(2))
     calibrate(second, random_faces(3, seed=8))
     assert not same(ranges(first), ranges(second))
     assert same(ranges(calibrate(second, FACES)), ranges(first))  # nothing of the other images is left

@@ -30,7 +30,7 @@ def network(make: Callable[..., nn.Module] = tiny_face_net) -> nn.Module:
 
 
 def calibrated(bits: int | QuantizationConfig = 6, make: Callable[..., nn.Module] = tiny_face_net) -> fx.GraphModule:
-    return calibrate(quantize(network(make), bits), FACES, equalise=False, correct_biases=False)
+    return calibrate(quantize(network(make), bits), FACES, equalise=False, compensate=False, correct_biases=False)
 
 
 def layers(student: fx.GraphModule) -> dict[str, Any]:
