@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qface.data.images import ImageSource, IndexedImages, normalise
+from qface.data.prefetch import prefetched
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, ImagesError, QFaceError
 from qface.modes import modes_kept
@@ -156,15 +157,16 @@ def embedding_batches(
         start: leave out so many images; of a source that can be read in any order only.
     """
     images = max(0, len(source) - start) if isinstance(source, IndexedImages) else None
-    batches = _from(source, batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
     total = None if images is None else math.ceil(images / batch_size)
+    batches = _ahead(source, batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
     for batch in track(batches, "Embedding", progress, total):
         yield _embed_batch(embedder, batch, flip)
 
 
-def _from(source: IndexedImages, batch_size: int, start: int) -> Iterator[Tensor]:
-    for first in range(start, len(source), batch_size):
-        yield source.read(range(first, min(first + batch_size, len(source))))
+def _ahead(source: IndexedImages, batch_size: int, start: int) -> Iterator[Tensor]:
+    """Batches from image ``start`` on, read while the last one is embedded."""
+    starts = range(start, len(source), batch_size)
+    return prefetched(source.read(range(first, min(first + batch_size, len(source)))) for first in starts)
 
 
 def _embed_batch(embedder: Embedder, batch: Tensor, flip: bool) -> Embeddings:

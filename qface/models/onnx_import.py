@@ -32,6 +32,8 @@ __all__ = ["load_onnx"]
 _TOLERANCE = 1e-3
 """Greatest difference to onnxruntime, in parts of the embedding's length; the order of sums makes a hundredth of it."""
 
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger")
+
 Array = npt.NDArray[Any]
 
 
@@ -106,6 +108,11 @@ class _Import:
 
     def network(self) -> tuple[fx.GraphModule, Preprocessing]:
         """The network, and what it reads."""
+        quantized = [node.name for node in self.nodes if node.op in _QUANTIZED]
+        if quantized:
+            raise UnsupportedLayerError(
+                f"{self.path} is quantized already (node {quantized[0]}); load the network it was made of"
+            )
         self._take_normalisation()
         self.values[self.image] = self.graph.placeholder("x")
         self.ranks[self.image] = 4
@@ -155,8 +162,6 @@ class _Import:
             self.values[node.output], self.ranks[node.output] = value, rank
 
     def _unknown(self, node: _Node) -> str:
-        if node.op in ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger"):
-            return f"{self.path} is quantized already (node {node.name}); load the network it was made of"
         return (
             f"{self.path}: node {node.name} is a {node.op}, which cannot be imported; "
             f"known are {', '.join(sorted(_OPERATIONS))}"

@@ -152,8 +152,8 @@ def _factors(group: ChannelGroup, tensors: list[Tensor]) -> Tensor:
     values = torch.cat([each / _ranges(each).mean() for each in tensors], 1)
     factor = _fitting(values, _narrowest(group)[0].grid.steps, _importance(group))
     shared = [_weight_ranges(reader) for reader in group.readers if not _has_a_scale_for_each_channel(reader)]
-    if shared:
-        weights = torch.stack(shared).amax(0)
+    weights = torch.stack(shared).amax(0) if shared else torch.zeros(())
+    if weights.any():  # readers whose weights are all zero do not mind
         weights = weights.clamp(min=_NARROWEST * float(weights.max()))
         share = _share_of_activations(group)
         factor = factor**share * weights ** (1 - share)

@@ -24,6 +24,8 @@ _RIDGE = 1e-2
 
 Few places say little of how inputs vary together: what they do not show, compensation would spoil.
 """
+_PRECISION = 1e-5  # of products in float32, from which a mean is taken off that may be nearly all of them
+_BLOCK = 128  # weights, whose errors reach those behind the block all at once, by one product
 _MOST_WEIGHTS = 4608
 """Of a channel, 512 x 3 x 3; the moments of more take gigabytes, and there the order of rounding stays as it is."""
 
@@ -72,9 +74,10 @@ class InputMoments:
         """Each layer that was seen, and its regularised moments, float64 [groups, weights of a channel, the same]."""
         found = []
         for layer, (count, sums, products) in self._sums.items():
-            mean = sums / count
-            moments = products / count - mean[:, :, None] * mean[:, None, :]
-            found.append((layer, _regular(moments, _RIDGE + moments.shape[1] / count)))
+            mean, squares = sums / count, products / count
+            moments = squares - mean[:, :, None] * mean[:, None, :]
+            ridge = (_RIDGE + moments.shape[1] / count) * _size(moments) + _PRECISION * _size(squares)
+            found.append((layer, moments + torch.diag_embed(ridge[:, None].expand(-1, moments.shape[1]))))
         return found
 
 
@@ -91,20 +94,22 @@ def _round(layer: Any, products: Tensor) -> None:
     weight = layer.weight.detach().cpu().double().view(groups, -1, size)
     scale = quantizer.scale.detach().cpu().double().view(groups, -1)
     factor = _inverse_factor(products)
-    rounded = torch.empty_like(weight)
-    for index in range(size):
-        column = weight[:, :, index]
-        rounded[:, :, index] = (column / scale).round().clamp_(quantizer.grid.low, quantizer.grid.high) * scale
-        error = (column - rounded[:, :, index]) / factor[:, None, index, index]
-        weight[:, :, index + 1 :] -= error[:, :, None] * factor[:, None, index, index + 1 :]
+    rounded, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        for index in range(start, stop):
+            column = weight[:, :, index]
+            rounded[:, :, index] = (column / scale).round().clamp_(quantizer.grid.low, quantizer.grid.high) * scale
+            errors[:, :, index] = (column - rounded[:, :, index]) / factor[:, None, index, index]
+            weight[:, :, index + 1 : stop] -= errors[:, :, index, None] * factor[:, None, index, index + 1 : stop]
+        weight[:, :, stop:] -= errors[:, :, start:stop] @ factor[:, start:stop, stop:]
     layer.weight.copy_(rounded.view_as(layer.weight))
 
 
-def _regular(moments: Tensor, ridge: float) -> Tensor:
-    """``moments`` with ``ridge`` times the mean of their diagonal added to it; of a group that reads nothing, 1."""
-    mean = moments.diagonal(dim1=1, dim2=2).mean(1)
-    added = torch.where(mean > torch.finfo(torch.float32).tiny, ridge * mean, 1.0)
-    return moments + torch.diag_embed(added[:, None].expand(-1, moments.shape[1]))
+def _size(moments: Tensor) -> Tensor:
+    """The mean of the diagonal of each group, [groups]; where all is zero, 1."""
+    mean = moments.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0)
+    return torch.where(mean > torch.finfo(torch.float32).tiny, mean, 1.0)
 
 
 def _inverse_factor(products: Tensor) -> Tensor:

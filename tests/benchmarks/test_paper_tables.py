@@ -50,9 +50,9 @@ def paper(data: Path) -> Path:
     (faces / "sllfw_pairs.txt").write_text("\n".join(lines) + "\n")
     (weights / "quantface").mkdir()
     quantface = script("quantface")
-    for name in ("R18", "R50", "R100"):
+    for seed, name in enumerate(NETWORKS):
         for bits in (6, 8):
-            model = quantface.student_of(qface.load(weights / f"{name}.safetensors"), bits, bits)
+            model = quantface.student_of(tiny_face_net(seed, size=(112, 112)), bits, bits)
             torch.save(model, weights / "quantface" / f"{name}_w{bits}a{bits}.pth")
     return data
 
@@ -66,6 +66,8 @@ def measure(root: Path, number: int, *arguments: str) -> tuple[Any, dict[str, An
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_every_row_is_filled(number: int, paper: Path) -> None:
+    if number == 5:  # the larger of the stand-ins teaches the smaller one
+        qface.save(tiny_face_net(7, size=(112, 112)), paper / "weights" / "iresnet18.safetensors")
     result, table = measure(paper, number)
     assert result.exit_code == 0, result.output
     printed = script("paper_rows").TABLES[number].rows
@@ -74,7 +76,8 @@ def test_every_row_is_filled(number: int, paper: Path) -> None:
         assert row["missing"] is None, row
         wanted = row["printed"].keys() - {"mb", "images"}
         assert wanted <= row["measured"].keys()
-        columns = ("LFW, second half",) if row["network"] == "mobilefacenet" else ("lfw", "calfw", "sllfw", "cplfw")
+        stand_in = row["network"] in ("mobilefacenet", "iresnet18")
+        columns = ("LFW, second half",) if stand_in else ("lfw", "calfw", "sllfw", "cplfw")
         assert all(row["measured"][key] is not None for key in columns)
         assert row["measured"]["mb"] > 0
     assert table["missing"] == []
@@ -110,7 +113,7 @@ def test_an_interrupted_table_shows_what_is_there(data: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr(qface, "distill", interrupt)
-    result, table = measure(data, 5, "--networks", "mobilefacenet")
+    result, table = measure(data, 1, "--networks", "mobilefacenet")
     assert result.exit_code == 130
     assert [row["method"] for row in table["rows"]] == ["float"]
 
@@ -158,17 +161,20 @@ def test_quantface_follows_ranges_for_299_steps_of_training() -> None:
     assert quantizer.x_max.item() < 6
 
 
-def test_quantface_starts_near_its_teacher_and_learns() -> None:
+def test_quantface_starts_near_its_teacher() -> None:
     quantface = script("quantface")
     teacher = tiny_face_net(size=(112, 112))
     student = quantface.student_of(teacher, 8, 8)
     images = torch.randn(8, 3, 112, 112)
     with torch.no_grad():
         expected = teacher(images)
-        student.train()(images)  # sees the ranges
+        for module in student.modules():
+            module.training = isinstance(module, quantface.RangeQuantizer)
+        student(images)  # sees the ranges
         found = student.eval()(images)
     assert torch.cosine_similarity(found, expected).mean() > 0.9
-    assert sum(isinstance(layer, quantface.RangeConv2d) for layer in student.modules()) == 5
+    convolutions = sum(isinstance(layer, torch.nn.Conv2d) for layer in teacher.modules())
+    assert sum(isinstance(layer, quantface.RangeConv2d) for layer in student.modules()) == convolutions
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 

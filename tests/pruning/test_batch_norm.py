@@ -55,6 +55,7 @@ def distance(one: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
 def test_pruning_can_measure_them(repair: bool) -> None:
     teacher: TinyFaceNet = tiny_face_net()
     faces = random_faces(64)
+    reestimate_batch_norms(teacher, qface.Preprocessing()(faces))  # as training would have left them
     config = PruningConfig(repair=repair, reestimate=True)
     kept = PruningConfig(repair=repair)
     pruned = qface.prune(teacher, 0.4, faces, config)

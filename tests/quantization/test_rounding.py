@@ -26,14 +26,13 @@ def calibrated(model: nn.Module, weight_bits: int, compensate: bool) -> nn.Modul
 
 
 @pytest.mark.parametrize("make", [tiny_face_net, foreign_net])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_embedding_is_closer(make: Callable[..., nn.Module], bits: int) -> None:
+def test_the_embedding_is_closer(make: Callable[..., nn.Module]) -> None:
     model = with_preprocessing(make(size=SIZE.size), SIZE).eval()
     x = SIZE(random_faces(32, seed=3))
     with torch.no_grad():
         expected = model(x)
         plain, compensated = (
-            1 - torch.cosine_similarity(calibrated(model, bits, choice)(x), expected).mean() for choice in (False, True)
+            1 - torch.cosine_similarity(calibrated(model, 4, choice)(x), expected).mean() for choice in (False, True)
         )
     assert compensated < 0.9 * plain
 
