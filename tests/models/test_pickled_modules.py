@@ -108,7 +108,7 @@ def rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes])
     return target
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_a_damaged_pickle_raises_nothing_else(whole: Path, tmp_path: Path, place: float, flip: int) -> None:
     def damage(name: str, content: bytes) -> bytes:
