@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +42,10 @@ def patches(layer: Layer, x: Tensor, positions: Positions) -> Tensor:
     """The values of ``x`` under the kernel at these outputs, [M, inputs x height x width of the kernel]."""
     if isinstance(layer, nn.Linear):
         return x[positions.image]
-    (height, width), (up, left) = layer.kernel_size, cast(tuple[int, int], layer.padding)
-    padded = F.pad(x, (left, left, up, up))
+    height, width = layer.kernel_size
+    # Torch's own: the padding of each side, for padding by name too.
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode)
     rows = positions.row[:, None] * layer.stride[0] + torch.arange(height) * layer.dilation[0]
     columns = positions.column[:, None] * layer.stride[1] + torch.arange(width) * layer.dilation[1]
     # [M, height, width, channels]

@@ -88,6 +88,8 @@ def test_a_layer_that_reads_nothing_does_no_harm() -> None:
         nn.Conv2d(4, 6, 3, stride=2, padding=1),
         nn.Conv2d(4, 4, 3, padding=1, groups=4),
         nn.Conv2d(4, 6, (1, 3), dilation=2, groups=2),
+        nn.Conv2d(4, 6, 3, padding="same"),
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
         nn.Linear(4, 6),
     ],
     ids=repr,
