@@ -158,20 +158,25 @@ def embedding_batches(
     """
     images = max(0, len(source) - start) if isinstance(source, IndexedImages) else None
     total = None if images is None else math.ceil(images / batch_size)
-    batches = _ahead(source, batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
-    for batch in track(batches, "Embedding", progress, total):
-        yield _embed_batch(embedder, batch, flip)
+    batches = _from(source, batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
+    views = (_views(batch, flip, embedder.preprocessing) for batch in batches)
+    ahead = prefetched(views) if isinstance(source, IndexedImages) else views
+    for of_a_batch in track(ahead, "Embedding", progress, total):
+        yield _embed_views(embedder, of_a_batch)
 
 
-def _ahead(source: IndexedImages, batch_size: int, start: int) -> Iterator[Tensor]:
-    """Batches from image ``start`` on, read while the last one is embedded."""
-    starts = range(start, len(source), batch_size)
-    return prefetched(source.read(range(first, min(first + batch_size, len(source)))) for first in starts)
+def _from(source: IndexedImages, batch_size: int, start: int) -> Iterator[Tensor]:
+    for first in range(start, len(source), batch_size):
+        yield source.read(range(first, min(first + batch_size, len(source))))
 
 
-def _embed_batch(embedder: Embedder, batch: Tensor, flip: bool) -> Embeddings:
-    views = (batch, batch.flip(-1)) if flip else (batch,)
-    embeddings = [_vectors(embedder(normalise(view, embedder.preprocessing)), len(batch)) for view in views]
+def _views(batch: Tensor, flip: bool, preprocessing: Preprocessing) -> list[Tensor]:
+    """What the network reads of ``batch``: it, and its mirror image where that is wanted too."""
+    return [normalise(view, preprocessing) for view in ((batch, batch.flip(-1)) if flip else (batch,))]
+
+
+def _embed_views(embedder: Embedder, views: list[Tensor]) -> Embeddings:
+    embeddings = [_vectors(embedder(view), len(view)) for view in views]
     return sum(embeddings[1:], start=embeddings[0])
 
 
