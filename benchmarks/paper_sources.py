@@ -61,6 +61,11 @@ class Sources:
         there = (self.data / "lfw").is_dir() and (self.data / "lfw_pairs.txt").exists()
         return Halves(self.data) if there else None
 
+    @cached_property
+    def _lfw(self) -> ImageFolder:
+        """All of LFW, whose headers are looked at once."""
+        return ImageFolder(self.data / "lfw")
+
     def training(self, network: str, labelled: bool) -> IndexedImages | None:
         """What a network is tuned on: the paper's on all of LFW, a stand-in on the first half of its people."""
         if not (self.data / "lfw").is_dir():
@@ -68,7 +73,7 @@ class Sources:
         if network in STAND_INS:
             images: IndexedImages | None = self.halves.tuning if self.halves else None
         else:
-            images = ImageFolder(self.data / "lfw")
+            images = self._lfw
         if labelled or images is None:
             return images
         unlabelled = self.data / "unlabelled"

@@ -1,4 +1,11 @@
-"""One of the paper's tables: run what can be run, and print it beside what the paper prints."""
+"""One of the paper's tables: run what can be run, and print it beside what the paper prints.
+
+    python benchmarks/table1.py [--weights DIR] [--data DIR] [--recipe paper|qface] [--networks R18] [-o runs/table1]
+
+paper_rows.py has the printed figures, paper_sources.py says which files are looked for. With the paper's files all rows
+of the paper are run; beside them, or without them, its methods on the stand-ins, tuned on the first half of LFW's
+people and judged on the second. Figures are kept in the output folder: the same command goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +67,14 @@ def command(number: int) -> click.Command:
             click.echo("interrupted: the same command goes on from here", err=True)
             sys.exit(130)
         finally:
-            _report(table, lines, sources.missing([row.network for row in table.rows]), recipe, output, json_file)
+            _report(
+                table,
+                lines,
+                sources.missing(list(dict.fromkeys(row.network for row in table.rows))),
+                recipe,
+                output,
+                json_file,
+            )
 
     return main
 
@@ -68,14 +82,16 @@ def command(number: int) -> click.Command:
 def _rows(table: PaperTable, sources: Sources) -> list[Row]:
     """The paper's rows, and its methods for each stand-in that is there."""
     stand_ins = [name for name in STAND_INS if sources.network(name) is not None]
-    smaller = [name for name in stand_ins if name in table.teacher_of] or stand_ins
-    rows = list(table.rows)
-    for name in stand_ins:
-        for method in table.methods():
-            if method.kind == "published" or (table.teacher_of and name not in smaller and method.kind != "float"):
-                continue
-            rows.append(Row(name, method.name, method))
-    return rows
+    return [*table.rows, *(row for name in stand_ins for row in _methods_for(table, name))]
+
+
+def _methods_for(table: PaperTable, stand_in: str) -> list[Row]:
+    """QuantFace publishes no stand-ins, and of those in a table of distillation only the smaller one learns."""
+    learns = not table.teacher_of or stand_in in table.teacher_of
+    methods = [
+        method for method in table.methods() if method.kind == "float" or (learns and method.kind != "published")
+    ]
+    return [Row(stand_in, method.name, method) for method in methods]
 
 
 def _line(row: Row, arms: Arms) -> Record:

@@ -1,12 +1,4 @@
-"""Table 1 of Ef-QuantFace.
-
-    python benchmarks/table1.py [--weights DIR] [--data DIR] [--recipe paper|qface] [--networks R18] [-o runs/table1]
-
-benchmarks/paper_rows.py has the printed figures, benchmarks/paper_sources.py says which files are looked for. With the
-paper's files all rows of the paper are run; beside them, or without them, its methods on the stand-ins, tuned on the
-first half of LFW's people and judged on the second. Figures are kept in the output folder: the same command goes on
-from there.
-"""
+"""Table 1 of Ef-QuantFace: ``python benchmarks/table1.py``; paper_table.py says what it does."""
 
 from paper_table import command
 

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from qface.data.decoding import UNREADABLE, decode
+from qface.data.decoding import UNREADABLE, decode, stack_crops
 from qface.data.folders import EXTENSIONS
 from qface.data.landmarks import numbered_lines
 from qface.data.pairs import PairedImages, ResolvedPairs
@@ -80,7 +79,7 @@ class CfpSplit(PairedImages):
             ImagesError: one of them is damaged or not 112x112; it is named.
         """
         crops = [_decode(self.paths[index]) for index in indices]
-        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+        return stack_crops(crops)
 
 
 def _decode(path: Path) -> npt.NDArray[np.uint8]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
+from torch import Tensor
 
 from qface.preprocessing import CROP_SIZE
 
-__all__ = ["UNREADABLE", "decode", "size_of"]
+__all__ = ["UNREADABLE", "decode", "size_of", "stack_crops"]
 
 # What Pillow raises for a damaged file depends on the format and on where the damage lies.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -41,3 +44,8 @@ def decode(content: Path | bytes) -> npt.NDArray[np.uint8]:
         if image.size != (CROP_SIZE, CROP_SIZE):
             raise ValueError(f"it is {image.size[0]}x{image.size[1]}, not {CROP_SIZE}x{CROP_SIZE}")
         return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+
+def stack_crops(crops: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+    """Crops [height, width, 3] as one batch, uint8 [len(crops), 3, height, width]."""
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()

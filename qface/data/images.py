@@ -44,10 +44,10 @@ class IndexedImages(ImageSource):
     def read(self, indices: Sequence[int]) -> Tensor:
         """The images at ``indices`` as one tensor [len(indices), 3, height, width]."""
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield the images in order, ``batch_size`` at a time."""
-        for start in range(0, len(self), batch_size):
-            yield self.read(range(start, min(start + batch_size, len(self))))
+    def batches(self, batch_size: int, start: int = 0) -> Iterator[Tensor]:
+        """Yield the images from ``start`` on in order, ``batch_size`` at a time."""
+        for first in range(start, len(self), batch_size):
+            yield self.read(range(first, min(first + batch_size, len(self))))
 
 
 class TensorImages(IndexedImages):

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qface.data.decoding import UNREADABLE, decode
+from qface.data.decoding import UNREADABLE, decode, stack_crops
 from qface.data.images import IndexedImages
 from qface.errors import ImagesError, one_line
 
@@ -74,7 +74,7 @@ class RecordImages(IndexedImages):
             ImagesError: one of them is damaged or not 112x112; its record is named.
         """
         crops = [self._decode(self._keys[index]) for index in indices]
-        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+        return stack_crops(crops)
 
     def _decode(self, key: int) -> npt.NDArray[np.uint8]:
         try:

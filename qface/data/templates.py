@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from torch import Tensor
 
 from qface.data.alignment import align
-from qface.data.decoding import UNREADABLE
+from qface.data.decoding import UNREADABLE, stack_crops
 from qface.data.images import IndexedImages
 from qface.data.landmarks import FaceLandmarks, numbered_lines, read_landmarks
 from qface.errors import ImagesError, PairsError, one_line
@@ -54,8 +53,7 @@ class LooseCrops(IndexedImages):
         Raises:
             ImagesError: a photo is missing or damaged, or its landmarks are in one place; it is named.
         """
-        crops = np.stack([self._crop(self.faces[index]) for index in indices])
-        return torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous()
+        return stack_crops([self._crop(self.faces[index]) for index in indices])
 
     def _crop(self, face: FaceLandmarks) -> npt.NDArray[np.uint8]:
         path = self.root / face.file

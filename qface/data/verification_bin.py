@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from qface.data.decoding import UNREADABLE, decode
+from qface.data.decoding import UNREADABLE, decode, stack_crops
 from qface.data.pairs import PairedImages, ResolvedPairs
 from qface.errors import ImagesError, PairsError, one_line
 
@@ -63,7 +62,7 @@ class VerificationBin(PairedImages):
             ImagesError: one of them is damaged or not 112x112; its number is named.
         """
         crops = [self._decode(index) for index in indices]
-        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+        return stack_crops(crops)
 
     def _decode(self, index: int) -> npt.NDArray[np.uint8]:
         try:

@@ -156,18 +156,12 @@ def embedding_batches(
         progress: show a bar on stderr while it runs.
         start: leave out so many images; of a source that can be read in any order only.
     """
-    images = max(0, len(source) - start) if isinstance(source, IndexedImages) else None
-    total = None if images is None else math.ceil(images / batch_size)
-    batches = _from(source, batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
+    indexed = isinstance(source, IndexedImages)
+    batches = source.batches(batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
+    total = math.ceil((len(source) - start) / batch_size) if isinstance(source, IndexedImages) else None
     views = (_views(batch, flip, embedder.preprocessing) for batch in batches)
-    ahead = prefetched(views) if isinstance(source, IndexedImages) else views
-    for of_a_batch in track(ahead, "Embedding", progress, total):
+    for of_a_batch in track(prefetched(views) if indexed else views, "Embedding", progress, total):
         yield _embed_views(embedder, of_a_batch)
-
-
-def _from(source: IndexedImages, batch_size: int, start: int) -> Iterator[Tensor]:
-    for first in range(start, len(source), batch_size):
-        yield source.read(range(first, min(first + batch_size, len(source))))
 
 
 def _views(batch: Tensor, flip: bool, preprocessing: Preprocessing) -> list[Tensor]:

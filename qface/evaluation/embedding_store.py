@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qface.data.images import IndexedImages
+from qface.data.subset import Subset
 from qface.errors import ConfigError, ExportError, ImagesError
 from qface.evaluation.embedding import Embedder, Embeddings, embedding_batches
 from qface.files import replacing
@@ -41,7 +42,7 @@ def embed_to_file(
     """
     if len(source) == 0:
         raise ImagesError("there are no images to embed: pass at least one")
-    first = next(embedding_batches(embedder, _Head(source), 1, flip, progress=False))
+    first = next(embedding_batches(embedder, Subset(source, [0]), 1, flip, progress=False))
     header = {"images": len(source), "dimensions": first.shape[1], "flip": flip}
     rows, file = _opened(folder, header, first)
     with file.open("ab") as output:
@@ -49,19 +50,6 @@ def embed_to_file(
             output.write(batch.astype("<f4").tobytes())
             output.flush()
     return np.memmap(file, np.dtype("<f4"), "r", shape=(len(source), first.shape[1]))
-
-
-class _Head(IndexedImages):
-    """The first image of a source."""
-
-    def __init__(self, source: IndexedImages) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return 1
-
-    def read(self, indices: Any) -> Any:
-        return self._source.read(indices)
 
 
 def _opened(folder: Path, header: dict[str, Any], first: Embeddings) -> tuple[int, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        return read_pickled_module(path)
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path):
+            return read_pickled_module(path)
+        raise CheckpointError(
+            f"{path} is damaged or holds more than tensors, and qface does not run code from files; "
+            "save its state_dict() and load that"
+        ) from error
     except Exception as error:  # torch checks little, so damaged bytes may raise anything
         raise CheckpointError(f"{path} is no complete torch file; fetch it again") from error
     for wrapper in _WRAPPERS:

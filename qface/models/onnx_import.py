@@ -378,12 +378,17 @@ def _reshape(run: _Import, node: _Node) -> tuple[fx.Node, int]:
     return run.call(node, nn.Flatten()), 2
 
 
-def _squeeze(run: _Import, node: _Node) -> tuple[fx.Node, int]:
+def _require_height_and_width(run: _Import, node: _Node) -> None:
+    """Refuse ``node`` unless its axes, an attribute or an input, are those of a map."""
     axes = node.attributes.get("axes")
     if axes is None and len(node.inputs) > 1:
         axes = run.constants.get(node.inputs[1], np.array([])).tolist()
     if run.ranks[node.inputs[0]] != 4 or sorted(axis % 4 for axis in axes or ()) != [2, 3]:
         raise run.refuse(node, f"the axes {axes}")
+
+
+def _squeeze(run: _Import, node: _Node) -> tuple[fx.Node, int]:
+    _require_height_and_width(run, node)
     return run.call(node, nn.Flatten()), 2
 
 
@@ -422,11 +427,7 @@ def _same_shape(make: Callable[[_Node], nn.Module]) -> Operation:
 
 
 def _mean(run: _Import, node: _Node) -> tuple[fx.Node, int]:
-    axes = node.attributes.get("axes")
-    if axes is None and len(node.inputs) > 1:
-        axes = run.constants.get(node.inputs[1], np.array([])).tolist()
-    if run.ranks[node.inputs[0]] != 4 or sorted(axis % 4 for axis in axes or ()) != [2, 3]:
-        raise run.refuse(node, f"the axes {axes}")
+    _require_height_and_width(run, node)
     pooled = run.call(node, nn.AdaptiveAvgPool2d(1))
     if node.attributes.get("keepdims", 1):
         return pooled, 4

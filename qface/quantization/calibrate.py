@@ -107,7 +107,8 @@ def calibrate(
         quantizer.set_range()
         quantizer.activation_post_process.reset()
     _keep_biases_in_range(student)
-    round_with_compensation(moments)
+    if new and compensate:
+        round_with_compensation(moments)
     if new and correct_biases:
         with _in_eval_mode(student):
             correct_channel_means(student, sample, means)

@@ -8,6 +8,7 @@ the inverse of H). Weights end on the grid that they have; ranges do not change.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -70,15 +71,13 @@ class InputMoments:
         new = (count + values.shape[1], sums + values.sum(1).double(), products + (values.mT @ values).double())
         self._sums[layer] = new
 
-    def items(self) -> list[tuple[nn.Module, Tensor]]:
+    def items(self) -> Iterator[tuple[nn.Module, Tensor]]:
         """Each layer that was seen, and its regularised moments, float64 [groups, weights of a channel, the same]."""
-        found = []
         for layer, (count, sums, products) in self._sums.items():
             mean, squares = sums / count, products / count
             moments = squares - mean[:, :, None] * mean[:, None, :]
             ridge = (_RIDGE + moments.shape[1] / count) * _size(moments) + _PRECISION * _size(squares)
-            found.append((layer, moments + torch.diag_embed(ridge[:, None].expand(-1, moments.shape[1]))))
-        return found
+            yield layer, moments + torch.diag_embed(ridge[:, None].expand(-1, moments.shape[1]))
 
 
 @torch.no_grad()
