@@ -97,11 +97,13 @@ class Recipe:
         quantization: rules of the ranges; the widths are the row's.
         calibration: which parts of :func:`qface.calibrate` are on.
         training: settings of the distillation; seed and steps are the run's.
+        after_pruning: those for a network that lost channels.
     """
 
     quantization: qface.QuantizationConfig
     calibration: dict[str, bool]
     training: qface.DistillConfig
+    after_pruning: qface.DistillConfig
 
 
 def _parts(on: bool) -> dict[str, bool]:
@@ -109,10 +111,16 @@ def _parts(on: bool) -> dict[str, bool]:
 
 
 RECIPES = {
-    "qface": Recipe(qface.QuantizationConfig(), _parts(True), training=qface.DistillConfig()),
+    "qface": Recipe(
+        qface.QuantizationConfig(),
+        _parts(True),
+        training=qface.DistillConfig(),
+        after_pruning=qface.DistillConfig.after_pruning(),
+    ),
     "paper": Recipe(
         qface.QuantizationConfig(weight_range="minmax", activation_range="minmax"),
         _parts(False),
         training=qface.DistillConfig.paper(),
+        after_pruning=qface.DistillConfig.paper(),
     ),
 }

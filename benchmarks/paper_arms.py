@@ -78,11 +78,19 @@ class Arms:
             "version": qface.__version__,
             "weights": digest(weights.read_bytes()),
             "method": asdict(method),
-            "recipe": self.recipe if method.kind in ("ours", "pruned") else None,
+            "recipe": self._recipe_settings(method) if method.kind in ("ours", "pruned") else None,
             "seed": self.seed,
             "max_steps": self.max_steps,
             "images": None if images is None or method.kind == "float" else len(images),
             "teacher": self.teacher_of.get(network) if method.kind == "distilled" else None,
+        }
+
+    def _recipe_settings(self, method: Method) -> Record:
+        recipe = RECIPES[self.recipe]
+        return {
+            "quantization": recipe.quantization.to_dict(),
+            "calibration": recipe.calibration,
+            "training": asdict(self._training(method)),
         }
 
     def _made(self, network: str, method: Method, name: str, settings: Record) -> tuple[Model, Record]:
@@ -117,7 +125,8 @@ class Arms:
 
     def _training(self, method: Method) -> qface.DistillConfig:
         """The settings of the recipe for ``method``; without labels EKD sees negative pairs only, or the teacher's."""
-        config = RECIPES[self.recipe].training
+        recipe = RECIPES[self.recipe]
+        config = recipe.after_pruning if method.kind == "pruned" else recipe.training
         return replace(
             config,
             class_head=method.class_head,

@@ -118,8 +118,10 @@ _pruning = _options(
 _PRUNING = ("importance", "norm", "scope", "round_to", "keep", "keep_embedding", "repair", "reestimate", "steps")
 
 
-def _distill_config(recipe: str, lr: float | None, **settings: Any) -> qface.DistillConfig:
-    base = qface.DistillConfig.paper() if recipe == "paper" else qface.DistillConfig()
+def _distill_config(
+    recipe: str, lr: float | None, ours: qface.DistillConfig | None = None, **settings: Any
+) -> qface.DistillConfig:
+    base = qface.DistillConfig.paper() if recipe == "paper" else ours or qface.DistillConfig()
     return replace(base, learning_rate=base.learning_rate if lr is None else lr, **settings)
 
 
@@ -210,7 +212,7 @@ def prune(
     wanted = _share_or_budget(ratio, parameters=parameters, macs=macs, mb=mb)
     teacher = resolve_model(model, weights)
     config = qface.PruningConfig(seed=options["seed"], **{name: options.pop(name) for name in _PRUNING})
-    training = _distill_config(**options)
+    training = _distill_config(**options, ours=qface.DistillConfig.after_pruning())
 
     def tune(pruned: nn.Module, step: int) -> None:
         folder = None if run_dir is None else run_dir / f"step-{step}"

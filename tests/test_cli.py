@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 import qface
 from qface.cli import export_alias, main
+from qface.models.provenance import provenance_of
 from qface.models.resolve import resolve_model
 from tests.data.ijb import SmallIjb
 
@@ -216,6 +217,8 @@ def test_prune_says_what_is_left_and_its_file_goes_on(workplace: Path) -> None:
     record = json.loads(result.stdout)
     assert record["after"]["parameters"] == 4 * 28 + 4 * 2 + 4 + 4 * 16 + 16
     assert record["after"]["macs"] < record["before"]["macs"]
+    last = provenance_of(qface.load("pruned.safetensors"))[-1]
+    assert (last["step"], last["learning_rate"]) == ("distill", 0.005)
     result = run("quantize", "--model", "pruned.safetensors", *faces, "--no-distill", "-o", "student.safetensors")
     assert result.exit_code == 0, result.output
     table = run("prune", "--model", "my_networks:make", "--mb", "0.001", "-o", "small.safetensors")

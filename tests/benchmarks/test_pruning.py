@@ -23,6 +23,9 @@ def test_every_variant_is_a_file_with_figures_and_is_made_once(data: Path, monke
     assert rows["float"]["distance"] == pytest.approx(0, abs=1e-5)
     assert rows["pruned0.5"]["macs"] < rows["float"]["macs"]
     assert rows["pruned0.5-w6a6"]["macs"] == rows["pruned0.5"]["macs"]
+    pruned, whole = rows["pruned0.5-w6a6"], rows["w6a6"]
+    gain = (pruned["speedup"] / whole["speedup"]) / (whole["macs"] / pruned["macs"])
+    assert pruned["gain_per_macs"] == pytest.approx(gain)
     for row in rows.values():
         assert (output / row["file"]).stat().st_size == row["bytes"]
         assert row["speedup"] > 0

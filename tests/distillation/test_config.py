@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,10 @@ def test_paper_settings() -> None:
     assert paper.ekd_parity
     assert not paper.uses_embedding_loss
     assert not paper.class_head
+
+
+def test_larger_steps_after_pruning() -> None:
+    assert DistillConfig.after_pruning() == replace(DistillConfig(), learning_rate=0.005)
 
 
 @pytest.mark.parametrize(
