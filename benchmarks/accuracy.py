@@ -21,7 +21,6 @@ last, a training behind its last checkpoint (its seconds are then not known). Ct
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from accuracy_report import draw_sweep, markdown, summarise, table
 from accuracy_rows import CALIBRATION_IMAGES, EVERY_ROW, NETWORKS, RECIPES, ROWS, SWEEP, Row
 from held_out import Embeddings, Halves
 from records import Record, Records, digest
+from report_files import write_json, write_text
 from rich.console import Console
 from stopwatch import timed
 from torch import nn
@@ -44,7 +44,6 @@ from torch import nn
 import qface
 from qface.data import IndexedImages, nested_subset
 from qface.evaluation import embed
-from qface.files import replacing
 
 
 @dataclass(frozen=True)
@@ -294,21 +293,16 @@ def report(runs: Sequence[Run], benches: dict[str, Bench], output: Path, sweep: 
     lines = summarise(teachers, figures)
     Console(width=max(Console().width, 220)).print(table(lines, teachers))
     click.echo(f"{len(figures)} of {len(runs)} runs are there")
-    _write(output / "accuracy.md", markdown(lines, teachers))
+    write_text(output / "accuracy.md", markdown(lines, teachers))
     if sweep:
         draw_sweep(lines, output / "accuracy.png")
     if json_file is not None:
-        _write(json_file, json.dumps({"float": teachers, "runs": figures, "summary": lines}, indent=1))
+        write_json(json_file, {"float": teachers, "runs": figures, "summary": lines})
 
 
 def _identified(run: Run, result: Record) -> Record:
     which = {"network": run.network, "recipe": run.recipe, "row": run.row.name, "settings": run.settings()}
     return {**which, "seed": run.seed, **result}
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

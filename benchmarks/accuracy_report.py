@@ -10,9 +10,8 @@ from typing import Any
 
 from accuracy_rows import EVERY_ROW, SWEEP, SWEEP_BITS, Goal
 from held_out import FPRS
+from report_files import write_figure
 from rich.table import Table
-
-from qface.files import replacing
 
 Record = dict[str, Any]
 
@@ -156,8 +155,7 @@ def draw_sweep(lines: Iterable[Record], path: Path) -> None:
     panel.set_xticks(SWEEP_BITS)
     panel.grid(linewidth=0.3)
     panel.legend(fontsize="small")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    write_figure(path, figure)
 
 
 def _curves(lines: Iterable[Record]) -> dict[str, dict[int, float]]:

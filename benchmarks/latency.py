@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import logging
 import os
 import platform
@@ -28,6 +27,7 @@ import click
 import numpy as np
 import onnx
 import torch
+from report_files import write_figure, write_json
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -92,7 +92,7 @@ def main(
         report["networks"][name] = {"weights": origin, "rows": records}
         for rows in comparisons:
             console.print(latency_table(rows, title))
-    (output / "latency.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_json(output / "latency.json", report)
     if importlib.util.find_spec("matplotlib"):
         draw(measured, output / "latency.png")
     for note in notes:
@@ -318,7 +318,7 @@ def draw(networks: dict[str, list[list[Latency]]], path: Path) -> None:
     panels[0][0].set_ylabel(f"median time / {PACKED}")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
     pyplot.close(figure)
 
 

@@ -7,13 +7,13 @@ Every figure of the student is that of the file in onnxruntime unless the row sa
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from report_files import write_json
 from rich.console import Console
 from rich.table import Table
 from stopwatch import timed
@@ -65,7 +65,7 @@ def main(data: Path, weights: str, bits: int, recipe: str, seed: int, output: Pa
     report = {"bits": bits, "recipe": recipe, "rows": rows, "agreement": agreement(student, student_file, faces)}
     show(report)
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_json(json_file, report)
 
 
 def row(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import quantface
+import torch
 from accuracy_rows import CALIBRATION_IMAGES, RECIPES
 from paper_rows import Method
 from paper_sources import Model, Sources
@@ -184,7 +185,13 @@ class Arms:
 
 
 def _fresh(network: str, trained: nn.Module) -> nn.Module:
-    """``trained`` with weights as before any training."""
+    """``trained`` with weights as before any training, the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _initialised(network, trained)
+
+
+def _initialised(network: str, trained: nn.Module) -> nn.Module:
     name = network if network in MODEL_NAMES else f"iresnet{network.removeprefix('R')}"
     fresh = qface.load(name) if name in MODEL_NAMES else trained
     shapes = {key: value.shape for key, value in trained.state_dict().items()}

@@ -9,7 +9,6 @@ people and judged on the second. Figures are kept in the output folder: the same
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,11 +20,11 @@ from paper_arms import Arms, Unavailable
 from paper_rows import SETS, TABLES, PaperTable, Row
 from paper_sources import HALF_COLUMNS, STAND_INS, Sources
 from records import Record, Records
+from report_files import write_figure, write_json, write_text
 from rich.console import Console
 from rich.table import Table
 
 import qface
-from qface.files import replacing
 
 __all__ = ["command"]
 
@@ -130,10 +129,10 @@ def _report(
         console.print(f"- {note}", markup=False)
     for lack in missing:
         console.print(f"missing: {lack}", markup=False)
-    _write(output / f"table{table.number}.md", _markdown(headings, cells, notes))
+    write_text(output / f"table{table.number}.md", _markdown(headings, cells, notes))
     _draw(table, lines, output / f"table{table.number}.png")
     if json_file is not None:
-        _write(json_file, json.dumps({"table": _as_data(table), "recipe": recipe, "rows": lines, "missing": missing}))
+        write_json(json_file, {"table": _as_data(table), "recipe": recipe, "rows": lines, "missing": missing})
 
 
 def _as_data(table: PaperTable) -> Record:
@@ -206,10 +205,4 @@ def _draw(table: PaperTable, lines: Sequence[Record], path: Path) -> None:
     panel.set_title(f"Table {table.number}: {table.title}", fontsize="medium")
     panel.grid(linewidth=0.3)
     panel.legend(fontsize="small")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_figure(path, figure)

@@ -13,7 +13,6 @@ latency.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ import click
 from accuracy_rows import NETWORKS
 from held_out import Embeddings, Halves
 from records import Record, Records, digest
+from report_files import write_figure, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -30,7 +30,6 @@ from torch import nn
 import qface
 from qface.deployment import median_milliseconds
 from qface.evaluation import embed
-from qface.files import replacing
 from qface.pruning import cost_of
 
 
@@ -201,8 +200,7 @@ def main(
     Console(width=max(Console().width, 140)).print(table(network, rows))
     draw(network, rows, output / f"{network}.png")
     if json_file is not None:
-        with replacing(json_file) as temporary:
-            temporary.write_text(json.dumps({"network": network, "rows": rows}, indent=1), encoding="utf-8")
+        write_json(json_file, {"network": network, "rows": rows})
 
 
 def gain_per_macs(row: Record, rows: Sequence[Record]) -> float | None:
@@ -265,8 +263,7 @@ def draw(network: str, rows: Sequence[Record], path: Path) -> None:
         panel.grid(linewidth=0.3)
     if panels[0].lines:
         panels[0].legend(fontsize="small")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    write_figure(path, figure)
 
 
 def lines(rows: Sequence[Record]) -> dict[tuple[int | None, bool], list[Record]]:

@@ -12,7 +12,6 @@ does; the last rows show the same steps without that.
 from __future__ import annotations
 
 import copy
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import click
 import torch
 from accuracy_rows import NETWORKS
+from report_files import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def main(data: Path, network: Sequence[str], bits: int, batch_size: int, repeats
     for entry in report:
         show(entry)
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_json(json_file, report)
 
 
 def measured(name: str, data: Path, bits: int, batch_size: int, repeats: int, device: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ batch, as its own has. A GPU is used where there is one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ import click
 import quantface
 import torch
 from accuracy_rows import NETWORKS
+from report_files import write_figure, write_json
 from rich.console import Console
 from rich.table import Table
 from stopwatch import timed
@@ -32,7 +32,6 @@ from torch import nn
 import qface
 from qface.data import ImageFolder, TensorImages
 from qface.data.sampling import sample_batches
-from qface.files import replacing
 from qface.progress import track
 
 EPOCHS = {"LFW": 13_233, "QuantFace, synthetic": 500_000, "MS1MV2": 5_822_653}
@@ -72,8 +71,7 @@ def main(
         click.echo(explained(entry))
         draw(entry, output / f"training_time-{entry['network']}.png")
     if json_file is not None:
-        with replacing(json_file) as temporary:
-            temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_json(json_file, report)
 
 
 def measured(name: str, data: Path, bits: int, batch_size: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -171,8 +169,7 @@ def draw(entry: dict[str, Any], path: Path) -> None:
     panel.invert_yaxis()
     panel.set_xscale("log")
     panel.set_xlabel(f"minutes an epoch, {entry['network']}, {entry['device']}, {entry['threads']} threads")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    write_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""Tables, figures and JSON of a benchmark, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qface.files import replacing
+
+__all__ = ["write_figure", "write_json", "write_text"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` to ``path``."""
+    write_text(path, json.dumps(data, indent=1))
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib to ``path`` as PNG."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
