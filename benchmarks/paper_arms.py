@@ -40,7 +40,7 @@ class Arms:
         records: where models and figures are kept.
         recipe: ``"paper"`` or ``"qface"``, for what is ours.
         teacher_of: of a network that is distilled, the network it learns from.
-        seed: of subsets and training.
+        seed: of subsets, of weights of fresh networks, and of training.
         max_steps: of each training.
     """
 
@@ -176,7 +176,7 @@ class Arms:
     def _distilled(self, network: str, method: Method, images: IndexedImages, folder: Path) -> tuple[Model, float]:
         """A fresh network of the same kind, which EKD's authors' settings teach."""
         teacher = self._teacher(self.teacher_of[network])
-        student = _fresh(network, self._teacher(network))
+        student = _fresh(network, self._teacher(network), self.seed)
         config = replace(
             qface.DistillConfig.paper(), class_head=method.class_head, seed=self.seed, max_steps=self.max_steps
         )
@@ -184,10 +184,10 @@ class Arms:
         return student, cost_of(student).mb
 
 
-def _fresh(network: str, trained: nn.Module) -> nn.Module:
-    """``trained`` with weights as before any training, the same each time."""
+def _fresh(network: str, trained: nn.Module, seed: int) -> nn.Module:
+    """``trained`` with weights as before any training, the same for each seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return _initialised(network, trained)
 
 

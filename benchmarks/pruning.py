@@ -104,6 +104,8 @@ class Bench:
             "weights": digest(weights.read_bytes()),
             "images": digest(self._halves.names()),
             "pruning": asdict(self._pruning),
+        }
+        self._trainings = {
             "after_pruning": asdict(self._after_pruning),
             "after_calibration": asdict(self._after_calibration),
         }
@@ -114,7 +116,8 @@ class Bench:
 
     def _key(self, variant: Variant) -> tuple[str, Record]:
         """Name and settings of ``variant``."""
-        return f"{self.network}-{variant.name}", {**self._inputs, **asdict(variant)}
+        training = self._trainings if variant.trained else {}
+        return f"{self.network}-{variant.name}", {**self._inputs, **training, **asdict(variant)}
 
     def _path(self, variant: Variant, ending: str) -> Path:
         return self._records.path(*self._key(variant), ending)

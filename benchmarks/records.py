@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from report_files import write_json
 
 from qface.files import replacing
 
@@ -40,8 +41,7 @@ class Records:
         found = self.find(name, settings)
         if found is None:
             found = make()
-            with replacing(self.path(name, settings, ".json")) as temporary:
-                temporary.write_text(json.dumps({"settings": settings, "result": found}, indent=1), encoding="utf-8")
+            write_json(self.path(name, settings, ".json"), {"settings": settings, "result": found})
         return found
 
     def recall_array(self, name: str, settings: Record, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:

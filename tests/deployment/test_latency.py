@@ -7,16 +7,18 @@ import torch
 from click.testing import CliRunner
 
 import qface
-from benchmarks import latency as benchmark
 from qface.cli import main
 from qface.deployment import latency, median_milliseconds
 from qface.deployment.latency import Candidate, compare, open_file
 from qface.errors import CheckpointError, ConfigError
 from qface.preprocessing import Preprocessing, with_preprocessing
+from tests.benchmarks.scripts import script
 from tests.networks import tiny_face_net
 
 SIZE = (32, 24)
 RUNS = 4
+
+benchmark = script("latency")
 
 
 @pytest.fixture(scope="module")

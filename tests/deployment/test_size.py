@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -29,6 +26,7 @@ from qface.models import iresnet
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import LayerBits, QuantizationConfig, quantize
 from qface.quantization.layers import WeightedLayer
+from tests.benchmarks.scripts import script
 from tests.deployment.networks import Sum, calibrated, framed, prelu
 from tests.networks import foreign_net, tiny_face_net
 
@@ -301,16 +299,8 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
         assert len(result.stderr.strip().splitlines()) == 1
 
 
-def benchmark() -> Any:
-    spec = spec_from_file_location("size_benchmark", Path(qface.__file__).parents[1] / "benchmarks" / "size.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_published_size_is_a_formula() -> None:
-    sizes = benchmark()
+    sizes = script("size")
     with torch.device("meta"):
         numbers = {depth: sizes.file_tensors(iresnet(depth)) for depth in sizes.DEPTHS}
     for figure in sizes.PUBLISHED:
