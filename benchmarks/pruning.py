@@ -1,18 +1,19 @@
 """Where pruning pays against lower bits: accuracy, size and latency of networks pruned, quantized, and both.
 
-    python benchmarks/pruning.py [--data ../shared] [--network mobilefacenet] [--ratios 0.1 --ratios 0.2] [--bits 6]
-                                 [--no-train] [--max-steps N] [-o runs/pruning] [--json FILE]
+    python benchmarks/pruning.py [--data ../shared] [--network mobilefacenet] [--ratios 0.1 --ratios 0.2]
+                                 [--bits 6 --bits w4a8] [--no-train] [--max-steps N] [-o runs/pruning] [--json FILE]
 
 Everything is tuned on the first half of the people, and judged on the second: all figures are those of the exported
 file in onnxruntime. Latencies are of one image on one thread, all files in turns, in multiples of the float network's
 time; "/ fewer MACs" is what pruning gained in time, over what it saved in products, in percent. Widths are rounded down
-to multiples of 4, as integer kernels like them; ``--round-to 1`` leaves them as they come out. Each file is written at
-once with its figures; the same command goes on behind the last. It prints a table and draws accuracy over size and over
-latency.
+to multiples of 16, which integer kernels are fastest at; ``--round-to 1`` leaves them as they come out. Each file is
+written at once with its figures; the same command goes on behind the last. It prints a table and draws accuracy over
+size and over latency.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -32,6 +33,28 @@ from qface.deployment import median_milliseconds
 from qface.evaluation import embed
 from qface.pruning import cost_of
 
+Bits = tuple[int, int]
+"""Of weights, and of activations."""
+
+
+def name_of(bits: Bits) -> str:
+    """As ``w4a8``."""
+    return "w{}a{}".format(*bits)
+
+
+class BitsOption(click.ParamType):
+    """``6`` for weights and activations alike, or ``w4a8``."""
+
+    name = "BITS"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Bits:
+        """Both widths."""
+        found = re.fullmatch(r"([2-8])|w([2-8])a([2-8])", value)
+        if found is None:
+            self.fail(f"{value!r} is neither a width from 2 to 8 nor two of them, as in w4a8", param, ctx)
+        both, weights, activations = found.groups()
+        return int(both or weights), int(both or activations)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -40,13 +63,13 @@ class Variant:
     Args:
         ratio: share of channels removed.
         repaired: layers solved for their outputs after pruning.
-        bits: width of weights and activations.
+        bits: of weights, and of activations.
         trained: distilled after pruning, and again after calibration.
     """
 
     ratio: float | None = None
     repaired: bool = True
-    bits: int | None = None
+    bits: Bits | None = None
     trained: bool = False
 
     @property
@@ -56,7 +79,7 @@ class Variant:
         parts = (
             pruned,
             "unrepaired" if not self.repaired else "",
-            f"w{self.bits}a{self.bits}" if self.bits else "",
+            name_of(self.bits) if self.bits else "",
             "distilled" if self.trained else "",
         )
         return "-".join(part for part in parts if part) or "float"
@@ -65,7 +88,7 @@ class Variant:
 FLOAT = Variant()
 
 
-def variants(ratios: Sequence[float], bits: Sequence[int], train: bool) -> Iterator[Variant]:
+def variants(ratios: Sequence[float], bits: Sequence[Bits], train: bool) -> Iterator[Variant]:
     """All that is compared."""
     yield FLOAT
     for ratio in ratios:
@@ -153,7 +176,9 @@ class Bench:
 
     def _quantized(self, network: nn.Module, variant: Variant) -> nn.Module:
         assert variant.bits is not None
-        student = qface.calibrate(qface.quantize(network, variant.bits), self._halves.tuning, progress=True)
+        student = qface.calibrate(
+            qface.quantize(network, qface.QuantizationConfig(*variant.bits)), self._halves.tuning, progress=True
+        )
         if variant.trained:
             qface.distill(student, self.teacher, self._halves.tuning, self._after_calibration)
         return student
@@ -171,8 +196,8 @@ class Bench:
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
 @click.option("--network", type=click.Choice(list(NETWORKS)), default="mobilefacenet", show_default=True)
 @click.option("--ratios", type=click.FloatRange(0, 1, True, True), multiple=True, default=[0.1, 0.2, 0.3])
-@click.option("--bits", type=click.IntRange(2, 8), multiple=True, default=[6, 4], show_default=True)
-@click.option("--round-to", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--bits", type=BitsOption(), multiple=True, default=["6", "w4a8"], show_default=True)
+@click.option("--round-to", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--no-train", is_flag=True, help="Leave out all that is distilled.")
 @click.option("--max-steps", type=click.IntRange(1), help="Train no longer than this.  [default: one epoch]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/pruning"), show_default=True)
@@ -181,7 +206,7 @@ def main(
     data: Path,
     network: str,
     ratios: Sequence[float],
-    bits: Sequence[int],
+    bits: Sequence[Bits],
     round_to: int,
     no_train: bool,
     max_steps: int | None,
@@ -256,7 +281,7 @@ def draw(network: str, rows: Sequence[Record], path: Path) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     best = rows[0]["tpr"]["1e-4"]
     for (bits, trained), line in lines(rows).items():
-        label = f"{'float' if bits is None else f'w{bits}a{bits}'}{', distilled' if trained else ''}"
+        label = f"{'float' if bits is None else name_of(bits)}{', distilled' if trained else ''}"
         lost = [100 * (best - row["tpr"]["1e-4"]) for row in line]
         for panel, key, scale in zip(panels, ("bytes", "speedup"), (1e-6, 1), strict=True):
             panel.plot([row[key] * scale for row in line], lost, marker="o", label=label)
@@ -269,9 +294,9 @@ def draw(network: str, rows: Sequence[Record], path: Path) -> None:
     write_figure(path, figure)
 
 
-def lines(rows: Sequence[Record]) -> dict[tuple[int | None, bool], list[Record]]:
+def lines(rows: Sequence[Record]) -> dict[tuple[Bits | None, bool], list[Record]]:
     """Rows that differ in how much was pruned only."""
-    found: dict[tuple[int | None, bool], list[Record]] = {}
+    found: dict[tuple[Bits | None, bool], list[Record]] = {}
     for row in rows:
         if row["repaired"] and row["tpr"]["1e-4"] is not None:
             found.setdefault((row["bits"], row["trained"]), []).append(row)

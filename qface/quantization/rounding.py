@@ -25,7 +25,11 @@ _RIDGE = 1e-2
 
 Few places say little of how inputs vary together: what they do not show, compensation would spoil.
 """
-_PRECISION = 1e-5  # of products in float32, from which a mean is taken off that may be nearly all of them
+_PRECISION = 4 * torch.finfo(torch.float32).eps
+"""Error of products in float32, in parts of them, for each weight.
+
+A mean is taken off that may be nearly all of them, and the errors of all weights may have one direction.
+"""
 _BLOCK = 128  # weights, whose errors reach those behind the block all at once, by one product
 _MOST_WEIGHTS = 4608
 """Of a channel, 512 x 3 x 3; the moments of more take gigabytes, and there the order of rounding stays as it is."""
@@ -76,8 +80,9 @@ class InputMoments:
         for layer, (count, sums, products) in self._sums.items():
             mean, squares = sums / count, products / count
             moments = squares - mean[:, :, None] * mean[:, None, :]
-            ridge = (_RIDGE + moments.shape[1] / count) * _size(moments) + _PRECISION * _size(squares)
-            yield layer, moments + torch.diag_embed(ridge[:, None].expand(-1, moments.shape[1]))
+            weights = moments.shape[1]
+            ridge = (_RIDGE + weights / count) * _size(moments) + weights * _PRECISION * _size(squares)
+            yield layer, moments + torch.diag_embed(ridge[:, None].expand(-1, weights))
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 import qface
-from tests.benchmarks.scripts import run
+from tests.benchmarks.scripts import run, script
 
 
 def test_every_variant_is_a_file_with_figures_and_is_made_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     output, figures = data.parent / "runs", data.parent / "figures.json"
     options = ("--data", data, "-o", output, "--json", figures, "--max-steps", "1", "--ratios", "0.5", "--bits", "6")
+    options += ("--round-to", "4")  # the network is a narrow one
     result = run("pruning", *options)
     assert result.exit_code == 0, result.output
     rows = {row["name"]: row for row in json.loads(figures.read_text())["rows"]}
@@ -37,3 +38,16 @@ def test_every_variant_is_a_file_with_figures_and_is_made_once(data: Path, monke
     for verb in ("prune", "export", "distill"):
         monkeypatch.setattr(qface, verb, again)
     assert run("pruning", *options).exit_code == 0
+
+
+@pytest.mark.parametrize(("text", "name"), [("6", "w6a6"), ("w4a8", "w4a8")])
+def test_widths_of_weights_and_activations_are_told_apart(text: str, name: str) -> None:
+    module = script("pruning")
+    assert module.name_of(module.BitsOption().convert(text, None, None)) == name
+
+
+@pytest.mark.parametrize("text", ["9", "w4", "w4a9", "a8w4", "four"])
+def test_other_widths_are_refused(text: str) -> None:
+    result = run("pruning", "--bits", text)
+    assert result.exit_code == 2
+    assert "neither a width from 2 to 8 nor two" in result.stderr

@@ -82,6 +82,19 @@ def test_a_layer_that_reads_nothing_does_no_harm() -> None:
     assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-4, 1e-3, 1e-2])
+def test_inputs_that_hardly_vary_do_no_harm(spread: float) -> None:
+    """What is left of their products without the mean may be nothing but rounding."""
+    torch.manual_seed(0)
+    model = framed(lambda: nn.Sequential(nn.Conv2d(8, 512, 1), nn.Conv2d(512, 8, 1)))
+    with torch.no_grad():
+        model.body[0].weight.mul_(spread)
+        model.body[0].bias.fill_(1)
+    for count in (4, 64):
+        student = calibrate(quantize(model, QuantizationConfig(4, 8)), FACES[:count], equalise=False)
+        assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
+
+
 @pytest.mark.parametrize(
     "layer",
     [
