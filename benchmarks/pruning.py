@@ -1,7 +1,8 @@
 """Where pruning pays against lower bits: accuracy, size and latency of networks pruned, quantized, and both.
 
     python benchmarks/pruning.py [--data ../shared] [--network mobilefacenet] [--ratios 0.1 --ratios 0.2]
-                                 [--bits 6 --bits w4a8] [--no-train] [--max-steps N] [-o runs/pruning] [--json FILE]
+                                 [--bits 6 --bits w4a8] [--scope layer] [--round-to 16] [--no-train]
+                                 [--max-steps N] [-o runs/pruning] [--json FILE]
 
 Everything is tuned on the first half of the people, and judged on the second: all figures are those of the exported
 file in onnxruntime. Latencies are of one image on one thread, all files in turns, in multiples of the float network's
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import click
 from accuracy_rows import NETWORKS
@@ -32,6 +34,7 @@ import qface
 from qface.deployment import median_milliseconds
 from qface.evaluation import embed
 from qface.pruning import cost_of
+from qface.pruning.config import ScopeName
 
 Bits = tuple[int, int]
 """Of weights, and of activations."""
@@ -109,17 +112,19 @@ class Bench:
         network: one of :data:`NETWORKS`.
         data: the folder with ``data/`` and ``weights/``.
         records: where files and figures are kept.
-        round_to: what pruned widths are a multiple of.
+        pruning: how channels are chosen.
         max_steps: of each training; None for one epoch.
     """
 
-    def __init__(self, network: str, data: Path, records: Records, round_to: int, max_steps: int | None) -> None:
+    def __init__(
+        self, network: str, data: Path, records: Records, pruning: qface.PruningConfig, max_steps: int | None
+    ) -> None:
         weights = data / "weights" / NETWORKS[network]
         self.network = network
         self.teacher = qface.load(weights)
         self._halves = Halves(data / "data")
         self._records = records
-        self._pruning = qface.PruningConfig(round_to=round_to)
+        self._pruning = pruning
         self._after_pruning = replace(qface.DistillConfig.after_pruning(), max_steps=max_steps)
         self._after_calibration = qface.DistillConfig(max_steps=max_steps)
         self._inputs = {
@@ -197,6 +202,7 @@ class Bench:
 @click.option("--network", type=click.Choice(list(NETWORKS)), default="mobilefacenet", show_default=True)
 @click.option("--ratios", type=click.FloatRange(0, 1, True, True), multiple=True, default=[0.1, 0.2, 0.3])
 @click.option("--bits", type=BitsOption(), multiple=True, default=["6", "w4a8"], show_default=True)
+@click.option("--scope", type=click.Choice(get_args(ScopeName)), default="layer", show_default=True)
 @click.option("--round-to", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--no-train", is_flag=True, help="Leave out all that is distilled.")
 @click.option("--max-steps", type=click.IntRange(1), help="Train no longer than this.  [default: one epoch]")
@@ -207,6 +213,7 @@ def main(
     network: str,
     ratios: Sequence[float],
     bits: Sequence[Bits],
+    scope: ScopeName,
     round_to: int,
     no_train: bool,
     max_steps: int | None,
@@ -215,7 +222,8 @@ def main(
 ) -> None:
     """Measure what is missing, time all files in turns, print the table and draw the figure."""
     output.mkdir(parents=True, exist_ok=True)
-    bench = Bench(network, data, Records(output), round_to, max_steps)
+    pruning = qface.PruningConfig(scope=scope, round_to=round_to)
+    bench = Bench(network, data, Records(output), pruning, max_steps)
     rows = []
     for variant in variants(ratios, bits, not no_train):
         click.echo(variant.name, err=True)

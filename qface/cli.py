@@ -108,7 +108,7 @@ _pruning = _options(
         show_default=True,
         help="Remove the same share of each layer, or the weakest of the network.",
     ),
-    click.option("--round-to", type=int, default=1, show_default=True, help="Widths are multiples of it."),
+    click.option("--round-to", type=int, default=1, show_default=True, help="Widths are multiples of it; 16 suits integer kernels best."),
     click.option("--keep", multiple=True, help="A layer whose outputs stay as they are; repeatable."),
     click.option("--keep-embedding/--cut-embedding", default=True, show_default=True),
     click.option("--repair/--no-repair", default=True, show_default=True, help="Solve for lost outputs on --images."),

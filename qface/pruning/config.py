@@ -29,7 +29,8 @@ class PruningConfig:
         scope: within which the weakest are looked for: each ``"layer"`` loses the same share, or all channels of the
             ``"network"`` are compared.
         greatest_share: what no layer loses more than, of its channels; for the scope ``"network"``.
-        round_to: number of channels is brought down to a multiple of it. Integer kernels want a multiple of 4.
+        round_to: number of channels is brought down to a multiple of it. Integer kernels are fastest at
+            multiples of 16.
         keep: layers, by name, whose outputs stay as they are.
         keep_embedding: leave the size of the embedding as it is.
         steps: how many rounds the channels are removed in; between them :func:`qface.prune` can train.
