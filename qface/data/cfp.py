@@ -22,8 +22,8 @@ from torch import Tensor
 
 from qface.data.decoding import UNREADABLE, decode, stack_crops
 from qface.data.folders import EXTENSIONS
-from qface.data.landmarks import numbered_lines
 from qface.data.pairs import PairedImages, ResolvedPairs
+from qface.data.text_lines import numbered_lines
 from qface.errors import ImagesError, PairsError, one_line
 
 __all__ = ["CfpSplit", "is_cfp_split"]

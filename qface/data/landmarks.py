@@ -6,16 +6,16 @@ This is the format of ``ijbc_name_5pts_score.txt`` of IJB-B and IJB-C.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from qface.data.alignment import Landmarks
+from qface.data.text_lines import numbered_lines
 from qface.errors import ImagesError
 
-__all__ = ["FaceLandmarks", "numbered_lines", "read_landmarks"]
+__all__ = ["FaceLandmarks", "read_landmarks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,23 +44,6 @@ def read_landmarks(path: str | Path) -> list[FaceLandmarks]:
     if not faces:
         raise ImagesError(f"{path} holds no landmarks: expected lines 'file x1 y1 ... x5 y5'")
     return faces
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not blank, with their numbers from 1.
-
-    Raises:
-        ImagesError: it cannot be read as text.
-    """
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line
-    except FileNotFoundError:
-        raise ImagesError(f"there is no file {path}: check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ImagesError(f"{path} cannot be read as text: {error}") from error
 
 
 def _face(path: Path, number: int, line: str) -> FaceLandmarks:

@@ -7,7 +7,7 @@ CALFW's and CPLFW's ``Ann_0001.jpg 3``, of one person where the number is not 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from qface.data.folders import ImageFolder
 from qface.data.images import IndexedImages
+from qface.data.text_lines import numbered_lines
 from qface.errors import PairsError
 
 __all__ = ["PairList", "PairedImages", "ResolvedPairs", "read_lfw_pairs", "read_pairs", "resolve_pairs"]
@@ -86,7 +87,7 @@ def read_pairs(path: str | Path) -> PairList:
         PairsError: the file cannot be read, a line is malformed, or the number of pairs is not as announced.
     """
     path = Path(path)
-    _, first = next(_numbered_lines(path), (1, ""))
+    _, first = next(numbered_lines(path, PairsError), (1, ""))
     if "." not in first:
         return read_lfw_pairs(path)
     return _read_sllfw_pairs(path) if "/" in first else _read_calfw_pairs(path)
@@ -94,7 +95,7 @@ def read_pairs(path: str | Path) -> PairList:
 
 def _read_sllfw_pairs(path: Path) -> PairList:
     """Two lines ``name/name_0001.jpg`` for each pair; each fold has as many pairs of one person as of two."""
-    lines = [(number, line.strip()) for number, line in _numbered_lines(path)]
+    lines = [(number, line.strip()) for number, line in numbered_lines(path, PairsError)]
     for number, line in lines:
         if line.count("/") != 1:
             raise PairsError(f"{path}, line {number}: expected 'name/name_0001.jpg', not {line!r}")
@@ -105,7 +106,7 @@ def _read_sllfw_pairs(path: Path) -> PairList:
 def _read_calfw_pairs(path: Path) -> PairList:
     """Two lines ``name_0001.jpg number`` for each pair; 0 stands for two people, anything else for one."""
     files, numbers = [], []
-    for number, line in _numbered_lines(path):
+    for number, line in numbered_lines(path, PairsError):
         fields = line.split()
         if len(fields) != 2 or not fields[1].isdecimal():
             raise PairsError(f"{path}, line {number}: expected 'name_0001.jpg' and a number, not {line.strip()!r}")
@@ -150,7 +151,7 @@ def read_lfw_pairs(path: str | Path) -> PairList:
         PairsError: the file cannot be read, a line is malformed, or the number of pairs is not as announced.
     """
     path = Path(path)
-    lines = list(_numbered_lines(path))
+    lines = list(numbered_lines(path, PairsError))
     folds, per_fold = _header(path, lines)
     pairs = lines[1:]
     if len(pairs) != 2 * folds * per_fold:
@@ -233,16 +234,6 @@ def _person(image: str) -> str:
 
 def _file(image: str) -> str:
     return image.rpartition("/")[2]
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise PairsError(f"the pair list {path} does not exist: pass a text file in the format of LFW") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PairsError(f"the pair list {path} cannot be read as text: {error}") from error
-    return ((number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip())
 
 
 def _header(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[int, int]:

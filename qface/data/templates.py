@@ -24,7 +24,8 @@ from torch import Tensor
 from qface.data.alignment import align
 from qface.data.decoding import UNREADABLE, stack_crops
 from qface.data.images import IndexedImages
-from qface.data.landmarks import FaceLandmarks, numbered_lines, read_landmarks
+from qface.data.landmarks import FaceLandmarks, read_landmarks
+from qface.data.text_lines import numbered_lines
 from qface.errors import ImagesError, PairsError, one_line
 
 __all__ = ["LooseCrops", "TemplateSet", "read_templates"]

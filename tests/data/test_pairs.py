@@ -90,7 +90,7 @@ def test_wrong_number_of_pairs_is_an_error(write, text):
 
 
 def test_missing_and_binary_files_are_errors(tmp_path):
-    assert "does not exist" in message(tmp_path / "none.txt")
+    assert "there is no file" in message(tmp_path / "none.txt")
     (tmp_path / "pairs.bin").write_bytes(b"\xff\xfe\xff")
     assert "cannot be read as text" in message(tmp_path / "pairs.bin")
 
