@@ -17,8 +17,9 @@ def check_folder(path: str | Path) -> None:
     """Make sure, before long work, that ``path`` can be written at its end.
 
     Raises:
-        ExportError: its folder does not exist or cannot be written to.
+        ExportError: its folder does not exist or cannot be written to, or it is something else than a file.
     """
+    _check_replaceable(Path(path))
     folder = Path(path).parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ExportError(
@@ -30,10 +31,14 @@ def check_folder(path: str | Path) -> None:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it takes the place of ``path``, on failure it is removed.
 
+    A link stays, and the file that it points to is replaced.
+
     Raises:
-        ExportError: the folder does not exist or cannot be written to.
+        ExportError: the folder does not exist or cannot be written to, the disk is full, or ``path`` is something else
+            than a file.
     """
-    path = Path(path)
+    _check_replaceable(Path(path))
+    path = Path(os.path.realpath(path))
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
@@ -42,13 +47,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        try:
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise ExportError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_replaceable(path: Path) -> None:
+    # A folder would only be in the way, but a device would be gone.
+    if path.exists() and not path.is_file():
+        raise ExportError(f"cannot write {path}: it is a folder or a device; choose the name of a file")
 
 
 def _umask() -> int:

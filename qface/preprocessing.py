@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -52,16 +53,15 @@ class Preprocessing:
     std: tuple[float, float, float] = (127.5, 127.5, 127.5)
 
     def __post_init__(self) -> None:
-        if len(self.crop) != 4 or not _inside_template(*self.crop):
+        if not _numbers(self.crop, 4, Integral) or not _inside_template(*self.crop):
             raise ConfigError(
                 f"crop {self.crop} is not (top, left, bottom, right) inside the {CROP_SIZE}x{CROP_SIZE} template"
             )
-        if len(self.size) != 2 or min(self.size) < 1:
+        if not _numbers(self.size, 2, Integral) or min(self.size) < 1:
             raise ConfigError(f"size {self.size} is not (height, width) in pixels")
         if self.color not in _COLORS:
             raise ConfigError(f"color {self.color!r} is none of {', '.join(_COLORS)}")
-        numbers = len(self.mean) == len(self.std) == 3 and all(map(math.isfinite, (*self.mean, *self.std)))
-        if not numbers or min(self.std) <= 0:
+        if not _numbers(self.mean, 3, Real) or not _numbers(self.std, 3, Real) or min(self.std) <= 0:
             raise ConfigError("mean and std need three numbers each, and std positive ones")
 
     def __call__(self, crops: Tensor) -> Tensor:
@@ -120,6 +120,13 @@ class Preprocessing:
             )
         except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ConfigError(f"the preprocessing record {text!r} cannot be read: {error}") from error
+
+
+def _numbers(values: Any, count: int, kind: Any) -> bool:
+    """Whether ``values`` are ``count`` finite numbers of a kind of :mod:`numbers`."""
+    if not isinstance(values, (tuple, list)) or len(values) != count:
+        return False
+    return all(isinstance(value, kind) and math.isfinite(value) for value in values)
 
 
 def _inside_template(top: int, left: int, bottom: int, right: int) -> bool:

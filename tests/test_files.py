@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -64,8 +65,33 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     check_folder(tmp_path / "file")
 
 
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    def fill() -> None:
+        with replacing(tmp_path / "file"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ExportError, match="file: No space left on device"):
+        fill()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes of POSIX")
+def test_links_stay_and_pipes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ExportError, match="a folder or a device"), replacing(tmp_path / "pipe"):
+        pytest.fail("a pipe would be gone")
+
+
 def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(ExportError, match="folder"), replacing(tmp_path / "folder") as temporary:
         temporary.write_text("x")
+    with pytest.raises(ExportError, match="folder"):
+        check_folder(tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -34,6 +34,7 @@ _LISTS = {"FF": ("F", "F"), "FP": ("F", "P")}
 
 def is_cfp_split(path: Path) -> bool:
     """Whether ``path`` is ``Protocol/Split/FF`` or ``Protocol/Split/FP`` of CFP."""
+    path = path.resolve()  # it may be ``.``
     return path.name in _LISTS and (path.parent.parent / "Pair_list_F.txt").exists()
 
 
@@ -49,19 +50,20 @@ class CfpSplit(PairedImages):
         paths: the images.
 
     Raises:
-        PairsError: a list is missing or malformed.
-        ImagesError: an image is missing.
+        PairsError: a list is malformed.
+        ImagesError: a list or an image is missing.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).resolve()
         if not is_cfp_split(self.path):
             raise PairsError(f"{self.path} is no split of CFP: pass its folder Protocol/Split/FF or Protocol/Split/FP")
         protocol = self.path.parent.parent
         images = {name: _listed(protocol / f"Pair_list_{name}.txt") for name in set(_LISTS[self.path.name])}
         numbers, same, fold = _numbers(self.path)
         sides = [
-            _look_up(self.path, images[name], numbers[:, side]) for side, name in enumerate(_LISTS[self.path.name])
+            _look_up(self.path, images[name], [pair[side] for pair in numbers])
+            for side, name in enumerate(_LISTS[self.path.name])
         ]
         names = sorted({*sides[0], *sides[1]})
         index = {name: position for position, name in enumerate(names)}
@@ -101,7 +103,7 @@ def _listed(path: Path) -> dict[int, str]:
     return images
 
 
-def _numbers(split: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+def _numbers(split: Path) -> tuple[list[list[int]], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
     """Both numbers of each pair, whether it is of one person, and its fold."""
     folders = sorted(folder for folder in split.iterdir() if folder.is_dir() and folder.name.isdecimal())
     numbers: list[list[int]] = []
@@ -118,16 +120,16 @@ def _numbers(split: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_],
                 fold.append(position)
     if not numbers:
         raise PairsError(f"{split} holds no pairs: expected folders 01 to 10 with same.txt and diff.txt")
-    return np.array(numbers, np.int64), np.array(same, np.bool_), np.array(fold, np.int64)
+    return numbers, np.array(same, np.bool_), np.array(fold, np.int64)
 
 
-def _look_up(split: Path, images: dict[int, str], numbers: npt.NDArray[np.int64]) -> list[str]:
-    unknown = [int(number) for number in numbers if int(number) not in images]
+def _look_up(split: Path, images: dict[int, str], numbers: Sequence[int]) -> list[str]:
+    unknown = [number for number in numbers if number not in images]
     if unknown:
         raise PairsError(
             f"{len(unknown)} pairs in {split} name images that are in no list (first: {unknown[0]}): restore the lists"
         )
-    return [images[int(number)] for number in numbers]
+    return [images[number] for number in numbers]
 
 
 def _on_disk(path: Path) -> Path:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from qface.data.alignment import Landmarks
 from qface.data.alignment import align as align_face
-from qface.data.decoding import UNREADABLE
+from qface.data.decoding import UNREADABLE, check_depth
 from qface.data.detection import Detector, default_detector, main_face
 from qface.data.folders import EXTENSIONS
 from qface.data.landmarks import read_landmarks
@@ -21,6 +21,17 @@ from qface.files import replacing
 from qface.progress import track
 
 __all__ = ["AlignmentReport", "align"]
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a photo upright, by EXIF's orientation."""
 
 Locate = Callable[[str, Image.Image], Landmarks | None]
 """From a photo's name and pixels to the landmarks of its face."""
@@ -34,8 +45,9 @@ class AlignmentReport:
         photos: photos found.
         aligned: crops written now.
         present: crops that were there already.
-        faceless: photos without a face, or, where landmarks were given, without a line.
-        unreadable: files that are no images.
+        faceless: photos without a face, or, where landmarks were given, without a line, or with a line that names one
+            place five times.
+        unreadable: files that are no images of 8 bits a channel.
     """
 
     photos: int
@@ -70,12 +82,12 @@ def align(
         progress: show a bar on stderr.
 
     Raises:
-        ImagesError: there are no photos, or the landmarks cannot be read.
+        ImagesError: there are no photos, or a folder of theirs or the landmarks cannot be read.
         ExportError: two photos would give one crop, or crops cannot be written.
         DependencyError: there is nothing to look for faces with.
     """
     photos, crops = Path(photos), Path(crops)
-    names = _photos(photos)
+    names = _photos(photos, crops)
     targets = _targets(names, crops)
     missing = {name: target for name, target in targets.items() if not target.exists()}
     locate = _locator(landmarks, detector) if missing else None
@@ -83,34 +95,72 @@ def align(
     for name, target in track(missing.items(), "align", progress, len(missing)):
         assert locate is not None
         try:
-            with Image.open(photos / name) as opened:
-                photo = ImageOps.exif_transpose(opened).convert("RGB")
+            photo = _upright(photos / name)
         except UNREADABLE:
             unreadable.append(name)
             continue
-        points = locate(name, photo)
-        if points is None:
+        crop = _crop(photo, locate(name, photo))
+        if crop is None:
             faceless.append(name)
         else:
-            _write(align_face(photo, points), target)
+            _write(crop, target)
     aligned = len(missing) - len(faceless) - len(unreadable)
     return AlignmentReport(len(names), aligned, len(names) - len(missing), tuple(faceless), tuple(unreadable))
 
 
-def _photos(root: Path) -> list[str]:
-    """Names of all images below ``root``, relative to it, sorted."""
+def _upright(path: Path) -> Image.Image:
+    """The photo at ``path`` in RGB, turned as its camera says.
+
+    Raises:
+        ValueError: it has more than 8 bits a channel. Damage raises what :data:`UNREADABLE` lists.
+    """
+    with Image.open(path) as photo:
+        check_depth(photo)
+        turn = _TURNS.get(_orientation(photo))
+        return (photo if turn is None else photo.transpose(turn)).convert("RGB")
+
+
+def _orientation(photo: Image.Image) -> Any:
+    try:
+        return photo.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever Pillow raises for tags that are damaged: the pixels may be well
+        return None
+
+
+def _crop(photo: Image.Image, points: Landmarks | None) -> Image.Image | None:
+    """None where there is no face, which some detectors tell by landmarks in one place."""
+    try:
+        return None if points is None else align_face(photo, points)
+    except ImagesError:
+        return None
+
+
+def _photos(root: Path, crops: Path) -> list[str]:
+    """Names of all images below ``root``, relative to it, sorted; without those below ``crops``."""
     if not root.is_dir():
         raise ImagesError(f"{root} is no folder: pass a folder of photos")
-    names = sorted(path.relative_to(root).as_posix() for path in _files(root) if path.suffix.lower() in EXTENSIONS)
+    names = sorted(
+        path.relative_to(root).as_posix() for path in _files(root, crops) if path.suffix.lower() in EXTENSIONS
+    )
     if not names:
         raise ImagesError(f"{root} holds no photos: expected files that end in {', '.join(sorted(EXTENSIONS))}")
     return names
 
 
-def _files(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+def _files(root: Path, left_out: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _same(Path(folder) / name, left_out)]
         yield from (Path(folder) / name for name in files if not name.startswith("."))
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.exists() and one.samefile(other)
+
+
+def _refuse(error: OSError) -> None:
+    raise ImagesError(
+        f"{error.filename} cannot be read ({error.strerror}): give yourself the right to, or move it away"
+    )
 
 
 def _targets(names: list[str], crops: Path) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qface.preprocessing import CROP_SIZE
 
-__all__ = ["UNREADABLE", "decode", "size_of", "stack_crops"]
+__all__ = ["UNREADABLE", "check_depth", "decode", "size_of", "stack_crops"]
 
 # What Pillow raises for a damaged file depends on the format and on where the damage lies.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -27,22 +27,32 @@ def size_of(file: Path) -> tuple[int, int]:
         ValueError: it has more than 8 bits a channel. Damage raises what :data:`UNREADABLE` lists.
     """
     with Image.open(file) as image:
-        # Pillow clips 16-bit and float pixels when it converts them to bytes: white images, without a word.
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{file} has more than 8 bits a channel")
+        check_depth(image)
         width, height = image.size
         return width, height
+
+
+def check_depth(image: Image.Image) -> None:
+    """Refuse 16-bit and float pixels: Pillow clips them when it converts them to bytes, to white images.
+
+    Raises:
+        ValueError: it has more than 8 bits a channel.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError("it has more than 8 bits a channel")
 
 
 def decode(content: Path | bytes) -> npt.NDArray[np.uint8]:
     """The pixels of a 112x112 crop, uint8 [112, 112, 3] in RGB.
 
     Raises:
-        ValueError: it is of another size. Damage raises what :data:`UNREADABLE` lists.
+        ValueError: it is of another size, or has more than 8 bits a channel. Damage raises what :data:`UNREADABLE`
+            lists.
     """
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
         if image.size != (CROP_SIZE, CROP_SIZE):
             raise ValueError(f"it is {image.size[0]}x{image.size[1]}, not {CROP_SIZE}x{CROP_SIZE}")
+        check_depth(image)
         return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
 

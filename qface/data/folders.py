@@ -70,15 +70,16 @@ class ImageFolder(IndexedImages):
         """Decode the images at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
 
         Raises:
-            ImagesError: one of them is damaged; the message counts the damaged images of the whole folder.
+            ImagesError: some of them are damaged; they are counted.
         """
         pixels = np.empty((len(indices), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
         for position, index in enumerate(indices):
             try:
                 pixels[position] = decode(self.paths[index])
             except UNREADABLE as error:
-                damaged = [path for path in self.paths if _attempt(decode, path) is None]
-                raise ImagesError(self._unreadable(damaged or [self.paths[index]])) from error
+                wanted = [self.paths[index] for index in indices]
+                damaged = [path for path in wanted if _attempt(decode, path) is None]
+                raise ImagesError(self._unreadable(damaged or [self.paths[index]], len(wanted))) from error
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def _check_headers(self) -> None:
@@ -87,7 +88,7 @@ class ImageFolder(IndexedImages):
         misfits = [(path, size) for path, size in sizes if size is not None and size != (CROP_SIZE, CROP_SIZE)]
         complaints = []
         if unreadable:
-            complaints.append(self._unreadable(unreadable))
+            complaints.append(self._unreadable(unreadable, len(self)))
         if misfits:
             path, (width, height) = misfits[0]
             complaints.append(
@@ -97,9 +98,9 @@ class ImageFolder(IndexedImages):
         if complaints:
             raise ImagesError("; ".join(complaints))
 
-    def _unreadable(self, paths: Sequence[Path]) -> str:
+    def _unreadable(self, paths: Sequence[Path], of: int) -> str:
         return (
-            f"{len(paths)} of {len(self)} files in {self.root} cannot be read as images "
+            f"{len(paths)} of {of} files in {self.root} cannot be read as images "
             f"(first: {self._relative(paths[0])}): remove or repair them"
         )
 
@@ -111,10 +112,13 @@ def _scan(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     """The loose images of ``root`` and, by name, those of its subfolders; one of the two is empty."""
     if not root.is_dir():
         raise ImagesError(f"{root} is no folder: pass a folder of {CROP_SIZE}x{CROP_SIZE} face crops")
-    with os.scandir(root) as entries:
-        folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    loose = _images_in(root)
-    persons = {name: images for name in folders if (images := _images_in(root / name))}
+    try:
+        with os.scandir(root) as entries:
+            folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        loose = _images_in(root)
+        persons = {name: images for name in folders if (images := _images_in(root / name))}
+    except OSError as error:
+        raise ImagesError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to") from error
     if loose and persons:
         raise ImagesError(
             f"{root} holds {len(loose)} loose images beside {len(persons)} folders of people "

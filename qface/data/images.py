@@ -58,17 +58,7 @@ class TensorImages(IndexedImages):
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
-        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-            raise ImagesError(
-                f"images need the shape [N, 3, height, width] with N > 0; this tensor has {list(images.shape)}"
-            )
-        if images.dtype == torch.uint8 and tuple(images.shape[2:]) != (CROP_SIZE, CROP_SIZE):
-            raise ImagesError(
-                f"uint8 images are {CROP_SIZE}x{CROP_SIZE} face crops; these are {images.shape[2]}x{images.shape[3]}: "
-                "align them, or pass normalised floats"
-            )
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise ImagesError(f"images are uint8 crops or normalised floats, not {images.dtype}")
+        _check(images)
         if labels is not None and labels.shape != (len(images),):
             raise ImagesError(f"{len(images)} images need {len(images)} labels, not a tensor {list(labels.shape)}")
         self.images = images
@@ -83,7 +73,10 @@ class TensorImages(IndexedImages):
 
 
 class LoaderImages(ImageSource):
-    """A DataLoader, or any iterable of batches: tensors, or tuples that begin with one."""
+    """A DataLoader, or any iterable of batches: tensors, or tuples that begin with one.
+
+    What it yields is held to what :class:`TensorImages` says, batch by batch.
+    """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
@@ -96,7 +89,26 @@ class LoaderImages(ImageSource):
                 raise ImagesError(
                     f"a loader of images yields tensors or (tensor, label) tuples, not {type(batch).__name__}"
                 )
+            if batch.ndim == 3:
+                raise ImagesError(
+                    f"a loader of images yields batches, not single images {list(batch.shape)}: wrap it in a DataLoader"
+                )
+            _check(batch)
             yield batch
+
+
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise ImagesError(
+            f"images need the shape [N, 3, height, width] with N > 0; this tensor has {list(images.shape)}"
+        )
+    if images.dtype == torch.uint8 and tuple(images.shape[2:]) != (CROP_SIZE, CROP_SIZE):
+        raise ImagesError(
+            f"uint8 images are {CROP_SIZE}x{CROP_SIZE} face crops; these are {images.shape[2]}x{images.shape[3]}: "
+            "align them, or pass normalised floats"
+        )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ImagesError(f"images are uint8 crops or normalised floats, not {images.dtype}")
 
 
 def as_image_source(images: Images, people: str | Path | None = None) -> ImageSource:

@@ -181,9 +181,7 @@ def resolve_pairs(pairs: PairList, folder: ImageFolder) -> ResolvedPairs:
             images that are not on disk (all are counted).
     """
     _check_layout(pairs, folder)
-    index = {
-        path.relative_to(folder.root).with_suffix("").as_posix(): number for number, path in enumerate(folder.paths)
-    }
+    index = _by_stem(folder)
     both = list(zip(pairs.first, pairs.second, strict=True))
     selected = set(folder.names)
     _check_on_disk(pairs.path, both, folder, index)
@@ -196,6 +194,17 @@ def resolve_pairs(pairs: PairList, folder: ImageFolder) -> ResolvedPairs:
         fold=pairs.fold[kept],
         dropped=int(np.count_nonzero(~kept)),
     )
+
+
+def _by_stem(folder: ImageFolder) -> dict[str, int]:
+    """The number of each image by its name without ending."""
+    index: dict[str, int] = {}
+    for number, path in enumerate(folder.paths):
+        stem = path.relative_to(folder.root).with_suffix("").as_posix()
+        if stem in index:
+            raise PairsError(f"{folder.paths[index[stem]]} and {path} have one name in a list of pairs: move one away")
+        index[stem] = number
+    return index
 
 
 def _check_layout(pairs: PairList, folder: ImageFolder) -> None:

@@ -46,7 +46,7 @@ def _select(names: list[str], people: str | Path | None) -> list[str]:
 
 
 def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode("utf-8")).hexdigest()
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _listed(names: list[str], path: Path) -> list[str]:

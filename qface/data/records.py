@@ -35,6 +35,8 @@ _WORDS = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 _LENGTH_BITS = 29
+_EXACT = 2**24
+"""Beyond it float32 does not hold all whole numbers, and a person's first image cannot be told from its neighbour."""
 
 Labels = npt.NDArray[np.float32]
 
@@ -61,7 +63,7 @@ class RecordImages(IndexedImages):
         self._keys = self._image_keys(people)
         if not self._keys:
             raise ImagesError(f"{self.path} holds no images: fetch it again")
-        own = self._identities(people) if people is not None else self._own_labels()
+        own = self._own_labels() if people is None or len(self._keys) > _EXACT else self._identities(people)
         self.labels = torch.from_numpy(np.unique(own, return_inverse=True)[1].reshape(-1).astype(np.int64))
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ __all__ = ["evenly", "sample_batches"]
 
 def evenly(length: int, count: int) -> Tensor:
     """Up to ``count`` indices below ``length``, evenly spread."""
-    return torch.linspace(0, length - 1, min(count, length)).round().long()
+    return torch.linspace(0, length - 1, min(count, length), dtype=torch.float64).round().long()
 
 
 def sample_batches(source: ImageSource, count: int, batch_size: int) -> list[Tensor]:

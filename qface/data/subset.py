@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,10 @@ def nested_subset(
 
 
 def _count(fraction_or_count: float | Fraction, images: int) -> int:
-    if isinstance(fraction_or_count, int):
+    if isinstance(fraction_or_count, Integral):
         if not 0 < fraction_or_count <= images:
             raise ImagesError(f"{fraction_or_count} of {images} images cannot be drawn: choose 1 to {images}")
-        return fraction_or_count
+        return int(fraction_or_count)
     if not 0 < fraction_or_count <= 1:
         raise ImagesError(f"a fraction of {fraction_or_count} cannot be drawn: choose one above 0 and up to 1")
     # As written in decimals: the binary 0.29 lies below, and 0.29 x 100 would be 28.

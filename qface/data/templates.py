@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from qface.data.alignment import align
-from qface.data.decoding import UNREADABLE, stack_crops
+from qface.data.decoding import UNREADABLE, check_depth, stack_crops
 from qface.data.images import IndexedImages
 from qface.data.landmarks import FaceLandmarks, read_landmarks
 from qface.data.text_lines import numbered_lines
@@ -60,6 +60,7 @@ class LooseCrops(IndexedImages):
         path = self.root / face.file
         try:
             with Image.open(path) as photo:
+                check_depth(photo)
                 return np.asarray(align(photo, face.points))
         except (*UNREADABLE, ImagesError) as error:
             raise ImagesError(f"{path} cannot be read as a face ({one_line(error)}): restore it") from error
@@ -134,7 +135,10 @@ def _read_faces(path: Path, faces: Sequence[FaceLandmarks]) -> tuple[npt.NDArray
         rows.append((int(fields[1]), int(fields[2])))
     if len(rows) != len(faces):
         raise ImagesError(f"{path} names {len(rows)} images, and the landmarks {len(faces)}: restore the files")
-    table = np.array(rows, np.int64)
+    try:
+        table = np.array(rows, np.int64)
+    except OverflowError:
+        raise ImagesError(f"{path} holds a number of more than 18 digits: restore the file") from None
     return table[:, 0], table[:, 1]
 
 
@@ -156,4 +160,6 @@ def _read_pairs(
     unknown = (templates[positions] != table[:, :2]).any(axis=1)
     if unknown.any():
         raise PairsError(f"{np.count_nonzero(unknown)} of {len(table)} pairs in {path} name templates without images")
+    if len(np.unique(table[:, 2])) < 2:
+        raise PairsError(f"{path} holds only one kind of pairs: verification needs pairs of one person and of two")
     return positions[:, 0].copy(), positions[:, 1].copy(), table[:, 2] == 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qface.data.images import ImageSource, IndexedImages, normalise
 from qface.data.prefetch import prefetched
 from qface.deployment.runtime import OnnxEmbedder
-from qface.errors import ConfigError, ImagesError, QFaceError
+from qface.errors import ConfigError, ImagesError, QFaceError, one_line
 from qface.modes import modes_kept
 from qface.preprocessing import Preprocessing, preprocessing_of
 from qface.progress import track
@@ -134,13 +134,15 @@ def embed(
         float32 [images, dimensions], L2-normalised rows.
 
     Raises:
+        ConfigError: ``batch_size`` is below 1.
         ImagesError: there are no images, or they cannot be read.
-        QFaceError: the model does not give one finite vector an image.
+        QFaceError: the model cannot read them, or does not give one finite vector an image.
     """
     rows = list(embedding_batches(as_embedder(model), source, batch_size, flip, progress))
     if not rows:
         raise ImagesError("there are no images to embed: pass at least one")
-    return _unit_rows(np.concatenate(rows))
+    embeddings = np.concatenate(rows)
+    return (embeddings / _lengths(embeddings)[:, None]).astype(np.float32)
 
 
 def embedding_batches(
@@ -155,13 +157,23 @@ def embedding_batches(
         flip: add the embedding of the mirrored image.
         progress: show a bar on stderr while it runs.
         start: leave out so many images; of a source that can be read in any order only.
+
+    Raises:
+        ConfigError: ``batch_size`` is below 1.
+        ImagesError: the images cannot be read.
+        QFaceError: the model cannot read them, or does not give one finite vector an image, other than zero.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is a whole number from 1 on, not {batch_size!r}")
     indexed = isinstance(source, IndexedImages)
     batches = source.batches(batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
     total = math.ceil((len(source) - start) / batch_size) if isinstance(source, IndexedImages) else None
     views = (_views(batch, flip, embedder.preprocessing) for batch in batches)
     for of_a_batch in track(prefetched(views) if indexed else views, "Embedding", progress, total):
-        yield _embed_views(embedder, of_a_batch)
+        embeddings = _embed_views(embedder, of_a_batch)
+        _check_usable(embeddings, start)
+        start += len(embeddings)
+        yield embeddings
 
 
 def _views(batch: Tensor, flip: bool, preprocessing: Preprocessing) -> list[Tensor]:
@@ -170,8 +182,15 @@ def _views(batch: Tensor, flip: bool, preprocessing: Preprocessing) -> list[Tens
 
 
 def _embed_views(embedder: Embedder, views: list[Tensor]) -> Embeddings:
-    embeddings = [_vectors(embedder(view), len(view)) for view in views]
+    embeddings = [_vectors(_called(embedder, view), len(view)) for view in views]
     return sum(embeddings[1:], start=embeddings[0])
+
+
+def _called(embedder: Embedder, view: Tensor) -> object:
+    try:
+        return embedder(view)
+    except RuntimeError as error:  # torch's own, which goes on for lines
+        raise QFaceError(f"the model cannot embed images {list(view.shape)}: {one_line(error, 300)}") from error
 
 
 def _vectors(output: object, images: int) -> Embeddings:
@@ -181,13 +200,18 @@ def _vectors(output: object, images: int) -> Embeddings:
     return output.detach().to("cpu", torch.float32).numpy()
 
 
-def _unit_rows(embeddings: Embeddings) -> Embeddings:
-    # float64, so that large but finite values do not overflow when they are squared
-    lengths: npt.NDArray[np.float64] = np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
+def _check_usable(embeddings: Embeddings, start: int) -> None:
+    """Complain of a row that has no direction; ``start`` is the number of the first one's image."""
+    lengths = _lengths(embeddings)
     unusable = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(unusable):
+        image = start + unusable[0]
         raise QFaceError(
-            f"{len(unusable)} of {len(embeddings)} embeddings are not finite or are zero "
-            f"(first: image {unusable[0]}): check the model's weights and scales"
+            f"the embedding of image {image} is not finite or is zero: check the model's weights and scales"
         )
-    return (embeddings / lengths).astype(np.float32)
+
+
+def _lengths(embeddings: Embeddings) -> npt.NDArray[np.float64]:
+    """Of rows, in float64, so that large but finite values do not overflow when they are squared."""
+    lengths: npt.NDArray[np.float64] = np.linalg.norm(embeddings.astype(np.float64), axis=1)
+    return lengths

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from qface.data.images import IndexedImages
 from qface.data.subset import Subset
@@ -16,13 +19,18 @@ from qface.files import replacing
 
 __all__ = ["embed_to_file"]
 
-_SAME_MODEL = 1e-6  # 1 - cosine of two embeddings of one image by one model, on one machine or another
+_SAME_MODEL = 1e-2
+"""How far apart one model's embeddings of an image lie, in parts of their length, on one machine and another: 0.003 for
+a file that computes in fp16 on one of them."""
 
 
 def embed_to_file(
     embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool, progress: bool
 ) -> Embeddings:
     """The embeddings of ``source``, as the model gives them, in ``folder``; those that are there already are kept.
+
+    Whether these are of the same model and images is seen from their number and from three of them, which are computed
+    again.
 
     Args:
         embedder: what embeds.
@@ -36,48 +44,78 @@ def embed_to_file(
         float32 [images, dimensions], not normalised, mapped from the file.
 
     Raises:
-        ConfigError: the folder holds embeddings of another model or of other images.
+        ConfigError: the folder holds embeddings of another model or of other images, or another run writes to it.
         ExportError: the folder cannot be written to.
         ImagesError: there are no images, or they cannot be read.
+        QFaceError: the model does not give one finite vector an image, other than zero.
     """
     if len(source) == 0:
         raise ImagesError("there are no images to embed: pass at least one")
-    first = next(embedding_batches(embedder, Subset(source, [0]), 1, flip, progress=False))
-    header = {"images": len(source), "dimensions": first.shape[1], "flip": flip}
-    rows, file = _opened(folder, header, first)
-    with file.open("ab") as output:
-        for batch in embedding_batches(embedder, source, batch_size, flip, progress, start=rows):
-            output.write(batch.astype("<f4").tobytes())
-            output.flush()
-    return np.memmap(file, np.dtype("<f4"), "r", shape=(len(source), first.shape[1]))
+    with _alone_in(folder):
+        return _completed(embedder, source, folder, batch_size, flip, progress)
 
 
-def _opened(folder: Path, header: dict[str, Any], first: Embeddings) -> tuple[int, Path]:
-    """How many rows the file holds, cut to whole ones, and the file."""
-    file, description = folder / "embeddings.f32", folder / "embeddings.json"
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of ``folder``, which is made; what goes wrong in writing to it is told in a line."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not description.exists():
-            file.write_bytes(b"")
-            with replacing(description) as temporary:
-                temporary.write_text(json.dumps(header), encoding="utf-8")
-            return 0, file
-        width = 4 * int(header["dimensions"])
-        if json.loads(description.read_text(encoding="utf-8")) != header:
-            raise ConfigError(f"{folder} holds embeddings of other images or settings: choose another folder")
-        rows = file.stat().st_size // width
-        with file.open("r+b") as content:
-            content.truncate(rows * width)  # a row may have been cut off when the process was stopped
-        _check_model(folder, file, rows, first)
-        return rows, file
+        with FileLock(folder / "embeddings.lock", timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another folder") from None
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder} cannot hold embeddings ({error}): choose another folder") from error
 
 
-def _check_model(folder: Path, file: Path, rows: int, first: Embeddings) -> None:
-    if not rows:
-        return
-    there = np.fromfile(file, "<f4", first.shape[1]).astype(np.float64)
-    now = first[0].astype(np.float64)
-    if 1 - there @ now / (np.linalg.norm(there) * np.linalg.norm(now)) > _SAME_MODEL:
-        raise ConfigError(f"{folder} holds embeddings of another model: choose another folder")
+def _completed(
+    embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool, progress: bool
+) -> Embeddings:
+    dimensions = _embed_some(embedder, source, [0], flip).shape[1]
+    shape = (len(source), dimensions)
+    file = _opened(folder, {"images": len(source), "dimensions": dimensions, "flip": flip})
+    rows = _cut_to_rows(file, 4 * dimensions)
+    if rows:
+        _check_model(embedder, source, flip, np.memmap(file, np.dtype("<f4"), "r", shape=(rows, dimensions)), folder)
+    with file.open("ab") as output:
+        for batch in embedding_batches(embedder, source, batch_size, flip, progress, start=rows):
+            output.write(batch.astype("<f4").tobytes())
+            output.flush()
+    return np.memmap(file, np.dtype("<f4"), "r", shape=shape)
+
+
+def _opened(folder: Path, header: dict[str, Any]) -> Path:
+    """The file of embeddings with this header, new or there already."""
+    file, description = folder / "embeddings.f32", folder / "embeddings.json"
+    if not description.exists():
+        file.write_bytes(b"")
+        with replacing(description) as temporary:
+            temporary.write_text(json.dumps(header), encoding="utf-8")
+    elif json.loads(description.read_text(encoding="utf-8")) != header:
+        raise ConfigError(f"{folder} holds embeddings of other images or settings: choose another folder")
+    return file
+
+
+def _cut_to_rows(file: Path, width: int) -> int:
+    """How many rows of ``width`` bytes the file holds; one may have been cut off when the process was stopped."""
+    rows = file.stat().st_size // width
+    with file.open("r+b") as content:
+        content.truncate(rows * width)
+    return rows
+
+
+def _check_model(embedder: Embedder, source: IndexedImages, flip: bool, there: Embeddings, folder: Path) -> None:
+    """Complain where the first, the middle or the last row that is there comes out otherwise now."""
+    if len(there) <= len(source):
+        indices = sorted({0, len(there) // 2, len(there) - 1})
+        now = _embed_some(embedder, source, indices, flip)
+        distances = np.linalg.norm(there[indices] - now, axis=1) / np.linalg.norm(now, axis=1)
+        if (distances <= _SAME_MODEL).all():
+            return
+    raise ConfigError(f"{folder} holds embeddings of another model or of other images: choose another folder")
+
+
+def _embed_some(embedder: Embedder, source: IndexedImages, indices: list[int], flip: bool) -> Embeddings:
+    return np.concatenate(
+        list(embedding_batches(embedder, Subset(source, indices), len(indices), flip, progress=False))
+    )

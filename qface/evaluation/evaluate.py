@@ -15,7 +15,15 @@ from qface.data.images import Images, ImageSource, IndexedImages, as_image_sourc
 from qface.data.pairs import PairedImages, ResolvedPairs, read_pairs, resolve_pairs
 from qface.errors import ImagesError, PairsError
 from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
-from qface.evaluation.verification import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr
+from qface.evaluation.verification import (
+    FPRS,
+    OperatingPoint,
+    count_pairs,
+    ranks_of,
+    ten_fold_accuracy,
+    tpr_at_fpr,
+    usable_folds,
+)
 
 __all__ = ["EvaluationResult", "evaluate"]
 
@@ -85,8 +93,8 @@ def evaluate(
         progress: show a bar on stderr.
 
     Raises:
-        ImagesError: the images cannot be read, carry no labels, or form no genuine or no impostor pairs.
-        PairsError: the list of pairs is malformed, or does not fit the folder.
+        ImagesError: the images cannot be read, carry no labels, or form no genuine or no impostor pairs, or too many.
+        PairsError: the list of pairs is malformed, leaves fewer than two folds, or does not fit the folder.
         CheckpointError: a model file cannot be read.
         QFaceError: a model gives no finite embeddings, or the two models' do not compare.
     """
@@ -94,11 +102,15 @@ def evaluate(
     listed = _listed(pairs, source)
     labels = _labels(source, needed=listed is None)
     genuine, impostors = _counts(labels, listed, ordered=gallery is not None)
+    ranks_of(FPRS, impostors)  # complains, as the next does, before the images take their time
+    if listed is not None:
+        usable_folds(listed.same, listed.fold)
     prober = as_embedder(model)
+    galleries = None if gallery is None else as_embedder(gallery)
 
     start = time.perf_counter()
     probes = embed(prober, source, batch_size, flip, progress)
-    mates = None if gallery is None else embed(gallery, source, batch_size, flip, progress)
+    mates = None if galleries is None else embed(galleries, source, batch_size, flip, progress)
     seconds = time.perf_counter() - start
 
     points = _points(probes, labels, mates)

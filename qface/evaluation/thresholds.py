@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from qface.data.images import Images, IndexedImages, as_image_source
 from qface.errors import ImagesError
-from qface.evaluation.embedding import Embeddings, Model, embed
-from qface.evaluation.verification import Rates, rates_at, tpr_at_fpr
+from qface.evaluation.embedding import Embedder, Embeddings, Model, as_embedder, embed
+from qface.evaluation.verification import Rates, count_pairs, ranks_of, rates_at, tpr_at_fpr
 
 __all__ = ["OperatingThresholds", "PairingThreshold", "operating_thresholds"]
 
@@ -84,8 +84,11 @@ def operating_thresholds(
         CheckpointError: a model file cannot be read.
         QFaceError: a model gives no finite embeddings, or the two models' do not compare.
     """
-    seen = _faces(teacher, student, images, people, batch_size, progress)
-    judged = seen if judged_on is None else _faces(teacher, student, images, judged_on, batch_size, progress)
+    tuned = _labelled(images, people, fpr)
+    others = None if judged_on is None else _labelled(images, judged_on, fpr)
+    models = as_embedder(teacher), as_embedder(student)
+    seen = _faces(*models, tuned, batch_size, progress)
+    judged = seen if others is None else _faces(*models, others, batch_size, progress)
     thresholds = {name: seen.threshold(name, fpr) for name in _PAIRINGS}
     rows = (
         PairingThreshold(name, threshold, judged.rates(name, threshold), judged.rates(name, thresholds["float"]))
@@ -95,6 +98,14 @@ def operating_thresholds(
 
 
 _PAIRINGS = ("float", "quantized", "mixed")
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """Images, and who is on them."""
+
+    source: IndexedImages
+    labels: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -118,16 +129,21 @@ class _Faces:
         return probes, self.teacher if pairing == "mixed" else None
 
 
-def _faces(
-    teacher: Model, student: Model, images: Images, people: str | Path | None, batch_size: int, progress: bool
-) -> _Faces:
+def _labelled(images: Images, people: str | Path | None, fpr: str) -> _Labelled:
+    """The images, checked before they take their time."""
     source = as_image_source(images, people)
     if not isinstance(source, IndexedImages) or source.labels is None:
         raise ImagesError("thresholds need to know who is who: pass a folder with one subfolder a person")
+    labels = source.labels.cpu().numpy().astype(np.int64)
+    ranks_of([fpr], count_pairs(labels, ordered=True)[1])
+    return _Labelled(source, labels)
+
+
+def _faces(teacher: Embedder, student: Embedder, images: _Labelled, batch_size: int, progress: bool) -> _Faces:
     return _Faces(
-        embed(teacher, source, batch_size, progress=progress),
-        embed(student, source, batch_size, progress=progress),
-        source.labels.cpu().numpy().astype(np.int64),
+        embed(teacher, images.source, batch_size, progress=progress),
+        embed(student, images.source, batch_size, progress=progress),
+        images.labels,
     )
 
 

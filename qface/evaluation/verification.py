@@ -19,10 +19,12 @@ __all__ = [
     "OperatingPoint",
     "Rates",
     "count_pairs",
+    "ranks_of",
     "rates_at",
     "ten_fold_accuracy",
     "tpr_at_fpr",
     "tpr_at_fpr_of_scores",
+    "usable_folds",
 ]
 
 FPRS = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
@@ -30,6 +32,9 @@ FPRS = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 
 _MIN_FALSE_POSITIVES = 10
 """Below this many accepted impostors, a threshold says more about them than about the model."""
+
+_MOST_RANKED = 2**29
+"""Scores to sort, in 8 GB: the highest tenth of all pairs of 100,000 images."""
 
 _BLOCK_SCORES = 2**23
 """Scores computed at a time: 32 MiB."""
@@ -97,7 +102,7 @@ def tpr_at_fpr(
     n f < 10 is not measured.
 
     The scores pass by in blocks, and only what can decide is kept: the genuine cosines, and the highest n f
-    impostors of the largest rate, which take up to 14 bytes each while they are being sorted out.
+    impostors of the largest rate, which take up to 16 bytes each while they are being sorted out.
 
     Args:
         probes: float32 [images, dimensions], L2-normalised.
@@ -107,14 +112,14 @@ def tpr_at_fpr(
             gallery image count; without it, all pairs i < j.
 
     Raises:
-        ImagesError: there are no genuine or no impostor pairs.
+        ImagesError: there are no genuine or no impostor pairs, or too many to rank.
         ConfigError: a rate is no such decimal.
         QFaceError: the embeddings do not match the labels or each other, or are not finite.
     """
     people = np.asarray(labels)
     _check_embeddings(probes, people, gallery)
     _, impostors = count_pairs(people, ordered=gallery is not None)
-    ranks = {fpr: _rank(fpr, impostors) for fpr in fprs}
+    ranks = ranks_of(fprs, impostors)
     highest = _Largest(1 + max((rank for rank in ranks.values() if rank is not None), default=0))
     genuine = []
     for same, different in _score_blocks(probes, people, gallery):
@@ -144,7 +149,7 @@ def tpr_at_fpr_of_scores(
     if not np.isfinite(cosines).all():
         raise QFaceError("the scores are not finite: check the model's weights and scales")
     impostors = np.sort(cosines[~genuine])[::-1]
-    ranks = {fpr: _rank(fpr, len(impostors)) for fpr in fprs}
+    ranks = ranks_of(fprs, len(impostors))
     return _operating_points(ranks, np.sort(cosines[genuine]), impostors)
 
 
@@ -186,8 +191,31 @@ def _check_embeddings(probes: Scores, labels: npt.NDArray[np.generic], gallery: 
         )
 
 
+def ranks_of(fprs: Sequence[str], impostors: int) -> dict[str, int | None]:
+    """For each rate, the rank of the score that is its threshold: floor(impostors x rate), in exact arithmetic.
+
+    Args:
+        fprs: rates as decimals, between 0 and 1; they are the keys of the result.
+        impostors: number of impostor pairs.
+
+    Returns:
+        None for a rate with too few impostors to measure it.
+
+    Raises:
+        ConfigError: a rate is no such decimal.
+        ImagesError: there are more impostors to rank than memory should be asked for.
+    """
+    ranks = {fpr: _rank(fpr, impostors) for fpr in fprs}
+    highest = max((rank for rank in ranks.values() if rank is not None), default=0)
+    if highest > _MOST_RANKED:
+        raise ImagesError(
+            f"{highest} of {impostors} impostor pairs would have to be ranked, in {16 * highest / 1e9:.0f} GB: "
+            "take fewer people or images"
+        )
+    return ranks
+
+
 def _rank(fpr: str, impostors: int) -> int | None:
-    """floor(impostors x fpr) in exact arithmetic, or None where that is too few to measure."""
     try:
         rate = Fraction(fpr)
     except (ValueError, ZeroDivisionError):
@@ -283,18 +311,32 @@ def ten_fold_accuracy(scores: npt.ArrayLike, same: npt.ArrayLike, fold: npt.Arra
         PairsError: fewer than two folds can be judged.
     """
     scores, same, fold = np.asarray(scores, np.float64), np.asarray(same, np.bool_), np.asarray(fold)
-    usable = [k for k in np.unique(fold) if len(np.unique(same[fold == k])) == 2]
+    accuracies = []
+    for k in usable_folds(same, fold):
+        held_out = fold == k
+        threshold = _best_threshold(scores[~held_out], same[~held_out])
+        accuracies.append(_balanced_accuracy(scores[held_out] > threshold, same[held_out]))
+    return float(np.mean(accuracies)), float(np.std(accuracies))
+
+
+def usable_folds(same: npt.ArrayLike, fold: npt.ArrayLike) -> list[int]:
+    """The folds that hold both kinds of pairs.
+
+    Args:
+        same: bool [pairs], whether both images show one person.
+        fold: int [pairs].
+
+    Raises:
+        PairsError: there are fewer than two.
+    """
+    same, fold = np.asarray(same, np.bool_), np.asarray(fold)
+    usable = [int(k) for k in np.unique(fold) if len(np.unique(same[fold == k])) == 2]
     if len(usable) < 2:
         raise PairsError(
             f"{len(usable)} of {len(np.unique(fold))} folds hold both same and different pairs, "
             "but two are needed: select more people, or pass pairs with more folds"
         )
-    accuracies = []
-    for k in usable:
-        held_out = fold == k
-        threshold = _best_threshold(scores[~held_out], same[~held_out])
-        accuracies.append(_balanced_accuracy(scores[held_out] > threshold, same[held_out]))
-    return float(np.mean(accuracies)), float(np.std(accuracies))
+    return usable
 
 
 def _best_threshold(scores: npt.NDArray[np.float64], same: npt.NDArray[np.bool_]) -> float:

@@ -80,7 +80,8 @@ BROKEN = {
     "no comma": ("Split/FP/03/same.txt", "1 2\n", PairsError, "same.txt, line 1: expected 'number,number'"),
     "a list without numbers": ("Pair_list_P.txt", "../Data/Images/1.jpg\n", PairsError, "line 1: expected 'number"),
     "a list without Data": ("Pair_list_P.txt", "1 /etc/passwd\n", PairsError, "line 1: expected 'number"),
-    "an image that is not there": ("Pair_list_F.txt", "1 ../Data/x.jpg\n" * 30, PairsError, "in no list"),
+    "a short list": ("Pair_list_F.txt", "1 ../Data/x.jpg\n", PairsError, "in no list"),
+    "a number without end": ("Split/FP/03/diff.txt", f"1,{10**20}\n", PairsError, r"\(first: 10{20}\)"),
 }
 
 
@@ -101,6 +102,11 @@ def test_missing_and_damaged_images(cfp: Path) -> None:
     image.unlink()
     with pytest.raises(ImagesError, match=r"there is no image .*01.jpg: align"):
         CfpSplit(split)
+
+
+def test_a_split_may_be_the_working_directory(cfp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cfp / "Protocol" / "Split" / "FP")
+    assert len(as_image_source(".")) == len(CfpSplit(cfp / "Protocol" / "Split" / "FP"))
 
 
 def test_other_folders_are_no_splits(cfp: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import qface
 from qface.data import ARCFACE_LANDMARKS, ImageFolder, align
@@ -105,6 +106,46 @@ def test_files_that_are_no_images_are_named(photos: Path, tmp_path: Path) -> Non
     report = align(photos, tmp_path / "crops", detector=Detector())
     assert (report.aligned, report.unreadable) == (3, ("Bob/2.png",))
     assert report.to_dict()["unreadable"] == ("Bob/2.png",)
+
+
+def test_deep_photos_are_not_clipped(photos: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((180, 200), 40000, np.uint16)).save(photos / "Bob" / "2.png")
+    report = align(photos, tmp_path / "crops", detector=Detector())
+    assert (report.aligned, report.unreadable) == (3, ("Bob/2.png",))
+
+
+def test_landmarks_in_one_place_are_no_face(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "points.txt").write_text("Ann/1.png" + " 0" * 10 + "\n" + line("Bob/1.png"))
+    report = align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
+    assert (report.aligned, report.faceless) == (1, ("Ann/1.png", "Ann/2.png"))
+
+
+def test_odd_tags_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    resolution = struct.pack("<HHI4s", 0x011A, 2, 4, b"odd")  # in words
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + resolution + bytes(4)
+    photo(0).save(tmp_path / "photos" / "a.png", exif=exif)
+    detector = Detector()
+    assert align(tmp_path / "photos", tmp_path / "crops", detector=detector).aligned == 1
+    np.testing.assert_array_equal(detector.seen[0], np.asarray(photo(0).rotate(-90, expand=True))[:, :, ::-1])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillows(orientation: int, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo(0).save(tmp_path / "photos" / "a.png", exif=exif)
+    detector = Detector()
+    align(tmp_path / "photos", tmp_path / "crops", detector=detector)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "photos" / "a.png"))
+    np.testing.assert_array_equal(detector.seen[0], np.asarray(expected)[:, :, ::-1])
+
+
+def test_crops_among_the_photos_are_no_photos(photos: Path) -> None:
+    for _ in range(2):
+        assert align(photos, photos / "crops", detector=Detector()).photos == 3
 
 
 def test_refusals(photos: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import numpy as np
@@ -139,8 +140,8 @@ def test_truncated_images_are_counted_when_read(crops, ending):
         path.write_bytes(path.read_bytes()[:3000])
     reopened = ImageFolder(folder.root)
     assert reopened.read([0, 3]).shape == (2, 3, 112, 112)
-    with pytest.raises(ImagesError, match=rf"^2 of 4 files .* \(first: Ann/Ann_0002.{ending}\)"):
-        reopened.read([0, 2])
+    with pytest.raises(ImagesError, match=rf"^2 of 3 files .* \(first: Ann/Ann_0002.{ending}\)"):
+        reopened.read([0, 1, 2])
 
 
 def test_missing_empty_and_mixed_folders_are_errors(crops, tmp_path):
@@ -150,6 +151,16 @@ def test_missing_empty_and_mixed_folders_are_errors(crops, tmp_path):
     mixed = crops({"Ann": 1})
     save(mixed / "loose.png")
     assert "(first: loose.png): keep one layout" in message(mixed)
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_a_folder_that_must_not_be_read_is_named(crops):
+    root = crops({"Ann": 1, "Bob": 1})
+    (root / "Bob").chmod(0)
+    try:
+        assert "Bob cannot be read (Permission denied)" in message(root)
+    finally:
+        (root / "Bob").chmod(0o700)
 
 
 @pytest.mark.faces

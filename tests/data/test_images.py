@@ -49,6 +49,21 @@ def test_loader_of_other_things_is_refused():
         list(LoaderImages(["face.png"]).batches(1))
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.zeros(3, 112, 112, dtype=torch.uint8), "wrap it in a DataLoader"),
+        (torch.zeros(2, 3, 160, 160, dtype=torch.uint8), "these are 160x160"),
+        (torch.zeros(2, 1, 112, 112, dtype=torch.uint8), r"\[N, 3, height, width\]"),
+        (torch.zeros(2, 112, 112, 3), r"\[N, 3, height, width\]"),
+        (torch.zeros(2, 3, 112, 112, dtype=torch.int64), "not torch.int64"),
+    ],
+)
+def test_batches_of_a_loader_are_held_to_what_tensors_are(batch, message):
+    with pytest.raises(ImagesError, match=message):
+        list(LoaderImages([(batch, 0)]).batches(1))
+
+
 def test_as_image_source_recognises_each_kind(crops):
     tensor = TensorImages(torch.zeros(1, 3, 4, 4))
     assert isinstance(as_image_source(crops({"Ann": 1})), ImageFolder)

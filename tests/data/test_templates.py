@@ -42,6 +42,7 @@ MALFORMED = {
     "a pair is no numbers": ("ijbc_template_pair_label.txt", "7 ten 1\n", PairsError, "cannot be read as pairs"),
     "no pairs": ("ijbc_template_pair_label.txt", "", PairsError, "does not hold lines"),
     "a template is unknown": ("ijbc_template_pair_label.txt", "7 10 1\n7 8 0\n", PairsError, "1 of 2 pairs"),
+    "only one kind": ("ijbc_template_pair_label.txt", "7 10 1\n7 10 1\n", PairsError, "only one kind of pairs"),
     "a template is beyond the last": ("ijbc_template_pair_label.txt", "7 9999 0\n", PairsError, "1 of 1 pairs"),
 }
 

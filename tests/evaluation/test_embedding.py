@@ -121,13 +121,38 @@ def test_missing_files_are_errors(tmp_path, name):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_unusable_embeddings_are_counted(value):
+def test_unusable_embeddings_are_named(value):
     output = torch.ones(5, 4)
     output[2:4, 1] = value
     if value == 0:
         output[2:4] = 0
-    with pytest.raises(QFaceError, match=r"^2 of 5 embeddings .* \(first: image 2\)"):
+    with pytest.raises(QFaceError, match=r"^the embedding of image 2 is not finite or is zero"):
         embed(Constant(output), TensorImages(FLOATS))
+
+
+def test_images_after_an_unusable_one_are_not_embedded():
+    seen = []
+
+    class Failing(Doubler):
+        def __call__(self, batch):
+            seen.append(len(batch))
+            return torch.zeros(len(batch), 4) if len(seen) == 2 else torch.ones(len(batch), 4)
+
+    with pytest.raises(QFaceError, match=r"^the embedding of image 2 "):
+        embed(Failing(), TensorImages(FLOATS), batch_size=2)
+    assert seen == [2, 2]
+
+
+def test_images_that_the_network_cannot_read_are_one_line():
+    with pytest.raises(QFaceError, match=r"^the model cannot embed images \[5, 3, .*: ") as error:
+        embed(nn.Sequential(nn.Flatten(), nn.Linear(7, 4)), TensorImages(FLOATS))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_no_images_at_a_time_is_an_error(batch_size):
+    with pytest.raises(ConfigError, match="batch_size"):
+        embed(Doubler(), TensorImages(FLOATS), batch_size)
 
 
 def test_large_embeddings_do_not_overflow():

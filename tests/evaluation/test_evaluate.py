@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qface.data import ImageFolder, TensorImages
-from qface.errors import ImagesError, PairsError, QFaceError
+from qface.errors import CheckpointError, ImagesError, PairsError, QFaceError
 from qface.evaluation import FPRS, embed, evaluate, ten_fold_accuracy, tpr_at_fpr
 from qface.models import load
 
@@ -124,7 +124,7 @@ def test_a_verification_bin_brings_its_pairs(crops, pairs, tmp_path):
         evaluate(Pooled(), tmp_path / "lfw.bin", pairs=pairs)
 
 
-def test_errors_come_before_any_embedding(crops, pairs):
+def test_errors_come_before_any_embedding(crops, pairs, tmp_path):
     def model(images):
         raise AssertionError("embedded")
 
@@ -133,6 +133,12 @@ def test_errors_come_before_any_embedding(crops, pairs):
         evaluate(model, crops({"Ann": 2}))
     with pytest.raises(PairsError, match="not in"):
         evaluate(model, crops({"Ann": 2, "Bob": 1}, folder="other"), pairs=pairs)
+    view1 = tmp_path / "view1.txt"
+    view1.write_text("1\nAnn\t1\t2\nAnn\t1\tBob\t1\n")
+    with pytest.raises(PairsError, match="but two are needed"):
+        evaluate(model, crops({"Ann": 2, "Bob": 1}, folder="few"), pairs=view1)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        evaluate(model, crops({"Ann": 2, "Bob": 1}, folder="two"), gallery="none.onnx")
 
 
 def test_models_of_different_embeddings_do_not_compare(crops):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 import qface
@@ -108,7 +109,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert resumed.thresholds == pytest.approx(expected.thresholds, abs=1e-6)
     finished = Counting()
     qface.evaluate_templates(finished, tmp_path / "ijb", "arcface", run_dir=run, batch_size=4)
-    assert finished.images == 1  # the one that tells models apart
+    assert finished.images == 1 + 3  # one that tells the dimensions, and those that tell models apart
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -121,6 +122,30 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         qface.evaluate_templates(Counting(), tmp_path / "ijb", flip=True, run_dir=run)
 
 
+def test_a_model_that_gives_other_lengths_is_another(tmp_path: Path) -> None:
+    SmallIjb(tmp_path / "ijb")
+    qface.evaluate_templates(Counting(), tmp_path / "ijb", run_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="of another model"):
+        qface.evaluate_templates(Counting(sign=0.5), tmp_path / "ijb", run_dir=tmp_path / "run")
+
+
+def test_a_broken_model_spoils_no_folder(tmp_path: Path) -> None:
+    SmallIjb(tmp_path / "ijb")
+    run = tmp_path / "run"
+    with pytest.raises(QFaceError, match="not finite"):
+        qface.evaluate_templates(Counting(sign=float("nan")), tmp_path / "ijb", run_dir=run)
+    expected = qface.evaluate_templates(Counting(), tmp_path / "ijb")
+    assert qface.evaluate_templates(Counting(), tmp_path / "ijb", run_dir=run).thresholds == expected.thresholds
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    SmallIjb(tmp_path / "ijb")
+    run = tmp_path / "run"
+    run.mkdir()
+    with FileLock(run / "embeddings.lock"), pytest.raises(ConfigError, match="another run is writing to"):
+        qface.evaluate_templates(Counting(), tmp_path / "ijb", run_dir=run)
+
+
 def test_no_such_protocol(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="paper, arcface, not 'median'"):
         qface.evaluate_templates(tiny_face_net(), tmp_path, "median")
@@ -128,7 +153,7 @@ def test_no_such_protocol(tmp_path: Path) -> None:
 
 def test_a_model_without_embeddings_is_named(tmp_path: Path) -> None:
     SmallIjb(tmp_path)
-    with pytest.raises(QFaceError, match="are not finite or are zero"):
+    with pytest.raises(QFaceError, match="the embedding of image 0 is not finite or is zero"):
         qface.evaluate_templates(Counting(sign=0.0), tmp_path)
 
 

@@ -79,3 +79,15 @@ def test_refusals(tmp_path: Path) -> None:
         operating_thresholds(Corner(), Corner(), people().images)
     with pytest.raises(ConfigError, match="false-positive rate"):
         operating_thresholds(Corner(), Corner(), people(), "2")
+
+
+def test_errors_come_before_any_embedding(crops: Crops) -> None:
+    class Unused(Corner):
+        def __call__(self, batch: Tensor) -> Tensor:
+            raise AssertionError("embedded")
+
+    folder = crops({f"Person {number}": 3 for number in range(12)})
+    with pytest.raises(ConfigError, match="false-positive rate"):
+        operating_thresholds(Unused(), Unused(), folder, "1e-4x")
+    with pytest.raises(ImagesError, match="is no file"):
+        operating_thresholds(Unused(), Unused(), folder, "0.1", judged_on="nobody.txt")
