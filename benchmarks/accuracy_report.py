@@ -10,7 +10,7 @@ from typing import Any
 
 from accuracy_rows import EVERY_ROW, SWEEP, SWEEP_BITS, Goal
 from held_out import FPRS
-from report_files import write_figure
+from report_files import markdown_table, terminal_table, write_figure
 from rich.table import Table
 
 Record = dict[str, Any]
@@ -89,18 +89,12 @@ def _verdicts(line: Record, goal: Goal, rival: Record | None) -> list[Record]:
 
 def table(lines: Iterable[Record], teachers: dict[str, Record]) -> Table:
     """For the terminal."""
-    result = Table(title="Judged on the second half of the people, in points")
-    for heading in HEADINGS:
-        result.add_column(heading)
-    for cells in _rows(lines, teachers):
-        result.add_row(*cells)
-    return result
+    return terminal_table("Judged on the second half of the people, in points", HEADINGS, _rows(lines, teachers))
 
 
 def markdown(lines: Iterable[Record], teachers: dict[str, Record]) -> str:
     """The same table as text for a page."""
-    rows = [HEADINGS, ["---"] * len(HEADINGS), *_rows(lines, teachers)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    return markdown_table(HEADINGS, _rows(lines, teachers))
 
 
 def _rows(lines: Iterable[Record], teachers: dict[str, Record]) -> list[list[str]]:

@@ -20,9 +20,8 @@ from paper_arms import Arms, Unavailable
 from paper_rows import SETS, TABLES, PaperTable, Row
 from paper_sources import HALF_COLUMNS, STAND_INS, Sources
 from records import Record, Records
-from report_files import write_figure, write_json, write_text
+from report_files import markdown_table, terminal_table, write_figure, write_json, write_text
 from rich.console import Console
-from rich.table import Table
 
 import qface
 
@@ -117,14 +116,10 @@ def _report(
     json_file: Path | None,
 ) -> None:
     headings, cells = _headings(lines), [_cells(line, _columns(lines)) for line in lines]
-    shown = Table(title=f"Table {table.number}: {table.title}, recipe {recipe}; measured (printed, difference)")
-    for heading in headings:
-        shown.add_column(heading)
-    for row in cells:
-        shown.add_row(*row)
+    title = f"Table {table.number}: {table.title}, recipe {recipe}; measured (printed, difference)"
     notes = [*table.remarks, *_remarks(lines)]
     console = Console(width=max(Console().width, 200))
-    console.print(shown)
+    console.print(terminal_table(title, headings, cells))
     for note in notes:
         console.print(f"- {note}", markup=False)
     for lack in missing:
@@ -174,9 +169,7 @@ def _remarks(lines: Sequence[Record]) -> list[str]:
 
 
 def _markdown(headings: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    rows = [headings, ["---"] * len(headings), *cells]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return table + "\n" + "".join(f"- {note}\n" for note in notes)
+    return markdown_table(headings, cells) + "\n" + "".join(f"- {note}\n" for note in notes)
 
 
 def _draw(table: PaperTable, lines: Sequence[Record], path: Path) -> None:

@@ -6,10 +6,10 @@
 
 Everything is tuned on the first half of the people, and judged on the second: all figures are those of the exported
 file in onnxruntime. Latencies are of one image on one thread, all files in turns, in multiples of the float network's
-time; "/ fewer MACs" is what pruning gained in time, over what it saved in products, in percent. Widths are rounded down
+time; "of the products saved" is what pruning gained in time, over what it saved in products. Widths are rounded down
 to multiples of 16, which integer kernels are fastest at; ``--round-to 1`` leaves them as they come out. Each file is
-written at once with its figures; the same command goes on behind the last. It prints a table and draws accuracy over
-size and over latency.
+written at once with its figures; the same command goes on behind the last. It prints a table, and writes it as Markdown
+beside a figure of accuracy over size and over latency.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import get_args
 import click
 from accuracy_rows import NETWORKS
 from held_out import Embeddings, Halves
+from pruning_report import Bits, draw, gain_per_macs, markdown, name_of, table
 from records import Record, Records, digest
-from report_files import write_figure, write_json
+from report_files import write_json, write_text
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import qface
@@ -35,14 +35,6 @@ from qface.deployment import median_milliseconds
 from qface.evaluation import embed
 from qface.pruning import cost_of
 from qface.pruning.config import ScopeName
-
-Bits = tuple[int, int]
-"""Of weights, and of activations."""
-
-
-def name_of(bits: Bits) -> str:
-    """As ``w4a8``."""
-    return "w{}a{}".format(*bits)
 
 
 class BitsOption(click.ParamType):
@@ -233,82 +225,11 @@ def main(
         row["milliseconds"], row["speedup"] = milliseconds, times[0] / milliseconds
     for row in rows:
         row["gain_per_macs"] = gain_per_macs(row, rows)
-    Console(width=max(Console().width, 140)).print(table(network, rows))
+    Console(width=max(Console().width, 160)).print(table(network, rows))
+    write_text(output / f"{network}.md", markdown(rows))
     draw(network, rows, output / f"{network}.png")
     if json_file is not None:
         write_json(json_file, {"network": network, "rows": rows})
-
-
-def gain_per_macs(row: Record, rows: Sequence[Record]) -> float | None:
-    """How many times as fast as the unpruned file of the same width, over how many times fewer products; 1 where time
-    goes with products."""
-    if row["ratio"] is None:
-        return None
-    whole = next(other for other in rows if other["ratio"] is None and other["bits"] == row["bits"])
-    gain: float = (row["speedup"] / whole["speedup"]) * (row["macs"] / whole["macs"])
-    return gain
-
-
-def table(network: str, rows: Sequence[Record]) -> Table:
-    """A row a file."""
-    shown = Table(title=f"{network}, second half of the people")
-    for column in (
-        "",
-        "TPR at 1e-4",
-        "lost",
-        "LFW 10-fold",
-        "1 - cosine",
-        "MACs",
-        "MB",
-        "times as fast",
-        "/ fewer MACs",
-    ):
-        shown.add_column(column, justify="right" if column else "left")
-    best = rows[0]["tpr"]["1e-4"]
-    for row in rows:
-        rate = row["tpr"]["1e-4"]
-        lost = None if rate is None or best is None else best - rate
-        gain = row["gain_per_macs"]
-        shown.add_row(
-            *(row["name"], points(rate), points(lost), points(row["accuracy"]), f"{row['distance']:.4f}"),
-            *(f"{row['macs'] / 1e6:.0f} M", f"{row['bytes'] / 1e6:.2f}", f"{row['speedup']:.2f}", points(gain)),
-        )
-    return shown
-
-
-def points(share: float | None) -> str:
-    """In percent."""
-    return "-" if share is None else f"{100 * share:.2f}"
-
-
-def draw(network: str, rows: Sequence[Record], path: Path) -> None:
-    """Points lost over size and over speed, a line for each width and training."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    best = rows[0]["tpr"]["1e-4"]
-    for (bits, trained), line in lines(rows).items():
-        label = f"{'float' if bits is None else name_of(bits)}{', distilled' if trained else ''}"
-        lost = [100 * (best - row["tpr"]["1e-4"]) for row in line]
-        for panel, key, scale in zip(panels, ("bytes", "speedup"), (1e-6, 1), strict=True):
-            panel.plot([row[key] * scale for row in line], lost, marker="o", label=label)
-    panels[0].set(xlabel="MB", ylabel=f"points of TPR at FPR 1e-4 lost, {network}", xscale="log", yscale="symlog")
-    panels[1].set(xlabel="times as fast as float", xscale="log")
-    for panel in panels:
-        panel.grid(linewidth=0.3)
-    if panels[0].lines:
-        panels[0].legend(fontsize="small")
-    write_figure(path, figure)
-
-
-def lines(rows: Sequence[Record]) -> dict[tuple[Bits | None, bool], list[Record]]:
-    """Rows that differ in how much was pruned only."""
-    found: dict[tuple[Bits | None, bool], list[Record]] = {}
-    for row in rows:
-        if row["repaired"] and row["tpr"]["1e-4"] is not None:
-            found.setdefault((row["bits"], row["trained"]), []).append(row)
-    return found
 
 
 if __name__ == "__main__":

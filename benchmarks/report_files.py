@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from qface.files import replacing
 
-__all__ = ["write_figure", "write_json", "write_text"]
+__all__ = ["markdown_table", "terminal_table", "write_figure", "write_json", "write_text"]
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """For a page."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """For the terminal."""
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading)
+    for cells in rows:
+        table.add_row(*cells)
+    return table
 
 
 def write_text(path: Path, text: str) -> None:
