@@ -125,10 +125,6 @@ class Bench:
             "images": digest(self._halves.names()),
             "pruning": asdict(self._pruning),
         }
-        self._trainings = {
-            "after_pruning": asdict(self._after_pruning),
-            "after_calibration": asdict(self._after_calibration),
-        }
 
     def figures(self, variant: Variant) -> Record:
         """Accuracy, size, MACs and file of ``variant``."""
@@ -136,8 +132,19 @@ class Bench:
 
     def _key(self, variant: Variant) -> tuple[str, Record]:
         """Name and settings of ``variant``."""
-        training = self._trainings if variant.trained else {}
-        return f"{self.network}-{variant.name}", {**self._inputs, **training, **asdict(variant)}
+        trainings = {
+            "after_pruning": asdict(self._after_pruning),
+            "after_calibration": asdict(self._after_calibration_of(variant)),
+        }
+        return (
+            f"{self.network}-{variant.name}",
+            {**self._inputs, **(trainings if variant.trained else {}), **asdict(variant)},
+        )
+
+    def _after_calibration_of(self, variant: Variant) -> qface.DistillConfig:
+        """A quantized network that lost channels has as far to go as before it was quantized."""
+        lost_channels = variant.ratio is not None and variant.bits is not None
+        return self._after_pruning if lost_channels else self._after_calibration
 
     def _path(self, variant: Variant, ending: str) -> Path:
         return self._records.path(*self._key(variant), ending)
@@ -177,7 +184,7 @@ class Bench:
             qface.quantize(network, qface.QuantizationConfig(*variant.bits)), self._halves.tuning, progress=True
         )
         if variant.trained:
-            qface.distill(student, self.teacher, self._halves.tuning, self._after_calibration)
+            qface.distill(student, self.teacher, self._halves.tuning, self._after_calibration_of(variant))
         return student
 
     @cached_property

@@ -14,7 +14,7 @@ teacher = qface.load(weights)
 # Integer kernels reach their full speed at widths that are multiples of 16.
 pruned = qface.prune(teacher, 0.2, faces, qface.PruningConfig(round_to=16), people="first-half", progress=True)
 print(f"{cost_of(teacher)} -> {cost_of(pruned)}")
-qface.distill(pruned, teacher, faces, qface.DistillConfig.after_pruning(), people="first-half")
+qface.distill(pruned, teacher, faces, people="first-half")
 
 student = qface.calibrate(qface.quantize(pruned, bits=6), faces, people="first-half")
 qface.distill(student, teacher, faces, people="first-half")  # the teacher is still the network that it all came from

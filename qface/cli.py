@@ -17,6 +17,7 @@ from qface.demo import run_demo
 from qface.deployment.export import TARGETS
 from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
+from qface.distillation import default_config
 from qface.errors import ConfigError, QFaceError
 from qface.evaluation import TemplateProtocol
 from qface.files import check_folder
@@ -124,10 +125,8 @@ _pruning = _options(
 _PRUNING = ("importance", "norm", "scope", "round_to", "keep", "keep_embedding", "repair", "reestimate", "steps")
 
 
-def _distill_config(
-    recipe: str, lr: float | None, ours: qface.DistillConfig | None = None, **settings: Any
-) -> qface.DistillConfig:
-    base = qface.DistillConfig.paper() if recipe == "paper" else ours or qface.DistillConfig()
+def _distill_config(ours: qface.DistillConfig, recipe: str, lr: float | None, **settings: Any) -> qface.DistillConfig:
+    base = qface.DistillConfig.paper() if recipe == "paper" else ours
     return replace(base, learning_rate=base.learning_rate if lr is None else lr, **settings)
 
 
@@ -175,7 +174,7 @@ def quantize(
     student = qface.quantize(teacher, config)
     qface.calibrate(student, images, people=people, progress=True)
     if distill:
-        settings = _distill_config(**training)
+        settings = _distill_config(default_config(student, teacher), **training)
         qface.distill(student, teacher, images, settings, run_dir, resume, people=people)
     qface.save(student, output)
     click.echo(f"wrote {output}")
@@ -218,7 +217,7 @@ def prune(
     wanted = _share_or_budget(ratio, parameters=parameters, macs=macs, mb=mb)
     teacher = resolve_model(model, weights)
     config = qface.PruningConfig(seed=options["seed"], **{name: options.pop(name) for name in _PRUNING})
-    training = _distill_config(**options, ours=qface.DistillConfig.after_pruning())
+    training = _distill_config(qface.DistillConfig.after_pruning(), **options)
 
     def tune(pruned: nn.Module, step: int) -> None:
         folder = None if run_dir is None else run_dir / f"step-{step}"
@@ -260,9 +259,9 @@ def distill(
 ) -> None:
     """Fine-tune a student to embed faces as its teacher does."""
     check_folder(output)
-    learner = qface.load(student)
-    settings = _distill_config(**training)
-    qface.distill(learner, resolve_model(teacher), images, settings, run_dir, resume, people=people)
+    learner, known = qface.load(student), resolve_model(teacher)
+    settings = _distill_config(default_config(learner, known), **training)
+    qface.distill(learner, known, images, settings, run_dir, resume, people=people)
     qface.save(learner, output)
     click.echo(f"wrote {output}")
 
@@ -353,16 +352,16 @@ def _embedder(text: str) -> nn.Module | Path:
 
 
 @main.command()
-@click.argument("student", type=_Path)
+@click.argument("model")
 @_images
 @_people
 @click.option("--figure", type=_Path, help="Also draw the losses here (.png, .svg or .pdf).")
 @_json
-def sensitivity(student: Path, images: Path, people: str | None, figure: Path | None, as_json: bool) -> None:
+def sensitivity(model: str, images: Path, people: str | None, figure: Path | None, as_json: bool) -> None:
     """Measure what quantizing each layer alone costs, its weight and what it reads, at 2 to 8 bits."""
     if figure is not None:
         check_figure(figure)
-    result = qface.sensitivity(qface.load(student), images, people, progress=True)
+    result = qface.sensitivity(resolve_model(model), images, people, progress=True)
     if figure is not None:
         sensitivity_figure(result, figure)
     _print(result.to_dict(), sensitivity_tables(result), as_json)

@@ -17,7 +17,16 @@ from torch import Tensor
 from qface.errors import ImagesError
 from qface.preprocessing import CROP_SIZE, Preprocessing
 
-__all__ = ["ImageSource", "Images", "IndexedImages", "LoaderImages", "TensorImages", "as_image_source", "normalise"]
+__all__ = [
+    "ImageSource",
+    "Images",
+    "IndexedImages",
+    "LoaderImages",
+    "TensorImages",
+    "as_image_source",
+    "check_batch",
+    "normalise",
+]
 
 Images = Union[str, Path, Tensor, Iterable[Any], "ImageSource"]
 """What users may pass as images; :func:`as_image_source` turns each into an :class:`ImageSource`."""
@@ -89,12 +98,21 @@ class LoaderImages(ImageSource):
                 raise ImagesError(
                     f"a loader of images yields tensors or (tensor, label) tuples, not {type(batch).__name__}"
                 )
-            if batch.ndim == 3:
-                raise ImagesError(
-                    f"a loader of images yields batches, not single images {list(batch.shape)}: wrap it in a DataLoader"
-                )
-            _check(batch)
+            check_batch(batch)
             yield batch
+
+
+def check_batch(batch: Tensor) -> None:
+    """Hold what a loader yields to what :class:`TensorImages` says.
+
+    Raises:
+        ImagesError: it is of another shape or type.
+    """
+    if batch.ndim == 3:
+        raise ImagesError(
+            f"a loader of images yields batches, not single images {list(batch.shape)}: wrap it in a DataLoader"
+        )
+    _check(batch)
 
 
 def _check(images: Tensor) -> None:
@@ -151,5 +169,5 @@ def _from_path(path: Path, people: str | Path | None) -> ImageSource:
 
 
 def normalise(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """What a model with ``preprocessing`` reads: bytes are normalised for it, floats pass."""
-    return preprocessing(batch) if batch.dtype == torch.uint8 else batch
+    """What a model with ``preprocessing`` reads, in float32: bytes are normalised for it, floats pass."""
+    return preprocessing(batch) if batch.dtype == torch.uint8 else batch.float()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qface.data.images import ImageSource, IndexedImages
-from qface.errors import ImagesError
+from qface.errors import ConfigError, ImagesError
 
 __all__ = ["evenly", "sample_batches"]
 
@@ -22,11 +22,17 @@ def sample_batches(source: ImageSource, count: int, batch_size: int) -> list[Ten
     """About ``count`` images: every k-th of what can be indexed, else the first batches.
 
     Raises:
-        ImagesError: the images cannot be used, or there are none.
+        ConfigError: ``count`` or ``batch_size`` is below 1.
+        ImagesError: the images cannot be used, there are none, or a value of theirs is not finite.
     """
+    for name, value in (("count", count), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} is a whole number from 1 on, not {value!r}")
     batches = list(_sample(source, count, batch_size))
     if not sum(map(len, batches)):
         raise ImagesError("there are no images to look at; pass at least one")
+    if any(batch.is_floating_point() and not batch.isfinite().all() for batch in batches):
+        raise ImagesError("the images hold values that are not finite: look at how they are normalised")
     return batches
 
 

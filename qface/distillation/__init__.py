@@ -3,6 +3,14 @@
 from qface.distillation.config import DistillConfig
 from qface.distillation.heads import ArcFaceHead
 from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
-from qface.distillation.trainer import distill
+from qface.distillation.trainer import default_config, distill
 
-__all__ = ["ArcFaceHead", "CosineEmbeddingLoss", "DistillConfig", "EKDLoss", "MSEEmbeddingLoss", "distill"]
+__all__ = [
+    "ArcFaceHead",
+    "CosineEmbeddingLoss",
+    "DistillConfig",
+    "EKDLoss",
+    "MSEEmbeddingLoss",
+    "default_config",
+    "distill",
+]

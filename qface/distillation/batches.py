@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qface.data.images import ImageSource, IndexedImages, LoaderImages
+from qface.data.images import ImageSource, IndexedImages, LoaderImages, check_batch
+from qface.data.sampling import evenly
 from qface.distillation.config import DistillConfig
 from qface.distillation.parallel import Parallel
 from qface.distillation.sampling import PairSampler, flips
 from qface.errors import ConfigError, ImagesError
 
 __all__ = ["Batch", "Batches", "batches_of"]
+
+
+_LOOKED_AT = 8  # images, to tell others from these
 
 
 class Batch(NamedTuple):
@@ -103,7 +107,8 @@ class _IndexedBatches(Batches):
     def digest(self) -> str:
         labels = self._source.labels
         known = b"" if labels is None else labels.cpu().numpy().tobytes()
-        return f"{len(self._source)} images, labels {hashlib.sha256(known).hexdigest()[:16]}"
+        some = self._source.read(evenly(len(self._source), _LOOKED_AT).tolist()).cpu().contiguous().numpy().tobytes()
+        return f"{len(self._source)} images, {hashlib.sha256(known + some).hexdigest()[:16]}"
 
 
 def _batch_size(images: int, wanted: int, processes: int) -> int:
@@ -160,6 +165,7 @@ def _images_and_labels(item: Any) -> tuple[Tensor, Tensor | None]:
     images, *others = item if isinstance(item, (tuple, list)) else (item,)
     if not isinstance(images, Tensor):
         raise ImagesError(f"a loader of images yields tensors or (tensor, label) tuples, not {type(images).__name__}")
+    check_batch(images)
     labels = others[0] if others and isinstance(others[0], Tensor) else None
     if labels is not None and labels.shape != (len(images),):
         raise ImagesError(f"a batch of {len(images)} images needs {len(images)} labels, not {list(labels.shape)}")

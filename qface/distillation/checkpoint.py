@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qface.distillation.config import DistillConfig
-from qface.errors import CheckpointError, ConfigError, TrainingError
+from qface.errors import CheckpointError, ConfigError, ExportError, TrainingError
 
 __all__ = ["RunFolder", "digest_of_structure", "digest_of_values"]
 
@@ -37,6 +37,7 @@ class RunFolder:
 
     Raises:
         ConfigError: the folder holds a checkpoint and ``resume`` is False.
+        ExportError: the folder cannot be made.
     """
 
     def __init__(
@@ -50,7 +51,12 @@ class RunFolder:
         if self._checkpoint.exists() and not resume:
             raise ConfigError(f"{path} already holds a run: resume it (resume=True), or choose another run folder")
         if writes:
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ExportError(
+                    f"cannot make the run folder {path}: {error.strerror or error}; choose another"
+                ) from error
 
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last, on the CPU, or None where there is none.
@@ -116,8 +122,16 @@ class RunFolder:
 
 
 def digest_of_structure(model: nn.Module) -> str:
-    """A word for the names, shapes and types of everything ``model`` holds, whatever the values."""
-    return _digest(f"{name} {tuple(t.shape)} {t.dtype}".encode() for name, t in _tensors(model))
+    """A word for the layers of ``model``, their widths, and the names, shapes and types of all they hold, whatever the
+    values."""
+    layers = (f"{name} {type(layer).__name__} {_widths(layer)}" for name, layer in model.named_modules())
+    tensors = (f"{name} {tuple(t.shape)} {t.dtype}" for name, t in _tensors(model))
+    return _digest(line.encode() for line in chain(layers, tensors))
+
+
+def _widths(layer: nn.Module) -> str:
+    # By name: only qface.quantization knows its quantizers.
+    return " ".join(str(getattr(layer, name, "")) for name in ("bits", "rule"))
 
 
 def digest_of_values(model: nn.Module) -> str:

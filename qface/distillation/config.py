@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 from qface.errors import ConfigError
 
@@ -180,22 +180,34 @@ class DistillConfig:
         )
 
 
+_OPTIONAL = frozenset({"max_steps", "bn_statistics_steps", "max_gradient_norm", "scale_learning_rate"})
+
+
 def _at_least(least: int, **fields: int | None) -> None:
     for name, value in fields.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if not whole and not _left_out(name, value):
             raise ConfigError(f"{name} is a whole number from {least} on, not {value!r}")
 
 
 def _not_negative(**fields: float | None) -> None:
     for name, value in fields.items():
-        if value is not None and not 0 <= value < math.inf:
+        if not _left_out(name, value) and not (_is_number(value) and 0 <= value < math.inf):
             raise ConfigError(f"{name} is a number from 0 on, not {value!r}")
 
 
 def _positive(**fields: float | None) -> None:
     for name, value in fields.items():
-        if value is not None and not 0 < value < math.inf:
+        if not _left_out(name, value) and not (_is_number(value) and 0 < value < math.inf):
             raise ConfigError(f"{name} is a number above 0, not {value!r}")
+
+
+def _left_out(name: str, value: object) -> bool:
+    return value is None and name in _OPTIONAL
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _one_of(choices: tuple[str | None, ...], **fields: str | None) -> None:

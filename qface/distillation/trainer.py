@@ -24,19 +24,30 @@ from qface.distillation.parallel import Parallel, processes_for
 from qface.distillation.progress import progress_bar
 from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.errors import ConfigError, TrainingError
-from qface.models.provenance import record_step
+from qface.models.provenance import provenance_of, record_step
 from qface.preprocessing import preprocessing_of
 
-__all__ = ["distill"]
+__all__ = ["default_config", "distill"]
 
-_DEFAULTS = DistillConfig()
+
+def default_config(student: nn.Module, teacher: nn.Module) -> DistillConfig:
+    """:meth:`DistillConfig.after_pruning` where the student lost channels that the teacher has, else the defaults.
+
+    Both carry the steps that made them (:func:`qface.models.provenance.provenance_of`).
+    """
+    lost_channels = _was_pruned(student) and not _was_pruned(teacher)
+    return DistillConfig.after_pruning() if lost_channels else DistillConfig()
+
+
+def _was_pruned(model: nn.Module) -> bool:
+    return any(step["step"] == "prune" for step in provenance_of(model))
 
 
 def distill(
     student: nn.Module,
     teacher: nn.Module,
     images: Images,
-    config: DistillConfig = _DEFAULTS,
+    config: DistillConfig | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
     people: str | Path | None = None,
@@ -60,7 +71,7 @@ def distill(
             Bytes are normalised for each network by the preprocessing it carries, floats reach both as they
             are. EKD uses identities where they are known. Where they are not, it takes the teacher's word for them
             (``config.pseudo_pairs``), or, of a loader, sees negative pairs only.
-        config: the settings.
+        config: the settings; None takes :func:`default_config`'s.
         run_dir: folder for ``checkpoint.pt`` and ``log.jsonl`` (step, loss terms, learning rate, gradient
             norm); None writes nothing.
         resume: go on from the checkpoint in ``run_dir``, or start there where it holds none. A run that was
@@ -83,6 +94,7 @@ def distill(
         raise TrainingError("student and teacher are one network: pass copy.deepcopy(network) as the teacher")
     if resume and run_dir is None:
         raise ConfigError("resume=True needs the run_dir to go on from")
+    config = config or default_config(student, teacher)
     parallel = processes_for(config.device)
     source = as_image_source(images, people)
     if config.pseudo_pairs and config.uses_ekd and not config.class_head:

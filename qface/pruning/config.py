@@ -68,7 +68,8 @@ class PruningConfig:
         if not 0 < self.greatest_share < 1:
             raise ConfigError(f"greatest_share lies between 0 and 1, not {self.greatest_share!r}")
         for name in ("round_to", "steps", "images"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is a whole number from 1 on, not {getattr(self, name)!r}")
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qface.data.images import Images, as_image_source, normalise
@@ -60,7 +61,8 @@ def prune(
         The pruned network, a module of the same class. It is saved, quantized and distilled like any other.
 
     Raises:
-        ConfigError: the network is quantized; or the ratio, the budget, or a name to keep is impossible.
+        ConfigError: the network is quantized; the ratio, the budget, or a name to keep is impossible; or no channel is
+            removed.
         ImagesError: the images cannot be used, or are needed and missing.
         TraceError: the model cannot be traced.
         UnsupportedLayerError: a layer cannot be pruned.
@@ -79,14 +81,23 @@ def prune(
             reestimate_batch_norms(pruned, sample)
         if between is not None and step < config.steps:
             between(pruned, step)
+    if _parameters(pruned) == _parameters(model):
+        raise ConfigError(
+            f"no channel was removed: importance {config.importance!r} found none, or a share of {share:.3g} is less "
+            f"than {config.round_to} of any layer's channels; raise the share, or change importance, round_to or keep"
+        )
     settings = {**asdict(config), "share": share, "images": 0 if sample is None else len(sample)}
     return record_step(carry(model, pruned.eval()), "prune", settings)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check(model: nn.Module, ratio: float | Budget, images: Images | None, config: PruningConfig) -> None:
     if any(step["step"] == "quantize" for step in provenance_of(model)):
         raise ConfigError("this network is quantized: prune the float network that it came from, then quantize that")
-    if not isinstance(ratio, Budget) and not 0 < ratio < 1:
+    if not isinstance(ratio, (Budget, int, float)) or (not isinstance(ratio, Budget) and not 0 < ratio < 1):
         raise ConfigError(f"the share of channels to remove lies between 0 and 1, not {ratio!r}")
     if config.needs_images and images is None:
         raise ImagesError(f"importance {config.importance!r} is measured on images: pass some")
@@ -100,7 +111,7 @@ def _check(model: nn.Module, ratio: float | Budget, images: Images | None, confi
 def _sample(images: Images, people: str | Path | None, model: nn.Module, config: PruningConfig) -> Tensor:
     """Up to ``config.images`` of the images, spread evenly, normalised."""
     found = torch.cat(sample_batches(as_image_source(images, people), config.images, config.images))
-    return normalise(found, preprocessing_of(model))
+    return normalise(found, preprocessing_of(model)).to(example_input(model, 1).device)
 
 
 def _share_of_step(share: float, step: int, steps: int) -> float:
@@ -137,10 +148,10 @@ def _cost_without(
 
 def _remove(model: nn.Module, share: float, sample: Tensor | None, config: PruningConfig) -> dict[str, Kept]:
     """Remove ``share`` of the channels of ``model``, in place, and say what is left of each layer."""
-    if config.needs_images and sample is not None:
-        write_gradients(model, sample, config)
     trained = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(True)  # torch-pruning follows the gradients of one forward pass
+    if config.needs_images and sample is not None:
+        write_gradients(model, sample, config)
     kept = _Channels(model)
     try:
         for group in _pruner(model, share, config).step(interactive=True):
@@ -162,7 +173,7 @@ def _check_runs(model: nn.Module) -> None:
 
 
 def _pruner(model: nn.Module, share: float, config: PruningConfig) -> Any:
-    kept = [model.get_submodule(name) for name in config.keep] + _concatenated_layers(model)
+    kept = [model.get_submodule(name) for name in config.keep] + _reordered_layers(model)
     if config.keep_embedding:
         kept += _embedding_layers(model)
     return import_module("torch_pruning").pruner.algorithms.BasePruner(
@@ -183,16 +194,24 @@ def _embedding_layers(model: nn.Module) -> list[nn.Module]:
     return list(_weighted_before(model, output, set()))
 
 
-def _concatenated_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose outputs are concatenated: torch-pruning 1.6.1 takes one for the other there."""
-    concatenations = [node for node in trace(model).graph.nodes if _concatenates(model, node)]
-    return [layer for node in concatenations for layer in _weighted_before(model, node, set())]
+def _reordered_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers whose outputs are concatenated or shuffled: torch-pruning 1.6.1 takes one for the other there."""
+    nodes = [node for node in trace(model).graph.nodes if _reorders(model, node)]
+    return [layer for node in nodes for layer in _weighted_before(model, node, set())]
 
 
-def _concatenates(model: nn.Module, node: fx.Node) -> bool:
+_REORDERING = {
+    *(torch.cat, torch.concat, torch.concatenate, torch.transpose, torch.permute, torch.swapaxes, torch.movedim),
+    *(F.channel_shuffle, F.pixel_shuffle, F.pixel_unshuffle),
+    *("transpose", "permute", "swapaxes", "movedim"),
+}
+_REORDERING_LAYERS = (Concat, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle)
+
+
+def _reorders(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return isinstance(model.get_submodule(str(node.target)), Concat)
-    return node.target in (torch.cat, torch.concat, torch.concatenate)
+        return isinstance(model.get_submodule(str(node.target)), _REORDERING_LAYERS)
+    return node.op in ("call_function", "call_method") and node.target in _REORDERING
 
 
 def _weighted_before(model: nn.Module, node: fx.Node, seen: set[fx.Node]) -> Iterator[nn.Module]:

@@ -64,6 +64,7 @@ def repair(
         pruned.eval()
         original.eval()
         sizes = _output_sizes(original, names, images[:1])
+        names = list(sizes)
         positions = {name: Positions.drawn(len(images), *sizes[name], _POSITIONS, generator) for name in names}
         made = _outputs(original, names, positions, images)
         for name in track(names, "repair", progress):
@@ -92,18 +93,20 @@ def _run(model: nn.Module, hooks: Mapping[nn.Module, Callable[[Tensor, Tensor], 
 
 
 def _output_sizes(model: nn.Module, names: Sequence[str], image: Tensor) -> dict[str, tuple[int, int]]:
-    """Height and width of what each layer makes; 1 x 1 of a linear layer."""
-    sizes: dict[str, tuple[int, int]] = {}
+    """Height and width of what each layer makes, 1 x 1 of a linear layer.
+
+    Without layers that are called more than once, and linear ones that read more than a row an image.
+    """
+    shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
 
     def note(name: str) -> Callable[[Tensor, Tensor], None]:
-        def keep(_: Tensor, output: Tensor) -> None:
-            shape = as_map(output).shape
-            sizes[name] = (shape[2], shape[3])
+        return lambda _, output: shapes[name].append(output.shape)
 
-        return keep
-
-    _run(model, {model.get_submodule(name): note(name) for name in names}, image)
-    return sizes
+    layers = {name: model.get_submodule(name) for name in names}
+    _run(model, {layer: note(name) for name, layer in layers.items()}, image)
+    dimensions = {name: 2 if isinstance(layer, nn.Linear) else 4 for name, layer in layers.items()}
+    once = {name: made[0] for name, made in shapes.items() if len(made) == 1 and len(made[0]) == dimensions[name]}
+    return {name: (1, 1) if len(shape) == 2 else (shape[2], shape[3]) for name, shape in once.items()}
 
 
 def _outputs(
@@ -159,6 +162,8 @@ def _ridge(x: Tensor, y: Tensor) -> Tensor:
     """The map [outputs, inputs] from ``x`` [M, inputs] to ``y`` [M, outputs] of least squares and little length."""
     x, y = x.double(), y.double()
     ridge = _RIDGE * float(x.square().sum()) / x.shape[1]
+    if ridge == 0:  # nothing is read, and no weights could change what is made
+        return x.new_zeros(y.shape[1], x.shape[1], dtype=torch.float32)
     if x.shape[0] >= x.shape[1]:
         found: Tensor = torch.linalg.solve(_with_ridge(x.T @ x, ridge), x.T @ y).T
     else:  # the same, by a system of as many equations as there are positions

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
@@ -20,6 +21,7 @@ from qface.errors import TraceError, UnsupportedLayerError, one_line
 from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply, batch_norm_affine
 from qface.models.provenance import carry
 from qface.models.tracing import example_input, trace
+from qface.modes import modes_kept
 from qface.quantization.layers import layer_of
 from qface.quantization.slopes import flatten_slopes, one_slope_per_channel
 
@@ -27,7 +29,10 @@ __all__ = ["canonicalise"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _NO_OPERATION = (nn.Dropout, nn.Dropout2d, nn.Identity)
-_NO_OPERATION_METHODS = frozenset({"contiguous", "detach", "clone", "float"})
+_ALIASES = frozenset({"contiguous", "detach", "float"})
+"""Methods that give the tensor itself, or one that shares its memory, where a network is called in float32."""
+
+_SAME = 1e-3  # in parts of the embedding's length: how far its canonical form may be from a network
 _SUPPORTED_WEIGHTS = (nn.Conv2d, nn.Linear, nn.PReLU, ChannelAffine, *_NORMS)
 
 Inputs = tuple[fx.Node, ...]
@@ -38,15 +43,18 @@ def canonicalise(model: nn.Module) -> fx.GraphModule:
     """A new GraphModule in canonical form; ``model`` is untouched.
 
     Raises:
-        TraceError: the model cannot be traced, or does not run on images of its size.
+        TraceError: the model cannot be traced or copied, does not run on images of its size, or its canonical form
+            computes something else.
         UnsupportedLayerError: a layer with weights is neither convolution, linear, PReLU nor BatchNorm; it is named.
     """
-    copied = copy.deepcopy(trace(model))
+    copied = _copied(trace(model))
     graph_module = fx.GraphModule(copied, copied.graph)  # drops submodules that no node uses
     _own_layer_per_call(graph_module)
+    _own_parameters(graph_module)
     _propagate_shapes(graph_module, example_input(model))
+    _remove(graph_module, _gives_its_input)  # first, or what is overwritten would have two names
     _undo_in_place(graph_module)
-    _remove_no_operations(graph_module)
+    _remove(graph_module, _clones)
     _functions_to_layers(graph_module)
     _fold_batch_norms(graph_module)
     _convolutions_to_linear_layers(graph_module)
@@ -55,7 +63,57 @@ def canonicalise(model: nn.Module) -> fx.GraphModule:
     graph_module.graph.lint()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
+    _check_equal(model, graph_module)
     return carry(model, graph_module)
+
+
+def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose weights are plain parameters: what parametrizations compute is written into them."""
+    try:
+        copied = copy.deepcopy(graph_module)
+    except RuntimeError as error:
+        raise TraceError(
+            f"the network cannot be copied ({one_line(error, 200)}): undo torch.nn.utils.weight_norm and prune with "
+            "remove_weight_norm and prune.remove first"
+        ) from error
+    for layer in list(copied.modules()):
+        if parametrize.is_parametrized(layer):
+            _make_plain(layer)
+    return copied
+
+
+def _make_plain(layer: nn.Module) -> None:
+    """As ``remove_parametrizations``, which would break the layer that this one is a copy of: they share a class."""
+    values = {name: getattr(layer, name).detach() for name in layer.parametrizations}  # type: ignore[union-attr]
+    layer.__class__ = parametrize.type_before_parametrizations(layer)
+    del layer.parametrizations
+    for name, value in values.items():
+        layer.register_parameter(name, nn.Parameter(value))
+
+
+def _check_equal(model: nn.Module, canonical: fx.GraphModule) -> None:
+    """Compare both on noise: an operation in place may have overwritten what another name stood for."""
+    zeros = example_input(model)
+    images = torch.rand(zeros.shape, generator=torch.Generator().manual_seed(0)).to(zeros) * 2 - 1
+    with modes_kept(model), modes_kept(canonical), torch.no_grad():
+        wanted, found = model.eval()(images), canonical.eval()(images)
+    if isinstance(wanted, Tensor) and (found - wanted).norm() > _SAME * wanted.norm():
+        raise TraceError(
+            "the network's layers, one by one, compute something else than the network: look for an operation in place "
+            "on a value that is still used"
+        )
+
+
+def _own_parameters(graph_module: fx.GraphModule) -> None:
+    """Give each layer parameters of its own, where layers share them: each is folded, equalised and rounded alone."""
+    seen: set[int] = set()
+    for layer in graph_module.modules():
+        for name, parameter in layer._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) in seen:
+                layer._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            seen.add(id(parameter))
 
 
 def _own_layer_per_call(graph_module: fx.GraphModule) -> None:
@@ -132,19 +190,23 @@ def _overwrites(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 # ---- operations without effect
 
 
-def _remove_no_operations(graph_module: fx.GraphModule) -> None:
+def _remove(graph_module: fx.GraphModule, has_no_effect: Callable[[fx.Node], bool]) -> None:
     for node in list(graph_module.graph.nodes):
-        if _has_no_effect(graph_module, node):
+        if has_no_effect(node):
             node.replace_all_uses_with(_input(node)[0])
             graph_module.graph.erase_node(node)
 
 
-def _has_no_effect(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def _gives_its_input(node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(layer_of(node), _NO_OPERATION)
     if node.op == "call_function":
         return node.target in (F.dropout, F.dropout2d)
-    return node.op == "call_method" and node.target in _NO_OPERATION_METHODS
+    return node.op == "call_method" and node.target in _ALIASES
+
+
+def _clones(node: fx.Node) -> bool:
+    return (node.op == "call_method" and node.target == "clone") or node.target is torch.clone
 
 
 # ---- functions to layers
@@ -157,6 +219,8 @@ def _functions_to_layers(graph_module: fx.GraphModule) -> None:
         if found is not None:
             layer, inputs = found
             _replace_by_layer(graph_module, node, layer, inputs)
+        elif node.op == "call_method" and node.target == "view":
+            node.target = "reshape"  # the ``contiguous`` that a view may need is gone
     graph_module.graph.eliminate_dead_code()
 
 
@@ -208,8 +272,10 @@ def _binary(layer: Callable[[], nn.Module]) -> Rewrite:
     return rewrite
 
 
-def _concat(node: fx.Node) -> tuple[nn.Module, Inputs]:
+def _concat(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
     tensors = _argument(node, 0, "tensors")
+    if not isinstance(tensors, (list, tuple)):  # the parts of something, which torch.fx does not see one by one
+        return None
     return Concat(_argument(node, 1, "dim", 0) % len(shape_of(node))), tuple(tensors)
 
 
@@ -242,13 +308,13 @@ def _normalise(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
 
 def _window(layer: Callable[..., nn.Module]) -> Rewrite:
     def rewrite(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
-        if len(node.args) > 4:
+        if len(node.args) > 4 or node.kwargs.get("divisor_override") or node.kwargs.get("return_indices"):
             return None
-        kernel = _argument(node, 1, "kernel_size")
-        stride = _argument(node, 2, "stride") or kernel
         rest = {
             name: value for name, value in node.kwargs.items() if name in ("ceil_mode", "count_include_pad", "dilation")
         }
+        kernel = _argument(node, 1, "kernel_size")
+        stride = _argument(node, 2, "stride") or kernel
         return layer(kernel, stride, _argument(node, 3, "padding", 0), **rest), _input(node)
 
     return rewrite
@@ -395,6 +461,11 @@ def _refuse_unknown_weights(graph_module: fx.GraphModule) -> None:
             raise UnsupportedLayerError(
                 f"layer {node.target!r} is a {type(layer).__name__}, whose weights qface cannot quantize; "
                 "it takes Conv2d, Linear, PReLU and BatchNorm"
+            )
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and "weight" not in layer._parameters:
+            raise UnsupportedLayerError(
+                f"layer {node.target!r} computes its weight when it is called, as torch.nn.utils.spectral_norm does; "
+                "write the weight into it first, as with remove_spectral_norm"
             )
         if node.op == "call_function" and node.target in (
             F.conv2d,

@@ -76,7 +76,12 @@ def channel_groups(student: fx.GraphModule) -> list[ChannelGroup]:
         else:
             for tensor in (node, *inputs):
                 groups.of(tensor).closed = False
-    return [group for group in groups.all() if group.closed and group.makers and group.readers]
+    return [group for group in groups.all() if group.closed and group.readers and _channels(group) == 1]
+
+
+def _channels(group: ChannelGroup) -> int:
+    """How many different numbers of channels the layers make: where there are two, a sum spreads one over the other."""
+    return len({maker.weight.shape[0] for maker in group.makers})
 
 
 class _Groups:

@@ -115,6 +115,7 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
     _place_quantizers(student, config, preprocessing_of(model))
     student.recompile()
     connect(student)
+    student.requires_grad_(True)  # also what was frozen as a teacher's
     student.train(model.training)  # new modules are in training mode, and torch.ao leaves them there
     return record_step(carry(model, student), "quantize", config.to_dict())
 

@@ -20,6 +20,8 @@ from torch.ao.quantization import disable_fake_quant, disable_observer
 
 from qface.data.images import Images, as_image_source, normalise
 from qface.data.sampling import sample_batches
+from qface.errors import ConfigError
+from qface.models.provenance import provenance_of
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
 from qface.quantization.calibrate import quantizers
@@ -114,7 +116,8 @@ def sensitivity(
     to. The time is that of about half a forward pass for each layer, tensor and width.
 
     Args:
-        model: what :func:`qface.quantize` returned, calibrated or not, or a float network; it is left as it is.
+        model: a float network, or what :func:`qface.quantize` returned; it is left as it is. Of a student that
+            :func:`qface.calibrate` rounded with compensation, only activations can be measured.
         images: a folder of crops, a tensor, or a loader.
         people: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
         weight_bits: widths to try on weights, 2 to 8.
@@ -124,12 +127,17 @@ def sensitivity(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: a width is out of range.
+        ConfigError: a width is out of range, or weights were rounded already.
         ImagesError: the images cannot be used, or there are none.
         TraceError: torch.fx cannot trace the network.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
     """
     _check_widths(weight_bits, activation_bits)
+    if weight_bits and any(step.get("compensate") for step in provenance_of(model) if step["step"] == "calibrate"):
+        raise ConfigError(
+            "calibration has rounded this student's weights, so that their loss cannot be measured any more: pass the "
+            "float network that it came from, or weight_bits=()"
+        )
     faces = read_sample(images, people, count)
     network = _switched_off(model)
     device = next(network.parameters()).device

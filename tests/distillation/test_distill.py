@@ -337,6 +337,8 @@ def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
         distill(student, tiny_network(2), images, CPU, tmp_path, resume=True)
     with pytest.raises(TrainingError, match="images"):
         distill(student, teacher, face_images(people=9), CPU, tmp_path, resume=True)
+    with pytest.raises(TrainingError, match="images"):
+        distill(student, teacher, TensorImages(1 - images.images, images.labels), CPU, tmp_path, resume=True)
     distill(student, teacher, images, replace(CPU, checkpoint_every=1, device=None), tmp_path, resume=True)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from qface.distillation import DistillConfig, distill
-from qface.models.provenance import provenance_of
+from qface.distillation import DistillConfig, default_config, distill
+from qface.errors import TrainingError
+from qface.models.provenance import provenance_of, record_step
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import LowBitFakeQuantize, calibrate, quantize, scale_parameters
 
@@ -94,3 +95,24 @@ def test_bfloat16_trains_too_and_quantizers_stay_exact() -> None:
         assert values.dtype is torch.float32
         assert (steps - steps.round()).abs().max() < 1e-3
         assert len(values.unique()) <= 2**quantizer.bits
+
+
+def test_a_student_of_other_widths_does_not_go_on(tmp_path: Path) -> None:
+    distill(student(), teacher(), face_images(), CPU, tmp_path, progress=False)
+    other = calibrate(quantize(teacher(), bits=3), face_images().images)
+    with pytest.raises(TrainingError, match="other student"):
+        distill(other, teacher(), face_images(), CPU, tmp_path, resume=True, progress=False)
+
+
+def test_a_student_of_a_frozen_teacher_trains_as_a_whole() -> None:
+    known = teacher()
+    known.requires_grad_(False)
+    assert all(parameter.requires_grad for parameter in quantize(known, bits=4).parameters())
+
+
+def test_a_network_that_lost_channels_learns_with_larger_steps() -> None:
+    known = teacher()
+    pruned = record_step(teacher(), "prune", {})
+    lost_bits, lost_channels = quantize(known), quantize(pruned)
+    assert default_config(lost_channels, known) == default_config(pruned, known) == DistillConfig.after_pruning()
+    assert default_config(lost_bits, known) == default_config(lost_channels, pruned) == DistillConfig()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import qface
 from qface.errors import ConfigError, ImagesError
@@ -237,3 +237,43 @@ def test_impossible_settings_are_refused(fields) -> None:
 def test_impossible_budgets_are_refused(limit: float, unit) -> None:
     with pytest.raises(ConfigError, match=r"budget"):
         Budget(limit, unit)
+
+
+class Shuffled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
+        self.second, self.fc = nn.Conv2d(8, 8, 3, stride=2), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.fc(torch.relu(self.second(x)).mean((2, 3)))
+
+
+def test_channels_that_are_shuffled_stay() -> None:
+    torch.manual_seed(0)
+    network = with_preprocessing(Shuffled().eval(), SMALL)
+    pruned = prune(network, 0.5)
+    assert (pruned.first.out_channels, pruned.second.out_channels) == (8, 4)
+
+
+@pytest.mark.parametrize("importance", ["taylor", "hessian"])
+def test_a_frozen_network_is_pruned_by_gradients_too(importance) -> None:
+    network = tiny()
+    network.requires_grad_(False)
+    pruned = prune(network, 0.3, random_faces(4), PruningConfig(importance, repair=False))
+    assert cost_of(pruned).parameters < cost_of(network).parameters
+    assert not any(parameter.requires_grad for parameter in pruned.parameters())
+
+
+def test_a_share_that_removes_nothing_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="no channel was removed"):
+        prune(tiny(), 0.001)
+
+
+@pytest.mark.parametrize("ratio", ["0.2", None])
+def test_other_shares_are_refused(ratio) -> None:
+    with pytest.raises(ConfigError, match="share of channels"):
+        prune(tiny(), ratio)

@@ -66,3 +66,36 @@ def test_repair_does_not_depend_on_chance() -> None:
     network = with_preprocessing(Doubled(True, 1).eval(), SMALL)
     one, other = (prune(network, 0.5, random_faces(32)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+class Odd(nn.Module):
+    """A layer that runs twice, and linear layers over all pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.last = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(6, 5)
+        self.pixels, self.more = nn.Linear(8, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.twice(F.relu(self.twice(F.relu(self.first(x))))))
+        x = self.more(F.relu(self.pixels(x.permute(0, 2, 3, 1))))
+        return self.last(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("images", [1, 8])
+def test_layers_without_a_map_of_their_own_are_left_alone(images: int) -> None:
+    torch.manual_seed(0)
+    network = with_preprocessing(Odd().eval(), SMALL)
+    pruned = prune(network, 0.5, random_faces(images), PruningConfig(images=images))
+    assert pruned.pixels.out_features == 6
+    with torch.no_grad():
+        assert pruned(SMALL(random_faces(2))).isfinite().all()
+
+
+def test_a_layer_that_reads_nothing_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    network = with_preprocessing(Doubled(True, 1).eval(), SMALL)
+    with torch.no_grad():
+        network.first.bias -= 1e3  # dead behind the ReLU
+    pruned = prune(network, 0.5, random_faces(4), PruningConfig(keep=("second",)))
+    assert all(parameter.isfinite().all() for parameter in pruned.parameters())

@@ -183,3 +183,16 @@ def test_a_bias_far_beyond_the_weights_stays_representable() -> None:
     model = calibrate(quantize(teacher, 8), FACES).eval()
     x = SIZE(FACES)
     assert torch.cosine_similarity(model(x), teacher(x)).min() > 0.99
+
+
+@pytest.mark.parametrize("settings", [{"count": 0}, {"count": -1}, {"batch_size": 0}])
+def test_no_images_at_a_time_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="whole number from 1 on"):
+        calibrate(student(), FACES, **settings)
+
+
+def test_images_that_are_not_finite_are_refused() -> None:
+    images = SIZE(FACES)
+    images[3, 0, 5, 5] = float("nan")
+    with pytest.raises(ImagesError, match="not finite"):
+        calibrate(student(), images)

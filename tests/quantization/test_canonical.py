@@ -252,3 +252,111 @@ def test_what_cannot_be_quantized_is_named(model: nn.Module, name: str) -> None:
     with pytest.raises(UnsupportedLayerError, match=name) as caught:
         canonicalise(with_preprocessing(model.eval(), SMALL))
     assert "\n" not in str(caught.value)
+
+
+class Parametrized(nn.Module):
+    """Two convolutions, of which some are made in one of torch's special ways."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, tied: bool = False) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 4, 1), first, second
+        if tied:
+            second.weight = first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(F.relu(self.stem(x))))).flatten(1)
+
+
+def square() -> nn.Conv2d:
+    return nn.Conv2d(4, 4, 3, padding=1)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_parametrized_weights_become_plain(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    canonical = check(small(Parametrized(wrap(square()), square())))
+    assert kinds(canonical)[0] is nn.Conv2d
+    assert all("weight" in canonical.get_submodule(name)._parameters for name in ("first", "second"))
+
+
+def test_layers_that_share_a_weight_get_their_own() -> None:
+    torch.manual_seed(0)
+    canonical = check(small(Parametrized(square(), square(), tied=True)))
+    first, second = canonical.get_submodule("first"), canonical.get_submodule("second")
+    assert first.weight.data_ptr() != second.weight.data_ptr()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_old_ways_to_compute_a_weight_are_refused(wrap: Callable[[nn.Module], nn.Module], with_gradients: bool) -> None:
+    model = small(Parametrized(wrap(square()), square()))
+    with torch.set_grad_enabled(with_gradients):
+        model(images())
+    with pytest.raises((TraceError, UnsupportedLayerError), match=r"remove_"):
+        canonicalise(model)
+
+
+class Shuffled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return self.last(x).flatten(1)
+
+
+def test_a_view_that_needed_contiguous_memory_still_works() -> None:
+    check(small(Shuffled()))
+
+
+class Shortcut(nn.Module):
+    """An identity beside an activation in place, which overwrites what the identity gave too."""
+
+    def __init__(self, alias: nn.Module) -> None:
+        super().__init__()
+        self.first, self.conv, self.alias, self.relu = square_of(3), square_of(3), alias, nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        shortcut = self.alias(x)
+        return (self.conv(self.relu(x)) + shortcut).flatten(1)
+
+
+def square_of(channels: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, padding=1)
+
+
+@pytest.mark.parametrize("alias", [nn.Identity(), nn.Dropout(0.5)])
+def test_an_alias_is_overwritten_too(alias: nn.Module) -> None:
+    check(small(Shortcut(alias)))
+
+
+class Kept(nn.Module):
+    """``+=`` on a tensor that has another name, which torch.fx takes for a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = square_of(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x)
+        keep = z
+        z += torch.ones_like(x)
+        return (z * keep).flatten(1)
+
+
+def test_what_comes_out_otherwise_is_refused() -> None:
+    with pytest.raises(TraceError, match="in place"):
+        canonicalise(small(Kept()))
+
+
+def test_arguments_of_a_pool_that_no_layer_has_keep_it_a_function() -> None:
+    check(small(Function(lambda x: F.avg_pool2d(x, 2, divisor_override=1))))
+
+
+def test_parts_may_be_joined_in_another_order() -> None:
+    check(small(Function(lambda x: torch.cat(x.chunk(3, 1)[::-1], 1))))

@@ -192,3 +192,19 @@ def test_uneven_channels_survive_low_bits_only_when_equalised() -> None:
         x = images(8, seed=2)
         cosines = [torch.cosine_similarity(student(x), expected).mean() for student in students]
     assert 1 - cosines[1] < 0.7 * (1 - cosines[0])
+
+
+class SpreadSum(nn.Module):
+    """One map is added to all channels of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.many, self.one, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.many(x) + self.one(x))
+
+
+def test_a_map_that_is_spread_over_channels_is_left_alone() -> None:
+    student = calibrate(quantize(framed(SpreadSum)), random_faces(4))
+    assert all(quantizer.calibrated for quantizer in quantizers(student))

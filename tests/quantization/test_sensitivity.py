@@ -201,3 +201,10 @@ def test_the_first_depthwise_convolution_of_mobilefacenet_needs_its_bits(faces: 
     worst = max(table.layers, key=lambda layer: layer.weight[2])
     assert worst.name == "dw_conv1.conv"
     assert worst.weight[8] < 1e-3 < 0.1 < worst.weight[2]
+
+
+def test_weights_that_calibration_has_rounded_are_refused() -> None:
+    student = calibrate(quantize(network()), FACES)
+    with pytest.raises(ConfigError, match="pass the float network"):
+        sensitivity(student, FACES)
+    assert sensitivity(student, FACES, weight_bits=(), activation_bits=(6,)).layers
