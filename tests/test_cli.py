@@ -195,8 +195,8 @@ def test_evaluate_refuses_a_single_identity_and_missing_pairs(student: Path, cro
     assert "absent.txt" in refusal(run("evaluate", student, "--images", "crops", "--pairs", "absent.txt"))
 
 
-def test_sensitivity_prints_every_layer_and_draws_a_figure(student: Path) -> None:
-    arguments = ("sensitivity", student, "--images", "crops", "--people", "first-half")
+def test_sensitivity_prints_every_layer_and_draws_a_figure(workplace: Path) -> None:
+    arguments = ("sensitivity", "my_networks:make", "--images", "crops", "--people", "first-half")
     result = run(*arguments, "--figure", "figure.png", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)

@@ -169,5 +169,5 @@ def _from_path(path: Path, people: str | Path | None) -> ImageSource:
 
 
 def normalise(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """What a model with ``preprocessing`` reads, in float32: bytes are normalised for it, floats pass."""
-    return preprocessing(batch) if batch.dtype == torch.uint8 else batch.float()
+    """What a model with ``preprocessing`` reads: bytes are normalised for it, floats pass."""
+    return preprocessing(batch) if batch.dtype == torch.uint8 else batch

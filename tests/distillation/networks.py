@@ -42,7 +42,7 @@ def same_weights(first: nn.Module, second: nn.Module) -> bool:
 
 
 class Interrupted(IndexedImages):
-    """Raises at one of its reads; the first read is the example."""
+    """Raises at one of its reads; the first two are the example and, for a run folder, what tells images apart."""
 
     def __init__(self, images: IndexedImages, reads: int) -> None:
         self.images, self.labels, self.reads = images, images.labels, reads
