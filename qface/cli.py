@@ -165,7 +165,9 @@ def quantize(
 ) -> None:
     """Quantize a network, calibrate it on faces, and distil it."""
     check_folder(output)
-    config = qface.QuantizationConfig(weight_bits or bits, activation_bits or bits)
+    config = qface.QuantizationConfig(
+        bits if weight_bits is None else weight_bits, bits if activation_bits is None else activation_bits
+    )
     if budget_mb is not None and weight_bits is not None:
         raise ConfigError("--budget-mb chooses the widths of weights by itself; leave out --weight-bits")
     teacher = resolve_model(model, weights)

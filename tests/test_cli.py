@@ -195,6 +195,12 @@ def test_evaluate_refuses_a_single_identity_and_missing_pairs(student: Path, cro
     assert "absent.txt" in refusal(run("evaluate", student, "--images", "crops", "--pairs", "absent.txt"))
 
 
+def test_weights_beside_a_file_and_impossible_widths_are_refused(student: Path) -> None:
+    arguments = ("--images", "crops", "-o", "out.safetensors")
+    assert "brings its own weights" in refusal(run("quantize", "--model", student, "--weights", "none.pth", *arguments))
+    assert "0" in refusal(run("quantize", "--model", "my_networks:make", "--weight-bits", "0", *arguments))
+
+
 def test_sensitivity_prints_every_layer_and_draws_a_figure(workplace: Path) -> None:
     arguments = ("sensitivity", "my_networks:make", "--images", "crops", "--people", "first-half")
     result = run(*arguments, "--figure", "figure.png", "--json")

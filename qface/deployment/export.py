@@ -33,6 +33,7 @@ from qface.errors import ConfigError, ExportError, one_line
 from qface.files import replacing
 from qface.models.provenance import provenance_of
 from qface.models.tracing import example_input
+from qface.modes import modes_kept
 from qface.preprocessing import Preprocessing, preprocessing_of
 from qface.quantization import is_quantized
 
@@ -125,6 +126,14 @@ def _check_layers(student: nn.Module, graph: IntegerGraph, file: Path, inputs: T
             f"onnxruntime computes something else than the student in {len(wrong)} of {len(layers)} layers (first: "
             f"{first.layer}, {first.different} of {first.elements} integers, by up to {first.greatest_step}); nothing "
             "was written, please report this processor and network"
+        )
+    # Layers were run one by one: the whole file is optimised otherwise.
+    with modes_kept(student):
+        whole = compare_embeddings(student.eval(), OnnxEmbedder(file), [inputs])
+    if not whole.agrees:
+        raise ExportError(
+            "onnxruntime computes something else than the student with the whole file: cosines of "
+            f"{whole.least_cosine:.6f} at the least; nothing was written, please report this processor and network"
         )
 
 

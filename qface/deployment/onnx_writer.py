@@ -58,6 +58,7 @@ class _Writer(NodeCollector):
         self.weights = weights
         self._shared_zeros = shared_zeros
         self._dequantized: dict[str, str] = {}
+        self._images: set[str] = set()
         self._named: dict[tuple[float, int], str] = {}
 
     @singledispatchmethod
@@ -120,14 +121,17 @@ class _Writer(NodeCollector):
     @write.register
     def _(self, operation: ir.QuantizeImage) -> None:
         (images,) = operation.inputs
+        self._images.add(operation.output.name)
         self._finish(operation.output, self.shifted(operation, images.name))
 
     @write.register
     def _(self, operation: ir.TakeBytes) -> None:
+        self._images.add(operation.output.name)
         self.node("Identity", [self.pixels(operation)], operation.output.name)
 
     @write.register
     def _(self, operation: ir.NormaliseBytes) -> None:
+        self._images.add(operation.output.name)
         floats = self.node("Cast", [self.pixels(operation)], to=TensorProto.FLOAT)
         self._finish(operation.output, self.normalised(operation, floats))
 
@@ -150,7 +154,8 @@ class _Writer(NodeCollector):
         name = f"{operation.name}.weight"
         self.weights.add(name, weight.integers, weight.bits)
         scale = self.constant(f"{name}_scale", weight.scale)
-        if _reads_an_image(operation):
+        # Behind another integer convolution onnxruntime 1.31 would move the padding past it, and fail.
+        if source.name in self._images and _takes_three_channels(operation):
             floats, name = self._with_fourth_color(source, name)
         else:
             floats = self.float_name(source)
@@ -302,7 +307,7 @@ class _Writer(NodeCollector):
         self._finish(operation.output, self.node("LpNormalization", self._floats(operation), axis=1, p=2))
 
 
-def _reads_an_image(operation: ir.Convolution | ir.Linear) -> bool:
+def _takes_three_channels(operation: ir.Convolution | ir.Linear) -> bool:
     return isinstance(operation, ir.Convolution) and (operation.groups, operation.weight.integers.shape[1]) == (1, 3)
 
 

@@ -23,7 +23,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
-from qface.errors import CheckpointError, UnsupportedLayerError, one_line
+from qface.errors import CheckpointError, ConfigError, UnsupportedLayerError, one_line
 from qface.models.layers import Add, Concat, Multiply
 from qface.preprocessing import CROP_SIZE, Preprocessing
 
@@ -38,7 +38,7 @@ Array = npt.NDArray[Any]
 
 
 def load_onnx(path: str | Path) -> tuple[nn.Module, Preprocessing]:
-    """The network in an ONNX file, in eval mode, and what it reads.
+    """The network in an ONNX file, in eval mode, and what it reads: as a file of ours says, or as the graph shows.
 
     A subtraction and a scaling of the input at the start of the graph, as older InsightFace files have them, become
     part of the preprocessing.
@@ -48,11 +48,22 @@ def load_onnx(path: str | Path) -> tuple[nn.Module, Preprocessing]:
         UnsupportedLayerError: the graph holds an operation that has no counterpart here; it is named.
     """
     path = Path(path)
-    found = _Import(_read(path), path)
-    network, preprocessing = found.network()
+    model = _read(path)
+    found = _Import(model, path)
+    network, likely = found.network()
+    preprocessing = _written_preprocessing(model, path) or likely
     network.eval()
     _check(network, preprocessing, path, reads_bytes=found.normalises)
     return network, preprocessing
+
+
+def _written_preprocessing(model: onnx.ModelProto, path: Path) -> Preprocessing | None:
+    """What the metadata say, as :func:`qface.export` writes them."""
+    texts = [entry.value for entry in model.metadata_props if entry.key == "preprocessing"]
+    try:
+        return Preprocessing.from_json(texts[0]) if texts else None
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _read(path: Path) -> onnx.ModelProto:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qface.errors import CheckpointError
+from qface.errors import CheckpointError, ConfigError
 from qface.models.store import MODEL_NAMES, load
 
 __all__ = ["resolve_model"]
@@ -24,6 +24,7 @@ def resolve_model(text: str, weights: Path | None = None) -> nn.Module:
 
     Raises:
         CheckpointError: there is no such file, name or factory, or the weights do not fit.
+        ConfigError: weights are given beside a file.
     """
     module_name, _, factory = text.partition(":")
     if factory and not Path(text).exists():
@@ -31,6 +32,8 @@ def resolve_model(text: str, weights: Path | None = None) -> nn.Module:
         return network if weights is None else load(weights, model=network)
     if text in MODEL_NAMES and weights is not None:
         return load(weights, model=load(text))
+    if weights is not None:
+        raise ConfigError(f"{text} brings its own weights: leave out {weights}, or name the network that reads them")
     if text not in MODEL_NAMES and not Path(text).exists():
         raise CheckpointError(
             f"there is no model {text!r}; give a file, one of {', '.join(MODEL_NAMES)}, or package.module:factory"

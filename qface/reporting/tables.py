@@ -146,7 +146,7 @@ def latency_table(rows: Sequence[Latency], title: str) -> Table:
     for row in rows:
         figures = (row.median, row.minimum, row.ratio, row.megabytes, row.mebibytes, row.load_seconds)
         provider = row.provider.removesuffix("ExecutionProvider")
-        table.add_row(row.name, provider, *(f"{figure:.2f}" for figure in figures))
+        table.add_row(escape(row.name), provider, *(f"{figure:.2f}" for figure in figures))
     return table
 
 

@@ -69,6 +69,9 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "linear layers": lambda: nn.Sequential(
         nn.MaxPool2d(4), nn.Flatten(), nn.Linear(72, 8), prelu(0.3, 1.3), nn.Linear(8, 8), nn.ReLU6()
     ),
+    "three channels behind an activation": lambda: nn.Sequential(
+        nn.Conv2d(CHANNELS, 3, 1), nn.ReLU(), nn.Conv2d(3, CHANNELS, 3, padding=1), nn.ReLU(), conv(1)
+    ),
     "BatchNorm behind flatten": lambda: nn.Sequential(nn.MaxPool2d(6), nn.Flatten(), nn.BatchNorm1d(32), nn.ReLU()),
 }
 

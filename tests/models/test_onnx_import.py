@@ -96,6 +96,13 @@ def test_our_own_float_files_come_back(tmp_path: Path) -> None:
         assert difference(model(x), imported(x)) < 1e-5
 
 
+def test_our_own_files_say_what_they_read(tmp_path: Path) -> None:
+    model = made("mobilefacenet")
+    model.preprocessing = qface.Preprocessing(color="BGR", std=(128.0,) * 3)
+    imported = qface.load(qface.export(model, tmp_path / "float.onnx"))
+    assert imported.preprocessing == model.preprocessing
+
+
 def test_a_network_unlike_any_of_ours(tmp_path: Path) -> None:
     model = foreign_net()
     imported = qface.load(exported(model, tmp_path / "foreign.onnx", 17, folded=False))
