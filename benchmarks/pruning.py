@@ -132,19 +132,12 @@ class Bench:
 
     def _key(self, variant: Variant) -> tuple[str, Record]:
         """Name and settings of ``variant``."""
-        trainings = {
-            "after_pruning": asdict(self._after_pruning),
-            "after_calibration": asdict(self._after_calibration_of(variant)),
-        }
-        return (
-            f"{self.network}-{variant.name}",
-            {**self._inputs, **(trainings if variant.trained else {}), **asdict(variant)},
-        )
+        training = {"training": asdict(self._training(variant))} if variant.trained else {}
+        return f"{self.network}-{variant.name}", {**self._inputs, **training, **asdict(variant)}
 
-    def _after_calibration_of(self, variant: Variant) -> qface.DistillConfig:
-        """A quantized network that lost channels has as far to go as before it was quantized."""
-        lost_channels = variant.ratio is not None and variant.bits is not None
-        return self._after_pruning if lost_channels else self._after_calibration
+    def _training(self, variant: Variant) -> qface.DistillConfig:
+        """Of each distillation: what lost channels has as far to go once it is quantized as before."""
+        return self._after_calibration if variant.ratio is None else self._after_pruning
 
     def _path(self, variant: Variant, ending: str) -> Path:
         return self._records.path(*self._key(variant), ending)
@@ -170,7 +163,7 @@ class Bench:
 
     def _distilled(self, variant: Variant) -> nn.Module:
         pruned = self._pruned(replace(variant, trained=False))
-        return qface.distill(pruned, self.teacher, self._halves.tuning, self._after_pruning)
+        return qface.distill(pruned, self.teacher, self._halves.tuning, self._training(variant))
 
     def _narrowed(self, variant: Variant) -> nn.Module:
         assert variant.ratio is not None
@@ -184,7 +177,7 @@ class Bench:
             qface.quantize(network, qface.QuantizationConfig(*variant.bits)), self._halves.tuning, progress=True
         )
         if variant.trained:
-            qface.distill(student, self.teacher, self._halves.tuning, self._after_calibration_of(variant))
+            qface.distill(student, self.teacher, self._halves.tuning, self._training(variant))
         return student
 
     @cached_property

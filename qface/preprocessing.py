@@ -11,15 +11,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qface.errors import ConfigError
+from qface.errors import CheckpointError, ConfigError
 
-__all__ = ["CROP_SIZE", "Preprocessing", "attach", "preprocessing_of", "with_preprocessing"]
+__all__ = ["CROP_SIZE", "Preprocessing", "attach", "preprocessing_of", "with_preprocessing", "written_preprocessing"]
 
 CROP_SIZE = 112
 """Side of the aligned face crop in pixels (the ArcFace template)."""
@@ -120,6 +121,18 @@ class Preprocessing:
             )
         except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ConfigError(f"the preprocessing record {text!r} cannot be read: {error}") from error
+
+
+def written_preprocessing(text: str, path: str | Path) -> Preprocessing:
+    """What the metadata of the file at ``path`` say.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        return Preprocessing.from_json(text)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _numbers(values: Any, count: int, kind: Any) -> bool:

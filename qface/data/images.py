@@ -24,7 +24,7 @@ __all__ = [
     "LoaderImages",
     "TensorImages",
     "as_image_source",
-    "check_batch",
+    "batch_of",
     "normalise",
 ]
 
@@ -91,28 +91,25 @@ class LoaderImages(ImageSource):
         self.loader = loader
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield the loader's own batches; it has decided their size, so ``batch_size`` is not used."""
-        for item in self.loader:
-            batch = item[0] if isinstance(item, (tuple, list)) else item
-            if not isinstance(batch, Tensor):
-                raise ImagesError(
-                    f"a loader of images yields tensors or (tensor, label) tuples, not {type(batch).__name__}"
-                )
-            check_batch(batch)
-            yield batch
+        """The loader's own batches; it has decided their size, so ``batch_size`` is not used."""
+        return map(batch_of, self.loader)
 
 
-def check_batch(batch: Tensor) -> None:
-    """Hold what a loader yields to what :class:`TensorImages` says.
+def batch_of(item: Any) -> Tensor:
+    """The images of what a loader yields, a tensor or a tuple that begins with one.
 
     Raises:
-        ImagesError: it is of another shape or type.
+        ImagesError: it is something else, or not what :class:`TensorImages` takes.
     """
+    batch = item[0] if isinstance(item, (tuple, list)) else item
+    if not isinstance(batch, Tensor):
+        raise ImagesError(f"a loader of images yields tensors or (tensor, label) tuples, not {type(batch).__name__}")
     if batch.ndim == 3:
         raise ImagesError(
             f"a loader of images yields batches, not single images {list(batch.shape)}: wrap it in a DataLoader"
         )
     _check(batch)
+    return batch
 
 
 def _check(images: Tensor) -> None:

@@ -129,8 +129,26 @@ def verify(student: nn.Module, file: str | Path, images: Images, people: str | P
     batches = _batches(graph, as_image_source(images, people))
     if embedder.target == "cuda":
         return compare_embeddings(without_rounded_activations(student), OnnxEmbedder(file), batches)
+    return compare_integers(student, graph, embedder, batches)
+
+
+def compare_integers(
+    student: nn.Module, graph: ir.IntegerGraph, embedder: OnnxEmbedder, batches: Iterator[Tensor]
+) -> Agreement:
+    """Compare ``student`` with a file for CPUs, layer by layer on the same integers, and from end to end.
+
+    Args:
+        student: calibrated, on any device; it is not changed.
+        graph: what it was lowered to, as the file reads it.
+        embedder: the file, on the CPU.
+        batches: float32 [N, 3, height, width], normalised, at least one; the first images of the first serve for the
+            layers.
+
+    Raises:
+        ExportError: the file was not exported from this network.
+    """
     first = next(batches)
-    layers = compare_layers(student, graph, file, first[:LAYER_IMAGES])
+    layers = compare_layers(student, graph, embedder.path, first[:LAYER_IMAGES])
     network = copy.deepcopy(student).cpu().eval()
     return replace(compare_embeddings(network, embedder, chain([first], batches)), layers=layers)
 

@@ -18,7 +18,7 @@ from qface.data.images import Images, as_image_source, normalise
 from qface.deployment.agreement import (
     LAYER_IMAGES,
     compare_embeddings,
-    compare_layers,
+    compare_integers,
     synthetic_crops,
     without_rounded_activations,
 )
@@ -33,7 +33,6 @@ from qface.errors import ConfigError, ExportError, one_line
 from qface.files import replacing
 from qface.models.provenance import provenance_of
 from qface.models.tracing import example_input
-from qface.modes import modes_kept
 from qface.preprocessing import Preprocessing, preprocessing_of
 from qface.quantization import is_quantized
 
@@ -118,7 +117,8 @@ def _verification_images(images: Images | None) -> tuple[Tensor, str]:
 
 
 def _check_layers(student: nn.Module, graph: IntegerGraph, file: Path, inputs: Tensor) -> None:
-    layers = compare_layers(student, graph, file, inputs)
+    agreement = compare_integers(student, graph, OnnxEmbedder(file, providers=["CPUExecutionProvider"]), iter([inputs]))
+    layers = agreement.layers
     wrong = [layer for layer in layers if not layer.agrees]
     if wrong:
         first = wrong[0]
@@ -127,13 +127,10 @@ def _check_layers(student: nn.Module, graph: IntegerGraph, file: Path, inputs: T
             f"{first.layer}, {first.different} of {first.elements} integers, by up to {first.greatest_step}); nothing "
             "was written, please report this processor and network"
         )
-    # Layers were run one by one: the whole file is optimised otherwise.
-    with modes_kept(student):
-        whole = compare_embeddings(student.eval(), OnnxEmbedder(file), [inputs])
-    if not whole.agrees:
+    if not agreement.agrees:  # layers were run one by one: the whole file is optimised otherwise
         raise ExportError(
             "onnxruntime computes something else than the student with the whole file: cosines of "
-            f"{whole.least_cosine:.6f} at the least; nothing was written, please report this processor and network"
+            f"{agreement.least_cosine:.6f} at the least; nothing was written, please report this processor and network"
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
 from qface.errors import CheckpointError, ConfigError, QFaceError, one_line
-from qface.preprocessing import Preprocessing
+from qface.preprocessing import Preprocessing, written_preprocessing
 
 __all__ = ["WEIGHT_BITS", "OnnxEmbedder", "cpu_session"]
 
@@ -185,10 +185,7 @@ def _image_input(path: Path, session: Any) -> tuple[str, str, int | None]:
 
 def _preprocessing(path: Path, metadata: dict[str, str]) -> Preprocessing:
     record = metadata.get("preprocessing")
-    try:
-        return Preprocessing() if record is None else Preprocessing.from_json(record)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    return Preprocessing() if record is None else written_preprocessing(record, path)
 
 
 def _filled(piece: Tensor, length: int) -> Tensor:

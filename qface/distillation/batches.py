@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qface.data.images import ImageSource, IndexedImages, LoaderImages, check_batch
+from qface.data.images import ImageSource, IndexedImages, LoaderImages, batch_of
 from qface.data.sampling import evenly
 from qface.distillation.config import DistillConfig
 from qface.distillation.parallel import Parallel
@@ -162,10 +162,8 @@ class _InOrder:
 
 
 def _images_and_labels(item: Any) -> tuple[Tensor, Tensor | None]:
-    images, *others = item if isinstance(item, (tuple, list)) else (item,)
-    if not isinstance(images, Tensor):
-        raise ImagesError(f"a loader of images yields tensors or (tensor, label) tuples, not {type(images).__name__}")
-    check_batch(images)
+    images = batch_of(item)
+    others = item[1:] if isinstance(item, (tuple, list)) else ()
     labels = others[0] if others and isinstance(others[0], Tensor) else None
     if labels is not None and labels.shape != (len(images),):
         raise ImagesError(f"a batch of {len(images)} images needs {len(images)} labels, not {list(labels.shape)}")

@@ -24,7 +24,7 @@ from qface.distillation.parallel import Parallel, processes_for
 from qface.distillation.progress import progress_bar
 from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.errors import ConfigError, TrainingError
-from qface.models.provenance import provenance_of, record_step
+from qface.models.provenance import has_step, record_step
 from qface.preprocessing import preprocessing_of
 
 __all__ = ["default_config", "distill"]
@@ -35,12 +35,8 @@ def default_config(student: nn.Module, teacher: nn.Module) -> DistillConfig:
 
     Both carry the steps that made them (:func:`qface.models.provenance.provenance_of`).
     """
-    lost_channels = _was_pruned(student) and not _was_pruned(teacher)
+    lost_channels = has_step(student, "prune") and not has_step(teacher, "prune")
     return DistillConfig.after_pruning() if lost_channels else DistillConfig()
-
-
-def _was_pruned(model: nn.Module) -> bool:
-    return any(step["step"] == "prune" for step in provenance_of(model))
 
 
 def distill(

@@ -23,9 +23,9 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
-from qface.errors import CheckpointError, ConfigError, UnsupportedLayerError, one_line
+from qface.errors import CheckpointError, UnsupportedLayerError, one_line
 from qface.models.layers import Add, Concat, Multiply
-from qface.preprocessing import CROP_SIZE, Preprocessing
+from qface.preprocessing import CROP_SIZE, Preprocessing, written_preprocessing
 
 __all__ = ["load_onnx"]
 
@@ -51,19 +51,11 @@ def load_onnx(path: str | Path) -> tuple[nn.Module, Preprocessing]:
     model = _read(path)
     found = _Import(model, path)
     network, likely = found.network()
-    preprocessing = _written_preprocessing(model, path) or likely
+    written = {entry.key: entry.value for entry in model.metadata_props}.get("preprocessing")
+    preprocessing = likely if written is None else written_preprocessing(written, path)
     network.eval()
     _check(network, preprocessing, path, reads_bytes=found.normalises)
     return network, preprocessing
-
-
-def _written_preprocessing(model: onnx.ModelProto, path: Path) -> Preprocessing | None:
-    """What the metadata say, as :func:`qface.export` writes them."""
-    texts = [entry.value for entry in model.metadata_props if entry.key == "preprocessing"]
-    try:
-        return Preprocessing.from_json(texts[0]) if texts else None
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _read(path: Path) -> onnx.ModelProto:

@@ -11,7 +11,7 @@ from torch import nn
 from qface._version import __version__
 from qface.preprocessing import attach, preprocessing_of, with_preprocessing
 
-__all__ = ["carry", "provenance_of", "record_step", "with_provenance"]
+__all__ = ["carry", "has_step", "provenance_of", "record_step", "with_provenance"]
 
 _ATTRIBUTE = "provenance"
 
@@ -21,6 +21,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def provenance_of(model: nn.Module) -> tuple[dict[str, Any], ...]:
     """The steps that made ``model``, oldest first: each with ``step``, ``qface`` (version) and its settings."""
     return tuple(getattr(model, _ATTRIBUTE, ()))
+
+
+def has_step(model: nn.Module, step: str) -> bool:
+    """Whether ``step`` is among those that made ``model``."""
+    return any(made["step"] == step for made in provenance_of(model))
 
 
 def with_provenance(model: ModuleT, steps: tuple[dict[str, Any], ...]) -> ModuleT:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qface.errors import CheckpointError, ConfigError, ExportError
+from qface.errors import CheckpointError, ExportError
 from qface.files import replacing
 from qface.models.checkpoints import check_finite, fill, read_tensors, recognise
 from qface.models.graph_data import graph_from_data, graph_to_data
@@ -23,7 +23,7 @@ from qface.models.iresnet import IRESNET_BLOCKS, iresnet
 from qface.models.mobilefacenet import MobileFaceNet
 from qface.models.provenance import provenance_of, with_provenance
 from qface.models.tracing import trace
-from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing, written_preprocessing
 
 __all__ = ["MODEL_NAMES", "load", "save"]
 
@@ -59,7 +59,7 @@ def load(
     check_finite(tensors, path_or_name)
     loaded, likely = _fitting_network(tensors, metadata, path_or_name, model)
     if "preprocessing" in metadata:
-        likely = _preprocessing_from(metadata["preprocessing"], path_or_name)
+        likely = written_preprocessing(metadata["preprocessing"], path_or_name)
     return with_preprocessing(loaded, preprocessing or likely).eval()
 
 
@@ -71,13 +71,6 @@ def _from_onnx(path: str | Path, model: nn.Module | None, preprocessing: Preproc
     network, likely = load_onnx(path)
     check_finite(network.state_dict(), path)
     return with_preprocessing(network, preprocessing or likely)
-
-
-def _preprocessing_from(text: str, path: str | Path) -> Preprocessing:
-    try:
-        return Preprocessing.from_json(text)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _fresh(name: str) -> nn.Module:

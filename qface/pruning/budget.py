@@ -13,7 +13,7 @@ from qface.errors import ConfigError
 from qface.models.tracing import example_input
 from qface.modes import modes_kept
 
-__all__ = ["Budget", "Cost", "cost_of"]
+__all__ = ["Budget", "Cost", "cost_of", "count_parameters"]
 
 Unit = Literal["parameters", "macs", "mb"]
 _BYTES = 4  # of a float32
@@ -36,7 +36,7 @@ class Cost:
 
 def cost_of(model: nn.Module) -> Cost:
     """What ``model`` costs."""
-    return Cost(_count_parameters(model), _count_macs(model), _count_megabytes(model))
+    return Cost(count_parameters(model), _count_macs(model), _count_megabytes(model))
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Budget:
         return _COUNT[self.unit](model)
 
 
-def _count_parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """All parameters of ``model``."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _count_megabytes(model: nn.Module) -> float:
     """10^6 bytes of the parameters of ``model`` as float32."""
-    return _count_parameters(model) * _BYTES / 1e6
+    return count_parameters(model) * _BYTES / 1e6
 
 
 def _count_macs(model: nn.Module) -> int:
@@ -98,7 +98,7 @@ def _count_macs(model: nn.Module) -> int:
 
 
 _COUNT: dict[Unit, Callable[[nn.Module], float]] = {
-    "parameters": _count_parameters,
+    "parameters": count_parameters,
     "macs": _count_macs,
     "mb": _count_megabytes,
 }

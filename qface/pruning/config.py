@@ -70,7 +70,7 @@ class PruningConfig:
         for name in ("round_to", "steps", "images"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is a whole number from 1 on, not {getattr(self, name)!r}")
+                raise ConfigError(f"{name} is a whole number from 1 on, not {value!r}")
 
     @property
     def needs_images(self) -> bool:

@@ -17,12 +17,12 @@ from qface.data.images import Images, as_image_source, normalise
 from qface.data.sampling import sample_batches
 from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_line
 from qface.models.layers import Concat
-from qface.models.provenance import carry, provenance_of, record_step
+from qface.models.provenance import carry, has_step, record_step
 from qface.models.tracing import example_input, trace
 from qface.modes import modes_kept
 from qface.preprocessing import preprocessing_of
 from qface.pruning.batch_norm import reestimate_batch_norms
-from qface.pruning.budget import Budget
+from qface.pruning.budget import Budget, count_parameters
 from qface.pruning.config import PruningConfig
 from qface.pruning.importance import estimator, write_gradients
 from qface.pruning.repair import Kept, repair
@@ -81,7 +81,7 @@ def prune(
             reestimate_batch_norms(pruned, sample)
         if between is not None and step < config.steps:
             between(pruned, step)
-    if _parameters(pruned) == _parameters(model):
+    if count_parameters(pruned) == count_parameters(model):
         raise ConfigError(
             f"no channel was removed: importance {config.importance!r} found none, or a share of {share:.3g} is less "
             f"than {config.round_to} of any layer's channels; raise the share, or change importance, round_to or keep"
@@ -90,14 +90,10 @@ def prune(
     return record_step(carry(model, pruned.eval()), "prune", settings)
 
 
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _check(model: nn.Module, ratio: float | Budget, images: Images | None, config: PruningConfig) -> None:
-    if any(step["step"] == "quantize" for step in provenance_of(model)):
+    if has_step(model, "quantize"):
         raise ConfigError("this network is quantized: prune the float network that it came from, then quantize that")
-    if not isinstance(ratio, (Budget, int, float)) or (not isinstance(ratio, Budget) and not 0 < ratio < 1):
+    if not isinstance(ratio, Budget) and not (isinstance(ratio, (int, float)) and 0 < ratio < 1):
         raise ConfigError(f"the share of channels to remove lies between 0 and 1, not {ratio!r}")
     if config.needs_images and images is None:
         raise ImagesError(f"importance {config.importance!r} is measured on images: pass some")

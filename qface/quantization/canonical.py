@@ -310,11 +310,11 @@ def _window(layer: Callable[..., nn.Module]) -> Rewrite:
     def rewrite(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
         if len(node.args) > 4 or node.kwargs.get("divisor_override") or node.kwargs.get("return_indices"):
             return None
+        kernel = _argument(node, 1, "kernel_size")
+        stride = _argument(node, 2, "stride") or kernel
         rest = {
             name: value for name, value in node.kwargs.items() if name in ("ceil_mode", "count_include_pad", "dilation")
         }
-        kernel = _argument(node, 1, "kernel_size")
-        stride = _argument(node, 2, "stride") or kernel
         return layer(kernel, stride, _argument(node, 3, "padding", 0), **rest), _input(node)
 
     return rewrite
