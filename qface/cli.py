@@ -22,6 +22,7 @@ from qface.errors import ConfigError, QFaceError
 from qface.evaluation import TemplateProtocol
 from qface.files import check_folder
 from qface.models.resolve import resolve_model
+from qface.models.store import check_model_file
 from qface.pruning import cost_of
 from qface.pruning.config import ImportanceName, ScopeName
 from qface.reporting import (
@@ -164,7 +165,7 @@ def quantize(
     **training: Any,
 ) -> None:
     """Quantize a network, calibrate it on faces, and distil it."""
-    check_folder(output)
+    check_model_file(output)
     config = qface.QuantizationConfig(
         bits if weight_bits is None else weight_bits, bits if activation_bits is None else activation_bits
     )
@@ -213,7 +214,7 @@ def prune(
     **options: Any,
 ) -> None:
     """Remove whole channels of a network."""
-    check_folder(output)
+    check_model_file(output)
     if distill and images is None:
         raise ConfigError("--distill needs faces to train on: give --images")
     wanted = _share_or_budget(ratio, parameters=parameters, macs=macs, mb=mb)
@@ -260,7 +261,7 @@ def distill(
     **training: Any,
 ) -> None:
     """Fine-tune a student to embed faces as its teacher does."""
-    check_folder(output)
+    check_model_file(output)
     learner, known = qface.load(student), resolve_model(teacher)
     settings = _distill_config(default_config(learner, known), **training)
     qface.distill(learner, known, images, settings, run_dir, resume, people=people)

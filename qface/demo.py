@@ -26,6 +26,7 @@ from qface.distillation import DistillConfig, distill
 from qface.distillation.heads import ArcFaceHead
 from qface.errors import DependencyError
 from qface.evaluation import evaluate
+from qface.files import make_folder
 from qface.models import MobileFaceNet, save
 from qface.preprocessing import CROP_SIZE, Preprocessing, with_preprocessing
 from qface.progress import track
@@ -79,8 +80,10 @@ def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS) -> DemoRe
 
     Raises:
         DependencyError: the faces are not installed (extra ``qface[demo]``).
+        ExportError: ``folder`` cannot be made.
     """
     folder = Path(folder)
+    make_folder(folder)
     crops = _write_crops(_orl_folder(), folder / "crops")
     people = sorted(path.name for path in crops.iterdir())
     training = _write_lines(folder / "training_people.txt", people[:_TRAINING_PEOPLE])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qface.errors import ExportError
 
-__all__ = ["check_folder", "replacing"]
+__all__ = ["check_folder", "make_folder", "replacing"]
 
 
 def check_folder(path: str | Path) -> None:
@@ -25,6 +25,18 @@ def check_folder(path: str | Path) -> None:
         raise ExportError(
             f"cannot write {path}: {folder} is no folder that can be written to; choose another or make it"
         )
+
+
+def make_folder(path: str | Path) -> None:
+    """Make the folder ``path``, with those that it lies in, where it does not exist.
+
+    Raises:
+        ExportError: it cannot be made, or is something else.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"cannot make the folder {path}: {error.strerror or error}; choose another") from error
 
 
 @contextlib.contextmanager

@@ -95,11 +95,11 @@ class Preprocessing:
         """One line of JSON, as it lies in file metadata."""
         return json.dumps(
             {
-                "crop": self.crop,
-                "size": self.size,
+                "crop": [int(value) for value in self.crop],  # numpy's numbers have no JSON
+                "size": [int(value) for value in self.size],
                 "color": self.color,
-                "mean": self.mean,
-                "std": self.std,
+                "mean": [float(value) for value in self.mean],
+                "std": [float(value) for value in self.std],
             }
         )
 

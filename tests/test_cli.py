@@ -34,6 +34,10 @@ def make():
 
 def make_number():
     return 3
+
+
+def make_nothing():
+    return {}["no such\\nnetwork"]
 """
 
 
@@ -97,6 +101,16 @@ def test_the_whole_job(workplace: Path) -> None:
         assert (record["images"], record["identities"]) == (16, 4)
         assert record["accuracy"] is None
     assert records[0]["tpr_at_fpr"] == records[1]["tpr_at_fpr"]
+
+
+def test_what_cannot_end_well_is_refused_at_once(workplace: Path) -> None:
+    common = ("--images", "crops", "-o", "student.safetensors")
+    assert "my_networks:make_nothing: KeyError" in refusal(
+        run("quantize", "--model", "my_networks:make_nothing", *common)
+    )
+    assert "ends in .safetensors" in refusal(run("quantize", "--model", "my_networks:make", *common[:3], "student.pt"))
+    assert "cannot make the folder" in refusal(run("demo", "-o", "my_networks.py"))
+    assert not list(workplace.glob("student*"))
 
 
 def test_evaluate_prints_a_table_and_accepts_a_gallery(student: Path) -> None:

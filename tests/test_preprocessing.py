@@ -58,6 +58,12 @@ def test_json_of_others_may_give_one_number_for_all_channels_and_leave_the_color
     )
 
 
+def test_numbers_of_numpy_are_written_too() -> None:
+    size, mean = np.array([64, 48]), np.full(3, 128, np.float32)
+    numbers = Preprocessing(size=(size[0], size[1]), mean=(mean[0], mean[1], mean[2]))
+    assert Preprocessing.from_json(numbers.to_json()) == Preprocessing(size=(64, 48), mean=(128.0,) * 3)
+
+
 @pytest.mark.parametrize(
     "text",
     [

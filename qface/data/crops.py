@@ -12,12 +12,12 @@ from PIL import ExifTags, Image
 
 from qface.data.alignment import Landmarks
 from qface.data.alignment import align as align_face
-from qface.data.decoding import UNREADABLE, check_depth
+from qface.data.decoding import UNREADABLE, opened
 from qface.data.detection import Detector, default_detector, main_face
 from qface.data.folders import EXTENSIONS
 from qface.data.landmarks import read_landmarks
 from qface.errors import ExportError, ImagesError
-from qface.files import replacing
+from qface.files import make_folder, replacing
 from qface.progress import track
 
 __all__ = ["AlignmentReport", "align"]
@@ -114,8 +114,7 @@ def _upright(path: Path) -> Image.Image:
     Raises:
         ValueError: it has more than 8 bits a channel. Damage raises what :data:`UNREADABLE` lists.
     """
-    with Image.open(path) as photo:
-        check_depth(photo)
+    with opened(path) as photo:
         turn = _TURNS.get(_orientation(photo))
         return (photo if turn is None else photo.transpose(turn)).convert("RGB")
 
@@ -183,9 +182,6 @@ def _locator(landmarks: str | Path | None, detector: Detector | None) -> Locate:
 
 
 def _write(crop: Image.Image, target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExportError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error
+    make_folder(target.parent)
     with replacing(target) as temporary:
         crop.save(temporary, format="PNG")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from qface.preprocessing import CROP_SIZE
 
-__all__ = ["UNREADABLE", "check_depth", "decode", "size_of", "stack_crops"]
+__all__ = ["UNREADABLE", "decode", "opened", "size_of", "stack_crops"]
 
 # What Pillow raises for a damaged file depends on the format and on where the damage lies.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -26,18 +27,26 @@ def size_of(file: Path) -> tuple[int, int]:
     Raises:
         ValueError: it has more than 8 bits a channel. Damage raises what :data:`UNREADABLE` lists.
     """
-    with Image.open(file) as image:
-        check_depth(image)
+    with opened(file) as image:
         width, height = image.size
         return width, height
 
 
-def check_depth(image: Image.Image) -> None:
-    """Refuse 16-bit and float pixels: Pillow clips them when it converts them to bytes, to white images.
+@contextmanager
+def opened(file: str | Path | io.BytesIO) -> Iterator[Image.Image]:
+    """The image in ``file``, whose pixels are not read yet.
+
+    16-bit and float pixels are refused: Pillow clips them when it converts them to bytes, to white images.
 
     Raises:
-        ValueError: it has more than 8 bits a channel.
+        ValueError: it has more than 8 bits a channel. Damage raises what :data:`UNREADABLE` lists.
     """
+    with Image.open(file) as image:
+        _check_depth(image)
+        yield image
+
+
+def _check_depth(image: Image.Image) -> None:
     if image.mode.startswith(("I", "F")):
         raise ValueError("it has more than 8 bits a channel")
 
@@ -49,10 +58,9 @@ def decode(content: Path | bytes) -> npt.NDArray[np.uint8]:
         ValueError: it is of another size, or has more than 8 bits a channel. Damage raises what :data:`UNREADABLE`
             lists.
     """
-    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+    with opened(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
         if image.size != (CROP_SIZE, CROP_SIZE):
             raise ValueError(f"it is {image.size[0]}x{image.size[1]}, not {CROP_SIZE}x{CROP_SIZE}")
-        check_depth(image)
         return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Union
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,13 +23,16 @@ __all__ = [
     "ImageSource",
     "Images",
     "IndexedImages",
+    "Labels",
     "LoaderImages",
     "TensorImages",
     "as_image_source",
     "batch_of",
+    "labels_of",
     "normalise",
 ]
 
+Labels = npt.NDArray[np.int64]
 Images = Union[str, Path, Tensor, Iterable[Any], "ImageSource"]
 """What users may pass as images; :func:`as_image_source` turns each into an :class:`ImageSource`."""
 
@@ -163,6 +168,13 @@ def _from_path(path: Path, people: str | Path | None) -> ImageSource:
     if people is not None:
         raise ImagesError(f"people can be selected from a folder only; {path} carries no names")
     return reader(path)
+
+
+def labels_of(source: ImageSource) -> Labels | None:
+    """Who is on each image, [N], identities numbered from 0; None where that is unknown."""
+    if not isinstance(source, IndexedImages) or source.labels is None:
+        return None
+    return source.labels.cpu().numpy().astype(np.int64)
 
 
 def normalise(batch: Tensor, preprocessing: Preprocessing) -> Tensor:

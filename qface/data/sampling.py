@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qface.checks import check_whole
 from qface.data.images import ImageSource, IndexedImages
-from qface.errors import ConfigError, ImagesError
+from qface.errors import ImagesError
 
 __all__ = ["evenly", "sample_batches"]
 
@@ -25,9 +26,7 @@ def sample_batches(source: ImageSource, count: int, batch_size: int) -> list[Ten
         ConfigError: ``count`` or ``batch_size`` is below 1.
         ImagesError: the images cannot be used, there are none, or a value of theirs is not finite.
     """
-    for name, value in (("count", count), ("batch_size", batch_size)):
-        if value < 1:
-            raise ConfigError(f"{name} is a whole number from 1 on, not {value!r}")
+    check_whole(1, count=count, batch_size=batch_size)
     batches = list(_sample(source, count, batch_size))
     if not sum(map(len, batches)):
         raise ImagesError("there are no images to look at; pass at least one")

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from torch import Tensor
 
 from qface.data.alignment import align
-from qface.data.decoding import UNREADABLE, check_depth, stack_crops
+from qface.data.decoding import UNREADABLE, opened, stack_crops
 from qface.data.images import IndexedImages
 from qface.data.landmarks import FaceLandmarks, read_landmarks
 from qface.data.text_lines import numbered_lines
@@ -59,8 +58,7 @@ class LooseCrops(IndexedImages):
     def _crop(self, face: FaceLandmarks) -> npt.NDArray[np.uint8]:
         path = self.root / face.file
         try:
-            with Image.open(path) as photo:
-                check_depth(photo)
+            with opened(path) as photo:
                 return np.asarray(align(photo, face.points))
         except (*UNREADABLE, ImagesError) as error:
             raise ImagesError(f"{path} cannot be read as a face ({one_line(error)}): restore it") from error

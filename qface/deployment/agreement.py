@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from qface.data.images import Images, ImageSource, as_image_source, normalise
 from qface.deployment import graph as ir
 from qface.deployment.inputs import fed, reading, seen
-from qface.deployment.lowering import lower
+from qface.deployment.lowering import lower, value_name
 from qface.deployment.runtime import OnnxEmbedder, cpu_session
 from qface.errors import ExportError, ImagesError
 from qface.preprocessing import CROP_SIZE
@@ -249,8 +249,7 @@ def compare_layers(
         ExportError: the file was not exported from this network.
     """
     operations = [operation for operation in graph.operations if _is_rounded(operation)]
-    expected = _integers(student, inputs)
-    given = {operation.output.name: integers for operation, integers in zip(operations, expected, strict=True)}
+    given = _integers(student, inputs, {operation.output.name for operation in operations})
     found = _run_cut(Path(file), given, fed(graph, inputs))
     return tuple(_compared(operation, given, found) for operation in operations)
 
@@ -260,26 +259,34 @@ def _is_rounded(operation: ir.Operation) -> bool:
     return operation.output.grid is not None and not isinstance(operation, (ir.MaxPool, ir.Flatten))
 
 
-def _integers(student: nn.Module, inputs: Tensor) -> list[Integers]:
-    """The integers behind each quantizer of activations, in the order they run."""
-    recorder = _Recorder(copy.deepcopy(student).cpu().eval())
+def _integers(student: nn.Module, inputs: Tensor, values: set[str]) -> dict[str, Integers]:
+    """The integers behind each quantizer of activations, by which of ``values`` they are."""
+    recorder = _Recorder(copy.deepcopy(student).cpu().eval(), values)
     with torch.no_grad():
         recorder.run(inputs)
     return recorder.integers
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, values: set[str]) -> None:
         super().__init__(student)
-        self.integers: list[Integers] = []
+        self.integers: dict[str, Integers] = {}
+        self._values = values
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         layer = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         if isinstance(layer, Quantizer):
             scale, zero_point = layer.tensors()
-            self.integers.append(((result / scale).round() + zero_point).byte().cpu().numpy())
+            self.integers[self._value(n)] = ((result / scale).round() + zero_point).byte().cpu().numpy()
         return result
+
+    def _value(self, quantizer: fx.Node) -> str:
+        """What ``quantizer`` rounds is called after itself or after what is before it, a clamp being no value."""
+        node = quantizer
+        while value_name(node) not in self._values:
+            (node,) = node.all_input_nodes
+        return value_name(node)
 
 
 def _run_cut(file: Path, given: dict[str, Integers], inputs: Tensor) -> dict[str, Integers]:

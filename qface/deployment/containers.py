@@ -18,7 +18,7 @@ from qface.deployment.graph import Int8
 from qface.deployment.packing import Place, offset, pack, places
 from qface.errors import ConfigError
 
-__all__ = ["CONTAINERS", "Int8Container", "PackedContainer", "WeightContainer", "make_container"]
+__all__ = ["CONTAINERS", "Int8Container", "PackedContainer", "WeightContainer", "check_container", "make_container"]
 
 
 class WeightContainer(Protocol):
@@ -161,12 +161,21 @@ CONTAINERS: dict[str, type[Int8Container] | type[PackedContainer]] = {"packed": 
 """Containers by the name that users type."""
 
 
+def check_container(name: str) -> None:
+    """Make sure that there is a container of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in CONTAINERS:
+        raise ConfigError(f"container {name!r} is none of {', '.join(CONTAINERS)}")
+
+
 def make_container(name: str) -> WeightContainer:
     """An empty container.
 
     Raises:
         ConfigError: there is none of that name.
     """
-    if name not in CONTAINERS:
-        raise ConfigError(f"container {name!r} is none of {', '.join(CONTAINERS)}")
+    check_container(name)
     return CONTAINERS[name]()

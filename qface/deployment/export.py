@@ -22,14 +22,15 @@ from qface.deployment.agreement import (
     synthetic_crops,
     without_rounded_activations,
 )
+from qface.deployment.containers import check_container
 from qface.deployment.graph import IntegerGraph
 from qface.deployment.half_writer import to_half_onnx
-from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT, check_input, reading, seen
+from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT, check_input, reading, rounded, seen
 from qface.deployment.lowering import lower
 from qface.deployment.nodes import OPSET
 from qface.deployment.onnx_writer import to_onnx
 from qface.deployment.runtime import OnnxEmbedder
-from qface.errors import ConfigError, ExportError, one_line
+from qface.errors import ConfigError, ExportError, ImagesError, one_line
 from qface.files import replacing
 from qface.models.provenance import provenance_of
 from qface.models.tracing import example_input
@@ -61,8 +62,8 @@ def export(
         path: file to write, ``.onnx``.
         container: of a student's weights: ``"packed"`` to their bits, which onnxruntime unpacks when it opens the file,
             or ``"int8"``, a byte each.
-        images: faces on which a student's file is compared with the student, the first eight of them; None takes a few
-            seeded synthetic ones. The metadata say which.
+        images: faces on which the file is compared with the model, the first eight of them; None takes a few seeded
+            synthetic ones. The metadata say which.
         input: what the file reads: ``"float32"``, normalised, or ``"uint8"``, the RGB bytes of the part and size that
             the preprocessing names. Whoever resizes for it rounds to whole grey levels.
         target: the processor that a student's file is for: ``"cpu"`` computes with integers; ``"cuda"`` keeps the
@@ -76,25 +77,29 @@ def export(
             to be written for a target of its own.
         UnsupportedLayerError: a node has no integer form; it is named, and nothing is written.
         ExportError: the file cannot be written, the graph is not valid, or onnxruntime computes something else with
-            it than the student; then no file is left.
+            it than the model; then no file is left.
+        ImagesError: there are no images, or they cannot be used.
     """
     path = Path(path)
     if path.suffix != ".onnx":
         raise ExportError(f"{path} does not end in .onnx; choose such a name")
     check_input(input)
+    check_container(container)
     _check_target(target, model)
-    metadata = {"qface": __version__, "provenance": json.dumps(provenance_of(model)), "input": input, "target": target}
+    crops, name = _verification_images(images)
+    metadata = {"qface": __version__, "provenance": json.dumps(provenance_of(model)), "verified": name}
+    metadata |= {"input": input, "target": target}
     with replacing(path) as temporary:
         if is_quantized(model):
-            crops, name = _verification_images(images)
             graph = reading(input, lower(model))
             write, check = (to_onnx, _check_layers) if target == "cpu" else (to_half_onnx, _check_embeddings)
-            onnx.save(write(graph, metadata | {"verified": name}, container), temporary)
+            onnx.save(write(graph, metadata, container), temporary)
             _check(temporary)
             check(model, graph, temporary, seen(graph, normalise(crops, graph.preprocessing)))
         else:
             _export_float(model, temporary, metadata)
             _check(temporary)
+            _check_float(model, temporary, normalise(crops, preprocessing_of(model)))
     return path
 
 
@@ -112,7 +117,10 @@ def _verification_images(images: Images | None) -> tuple[Tensor, str]:
     if images is None:
         crops = synthetic_crops()
         return crops, f"{len(crops)} synthetic images"
-    crops = next(iter(as_image_source(images).batches(LAYER_IMAGES)))[:LAYER_IMAGES]
+    batch = next(iter(as_image_source(images).batches(LAYER_IMAGES)), None)
+    if batch is None:
+        raise ImagesError("there are no images to compare the file on: pass at least one")
+    crops = batch[:LAYER_IMAGES]
     return crops, f"{len(crops)} given images"
 
 
@@ -141,6 +149,17 @@ def _check_embeddings(student: nn.Module, graph: IntegerGraph, file: Path, input
             "in fp16 onnxruntime computes something else than the student with unrounded activations: the cosines of "
             f"{agreement.images} embeddings are {agreement.mean_cosine:.6f} on average, {agreement.least_cosine:.6f} "
             "at the least; nothing was written, export this network for the target cpu"
+        )
+
+
+def _check_float(network: nn.Module, file: Path, inputs: Tensor) -> None:
+    embedder = OnnxEmbedder(file, providers=["CPUExecutionProvider"])
+    images = inputs if embedder.input == FLOAT_INPUT else rounded(inputs, embedder.preprocessing)
+    agreement = compare_embeddings(copy.deepcopy(network).cpu().eval(), embedder, [images])
+    if not agreement.agrees:
+        raise ExportError(
+            f"onnxruntime computes something else than the network: cosines of {agreement.least_cosine:.6f} at the "
+            "least; nothing was written. Does it do something by chance, or depend on values in Python?"
         )
 
 

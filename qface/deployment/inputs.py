@@ -11,7 +11,7 @@ from qface.deployment import graph as ir
 from qface.errors import ConfigError
 from qface.preprocessing import Preprocessing
 
-__all__ = ["FLOAT_INPUT", "INPUTS", "UINT8_INPUT", "check_input", "fed", "reading", "seen"]
+__all__ = ["FLOAT_INPUT", "INPUTS", "UINT8_INPUT", "check_input", "fed", "reading", "rounded", "seen"]
 
 FLOAT_INPUT = "float32"
 UINT8_INPUT = "uint8"
@@ -81,9 +81,12 @@ def seen(graph: ir.IntegerGraph, images: Tensor) -> Tensor:
 
     Only images that were resized are not bytes already.
     """
-    if graph.images.grid is None:
-        return images
-    return graph.preprocessing.normalise(graph.preprocessing.to_bytes(images))
+    return images if graph.images.grid is None else rounded(images, graph.preprocessing)
+
+
+def rounded(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Normalised ``images`` [N, 3, height, width] as they are after a way through bytes."""
+    return preprocessing.normalise(preprocessing.to_bytes(images))
 
 
 def fed(graph: ir.IntegerGraph, images: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from qface.quantization import (
 )
 from qface.quantization.layers import AFFINE_BITS, Quantizer, is_quantizer, layer_of
 
-__all__ = ["lower"]
+__all__ = ["lower", "value_name"]
 
 _CLAMPS: dict[type[nn.Module], ir.Clamp] = {nn.ReLU: (0.0, None), nn.ReLU6: (0.0, 6.0)}
 
@@ -289,9 +289,14 @@ class _ShapeRecorder(fx.Interpreter):
         return result
 
 
-def _value_of(node: fx.Node, grid: ir.Grid | None) -> ir.Value:
+def value_name(node: fx.Node) -> str:
+    """What the value is called that the operation of ``node`` makes."""
     # The colon, which no node has, keeps a layer called "embedding" apart from the output of that name.
-    return ir.Value(f"{node.name}:0", grid)
+    return f"{node.name}:0"
+
+
+def _value_of(node: fx.Node, grid: ir.Grid | None) -> ir.Value:
+    return ir.Value(value_name(node), grid)
 
 
 def _grid(layer: Quantizer, node: fx.Node) -> ir.Grid:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qface.distillation.config import DistillConfig
-from qface.errors import CheckpointError, ConfigError, ExportError, TrainingError
+from qface.errors import CheckpointError, ConfigError, TrainingError
+from qface.files import make_folder
 
 __all__ = ["RunFolder", "digest_of_structure", "digest_of_values"]
 
@@ -51,12 +52,7 @@ class RunFolder:
         if self._checkpoint.exists() and not resume:
             raise ConfigError(f"{path} already holds a run: resume it (resume=True), or choose another run folder")
         if writes:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ExportError(
-                    f"cannot make the run folder {path}: {error.strerror or error}; choose another"
-                ) from error
+            make_folder(path)
 
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last, on the CPU, or None where there is none.

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeGuard, get_args
 
+from qface.checks import check_whole
 from qface.errors import ConfigError
 
 __all__ = ["DistillConfig", "EmbeddingLossName", "OptimizerName", "PrecisionName", "ScheduleName", "Surrogate"]
@@ -184,10 +185,7 @@ _OPTIONAL = frozenset({"max_steps", "bn_statistics_steps", "max_gradient_norm", 
 
 
 def _at_least(least: int, **fields: int | None) -> None:
-    for name, value in fields.items():
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        if not whole and not _left_out(name, value):
-            raise ConfigError(f"{name} is a whole number from {least} on, not {value!r}")
+    check_whole(least, **{name: value for name, value in fields.items() if not _left_out(name, value)})
 
 
 def _not_negative(**fields: float | None) -> None:

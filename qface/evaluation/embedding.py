@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from qface.checks import check_whole
 from qface.data.images import ImageSource, IndexedImages, normalise
 from qface.data.prefetch import prefetched
 from qface.deployment.runtime import OnnxEmbedder
@@ -163,8 +164,7 @@ def embedding_batches(
         ImagesError: the images cannot be read.
         QFaceError: the model cannot read them, or does not give one finite vector an image, other than zero.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is a whole number from 1 on, not {batch_size!r}")
+    check_whole(1, batch_size=batch_size)
     indexed = isinstance(source, IndexedImages)
     batches = source.batches(batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
     total = math.ceil((len(source) - start) / batch_size) if isinstance(source, IndexedImages) else None

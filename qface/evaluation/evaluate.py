@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from qface.data.folders import ImageFolder
-from qface.data.images import Images, ImageSource, IndexedImages, as_image_source
+from qface.data.images import Images, ImageSource, Labels, as_image_source, labels_of
 from qface.data.pairs import PairedImages, ResolvedPairs, read_pairs, resolve_pairs
 from qface.errors import ImagesError, PairsError
 from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
@@ -26,8 +25,6 @@ from qface.evaluation.verification import (
 )
 
 __all__ = ["EvaluationResult", "evaluate"]
-
-Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -132,11 +129,10 @@ def evaluate(
 
 
 def _labels(source: ImageSource, needed: bool) -> Labels | None:
-    if isinstance(source, IndexedImages) and source.labels is not None:
-        return source.labels.cpu().numpy().astype(np.int64)
-    if needed:
+    labels = labels_of(source)
+    if labels is None and needed:
         raise ImagesError("evaluation needs to know who is who: pass a folder with one subfolder a person, or pairs")
-    return None
+    return labels
 
 
 def _listed(pairs: str | Path | None, source: ImageSource) -> ResolvedPairs | None:

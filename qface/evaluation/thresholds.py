@@ -6,10 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from qface.data.images import Images, IndexedImages, as_image_source
+from qface.data.images import Images, ImageSource, Labels, as_image_source, labels_of
 from qface.errors import ImagesError
 from qface.evaluation.embedding import Embedder, Embeddings, Model, as_embedder, embed
 from qface.evaluation.verification import Rates, count_pairs, ranks_of, rates_at, tpr_at_fpr
@@ -104,8 +101,8 @@ _PAIRINGS = ("float", "quantized", "mixed")
 class _Labelled:
     """Images, and who is on them."""
 
-    source: IndexedImages
-    labels: npt.NDArray[np.int64]
+    source: ImageSource
+    labels: Labels
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class _Faces:
 
     teacher: Embeddings
     student: Embeddings
-    labels: npt.NDArray[np.int64]
+    labels: Labels
 
     def threshold(self, pairing: str, fpr: str) -> float | None:
         probes, gallery = self._embeddings(pairing)
@@ -132,9 +129,9 @@ class _Faces:
 def _labelled(images: Images, people: str | Path | None, fpr: str) -> _Labelled:
     """The images, checked before they take their time."""
     source = as_image_source(images, people)
-    if not isinstance(source, IndexedImages) or source.labels is None:
+    labels = labels_of(source)
+    if labels is None:
         raise ImagesError("thresholds need to know who is who: pass a folder with one subfolder a person")
-    labels = source.labels.cpu().numpy().astype(np.int64)
     ranks_of([fpr], count_pairs(labels, ordered=True)[1])
     return _Labelled(source, labels)
 

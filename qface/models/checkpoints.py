@@ -19,14 +19,14 @@ from qface.models.mobilefacenet import MobileFaceNet
 from qface.models.pickled_modules import read_pickled_module
 from qface.preprocessing import CROP_SIZE, Preprocessing
 
-__all__ = ["check_finite", "fill", "read_tensors", "recognise"]
+__all__ = ["check_finite", "fill", "read_tensors", "recognise", "without_wrapper"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "backbone")
 _IRESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a ``.safetensors`` or torch file, by name without ``module.``, and its metadata.
+    """The tensors of a ``.safetensors`` or torch file by name, and its metadata.
 
     Torch files are read with ``weights_only=True``: nothing in them is executed. Of a whole pickled module, parameters
     and buffers are taken, likewise without running its code (:mod:`qface.models.pickled_modules`).
@@ -37,10 +37,17 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}; check the path")
-    tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    tensors, metadata = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else (_read_torch(path), {})
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; is it a model file?")
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}, metadata
+    return tensors, metadata
+
+
+def without_wrapper(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """With the names that a network has which is in no ``DataParallel``: without ``module.`` before each of them."""
+    if not all(name.startswith("module.") for name in tensors):
+        return tensors
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

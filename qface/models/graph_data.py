@@ -17,7 +17,7 @@ from torch import fx, nn
 from qface.errors import CheckpointError, UnsupportedLayerError, one_line
 from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
 
-__all__ = ["graph_from_data", "graph_to_data", "on_rebuild", "register_layer"]
+__all__ = ["check_rebuilt", "graph_from_data", "graph_to_data", "on_rebuild", "register_layer", "registered_layers"]
 
 CONVOLUTION_ARGUMENTS = (
     "in_channels",
@@ -57,12 +57,12 @@ _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Tanh: (),
     nn.Softmax: ("dim",),
     nn.MaxPool2d: (*_POOL, "dilation", "ceil_mode"),
-    nn.AvgPool2d: (*_POOL, "ceil_mode", "count_include_pad"),
+    nn.AvgPool2d: (*_POOL, "ceil_mode", "count_include_pad", "divisor_override"),
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.AdaptiveMaxPool2d: ("output_size",),
     nn.Flatten: ("start_dim", "end_dim"),
-    nn.Dropout: ("p",),
-    nn.Dropout2d: ("p",),
+    nn.Dropout: ("p", "inplace"),
+    nn.Dropout2d: ("p", "inplace"),
     nn.Identity: (),
     nn.PixelShuffle: ("upscale_factor",),
     Add: (),
@@ -101,7 +101,7 @@ _FUNCTIONS = _allowed_functions()
 _FUNCTION_OF = {function: name for name, function in reversed(list(_FUNCTIONS.items()))}
 _LAYER_OF = {layer.__name__: layer for layer in _LAYERS}
 
-_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_PATH = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64)
 }
@@ -119,11 +119,16 @@ def register_layer(layer: type[nn.Module], arguments: tuple[str, ...]) -> None:
     """Allow ``layer`` in saved graphs.
 
     Args:
-        layer: a module class that stays one node when traced.
+        layer: a module class; it stays one node of the saved graph.
         arguments: its constructor's keyword arguments, each also an attribute of the instance; values fit into JSON.
     """
     _LAYERS[layer] = arguments
     _LAYER_OF[layer.__name__] = layer
+
+
+def registered_layers() -> tuple[type[nn.Module], ...]:
+    """All layers that saved graphs may hold."""
+    return tuple(_LAYERS)
 
 
 # ---- writing
@@ -207,6 +212,31 @@ def _value_to_data(value: Any, where: object) -> Any:
     if isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in _DTYPES:
         return {"dtype": str(value).removeprefix("torch.")}
     raise UnsupportedLayerError(f"{where}: an argument of type {type(value).__name__} cannot be saved as data")
+
+
+def check_rebuilt(model: fx.GraphModule, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to write what would not be ``model`` when it is read.
+
+    Raises:
+        UnsupportedLayerError: ``data`` cannot be read, or a layer has a setting that it lacks.
+    """
+    try:
+        rebuilt = graph_from_data(data, tensors)
+    except CheckpointError as error:
+        raise UnsupportedLayerError(f"the network cannot be saved as data: {error}") from error
+    for path in data["layers"]:
+        layer, again = model.get_submodule(path), rebuilt.get_submodule(path)
+        lost = [name for name in _settings(layer) if getattr(layer, name, None) != getattr(again, name, None)]
+        if lost:
+            raise UnsupportedLayerError(
+                f"layer {path!r}, a {type(layer).__name__}, has {lost[0]}={getattr(layer, lost[0])}, which qface "
+                "cannot save as data; build it without"
+            )
+
+
+def _settings(layer: nn.Module) -> tuple[str, ...]:
+    """The attributes that torch.jit would keep as constants."""
+    return tuple(getattr(layer, "__constants__", ()))
 
 
 # ---- reading

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 
 from qface.errors import CheckpointError, UnsupportedLayerError, one_line
 from qface.models.layers import Add, Concat, Multiply
+from qface.models.provenance import with_provenance, written_provenance
 from qface.preprocessing import CROP_SIZE, Preprocessing, written_preprocessing
 
 __all__ = ["load_onnx"]
@@ -40,6 +41,8 @@ Array = npt.NDArray[Any]
 def load_onnx(path: str | Path) -> tuple[nn.Module, Preprocessing]:
     """The network in an ONNX file, in eval mode, and what it reads: as a file of ours says, or as the graph shows.
 
+    A file of ours also says which steps made the network.
+
     A subtraction and a scaling of the input at the start of the graph, as older InsightFace files have them, become
     part of the preprocessing.
 
@@ -51,8 +54,9 @@ def load_onnx(path: str | Path) -> tuple[nn.Module, Preprocessing]:
     model = _read(path)
     found = _Import(model, path)
     network, likely = found.network()
-    written = {entry.key: entry.value for entry in model.metadata_props}.get("preprocessing")
-    preprocessing = likely if written is None else written_preprocessing(written, path)
+    written = {entry.key: entry.value for entry in model.metadata_props}
+    preprocessing = written_preprocessing(written["preprocessing"], path) if "preprocessing" in written else likely
+    with_provenance(network, written_provenance(written.get("provenance", "[]"), path))
     network.eval()
     _check(network, preprocessing, path, reads_bytes=found.normalises)
     return network, preprocessing

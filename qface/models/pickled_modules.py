@@ -52,7 +52,7 @@ def read_pickled_module(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors and is no module either, and qface does not run code from files; "
             "save its state_dict() and load that"
         )
-    return {name.removeprefix("module."): tensor for name, tensor in _tensors(root, "", 0)}
+    return dict(_tensors(root, "", 0))
 
 
 class _Shell:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from qface._version import __version__
+from qface.errors import CheckpointError
 from qface.preprocessing import attach, preprocessing_of, with_preprocessing
 
-__all__ = ["carry", "has_step", "provenance_of", "record_step", "with_provenance"]
+__all__ = ["carry", "has_step", "provenance_of", "record_step", "with_provenance", "written_provenance"]
 
 _ATTRIBUTE = "provenance"
 
@@ -37,6 +39,21 @@ def record_step(model: ModuleT, step: str, settings: Mapping[str, Any]) -> Modul
     """Append one step to the provenance of ``model``, in place; ``settings`` must fit into JSON."""
     plain = json.loads(json.dumps(dict(settings), default=str))
     return with_provenance(model, (*provenance_of(model), {"step": step, "qface": __version__, **plain}))
+
+
+def written_provenance(text: str, path: str | Path) -> tuple[dict[str, Any], ...]:
+    """The steps that the metadata of the file at ``path`` hold as JSON.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        steps = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its provenance cannot be read ({error}); save it again") from error
+    if not isinstance(steps, list) or not all(isinstance(step, dict) and "step" in step for step in steps):
+        raise CheckpointError(f"{path}: its provenance is no list of steps; save it again")
+    return tuple(steps)
 
 
 def carry(source: nn.Module, target: ModuleT) -> ModuleT:

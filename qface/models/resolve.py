@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qface.errors import CheckpointError, ConfigError
+from qface.errors import CheckpointError, ConfigError, one_line
 from qface.models.store import MODEL_NAMES, load
 
 __all__ = ["resolve_model"]
@@ -45,8 +45,10 @@ def _from_factory(module_name: str, factory: str) -> nn.Module:
     sys.path.insert(0, "")  # as python -m does, so that a user's own module is found
     try:
         network = getattr(importlib.import_module(module_name), factory)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"cannot make a model of {module_name}:{factory}: {error}") from error
+    except Exception as error:  # it is the user's own code
+        raise CheckpointError(
+            f"cannot make a model of {module_name}:{factory}: {type(error).__name__}: {one_line(error, 300)}"
+        ) from error
     finally:
         sys.path.remove("")
     if not isinstance(network, nn.Module):

@@ -16,19 +16,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qface.errors import CheckpointError, ExportError
-from qface.files import replacing
-from qface.models.checkpoints import check_finite, fill, read_tensors, recognise
-from qface.models.graph_data import graph_from_data, graph_to_data
+from qface.files import check_folder, replacing
+from qface.models.checkpoints import check_finite, fill, read_tensors, recognise, without_wrapper
+from qface.models.graph_data import check_rebuilt, graph_from_data, graph_to_data, registered_layers
 from qface.models.iresnet import IRESNET_BLOCKS, iresnet
 from qface.models.mobilefacenet import MobileFaceNet
-from qface.models.provenance import provenance_of, with_provenance
+from qface.models.provenance import provenance_of, with_provenance, written_provenance
 from qface.models.tracing import trace
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing, written_preprocessing
 
-__all__ = ["MODEL_NAMES", "load", "save"]
+__all__ = ["MODEL_NAMES", "check_model_file", "load", "save"]
 
 FORMAT = "qface"
 FORMAT_VERSION = "2"
+_SUFFIX = ".safetensors"
 
 MODEL_NAMES = ("mobilefacenet", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
 """What :func:`load` takes instead of a path, for a network with fresh weights."""
@@ -85,8 +86,8 @@ def _fitting_network(
     elif metadata.get("format") == FORMAT:
         return _from_own_format(tensors, metadata, path), Preprocessing()
     else:
-        model, likely = recognise(tensors, path)
-    fill(model, tensors, path)
+        model, likely = recognise(without_wrapper(tensors), path)
+    fill(model, without_wrapper(tensors), path)
     return model, likely
 
 
@@ -97,9 +98,10 @@ def _from_own_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
             f"{path} has format version {version}, and this qface reads {FORMAT_VERSION}; update qface"
         )
     try:
-        graph, steps = json.loads(metadata["graph"]), tuple(json.loads(metadata["provenance"]))
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        graph, provenance = json.loads(metadata["graph"]), metadata["provenance"]
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} lacks its graph or provenance ({error}); save it again") from error
+    steps = written_provenance(provenance, path)
     try:
         return with_provenance(graph_from_data(graph, tensors), steps)
     except CheckpointError as error:
@@ -113,9 +115,10 @@ def save(model: nn.Module, path: str | Path) -> None:
         TraceError: torch.fx cannot trace the model.
         UnsupportedLayerError: the model uses a layer or function that cannot be saved as data; it is named.
         CheckpointError: a weight is NaN or infinite.
-        ExportError: the file cannot be written.
+        ExportError: the file cannot be written, or its name does not end in ``.safetensors``.
     """
-    graph_module = trace(model)
+    check_model_file(path)
+    graph_module = trace(model, registered_layers())
     graph = graph_to_data(graph_module)
     tensors = {
         name: value.detach().cpu().contiguous().clone()
@@ -123,6 +126,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         if _is_used(name, graph)
     }
     check_finite(tensors, path)
+    check_rebuilt(graph_module, json.loads(json.dumps(graph)), tensors)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -135,6 +139,17 @@ def save(model: nn.Module, path: str | Path) -> None:
             save_file(tensors, temporary, metadata)
         except (OSError, SafetensorError) as error:
             raise ExportError(f"cannot write {path}: {error}; is the disk full?") from error
+
+
+def check_model_file(path: str | Path) -> None:
+    """Make sure, before long work, that :func:`load` will know a file of this name for what it is.
+
+    Raises:
+        ExportError: its name does not end in ``.safetensors``, or no file can be written there.
+    """
+    if Path(path).suffix.lower() != _SUFFIX:
+        raise ExportError(f"cannot write {path}: the name of a network's file ends in {_SUFFIX}")
+    check_folder(path)
 
 
 def _is_used(tensor: str, graph: Mapping[str, Any]) -> bool:

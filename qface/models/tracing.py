@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from qface.errors import TraceError
 from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
+from qface.modes import modes_kept
 from qface.preprocessing import preprocessing_of
 
 __all__ = ["LEAF_LAYERS", "example_input", "trace"]
@@ -16,21 +17,32 @@ LEAF_LAYERS: tuple[type[nn.Module], ...] = (Add, ChannelAffine, Concat, L2Normal
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, leaves: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self._leaves = leaves
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAF_LAYERS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """The graph of ``model``, which shares its parameters; a GraphModule is returned as it is.
+def trace(model: nn.Module, leaves: tuple[type[nn.Module], ...] = ()) -> fx.GraphModule:
+    """The graph of ``model`` in eval mode, which shares its parameters; a GraphModule is returned as it is.
+
+    What its forward asks ``self.training`` for is answered for good: ``F.dropout(x, p, self.training)`` drops nothing.
+
+    Args:
+        model: any network; its own mode stays.
+        leaves: layers that stay one node, beside torch's and those of :data:`LEAF_LAYERS`.
 
     Raises:
         TraceError: the forward pass depends on values of tensors, or on Python that torch.fx cannot see.
     """
     if isinstance(model, fx.GraphModule):
         return model
-    tracer = _Tracer()
+    tracer = _Tracer((*LEAF_LAYERS, *leaves))
     try:
-        graph = tracer.trace(model)
+        with modes_kept(model):
+            graph = tracer.trace(model.eval())
     except Exception as error:  # any Python of the user's forward may run, so anything may be raised
         raise TraceError(
             f"{type(model).__name__} cannot be traced{_place(error)}: {_first_line(error)}. "

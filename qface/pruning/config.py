@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from qface.checks import check_whole
 from qface.errors import ConfigError
 
 __all__ = ["ImportanceName", "PruningConfig", "ScopeName"]
@@ -67,10 +68,7 @@ class PruningConfig:
             raise ConfigError(f"norm is 1 or 2, not {self.norm!r}")
         if not 0 < self.greatest_share < 1:
             raise ConfigError(f"greatest_share lies between 0 and 1, not {self.greatest_share!r}")
-        for name in ("round_to", "steps", "images"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is a whole number from 1 on, not {value!r}")
+        check_whole(1, round_to=self.round_to, steps=self.steps, images=self.images)
 
     @property
     def needs_images(self) -> bool:

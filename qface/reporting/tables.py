@@ -95,7 +95,7 @@ def costs_table(before: Cost, after: Cost) -> Table:
 def thresholds_table(result: OperatingThresholds) -> Table:
     """Thresholds for one false-positive rate, a row a pairing."""
     people = f"set on {result.set_on or 'all people'}, judged on {result.judged_on or 'all people'}"
-    table = Table(title=f"FPR {result.fpr}, {people}")
+    table = Table(title=escape(f"FPR {result.fpr}, {people}"))
     for name in ("probe and gallery", "threshold", "TPR", "FPR", "TPR with float's", "FPR with float's"):
         table.add_column(name, justify="left" if name == "probe and gallery" else "right")
     for row in result.pairings:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import qface
 from qface.cli import main
 from qface.errors import ExportError, ImagesError
 from qface.preprocessing import Preprocessing, with_preprocessing
-from tests.deployment.networks import calibrated
+from tests.deployment.networks import calibrated, framed
 from tests.networks import random_faces, tiny_face_net
 
 
@@ -112,6 +112,31 @@ def test_no_images_are_an_error(target: str, student: fx.GraphModule, tmp_path: 
     path = qface.export(student, tmp_path / "net.onnx", target=target)
     with pytest.raises(ImagesError, match="no images"):
         qface.verify(student, path, iter([]))
+    with pytest.raises(ImagesError, match="no images"):
+        qface.export(student, tmp_path / "another.onnx", target=target, images=iter([]))
+    assert not (tmp_path / "another.onnx").exists()
+
+
+class LateActivation(nn.Module):
+    """A branch runs between a convolution and its ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Conv2d(8, 8, 3, padding=1)
+        self.between = nn.Conv2d(8, 8, 1)
+        self.slope = nn.PReLU(8)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.early(x)
+        between = self.slope(self.between(x))
+        return self.act(early) + between
+
+
+def test_activations_may_run_late(tmp_path: Path) -> None:
+    student = calibrated(framed(LateActivation), 6)
+    path = qface.export(student, tmp_path / "net.onnx")
+    assert qface.verify(student, path, random_faces(8)).agrees
 
 
 def test_verifying_changes_nothing(student: fx.GraphModule, file: Path) -> None:

@@ -149,8 +149,9 @@ def test_widths_of_one_file_are_packed_apart(tmp_path: Path) -> None:
 
 
 def test_an_unknown_container_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="packed, int8"):
-        qface.export(tiny(6), tmp_path / "net.onnx", container="zip")
+    for model in (tiny(6), network()):
+        with pytest.raises(ConfigError, match="packed, int8"):
+            qface.export(model, tmp_path / "net.onnx", container="zip")
     assert not list(tmp_path.iterdir())
 
 
@@ -257,6 +258,26 @@ def test_float_network_is_exported_as_it_is(build: Callable[..., nn.Module], cro
     measured, same = qface.evaluate(path, folder), qface.evaluate(model, folder)
     assert measured.runtime.startswith("onnxruntime")
     assert measured.thresholds == pytest.approx(same.thresholds, abs=1e-3)
+
+
+class ByChance(nn.Module):
+    """An embedder that drops half of its embedding in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 32 * 28, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.fc(x.flatten(1)), training=True)
+
+
+@pytest.mark.parametrize("input", ["float32", "uint8"])
+def test_float_networks_are_compared_with_their_file(input: str, tmp_path: Path) -> None:
+    path = qface.export(network(), tmp_path / "net.onnx", input=input, images=random_faces(3))
+    assert props(path)["verified"] == "3 given images"
+    with pytest.raises(ExportError, match="something else than the network"):
+        qface.export(with_preprocessing(ByChance(), PREPROCESSING), tmp_path / "chance.onnx", input=input)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ---- no file

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import qface
 from qface.errors import CheckpointError, UnsupportedLayerError
-from qface.models import MobileFaceNet
+from qface.models import MobileFaceNet, provenance_of, record_step
 from qface.models.iresnet import IResNet
 from qface.preprocessing import preprocessing_of
 from tests.networks import foreign_net, random_faces, with_statistics
@@ -96,11 +96,18 @@ def test_our_own_float_files_come_back(tmp_path: Path) -> None:
         assert difference(model(x), imported(x)) < 1e-5
 
 
-def test_our_own_files_say_what_they_read(tmp_path: Path) -> None:
-    model = made("mobilefacenet")
+def test_our_own_files_say_what_they_read_and_how_they_were_made(tmp_path: Path) -> None:
+    model = record_step(made("mobilefacenet"), "prune", {"ratio": 0.2})
     model.preprocessing = qface.Preprocessing(color="BGR", std=(128.0,) * 3)
-    imported = qface.load(qface.export(model, tmp_path / "float.onnx"))
+    path = qface.export(model, tmp_path / "float.onnx")
+    imported = qface.load(path)
     assert imported.preprocessing == model.preprocessing
+    assert provenance_of(imported) == provenance_of(model)
+    written = onnx.load(path)
+    helper.set_model_props(written, {"provenance": "[1]"})
+    onnx.save(written, path)
+    with pytest.raises(CheckpointError, match="no list of steps"):
+        qface.load(path)
 
 
 def test_a_network_unlike_any_of_ours(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 import qface
 from qface.errors import CheckpointError
 from qface.models import MobileFaceNet
+from qface.models.checkpoints import without_wrapper
 from qface.models.pickled_modules import read_pickled_module
 from tests.networks import TinyFaceNet, tiny_face_net, with_statistics
 
@@ -56,7 +57,7 @@ def test_tensors_of_any_module(tmp_path: Path) -> None:
 
 def test_names_of_parallel_training(tmp_path: Path) -> None:
     torch.save(nn.DataParallel(tiny_face_net()), tmp_path / "whole.pth")
-    assert set(read_pickled_module(tmp_path / "whole.pth")) == set(tiny_face_net().state_dict())
+    assert set(without_wrapper(read_pickled_module(tmp_path / "whole.pth"))) == set(tiny_face_net().state_dict())
 
 
 def test_a_known_network_is_loaded(tmp_path: Path) -> None:

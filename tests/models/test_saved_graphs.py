@@ -189,6 +189,44 @@ def test_operations_in_place_stay_in_place(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "m.safetensors")(inputs()), model(inputs()))
 
 
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training)
+
+
+class Wrapped(nn.Module):
+    """Its only part has the name that DataParallel gives to a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+def named_with_dashes() -> nn.Module:
+    model = nn.Sequential()
+    model.add_module("conv-1", nn.Conv2d(3, 4, 1))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Dropping()),
+        Wrapped,
+        named_with_dashes,
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(3, 2, 1, divisor_override=5)),
+    ],
+    ids=["dropout", "module", "dashes", "divisor"],
+)
+def test_what_is_easily_lost_is_kept(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+    model = make()
+    save(model, tmp_path / "m.safetensors")
+    assert torch.equal(load(tmp_path / "m.safetensors")(inputs()), model.eval()(inputs()))
+
+
 # ---- what cannot be saved
 
 
@@ -202,14 +240,8 @@ class Strange(nn.Module):
         return x * self.weight * self.scale
 
 
-class LeafTracer(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Strange) or super().is_leaf_module(m, module_qualified_name)
-
-
 def strange_graph(scale: float = 3.0) -> torch.fx.GraphModule:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), Strange(scale), nn.Flatten())
-    return torch.fx.GraphModule(model, LeafTracer().trace(model))
+    return trace(nn.Sequential(nn.Conv2d(3, 4, 1), Strange(scale), nn.Flatten()), (Strange,))
 
 
 def test_unknown_layers_functions_and_methods_are_named(tmp_path: Path) -> None:
@@ -241,8 +273,25 @@ def test_a_registered_layer_can_be_saved(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UnsupportedLayerError, match="Strange"):
         save(strange_graph(), tmp_path / "m.safetensors")
     register_layer(Strange, ("scale",))
-    save(strange_graph(scale=0.25), tmp_path / "m.safetensors")
-    assert load(tmp_path / "m.safetensors").get_submodule("1").scale == 0.25
+    for model in (strange_graph(scale=0.25), nn.Sequential(nn.Flatten(), Strange(scale=0.25))):
+        save(model, tmp_path / "m.safetensors")
+        assert load(tmp_path / "m.safetensors").get_submodule("1").scale == 0.25
+
+
+class Reaching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.data * 2
+
+
+def test_what_would_not_come_back_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedLayerError, match="'data' may not be read"):
+        save(Reaching(), tmp_path / "m.safetensors")
+    pool = nn.Sequential(nn.MaxPool2d(2, return_indices=True))
+    with pytest.raises(UnsupportedLayerError, match=r"'0'.*MaxPool2d.*return_indices=True"):
+        save(pool, tmp_path / "m.safetensors")
+    with pytest.raises(ExportError, match=r"m\.pt.*ends in \.safetensors"):
+        save(float_tiny(), tmp_path / "m.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 class Branching(nn.Module):
@@ -409,6 +458,8 @@ def test_strings_in_arguments_stay_strings(
         {"provenance": "{"},
         {"provenance": "null"},
         {"provenance": "3"},
+        {"provenance": "[1]"},
+        {"provenance": '[{"setting": 1}]'},
         {"preprocessing": "{}"},
         {"preprocessing": ""},
     ],

@@ -1,0 +1,18 @@
+"""Settings that users give, held against what they may be."""
+
+from __future__ import annotations
+
+from qface.errors import ConfigError
+
+__all__ = ["check_whole"]
+
+
+def check_whole(least: int, **settings: object) -> None:
+    """Make sure that every setting is a whole number, ``least`` or greater.
+
+    Raises:
+        ConfigError: one is not; it is named.
+    """
+    for name, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} is a whole number from {least} on, not {value!r}")
