@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["SETS", "TABLES", "Kind", "Method", "PaperTable", "Row"]
+__all__ = ["FLOAT", "SETS", "TABLES", "Kind", "Method", "PaperTable", "Row"]
 
 Kind = Literal["float", "ours", "pruned", "quantface", "published", "distilled"]
 
@@ -106,7 +106,8 @@ def _ijbc(low: float | None, high: float) -> dict[str, float]:
     return _figures(None, None, None, None, low, high)
 
 
-_FLOAT = Method("float")
+FLOAT = Method("float")
+"""The network as it is."""
 _W6, _W8 = Method("ours", 6), Method("ours", 8)
 _REAL6, _REAL8 = Method("quantface", 6), Method("quantface", 8)
 _SYNTHETIC6, _SYNTHETIC8 = Method("quantface", 6, labelled=False), Method("quantface", 8, labelled=False)
@@ -125,7 +126,7 @@ TABLES = {
         1,
         "Quantized and pruned networks",
         (
-            Row("R18", "teacher", _FLOAT, _figures(99.88, 95.75, 99.53, 90.80, 93.16, 95.33), 96.22, 17.091),
+            Row("R18", "teacher", FLOAT, _figures(99.88, 95.75, 99.53, 90.80, 93.16, 95.33), 96.22, 17.091),
             Row("R18", "RealQuantFace", _REAL6, _figures(99.52, 95.58, None, 88.37, None, 93.03), 18.10, 5.811),
             Row(
                 "R18",
@@ -149,7 +150,7 @@ TABLES = {
             Row(
                 "R34",
                 "teacher",
-                _FLOAT,
+                FLOAT,
                 _figures(99.95, 96.00, 99.76, 93.33, 95.16, 96.56),
                 130.44,
                 17.091,
@@ -173,7 +174,7 @@ TABLES = {
                 0.013,
                 "MB belong to a model with the embedding cut to 409 too",
             ),
-            Row("R50", "teacher", _FLOAT, _figures(99.95, 96.06, 99.76, 94.40, 95.61, 96.97), 174.68, 17.091),
+            Row("R50", "teacher", FLOAT, _figures(99.95, 96.06, 99.76, 94.40, 95.61, 96.97), 174.68, 17.091),
             Row("R50", "RealQuantFace", _REAL6, _figures(99.70, 95.87, None, 92.08, None, 91.74), 32.77, 5.811),
             Row("R50", "SynQuantFace", _SYNTHETIC6, _figures(99.68, 95.70, None, 90.38, None, 90.72), 32.77, 0.500),
             Row("R50", "Ours (w6a6)", _W6, _figures(99.95, 95.95, 99.69, 93.65, 94.13, 96.15), 32.77, 0.013),
@@ -285,7 +286,7 @@ TABLES = {
             Row(
                 "R50",
                 "teacher of EKD",
-                _FLOAT,
+                FLOAT,
                 _ijbc(95.61, 92.66),
                 174.68,
                 5.811,
@@ -294,7 +295,7 @@ TABLES = {
             Row(
                 "R18",
                 "teacher of the quantized",
-                _FLOAT,
+                FLOAT,
                 _ijbc(93.16, 95.33),
                 96.22,
                 17.091,

@@ -125,6 +125,26 @@ def test_differences_are_printed() -> None:
     assert cell(93.5, None) == "93.50"
 
 
+class Fixed:
+    """Figures that nobody measured."""
+
+    def figures(self, network: str, method: Any) -> dict[str, float]:
+        return {"ijbc-1e-4": 97.0 if method.kind == "float" else 95.5}
+
+
+def test_losses_are_against_the_float_network_of_the_same_name() -> None:
+    rows = script("paper_rows").TABLES[1].rows
+    lines = {
+        line["label"]: line for row in rows if (line := script("paper_table")._line(row, Fixed()))["network"] == "R34"
+    }
+    assert lines["Ours (w6a6)"]["measured"]["lost"] == pytest.approx(1.5)
+    assert lines["Ours (w6a6)"]["printed"]["lost"] == pytest.approx(96.56 - 95.56)
+    assert lines["Ours, pruned"]["printed"]["lost"] == pytest.approx(96.56 - 89.11)
+    assert lines["teacher"]["measured"]["lost"] is None and lines["teacher"]["printed"]["lost"] is None
+    others = [script("paper_table")._line(row, Fixed()) for row in rows if row.method.kind == "quantface"]
+    assert {line["printed"]["lost"] for line in others} == {None}
+
+
 def test_printed_figures_are_the_papers() -> None:
     """Each number of the tables is in the paper's text, where that is at hand."""
     text = Path(__file__).parents[3] / "shared" / "paper.txt"
