@@ -59,6 +59,8 @@ def load(
     tensors, metadata = read_tensors(path_or_name)
     check_finite(tensors, path_or_name)
     loaded, likely = _fitting_network(tensors, metadata, path_or_name, model)
+    if metadata.get("format") == FORMAT:
+        with_provenance(loaded, written_provenance(metadata.get("provenance", ""), path_or_name))
     if "preprocessing" in metadata:
         likely = written_preprocessing(metadata["preprocessing"], path_or_name)
     return with_preprocessing(loaded, preprocessing or likely).eval()
@@ -98,12 +100,11 @@ def _from_own_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
             f"{path} has format version {version}, and this qface reads {FORMAT_VERSION}; update qface"
         )
     try:
-        graph, provenance = json.loads(metadata["graph"]), metadata["provenance"]
+        graph = json.loads(metadata["graph"])
     except (KeyError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} lacks its graph or provenance ({error}); save it again") from error
-    steps = written_provenance(provenance, path)
+        raise CheckpointError(f"{path} lacks its graph ({error}); save it again") from error
     try:
-        return with_provenance(graph_from_data(graph, tensors), steps)
+        return graph_from_data(graph, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

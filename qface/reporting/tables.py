@@ -38,16 +38,11 @@ def percent(value: float | None) -> str:
 
 def evaluation_table(result: EvaluationResult) -> Table:
     """One evaluation: counts in the title, a row a figure."""
-    table = Table(title=f"{result.images} images of {result.identities} people, {result.runtime}")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    table.add_column("threshold", justify="right")
+    table = _figures(f"{result.images} images of {result.identities} people, {result.runtime}")
     if result.accuracy is not None and result.accuracy_std is not None:
         figure = f"{percent(result.accuracy)} ± {100 * result.accuracy_std:.2f}"
         table.add_row(f"10-fold accuracy ({result.pairs} pairs, {result.pairs_dropped} dropped)", figure, "")
-    for fpr, rate in result.tpr_at_fpr.items():
-        threshold = result.thresholds[fpr]
-        table.add_row(f"TPR at FPR {fpr}", percent(rate), "-" if threshold is None else f"{threshold:.4f}")
+    _add_rates(table, result)
     return table
 
 
@@ -55,13 +50,22 @@ def templates_table(result: TemplateResult) -> Table:
     """One evaluation of templates: how it was done and counts in the title, a row a rate."""
     added = [name for name, used in (("flip", result.flip), ("detector score", result.detector_score)) if used]
     how = f"protocol {result.protocol}, " + (" and ".join(added) if added else "neither flip nor detector score")
-    table = Table(title=f"{how}: {result.images} images, {result.templates} templates, {result.runtime}")
+    table = _figures(f"{how}: {result.images} images, {result.templates} templates, {result.runtime}")
+    _add_rates(table, result)
+    return table
+
+
+def _figures(title: str) -> Table:
+    table = Table(title=title)
     for name in ("figure", "value", "threshold"):
         table.add_column(name, justify="left" if name == "figure" else "right")
+    return table
+
+
+def _add_rates(table: Table, result: EvaluationResult | TemplateResult) -> None:
     for fpr, rate in result.tpr_at_fpr.items():
         threshold = result.thresholds[fpr]
         table.add_row(f"TPR at FPR {fpr}", percent(rate), "-" if threshold is None else f"{threshold:.4f}")
-    return table
 
 
 def alignment_table(report: AlignmentReport) -> Table:

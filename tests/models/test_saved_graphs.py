@@ -88,6 +88,14 @@ def test_a_saved_network_is_the_same(tmp_path: Path, make: Callable[[], nn.Modul
     check_same(load(tmp_path / "again.safetensors"), model)
 
 
+def test_weights_read_into_a_network_keep_their_provenance(tmp_path: Path) -> None:
+    save(record_step(with_preprocessing(float_tiny(), PREPROCESSING), "something", {}), tmp_path / "m.safetensors")
+    target = float_tiny()
+    assert load(tmp_path / "m.safetensors", model=target) is target
+    assert [step["step"] for step in provenance_of(target)] == ["something"]
+    assert preprocessing_of(target) == PREPROCESSING
+
+
 def test_frozen_parameters_stay_frozen(tmp_path: Path) -> None:
     model = IResNet((1, 1, 1, 1), 4)
     save(model, tmp_path / "m.safetensors")
