@@ -43,6 +43,7 @@ class DistillConfig:
             teacher with embeddings as long as the student's; EKD does not.
         embedding_weight: weight of the embedding term.
         class_head: train an ArcFace head on the identities beside the student (the paper's equation 3).
+        class_head_weight: weight of its loss, whose gradient is some hundred times as long as the cosine loss's.
         margin: angular margin of the class head in radians.
         scale: the class head's factor on the cosines.
         optimizer: ``"relative_adam"``, whose steps are in parts of the size of what they change
@@ -83,6 +84,7 @@ class DistillConfig:
     embedding_loss: EmbeddingLossName | None = "cosine"
     embedding_weight: float = 1.0
     class_head: bool = False
+    class_head_weight: float = 0.001
     margin: float = 0.4
     scale: float = 64.0
     optimizer: OptimizerName = "relative_adam"
@@ -115,6 +117,7 @@ class DistillConfig:
         _not_negative(
             ekd_weight=self.ekd_weight,
             embedding_weight=self.embedding_weight,
+            class_head_weight=self.class_head_weight,
             margin=self.margin,
             scale_learning_rate=self.scale_learning_rate,
             momentum=self.momentum,
@@ -167,6 +170,7 @@ class DistillConfig:
             ekd_parity=True,
             embedding_loss=None,
             class_head=False,
+            class_head_weight=1.0,
             margin=0.4,
             scale=64.0,
             optimizer="sgd",

@@ -67,5 +67,5 @@ class Objective(nn.Module):
         if self.config.uses_embedding_loss:
             terms["embedding"] = self.config.embedding_weight * self.embedding(student, teacher)
         if self.config.class_head:
-            terms["class_head"] = self.head(student, labels)
+            terms["class_head"] = self.config.class_head_weight * self.head(student, labels)
         return terms

@@ -24,6 +24,7 @@ def test_paper_settings() -> None:
     assert paper.ekd_parity
     assert not paper.uses_embedding_loss
     assert not paper.class_head
+    assert paper.class_head_weight == 1.0  # equation 3
 
 
 def test_larger_steps_after_pruning() -> None:
@@ -52,6 +53,7 @@ def test_larger_steps_after_pruning() -> None:
         {"optimizer": "lamb"},
         {"schedule": "step"},
         {"ekd_weight": 0.0, "embedding_loss": None},
+        {"class_head": True, "class_head_weight": -0.5},
         {"momentum": 0.0, "optimizer": "sgd"},
         {"warmup_steps": -1},
     ],

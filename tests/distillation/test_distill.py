@@ -60,6 +60,15 @@ def test_the_student_comes_closer_to_the_teacher(options: dict[str, Any], tmp_pa
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
+def test_the_loss_of_the_class_head_has_a_weight(tmp_path: Path) -> None:
+    terms = []
+    for weight in (1.0, 0.25):
+        config = replace(CPU, class_head=True, class_head_weight=weight, max_steps=1)
+        distill(tiny_network(0), tiny_network(1), face_images(), config, tmp_path / str(weight))
+        terms.append(log(tmp_path / str(weight))[0]["class_head"])
+    assert terms[1] == pytest.approx(0.25 * terms[0])
+
+
 def test_the_student_comes_back_trained_in_place_and_the_teacher_unchanged() -> None:
     student, teacher = tiny_network(0), tiny_network(1)
     before, taught = weights(teacher), copy.deepcopy(student)
