@@ -30,7 +30,6 @@ import qface
 __all__ = ["command"]
 
 _Path = click.Path(path_type=Path)
-_AT_1E_4 = ("ijbc-1e-4", HALF_COLUMNS["1e-4"])
 
 
 def command(number: int) -> click.Command:
@@ -122,8 +121,14 @@ def _lost(row: Row, figures: Record, teacher: Record) -> float | None:
     """Points of TPR at FPR 1e-4 that the float network is ahead."""
     if row.method.kind == "float":
         return None
-    pairs = [(teacher.get(column), figures.get(column)) for column in _AT_1E_4]
-    return next((one - other for one, other in pairs if one is not None and other is not None), None)
+    ahead, behind = _at_1e_4(teacher), _at_1e_4(figures)
+    return None if ahead is None or behind is None else ahead - behind
+
+
+def _at_1e_4(figures: Record) -> float | None:
+    """TPR at FPR 1e-4, on whichever images it was measured."""
+    columns = ("ijbc-1e-4", HALF_COLUMNS["1e-4"])
+    return next((value for column in columns if (value := figures.get(column)) is not None), None)
 
 
 def _report(
@@ -195,8 +200,8 @@ def _markdown(headings: Sequence[str], cells: Sequence[Sequence[str]], notes: Se
 def _draw(table: PaperTable, lines: Sequence[Record], path: Path) -> None:
     """TPR at 1e-4, measured and printed, a row a model; nothing without matplotlib or figures."""
     marks: dict[str, Callable[[Record], Any]] = {
-        "measured": lambda line: next((v for key in _AT_1E_4 if (v := line["measured"].get(key)) is not None), None),
-        "printed": lambda line: line["printed"].get("ijbc-1e-4"),
+        "measured": lambda line: _at_1e_4(line["measured"]),
+        "printed": lambda line: _at_1e_4(line["printed"]),
     }
     shown = [line for line in lines if any(read(line) is not None for read in marks.values())]
     try:

@@ -127,11 +127,12 @@ def save(model: nn.Module, path: str | Path) -> None:
         if _is_used(name, graph)
     }
     check_finite(tensors, path)
-    check_rebuilt(graph_module, json.loads(json.dumps(graph)), tensors)
+    written = json.dumps(graph)
+    check_rebuilt(graph_module, json.loads(written), tensors)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "graph": json.dumps(graph),
+        "graph": written,
         "preprocessing": preprocessing_of(model).to_json(),
         "provenance": json.dumps(provenance_of(model)),
     }
