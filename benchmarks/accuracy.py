@@ -6,7 +6,8 @@
 Ranges, training and mixed widths see the first half of the people only. All figures are those of the exported file in
 onnxruntime on the second half; "float gallery" lets the float network enrol and the file probe. Where a row has a
 share, calibration too sees no other images. A seed draws the 512 images of calibration, the share, and the order of
-training. Goals are those of the recipe ``qface``; means over the seeds are held against them.
+training. Goals are those of the recipe ``qface``; means over the seeds are held against them. ``qface-bf16`` is the
+same, but trains in bfloat16, which CPUs with AMX and GPUs are faster in.
 
 ``--recipe paper`` is Ef-QuantFace's: EKD alone, one epoch, batch 64, learning rate 0.001, and channels and biases as
 they are. Its ranges are taken to be QuantFace's (``QuantAct`` of its ``quant_modules.py``): from the least to the

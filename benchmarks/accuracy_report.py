@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from accuracy_rows import EVERY_ROW, SWEEP, SWEEP_BITS, Goal
+from accuracy_rows import EVERY_ROW, RECIPES, SWEEP, SWEEP_BITS, Goal
 from held_out import FPRS
 from report_files import markdown_table, terminal_table, write_figure
 from rich.table import Table
@@ -30,7 +30,7 @@ def summarise(teachers: dict[str, Record], runs: Iterable[Record]) -> list[Recor
         groups.setdefault((run["network"], run["recipe"], run["row"]), []).append(run)
     lines = {key: _line(key, group, teachers[key[0]]) for key, group in groups.items()}
     for (network, recipe, row), line in lines.items():
-        goal = EVERY_ROW[row].goal_of(network) if recipe == "qface" else Goal()
+        goal = EVERY_ROW[row].goal_of(network) if RECIPES[recipe].judged else Goal()
         line["goals"] = _verdicts(line, goal, lines.get((network, recipe, goal.over)))
     return list(lines.values())
 

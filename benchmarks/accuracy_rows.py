@@ -98,29 +98,42 @@ class Recipe:
         calibration: which parts of :func:`qface.calibrate` are on.
         training: settings of the distillation; seed and steps are the run's.
         after_pruning: those for a network that lost channels.
+        repair: whether what is left of a pruned layer makes up for what went.
+        judged: whether goals are held against it.
     """
 
     quantization: qface.QuantizationConfig
     calibration: dict[str, bool]
     training: qface.DistillConfig
     after_pruning: qface.DistillConfig
+    repair: bool = True
+    judged: bool = True
 
 
 def _parts(on: bool) -> dict[str, bool]:
     return dict.fromkeys(("equalise", "compensate", "correct_biases"), on)
 
 
+_OURS = Recipe(
+    qface.QuantizationConfig(),
+    _parts(True),
+    training=qface.DistillConfig(),
+    after_pruning=qface.DistillConfig.after_pruning(),
+)
+
 RECIPES = {
-    "qface": Recipe(
-        qface.QuantizationConfig(),
-        _parts(True),
-        training=qface.DistillConfig(),
-        after_pruning=qface.DistillConfig.after_pruning(),
+    "qface": _OURS,
+    "qface-bf16": replace(
+        _OURS,
+        training=replace(_OURS.training, precision="bf16"),
+        after_pruning=replace(_OURS.after_pruning, precision="bf16"),
     ),
     "paper": Recipe(
         qface.QuantizationConfig(weight_range="minmax", activation_range="minmax"),
         _parts(False),
         training=qface.DistillConfig.paper(),
         after_pruning=qface.DistillConfig.paper(),
+        repair=False,
+        judged=False,
     ),
 }

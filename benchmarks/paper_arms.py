@@ -38,7 +38,7 @@ class Arms:
     Args:
         sources: networks and faces.
         records: where models and figures are kept.
-        recipe: ``"paper"`` or ``"qface"``, for what is ours.
+        recipe: of :data:`RECIPES`, for what is ours.
         teacher_of: of a network that is distilled, the network it learns from.
         seed: of subsets, of weights of fresh networks, and of training.
         max_steps: of each training.
@@ -150,7 +150,7 @@ class Arms:
         return file, file.stat().st_size / 1e6
 
     def _pruned(self, teacher: nn.Module, images: IndexedImages, folder: Path) -> tuple[Model, float]:
-        config = qface.PruningConfig(repair=self.recipe == "qface")
+        config = qface.PruningConfig(repair=RECIPES[self.recipe].repair)
         pruned = qface.prune(teacher, PRUNED_SHARE, images, config)
         qface.distill(pruned, teacher, images, self._training(Method("pruned")), run_dir=folder, resume=True)
         return pruned, cost_of(pruned).mb

@@ -1,6 +1,6 @@
 """One of the paper's tables: run what can be run, and print it beside what the paper prints.
 
-    python benchmarks/table1.py [--weights DIR] [--data DIR] [--recipe paper|qface] [--networks R18] [-o runs/paper]
+    python benchmarks/table1.py [--weights DIR] [--data DIR] [--recipe paper|qface|qface-bf16] [--networks R18] [-o DIR]
 
 paper_rows.py has the printed figures, paper_sources.py says which files are looked for. With the paper's files all rows
 of the paper are run; beside them, or without them, its methods on the stand-ins, tuned on the first half of LFW's

@@ -4,9 +4,10 @@
                                   [--json FILE]
 
 A step is forward, backward and SGD, in training mode: of the float network with its batch norms, and of the student
-with all quantizers on and their steps learning. The teacher's forward, which both need beside it, is a row of its own.
-All are timed in turns within one run; compare the ratios. On a CPU freed memory is kept, as :func:`qface.distill`
-does; the last rows show the same steps without that.
+with all quantizers on and their steps learning, in float32 and in bfloat16. The teacher's forward, which both need
+beside it, is a row of its own. All are timed in turns within one run; compare the ratios. On a CPU freed memory is kept
+and images lie channels last, as :func:`qface.distill` does; the last rows show the same steps without the one or the
+other.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from qface.progress import track
 
 CALIBRATION_IMAGES = 32
 FLOAT, QAT, TEACHER = "float step", "QAT step", "teacher's forward"
+BF16 = ", bfloat16"
 
 
 @click.command()
@@ -64,33 +66,42 @@ def measured(name: str, data: Path, bits: int, batch_size: int, repeats: int, de
     """Median seconds of each kind of step."""
     file = data / "weights" / NETWORKS[name]
     teacher = qface.load(file if file.exists() else name).to(device).eval()
-    images = torch.randn(batch_size, *example_input(teacher).shape[1:], device=device)
-    student = qface.calibrate(qface.quantize(teacher, bits), images[:CALIBRATION_IMAGES])
+    planes = torch.randn(batch_size, *example_input(teacher).shape[1:], device=device)
+    student = qface.calibrate(qface.quantize(teacher, bits), planes[:CALIBRATION_IMAGES])
+    trained = copy.deepcopy(teacher)
+    images = planes.contiguous(memory_format=torch.channels_last) if device == "cpu" else planes
     steps = {
-        FLOAT: training_step(copy.deepcopy(teacher), images),
+        FLOAT: training_step(trained, images),
+        FLOAT + BF16: training_step(trained, images, torch.bfloat16),
         QAT: training_step(student, images),
+        QAT + BF16: training_step(student, images, torch.bfloat16),
         TEACHER: lambda: forward(teacher, images),
     }
+    planar = {FLOAT: training_step(trained, planes), QAT: training_step(student, planes)}
     with memory_kept():
         kept = in_turns(steps, repeats)
+        in_planes = in_turns(planar, repeats) if device == "cpu" else {}
     given_back = in_turns({kind: steps[kind] for kind in (FLOAT, QAT)}, repeats) if device == "cpu" else {}
     return {
         "weights": "pretrained" if file.exists() else "random",
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
         "seconds": kept,
+        "seconds_with_channels_first": in_planes,
         "seconds_with_memory_given_back": given_back,
     }
 
 
-def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """One step of SGD, which moves next to nothing, on the squares of the embeddings."""
+def training_step(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
+    """One step of SGD, which moves next to nothing, on the squares of the embeddings; multiplied in ``dtype``."""
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-8, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        model(images).square().mean().backward()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+            embeddings = model(images)
+        embeddings.float().square().mean().backward()
         optimizer.step()
 
     return step
@@ -127,7 +138,11 @@ def show(entry: dict[str, Any]) -> None:
     table = Table(title=f"{title}, {entry['threads']} threads")
     for heading in ("step", "seconds", "of the float step"):
         table.add_column(heading, justify="left" if heading == "step" else "right")
-    for words, seconds in (("", entry["seconds"]), (", memory given back", entry["seconds_with_memory_given_back"])):
+    for words, seconds in (
+        ("", entry["seconds"]),
+        (", channels first", entry["seconds_with_channels_first"]),
+        (", memory given back", entry["seconds_with_memory_given_back"]),
+    ):
         for kind, value in seconds.items():
             table.add_row(kind + words, f"{value:.3f}", f"{value / seconds[FLOAT]:.2f}")
     Console().print(table)

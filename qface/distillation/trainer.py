@@ -163,16 +163,29 @@ class _Trainer:
         self.parallel = parallel
         self.step = 0
         self.total = _total_steps(config, batches)
-        self.objective = self._objective()
+        self.student.eval()
+        set_observers(self.student, False)
+        example = batches.example()
+        self.memory_format = torch.channels_last if self._gains_by_channels_last(example) else torch.contiguous_format
+        self.objective = self._objective(example)
         self.optimizer = optimizer_for(config, student, self.objective)
         self._student_of_all = parallel.wrap(student)
 
     @torch.no_grad()
-    def _objective(self) -> Objective:
+    def _gains_by_channels_last(self, example: Tensor) -> bool:
+        """Whether convolutions are faster so, as they are on a CPU, and no network takes a view across channels."""
+        if self.parallel.device.type != "cpu":
+            return False
+        try:
+            for model in (self.student, self.teacher):
+                self._embed(model, example.contiguous(memory_format=torch.channels_last))
+        except RuntimeError:
+            return False
+        return True
+
+    @torch.no_grad()
+    def _objective(self, example: Tensor) -> Objective:
         """The losses, of the size and type of the embeddings that the networks make of one image."""
-        self.student.eval()
-        set_observers(self.student, False)
-        example = self.batches.example()
         student, teacher = (self._embed(model, example) for model in (self.student, self.teacher))
         objective = Objective(self.config, student.shape[1], teacher.shape[1], self.batches.identities)
         return objective.to(self.parallel.device, student.dtype)
@@ -219,9 +232,10 @@ class _Trainer:
         return record | {"learning_rate": self.config.learning_rate * factor, "gradient_norm": norm}
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        images = batch.images.contiguous(memory_format=self.memory_format)
         with torch.no_grad():
-            teacher = self.parallel.gather(self._embed(self.teacher, batch.images))
-        student = self.parallel.gather(self._embed(self.student, batch.images, through=self._student_of_all))
+            teacher = self.parallel.gather(self._embed(self.teacher, images))
+        student = self.parallel.gather(self._embed(self.student, images, through=self._student_of_all))
         labels = None if batch.labels is None else batch.labels.to(student.device)
         terms: dict[str, Tensor] = self.objective(student, teacher, labels)
         return terms

@@ -128,8 +128,14 @@ def _of_step(gradient: Tensor, made: Tensor, passed: Tensor, steps: Tensor, step
 def _dot(a: Tensor, b: Tensor, step: Tensor) -> Tensor:
     """The sum of products, for each step."""
     if step.numel() == 1:
-        return torch.dot(a.flatten(), b.flatten())
+        return torch.dot(_flat(a, like=a), _flat(b, like=a))
     return (a * b).flatten(1).sum(1).view_as(step)
+
+
+def _flat(x: Tensor, like: Tensor) -> Tensor:
+    """The values of ``x`` in the order in which ``like`` keeps its own, which for ``like`` itself needs no copy."""
+    channels_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    return (x.movedim(1, -1) if channels_last else x).flatten()
 
 
 def _least_input(slopes: Tensor, before: Levels, behind: Levels) -> Tensor:

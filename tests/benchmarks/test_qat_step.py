@@ -16,6 +16,9 @@ def test_steps_are_timed_to_the_end(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     entry = json.loads((tmp_path / "steps.json").read_text())[0]
     assert entry["device"] == "cpu"
-    assert list(entry["seconds"]) == ["float step", "QAT step", "teacher's forward"]
+    assert list(entry["seconds"]) == [
+        *("float step", "float step, bfloat16", "QAT step", "QAT step, bfloat16", "teacher's forward")
+    ]
+    assert list(entry["seconds_with_channels_first"]) == ["float step", "QAT step"]
     assert all(seconds > 0 for seconds in entry["seconds"].values())
     assert "of the float step" in result.output

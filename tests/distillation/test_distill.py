@@ -100,6 +100,27 @@ def test_each_network_sees_the_crop_it_wants() -> None:
     torch.testing.assert_close(student_view, small, atol=1e-5, rtol=0)
 
 
+class Seen(nn.Module):
+    """A network that keeps how the images that it saw lay in memory; ``across`` takes a view across their channels."""
+
+    def __init__(self, across: bool) -> None:
+        super().__init__()
+        self.across, self.linear, self.formats = across, nn.Linear(192, 8), list[bool]()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.formats.append(images.is_contiguous(memory_format=torch.channels_last))
+        return self.linear(images.view(len(images), -1) if self.across else images.flatten(1))
+
+
+@pytest.mark.parametrize("crossing", ["neither", "student", "teacher"])
+def test_networks_read_channels_last_where_both_can(crossing: str) -> None:
+    student, teacher = Seen(crossing == "student"), Seen(crossing == "teacher")
+    before = weights(student)
+    distill(student, teacher, face_images(), replace(CPU, max_steps=2))
+    assert student.formats[-2:] == teacher.formats[-2:] == [crossing == "neither"] * 2
+    assert not all(torch.equal(a, b) for a, b in zip(before, weights(student), strict=True))
+
+
 def test_ekd_alone_takes_embeddings_of_different_length() -> None:
     student = tiny_network(0, size=6)
     before = copy.deepcopy(student)

@@ -87,3 +87,24 @@ def test_a_prelu_passes_gradients_inside_both_ranges_only(slope: float) -> None:
     inside = [slope if value > -20 and slope * value > -4.5 else 0.0 for value in (-30, -18, -3)]
     assert x.grad is not None
     assert x.grad.flatten().tolist() == [*inside, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("gradient_too", [True, False])
+def test_channels_last_gives_the_same(gradient_too: bool) -> None:
+    def results(memory_format: torch.memory_format) -> list[Tensor]:
+        x = draw(0, 2, 3, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
+        slopes, step = draw(1, 3).requires_grad_(), torch.tensor([0.1], requires_grad=True)
+        of_made = draw(2, *x.shape)
+        if gradient_too:
+            of_made = of_made.contiguous(memory_format=memory_format)
+        found = []
+        for made in (
+            round_to_grid(x, step, Levels(-9, 9), 1.0),
+            prelu_on_grid(x, slopes, step, Levels(-20, 9), Levels(-9, 9), 1.0),
+            prelu(x, slopes),
+        ):
+            found += [made, *torch.autograd.grad(made, (x, slopes, step), of_made, allow_unused=True)]
+        return [tensor for tensor in found if tensor is not None]
+
+    for one, other in zip(results(torch.contiguous_format), results(torch.channels_last), strict=True):
+        torch.testing.assert_close(one, other)
