@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sized
 from itertools import chain, count, islice, repeat
@@ -12,16 +11,12 @@ import torch
 from torch import Tensor
 
 from qface.data.images import ImageSource, IndexedImages, LoaderImages, batch_of
-from qface.data.sampling import evenly
 from qface.distillation.config import DistillConfig
 from qface.distillation.parallel import Parallel
 from qface.distillation.sampling import PairSampler, flips
 from qface.errors import ConfigError, ImagesError
 
 __all__ = ["Batch", "Batches", "batches_of"]
-
-
-_LOOKED_AT = 8  # images, to tell others from these
 
 
 class Batch(NamedTuple):
@@ -53,10 +48,6 @@ class Batches(ABC):
     @abstractmethod
     def example(self) -> Tensor:
         """One image [1, 3, height, width], to look at what networks make of it."""
-
-    @abstractmethod
-    def digest(self) -> str:
-        """A word that tells other images from these."""
 
 
 def batches_of(source: ImageSource, config: DistillConfig, parallel: Parallel) -> Batches:
@@ -104,12 +95,6 @@ class _IndexedBatches(Batches):
     def example(self) -> Tensor:
         return self._source.read([0])
 
-    def digest(self) -> str:
-        labels = self._source.labels
-        known = b"" if labels is None else labels.cpu().numpy().tobytes()
-        some = self._source.read(evenly(len(self._source), _LOOKED_AT).tolist()).cpu().contiguous().numpy().tobytes()
-        return f"{len(self._source)} images, {hashlib.sha256(known + some).hexdigest()[:16]}"
-
 
 def _batch_size(images: int, wanted: int, processes: int) -> int:
     if wanted % processes:
@@ -145,9 +130,6 @@ class _LoaderBatches(Batches):
         for item in self._loader:
             return _images_and_labels(item)[0][:1]
         raise ImagesError("the loader yields no batches")
-
-    def digest(self) -> str:
-        return f"a loader of {self.steps_per_epoch} batches"
 
 
 class _InOrder:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qface.data.images import ImageSource, IndexedImages, LoaderImages
+from qface.data.sampling import evenly
 from qface.distillation.config import DistillConfig
 from qface.errors import CheckpointError, ConfigError, TrainingError
 from qface.files import make_folder
 
-__all__ = ["RunFolder", "digest_of_structure", "digest_of_values"]
+__all__ = ["RunFolder", "digest_of_images", "digest_of_structure", "digest_of_values"]
 
 _CHECKPOINT = "checkpoint.pt"
 _LOG = "log.jsonl"
+_LOOKED_AT = 8  # images, to tell others from these
 _FREE_TO_CHANGE = ("checkpoint_every", "device")
 
 
@@ -133,6 +136,16 @@ def _widths(layer: nn.Module) -> str:
 def digest_of_values(model: nn.Module) -> str:
     """A word for the names and values of everything ``model`` holds."""
     return _digest(name.encode() + _bytes(tensor) for name, tensor in _tensors(model))
+
+
+def digest_of_images(source: ImageSource) -> str:
+    """A word that tells other images, or other identities of theirs, from those of ``source``."""
+    if isinstance(source, IndexedImages):
+        known = [] if source.labels is None else [_bytes(source.labels)]
+        some = source.read(evenly(len(source), _LOOKED_AT).tolist())
+        return f"{len(source)} images, {_digest([*known, _bytes(some)])}"
+    batches = len(source.loader) if isinstance(source, LoaderImages) and isinstance(source.loader, Sized) else None
+    return f"a loader of {batches} batches"
 
 
 def _tensors(model: nn.Module) -> chain[tuple[str, Tensor]]:

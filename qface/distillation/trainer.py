@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qface.data.images import Images, as_image_source, normalise
+from qface.data.images import Images, ImageSource, as_image_source, normalise
 from qface.distillation.batches import Batch, Batches, batches_of
-from qface.distillation.checkpoint import RunFolder, digest_of_structure, digest_of_values
+from qface.distillation.checkpoint import RunFolder, digest_of_images, digest_of_structure, digest_of_values
 from qface.distillation.config import DistillConfig
 from qface.distillation.memory import memory_kept
 from qface.distillation.modes import borrowed, has_batch_norm, mode_changes, set_observers, set_student_mode
@@ -93,22 +93,15 @@ def distill(
     config = config or default_config(student, teacher)
     parallel = processes_for(config.device)
     source = as_image_source(images, people)
-    if config.pseudo_pairs and config.uses_ekd and not config.class_head:
-        with borrowed(parallel.device, teacher):
-            source = with_pseudo_labels(source, teacher, progress and parallel.rank == 0)
-    batches = batches_of(source, config, parallel)
-    _check_settings(config, batches, student, parallel)
-    folder = None
-    if run_dir is not None:
-        inputs = {
-            "student layers": digest_of_structure(student),
-            "teacher weights": digest_of_values(teacher),
-            "images": batches.digest(),
-        }
-        folder = RunFolder(Path(run_dir), config, inputs, resume, writes=parallel.rank == 0)
+    folder = None if run_dir is None else _run_folder(Path(run_dir), student, teacher, source, config, resume, parallel)
+    state = None if folder is None else folder.load()
     with memory_kept(), borrowed(parallel.device, student, teacher), _released(student):
-        trainer = _Trainer(student, teacher, batches, config, parallel)
-        trainer.run(folder, progress and parallel.rank == 0)
+        if state is not None and state["step"] == state["total"]:
+            student.load_state_dict(state["student"])
+        else:
+            batches = _batches(source, teacher, config, parallel, progress)
+            _check_settings(config, batches, student, parallel)
+            _Trainer(student, teacher, batches, config, parallel).run(folder, state, progress and parallel.rank == 0)
         parallel.wait()
     return record_step(student, "distill", asdict(config))
 
@@ -121,6 +114,32 @@ def _released(student: nn.Module) -> Iterator[None]:
     finally:
         student.zero_grad(set_to_none=True)
         set_observers(student, False)
+
+
+def _run_folder(
+    path: Path,
+    student: nn.Module,
+    teacher: nn.Module,
+    source: ImageSource,
+    config: DistillConfig,
+    resume: bool,
+    parallel: Parallel,
+) -> RunFolder:
+    inputs = {
+        "student layers": digest_of_structure(student),
+        "teacher weights": digest_of_values(teacher),
+        "images": digest_of_images(source),
+    }
+    return RunFolder(path, config, inputs, resume, writes=parallel.rank == 0)
+
+
+def _batches(
+    source: ImageSource, teacher: nn.Module, config: DistillConfig, parallel: Parallel, progress: bool
+) -> Batches:
+    """The training batches of ``source``, with the teacher's word for who is who where EKD has no other."""
+    if config.pseudo_pairs and config.uses_ekd and not config.class_head:
+        source = with_pseudo_labels(source, teacher, progress and parallel.rank == 0)
+    return batches_of(source, config, parallel)
 
 
 def _total_steps(config: DistillConfig, batches: Batches) -> int:
@@ -199,10 +218,12 @@ class _Trainer:
             raise TrainingError(f"{type(model).__name__} does not map images to embeddings, one tensor [N, D]")
         return embeddings.float() if embeddings.dtype is torch.bfloat16 else embeddings
 
-    def run(self, folder: RunFolder | None, progress: bool) -> None:
-        """Train from the current step, or the one that ``folder`` holds, to the last."""
+    def run(self, folder: RunFolder | None, state: dict[str, Any] | None, progress: bool) -> None:
+        """Train from the first step, or the one of ``state``, to the last, and keep ``folder`` up to date."""
+        if state is not None:
+            self._go_on_from(state)
         if folder is not None:
-            self._go_on_from(folder)
+            folder.begin_log(self.step)
         changes = mode_changes(self.config) | {self.step}
         with progress_bar(self.step, self.total, progress) as advance:
             for step, batch in zip(range(self.step, self.total), self.batches.stream(self.step), strict=False):
@@ -247,14 +268,11 @@ class _Trainer:
                 cure += ", or set ekd_parity=False where batches may lack positive pairs"
             raise TrainingError(f"the {name} is {value} at step {self.step}: {cure}")
 
-    def _go_on_from(self, folder: RunFolder) -> None:
-        state = folder.load()
-        if state is not None:
-            self.step = state["step"]
-            self.student.load_state_dict(state["student"])
-            self.objective.load_state_dict(state["objective"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        folder.begin_log(self.step)
+    def _go_on_from(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.student.load_state_dict(state["student"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def _write(self, folder: RunFolder, record: dict[str, float]) -> None:
         folder.log(record)
@@ -266,6 +284,7 @@ class _Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "total": self.total,
             "student": self.student.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),

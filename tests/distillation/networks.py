@@ -42,7 +42,7 @@ def same_weights(first: nn.Module, second: nn.Module) -> bool:
 
 
 class Interrupted(IndexedImages):
-    """Raises at one of its reads; the first two are the example and, for a run folder, what tells images apart."""
+    """Raises at one of its reads; the first ones are, for a run folder, what tells images apart, and the example."""
 
     def __init__(self, images: IndexedImages, reads: int) -> None:
         self.images, self.labels, self.reads = images, images.labels, reads

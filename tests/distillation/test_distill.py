@@ -338,10 +338,14 @@ def test_a_resumed_loader_goes_on_where_it_was(tmp_path: Path) -> None:
     assert same_weights(straight, resumed)
 
 
-def test_a_finished_run_returns_its_weights_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_finished_run_returns_its_weights_at_once(labelled: bool, tmp_path: Path) -> None:
     finished, again = tiny_network(0), tiny_network(0)
-    distill(finished, tiny_network(1), face_images(), CPU, tmp_path)
-    distill(again, tiny_network(1), Interrupted(face_images(), reads=2), CPU, tmp_path, resume=True)
+    images = face_images() if labelled else TensorImages(face_images().images)
+    distill(finished, tiny_network(1), images, CPU, tmp_path)
+    with pytest.raises(ConfigError, match="resume=True"):
+        distill(again, tiny_network(1), Interrupted(images, reads=1), CPU, tmp_path)
+    distill(again, tiny_network(1), Interrupted(images, reads=1), CPU, tmp_path, resume=True)
     assert same_weights(finished, again)
     assert len(log(tmp_path)) == 6
     assert not list(tmp_path.glob("*.tmp"))
