@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qface.distillation.parallel import Parallel, processes_for
 from qface.distillation.progress import progress_bar
 from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.errors import ConfigError, TrainingError
+from qface.memory_format import fastest_memory_format
 from qface.models.provenance import has_step, record_step
 from qface.preprocessing import preprocessing_of
 
@@ -185,22 +187,12 @@ class _Trainer:
         self.student.eval()
         set_observers(self.student, False)
         example = batches.example()
-        self.memory_format = torch.channels_last if self._gains_by_channels_last(example) else torch.contiguous_format
+        self.memory_format = fastest_memory_format(
+            example.to(parallel.device), partial(self._embed, student), partial(self._embed, teacher)
+        )
         self.objective = self._objective(example)
         self.optimizer = optimizer_for(config, student, self.objective)
         self._student_of_all = parallel.wrap(student)
-
-    @torch.no_grad()
-    def _gains_by_channels_last(self, example: Tensor) -> bool:
-        """Whether convolutions are faster so, as they are on a CPU, and no network takes a view across channels."""
-        if self.parallel.device.type != "cpu":
-            return False
-        try:
-            for model in (self.student, self.teacher):
-                self._embed(model, example.contiguous(memory_format=torch.channels_last))
-        except RuntimeError:
-            return False
-        return True
 
     @torch.no_grad()
     def _objective(self, example: Tensor) -> Objective:

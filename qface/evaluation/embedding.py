@@ -18,6 +18,7 @@ from qface.data.images import ImageSource, IndexedImages, normalise
 from qface.data.prefetch import prefetched
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, ImagesError, QFaceError, one_line
+from qface.memory_format import fastest_memory_format
 from qface.modes import modes_kept
 from qface.preprocessing import Preprocessing, preprocessing_of
 from qface.progress import track
@@ -54,6 +55,7 @@ class TorchEmbedder:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.preprocessing = preprocessing_of(model)
+        self._memory_format: torch.memory_format | None = None  # known with the first images
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +71,10 @@ class TorchEmbedder:
     def __call__(self, batch: Tensor) -> Tensor:
         """Embed ``batch``, normalised float32 [N, 3, height, width], to [N, D] on the model's device."""
         with _evaluating(self.model), torch.inference_mode():
-            output: Tensor = self.model(batch.to(self.device))
+            images = batch.to(self.device)
+            if self._memory_format is None:
+                self._memory_format = fastest_memory_format(images[:1], self.model)
+            output: Tensor = self.model(images.contiguous(memory_format=self._memory_format))
         return output
 
 
