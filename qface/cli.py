@@ -18,6 +18,7 @@ from qface.deployment.export import TARGETS
 from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
 from qface.distillation import default_config
+from qface.distillation.config import PrecisionName
 from qface.errors import ConfigError, QFaceError
 from qface.evaluation import TemplateProtocol
 from qface.files import check_folder
@@ -87,6 +88,13 @@ _training = _options(
         default="qface",
         show_default=True,
         help="Loss and optimizer: ours, or the paper's to the letter.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(get_args(PrecisionName)),
+        default="float32",
+        show_default=True,
+        help="What is multiplied in: bf16 is faster on GPUs and on CPUs with AMX.",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of batches and flips."),
     click.option("--device", help="Where to train.  [default: cuda where there is one, else cpu]"),

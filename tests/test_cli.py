@@ -150,11 +150,15 @@ def test_the_alias_exports(student: Path) -> None:
     assert "missing.safetensors" in refusal(refused)
 
 
-@pytest.mark.parametrize("recipe", ["qface", "paper"])
-def test_recipes(workplace: Path, recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "precision"), [("qface", "float32"), ("paper", "bf16")])
+def test_recipes(workplace: Path, recipe: str, precision: str) -> None:
     arguments = ("--model", "my_networks:make", "--images", "crops", "--batch-size", "8", "--recipe", recipe)
-    result = run("quantize", *arguments, "--lr", "0.0001", "-o", "student.safetensors")
+    options = ("--lr", "0.0001", "--precision", precision, "-o", "student.safetensors")
+    result = run("quantize", *arguments, *options)
     assert result.exit_code == 0, result.output
+    settings = provenance_of(qface.load("student.safetensors"))[-1]
+    assert (settings["embedding_loss"] is None) == (recipe == "paper")
+    assert (settings["learning_rate"], settings["precision"]) == (0.0001, precision)
 
 
 def test_a_killed_run_resumes(workplace: Path) -> None:
