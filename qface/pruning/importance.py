@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qface.modes import modes_kept
 from qface.pruning.config import PruningConfig
 
-__all__ = ["estimator", "write_gradients"]
+__all__ = ["Gradients", "estimator", "gradients"]
+
+Gradients = list[Tensor | None]
+"""One of each parameter's shape, in their order."""
 
 _BATCH = 32
 
@@ -35,24 +38,26 @@ def estimator(config: PruningConfig) -> Callable[[Any], Tensor]:
     return made  # type: ignore[no-any-return]
 
 
-def write_gradients(model: nn.Module, images: Tensor, config: PruningConfig) -> None:
-    """Leave in ``grad`` of every parameter of ``model`` what ``taylor`` and ``hessian`` read, estimated on ``images``.
+def gradients(model: nn.Module, images: Tensor, config: PruningConfig) -> Gradients:
+    """What ``taylor`` and ``hessian`` read of every parameter of ``model``, estimated on ``images``; of others nothing.
 
     A network that is compared with itself has no gradient. For ``taylor`` it is taught to embed mirror images alike;
     the gradient is that of the mean cosine distance. For ``hessian``, with embeddings z of length 1, the curvature of
     |z - z0|^2 / 2 at z0 is J^T J, whose diagonal is the mean square of the gradient of v . z over random v.
 
     Args:
-        model: in any mode; it computes in eval mode.
+        model: in any mode, left as it is; computed in eval mode.
         images: normalised, [N, 3, height, width].
+        config: which importance, and the seed.
     """
-    with modes_kept(model), torch.enable_grad():
-        model.eval()
-        model.zero_grad()
+    twin = copy.deepcopy(model).eval().requires_grad_(True)
+    twin.zero_grad()
+    with torch.enable_grad():
         if config.importance == "taylor":
-            _write_mirror_gradients(model, images)
+            _write_mirror_gradients(twin, images)
         elif config.importance == "hessian":
-            _write_squared_gradients(model, images, torch.Generator().manual_seed(config.seed))
+            _write_squared_gradients(twin, images, torch.Generator().manual_seed(config.seed))
+    return [parameter.grad for parameter in twin.parameters()]
 
 
 def _write_mirror_gradients(model: nn.Module, images: Tensor) -> None:
@@ -62,7 +67,7 @@ def _write_mirror_gradients(model: nn.Module, images: Tensor) -> None:
 
 
 def _write_squared_gradients(model: nn.Module, images: Tensor, generator: torch.Generator) -> None:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = list(model.parameters())
     squares = [torch.zeros_like(parameter) for parameter in parameters]
     for image in torch.split(images, 1):
         embedding = F.normalize(model(image))

@@ -24,7 +24,7 @@ from qface.preprocessing import preprocessing_of
 from qface.pruning.batch_norm import reestimate_batch_norms
 from qface.pruning.budget import Budget, count_parameters
 from qface.pruning.config import PruningConfig
-from qface.pruning.importance import estimator, write_gradients
+from qface.pruning.importance import Gradients, estimator, gradients
 from qface.pruning.repair import Kept, repair
 
 __all__ = ["prune"]
@@ -74,7 +74,7 @@ def prune(
     pruned = copy.deepcopy(model).eval()
     for step in range(1, config.steps + 1):
         before = copy.deepcopy(pruned)
-        kept = _remove(pruned, _share_of_step(share, step, config.steps), sample, config)
+        kept = _remove(pruned, _share_of_step(share, step, config.steps), _measured(pruned, sample, config), config)
         if config.repair and sample is not None:
             repair(pruned, before, kept, sample, config.seed, progress)
         if config.reestimate and sample is not None:
@@ -120,34 +120,45 @@ def _share_for(model: nn.Module, budget: Budget, sample: Tensor | None, config: 
     """The least share of channels whose removal meets ``budget``, to one in 4096."""
     if budget.cost(model) <= budget.limit:
         raise ConfigError(f"the network costs {budget.cost(model):g} {budget.unit} as it is: nothing needs pruning")
+    of_model = _measured(model, sample, config)
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         share = (low + high) / 2
-        if _cost_without(model, share, budget, sample, config) <= budget.limit:
+        if budget.cost(_without_share(model, share, of_model, sample, config)) <= budget.limit:
             high = share
         else:
             low = share
     if high == 1.0:
-        least = _cost_without(model, low, budget, sample, config)
+        least = budget.cost(_without_share(model, low, of_model, sample, config))
         raise ConfigError(f"no share of channels brings the network below {least:g} {budget.unit}: raise the budget")
     return high
 
 
-def _cost_without(
-    model: nn.Module, share: float, budget: Budget, sample: Tensor | None, config: PruningConfig
-) -> float:
+def _without_share(
+    model: nn.Module, share: float, of_model: Gradients, sample: Tensor | None, config: PruningConfig
+) -> nn.Module:
+    """A copy of ``model``, whose gradients are known, without ``share`` of its channels and without repair."""
     candidate = copy.deepcopy(model).eval()
     for step in range(1, config.steps + 1):
-        _remove(candidate, _share_of_step(share, step, config.steps), sample, config)
-    return budget.cost(candidate)
+        read = of_model if step == 1 else _measured(candidate, sample, config)
+        _remove(candidate, _share_of_step(share, step, config.steps), read, config)
+    return candidate
 
 
-def _remove(model: nn.Module, share: float, sample: Tensor | None, config: PruningConfig) -> dict[str, Kept]:
-    """Remove ``share`` of the channels of ``model``, in place, and say what is left of each layer."""
+def _measured(model: nn.Module, sample: Tensor | None, config: PruningConfig) -> Gradients:
+    """What importance reads of ``model`` beside its weights."""
+    return gradients(model, sample, config) if config.needs_images and sample is not None else []
+
+
+def _remove(model: nn.Module, share: float, read: Gradients, config: PruningConfig) -> dict[str, Kept]:
+    """Remove ``share`` of the channels of ``model``, in place, and say what is left of each layer.
+
+    ``read`` are the gradients that importance reads; empty where it reads none.
+    """
     trained = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(True)  # torch-pruning follows the gradients of one forward pass
-    if config.needs_images and sample is not None:
-        write_gradients(model, sample, config)
+    for parameter, gradient in zip(model.parameters(), read, strict=bool(read)):
+        parameter.grad = None if gradient is None else gradient.clone()
     kept = _Channels(model)
     try:
         for group in _pruner(model, share, config).step(interactive=True):

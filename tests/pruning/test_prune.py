@@ -157,6 +157,19 @@ def test_a_budget_is_met_and_hardly_undercut(unit, part: float) -> None:
     assert 0.97 * limit < cost <= limit
 
 
+def test_gradients_are_measured_once_for_all_shares_that_a_budget_tries() -> None:
+    def images_seen(ratio: float | Budget) -> int:
+        network, seen = tiny(), list[Tensor]()
+        network.conv.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
+        prune(network, ratio, faces, PruningConfig("hessian", repair=False))
+        return sum(bool((part == face).all()) for part in seen for face in normalised)
+
+    faces = random_faces(4)
+    normalised = preprocessing_of(tiny())(faces).split(1)
+    assert images_seen(0.2) == 4
+    assert images_seen(Budget(0.8 * cost_of(tiny()).parameters, "parameters")) == 8
+
+
 def test_steps_remove_what_one_step_does_and_may_train_between() -> None:
     seen: list[tuple[int, int]] = []
     config = PruningConfig(steps=2)
