@@ -73,7 +73,12 @@ def _options(*options: Callable[[FunctionT], FunctionT]) -> Callable[[FunctionT]
     return decorate
 
 
-_images = click.option("--images", required=True, type=_Path, help="Folder of 112x112 face crops, one folder a person.")
+_images = click.option(
+    "--images",
+    required=True,
+    type=_Path,
+    help="Folder of 112x112 face crops, one folder a person, or all in one where it is not known who is who.",
+)
 _people = click.option(
     "--people", help="Which people: first-half, second-half, or a file with one name a line.  [default: all]"
 )
