@@ -1,16 +1,25 @@
-"""The accuracy table as figures, as text, as Markdown, and as a plot of loss over width."""
+"""The accuracy table as figures, as text, as Markdown, and as a plot of loss over width.
+
+    python benchmarks/accuracy_report.py docs/results/accuracy_*.json [--figure sweep.png] [--json FILE]
+
+puts together what accuracy.py wrote in several runs or on several machines; of a run that is in two files the later
+file's counts.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import click
 from accuracy_rows import EVERY_ROW, RECIPES, SWEEP, SWEEP_BITS, Goal
 from held_out import FPRS
-from report_files import markdown_table, terminal_table, write_figure
+from report_files import markdown_table, terminal_table, write_figure, write_json
+from rich.console import Console
 from rich.table import Table
 
 Record = dict[str, Any]
@@ -21,6 +30,9 @@ HEADINGS = (
     *("lost at 1e-4", "10-fold", "10-fold lost", "lost, float gallery"),
     *("1 - cosine", "weight bits", "MB", "tuning s", "goal"),
 )
+
+
+_SAME_RATE = 1e-3  # float embeddings differ by as much between machines
 
 
 def summarise(teachers: dict[str, Record], runs: Iterable[Record]) -> list[Record]:
@@ -160,3 +172,41 @@ def _curves(lines: Iterable[Record]) -> dict[str, dict[int, float]]:
             label = f"{line['network']}, {line['recipe']}, {'trained' if row.trained else 'untrained'}"
             curves.setdefault(label, {})[row.weight_bits] = lost
     return curves
+
+
+def combined(reports: Iterable[Record]) -> Record:
+    """What several commands of accuracy.py wrote as if one had measured it all.
+
+    Raises:
+        ValueError: they judge one network by different float figures, so by other images or weights.
+    """
+    teachers: dict[str, Record] = {}
+    runs: dict[tuple[Any, ...], Record] = {}
+    for report in reports:
+        for network, teacher in report["float"].items():
+            known = teachers.setdefault(network, teacher)
+            if any(abs(known["tpr"][fpr] - teacher["tpr"][fpr]) > _SAME_RATE for fpr in known["tpr"]):
+                raise ValueError(f"the files judge {network} by different images or weights")
+        runs |= {(run["network"], run["recipe"], run["row"], run["seed"]): run for run in report["runs"]}
+    return {"float": teachers, "runs": list(runs.values()), "summary": summarise(teachers, runs.values())}
+
+
+@click.command()
+@click.argument("files", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=-1, required=True)
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw points lost over the width here.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures here.")
+def main(files: Sequence[Path], figure: Path | None, json_file: Path | None) -> None:
+    """Print one table of what FILES hold."""
+    try:
+        report = combined(json.loads(file.read_text(encoding="utf-8")) for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise click.ClickException(f"not figures of accuracy.py that belong together: {error}") from error
+    Console(width=max(Console().width, 220)).print(table(report["summary"], report["float"]))
+    if figure is not None:
+        draw_sweep(report["summary"], figure)
+    if json_file is not None:
+        write_json(json_file, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -133,3 +133,23 @@ def test_the_sweep_is_drawn(tmp_path: Path) -> None:
     runs = [measured("w8a8", 0, 0.94), measured("w2a2-untrained", 0, 0.01), measured("w4a8", 0, 0.9)]
     report.draw_sweep(report.summarise({"mobilefacenet": measured("float", 0, 0.95)}, runs), tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_of_several_machines_are_put_together(tmp_path: Path) -> None:
+    def write(name: str, rate: float, *runs: dict[str, Any]) -> Path:
+        report = {"float": {"mobilefacenet": measured("float", 0, rate)}, "runs": runs}
+        (tmp_path / name).write_text(json.dumps(report))
+        return tmp_path / name
+
+    first = write("first.json", 0.95, measured("w8a8", 0, 0.94), measured("w6a6", 0, 0.5))
+    second = write("second.json", 0.9501, measured("w6a6", 0, 0.93), measured("w6a6", 1, 0.93))
+    result = run("accuracy_report", first, second, "--json", tmp_path / "both.json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "both.json").read_text())["summary"]
+    assert {line["row"]: (line["seeds"], round(line["tpr_loss"]["mean"], 2)) for line in summary} == {
+        "w8a8": (1, 1.0),
+        "w6a6": (2, 2.0),
+    }
+    refused = run("accuracy_report", first, write("third.json", 0.99))
+    assert refused.exit_code == 1
+    assert "mobilefacenet by different images" in refused.output
