@@ -33,12 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from accuracy_report import draw_sweep, markdown, summarise, table
+from accuracy_report import draw_sweep, markdown, show, summarise
 from accuracy_rows import CALIBRATION_IMAGES, EVERY_ROW, NETWORKS, RECIPES, ROWS, SWEEP, Row
 from held_out import Embeddings, Halves
 from records import Record, Records, digest
 from report_files import write_json, write_text
-from rich.console import Console
 from stopwatch import timed
 from torch import nn
 
@@ -292,7 +291,7 @@ def report(runs: Sequence[Run], benches: dict[str, Bench], output: Path, sweep: 
     results = [(run, benches[run.network].find(run)) for run in runs if run.network in teachers]
     figures = [_identified(run, result) for run, result in results if result is not None]
     lines = summarise(teachers, figures)
-    Console(width=max(Console().width, 220)).print(table(lines, teachers))
+    show(lines, teachers)
     click.echo(f"{len(figures)} of {len(runs)} runs are there")
     write_text(output / "accuracy.md", markdown(lines, teachers))
     if sweep:

@@ -20,7 +20,6 @@ from accuracy_rows import EVERY_ROW, RECIPES, SWEEP, SWEEP_BITS, Goal
 from held_out import FPRS
 from report_files import markdown_table, terminal_table, write_figure, write_json
 from rich.console import Console
-from rich.table import Table
 
 Record = dict[str, Any]
 
@@ -30,7 +29,6 @@ HEADINGS = (
     *("lost at 1e-4", "10-fold", "10-fold lost", "lost, float gallery"),
     *("1 - cosine", "weight bits", "MB", "tuning s", "goal"),
 )
-
 
 _SAME_RATE = 1e-3  # float embeddings differ by as much between machines
 
@@ -99,9 +97,10 @@ def _verdicts(line: Record, goal: Goal, rival: Record | None) -> list[Record]:
     return verdicts
 
 
-def table(lines: Iterable[Record], teachers: dict[str, Record]) -> Table:
-    """For the terminal."""
-    return terminal_table("Judged on the second half of the people, in points", HEADINGS, _rows(lines, teachers))
+def show(lines: Iterable[Record], teachers: dict[str, Record]) -> None:
+    """Print the table, as wide as its columns need."""
+    table = terminal_table("Judged on the second half of the people, in points", HEADINGS, _rows(lines, teachers))
+    Console(width=max(Console().width, 220)).print(table)
 
 
 def markdown(lines: Iterable[Record], teachers: dict[str, Record]) -> str:
@@ -201,7 +200,7 @@ def main(files: Sequence[Path], figure: Path | None, json_file: Path | None) -> 
         report = combined(json.loads(file.read_text(encoding="utf-8")) for file in files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise click.ClickException(f"not figures of accuracy.py that belong together: {error}") from error
-    Console(width=max(Console().width, 220)).print(table(report["summary"], report["float"]))
+    show(report["summary"], report["float"])
     if figure is not None:
         draw_sweep(report["summary"], figure)
     if json_file is not None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import qface
 from qface.distillation.memory import memory_kept
+from qface.memory_format import fastest_memory_format
 from qface.models.tracing import example_input
 from qface.progress import track
 
@@ -69,7 +70,7 @@ def measured(name: str, data: Path, bits: int, batch_size: int, repeats: int, de
     planes = torch.randn(batch_size, *example_input(teacher).shape[1:], device=device)
     student = qface.calibrate(qface.quantize(teacher, bits), planes[:CALIBRATION_IMAGES])
     trained = copy.deepcopy(teacher)
-    images = planes.contiguous(memory_format=torch.channels_last) if device == "cpu" else planes
+    images = planes.contiguous(memory_format=fastest_memory_format(planes[:1], teacher))
     steps = {
         FLOAT: training_step(trained, images),
         FLOAT + BF16: training_step(trained, images, torch.bfloat16),
