@@ -75,6 +75,7 @@ class Run:
             "calibration_images": CALIBRATION_IMAGES,
             "weight_range": recipe.quantization.weight_range,
             "activation_range": recipe.quantization.activation_range,
+            "wide_residuals": recipe.quantization.wide_residuals,
             "calibration": recipe.calibration,
             "training": asdict(self.training) if self.row.trained else None,
         }

@@ -129,7 +129,7 @@ RECIPES = {
         after_pruning=replace(_OURS.after_pruning, precision="bf16"),
     ),
     "paper": Recipe(
-        qface.QuantizationConfig(weight_range="minmax", activation_range="minmax"),
+        qface.QuantizationConfig(weight_range="minmax", activation_range="minmax", wide_residuals=False),
         _parts(False),
         training=qface.DistillConfig.paper(),
         after_pruning=qface.DistillConfig.paper(),

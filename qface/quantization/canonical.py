@@ -25,7 +25,7 @@ from qface.modes import modes_kept
 from qface.quantization.layers import layer_of
 from qface.quantization.slopes import flatten_slopes, one_slope_per_channel
 
-__all__ = ["canonicalise"]
+__all__ = ["Inputs", "add_layer", "canonicalise", "shape_of"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _NO_OPERATION = (nn.Dropout, nn.Dropout2d, nn.Identity)
@@ -125,10 +125,11 @@ def _own_layer_per_call(graph_module: fx.GraphModule) -> None:
         layer = graph_module.get_submodule(node.target)
         calls = seen[id(layer)] = seen.get(id(layer), 0) + 1
         if calls > 1:
-            node.target = _add_layer(graph_module, f"{node.target}_call{calls}", copy.deepcopy(layer))
+            node.target = add_layer(graph_module, f"{node.target}_call{calls}", copy.deepcopy(layer))
 
 
-def _add_layer(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> str:
+def add_layer(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> str:
+    """Put ``layer`` into ``graph_module`` under ``name``, or that with a number where it is taken; the name it got."""
     free = name
     suffix = 1
     while _exists(graph_module, free):
@@ -234,7 +235,7 @@ def _rewrite_of(node: fx.Node) -> Rewrite | None:
 
 def _replace_by_layer(graph_module: fx.GraphModule, node: fx.Node, layer: nn.Module, inputs: Inputs) -> None:
     for part in layer if isinstance(layer, nn.Sequential) else (layer,):
-        target = _add_layer(graph_module, node.name, part.train(graph_module.training))
+        target = add_layer(graph_module, node.name, part.train(graph_module.training))
         with graph_module.graph.inserting_before(node):
             replacement = graph_module.graph.call_module(target, inputs)
         inputs = (replacement,)
@@ -412,7 +413,7 @@ def _convolutions_to_linear_layers(graph_module: fx.GraphModule) -> None:
         if _covers_its_input(node) and all(_flattens(user) for user in node.users):
             convolution = cast(nn.Conv2d, layer_of(node))
             _set_layer(graph_module, str(node.target), _as_linear(convolution))
-            flatten = _add_layer(graph_module, f"{node.name}_input", nn.Flatten(1))
+            flatten = add_layer(graph_module, f"{node.name}_input", nn.Flatten(1))
             with graph_module.graph.inserting_before(node):
                 node.args = (graph_module.graph.call_module(flatten, node.args),)
             for user in list(node.users):

@@ -52,6 +52,8 @@ class QuantizationConfig:
         activation_range: rule for the range of activations, per tensor: those three, or ``"moving_average"`` of the
             batches' minima and maxima.
         percentile: share of the values, in percent, that ``"percentile"`` keeps inside the range.
+        wide_residuals: let a sum read 8 bits of what a convolution beside it reads with fewer
+            (:mod:`qface.quantization.residuals`); otherwise both read the same.
 
     Raises:
         ConfigError: a field is out of range.
@@ -63,6 +65,7 @@ class QuantizationConfig:
     weight_range: str = "mse"
     activation_range: str = "mse"
     percentile: float = 99.99
+    wide_residuals: bool = True
 
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)

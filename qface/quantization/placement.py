@@ -5,9 +5,9 @@ role                 width                  tensor
 ===================  =====================  ==================================================================
 ``IMAGE``            8                      the image, as the bytes it came in
 ``MULTIPLIED``       ``activation_bits``    whatever a convolution or linear layer reads, save the image
-``OTHER``            8                      every other value: before an activation function, a residual sum or
-                                            gate that no convolution reads; before a PReLU with fewer bits behind
-                                            it, on the step of what is behind it
+``OTHER``            8                      every other value: before an activation function, a gate, a residual
+                                            sum (:mod:`qface.quantization.residuals`); before a PReLU with fewer
+                                            bits behind it, on the step of what is behind it
 ``WEIGHT``           ``weight_bits``        weights of all convolutions and linear layers, first and last too
 ``SLOPE``            8                      slopes of PReLU
 ``BIAS``             32                     biases, in units of input scale x weight scale

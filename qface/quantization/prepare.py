@@ -39,6 +39,7 @@ from qface.quantization.layers import (
     layer_of,
 )
 from qface.quantization.placement import OTHER_BITS, activation_bits
+from qface.quantization.residuals import widen_residuals
 
 __all__ = ["is_quantized", "quantize"]
 
@@ -104,6 +105,8 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
         raise ConfigError("this network is quantized already; quantize the float network it came from")
     floating = canonicalise(model)
     _check_overrides(floating, config)
+    if config.wide_residuals:
+        widen_residuals(floating, config, OTHER_BITS)
     _swap_leaves(floating)
     student = prepare_qat_fx(
         floating,

@@ -158,7 +158,7 @@ def test_groups_end_where_a_factor_cannot_pass() -> None:
 
 
 def test_all_parts_of_a_residual_chain_are_one_group() -> None:
-    student = quantize(framed(BODIES["batch norm behind a sum"]), 4)
+    student = quantize(framed(BODIES["batch norm behind a sum"]), 8)
     layers = dict(student.named_modules())
     (group,) = (group for group in channel_groups(student) if layers["body.0"] in group.makers)
     assert set(group.makers) == {layers["body.0"], layers["body.1.left"]}

@@ -1,0 +1,57 @@
+"""Residual connections keep their bits where convolutions read fewer.
+
+A sum hands on what it reads. If a convolution's few bits counted for it too, each block would round what all blocks
+before have added up. So the sum reads bytes, and the convolution beside it a value of its own, which has its width.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import fx, nn
+
+from qface.models.layers import Add, ChannelAffine
+from qface.quantization.canonical import Inputs, add_layer, shape_of
+from qface.quantization.config import QuantizationConfig
+from qface.quantization.layers import layer_of
+
+__all__ = ["widen_residuals"]
+
+
+def widen_residuals(network: fx.GraphModule, config: QuantizationConfig, wide: int) -> None:
+    """Let convolutions and linear layers of fewer than ``wide`` bits read a value of their own beside a sum; in place.
+
+    Of a sum that is a second sum, and otherwise a :class:`~qface.models.layers.ChannelAffine` that changes nothing.
+    Both have integer kernels, and the network computes what it did.
+
+    Args:
+        network: canonical, in float.
+        config: widths of what each layer reads.
+        wide: width of what a sum reads otherwise.
+    """
+    for node in list(network.graph.nodes):
+        readers = [user for user in node.users if isinstance(layer_of(user), (nn.Conv2d, nn.Linear))]
+        summed = any(isinstance(layer_of(user), Add) for user in node.users)
+        narrow = any(config.activation_bits_of(str(reader.target)) < wide for reader in readers)
+        if summed and narrow and node.op != "placeholder":  # the image has its own width
+            _read_apart(network, node, readers)
+    network.recompile()
+
+
+def _read_apart(network: fx.GraphModule, node: fx.Node, readers: list[fx.Node]) -> None:
+    layer, inputs = _same_again(network, node)
+    name = add_layer(network, f"{node.target}_narrow", layer.train(network.training))
+    with network.graph.inserting_after(node):
+        narrow = network.graph.call_module(name, inputs)
+    narrow.meta = dict(node.meta)
+    for reader in readers:
+        reader.replace_input_with(node, narrow)
+
+
+def _same_again(network: fx.GraphModule, node: fx.Node) -> tuple[nn.Module, Inputs]:
+    """A layer, and what it reads, that make the value of ``node``."""
+    if isinstance(layer_of(node), Add):
+        # The other way round: onnxruntime makes one of two sums that are alike, and has no integer kernel for that.
+        return Add(), cast(Inputs, node.args[::-1])
+    device = next(parameter.device for parameter in network.parameters())
+    return ChannelAffine(shape_of(node)[1]).to(device), (node,)
