@@ -64,7 +64,8 @@ class Run:
     @property
     def training(self) -> qface.DistillConfig:
         """The settings of its distillation."""
-        return replace(RECIPES[self.recipe].training, seed=self.seed, max_steps=self.max_steps)
+        training = RECIPES[self.recipe].training_at(self.row.activation_bits)
+        return replace(training, seed=self.seed, max_steps=self.max_steps)
 
     def settings(self) -> Record:
         """All that its figures depend on, beside network and images."""

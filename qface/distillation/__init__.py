@@ -1,11 +1,12 @@
 """Distillation: a small or quantized student learns to see faces as its teacher does."""
 
-from qface.distillation.config import DistillConfig
+from qface.distillation.config import FEW_BITS, DistillConfig
 from qface.distillation.heads import ArcFaceHead
 from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
 from qface.distillation.trainer import default_config, distill
 
 __all__ = [
+    "FEW_BITS",
     "ArcFaceHead",
     "CosineEmbeddingLoss",
     "DistillConfig",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qface.data.images import Images, ImageSource, as_image_source, normalise
 from qface.distillation.batches import Batch, Batches, batches_of
 from qface.distillation.checkpoint import RunFolder, digest_of_images, digest_of_structure, digest_of_values
-from qface.distillation.config import DistillConfig
+from qface.distillation.config import FEW_BITS, DistillConfig
 from qface.distillation.memory import memory_kept
 from qface.distillation.modes import borrowed, has_batch_norm, mode_changes, set_observers, set_student_mode
 from qface.distillation.objective import Objective
@@ -26,19 +26,28 @@ from qface.distillation.progress import progress_bar
 from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.errors import ConfigError, TrainingError
 from qface.memory_format import fastest_memory_format
-from qface.models.provenance import has_step, record_step
+from qface.models.provenance import has_step, provenance_of, record_step
 from qface.preprocessing import preprocessing_of
 
 __all__ = ["default_config", "distill"]
 
 
 def default_config(student: nn.Module, teacher: nn.Module) -> DistillConfig:
-    """:meth:`DistillConfig.after_pruning` where the student lost channels that the teacher has, else the defaults.
+    """:meth:`DistillConfig.few_bits` where the student's activations have 4 bits or fewer,
+    :meth:`DistillConfig.after_pruning` where it lost channels that the teacher has, else the defaults.
 
-    Both carry the steps that made them (:func:`qface.models.provenance.provenance_of`).
+    All carry the steps that made them (:func:`qface.models.provenance.provenance_of`).
     """
+    if _activation_bits(student) <= FEW_BITS:
+        return DistillConfig.few_bits()
     lost_channels = has_step(student, "prune") and not has_step(teacher, "prune")
     return DistillConfig.after_pruning() if lost_channels else DistillConfig()
+
+
+def _activation_bits(student: nn.Module) -> float:
+    """Of what most of its layers read; infinitely many where it was never quantized."""
+    widths = [step.get("activation_bits", math.inf) for step in provenance_of(student) if step["step"] == "quantize"]
+    return min(widths, default=math.inf)
 
 
 def distill(

@@ -14,7 +14,7 @@ from qface.distillation import DistillConfig, default_config, distill
 from qface.errors import TrainingError
 from qface.models.provenance import provenance_of, record_step
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import LowBitFakeQuantize, calibrate, quantize, scale_parameters
+from qface.quantization import LowBitFakeQuantize, QuantizationConfig, calibrate, quantize, scale_parameters
 
 from .networks import Interrupted, face_images, same_weights, tiny_network
 
@@ -116,3 +116,12 @@ def test_a_network_that_lost_channels_learns_with_larger_steps() -> None:
     lost_bits, lost_channels = quantize(known), quantize(pruned)
     assert default_config(lost_channels, known) == default_config(pruned, known) == DistillConfig.after_pruning()
     assert default_config(lost_bits, known) == default_config(lost_channels, pruned) == DistillConfig()
+
+
+def test_few_bits_learn_with_larger_steps_in_smaller_batches() -> None:
+    known = teacher()
+    pruned = record_step(teacher(), "prune", {})
+    few = DistillConfig.few_bits()
+    assert default_config(quantize(known, 4), known) == default_config(quantize(pruned, 2), known) == few
+    assert default_config(quantize(known, QuantizationConfig(8, 3)), known) == few
+    assert default_config(quantize(known, QuantizationConfig(2, 5)), known) == DistillConfig()
