@@ -17,6 +17,8 @@ from qface.quantization.layers import layer_of
 
 __all__ = ["widen_residuals"]
 
+_WITH_CHANNELS = (2, 4)  # dimensions
+
 
 def widen_residuals(network: fx.GraphModule, config: QuantizationConfig, wide: int) -> None:
     """Let convolutions and linear layers of fewer than ``wide`` bits read a value of their own beside a sum; in place.
@@ -33,14 +35,19 @@ def widen_residuals(network: fx.GraphModule, config: QuantizationConfig, wide: i
         readers = [user for user in node.users if isinstance(layer_of(user), (nn.Conv2d, nn.Linear))]
         summed = any(isinstance(layer_of(user), Add) for user in node.users)
         narrow = any(config.activation_bits_of(str(reader.target)) < wide for reader in readers)
-        if summed and narrow and node.op != "placeholder":  # the image has its own width
+        if summed and narrow and _can_be_made_again(node):
             _read_apart(network, node, readers)
     network.recompile()
 
 
+def _can_be_made_again(node: fx.Node) -> bool:
+    """A sum, and what else has channels, save the image, which has a width of its own."""
+    return isinstance(layer_of(node), Add) or (node.op != "placeholder" and len(shape_of(node)) in _WITH_CHANNELS)
+
+
 def _read_apart(network: fx.GraphModule, node: fx.Node, readers: list[fx.Node]) -> None:
     layer, inputs = _same_again(network, node)
-    name = add_layer(network, f"{node.target}_narrow", layer.train(network.training))
+    name = add_layer(network, f"{node.name}_narrow", layer.train(network.training))
     with network.graph.inserting_after(node):
         narrow = network.graph.call_module(name, inputs)
     narrow.meta = dict(node.meta)

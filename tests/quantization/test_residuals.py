@@ -12,7 +12,7 @@ from torch.ao.quantization import disable_fake_quant
 
 from qface.models import ChannelAffine
 from qface.quantization import LayerBits, LowBitFakeQuantize, QuantizationConfig, QuantizedAdd, quantize
-from tests.deployment.networks import CHANNELS, Sum, calibrated, framed
+from tests.deployment.networks import CHANNELS, Applied, Sum, calibrated, framed
 
 
 def conv(kernel: int = 3) -> nn.Conv2d:
@@ -28,6 +28,8 @@ BODIES: dict[str, Callable[[], nn.Module]] = {
     "both branches": lambda: nn.Sequential(Sum(conv()), Sum(conv(), conv(1)), Sum(conv())),
     "behind a ReLU": lambda: nn.Sequential(Sum(conv()), nn.ReLU(), Sum(conv()), nn.ReLU(), conv(1)),
     "behind a PReLU": lambda: nn.Sequential(conv(1), nn.PReLU(CHANNELS), Sum(conv()), conv(1)),
+    "part of a map": lambda: nn.Sequential(conv(1), Applied(lambda x: x[:, :, 1:]), Sum(conv()), conv(1)),
+    "tokens": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(144, 8), Sum(nn.Linear(8, 8)), Sum(nn.Linear(8, 8))),
     "doubled": lambda: nn.Sequential(Sum(conv()), Sum(Sum(conv()), Sum(nn.Identity())), conv(1)),
 }
 
