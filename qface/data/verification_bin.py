@@ -20,6 +20,7 @@ from torch import Tensor
 from qface.data.decoding import UNREADABLE, decode, stack_crops
 from qface.data.pairs import PairedImages, ResolvedPairs
 from qface.errors import ImagesError, PairsError, one_line
+from qface.pickles import check_pickle
 
 __all__ = ["VerificationBin"]
 
@@ -80,6 +81,7 @@ def _folds(pairs: int) -> npt.NDArray[np.int64]:
 def _read(path: Path) -> tuple[list[bytes], npt.NDArray[np.bool_]]:
     try:
         with path.open("rb") as file:
+            check_pickle(file)
             content = _Unpickler(file, encoding="bytes").load()
         images, same = content
         return [_as_bytes(image) for image in images], np.array([_as_flag(flag) for flag in same], np.bool_)

@@ -8,6 +8,8 @@ only those that rebuild tensors are known; parameters and buffers are then read 
 from __future__ import annotations
 
 import collections
+import io
+import math
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qface.errors import CheckpointError, one_line
+from qface.pickles import check_pickle
 
 __all__ = ["read_pickled_module"]
 
@@ -83,7 +86,9 @@ class _Unpickler(pickle.Unpickler):
         folder = pickled.removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
-        unpickler = cls(archive.open(pickled), encoding="utf-8")
+        content = io.BytesIO(archive.read(pickled))
+        check_pickle(content)
+        unpickler = cls(content, encoding="utf-8")
         unpickler._archive, unpickler._folder = archive, folder
         return unpickler
 
@@ -107,6 +112,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    if math.prod(size) > len(storage):
+        raise pickle.UnpicklingError(f"a tensor of {list(size)} repeats the {len(storage)} numbers that it holds")
     return storage.as_strided(tuple(size), tuple(stride), offset)
 
 

@@ -123,6 +123,19 @@ def test_a_damaged_pickle_raises_nothing_else(whole: Path, tmp_path: Path, place
         read_pickled_module(rewritten(whole, tmp_path / "damaged.pth", damage))
 
 
+def test_a_value_kept_far_behind_the_end_and_endless_tensors(whole: Path, tmp_path: Path) -> None:
+    def keep_far_away(name: str, content: bytes) -> bytes:
+        return content[:2] + b"]r\xff\xff\xff\x7f0" + content[2:] if name.endswith("data.pkl") else content
+
+    with pytest.raises(CheckpointError, match="it keeps value number 2147483647"):
+        read_pickled_module(rewritten(whole, tmp_path / "far.pth", keep_far_away))
+    model = tiny_face_net()
+    model.register_buffer("endless", torch.zeros(1).expand(2**40))
+    torch.save(model, tmp_path / "endless.pth")
+    with pytest.raises(CheckpointError, match="repeats the 1 numbers"):
+        read_pickled_module(tmp_path / "endless.pth")
+
+
 def test_storages_that_are_too_short_and_other_files(whole: Path, tmp_path: Path) -> None:
     def cut(name: str, content: bytes) -> bytes:
         return content[:-4] if name.endswith("data/0") else content
