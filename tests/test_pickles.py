@@ -20,6 +20,15 @@ def test_what_python_writes_passes_and_is_still_to_be_read(protocol: int) -> Non
     assert pickle.load(file) == value
 
 
+@pytest.mark.parametrize(
+    "content", [b"(lp0\nS'\\xff\\xd8'\np1\na.", "c__main__\nNämé\np0\n.".encode()], ids=["bytes of Python 2", "name"]
+)
+def test_what_is_not_ascii_passes(content: bytes) -> None:
+    file = io.BytesIO(content)
+    check_pickle(file)
+    assert file.read() == content
+
+
 def test_a_place_far_behind_the_end_is_refused() -> None:
     content = pickle.PROTO + b"\x02" + pickle.EMPTY_LIST + pickle.LONG_BINPUT + struct.pack("<I", 2**31) + pickle.STOP
     with pytest.raises(pickle.UnpicklingError, match="2147483648, of 9 bytes"):

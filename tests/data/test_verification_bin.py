@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,16 @@ def python2(images: list[bytes], same: list[bool]) -> bytes:
     return b"\x80\x02](" + listed + b"e](" + flags + b"e\x86."
 
 
-def test_a_file_of_python_2(tmp_path: Path) -> None:
-    (tmp_path / "lfw.bin").write_bytes(python2(IMAGES[:4], SAME[:2]))
+def python2_lines(images: list[bytes], same: list[bool]) -> bytes:
+    """The same in protocol 0, Python 2's default."""
+    listed = b"".join(b"S" + repr(image)[1:].encode() + b"\na" for image in images)
+    flags = b"".join(b"I01\na" if each else b"I00\na" for each in same)
+    return b"((lp0\n" + listed + b"(lp1\n" + flags + b"tp2\n."
+
+
+@pytest.mark.parametrize("write_python2", [python2, python2_lines])
+def test_a_file_of_python_2(write_python2: Callable[[list[bytes], list[bool]], bytes], tmp_path: Path) -> None:
+    (tmp_path / "lfw.bin").write_bytes(write_python2(IMAGES[:4], SAME[:2]))
     source = VerificationBin(tmp_path / "lfw.bin")
     assert source.pairs.same.tolist() == [True, False]
     assert source.read(range(4)).shape == (4, 3, 112, 112)
