@@ -85,21 +85,21 @@ _people = click.option(
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 _training = _options(
     click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the images."),
-    click.option("--batch-size", type=int, default=64, show_default=True, help="Images a step."),
-    click.option("--lr", type=float, help="Learning rate.  [default: the recipe's]"),
+    click.option("--batch-size", type=int, help="Images a step.  [default: the recipe's]"),
+    click.option("--lr", "learning_rate", type=float, help="Learning rate.  [default: the recipe's]"),
     click.option(
         "--recipe",
         type=click.Choice(["qface", "paper"]),
         default="qface",
         show_default=True,
-        help="Loss and optimizer: ours, or the paper's to the letter.",
+        help="Loss and optimizer: ours or the paper's; ranges and calibration are ours either way.",
     ),
     click.option(
         "--precision",
         type=click.Choice(get_args(PrecisionName)),
         default="float32",
         show_default=True,
-        help="What is multiplied in: bf16 is faster on GPUs and on CPUs with AMX.",
+        help="What is multiplied in: bf16 is faster for large networks, on GPUs and on CPUs with AMX.",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of batches and flips."),
     click.option("--device", help="Where to train.  [default: cuda where there is one, else cpu]"),
@@ -139,9 +139,10 @@ _pruning = _options(
 _PRUNING = ("importance", "norm", "scope", "round_to", "keep", "keep_embedding", "repair", "reestimate", "steps")
 
 
-def _distill_config(ours: qface.DistillConfig, recipe: str, lr: float | None, **settings: Any) -> qface.DistillConfig:
+def _distill_config(ours: qface.DistillConfig, recipe: str, **settings: Any) -> qface.DistillConfig:
+    """The recipe's settings, and in their place those that were given."""
     base = qface.DistillConfig.paper() if recipe == "paper" else ours
-    return replace(base, learning_rate=base.learning_rate if lr is None else lr, **settings)
+    return replace(base, **{name: value for name, value in settings.items() if value is not None})
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

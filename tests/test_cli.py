@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,15 @@ def test_recipes(workplace: Path, recipe: str, precision: str) -> None:
     settings = provenance_of(qface.load("student.safetensors"))[-1]
     assert (settings["embedding_loss"] is None) == (recipe == "paper")
     assert (settings["learning_rate"], settings["precision"]) == (0.0001, precision)
+
+
+@pytest.mark.parametrize("bits", [6, 4])
+def test_what_is_not_given_is_the_recipes(workplace: Path, bits: int) -> None:
+    model = ("--model", "my_networks:make", "--images", "crops", "--bits", str(bits))
+    result = run("quantize", *model, "-o", "student.safetensors")
+    assert result.exit_code == 0, result.output
+    recipe = qface.DistillConfig.few_bits() if bits == 4 else qface.DistillConfig()
+    assert asdict(recipe).items() <= provenance_of(qface.load("student.safetensors"))[-1].items()
 
 
 def test_a_killed_run_resumes(workplace: Path) -> None:

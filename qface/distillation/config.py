@@ -75,8 +75,8 @@ class DistillConfig:
             the running ones are kept; None means always. Their affine parameters learn throughout.
         observer_steps: for so many steps the observers of the quantizers follow the data; afterwards they are
             off. Until then no checkpoint is written.
-        precision: ``"float32"``, or ``"bf16"`` to multiply in bfloat16 (autocast), which is less exact, and faster on
-            GPUs and on CPUs with AMX. Quantizers and losses compute in float32 in any case.
+        precision: ``"float32"``, or ``"bf16"`` to multiply in bfloat16 (autocast), which is less exact, and for large
+            networks faster on GPUs and on CPUs with AMX. Quantizers and losses compute in float32 in any case.
         seed: of batches, flips and the class head's first weights.
         checkpoint_every: steps between two checkpoints; they are written only where a run folder is given.
         device: where to train, as torch names it; None takes a GPU where there is one.

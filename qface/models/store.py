@@ -42,8 +42,8 @@ def load(
 
     Args:
         path_or_name: a file that :func:`save` wrote; a checkpoint of an InsightFace IResNet or of a MobileFaceNet
-            (safetensors, or torch with tensors only; fp16 becomes fp32); a float ``.onnx`` file
-            (:mod:`qface.models.onnx_import`); or one of :data:`MODEL_NAMES`.
+            (safetensors, or torch: tensors, or a whole pickled module, of which only tensors are taken; fp16 becomes
+            fp32); a float ``.onnx`` file (:mod:`qface.models.onnx_import`); or one of :data:`MODEL_NAMES`.
         model: a network of your own, into which the weights of the file are loaded, in place.
         preprocessing: what the network reads, where the file does not say or says it wrongly.
 

@@ -1,4 +1,4 @@
-"""What w6a6 means: which tensor has which width. Quantization, export and size accounting all read this table.
+"""What w6a6 means: which tensor has which width. Quantization reads it, what follows the quantizers that it placed.
 
 ===================  =====================  ==================================================================
 role                 width                  tensor
