@@ -10,6 +10,7 @@ true ones are found.
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -60,7 +61,7 @@ def _threshold(embeddings: Embeddings) -> float:
     spread = _DEVIATION * float(np.median(np.abs(cosines - median)))
     # Of D numbers no directions can be drawn whose cosines are nearer to 0 than 1 / sqrt(D) in the root mean square; a
     # few people of many images each, whose pairs are the same few cosines over and over, can look as if they were.
-    deviation = max(spread, embeddings.shape[1] ** -0.5)
+    deviation = max(spread, 1 / math.sqrt(embeddings.shape[1]))
     pairs = max(count * (count - 1) / 2, 1)
     return median + deviation * NormalDist().inv_cdf(1 - _FALSE_PAIRS / pairs)
 
