@@ -28,7 +28,7 @@ _PART = 64  # images at a time
 _VALUES = 2048  # of each channel of a tensor that are looked at
 _TAIL = 1e-3
 """Share of a channel's values on either side that may lie beyond its range, around which factors are tried."""
-_NARROWEST = 1e-3  # of the widest channel's range: what is less is a channel that is never active
+_NARROWEST = 1e-3  # of the widest channel's range: none is made wider than its inverse says
 _RELATIVE_FACTORS = torch.logspace(-0.26, 0.42, 17)
 """Tried for each channel, in parts of the factor that makes its range as long as the grid: 0.55 to 2.6."""
 _ZERO_POINTS = torch.linspace(0, 0.6, 13)
@@ -115,15 +115,16 @@ def equalise(student: fx.GraphModule, images: Tensor) -> None:
         images: normalised, float32 [N, 3, height, width].
     """
     groups = channel_groups(student)
-    values = _channel_values(student, [quantizer for group in groups for quantizer in _narrowest(group)], images)
+    values = _channel_values(student, [quantizer for group in groups for quantizer in group.quantizers], images)
     for group in groups:
-        found = [values[quantizer] for quantizer in _narrowest(group) if quantizer in values]
+        seen = {quantizer: values[quantizer] for quantizer in group.quantizers if quantizer in values}
+        found = [seen.pop(quantizer) for quantizer in _narrowest(group) if quantizer in seen]
         if found:
-            _multiply(group, _factors(group, found))
+            _multiply(group, _bounded(group, _factors(group, found), found, seen))
 
 
 def _narrowest(group: ChannelGroup) -> list[LowBitFakeQuantize]:
-    """The quantizers with the fewest bits: wider ones lose next to nothing."""
+    """The quantizers with the fewest bits: wider ones lose next to nothing, within bounds."""
     least = min((quantizer.bits for quantizer in group.quantizers), default=0)
     return [quantizer for quantizer in group.quantizers if quantizer.bits == least]
 
@@ -165,6 +166,22 @@ def _factors(group: ChannelGroup, tensors: list[Tensor]) -> Tensor:
     return factor / factor.log().mean().exp()
 
 
+def _bounded(
+    group: ChannelGroup, factor: Tensor, narrow: list[Tensor], wider: dict[LowBitFakeQuantize, Tensor]
+) -> Tensor:
+    """``factor``, but none with which a channel makes the steps of a wider grid coarser than half a narrow one's.
+
+    What a ReLU hides counts there: a channel that is never active could have any factor for what is behind the ReLU,
+    and would leave a grid before it no step for the others.
+    """
+    steps = _narrowest(group)[0].grid.steps
+    narrow_step = max(float((factor * _ranges(values)).max()) for values in narrow) / steps
+    for quantizer, values in wider.items():
+        longest = quantizer.grid.steps * narrow_step / 2
+        factor = torch.minimum(factor, longest / _ranges(values))
+    return factor
+
+
 def _share_of_activations(group: ChannelGroup) -> float:
     """How much of the evening out activations get, 0..1, where weights share a scale.
 
@@ -197,7 +214,8 @@ def _fitting(values: Tensor, steps: int, importance: Tensor) -> Tensor:
         loss = float((importance * smallest.values).sum())
         if loss < least:
             least, best = loss, torch.stack(tried).gather(0, smallest.indices[None])[0]
-    return best
+    asleep = ranges == 0  # on these images; on others it may be as wide as the widest
+    return torch.where(asleep, best[~asleep].min(), best)
 
 
 def _error(values: Tensor, factor: Tensor, low: int, high: int) -> Tensor:

@@ -208,3 +208,48 @@ class SpreadSum(nn.Module):
 def test_a_map_that_is_spread_over_channels_is_left_alone() -> None:
     student = calibrate(quantize(framed(SpreadSum)), random_faces(4))
     assert all(quantizer.calibrated for quantizer in quantizers(student))
+
+
+def dead(channels: int) -> nn.Module:
+    """The ReLU behind the norm lets nothing of the first ``channels`` through."""
+    model = framed(lambda: nn.Sequential(nn.LeakyReLU(), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)))
+    with torch.no_grad():
+        model.body[1].bias[:channels] = -6.0
+    return model
+
+
+def mostly_negative() -> nn.Module:
+    """Behind the activation function one channel is a hundredth of what it was before."""
+    model = framed(
+        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.LeakyReLU(0.01), nn.Conv2d(8, 8, 3, padding=1))
+    )
+    with torch.no_grad():
+        model.body[0].bias[0] = -6.0
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: dead(1), lambda: dead(4), mostly_negative], ids=["one", "half", "negative"])
+@pytest.mark.parametrize("bits", [4, 6])
+def test_what_an_activation_function_hides_keeps_its_grid_fine(make: Callable[[], nn.Module], bits: int) -> None:
+    model = make()
+    x = images(8, seed=2)
+    with torch.no_grad():
+        expected = model(x)
+        lost = [
+            1 - torch.cosine_similarity(student.eval()(x), expected).mean()
+            for choice in (False, True)
+            for student in [calibrate(quantize(model, QuantizationConfig(8, bits)), random_faces(16), equalise=choice)]
+        ]
+    assert lost[1] < 1.2 * lost[0]
+
+
+def test_a_channel_that_wakes_on_other_images_is_not_clamped() -> None:
+    """Never positive where calibration looks; on other images as large as any."""
+    model = framed(lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)))
+    front = model.body[0]
+    with torch.no_grad():
+        front.bias[0] = -10 * model.stem(images()).abs().max()
+        student = floating(model)
+        equalise(student, images())
+        factors = student.get_submodule("body.0").bias / front.bias
+    assert factors[0] == pytest.approx(float(factors[1:].min()), rel=0.1)
