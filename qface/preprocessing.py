@@ -20,7 +20,15 @@ from torch import Tensor, fx, nn
 
 from qface.errors import CheckpointError, ConfigError
 
-__all__ = ["CROP_SIZE", "Preprocessing", "attach", "preprocessing_of", "with_preprocessing", "written_preprocessing"]
+__all__ = [
+    "CROP_SIZE",
+    "Preprocessing",
+    "attach",
+    "dtype_of",
+    "preprocessing_of",
+    "with_preprocessing",
+    "written_preprocessing",
+]
 
 CROP_SIZE = 112
 """Side of the aligned face crop in pixels (the ArcFace template)."""
@@ -157,6 +165,11 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     """The preprocessing that ``model`` carries, or the default where it carries none."""
     carried = getattr(model, _ATTRIBUTE, None)
     return carried if isinstance(carried, Preprocessing) else Preprocessing()
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What ``model`` reads: float32, or the type that it was cast to as a whole."""
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
 
 
 def with_preprocessing(model: ModuleT, preprocessing: Preprocessing) -> ModuleT:

@@ -178,5 +178,5 @@ def labels_of(source: ImageSource) -> Labels | None:
 
 
 def normalise(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """What a model with ``preprocessing`` reads: bytes are normalised for it, floats pass."""
-    return preprocessing(batch) if batch.dtype == torch.uint8 else batch
+    """What a model with ``preprocessing`` reads, float32: bytes are normalised for it, floats pass."""
+    return preprocessing(batch) if batch.dtype == torch.uint8 else batch.float()

@@ -24,12 +24,20 @@ def sample_batches(source: ImageSource, count: int, batch_size: int) -> list[Ten
 
     Raises:
         ConfigError: ``count`` or ``batch_size`` is below 1.
-        ImagesError: the images cannot be used, there are none, or a value of theirs is not finite.
+        ImagesError: the images cannot be used, there are none, they differ in size or type, or a value of theirs is not
+            finite.
     """
     check_whole(1, count=count, batch_size=batch_size)
     batches = list(_sample(source, count, batch_size))
     if not sum(map(len, batches)):
         raise ImagesError("there are no images to look at; pass at least one")
+    kinds = {(batch.dtype, *batch.shape[1:]) for batch in batches}
+    if len(kinds) > 1:
+        raise ImagesError(
+            "the images differ: "
+            + ", ".join(f"{kind[0]} {list(kind[1:])}" for kind in sorted(kinds, key=str))
+            + "; pass images of one size and type"
+        )
     if any(batch.is_floating_point() and not batch.isfinite().all() for batch in batches):
         raise ImagesError("the images hold values that are not finite: look at how they are normalised")
     return batches

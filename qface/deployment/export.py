@@ -97,9 +97,10 @@ def export(
             _check(temporary)
             check(model, graph, temporary, seen(graph, normalise(crops, graph.preprocessing)))
         else:
-            _export_float(model, temporary, metadata)
+            network = copy.deepcopy(model).cpu().float().eval()  # that of a GPU in fp16 is checked on a CPU
+            _export_float(network, temporary, metadata)
             _check(temporary)
-            _check_float(model, temporary, normalise(crops, preprocessing_of(model)))
+            _check_float(network, temporary, normalise(crops, preprocessing_of(network)))
     return path
 
 
@@ -155,7 +156,7 @@ def _check_embeddings(student: nn.Module, graph: IntegerGraph, file: Path, input
 def _check_float(network: nn.Module, file: Path, inputs: Tensor) -> None:
     embedder = OnnxEmbedder(file, providers=["CPUExecutionProvider"])
     images = inputs if embedder.input == FLOAT_INPUT else rounded(inputs, embedder.preprocessing)
-    agreement = compare_embeddings(copy.deepcopy(network).cpu().eval(), embedder, [images])
+    agreement = compare_embeddings(network, embedder, [images])
     if not agreement.agrees:
         raise ExportError(
             f"onnxruntime computes something else than the network: cosines of {agreement.least_cosine:.6f} at the "
@@ -176,7 +177,6 @@ class _OfBytes(nn.Module):
 
 
 def _export_float(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    model = copy.deepcopy(model).eval()
     images = example_input(model, 1)
     _check_interface(model, images)
     if metadata["input"] == UINT8_INPUT:

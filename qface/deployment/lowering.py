@@ -218,6 +218,11 @@ class _Lowering:
             raise UnsupportedLayerError(
                 f"layer {node.target!r} has a divisor of its own; only plain averages can be exported"
             )
+        if layer.ceil_mode and layer.count_include_pad and any(_pair(layer.padding)):
+            raise UnsupportedLayerError(
+                f"layer {node.target!r} rounds its size up and counts its padding, which onnxruntime's integer kernel "
+                "averages otherwise; set count_include_pad=False or ceil_mode=False"
+            )
         return ir.AveragePool(
             str(node.target),
             self._inputs(node),

@@ -27,7 +27,7 @@ from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.errors import ConfigError, TrainingError
 from qface.memory_format import fastest_memory_format
 from qface.models.provenance import has_step, provenance_of, record_step
-from qface.preprocessing import preprocessing_of
+from qface.preprocessing import dtype_of, preprocessing_of
 
 __all__ = ["default_config", "distill"]
 
@@ -212,12 +212,12 @@ class _Trainer:
 
     def _embed(self, model: nn.Module, images: Tensor, through: nn.Module | None = None) -> Tensor:
         """Embeddings [n, D] of ``images``, normalised for ``model``, sent ``through`` what stands for it."""
-        images = normalise(images.to(self.parallel.device), preprocessing_of(model))
+        images = normalise(images.to(self.parallel.device), preprocessing_of(model)).to(dtype_of(model))
         with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             embeddings = (through or model)(images)
         if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
             raise TrainingError(f"{type(model).__name__} does not map images to embeddings, one tensor [N, D]")
-        return embeddings.float() if embeddings.dtype is torch.bfloat16 else embeddings
+        return embeddings.float() if embeddings.dtype in (torch.bfloat16, torch.float16) else embeddings
 
     def run(self, folder: RunFolder | None, state: dict[str, Any] | None, progress: bool) -> None:
         """Train from the first step, or the one of ``state``, to the last, and keep ``folder`` up to date."""
@@ -258,6 +258,7 @@ class _Trainer:
         with torch.no_grad():
             teacher = self.parallel.gather(self._embed(self.teacher, images))
         student = self.parallel.gather(self._embed(self.student, images, through=self._student_of_all))
+        teacher = teacher.to(student.dtype)
         labels = None if batch.labels is None else batch.labels.to(student.device)
         terms: dict[str, Tensor] = self.objective(student, teacher, labels)
         return terms

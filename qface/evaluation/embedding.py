@@ -20,7 +20,7 @@ from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, ImagesError, QFaceError, one_line
 from qface.memory_format import fastest_memory_format
 from qface.modes import modes_kept
-from qface.preprocessing import Preprocessing, preprocessing_of
+from qface.preprocessing import Preprocessing, dtype_of, preprocessing_of
 from qface.progress import track
 
 __all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed", "embedding_batches"]
@@ -69,9 +69,9 @@ class TorchEmbedder:
         return f"torch {self.device}"
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Embed ``batch``, normalised float32 [N, 3, height, width], to [N, D] on the model's device."""
+        """Embed ``batch``, normalised [N, 3, height, width], to [N, D], on the model's device and in its type."""
         with _evaluating(self.model), torch.inference_mode():
-            images = batch.to(self.device)
+            images = batch.to(self.device, dtype_of(self.model))
             if self._memory_format is None:
                 self._memory_format = fastest_memory_format(images[:1], self.model)
             output: Tensor = self.model(images.contiguous(memory_format=self._memory_format))

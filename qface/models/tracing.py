@@ -8,7 +8,7 @@ from torch import fx, nn
 from qface.errors import TraceError
 from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
 from qface.modes import modes_kept
-from qface.preprocessing import preprocessing_of
+from qface.preprocessing import dtype_of, preprocessing_of
 
 __all__ = ["LEAF_LAYERS", "example_input", "trace"]
 
@@ -73,5 +73,4 @@ def example_input(model: nn.Module, batch: int = 2) -> torch.Tensor:
     """Zeros [batch, 3, height, width] of the size and on the device of ``model``."""
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
-    dtype = parameter.dtype if parameter is not None else torch.float32
-    return torch.zeros(batch, 3, *preprocessing_of(model).size, device=device, dtype=dtype)
+    return torch.zeros(batch, 3, *preprocessing_of(model).size, device=device, dtype=dtype_of(model))

@@ -107,7 +107,7 @@ def _check(model: nn.Module, ratio: float | Budget, images: Images | None, confi
 def _sample(images: Images, people: str | Path | None, model: nn.Module, config: PruningConfig) -> Tensor:
     """Up to ``config.images`` of the images, spread evenly, normalised."""
     found = torch.cat(sample_batches(as_image_source(images, people), config.images, config.images))
-    return normalise(found, preprocessing_of(model)).to(example_input(model, 1).device)
+    return normalise(found, preprocessing_of(model)).to(example_input(model, 1))
 
 
 def _share_of_step(share: float, step: int, steps: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from qface.data.images import Images, as_image_source, normalise
 from qface.data.sampling import evenly, sample_batches
-from qface.errors import ConfigError
+from qface.errors import ConfigError, ImagesError
 from qface.models.provenance import record_step
 from qface.modes import modes_kept
 from qface.preprocessing import preprocessing_of
@@ -19,7 +19,7 @@ from qface.progress import track
 from qface.quantization.bias_correction import channel_means
 from qface.quantization.bias_correction import correct_biases as correct_channel_means
 from qface.quantization.equalisation import equalise as equalise_channels
-from qface.quantization.fake_quantize import LowBitFakeQuantize
+from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
 from qface.quantization.layers import MAX_BIAS, WeightedLayer
 from qface.quantization.rounding import InputMoments, round_with_compensation
 
@@ -88,12 +88,12 @@ def calibrate(
     if not found:
         raise ConfigError("this network is not quantized; calibrate what qface.quantize returned")
     new = not any(quantizer.calibrated for quantizer in found)
-    source = as_image_source(images, people)
+    batches = sample_batches(as_image_source(images, people), count, batch_size)
+    _check_normalised(student, batches)
     preprocessing = preprocessing_of(student)
     device = found[0].scale.device
     for quantizer in found:
         quantizer.activation_post_process.reset()
-    batches = sample_batches(source, count, batch_size)
     sample = [normalise(part.to(device), preprocessing) for part in _spread(torch.cat(batches))] if new else []
     with _in_eval_mode(student), _in_float(found), torch.no_grad():
         if new and equalise:
@@ -115,6 +115,21 @@ def calibrate(
     parts = {"equalise": equalise, "compensate": compensate, "correct_biases": correct_biases}
     settings = {"images": count, **{name: new and wanted for name, wanted in parts.items()}}
     return record_step(student, "calibrate", settings)
+
+
+def _check_normalised(student: fx.GraphModule, batches: list[Tensor]) -> None:
+    """Refuse floats that the student's :class:`Preprocessing` makes of no byte: its image's grid would clamp them."""
+    if not batches[0].is_floating_point():
+        return
+    low, high = min(float(batch.min()) for batch in batches), max(float(batch.max()) for batch in batches)
+    for layer in student.modules():
+        if isinstance(layer, ImageQuantize):
+            least, greatest = layer.range
+            if low < least - layer.scale or high > greatest + layer.scale:
+                raise ImagesError(
+                    f"these images reach from {low:.3g} to {high:.3g}, and this network's Preprocessing says "
+                    f"{least:.3g} to {greatest:.3g}: attach the one by which they were normalised, or pass bytes"
+                )
 
 
 def _spread(images: Tensor) -> list[Tensor]:

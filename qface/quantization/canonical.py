@@ -18,16 +18,19 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from qface.errors import TraceError, UnsupportedLayerError, one_line
+from qface.models.checkpoints import check_finite
 from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply, batch_norm_affine
 from qface.models.provenance import carry
 from qface.models.tracing import example_input, trace
 from qface.modes import modes_kept
+from qface.preprocessing import dtype_of
 from qface.quantization.layers import layer_of
 from qface.quantization.slopes import flatten_slopes, one_slope_per_channel
 
 __all__ = ["Inputs", "add_layer", "canonicalise", "shape_of"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_PRODUCTS = (nn.Conv2d, nn.Linear)
 _NO_OPERATION = (nn.Dropout, nn.Dropout2d, nn.Identity)
 _ALIASES = frozenset({"contiguous", "detach", "float"})
 """Methods that give the tensor itself, or one that shares its memory, where a network is called in float32."""
@@ -43,10 +46,13 @@ def canonicalise(model: nn.Module) -> fx.GraphModule:
     """A new GraphModule in canonical form; ``model`` is untouched.
 
     Raises:
+        CheckpointError: a weight is NaN or infinite.
         TraceError: the model cannot be traced or copied, does not run on images of its size, or its canonical form
             computes something else.
         UnsupportedLayerError: a layer with weights is neither convolution, linear, PReLU nor BatchNorm; it is named.
     """
+    check_finite(model.state_dict(), "this network")
+    original, model = model, _in_float32(model)
     copied = _copied(trace(model))
     graph_module = fx.GraphModule(copied, copied.graph)  # drops submodules that no node uses
     _own_layer_per_call(graph_module)
@@ -64,7 +70,14 @@ def canonicalise(model: nn.Module) -> fx.GraphModule:
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     _check_equal(model, graph_module)
-    return carry(model, graph_module)
+    return carry(original, graph_module)
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    """``model``, or a copy where it computes in another type: scales and integers are exact in float32."""
+    if dtype_of(model) == torch.float32:
+        return model
+    return carry(model, copy.deepcopy(model).float())
 
 
 def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -97,7 +110,7 @@ def _check_equal(model: nn.Module, canonical: fx.GraphModule) -> None:
     images = torch.rand(zeros.shape, generator=torch.Generator().manual_seed(0)).to(zeros) * 2 - 1
     with modes_kept(model), modes_kept(canonical), torch.no_grad():
         wanted, found = model.eval()(images), canonical.eval()(images)
-    if isinstance(wanted, Tensor) and (found - wanted).norm() > _SAME * wanted.norm():
+    if isinstance(wanted, Tensor) and not (found - wanted).norm() <= _SAME * wanted.norm():
         raise TraceError(
             "the network's layers, one by one, compute something else than the network: look for an operation in place "
             "on a value that is still used"
@@ -299,7 +312,15 @@ def _mean(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
 
 
 def _adaptive_pool(node: fx.Node) -> tuple[nn.Module, Inputs]:
-    return nn.AdaptiveAvgPool2d(_argument(node, 1, "output_size")), _input(node)
+    size = _argument(node, 1, "output_size")
+    return nn.AdaptiveAvgPool2d(shape_of(node)[-2:] if _computed(size) else size), _input(node)
+
+
+def _computed(value: Any) -> bool:
+    """Whether ``value`` depends on the shape of a tensor, as in ``F.avg_pool2d(x, x.size()[2:])``."""
+    if isinstance(value, (tuple, list)):
+        return any(_computed(part) for part in value)
+    return isinstance(value, fx.Node)
 
 
 def _normalise(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
@@ -313,12 +334,20 @@ def _window(layer: Callable[..., nn.Module]) -> Rewrite:
             return None
         kernel = _argument(node, 1, "kernel_size")
         stride = _argument(node, 2, "stride") or kernel
+        if _computed((*node.args[1:], *node.kwargs.values())):
+            return _over_the_map(layer, node)
         rest = {
             name: value for name, value in node.kwargs.items() if name in ("ceil_mode", "count_include_pad", "dilation")
         }
         return layer(kernel, stride, _argument(node, 3, "padding", 0), **rest), _input(node)
 
     return rewrite
+
+
+def _over_the_map(layer: Callable[..., nn.Module], node: fx.Node) -> tuple[nn.Module, Inputs] | None:
+    """What a pool of a computed window mostly is: one over the whole map."""
+    inputs = _input(node)
+    return (layer(shape_of(inputs[0])[-2:]), inputs) if shape_of(node)[-2:] == (1, 1) else None
 
 
 _ADD, _MULTIPLY = _binary(Add), _binary(Multiply)
@@ -379,12 +408,17 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
             )
         producer = node.args[0]
         previous = layer_of(producer)
-        if isinstance(previous, (nn.Conv2d, nn.Linear)) and len(producer.users) == 1:
+        if isinstance(previous, _PRODUCTS) and _makes_channels(producer) and len(producer.users) == 1:
             _fold(previous, layer)
             node.replace_all_uses_with(producer)
             graph_module.graph.erase_node(node)
         else:
             _set_layer(graph_module, node.target, ChannelAffine.from_batch_norm(layer).to(layer.running_mean.device))
+
+
+def _makes_channels(node: fx.Node) -> bool:
+    """Whether what the layer of ``node`` makes lies along dimension 1, which is what a norm behind it scales."""
+    return isinstance(layer_of(node), nn.Conv2d) or len(shape_of(node)) == 2
 
 
 def _set_layer(graph_module: fx.GraphModule, path: str, layer: nn.Module) -> None:

@@ -63,9 +63,10 @@ def channel_groups(student: fx.GraphModule) -> list[ChannelGroup]:
     for node in student.graph.nodes:
         layer = layer_of(node)
         inputs = node.all_input_nodes
-        if isinstance(layer, nn.Flatten) or (inputs and rows.issuperset(inputs)):
+        passes = is_quantizer(node) or isinstance(layer, _PASSES_FACTORS)
+        if _makes_rows(layer) or ((passes or isinstance(layer, Scalable)) and rows.issuperset(inputs)):
             rows.add(node)
-        if is_quantizer(node) or isinstance(layer, _PASSES_FACTORS):
+        if passes:
             for source in inputs:
                 groups.join(node, source)
             if isinstance(layer, LowBitFakeQuantize):
@@ -77,6 +78,10 @@ def channel_groups(student: fx.GraphModule) -> list[ChannelGroup]:
             for tensor in (node, *inputs):
                 groups.of(tensor).closed = False
     return [group for group in groups.all() if group.closed and group.readers and _channels(group) == 1]
+
+
+def _makes_rows(layer: nn.Module | None) -> bool:
+    return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def _channels(group: ChannelGroup) -> int:

@@ -246,6 +246,12 @@ class ImageQuantize(_SwitchedFakeQuantize):
         # Half a grey level away from the next tie, so that any way of rounding gives the same byte.
         return torch.fake_quantize_per_tensor_affine(x - self.offset, self.scale, self.zero_point, 0, BYTE - 1)
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """What the bytes 0 and 255 are normalised to."""
+        low, high = (self.scale * (byte - self.zero_point) + self.offset for byte in (0, BYTE - 1))
+        return low, high
+
     def tensors(self) -> GridTensors:
         """Scale and zero point."""
         device = self.fake_quant_enabled.device

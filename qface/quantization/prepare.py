@@ -96,6 +96,7 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
             :mod:`qface.quantization.placement`.
 
     Raises:
+        CheckpointError: a weight is NaN or infinite.
         ConfigError: a width is out of range, an override names no layer, or the model is quantized already.
         TraceError: the model cannot be traced; the message gives the place.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
@@ -111,7 +112,7 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
     student = prepare_qat_fx(
         floating,
         _qconfig_mapping(floating, config),
-        (example_input(model),),
+        (example_input(floating),),
         prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_classes(list(_LEAVES)),
         backend_config=_backend_config(),
     )

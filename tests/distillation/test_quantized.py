@@ -24,7 +24,7 @@ CPU = DistillConfig(
 
 
 def teacher() -> nn.Module:
-    return with_preprocessing(tiny_network(1), Preprocessing(size=(8, 8)))
+    return with_preprocessing(tiny_network(1), Preprocessing(size=(8, 8), std=(20.0,) * 3))
 
 
 def student() -> nn.Module:
@@ -41,7 +41,7 @@ def distance(first: nn.Module, second: nn.Module) -> float:
 def test_distillation_repairs_a_four_bit_student() -> None:
     quantized = student()
     before = distance(quantized, teacher())
-    distill(quantized, teacher(), face_images(), replace(CPU, epochs=20), progress=False)
+    distill(quantized, teacher(), face_images(), replace(CPU, epochs=60), progress=False)
     assert distance(quantized, teacher()) < 0.8 * before
 
 
@@ -80,7 +80,7 @@ def test_the_student_remembers_how_it_was_distilled() -> None:
 def test_bfloat16_trains_too_and_quantizers_stay_exact() -> None:
     quantized = student()
     before = distance(quantized, teacher())
-    distill(quantized, teacher(), face_images(), replace(CPU, epochs=20, precision="bf16"), progress=False)
+    distill(quantized, teacher(), face_images(), replace(CPU, epochs=60, precision="bf16"), progress=False)
     assert distance(quantized, teacher()) < 0.8 * before
 
     rounded: list[tuple[LowBitFakeQuantize, torch.Tensor]] = []

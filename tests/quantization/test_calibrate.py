@@ -196,3 +196,31 @@ def test_images_that_are_not_finite_are_refused() -> None:
     images[3, 0, 5, 5] = float("nan")
     with pytest.raises(ImagesError, match="not finite"):
         calibrate(student(), images)
+
+
+def test_floats_that_another_preprocessing_made_are_refused() -> None:
+    """Bytes of 0 and 255 become -1 and 0.99 here; the image's grid would clamp all beyond."""
+    crops = SIZE(FACES)
+    calibrate(student(), crops)
+    calibrate(student(), crops.double())
+    for images in (crops * 2.2, crops - 0.5, torch.rand(4, 3, 48, 48) * 255):
+        with pytest.raises(ImagesError, match=r"Preprocessing says -0\.996 to 0\.996"):
+            calibrate(student(), images)
+
+
+def test_images_of_several_sizes_or_types_are_refused() -> None:
+    batches = [SIZE(FACES[:4]), torch.zeros(4, 3, 40, 40), FACES[4:8]]
+    for second in batches[1:]:
+        with pytest.raises(ImagesError, match="the images differ"):
+            calibrate(student(), [batches[0], second])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_network_in_another_type_becomes_a_student_in_float32(dtype: torch.dtype) -> None:
+    network = with_preprocessing(tiny_face_net(size=SIZE.size), SIZE).to(dtype)
+    made = calibrate(quantize(network, 8), FACES)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
+    with torch.no_grad():
+        cosines = torch.cosine_similarity(made.eval()(SIZE(FACES)), network.eval()(SIZE(FACES).to(dtype)).float())
+    assert cosines.min() > 0.98
+    assert next(network.parameters()).dtype is dtype

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qface.errors import TraceError, UnsupportedLayerError
+from qface.errors import CheckpointError, TraceError, UnsupportedLayerError
 from qface.models import Add, ChannelAffine, Concat, IResNet, L2Normalise, Multiply, provenance_of, record_step
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.quantization.canonical import canonicalise
@@ -360,3 +360,59 @@ def test_arguments_of_a_pool_that_no_layer_has_keep_it_a_function() -> None:
 
 def test_parts_may_be_joined_in_another_order() -> None:
     check(small(Function(lambda x: torch.cat(x.chunk(3, 1)[::-1], 1))))
+
+
+class Pooled(nn.Module):
+    """Its pool is as large as its map, whatever that is."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.pool, self.fc = nn.Conv2d(3, 4, 3, stride=2), pool, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.pool(self.body(x)), 1))
+
+
+@pytest.mark.parametrize(
+    ("pool", "layer"),
+    [
+        (lambda x: F.avg_pool2d(x, x.size()[2:]), nn.AvgPool2d),
+        (lambda x: F.avg_pool2d(x, x.shape[-2:]), nn.AvgPool2d),
+        (lambda x: F.avg_pool2d(x, kernel_size=(x.size(2), x.size(3))), nn.AvgPool2d),
+        (lambda x: F.max_pool2d(x, x.size()[2:]), nn.MaxPool2d),
+        (lambda x: F.adaptive_avg_pool2d(x, (x.shape[2] // 7, x.shape[3] // 5)), nn.AdaptiveAvgPool2d),
+    ],
+)
+def test_a_pool_whose_window_is_computed(pool: Callable[[Tensor], Tensor], layer: type) -> None:
+    assert kinds(check(small(Pooled(pool)))) == [nn.Conv2d, layer, nn.Flatten, nn.Linear]
+
+
+def test_a_pool_over_part_of_the_map_stays_a_function() -> None:
+    model = small(Pooled(lambda x: F.avg_pool2d(x, (x.size(2) // 2, x.size(3)))[:, :, :1]))
+    assert F.avg_pool2d in kinds(check(model))
+
+
+class Tokens(nn.Module):
+    """Parts of a map, which a linear layer and a norm take one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.linear = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(12, 6)
+        self.norm, self.fc = nn.BatchNorm1d(8), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.linear(self.body(x).flatten(2))).flatten(1))
+
+
+def test_a_norm_is_folded_into_a_linear_layer_along_its_outputs_only() -> None:
+    assert ChannelAffine in kinds(check(small(Tokens())))
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    model = small(Tokens())
+    with torch.no_grad():
+        model.body.weight[0] = torch.nan
+    with pytest.raises(
+        CheckpointError, match=r"this network: 1 of \d+ tensors hold NaN or infinity \(first: body.weight\)"
+    ):
+        canonicalise(model)

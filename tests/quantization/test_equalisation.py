@@ -253,3 +253,23 @@ def test_a_channel_that_wakes_on_other_images_is_not_clamped() -> None:
         equalise(student, images())
         factors = student.get_submodule("body.0").bias / front.bias
     assert factors[0] == pytest.approx(float(factors[1:].min()), rel=0.1)
+
+
+class Transposed(nn.Module):
+    """Linear layers over the channels of each pixel, whose features are the last dimension of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flatten, self.wide, self.narrow = nn.Flatten(2), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(torch.relu(self.wide(self.flatten(x).transpose(1, 2))))
+
+
+def test_features_of_tokens_are_no_channels() -> None:
+    model = framed(Transposed)
+    student = floating(model)
+    with torch.no_grad():
+        expected = student(images(seed=1))
+        equalise(student, images())
+        torch.testing.assert_close(student(images(seed=1)), expected, rtol=1e-3, atol=1e-5)
