@@ -135,8 +135,11 @@ class _Import:
 
     def _take_normalisation(self) -> None:
         """Let the preprocessing do what a subtraction and a scaling by one number do to the image."""
-        shift, factor, taken = 0.0, 1.0, 0
+        shift, factor, taken = 0.0, 1.0, set()
         for node in self.nodes:
+            if self._is_constant(node):
+                self.constants[node.output] = self._constant(node)
+                continue
             number = self._number_for(node)
             if number is None:
                 break
@@ -145,20 +148,24 @@ class _Import:
             else:
                 factor *= number if node.op == "Mul" else 1 / number
             self.image = node.output
-            taken += 1
+            taken.add(node.output)
         if taken:
-            self.nodes = self.nodes[taken:]
+            self.nodes = [node for node in self.nodes if node.output not in taken]
             self.mean, self.std, self.normalises = shift, 1 / factor, True
 
     def _number_for(self, node: _Node) -> float | None:
         """What ``node`` subtracts from the image, multiplies it with or divides it by; None for any other node."""
         if node.op not in ("Sub", "Mul", "Div") or node.inputs[0] != self.image or node.inputs[1] not in self.constants:
             return None
-        values = self.constants[node.inputs[1]]
-        return float(values.ravel()[0]) if values.size and (values == values.ravel()[0]).all() else None
+        values = np.unique(self.constants[node.inputs[1]])
+        usable = len(values) == 1 and (node.op == "Sub" or values[0] != 0)
+        return float(values[0]) if usable else None
+
+    def _is_constant(self, node: _Node) -> bool:
+        return all(name in self.constants for name in node.inputs if name)
 
     def _add(self, node: _Node) -> None:
-        if all(name in self.constants for name in node.inputs if name):
+        if self._is_constant(node):
             self.constants[node.output] = self._constant(node)
         elif self._is_of_shapes(node):
             self.shapes.add(node.output)
@@ -211,6 +218,11 @@ class _Import:
         if name not in self.values:
             raise UnsupportedLayerError(f"{self.path}: {name} is a constant or unknown where a tensor is needed")
         return self.values[name]
+
+    def rank(self, name: str) -> int:
+        """How many dimensions the tensor ``name`` has."""
+        self.value(name)
+        return self.ranks[name]
 
     def weights(self, node: _Node, position: int) -> Tensor | None:
         """Input ``position`` of ``node`` as a float32 tensor; None where it is left out."""
@@ -314,7 +326,7 @@ def _filled(layer: nn.Module, **tensors: Tensor | None) -> nn.Module:
 def _batch_norm(run: _Import, node: _Node) -> tuple[fx.Node, int]:
     if node.attributes.get("training_mode", 0):
         raise run.refuse(node, "training_mode")
-    rank = run.ranks[node.inputs[0]]
+    rank = run.rank(node.inputs[0])
     kind = nn.BatchNorm1d if rank == 2 else nn.BatchNorm2d
     weight, bias, mean, variance = (run.required(node, position) for position in range(1, 5))
     layer = kind(len(weight), eps=node.attributes.get("epsilon", 1e-5))
@@ -325,13 +337,13 @@ def _prelu(run: _Import, node: _Node) -> tuple[fx.Node, int]:
     slopes = run.required(node, 1)
     if slopes.numel() != max(slopes.shape, default=1):
         raise run.refuse(node, f"slopes of shape {list(slopes.shape)}")
-    return run.call(node, _filled(nn.PReLU(slopes.numel()), weight=slopes.flatten())), run.ranks[node.inputs[0]]
+    return run.call(node, _filled(nn.PReLU(slopes.numel()), weight=slopes.flatten())), run.rank(node.inputs[0])
 
 
 def _sum(run: _Import, node: _Node) -> tuple[fx.Node, int]:
     if any(name in run.constants for name in node.inputs):
         return _shift(run, node)
-    return run.call(node, Add(), *node.inputs), max(run.ranks[name] for name in node.inputs)
+    return run.call(node, Add(), *node.inputs), max(run.rank(name) for name in node.inputs)
 
 
 def _shift(run: _Import, node: _Node) -> tuple[fx.Node, int]:
@@ -363,7 +375,7 @@ def _matmul(run: _Import, node: _Node) -> tuple[fx.Node, int]:
 
 def _linear(run: _Import, node: _Node, weight: Tensor, bias: Tensor | None, beta: float) -> tuple[fx.Node, int]:
     """A linear layer of ``weight`` [outputs, inputs]."""
-    if run.ranks[node.inputs[0]] != 2 or weight.ndim != 2:
+    if run.rank(node.inputs[0]) != 2 or weight.ndim != 2:
         raise run.refuse(node, "an input that is no [N, features]")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     shift = None if bias is None else (beta * bias.flatten()).expand(weight.shape[0])
@@ -390,7 +402,7 @@ def _require_height_and_width(run: _Import, node: _Node) -> None:
     axes = node.attributes.get("axes")
     if axes is None and len(node.inputs) > 1:
         axes = run.constants.get(node.inputs[1], np.array([])).tolist()
-    if run.ranks[node.inputs[0]] != 4 or sorted(axis % 4 for axis in axes or ()) != [2, 3]:
+    if run.rank(node.inputs[0]) != 4 or sorted(axis % 4 for axis in axes or ()) != [2, 3]:
         raise run.refuse(node, f"the axes {axes}")
 
 
@@ -417,11 +429,11 @@ def _clip(run: _Import, node: _Node) -> tuple[fx.Node, int]:
         node.attributes.get(name) if name in node.attributes else _item(run.weights(node, position))
         for position, name in ((1, "min"), (2, "max"))
     )
-    if (low, high) == (0.0, 6.0):
-        return run.call(node, nn.ReLU6()), run.ranks[node.inputs[0]]
+    if low == 0 and high in (None, 6.0):
+        return run.call(node, nn.ReLU() if high is None else nn.ReLU6()), run.rank(node.inputs[0])
     if low is None or high is None:
         raise run.refuse(node, f"the limits {low} and {high}")
-    return run.call(node, nn.Hardtanh(low, high)), run.ranks[node.inputs[0]]
+    return run.call(node, nn.Hardtanh(low, high)), run.rank(node.inputs[0])
 
 
 def _item(value: Tensor | None) -> float | None:
@@ -430,7 +442,7 @@ def _item(value: Tensor | None) -> float | None:
 
 def _same_shape(make: Callable[[_Node], nn.Module]) -> Operation:
     """An operation that is a layer of torch, and keeps the rank."""
-    return lambda run, node: (run.call(node, make(node)), run.ranks[node.inputs[0]])
+    return lambda run, node: (run.call(node, make(node)), run.rank(node.inputs[0]))
 
 
 def _mean(run: _Import, node: _Node) -> tuple[fx.Node, int]:
@@ -443,14 +455,14 @@ def _mean(run: _Import, node: _Node) -> tuple[fx.Node, int]:
 
 
 def _concat(run: _Import, node: _Node) -> tuple[fx.Node, int]:
-    rank = run.ranks[node.inputs[0]]
+    rank = run.rank(node.inputs[0])
     return run.call(node, Concat(node.attributes["axis"] % rank), *node.inputs), rank
 
 
 def _product(run: _Import, node: _Node) -> tuple[fx.Node, int]:
     if any(name in run.constants for name in node.inputs):
         raise run.refuse(node, "a constant factor")
-    return run.call(node, Multiply(), *node.inputs), max(run.ranks[name] for name in node.inputs)
+    return run.call(node, Multiply(), *node.inputs), max(run.rank(name) for name in node.inputs)
 
 
 _OPERATIONS: dict[str, Operation] = {
@@ -497,8 +509,13 @@ def _check(network: nn.Module, preprocessing: Preprocessing, path: Path, reads_b
         (expected,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
     except Exception as error:  # onnxruntime's errors have no common base
         raise CheckpointError(f"onnxruntime cannot run {path}: {one_line(error, 200)}") from error
-    with torch.no_grad():
-        found = network(normalised)
+    try:
+        with torch.no_grad():
+            found = network(normalised)
+    except RuntimeError as error:  # torch's own
+        raise CheckpointError(
+            f"{path} was not understood: torch cannot run it ({one_line(error, 200)}); please report its graph"
+        ) from error
     difference = float((found - torch.from_numpy(expected)).abs().max()) if found.shape == expected.shape else np.inf
     if not difference <= _TOLERANCE * float(np.linalg.norm(expected)):
         raise CheckpointError(

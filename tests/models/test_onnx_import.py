@@ -257,6 +257,10 @@ REFUSED: dict[str, tuple[Callable[[Graph], object], str]] = {
         "is quantized already",
     ),
     "slopes for each pixel": (lambda g: g.add("PRelu", g.constant("a", 8, 28, 28)), "slopes of shape"),
+    "a constant part": (
+        lambda g: g.nodes.append(helper.make_node("Concat", [g.constant("k", 1, 4), g.last], ["joined"], axis=1)),
+        "k is a constant or unknown",
+    ),
     "weights that are computed": (lambda g: g.add("Conv", g.nodes[0].output[0]), "computes its"),
 }
 
@@ -283,6 +287,46 @@ def test_broken_files(tmp_path: Path) -> None:
     path = graph.save(tmp_path / "net.onnx")
     with pytest.raises(CheckpointError, match="brings its own network"):
         qface.load(path, model=made("mobilefacenet"))
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda g: g.add("MaxPool", kernel_shape=[3, 3], pads=[2, 2, 2, 2]),
+        lambda g: g.add("PRelu", g.constant("across", 28)),
+    ],
+)
+def test_what_torch_cannot_run_is_refused(last: Callable[[Graph], object], tmp_path: Path) -> None:
+    graph = Graph(13)
+    stem(graph)
+    last(graph)
+    with pytest.raises(CheckpointError, match="was not understood: torch cannot run it"):
+        qface.load(graph.save(tmp_path / "net.onnx"))
+
+
+def test_an_image_divided_by_zero_is_no_preprocessing(tmp_path: Path) -> None:
+    graph = Graph(13)
+    graph.add("Div", graph.constant("none", value=np.float32(0)))
+    stem(graph)
+    with pytest.raises(UnsupportedLayerError, match="is a Div"):
+        qface.load(graph.save(tmp_path / "net.onnx"))
+
+
+def test_constants_as_nodes_and_a_clip_from_below(tmp_path: Path) -> None:
+    graph = Graph(13)
+    for name, value in (("minus", 127.5), ("by", 64.0)):
+        made = numpy_helper.from_array(np.float32(value))
+        graph.nodes.append(helper.make_node("Constant", [], [name], value=made))
+    graph.add("Sub", "minus")
+    graph.add("Div", "by")
+    graph.add("Conv", graph.constant("conv.weight", 8, 3, 3, 3), strides=[4, 4], pads=[1, 1, 1, 1])
+    graph.add("Clip", graph.constant("low", value=np.float32(0)))
+    graph.add("Flatten")
+    path = graph.save(tmp_path / "net.onnx")
+    imported = qface.load(path)
+    assert preprocessing_of(imported).std == (64.0,) * 3
+    assert any(isinstance(layer, nn.ReLU) for layer in imported.modules())
+    agrees(path, lambda pixels: pixels)
 
 
 def test_a_graph_that_is_misunderstood_is_refused(tmp_path: Path) -> None:
