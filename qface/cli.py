@@ -17,13 +17,14 @@ from qface.demo import run_demo
 from qface.deployment.export import TARGETS
 from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
+from qface.deployment.lowering import hindrance
 from qface.distillation import default_config
 from qface.distillation.config import PrecisionName
 from qface.errors import ConfigError, QFaceError
 from qface.evaluation import TemplateProtocol
 from qface.files import check_folder
 from qface.models.resolve import resolve_model
-from qface.models.store import check_model_file
+from qface.models.store import check_model_file, check_savable
 from qface.pruning import cost_of
 from qface.pruning.config import ImportanceName, ScopeName
 from qface.reporting import (
@@ -189,12 +190,23 @@ def quantize(
     if budget_mb is not None:
         config = qface.allocate_bits(teacher, images, budget_mb, people, config.activation_bits, progress=True)
     student = qface.quantize(teacher, config)
+    check_savable(student)
+    _note_hindrance(student)
     qface.calibrate(student, images, people=people, progress=True)
     if distill:
         settings = _distill_config(default_config(student, teacher), **training)
         qface.distill(student, teacher, images, settings, run_dir, resume, people=people)
     qface.save(student, output)
     click.echo(f"wrote {output}")
+
+
+def _note_hindrance(student: nn.Module) -> None:
+    """Say what will keep a student from being exported before it is trained for long."""
+    found = hindrance(student)
+    if found is not None:
+        click.echo(
+            f"Note: this student can be trained and evaluated, but qface export will refuse it: {found}", err=True
+        )
 
 
 @main.command()
@@ -233,6 +245,7 @@ def prune(
         raise ConfigError("--distill needs faces to train on: give --images")
     wanted = _share_or_budget(ratio, parameters=parameters, macs=macs, mb=mb)
     teacher = resolve_model(model, weights)
+    check_savable(teacher)
     config = qface.PruningConfig(seed=options["seed"], **{name: options.pop(name) for name in _PRUNING})
     training = _distill_config(qface.DistillConfig.after_pruning(), **options)
 

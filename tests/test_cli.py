@@ -33,6 +33,14 @@ def make():
     return model
 
 
+def make_unsavable():
+    return nn.Sequential(make()[0], nn.Mish(), *make()[3:])
+
+
+def make_smooth():
+    return nn.Sequential(make()[0], nn.GELU(), *make()[3:])
+
+
 def make_number():
     return 3
 
@@ -112,6 +120,22 @@ def test_what_cannot_end_well_is_refused_at_once(workplace: Path) -> None:
     assert "ends in .safetensors" in refusal(run("quantize", "--model", "my_networks:make", *common[:3], "student.pt"))
     assert "cannot make the folder" in refusal(run("demo", "-o", "my_networks.py"))
     assert not list(workplace.glob("student*"))
+
+
+def test_what_cannot_be_saved_is_refused_before_it_is_trained(workplace: Path) -> None:
+    common = ("--model", "my_networks:make_unsavable", "--images", "crops", "-o", "student.safetensors")
+    for command in (("quantize", "--batch-size", "8"), ("prune",)):
+        result = run(*command, *common)
+        assert "is a Mish" in refusal(result)
+
+
+def test_what_cannot_be_exported_is_noted_before_it_is_trained(workplace: Path) -> None:
+    common = ("--images", "crops", "--no-distill", "-o", "student.safetensors")
+    result = run("quantize", "--model", "my_networks:make_smooth", *common)
+    assert result.exit_code == 0, result.output
+    (note,) = [line for line in result.stderr.splitlines() if line.startswith("Note: ")]
+    assert "qface export will refuse it: node '_1' (GELU) has no integer form" in note
+    assert "Note" not in run("quantize", "--model", "my_networks:make", *common).stderr
 
 
 def test_evaluate_prints_a_table_and_accepts_a_gallery(student: Path) -> None:

@@ -26,7 +26,7 @@ from qface.quantization import (
 )
 from qface.quantization.layers import AFFINE_BITS, Quantizer, is_quantizer, layer_of
 
-__all__ = ["lower", "value_name"]
+__all__ = ["hindrance", "lower", "value_name"]
 
 _CLAMPS: dict[type[nn.Module], ir.Clamp] = {nn.ReLU: (0.0, None), nn.ReLU6: (0.0, 6.0)}
 
@@ -41,6 +41,19 @@ def lower(student: nn.Module) -> ir.IntegerGraph:
     if not isinstance(student, fx.GraphModule) or not is_quantized(student):
         raise ConfigError("this network is not quantized; pass what qface.quantize and qface.calibrate returned")
     return _Lowering(student).run()
+
+
+def hindrance(student: nn.Module) -> str | None:
+    """Why a student, calibrated or not, can have no integer graph, in one line; None where nothing is in the way."""
+    trial = copy.deepcopy(student)
+    for layer in trial.modules():
+        if isinstance(layer, LowBitFakeQuantize):
+            layer.set_qparams(torch.ones_like(layer.scale), torch.zeros_like(layer.zero_point))
+    try:
+        lower(trial)
+    except (ExportError, UnsupportedLayerError) as error:
+        return str(error)
+    return None
 
 
 class _Lowering:

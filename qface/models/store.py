@@ -119,16 +119,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         ExportError: the file cannot be written, or its name does not end in ``.safetensors``.
     """
     check_model_file(path)
-    graph_module = trace(model, registered_layers())
-    graph = graph_to_data(graph_module)
-    tensors = {
-        name: value.detach().cpu().contiguous().clone()
-        for name, value in graph_module.state_dict().items()
-        if _is_used(name, graph)
-    }
-    check_finite(tensors, path)
-    written = json.dumps(graph)
-    check_rebuilt(graph_module, json.loads(written), tensors)
+    written, tensors = _as_data(model, path)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -141,6 +132,32 @@ def save(model: nn.Module, path: str | Path) -> None:
             save_file(tensors, temporary, metadata)
         except (OSError, SafetensorError) as error:
             raise ExportError(f"cannot write {path}: {error}; is the disk full?") from error
+
+
+def check_savable(model: nn.Module) -> None:
+    """Make sure, before long work, that :func:`save` will take ``model``.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite.
+        TraceError: torch.fx cannot trace the model.
+        UnsupportedLayerError: it uses a layer or function that cannot be saved as data; it is named.
+    """
+    _as_data(model, "this network")
+
+
+def _as_data(model: nn.Module, name: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """The graph of ``model`` in JSON, and its tensors, from which :func:`load` has rebuilt it once."""
+    graph_module = trace(model, registered_layers())
+    graph = graph_to_data(graph_module)
+    tensors = {
+        key: value.detach().cpu().contiguous().clone()
+        for key, value in graph_module.state_dict().items()
+        if _is_used(key, graph)
+    }
+    check_finite(tensors, name)
+    written = json.dumps(graph)
+    check_rebuilt(graph_module, json.loads(written), tensors)
+    return written, tensors
 
 
 def check_model_file(path: str | Path) -> None:
