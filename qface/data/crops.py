@@ -83,10 +83,12 @@ def align(
 
     Raises:
         ImagesError: there are no photos, or a folder of theirs or the landmarks cannot be read.
-        ExportError: two photos would give one crop, or crops cannot be written.
+        ExportError: two photos would give one crop, or crops cannot be written, or would lie among the photos.
         DependencyError: there is nothing to look for faces with.
     """
     photos, crops = Path(photos), Path(crops)
+    if _same(photos, crops):
+        raise ExportError(f"crops would lie among the photos in {photos}: choose another folder")
     names = _photos(photos, crops)
     targets = _targets(names, crops)
     missing = {name: target for name, target in targets.items() if not target.exists()}

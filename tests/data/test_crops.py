@@ -148,6 +148,14 @@ def test_crops_among_the_photos_are_no_photos(photos: Path) -> None:
         assert align(photos, photos / "crops", detector=Detector()).photos == 3
 
 
+def test_crops_in_place_of_the_photos_are_refused(photos: Path) -> None:
+    before = {file: file.read_bytes() for file in photos.rglob("*.png")}
+    for crops in (photos, photos / "Ann" / ".."):
+        with pytest.raises(ExportError, match="choose another folder"):
+            align(photos, crops, detector=Detector())
+    assert {file: file.read_bytes() for file in photos.rglob("*") if file.is_file()} == before
+
+
 def test_refusals(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ImagesError, match="is no folder"):
         align(tmp_path / "none", tmp_path / "crops")
