@@ -180,7 +180,7 @@ def _export_float(model: nn.Module, path: Path, metadata: dict[str, str]) -> Non
     images = example_input(model, 1)
     _check_interface(model, images)
     if metadata["input"] == UINT8_INPUT:
-        model, images = _OfBytes(model, preprocessing_of(model)), images.byte()
+        model, images = _OfBytes(model, preprocessing_of(model)).eval(), images.byte()
     # torch's own exporter; the TorchScript one needs no further package. It warns that it is the older one.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:

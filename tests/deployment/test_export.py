@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -258,6 +259,17 @@ def test_float_network_is_exported_as_it_is(build: Callable[..., nn.Module], cro
     measured, same = qface.evaluate(path, folder), qface.evaluate(model, folder)
     assert measured.runtime.startswith("onnxruntime")
     assert measured.thresholds == pytest.approx(same.thresholds, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_networks_in_other_types_are_written_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = network().to(dtype)
+    path = qface.export(model, tmp_path / "net.onnx")
+    images = PREPROCESSING(random_faces(4))
+    with torch.no_grad():
+        expected = copy.deepcopy(model).float().eval()(images)
+    assert torch.allclose(OnnxEmbedder(path, threads=1)(images), expected, atol=1e-4)
+    assert next(model.parameters()).dtype is dtype
 
 
 class ByChance(nn.Module):

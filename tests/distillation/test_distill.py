@@ -38,6 +38,16 @@ def log(folder: Path) -> list[dict[str, float]]:
 # Learning
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_teacher_in_another_type_teaches_the_same(dtype: torch.dtype) -> None:
+    first, second = tiny_network(0), tiny_network(0)
+    distill(first, tiny_network(1), face_images(), CPU)
+    distill(second, tiny_network(1).to(dtype), face_images(), CPU)
+    for one, other in zip(weights(first), weights(second), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+    assert {value.dtype for value in second.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     "options",
     [

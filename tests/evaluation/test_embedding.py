@@ -174,3 +174,10 @@ def test_progress_changes_nothing_and_leaves_stdout_alone(capfd):
     shown = embed(Pixels(), TensorImages(FLOATS), 2, progress=True)
     assert np.array_equal(shown, embed(Pixels(), TensorImages(FLOATS), 2))
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_networks_and_images_in_other_types_are_embedded(dtype):
+    expected = embed(network(), TensorImages(FLOATS))
+    assert np.allclose(embed(network().to(dtype), TensorImages(FLOATS)), expected, atol=0.02)
+    assert np.allclose(embed(network(), TensorImages(FLOATS.to(dtype))), expected, atol=0.02)
