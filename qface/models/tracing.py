@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -14,6 +17,9 @@ __all__ = ["LEAF_LAYERS", "example_input", "trace"]
 
 LEAF_LAYERS: tuple[type[nn.Module], ...] = (Add, ChannelAffine, Concat, L2Normalise, Multiply)
 """Layers of ours that stay one node when a network that contains them is traced."""
+
+
+_PLAIN = (bool, int, float, str)
 
 
 class _Tracer(fx.Tracer):
@@ -29,6 +35,7 @@ def trace(model: nn.Module, leaves: tuple[type[nn.Module], ...] = ()) -> fx.Grap
     """The graph of ``model`` in eval mode, which shares its parameters; a GraphModule is returned as it is.
 
     What its forward asks ``self.training`` for is answered for good: ``F.dropout(x, p, self.training)`` drops nothing.
+    So are its options: ``forward(self, x, return_features=False)`` is traced with the defaults, and reads images only.
 
     Args:
         model: any network; its own mode stays.
@@ -42,14 +49,37 @@ def trace(model: nn.Module, leaves: tuple[type[nn.Module], ...] = ()) -> fx.Grap
     tracer = _Tracer((*LEAF_LAYERS, *leaves))
     try:
         with modes_kept(model):
-            graph = tracer.trace(model.eval())
+            options = _options(model)
+            graph = tracer.trace(model.eval(), concrete_args=options)
     except Exception as error:  # any Python of the user's forward may run, so anything may be raised
         raise TraceError(
             f"{type(model).__name__} cannot be traced{_place(error)}: {_first_line(error)}. "
             "Make its forward independent of tensor values (no if or loop on tensors, no len() or int() of them), or "
             "wrap that function with torch.fx.wrap"
         ) from error
+    _drop_options(graph, options)
     return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
+
+
+def _options(model: nn.Module) -> dict[str, Any]:
+    """What the forward of ``model`` takes beside images, where its default is no tensor or structure."""
+    others = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {each.name: each.default for each in others if each.default is None or type(each.default) in _PLAIN}
+
+
+def _drop_options(graph: fx.Graph, options: dict[str, Any]) -> None:
+    """Remove what torch.fx leaves of ``options``: an input called ``name_1``, and a check that it is the default."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs[1:]:
+        name, _, number = str(node.target).rpartition("_")
+        if name in options and number.isdigit():
+            _erase_with_users(graph, node)
+
+
+def _erase_with_users(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_with_users(graph, user)
+    graph.erase_node(node)
 
 
 def _place(error: Exception) -> str:

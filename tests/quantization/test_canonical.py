@@ -416,3 +416,31 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
         CheckpointError, match=r"this network: 1 of \d+ tensors hold NaN or infinity \(first: body.weight\)"
     ):
         canonicalise(model)
+
+
+class WithOptions(nn.Module):
+    """Reads images, and says more if asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        return_features: bool = False,
+        mode: str = "mean",
+        unused: int = 3,
+    ) -> Tensor:
+        features = self.body(x)
+        if return_features or mode != "mean":
+            return features
+        return self.fc((features if mask is None else features * mask).mean((2, 3)))
+
+
+def test_options_keep_their_defaults() -> None:
+    canonical = check(small(WithOptions()))
+    assert kinds(canonical) == [nn.Conv2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
+    assert sum(node.op == "placeholder" for node in canonical.graph.nodes) == 1
