@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from qface.errors import ConfigError
 
-__all__ = ["check_whole"]
+__all__ = ["check_seed", "check_whole"]
+
+_SEEDS = 2**63
 
 
 def check_whole(least: int, **settings: object) -> None:
@@ -16,3 +18,14 @@ def check_whole(least: int, **settings: object) -> None:
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} is a whole number from {least} on, not {value!r}")
+
+
+def check_seed(seed: object) -> None:
+    """Make sure that ``seed`` is one that torch and numpy take.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    check_whole(0, seed=seed)
+    if isinstance(seed, int) and seed >= _SEEDS:
+        raise ConfigError(f"seed is a whole number below 2^63, not {seed}")

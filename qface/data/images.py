@@ -28,7 +28,9 @@ __all__ = [
     "TensorImages",
     "as_image_source",
     "batch_of",
+    "identities",
     "labels_of",
+    "length_of",
     "normalise",
 ]
 
@@ -73,10 +75,8 @@ class TensorImages(IndexedImages):
 
     def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
         _check(images)
-        if labels is not None and labels.shape != (len(images),):
-            raise ImagesError(f"{len(images)} images need {len(images)} labels, not a tensor {list(labels.shape)}")
         self.images = images
-        self.labels = labels
+        self.labels = None if labels is None else identities(labels, len(images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -175,6 +175,27 @@ def labels_of(source: ImageSource) -> Labels | None:
     if not isinstance(source, IndexedImages) or source.labels is None:
         return None
     return source.labels.cpu().numpy().astype(np.int64)
+
+
+def identities(labels: Tensor, count: int) -> Tensor:
+    """``labels`` as the int64 identities [count] of as many images.
+
+    Raises:
+        ImagesError: there are more or fewer, or they are no whole numbers from 0 on.
+    """
+    if labels.shape != (count,):
+        raise ImagesError(f"{count} images need {count} labels, not a tensor {list(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or (labels < 0).any():
+        raise ImagesError("labels are whole numbers from 0 on, one for each person")
+    return labels.long()
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """How many batches ``loader`` has; None where it does not say, as a DataLoader of an IterableDataset."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def normalise(batch: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qface.data.images import IndexedImages
-from qface.errors import ImagesError
+from qface.data.images import IndexedImages, identities
 
 __all__ = ["Relabelled"]
 
@@ -20,14 +19,12 @@ class Relabelled(IndexedImages):
         labels: identities, int64 [len(source)], or None to forget who is who.
 
     Raises:
-        ImagesError: there are more labels or fewer than images.
+        ImagesError: there are more labels or fewer than images, or they are no whole numbers from 0 on.
     """
 
     def __init__(self, source: IndexedImages, labels: Tensor | None) -> None:
-        if labels is not None and labels.shape != (len(source),):
-            raise ImagesError(f"{len(source)} images need {len(source)} labels, not a tensor {list(labels.shape)}")
         self.source = source
-        self.labels = labels
+        self.labels = None if labels is None else identities(labels, len(source))
 
     def __len__(self) -> int:
         return len(self.source)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sized
-from itertools import chain, count, islice, repeat
+from collections.abc import Iterable, Iterator
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qface.data.images import ImageSource, IndexedImages, LoaderImages, batch_of
+from qface.data.images import ImageSource, IndexedImages, LoaderImages, batch_of, identities, length_of
 from qface.distillation.config import DistillConfig
 from qface.distillation.parallel import Parallel
 from qface.distillation.sampling import PairSampler, flips
@@ -113,12 +113,20 @@ class _LoaderBatches(Batches):
             raise ImagesError("a generator is exhausted after one pass: give a DataLoader or a list of batches")
         self._loader = loader
         self._config = config
-        self.steps_per_epoch = len(loader) if isinstance(loader, Sized) else None
+        self.steps_per_epoch = length_of(loader)
 
     def stream(self, start: int) -> Iterator[Batch]:
-        items = chain.from_iterable(repeat(self._loader))
-        for step, item in enumerate(islice(items, start, None), start):
+        for step, item in enumerate(islice(self._items(), start, None), start):
             yield self._read(item, step)
+
+    def _items(self) -> Iterator[Any]:
+        while True:
+            ran_dry = True
+            for item in self._loader:
+                ran_dry = False
+                yield item
+            if ran_dry:
+                raise ImagesError("the loader yields no batches any more: give one that can be read again and again")
 
     def _read(self, item: Any, step: int) -> Batch:
         images, labels = _images_and_labels(item)
@@ -147,9 +155,7 @@ def _images_and_labels(item: Any) -> tuple[Tensor, Tensor | None]:
     images = batch_of(item)
     others = item[1:] if isinstance(item, (tuple, list)) else ()
     labels = others[0] if others and isinstance(others[0], Tensor) else None
-    if labels is not None and labels.shape != (len(images),):
-        raise ImagesError(f"a batch of {len(images)} images needs {len(images)} labels, not {list(labels.shape)}")
-    return images, labels
+    return images, None if labels is None else identities(labels, len(images))
 
 
 def _flipped(images: Tensor, mirrored: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qface.data.images import ImageSource, IndexedImages, LoaderImages
+from qface.data.images import ImageSource, IndexedImages, LoaderImages, length_of
 from qface.data.sampling import evenly
 from qface.distillation.config import DistillConfig
 from qface.errors import CheckpointError, ConfigError, TrainingError
@@ -144,7 +144,7 @@ def digest_of_images(source: ImageSource) -> str:
         known = [] if source.labels is None else [_bytes(source.labels)]
         some = source.read(evenly(len(source), _LOOKED_AT).tolist())
         return f"{len(source)} images, {_digest([*known, _bytes(some)])}"
-    batches = len(source.loader) if isinstance(source, LoaderImages) and isinstance(source.loader, Sized) else None
+    batches = length_of(source.loader) if isinstance(source, LoaderImages) else None
     return f"a loader of {batches} batches"
 
 

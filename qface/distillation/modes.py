@@ -26,7 +26,7 @@ def set_observers(model: nn.Module, enabled: bool) -> None:
 
 
 def set_student_mode(student: nn.Module, config: DistillConfig, step: int) -> None:
-    """Training mode for ``step``: without dropout, batch norms and observers as ``config`` schedules them."""
+    """Training mode for ``step``: without layers of dropout, batch norms and observers as ``config`` schedules them."""
     frozen = config.bn_statistics_steps is not None and step >= config.bn_statistics_steps
     student.train()
     for module in student.modules():

@@ -60,8 +60,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).cpu()  # "meta" has no values to bring back
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"there is no device {name!r} here: choose another, or None") from error
     return device
 

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PairSampler", "flips"]
+__all__ = ["PairSampler", "drawn_by", "flips"]
 
 # 32 random images beside 8 identities x 4 images in a batch of 64: Tencent/TFace, recognition/tasks/ekd.
 _IMAGES_PER_IDENTITY = 4
 _IDENTITIES_PER_IMAGE = 1 / 8
 
 _FLIPS = 1  # keeps the flips of a step apart from the batches of the epoch of the same number
+_NETWORKS = 2  # likewise, and what networks draw apart from both
 
 
 class PairSampler:
@@ -98,3 +100,11 @@ def _take(images: deque[int], count: int, excluded: set[int]) -> list[int]:
 def flips(count: int, seed: int, step: int) -> Tensor:
     """Which of the ``count`` images of batch ``step`` are mirrored, bool [count]."""
     return torch.from_numpy(np.random.default_rng((seed, step, _FLIPS)).random(count) < 0.5)
+
+
+@contextmanager
+def drawn_by(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """What networks draw within, as functional dropout and stochastic depth do, is a function of seed and step too."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.default_rng([seed, step, _NETWORKS]).integers(2**63 - 1)))
+        yield

@@ -24,6 +24,7 @@ from qface.distillation.optim import descend, optimizer_for, schedule_factor
 from qface.distillation.parallel import Parallel, processes_for
 from qface.distillation.progress import progress_bar
 from qface.distillation.pseudo_labels import with_pseudo_labels
+from qface.distillation.sampling import drawn_by
 from qface.errors import ConfigError, TrainingError
 from qface.memory_format import fastest_memory_format
 from qface.models.provenance import has_step, provenance_of, record_step
@@ -237,7 +238,8 @@ class _Trainer:
                     self._write(folder, record)
 
     def _train_on(self, batch: Batch) -> dict[str, float]:
-        terms = self._terms(batch)
+        with drawn_by(self.config.seed, self.step, self.parallel.device):
+            terms = self._terms(batch)
         loss = torch.stack(list(terms.values())).sum()
         record = {
             "step": self.step,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from qface.checks import check_whole
+from qface.checks import check_seed, check_whole
 from qface.errors import ConfigError
 
 __all__ = ["ImportanceName", "PruningConfig", "ScopeName"]
@@ -69,6 +69,7 @@ class PruningConfig:
         if not 0 < self.greatest_share < 1:
             raise ConfigError(f"greatest_share lies between 0 and 1, not {self.greatest_share!r}")
         check_whole(1, round_to=self.round_to, steps=self.steps, images=self.images)
+        check_seed(self.seed)
 
     @property
     def needs_images(self) -> bool:

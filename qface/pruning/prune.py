@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,15 @@ def prune(
     sample = None if images is None else _sample(images, people, model, config)
     share = _share_for(model, ratio, sample, config) if isinstance(ratio, Budget) else float(ratio)
     pruned = copy.deepcopy(model).eval()
+    rounds = _Rounds(pruned, share, config)
     for step in range(1, config.steps + 1):
-        before = copy.deepcopy(pruned)
-        kept = _remove(pruned, _share_of_step(share, step, config.steps), _measured(pruned, sample, config), config)
-        if config.repair and sample is not None:
-            repair(pruned, before, kept, sample, config.seed, progress)
-        if config.reestimate and sample is not None:
-            reestimate_batch_norms(pruned, sample)
+        _remove_and_mend(rounds, sample, progress)
         if between is not None and step < config.steps:
             between(pruned, step)
+    if isinstance(ratio, Budget) and ratio.cost(pruned) > ratio.limit:
+        # Between the rounds repair and training made other channels the weakest than when the share was looked for.
+        once = replace(config, steps=1)
+        _remove_and_mend(_Rounds(pruned, _share_for(pruned, ratio, sample, once), once), sample, progress)
     if count_parameters(pruned) == count_parameters(model):
         raise ConfigError(
             f"no channel was removed: importance {config.importance!r} found none, or a share of {share:.3g} is less "
@@ -107,13 +108,9 @@ def _check(model: nn.Module, ratio: float | Budget, images: Images | None, confi
 def _sample(images: Images, people: str | Path | None, model: nn.Module, config: PruningConfig) -> Tensor:
     """Up to ``config.images`` of the images, spread evenly, normalised."""
     found = torch.cat(sample_batches(as_image_source(images, people), config.images, config.images))
+    if config.reestimate and len(found) < 2:
+        raise ImagesError("one image has no deviation to measure batch norms by: pass several, or reestimate=False")
     return normalise(found, preprocessing_of(model)).to(example_input(model, 1))
-
-
-def _share_of_step(share: float, step: int, steps: int) -> float:
-    """What to remove at ``step`` of the channels that are left, so that each step removes as many of the first ones."""
-    left = 1 - share * (step - 1) / steps
-    return share / steps / left
 
 
 def _share_for(model: nn.Module, budget: Budget, sample: Tensor | None, config: PruningConfig) -> float:
@@ -139,9 +136,9 @@ def _without_share(
 ) -> nn.Module:
     """A copy of ``model``, whose gradients are known, without ``share`` of its channels and without repair."""
     candidate = copy.deepcopy(model).eval()
+    rounds = _Rounds(candidate, share, config)
     for step in range(1, config.steps + 1):
-        read = of_model if step == 1 else _measured(candidate, sample, config)
-        _remove(candidate, _share_of_step(share, step, config.steps), read, config)
+        rounds.remove(of_model if step == 1 else _measured(candidate, sample, config))
     return candidate
 
 
@@ -150,27 +147,57 @@ def _measured(model: nn.Module, sample: Tensor | None, config: PruningConfig) ->
     return gradients(model, sample, config) if config.needs_images and sample is not None else []
 
 
-def _remove(model: nn.Module, share: float, read: Gradients, config: PruningConfig) -> dict[str, Kept]:
-    """Remove ``share`` of the channels of ``model``, in place, and say what is left of each layer.
+def _remove_and_mend(rounds: _Rounds, sample: Tensor | None, progress: bool) -> None:
+    """One round, and what is done on ``sample`` about its loss."""
+    pruned, config = rounds.model, rounds.config
+    before = copy.deepcopy(pruned)
+    kept = rounds.remove(_measured(pruned, sample, config))
+    if config.repair and sample is not None:
+        repair(pruned, before, kept, sample, config.seed, progress)
+    if config.reestimate and sample is not None:
+        reestimate_batch_norms(pruned, sample)
 
-    ``read`` are the gradients that importance reads; empty where it reads none.
+
+class _Rounds:
+    """The rounds in which ``model`` loses ``share`` of its channels, in place, each as many of the first ones.
+
+    One pruner for all, which knows the first widths: only so do several rounds end with the widths of one.
     """
-    trained = [parameter.requires_grad for parameter in model.parameters()]
-    model.requires_grad_(True)  # torch-pruning follows the gradients of one forward pass
-    for parameter, gradient in zip(model.parameters(), read, strict=bool(read)):
-        parameter.grad = None if gradient is None else gradient.clone()
-    kept = _Channels(model)
-    try:
-        for group in _pruner(model, share, config).step(interactive=True):
-            kept.remove(group)
-            group.prune()
-        _check_runs(model)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedLayerError(f"{type(model).__name__} cannot be pruned: {one_line(error)}") from error
-    for parameter, trains in zip(model.parameters(), trained, strict=True):
-        parameter.requires_grad_(trains)
-    model.zero_grad(set_to_none=True)
-    return kept.left
+
+    def __init__(self, model: nn.Module, share: float, config: PruningConfig) -> None:
+        self.model = model
+        self.config = config
+        with self._followed():
+            self._pruner = _pruner(model, share, config)
+
+    def remove(self, read: Gradients) -> dict[str, Kept]:
+        """Remove the channels of the next round, and say what is left of each layer.
+
+        ``read`` are the gradients that importance reads; empty where it reads none.
+        """
+        kept = _Channels(self.model)
+        with self._followed():
+            for parameter, gradient in zip(self.model.parameters(), read, strict=bool(read)):
+                parameter.grad = None if gradient is None else gradient.clone()
+            for group in self._pruner.step(interactive=True):
+                kept.remove(group)
+                group.prune()
+            _check_runs(self.model)
+        return kept.left
+
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        """Let torch-pruning follow the gradients of one forward pass; afterwards what trained before trains again."""
+        trained = [parameter.requires_grad for parameter in self.model.parameters()]
+        self.model.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                yield
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedLayerError(f"{type(self.model).__name__} cannot be pruned: {one_line(error)}") from error
+        for parameter, trains in zip(self.model.parameters(), trained, strict=True):
+            parameter.requires_grad_(trains)
+        self.model.zero_grad(set_to_none=True)
 
 
 def _check_runs(model: nn.Module) -> None:
@@ -192,7 +219,21 @@ def _pruner(model: nn.Module, share: float, config: PruningConfig) -> Any:
         max_pruning_ratio=config.greatest_share if config.scope == "network" else 1.0,
         ignored_layers=kept,
         round_to=config.round_to if config.round_to > 1 else None,
+        pruning_ratio_dict=_greatest_shares(model, share, config) if config.scope == "layer" else None,
+        iterative_steps=config.steps,
     )
+
+
+def _greatest_shares(model: nn.Module, share: float, config: PruningConfig) -> dict[nn.Module, float]:
+    """What may go of layers that would lose all channels; torch-pruning leaves those whole."""
+    found: dict[nn.Module, float] = {}
+    for layer in model.modules():
+        if isinstance(layer, _WEIGHTED):
+            width = len(layer.weight) // getattr(layer, "groups", 1)
+            if config.round_to < width and int(width * (1 - share)) < config.round_to:
+                # A half more than shall stay, since torch-pruning cuts off what is behind the point.
+                found[layer] = 1 - (config.round_to + 0.5) / width
+    return found
 
 
 def _embedding_layers(model: nn.Module) -> list[nn.Module]:
@@ -227,10 +268,15 @@ def _weighted_before(model: nn.Module, node: fx.Node, seen: set[fx.Node]) -> Ite
             continue
         seen.add(source)
         layer = model.get_submodule(str(source.target)) if source.op == "call_module" else None
-        if isinstance(layer, _WEIGHTED) and getattr(layer, "groups", 1) == 1:
+        if isinstance(layer, _WEIGHTED) and not _is_depthwise(layer):
             yield layer
         else:
             yield from _weighted_before(model, source, seen)
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    """Whether each of its outputs is made of one input, and goes with it."""
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1
 
 
 class _Channels:
@@ -239,11 +285,9 @@ class _Channels:
     def __init__(self, model: nn.Module) -> None:
         names = [str(node.target) for node in trace(model).graph.nodes if node.op == "call_module"]  # as they run
         layers = {name: model.get_submodule(name) for name in names}
-        weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer, _WEIGHTED)}
-        self._names = {layers[name]: name for name in weights}
-        self.left = {
-            name: Kept(torch.arange(weight.shape[1]), torch.arange(weight.shape[0])) for name, weight in weights.items()
-        }
+        weighted = {name: layer for name, layer in layers.items() if isinstance(layer, _WEIGHTED)}
+        self._names = {layer: name for name, layer in weighted.items()}
+        self.left = {name: Kept(*map(torch.arange, _sizes(layer))) for name, layer in weighted.items()}
 
     def remove(self, group: Any) -> None:
         """Note that ``group`` is to be removed, before it is."""
@@ -260,6 +304,13 @@ class _Channels:
                 self.left[name] = Kept(left.inputs, _without(left.outputs, indices))
             elif dependency.handler in inputs:
                 self.left[name] = Kept(_without(left.inputs, indices), left.outputs)
+
+
+def _sizes(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
+    """How many channels it reads, of all groups together, and makes."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels, layer.out_channels
+    return layer.in_features, layer.out_features
 
 
 def _without(channels: Tensor, positions: list[int]) -> Tensor:

@@ -32,8 +32,8 @@ class Kept:
     """Channels of a layer that are left, as numbers in the original network.
 
     Args:
-        inputs: of the layer's weight, its dimension 1.
-        outputs: its dimension 0.
+        inputs: that it reads, of all groups together.
+        outputs: that it makes.
     """
 
     inputs: Tensor
@@ -148,27 +148,27 @@ def _inputs(model: nn.Module, layer: Layer, positions: Positions, images: Tensor
 
 def _solve(layer: Layer, x: Tensor, wanted: Tensor) -> None:
     """Give ``layer`` the weights, and the bias if it has one, to make ``wanted`` [M, outputs] of ``x`` [M, inputs]."""
-    missing = wanted - F.linear(x, layer.weight.flatten(1), layer.bias)
+    x, weight = x.double(), layer.weight.double().flatten(1)
+    missing = wanted.double() - F.linear(x, weight, None if layer.bias is None else layer.bias.double())
     if layer.bias is None:
         change = _ridge(x, missing)
     else:
         mean, shift = x.mean(0), missing.mean(0)
         change = _ridge(x - mean, missing - shift)
-        layer.bias += shift - change @ mean
-    layer.weight += change.view_as(layer.weight)
+        layer.bias += (shift - change @ mean).to(layer.bias)
+    layer.weight += change.view_as(layer.weight).to(layer.weight)
 
 
 def _ridge(x: Tensor, y: Tensor) -> Tensor:
     """The map [outputs, inputs] from ``x`` [M, inputs] to ``y`` [M, outputs] of least squares and little length."""
-    x, y = x.double(), y.double()
     ridge = _RIDGE * float(x.square().sum()) / x.shape[1]
     if ridge == 0:  # nothing is read, and no weights could change what is made
-        return x.new_zeros(y.shape[1], x.shape[1], dtype=torch.float32)
+        return x.new_zeros(y.shape[1], x.shape[1])
     if x.shape[0] >= x.shape[1]:
         found: Tensor = torch.linalg.solve(_with_ridge(x.T @ x, ridge), x.T @ y).T
     else:  # the same, by a system of as many equations as there are positions
         found = torch.linalg.solve(_with_ridge(x @ x.T, ridge), y).T @ x
-    return found.float()
+    return found
 
 
 def _with_ridge(products: Tensor, ridge: float) -> Tensor:

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.quantization import disable_fake_quant, disable_observer
 
+from qface.checks import check_whole
 from qface.data.images import Images, as_image_source, normalise
 from qface.data.sampling import sample_batches
 from qface.errors import ConfigError
 from qface.models.provenance import provenance_of
+from qface.models.tracing import example_input
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
 from qface.quantization.calibrate import quantizers
@@ -133,6 +135,7 @@ def sensitivity(
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
     """
     _check_widths(weight_bits, activation_bits)
+    check_whole(1, batch_size=batch_size)
     if weight_bits and any(step.get("compensate") for step in provenance_of(model) if step["step"] == "calibrate"):
         raise ConfigError(
             "calibration has rounded this student's weights, so that their loss cannot be measured any more: pass the "
@@ -140,7 +143,7 @@ def sensitivity(
         )
     faces = read_sample(images, people, count)
     network = _switched_off(model)
-    device = next(network.parameters()).device
+    device = example_input(network, 1).device
     batches = [normalise(batch.to(device), preprocessing_of(model)) for batch in torch.split(faces, batch_size)]
     if not any(quantizer.calibrated for quantizer in quantizers(network)):
         equalise(network, torch.cat(batches))  # as calibration will

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from qface.data.images import ImageSource, TensorImages
 from qface.distillation import DistillConfig
@@ -423,3 +423,72 @@ def test_tensor_images_may_carry_labels_that_have_gaps() -> None:
     faces = face_images()
     images = TensorImages(faces.images, faces.labels * 3)
     distill(tiny_network(0), tiny_network(1), images, replace(CPU, class_head=True))
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(face_images().images)
+
+
+def test_a_loader_without_a_length_trains_for_max_steps(tmp_path: Path) -> None:
+    loader = DataLoader(Endless(), batch_size=8)
+    distill(tiny_network(0), tiny_network(1), loader, replace(CPU, max_steps=6), tmp_path)
+    assert len(log(tmp_path)) == 6
+    with pytest.raises(ConfigError, match="set max_steps"):
+        distill(tiny_network(0), tiny_network(1), loader, CPU)
+
+
+def test_a_loader_that_runs_dry_is_an_error() -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.left = iter(face_images().images.split(8))
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return self.left
+
+    with pytest.raises(ImagesError, match="yields no batches any more"):
+        distill(tiny_network(0), tiny_network(1), Once(), replace(CPU, max_steps=20))
+
+
+class Dropping(nn.Module):
+    """Drops half of its features by chance, in a function that no mode of a layer switches off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = tiny_network(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.network(x), 0.5, self.training)
+
+
+def test_what_a_network_draws_follows_from_the_seed(tmp_path: Path) -> None:
+    def trained(rng: int, **options: Any) -> nn.Module:
+        torch.manual_seed(rng)
+        return distill(Dropping(), tiny_network(1), face_images(), replace(CPU, **options))
+
+    assert same_weights(trained(0), trained(1))
+    assert not same_weights(trained(0), trained(0, seed=1, horizontal_flip=False))
+    stopped, resumed = Dropping(), Dropping()
+    with pytest.raises(KeyboardInterrupt):
+        distill(stopped, tiny_network(1), Interrupted(face_images(), 5), CPU, tmp_path)
+    torch.manual_seed(2)
+    distill(resumed, tiny_network(1), face_images(), CPU, tmp_path, resume=True)
+    assert same_weights(resumed, trained(0))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([-1] * 32), torch.rand(32)])
+def test_labels_that_are_no_identities_are_refused(labels: Tensor) -> None:
+    with pytest.raises(ImagesError, match="whole numbers from 0 on"):
+        TensorImages(face_images().images, labels)
+    loader = DataLoader(TensorDataset(face_images().images, labels), batch_size=8)
+    with pytest.raises(ImagesError, match="whole numbers from 0 on"):
+        distill(tiny_network(0), tiny_network(1), loader, CPU)
+
+
+def test_labels_of_any_integer_type_will_do() -> None:
+    faces = face_images()
+    assert faces.labels is not None
+    config = replace(CPU, class_head=True)
+    small = TensorImages(faces.images, faces.labels.to(torch.int32))
+    wide = distill(tiny_network(0), tiny_network(1), faces, config)
+    assert same_weights(distill(tiny_network(0), tiny_network(1), small, config), wide)

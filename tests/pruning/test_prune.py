@@ -178,6 +178,100 @@ def test_steps_remove_what_one_step_does_and_may_train_between() -> None:
     assert widths(pruned) == widths(prune(tiny(), 0.5))
 
 
+@pytest.mark.parametrize(
+    ("ratio", "fields"), [(0.2, {"round_to": 16, "steps": 3}), (0.2, {"steps": 10}), (0.5, {"steps": 40})], ids=str
+)
+def test_many_steps_end_with_the_widths_of_one(ratio: float, fields) -> None:
+    network = with_preprocessing(MobileFaceNet(16, SMALL.size).eval(), SMALL)
+    config = PruningConfig(**fields)
+    assert widths(prune(network, ratio, config=config)) == widths(
+        prune(network, ratio, config=replace(config, steps=1))
+    )
+
+
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("scope", ["layer", "network"])
+def test_a_budget_is_met_whatever_happens_between_steps(part: float, scope) -> None:
+    def shuffle(model: nn.Module, step: int) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+
+    torch.manual_seed(0)
+    limit = int(part * cost_of(tiny()).parameters)
+    config = PruningConfig(scope=scope, steps=3)
+    pruned = prune(tiny(), Budget(limit, "parameters"), random_faces(4), config, between=shuffle)
+    assert 0.6 * limit < cost_of(pruned).parameters <= limit
+
+
+class Narrowing(nn.Module):
+    """Its middle is wider than what is before and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 64, 3), nn.Conv2d(64, 16, 3)
+        self.fc = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.middle(self.first(x).relu()).relu())
+        return self.fc(x.mean((2, 3)))
+
+
+def test_great_shares_leave_a_channel_of_each_layer() -> None:
+    network = with_preprocessing(Narrowing().eval(), SMALL)
+    before = cost_of(network).parameters
+    for ratio in (0.9, 0.93, 0.95, 0.9999):
+        pruned = prune(network, ratio)
+        assert cost_of(pruned).parameters <= before
+        before = cost_of(pruned).parameters
+    assert widths(pruned) == {"first": 1, "middle": 1, "last": 1, "fc": 8}
+    rounded = prune(network, 0.95, config=PruningConfig(round_to=4))
+    assert widths(rounded) == {"first": 4, "middle": 4, "last": 4, "fc": 8}
+    with pytest.raises(ConfigError, match=f"below {before:g} parameters"):
+        prune(network, Budget(before - 1, "parameters"))
+
+
+class Grouped(nn.Module):
+    """Groups of channels, shuffled or not, and an embedding that a grouped convolution makes."""
+
+    def __init__(self, shuffled: bool = False) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=4)
+        self.shuffle = nn.ChannelShuffle(4) if shuffled else nn.Identity()
+        self.second, self.embedding = nn.Conv2d(32, 32, 3, groups=4), nn.Conv2d(32, 16, 1, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shuffle(self.first(self.stem(x).relu()).relu())
+        return self.embedding(self.second(x).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_grouped_convolutions_are_pruned_and_their_embedding_stays(shuffled: bool) -> None:
+    torch.manual_seed(0)
+    network = with_preprocessing(Grouped(shuffled).eval(), SMALL)
+    with torch.no_grad():  # a channel of each group that says nothing
+        for layer in (network.stem, network.first, network.second):
+            layer.weight[::8] = 0
+            layer.bias[::8] = 0
+    x = torch.randn(2, 3, 32, 32)
+    pruned = prune(network, 0.125)
+    assert widths(pruned)["second"] < 32
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_networks_in_other_types_are_pruned_and_repaired(dtype: torch.dtype) -> None:
+    pruned = prune(tiny().to(dtype), 0.3, random_faces(8))
+    assert {parameter.dtype for parameter in pruned.parameters()} == {dtype}
+    assert widths(pruned) == widths(prune(tiny(), 0.3))
+
+
+def test_it_prunes_where_no_gradients_are_wanted() -> None:
+    with torch.no_grad():
+        assert widths(prune(tiny(), 0.3)) == widths(prune(tiny(), 0.3))
+
+
 # With everything else
 
 
@@ -237,6 +331,8 @@ def test_what_cannot_be_pruned_is_told_why() -> None:
         {"greatest_share": 1.0},
         {"round_to": 0},
         {"steps": 0},
+        {"seed": -1},
+        {"seed": 2**64},
         {"images": 0},
     ],
     ids=str,

@@ -208,3 +208,8 @@ def test_weights_that_calibration_has_rounded_are_refused() -> None:
     with pytest.raises(ConfigError, match="pass the float network"):
         sensitivity(student, FACES)
     assert sensitivity(student, FACES, weight_bits=(), activation_bits=(6,)).layers
+
+
+def test_no_images_at_a_time_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="batch_size is a whole number from 1 on"):
+        sensitivity(network(), FACES, batch_size=0)
