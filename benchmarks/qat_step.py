@@ -67,7 +67,7 @@ def measured(name: str, data: Path, bits: int, batch_size: int, repeats: int, de
     """Median seconds of each kind of step."""
     file = data / "weights" / NETWORKS[name]
     teacher = qface.load(file if file.exists() else name).to(device).eval()
-    planes = torch.randn(batch_size, *example_input(teacher).shape[1:], device=device)
+    planes = torch.rand(batch_size, *example_input(teacher).shape[1:], device=device) * 2 - 1
     student = qface.calibrate(qface.quantize(teacher, bits), planes[:CALIBRATION_IMAGES])
     trained = copy.deepcopy(teacher)
     images = planes.contiguous(memory_format=fastest_memory_format(planes[:1], teacher))

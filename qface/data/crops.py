@@ -155,7 +155,7 @@ def _files(root: Path, left_out: Path) -> Iterator[Path]:
 
 
 def _same(one: Path, other: Path) -> bool:
-    return other.exists() and one.samefile(other)
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _refuse(error: OSError) -> None:
