@@ -24,7 +24,7 @@ from qface.quantization import (
     QuantizedPReLU,
     is_quantized,
 )
-from qface.quantization.layers import AFFINE_BITS, Quantizer, is_quantizer, layer_of
+from qface.quantization.layers import AFFINE_BITS, Quantizer, is_quantizer, layer_of, makes_rows
 
 __all__ = ["hindrance", "lower", "value_name"]
 
@@ -254,7 +254,7 @@ class _Lowering:
         )
 
     def flatten(self, node: fx.Node, layer: nn.Flatten) -> ir.Operation:
-        if layer.start_dim != 1 or layer.end_dim != -1:
+        if not makes_rows(node):
             raise UnsupportedLayerError(
                 f"layer {node.target!r} flattens only some dimensions, which cannot be exported"
             )

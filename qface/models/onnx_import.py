@@ -135,23 +135,21 @@ class _Import:
 
     def _take_normalisation(self) -> None:
         """Let the preprocessing do what a subtraction and a scaling by one number do to the image."""
-        shift, factor, taken = 0.0, 1.0, set()
+        shift, factor, done = 0.0, 1.0, set()
         for node in self.nodes:
             if self._is_constant(node):
                 self.constants[node.output] = self._constant(node)
-                continue
-            number = self._number_for(node)
-            if number is None:
-                break
-            if node.op == "Sub":
-                shift += number / factor
+            elif (number := self._number_for(node)) is not None:
+                if node.op == "Sub":
+                    shift += number / factor
+                else:
+                    factor *= number if node.op == "Mul" else 1 / number
+                self.image = node.output
+                self.mean, self.std, self.normalises = shift, 1 / factor, True
             else:
-                factor *= number if node.op == "Mul" else 1 / number
-            self.image = node.output
-            taken.add(node.output)
-        if taken:
-            self.nodes = [node for node in self.nodes if node.output not in taken]
-            self.mean, self.std, self.normalises = shift, 1 / factor, True
+                break
+            done.add(node.output)
+        self.nodes = [node for node in self.nodes if node.output not in done]
 
     def _number_for(self, node: _Node) -> float | None:
         """What ``node`` subtracts from the image, multiplies it with or divides it by; None for any other node."""

@@ -24,7 +24,7 @@ from qface.models.provenance import carry
 from qface.models.tracing import example_input, trace
 from qface.modes import modes_kept
 from qface.preprocessing import dtype_of
-from qface.quantization.layers import layer_of
+from qface.quantization.layers import layer_of, makes_rows
 from qface.quantization.slopes import flatten_slopes, one_slope_per_channel
 
 __all__ = ["Inputs", "add_layer", "canonicalise", "shape_of"]
@@ -52,7 +52,7 @@ def canonicalise(model: nn.Module) -> fx.GraphModule:
         UnsupportedLayerError: a layer with weights is neither convolution, linear, PReLU nor BatchNorm; it is named.
     """
     check_finite(model.state_dict(), "this network")
-    original, model = model, _in_float32(model)
+    model = _in_float32(model)
     copied = _copied(trace(model))
     graph_module = fx.GraphModule(copied, copied.graph)  # drops submodules that no node uses
     _own_layer_per_call(graph_module)
@@ -70,14 +70,14 @@ def canonicalise(model: nn.Module) -> fx.GraphModule:
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     _check_equal(model, graph_module)
-    return carry(original, graph_module)
+    return carry(model, graph_module)
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
     """``model``, or a copy where it computes in another type: scales and integers are exact in float32."""
     if dtype_of(model) == torch.float32:
         return model
-    return carry(model, copy.deepcopy(model).float())
+    return copy.deepcopy(model).float()
 
 
 def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -444,7 +444,7 @@ def _convolutions_to_linear_layers(graph_module: fx.GraphModule) -> None:
     As the last layer, whose output stays float, only that has an integer kernel.
     """
     for node in list(graph_module.graph.nodes):
-        if _covers_its_input(node) and all(_flattens(user) for user in node.users):
+        if _covers_its_input(node) and all(makes_rows(user) for user in node.users):
             convolution = cast(nn.Conv2d, layer_of(node))
             _set_layer(graph_module, str(node.target), _as_linear(convolution))
             flatten = add_layer(graph_module, f"{node.name}_input", nn.Flatten(1))
@@ -460,11 +460,6 @@ def _covers_its_input(node: fx.Node) -> bool:
     if not isinstance(layer, nn.Conv2d) or layer.groups > 1 or layer.dilation != (1, 1):
         return False
     return layer.padding in ("valid", (0, 0)) and layer.kernel_size == shape_of(_input(node)[0])[2:]
-
-
-def _flattens(node: fx.Node) -> bool:
-    layer = layer_of(node)
-    return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def _as_linear(layer: nn.Conv2d) -> nn.Linear:
@@ -497,7 +492,7 @@ def _refuse_unknown_weights(graph_module: fx.GraphModule) -> None:
                 f"layer {node.target!r} is a {type(layer).__name__}, whose weights qface cannot quantize; "
                 "it takes Conv2d, Linear, PReLU and BatchNorm"
             )
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and "weight" not in layer._parameters:
+        if isinstance(layer, _PRODUCTS) and "weight" not in layer._parameters:
             raise UnsupportedLayerError(
                 f"layer {node.target!r} computes its weight when it is called, as torch.nn.utils.spectral_norm does; "
                 "write the weight into it first, as with remove_spectral_norm"

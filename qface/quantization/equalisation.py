@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from qface.models.layers import Add, ChannelAffine
 from qface.quantization.channel_factors import Scalable, scale_inputs, scale_outputs
 from qface.quantization.fake_quantize import LowBitFakeQuantize
-from qface.quantization.layers import WeightedLayer, is_quantizer, layer_of
+from qface.quantization.layers import WeightedLayer, is_quantizer, layer_of, makes_rows
 
 __all__ = ["ChannelGroup", "channel_groups", "equalise"]
 
@@ -64,7 +64,7 @@ def channel_groups(student: fx.GraphModule) -> list[ChannelGroup]:
         layer = layer_of(node)
         inputs = node.all_input_nodes
         passes = is_quantizer(node) or isinstance(layer, _PASSES_FACTORS)
-        if _makes_rows(layer) or ((passes or isinstance(layer, Scalable)) and rows.issuperset(inputs)):
+        if makes_rows(node) or ((passes or isinstance(layer, Scalable)) and rows.issuperset(inputs)):
             rows.add(node)
         if passes:
             for source in inputs:
@@ -78,10 +78,6 @@ def channel_groups(student: fx.GraphModule) -> list[ChannelGroup]:
             for tensor in (node, *inputs):
                 groups.of(tensor).closed = False
     return [group for group in groups.all() if group.closed and group.readers and _channels(group) == 1]
-
-
-def _makes_rows(layer: nn.Module | None) -> bool:
-    return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def _channels(group: ChannelGroup) -> int:

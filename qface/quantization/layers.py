@@ -342,6 +342,12 @@ def is_shape_only(node: fx.Node) -> bool:
     return isinstance(layer_of(node), _SHAPE_ONLY)
 
 
+def makes_rows(node: fx.Node) -> bool:
+    """Whether ``node`` flattens what an image becomes to [N, features]."""
+    layer = layer_of(node)
+    return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+
+
 def is_clamp(node: fx.Node) -> bool:
     """Whether ``node`` is an activation function that the rounding behind it can apply."""
     return isinstance(layer_of(node), _CLAMPS)
