@@ -6,29 +6,55 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import quantface
 import torch
 from accuracy_rows import CALIBRATION_IMAGES, RECIPES
 from paper_rows import Method
-from paper_sources import Model, Sources
-from records import Record, Records, digest
+from paper_sources import Judge, Model, Sources, digest_of_file
+from records import Record, Records
+from safetensors.torch import load_file, save_file
 from stopwatch import timed
 from torch import nn
 
 import qface
-from qface.data import IndexedImages, nested_subset
+from qface.data import IndexedImages, Relabelled, nested_subset
+from qface.distillation.checkpoint import digest_of_images
+from qface.files import replacing
 from qface.models import MODEL_NAMES
 from qface.pruning import cost_of
 
 __all__ = ["Arms", "Unavailable"]
 
 PRUNED_SHARE = 0.2
+FROM_SCRATCH = replace(qface.DistillConfig.paper(), learning_rate=0.1)
+"""For a network that knows nothing yet: the rate that Tencent/TFace, recognition/tasks/ekd, begins with."""
 
 
 class Unavailable(Exception):  # noqa: N818 - it says what is missing, and is no failure
     """Something that a row needs is not there."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model of a table.
+
+    Args:
+        network: the paper's name of it.
+        method: how it comes about.
+        images: what it is tuned on, if anything.
+        settings: all that it depends on.
+    """
+
+    network: str
+    method: Method
+    images: IndexedImages | None
+    settings: Record
+
+    @property
+    def name(self) -> str:
+        """As part of file names."""
+        return f"{self.network}-{self.method.name.replace(' ', '-').replace('%', 'pc')}"
 
 
 @dataclass(frozen=True)
@@ -52,39 +78,72 @@ class Arms:
     max_steps: int | None = None
 
     def figures(self, network: str, method: Method) -> Record:
-        """Figures by column, ``mb`` and ``images`` of a network treated in one way.
+        """Figures by column, ``mb``, ``images`` and ``seconds`` of a network treated in one way.
+
+        None stands for what has no meaning there, and for the seconds of a training that was interrupted.
 
         Raises:
             Unavailable: the network, its images, or everything to judge it on is missing.
         """
-        weights = self.sources.network(network)
-        if weights is None:
-            raise Unavailable(f"no weights of {network}")
         judges = self.sources.judges(network)
         if not judges:
             raise Unavailable(f"nothing to judge {network} on")
-        name = f"{network}-{method.name.replace(' ', '-').replace('%', 'pc')}"
-        settings = self._settings(network, method, weights)
-        kept = {judge: self.records.find(f"{name}-{judge}", settings) for judge in judges}
-        if any(found is None for found in kept.values()):
-            model, facts = self._made(network, method, name, settings)
-            for judge, measure in judges.items():
-                kept[judge] = self.records.recall(f"{name}-{judge}", settings, lambda m=measure: {**facts, **m(model)})
-            shutil.rmtree(self.records.path(name, settings, ".training"), ignore_errors=True)
-        return {key: value for found in kept.values() if found for key, value in found.items()}
+        arm = self._arm(network, method)
+        figures = dict(self.records.recall(arm.name, arm.settings, lambda: self._make(arm)))
+        shutil.rmtree(self._path(arm, ".training"), ignore_errors=True)
+        for name, judge in judges.items():
+            figures |= self._judged(arm, name, judge)
+        return figures
 
-    def _settings(self, network: str, method: Method, weights: Path) -> Record:
-        images = self.sources.training(network, method.labelled)
-        return {
+    def _judged(self, arm: Arm, name: str, judge: Judge) -> Record:
+        settings = arm.settings | {"judged on": judge.word}
+        return self.records.recall(f"{arm.name}-{name}", settings, lambda: judge.measure(self._model(arm)))
+
+    def _arm(self, network: str, method: Method) -> Arm:
+        weights = self._weights(network)
+        images = None if method.kind in ("float", "published") else self._images_of(network, method)
+        if images is not None and images.labels is None:
+            # One training where there is no folder of its own: QuantFace's loss knows nobody's name either way.
+            method = replace(method, labelled=False)
+        settings = {
             "version": qface.__version__,
-            "weights": digest(weights.read_bytes()),
+            "weights": digest_of_file(weights),
             "method": asdict(method),
             "recipe": self._recipe_settings(method) if method.kind in ("ours", "pruned") else None,
             "seed": self.seed,
             "max_steps": self.max_steps,
-            "images": None if images is None or method.kind == "float" else len(images),
-            "teacher": self.teacher_of.get(network) if method.kind == "distilled" else None,
+            "images": None if images is None else digest_of_images(images),
+            "teacher": self._digest_of_teacher(network) if method.kind == "distilled" else None,
+            "published": self._digest_of_published(network, method) if method.kind == "published" else None,
         }
+        return Arm(network, method, images, settings)
+
+    def _weights(self, network: str) -> Path:
+        weights = self.sources.network(network)
+        if weights is None:
+            raise Unavailable(f"no weights of {network}")
+        return weights
+
+    def _images_of(self, network: str, method: Method) -> IndexedImages:
+        images = self.sources.training(network, method.labelled)
+        if images is None:
+            raise Unavailable(f"no faces to tune {network} on")
+        if method.kind == "quantface":
+            images = Relabelled(images, None)
+        return images if method.share == 1 else nested_subset(images, method.share, self.seed)
+
+    def _digest_of_teacher(self, network: str) -> str:
+        return digest_of_file(self._weights(self.teacher_of[network]))
+
+    def _digest_of_published(self, network: str, method: Method) -> str:
+        return digest_of_file(self._published_file(network, method))
+
+    def _published_file(self, network: str, method: Method) -> Path:
+        assert method.bits is not None
+        file = self.sources.published(network, method.bits)
+        if file is None:
+            raise Unavailable(f"no checkpoint of QuantFace for {network} w{method.bits}a{method.bits}")
+        return file
 
     def _recipe_settings(self, method: Method) -> Record:
         recipe = RECIPES[self.recipe]
@@ -94,35 +153,40 @@ class Arms:
             "training": asdict(self._training(method)),
         }
 
-    def _made(self, network: str, method: Method, name: str, settings: Record) -> tuple[Model, Record]:
-        """The model, and what is known of it beside its figures."""
-        if method.kind == "published":
-            return self._published(network, method)
-        teacher = self._teacher(network)
-        if method.kind == "float":
-            return teacher, {"mb": cost_of(teacher).mb, "images": 0, "seconds": 0.0}
-        images = self._images(network, method)
-        folder = self.records.path(name, settings, ".training")
-        make: dict[str, Callable[[], tuple[Model, float]]] = {
-            "ours": lambda: self._ours(teacher, method, images, folder, self.records.path(name, settings, ".onnx")),
-            "pruned": lambda: self._pruned(teacher, images, folder),
-            "quantface": lambda: self._quantface(teacher, method, images, folder),
-            "distilled": lambda: self._distilled(network, method, images, folder),
+    def _path(self, arm: Arm, ending: str) -> Path:
+        return self.records.path(arm.name, arm.settings, ending)
+
+    def _make(self, arm: Arm) -> Record:
+        """Write the model, and tell what is known of it beside its figures."""
+        make: dict[str, Callable[[], float]] = {
+            "float": lambda: self._float(arm),
+            "ours": lambda: self._ours(arm),
+            "pruned": lambda: self._pruned(arm),
+            "quantface": lambda: self._quantface(arm),
+            "published": lambda: self._size_of_quantface(arm),
+            "distilled": lambda: self._distilled(arm),
         }
-        (model, mb), seconds = timed(make[method.kind])
-        return model, {"mb": mb, "images": len(images), "seconds": seconds}
+        resumed = self._path(arm, ".training").exists()
+        mb, seconds = timed(make[arm.method.kind])
+        facts: Record = {"mb": mb}
+        if arm.images is not None:
+            facts |= {"images": len(arm.images), "seconds": None if resumed else seconds}
+        return facts
+
+    def _model(self, arm: Arm) -> Model:
+        """What :meth:`_make` has written: a file for onnxruntime, save QuantFace's, of which there are none."""
+        if arm.method.kind == "published":
+            assert arm.method.bits is not None
+            file, bits = self._published_file(arm.network, arm.method), arm.method.bits
+            return quantface.load_published(file, self._teacher(arm.network), bits, bits)
+        if arm.method.kind == "quantface":
+            student = self._quantface_student(arm)
+            student.load_state_dict(load_file(self._path(arm, ".safetensors")))
+            return student
+        return self._path(arm, ".onnx")
 
     def _teacher(self, network: str) -> nn.Module:
-        weights = self.sources.network(network)
-        if weights is None:
-            raise Unavailable(f"no weights of {network}")
-        return qface.load(weights)
-
-    def _images(self, network: str, method: Method) -> IndexedImages:
-        images = self.sources.training(network, method.labelled)
-        if images is None:
-            raise Unavailable(f"no faces to tune {network} on")
-        return images if method.share == 1 else nested_subset(images, method.share, self.seed)
+        return qface.load(self._weights(network))
 
     def _training(self, method: Method) -> qface.DistillConfig:
         """The settings of the recipe for ``method``; without labels EKD sees negative pairs only, or the teacher's."""
@@ -136,52 +200,58 @@ class Arms:
             max_steps=self.max_steps,
         )
 
-    def _ours(
-        self, teacher: nn.Module, method: Method, images: IndexedImages, folder: Path, file: Path
-    ) -> tuple[Model, float]:
-        recipe = RECIPES[self.recipe]
-        assert method.bits is not None
-        config = replace(recipe.quantization, weight_bits=method.bits, activation_bits=method.bits)
-        calibration = nested_subset(images, min(CALIBRATION_IMAGES, len(images)), self.seed)
-        student = qface.quantize(teacher, config)
+    def _distil(self, student: nn.Module, teacher: nn.Module, arm: Arm, config: qface.DistillConfig) -> None:
+        assert arm.images is not None
+        qface.distill(student, teacher, arm.images, config, run_dir=self._path(arm, ".training"), resume=True)
+
+    def _float(self, arm: Arm) -> float:
+        teacher = self._teacher(arm.network)
+        qface.export(teacher, self._path(arm, ".onnx"))
+        return cost_of(teacher).mb
+
+    def _ours(self, arm: Arm) -> float:
+        recipe, teacher, bits = RECIPES[self.recipe], self._teacher(arm.network), arm.method.bits
+        assert bits is not None and arm.images is not None
+        student = qface.quantize(teacher, replace(recipe.quantization, weight_bits=bits, activation_bits=bits))
+        calibration = nested_subset(arm.images, min(CALIBRATION_IMAGES, len(arm.images)), self.seed)
         qface.calibrate(student, calibration, **recipe.calibration)
-        qface.distill(student, teacher, images, self._training(method), run_dir=folder, resume=True)
-        qface.export(student, file)
-        return file, file.stat().st_size / 1e6
+        self._distil(student, teacher, arm, self._training(arm.method))
+        return qface.export(student, self._path(arm, ".onnx")).stat().st_size / 1e6
 
-    def _pruned(self, teacher: nn.Module, images: IndexedImages, folder: Path) -> tuple[Model, float]:
+    def _pruned(self, arm: Arm) -> float:
+        teacher = self._teacher(arm.network)
         config = qface.PruningConfig(repair=RECIPES[self.recipe].repair)
-        pruned = qface.prune(teacher, PRUNED_SHARE, images, config)
-        qface.distill(pruned, teacher, images, self._training(Method("pruned")), run_dir=folder, resume=True)
-        return pruned, cost_of(pruned).mb
+        pruned = qface.prune(teacher, PRUNED_SHARE, arm.images, config)
+        self._distil(pruned, teacher, arm, self._training(arm.method))
+        qface.export(pruned, self._path(arm, ".onnx"))
+        return cost_of(pruned).mb
 
-    def _quantface(
-        self, teacher: nn.Module, method: Method, images: IndexedImages, folder: Path
-    ) -> tuple[Model, float]:
-        assert method.bits is not None
-        student = quantface.student_of(teacher, method.bits, method.bits)
+    def _quantface(self, arm: Arm) -> float:
+        student = self._quantface_student(arm)
         config = replace(quantface.TRAINING, seed=self.seed, max_steps=self.max_steps)
-        qface.distill(student, teacher, images, config, run_dir=folder, resume=True)
-        return student, cost_of(teacher).mb * method.bits / 32
+        self._distil(student, self._teacher(arm.network), arm, config)
+        tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+        with replacing(self._path(arm, ".safetensors")) as temporary:
+            save_file(tensors, temporary)
+        return self._size_of_quantface(arm)
 
-    def _published(self, network: str, method: Method) -> tuple[Model, Record]:
-        assert method.bits is not None
-        file = self.sources.published(network, method.bits)
-        if file is None:
-            raise Unavailable(f"no checkpoint of QuantFace for {network} w{method.bits}a{method.bits}")
-        model: Any = self._teacher(network)
-        student = quantface.load_published(file, model, method.bits, method.bits)
-        return student, {"mb": cost_of(model).mb * method.bits / 32, "images": 0, "seconds": 0.0}
+    def _quantface_student(self, arm: Arm) -> nn.Module:
+        assert arm.method.bits is not None
+        return quantface.student_of(self._teacher(arm.network), arm.method.bits, arm.method.bits)
 
-    def _distilled(self, network: str, method: Method, images: IndexedImages, folder: Path) -> tuple[Model, float]:
-        """A fresh network of the same kind, which EKD's authors' settings teach."""
-        teacher = self._teacher(self.teacher_of[network])
-        student = _fresh(network, self._teacher(network), self.seed)
-        config = replace(
-            qface.DistillConfig.paper(), class_head=method.class_head, seed=self.seed, max_steps=self.max_steps
-        )
-        qface.distill(student, teacher, images, config, run_dir=folder, resume=True)
-        return student, cost_of(student).mb
+    def _size_of_quantface(self, arm: Arm) -> float:
+        """The paper's formula."""
+        assert arm.method.bits is not None
+        return cost_of(self._teacher(arm.network)).mb * arm.method.bits / 32
+
+    def _distilled(self, arm: Arm) -> float:
+        """A fresh network of the same kind, taught with EKD."""
+        teacher = self._teacher(self.teacher_of[arm.network])
+        student = _fresh(arm.network, self._teacher(arm.network), self.seed)
+        settings = {"class_head": arm.method.class_head, "seed": self.seed, "max_steps": self.max_steps}
+        self._distil(student, teacher, arm, replace(FROM_SCRATCH, **settings))
+        qface.export(student, self._path(arm, ".onnx"))
+        return cost_of(student).mb
 
 
 def _fresh(network: str, trained: nn.Module, seed: int) -> nn.Module:

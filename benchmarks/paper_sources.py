@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from held_out import Embeddings, Halves
+from records import digest
 
 import qface
 from qface.data import ImageFolder, IndexedImages, Relabelled
 from qface.evaluation import embed
 
-__all__ = ["HALF_COLUMNS", "STAND_INS", "Figures", "Model", "Sources"]
+__all__ = ["HALF_COLUMNS", "STAND_INS", "Figures", "Judge", "Model", "Sources", "digest_of_file"]
 
 Model = Any  # what qface.evaluate takes
 Figures = dict[str, float | None]
@@ -26,6 +27,19 @@ HALF_COLUMNS = {"lfw": "LFW, second half", "1e-5": "TPR at 1e-5, second half", "
 _ENDINGS = (".safetensors", ".pth", ".pt", ".onnx")
 _MODEL_ZOO = "InsightFace's model zoo, recognition/arcface_torch: glint360k_cosface_{}_fp16_0.1, backbone.pth"
 _SETS = {"lfw": "lfw.bin", "calfw": "calfw.bin", "cplfw": "cplfw.bin"}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A set of faces to measure models on.
+
+    Args:
+        word: tells it from another set of the same name.
+        measure: gives a model's figures in percent, by their columns.
+    """
+
+    word: str
+    measure: Callable[[Model], Figures]
 
 
 @dataclass(frozen=True)
@@ -77,19 +91,22 @@ class Sources:
         if labelled or images is None:
             return images
         unlabelled = self.data / "unlabelled"
-        return ImageFolder(unlabelled) if unlabelled.is_dir() else Relabelled(images, None)
+        return Relabelled(ImageFolder(unlabelled) if unlabelled.is_dir() else images, None)
 
-    def judges(self, network: str) -> dict[str, Callable[[Model], Figures]]:
-        """What a network is judged on, by name: each gives figures in percent, by their columns."""
+    def judges(self, network: str) -> dict[str, Judge]:
+        """What a network is judged on, by name."""
         if network in STAND_INS:
-            return {"halves": self._on_halves} if self.halves else {}
-        found: dict[str, Callable[[Model], Figures]] = {
-            name: self._on_pairs(name, self.data / file) for name, file in _SETS.items() if (self.data / file).exists()
+            return {"halves": Judge(digest(self.halves.names()), self._on_halves)} if self.halves else {}
+        found = {
+            name: Judge(digest_of_file(self.data / file), self._on_pairs(name, self.data / file))
+            for name, file in _SETS.items()
+            if (self.data / file).exists()
         }
-        if (self.data / "sllfw_pairs.txt").exists() and (self.data / "lfw").is_dir():
-            found["sllfw"] = self._on_pairs("sllfw", self.data / "lfw", self.data / "sllfw_pairs.txt")
+        pairs = self.data / "sllfw_pairs.txt"
+        if pairs.exists() and (self.data / "lfw").is_dir():
+            found["sllfw"] = Judge(digest_of_file(pairs), self._on_pairs("sllfw", self.data / "lfw", pairs))
         if (self.data / "IJBC").is_dir():
-            found["ijbc"] = self._on_ijbc
+            found["ijbc"] = Judge(_digest_of_meta(self.data / "IJBC"), self._on_ijbc)
         return found
 
     def _on_halves(self, model: Model) -> Figures:
@@ -124,6 +141,22 @@ class Sources:
         return lacks + [
             f"no {self.data / file}: {place}" for file, place in wanted.items() if not (self.data / file).exists()
         ]
+
+
+def digest_of_file(path: Path) -> str:
+    """A short word for what is in a file, which is read again only when it has changed."""
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, *_: int) -> str:
+    return digest(path.read_bytes())
+
+
+def _digest_of_meta(folder: Path) -> str:
+    """A word for the lists of IJB-C, by their sizes: they are long."""
+    return digest("\n".join(f"{path.name} {path.stat().st_size}" for path in sorted((folder / "meta").iterdir())))
 
 
 def _percent(share: float | None) -> float | None:

@@ -54,8 +54,9 @@ def command(number: int) -> click.Command:
         output: Path,
         json_file: Path | None,
     ) -> None:
-        output.mkdir(parents=True, exist_ok=True)
         table = TABLES[number]
+        _check_networks(networks, table)
+        output.mkdir(parents=True, exist_ok=True)
         sources = Sources(weights, data)
         arms = Arms(sources, Records(output), recipe, table.teacher_of, seed, max_steps)
         wanted = [row for row in _rows(table, sources) if not networks or row.network in networks]
@@ -75,8 +76,17 @@ def command(number: int) -> click.Command:
                 output,
                 json_file,
             )
+        if any(line["failed"] for line in lines):
+            sys.exit(1)
 
     return main
+
+
+def _check_networks(wanted: Sequence[str], table: PaperTable) -> None:
+    known = [*dict.fromkeys(row.network for row in table.rows), *STAND_INS]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise click.BadParameter(f"table {table.number} has {', '.join(known)}, not {', '.join(unknown)}")
 
 
 def _rows(table: PaperTable, sources: Sources) -> list[Row]:
@@ -99,8 +109,9 @@ def _line(row: Row, arms: Arms) -> Record:
     try:
         measured, teacher = arms.figures(row.network, row.method), arms.figures(row.network, FLOAT)
     except (Unavailable, qface.QFaceError) as error:
-        return {**line, "measured": {}, "missing": str(error)}
-    return {**line, "measured": {**measured, "lost": _lost(row, measured, teacher)}, "missing": None}
+        return {**line, "measured": {}, "missing": str(error), "failed": not isinstance(error, Unavailable)}
+    measured = {**measured, "lost": _lost(row, measured, teacher)}
+    return {**line, "measured": measured, "missing": None, "failed": False}
 
 
 def _printed(row: Row) -> Record:
@@ -175,7 +186,7 @@ def _cells(line: Record, columns: dict[str, str]) -> list[str]:
     images = _cell(measured.get("images"), printed["images"], digits=0)
     size = _cell(measured.get("mb"), printed["mb"])
     lost = _cell(measured.get("lost"), printed["lost"])
-    seconds = "" if "seconds" not in measured else f"{measured['seconds']:.0f}"
+    seconds = "" if measured.get("seconds") is None else f"{measured['seconds']:.0f}"
     last = line["missing"] or ("see below" if line["remark"] else "")
     return [line["network"], line["label"], line["method"], images, size, *figures, lost, seconds, last]
 

@@ -1,26 +1,30 @@
 """QuantFace's way to quantize (Boutros, Damer, Kuijper: QuantFace, ICPR 2022), to compare with in one run.
 
 After its published code: weights on asymmetric grids for each output channel, found anew at each step; activations
-behind PReLUs and residual blocks between the least and the greatest value ever seen, which is followed for the first
+behind PReLUs and residual sums between the least and the greatest value ever seen, which is followed for the first
 299 steps and then kept; slopes on a grid as wide as activations. The student is trained to the teacher's normalised
 embeddings by their squared error, with SGD and Nesterov's momentum, at a rate of 0.1 / 512 an image and gradients of at
-most 5. Batch norms, sums and what they make stay float. There is no integer file of it: weights have zero points of
-their own for each channel, which integer convolutions of onnxruntime do not take, so its students run in torch.
+most 5. Batch norms stay float. There is no integer file of it: weights have zero points of their own for each channel,
+which integer convolutions of onnxruntime do not take, so its students run in torch. Two things differ: weights alone
+decay, and not biases, norms and slopes, and dropout is off.
 
-Layers have the names that they have in QuantFace's files, so that :func:`load_published` finds them.
+Layers of IResNet and MobileFaceNet have the names that they have in QuantFace's files, so that :func:`load_published`
+finds them.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import qface
 from qface.errors import CheckpointError
+from qface.models import Add
 from qface.models.iresnet import IResNetBlock
 from qface.models.mobilefacenet import Bottleneck
 from qface.models.pickled_modules import read_pickled_module
@@ -29,6 +33,7 @@ from qface.preprocessing import preprocessing_of, with_preprocessing
 STEPS_OF_RANGES = 299
 BATCH_SIZE = 64  # of Ef-QuantFace's comparison; QuantFace's is 128
 RATE_OF_AN_IMAGE = 0.1 / 512
+_NOT_READ = ("beta", "beta_t")  # buffers of QuantFace's quantizers that its forward pass leaves alone
 
 TRAINING = qface.DistillConfig(
     batch_size=BATCH_SIZE,
@@ -116,8 +121,10 @@ class RangePReLU(nn.PReLU):
 
 
 def student_of(teacher: nn.Module, weight_bits: int, activation_bits: int) -> nn.Module:
-    """A copy of ``teacher``, an IResNet or a MobileFaceNet, that rounds as QuantFace's students do."""
+    """A copy of ``teacher``, of its blocks or as a graph, that rounds as QuantFace's students do."""
     student = _rounding(copy.deepcopy(teacher), weight_bits, activation_bits)
+    if isinstance(student, fx.GraphModule):
+        _round_sums(student, activation_bits)
     return with_preprocessing(student, preprocessing_of(teacher)).train(teacher.training)
 
 
@@ -132,10 +139,32 @@ def _rounding(module: nn.Module, weight_bits: int, activation_bits: int) -> nn.M
         return rounded
     for name, child in list(module.named_children()):
         changed = _rounding(child, weight_bits, activation_bits)
-        if isinstance(child, IResNetBlock | Bottleneck):
+        if _ends_in_sum(child):
             changed = nn.Sequential(changed, RangeQuantizer(activation_bits))
         setattr(module, name, changed)
     return module
+
+
+def _ends_in_sum(module: nn.Module) -> bool:
+    return isinstance(module, IResNetBlock) or (isinstance(module, Bottleneck) and module._residual)
+
+
+def _round_sums(student: fx.GraphModule, bits: int) -> None:
+    """The same for a network that has no blocks, only the operations in them."""
+    graph = student.graph
+    for node in [node for node in graph.nodes if _is_sum(node, student)]:
+        name = f"{node.name}_quantAct"
+        student.add_submodule(name, RangeQuantizer(bits))
+        with graph.inserting_after(node):
+            rounded = graph.call_module(name, (node,))
+        node.replace_all_uses_with(rounded, delete_user_cb=lambda user, kept=rounded: user is not kept)
+    student.recompile()
+
+
+def _is_sum(node: fx.Node, network: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        return isinstance(network.get_submodule(str(node.target)), Add)
+    return node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
 
 
 def load_published(path: Path, model: nn.Module, weight_bits: int, activation_bits: int) -> nn.Module:
@@ -151,9 +180,13 @@ def load_published(path: Path, model: nn.Module, weight_bits: int, activation_bi
         CheckpointError: the file is of another network.
     """
     student = student_of(model, weight_bits, activation_bits)
-    tensors = read_pickled_module(path)
-    missing = [name for name in student.state_dict() if name not in tensors and not name.endswith(".steps")]
-    if missing:
-        raise CheckpointError(f"{path} lacks {len(missing)} tensors (first: {missing[0]}): it is of another network")
-    student.load_state_dict({name: tensors.get(name, value) for name, value in student.state_dict().items()})
+    own, tensors = student.state_dict(), read_pickled_module(path)
+    differing = [name for name in own if name not in tensors and not name.endswith(".steps")]
+    differing += [name for name in tensors if name not in own and name.rpartition(".")[2] not in _NOT_READ]
+    differing += [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    if differing:
+        raise CheckpointError(
+            f"{path} differs in {len(differing)} tensors (first: {differing[0]}): it is of another network"
+        )
+    student.load_state_dict({name: tensors.get(name, value) for name, value in own.items()})
     return student.eval()

@@ -15,11 +15,13 @@ from PIL import Image
 
 import qface
 from qface.data import ImageFolder
+from qface.models import IResNet, MobileFaceNet
 from tests.benchmarks.scripts import run, script
 from tests.data.ijb import SmallIjb
-from tests.networks import TinyFaceNet, tiny_face_net
+from tests.networks import tiny_face_net, with_statistics
 
 NETWORKS = ("R18", "R34", "R50", "R100")
+STAND_INS = ("mobilefacenet", "iresnet18")
 
 
 def write_bin(path: Path, pairs: int = 20) -> None:
@@ -49,12 +51,31 @@ def paper(data: Path) -> Path:
         lines += [f"{one}/{one}_0001.png", f"{other}/{other}_0002.png"]
     (faces / "sllfw_pairs.txt").write_text("\n".join(lines) + "\n")
     (weights / "quantface").mkdir()
-    quantface = script("quantface")
-    for seed, name in enumerate(NETWORKS):
+    for name in NETWORKS:
         for bits in (6, 8):
-            model = quantface.student_of(tiny_face_net(seed, size=(112, 112)), bits, bits)
-            torch.save(model, weights / "quantface" / f"{name}_w{bits}a{bits}.pth")
+            publish(weights / "quantface" / f"{name}_w{bits}a{bits}.pth", weights / f"{name}.safetensors", bits)
     return data
+
+
+def publish(path: Path, network: Path, bits: int) -> None:
+    """A file as QuantFace's, with some ranges."""
+    tensors = script("quantface").student_of(qface.load(network), bits, bits).state_dict()
+    ranges = {"x_min": torch.tensor([-1.0]), "x_max": torch.tensor([3.0])}
+    torch.save(module_of({name: ranges.get(name.rpartition(".")[2], value) for name, value in tensors.items()}), path)
+
+
+def module_of(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A module that holds ``tensors`` under their names: a graph could not be pickled whole."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = module.get_submodule(part)
+        module.register_buffer(last, tensor)
+    return root
 
 
 def measure(root: Path, number: int, *arguments: str) -> tuple[Any, dict[str, Any]]:
@@ -76,7 +97,7 @@ def test_every_row_is_filled(number: int, paper: Path) -> None:
         assert row["missing"] is None, row
         wanted = row["printed"].keys() - {"mb", "images"}
         assert wanted <= row["measured"].keys()
-        stand_in = row["network"] in ("mobilefacenet", "iresnet18")
+        stand_in = row["network"] in STAND_INS
         columns = ("LFW, second half",) if stand_in else ("lfw", "calfw", "sllfw", "cplfw")
         assert all(row["measured"][key] is not None for key in columns)
         assert row["measured"]["mb"] > 0
@@ -85,6 +106,8 @@ def test_every_row_is_filled(number: int, paper: Path) -> None:
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(table["rows"])
     assert len({line.count("|") for line in rows}) == 1
+    marks = [(row["network"], row["label"]) for row in table["rows"] if row["network"] not in STAND_INS]
+    assert len(set(marks)) == len(marks)
     assert any(line.startswith("- ") for line in page.splitlines())
 
 
@@ -106,6 +129,62 @@ def test_figures_are_measured_once(paper: Path, monkeypatch: pytest.MonkeyPatch)
     result, again = measure(paper, 4, "--networks", "R34")
     assert result.exit_code == 0, result.output
     assert again == first
+
+
+def test_a_set_that_comes_later_asks_for_no_training(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = (paper / "data" / "calfw.bin").rename(paper / "calfw.bin")
+    _, first = measure(paper, 4, "--networks", "R34")
+    later.rename(paper / "data" / "calfw.bin")
+    for verb in ("calibrate", "distill"):
+        monkeypatch.setattr(qface, verb, lambda *_, **__: pytest.fail("made again"))
+    result, again = measure(paper, 4, "--networks", "R34")
+    assert result.exit_code == 0, result.output
+    for before, after in zip(first["rows"], again["rows"], strict=True):
+        assert set(after["measured"]) - set(before["measured"]) == {"calfw"}
+        assert before["measured"].items() <= after["measured"].items()
+
+
+@pytest.mark.parametrize("file", ["weights/quantface/R18_w6a6.pth", "data/lfw.bin"])
+def test_a_file_that_was_replaced_is_measured_again(file: str, paper: Path) -> None:
+    def published() -> dict[str, Any]:
+        _, table = measure(paper, 2, "--networks", "R18")
+        return next(row["measured"] for row in table["rows"] if row["method"] == "published w6a6")
+
+    before = published()
+    if file.endswith("bin"):
+        write_bin(paper / file, pairs=12)
+    else:
+        publish(paper / file, paper / "weights" / "R34.safetensors", 6)
+    after = published()
+    changed = {key for key in before if before[key] != after[key]}
+    assert "lfw" in changed
+    assert ("sllfw" in changed) == file.endswith("pth")
+
+
+def test_quantfaces_arms_are_one_where_they_see_the_same_images(paper: Path) -> None:
+    def arms() -> list[dict[str, Any]]:
+        _, table = measure(paper, 1, "--networks", "mobilefacenet")
+        return [row["measured"] for row in table["rows"] if row["method"].startswith("quantface")]
+
+    labelled, unlabelled = arms()
+    assert labelled == unlabelled
+    crops = paper / "data" / "unlabelled" / "0"
+    crops.mkdir(parents=True)
+    for number, path in enumerate(ImageFolder(paper / "data" / "lfw").paths[:8]):
+        (crops / f"{number}.png").write_bytes(path.read_bytes())
+    labelled_again, unlabelled = arms()
+    assert labelled_again == labelled
+    assert unlabelled["images"] == 8 != labelled["images"]
+
+
+def test_networks_that_no_table_has_and_rows_that_fail(paper: Path) -> None:
+    result = run("table1", "--weights", paper / "weights", "--data", paper / "data", "--networks", "r18")
+    assert result.exit_code == 2
+    assert "table 1 has R18, R34, R50, mobilefacenet, iresnet18, not r18" in result.output
+    (paper / "weights" / "R34.safetensors").write_bytes(b"damaged")
+    result, table = measure(paper, 4, "--networks", "R34")
+    assert result.exit_code == 1
+    assert all("R34.safetensors is no complete" in row["missing"] for row in table["rows"])
 
 
 def test_an_interrupted_table_shows_what_is_there(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,11 +277,47 @@ def test_quantface_starts_near_its_teacher() -> None:
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_a_published_file_of_another_network_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [IResNet((1, 1, 1, 1)), MobileFaceNet(16)], ids=lambda model: type(model).__name__)
+def test_quantface_rounds_the_same_places_in_modules_and_in_graphs(model: torch.nn.Module, tmp_path: Path) -> None:
     quantface = script("quantface")
-    torch.save(tiny_face_net(size=(112, 112)), tmp_path / "R18_w6a6.pth")
+    with_statistics(model).eval()
+    qface.save(model, tmp_path / "network.safetensors")
+    qface.export(model, tmp_path / "network.onnx")
+    networks = (model, *(qface.load(tmp_path / f"network.{ending}") for ending in ("safetensors", "onnx")))
+    students = [quantface.student_of(network, 6, 6) for network in networks]
+    counts = [sum(isinstance(layer, quantface.RangeQuantizer) for layer in each.modules()) for each in students]
+    sums = 4 if isinstance(model, IResNet) else 12
+    assert counts == [sums + sum(isinstance(layer, torch.nn.PReLU) for layer in model.modules())] * 3
+    images = torch.randn(2, 3, *qface.preprocessing.preprocessing_of(model).size)
+    assert torch.equal(followed(students[0], images), followed(students[1], images))
+
+
+def followed(student: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Embeddings after the ranges of ``images`` were seen."""
+    for module in student.modules():
+        module.training = hasattr(module, "x_max")
+    with torch.no_grad():
+        student(images)
+        return student.eval()(images)
+
+
+@pytest.mark.parametrize("change", ["other names", "more layers", "other shapes"])
+def test_a_published_file_of_another_network_is_refused(change: str, tmp_path: Path) -> None:
+    quantface = script("quantface")
+    model = tiny_face_net(size=(112, 112))
+    file = tmp_path / "R18_w6a6.pth"
+    tensors = quantface.student_of(model, 6, 6).state_dict()
+    torch.save(module_of(tensors | {"stem.beta": torch.ones(1)}), file)
+    quantface.load_published(file, model, 6, 6)
+    first = next(iter(tensors))
+    other = {
+        "other names": {f"other.{name}": value for name, value in tensors.items()},
+        "more layers": tensors | {"layer9.weight": torch.ones(3)},
+        "other shapes": tensors | {first: torch.ones(1, 2)},
+    }
+    torch.save(module_of(other[change]), file)
     with pytest.raises(qface.QFaceError, match="it is of another network"):
-        quantface.load_published(tmp_path / "R18_w6a6.pth", TinyFaceNet(), 6, 6)
+        quantface.load_published(file, model, 6, 6)
 
 
 def test_training_time(data: Path) -> None:
