@@ -21,7 +21,7 @@ def check_folder(path: str | Path) -> None:
     """
     _check_replaceable(Path(path))
     folder = Path(path).parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise ExportError(
             f"cannot write {path}: {folder} is no folder that can be written to; choose another or make it"
         )
@@ -52,7 +52,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     _check_replaceable(Path(path))
     path = Path(os.path.realpath(path))
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        # Not named after the file, whose name may be as long as names can be.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".qface-", suffix=".part")
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}; choose a folder that exists") from error
     os.close(handle)
@@ -69,7 +70,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def _check_replaceable(path: Path) -> None:
     # A folder would only be in the way, but a device would be gone.
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ExportError(f"cannot write {path}: it is a folder or a device; choose the name of a file")
 
 

@@ -29,6 +29,17 @@ def test_an_old_file_is_replaced_at_the_end(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 255)
+    with replacing(path) as temporary:
+        assert temporary.name.startswith(".")
+        assert temporary.suffix == ".part"
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    with pytest.raises(ExportError, match="File name too long"), replacing(tmp_path / ("x" * 256)):
+        pass
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file"

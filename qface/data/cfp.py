@@ -13,6 +13,7 @@ Images must be aligned crops; :func:`qface.align` makes such a folder of ``Data`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from qface.data.decoding import UNREADABLE, decode, stack_crops
 from qface.data.folders import EXTENSIONS
 from qface.data.pairs import PairedImages, ResolvedPairs
-from qface.data.text_lines import numbered_lines
+from qface.data.text_lines import numbered_lines, whole_number
 from qface.errors import ImagesError, PairsError, one_line
 
 __all__ = ["CfpSplit", "is_cfp_split"]
@@ -33,9 +34,11 @@ _LISTS = {"FF": ("F", "F"), "FP": ("F", "P")}
 
 
 def is_cfp_split(path: Path) -> bool:
-    """Whether ``path`` is ``Protocol/Split/FF`` or ``Protocol/Split/FP`` of CFP."""
+    """Whether ``path`` is the folder ``Protocol/Split/FF`` or ``Protocol/Split/FP`` of CFP."""
+    if not os.path.isdir(path):  # before resolve, which raises for names that no folder can have
+        return False
     path = path.resolve()  # it may be ``.``
-    return path.name in _LISTS and (path.parent.parent / "Pair_list_F.txt").exists()
+    return path.name in _LISTS and os.path.exists(path.parent.parent / "Pair_list_F.txt")
 
 
 class CfpSplit(PairedImages):
@@ -50,14 +53,14 @@ class CfpSplit(PairedImages):
         paths: the images.
 
     Raises:
-        PairsError: a list is malformed.
-        ImagesError: a list or an image is missing.
+        PairsError: it is no such folder, or a list is malformed.
+        ImagesError: a list or an image is missing, or a folder cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not is_cfp_split(Path(path)):
+            raise PairsError(f"{path} is no split of CFP: pass its folder Protocol/Split/FF or Protocol/Split/FP")
         self.path = Path(path).resolve()
-        if not is_cfp_split(self.path):
-            raise PairsError(f"{self.path} is no split of CFP: pass its folder Protocol/Split/FF or Protocol/Split/FP")
         protocol = self.path.parent.parent
         images = {name: _listed(protocol / f"Pair_list_{name}.txt") for name in set(_LISTS[self.path.name])}
         numbers, same, fold = _numbers(self.path)
@@ -96,31 +99,38 @@ def _listed(path: Path) -> dict[int, str]:
     images = {}
     for number, line in numbered_lines(path):
         fields = line.split(maxsplit=1)
-        name = fields[-1].strip().replace("\\", "/")
-        if len(fields) != 2 or not fields[0].isdecimal() or "Data/" not in name:
+        key = whole_number(fields[0])
+        _, data, name = fields[-1].strip().replace("\\", "/").partition("Data/")
+        if len(fields) != 2 or key is None or not data or ".." in name.split("/"):
             raise PairsError(f"{path}, line {number}: expected 'number ../Data/Images/...', not {line.strip()!r}")
-        images[int(fields[0])] = name[name.index("Data/") :]
+        images[key] = data + name
     return images
 
 
 def _numbers(split: Path) -> tuple[list[list[int]], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
     """Both numbers of each pair, whether it is of one person, and its fold."""
-    folders = sorted(folder for folder in split.iterdir() if folder.is_dir() and folder.name.isdecimal())
     numbers: list[list[int]] = []
     same: list[bool] = []
     fold: list[int] = []
-    for position, folder in enumerate(folders):
+    for position, folder in enumerate(_folds(split)):
         for file, is_same in (("same.txt", True), ("diff.txt", False)):
             for number, line in numbered_lines(folder / file):
-                fields = line.split(",")
-                if len(fields) != 2 or not all(field.strip().isdecimal() for field in fields):
+                one, other = (whole_number(field.strip()) for field in line.partition(",")[::2])
+                if one is None or other is None:
                     raise PairsError(f"{folder / file}, line {number}: expected 'number,number', not {line.strip()!r}")
-                numbers.append([int(field) for field in fields])
+                numbers.append([one, other])
                 same.append(is_same)
                 fold.append(position)
     if not numbers:
         raise PairsError(f"{split} holds no pairs: expected folders 01 to 10 with same.txt and diff.txt")
     return numbers, np.array(same, np.bool_), np.array(fold, np.int64)
+
+
+def _folds(split: Path) -> list[Path]:
+    try:
+        return sorted(folder for folder in split.iterdir() if folder.name.isdecimal() and folder.is_dir())
+    except OSError as error:
+        raise ImagesError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to") from error
 
 
 def _look_up(split: Path, images: dict[int, str], numbers: Sequence[int]) -> list[str]:
@@ -134,9 +144,7 @@ def _look_up(split: Path, images: dict[int, str], numbers: Sequence[int]) -> lis
 
 def _on_disk(path: Path) -> Path:
     """``path``, with whatever ending it has there."""
-    if path.exists():
-        return path
-    for ending in sorted(EXTENSIONS):
-        if path.with_suffix(ending).exists():
-            return path.with_suffix(ending)
+    for candidate in (path, *map(path.with_suffix, sorted(EXTENSIONS))):
+        if os.path.exists(candidate):
+            return candidate
     raise ImagesError(f"there is no image {path}: align CFP's folder Data to this place")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import posixpath
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import ExifTags, Image
 
@@ -47,7 +48,7 @@ class AlignmentReport:
         present: crops that were there already.
         faceless: photos without a face, or, where landmarks were given, without a line, or with a line that names one
             place five times.
-        unreadable: files that are no images of 8 bits a channel.
+        unreadable: files that are damaged, hold 16-bit grey, or are no JPEG, PNG, BMP, WebP or GIF inside.
     """
 
     photos: int
@@ -74,7 +75,7 @@ def align(
     camera says.
 
     Args:
-        photos: a folder of photos, with subfolders or not.
+        photos: a folder of photos, with subfolders or not, or links to folders; each folder is read once.
         crops: the folder to write; it is made.
         landmarks: a file of landmarks (:func:`qface.data.read_landmarks`), by names relative to ``photos``; None
             looks for faces.
@@ -82,7 +83,8 @@ def align(
         progress: show a bar on stderr.
 
     Raises:
-        ImagesError: there are no photos, or a folder of theirs or the landmarks cannot be read.
+        ImagesError: there are no photos, a folder of theirs or the landmarks cannot be read, or the landmarks are of
+            other photos.
         ExportError: two photos would give one crop, or crops cannot be written, or would lie among the photos.
         DependencyError: there is nothing to look for faces with.
     """
@@ -91,8 +93,8 @@ def align(
         raise ExportError(f"crops would lie among the photos in {photos}: choose another folder")
     names = _photos(photos, crops)
     targets = _targets(names, crops)
-    missing = {name: target for name, target in targets.items() if not target.exists()}
-    locate = _locator(landmarks, detector) if missing else None
+    missing = {name: target for name, target in targets.items() if not os.path.exists(target)}
+    locate = _locator(names, landmarks, detector) if missing else None
     faceless, unreadable = [], []
     for name, target in track(missing.items(), "align", progress, len(missing)):
         assert locate is not None
@@ -114,7 +116,7 @@ def _upright(path: Path) -> Image.Image:
     """The photo at ``path`` in RGB, turned as its camera says.
 
     Raises:
-        ValueError: it has more than 8 bits a channel. Damage raises what :data:`UNREADABLE` lists.
+        ValueError: it is 16-bit grey. Damage and other formats raise what :data:`UNREADABLE` lists.
     """
     with opened(path) as photo:
         turn = _TURNS.get(_orientation(photo))
@@ -138,7 +140,7 @@ def _crop(photo: Image.Image, points: Landmarks | None) -> Image.Image | None:
 
 def _photos(root: Path, crops: Path) -> list[str]:
     """Names of all images below ``root``, relative to it, sorted; without those below ``crops``."""
-    if not root.is_dir():
+    if not os.path.isdir(root):  # unlike Path.is_dir, False for names that no folder can have
         raise ImagesError(f"{root} is no folder: pass a folder of photos")
     names = sorted(
         path.relative_to(root).as_posix() for path in _files(root, crops) if path.suffix.lower() in EXTENSIONS
@@ -149,16 +151,35 @@ def _photos(root: Path, crops: Path) -> list[str]:
 
 
 def _files(root: Path, left_out: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _same(Path(folder) / name, left_out)]
-        yield from (Path(folder) / name for name in files if not name.startswith("."))
+    """The files below ``root`` and behind its links, each folder once: loops end, and own names go before links."""
+    seen = {_identity(left_out)} if os.path.isdir(left_out) else set()
+    starts = [root]
+    for start in starts:  # links that are met come after all else
+        for text, folders, files in os.walk(start, onerror=_refuse):
+            folder = Path(text)
+            if _identity(folder) in seen:
+                folders.clear()
+                continue
+            seen.add(_identity(folder))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            starts += [folder / name for name in folders if os.path.islink(folder / name)]
+            yield from (folder / name for name in files if not name.startswith("."))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """What one folder has under all its names."""
+    try:
+        status = folder.stat()
+    except OSError as error:
+        _refuse(error)
+    return status.st_dev, status.st_ino
 
 
 def _same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
+    return os.path.exists(one) and os.path.exists(other) and one.samefile(other)
 
 
-def _refuse(error: OSError) -> None:
+def _refuse(error: OSError) -> NoReturn:
     raise ImagesError(
         f"{error.filename} cannot be read ({error.strerror}): give yourself the right to, or move it away"
     )
@@ -175,12 +196,31 @@ def _targets(names: list[str], crops: Path) -> dict[str, Path]:
     return targets
 
 
-def _locator(landmarks: str | Path | None, detector: Detector | None) -> Locate:
+def _locator(names: list[str], landmarks: str | Path | None, detector: Detector | None) -> Locate:
     if landmarks is not None:
-        known: Mapping[str, Landmarks] = {face.file: face.points for face in read_landmarks(landmarks)}
+        known = _points_of(names, landmarks)
         return lambda name, photo: known.get(name)
     found = default_detector() if detector is None else detector
     return lambda name, photo: main_face(found, photo)
+
+
+def _points_of(names: list[str], landmarks: str | Path) -> dict[str, Landmarks]:
+    """The landmarks of each photo that has a line."""
+    photos = set(names)
+    faces = read_landmarks(landmarks)
+    known = {name: face.points for face in faces if (name := _photo_of(face.file, photos)) is not None}
+    if not known:
+        raise ImagesError(
+            f"no line of {landmarks} is of a photo (first line: {faces[0].file}, first photo: {names[0]}): "
+            "name photos as they lie below their folder"
+        )
+    return known
+
+
+def _photo_of(file: str, photos: Collection[str]) -> str | None:
+    """Which of ``photos`` a line means by ``file``; as it stands goes first, since names may hold backslashes."""
+    spellings = (file, posixpath.normpath(file), posixpath.normpath(file.replace("\\", "/")))
+    return next((name for name in spellings if name in photos), None)
 
 
 def _write(crop: Image.Image, target: Path) -> None:

@@ -20,12 +20,16 @@ __all__ = ["UNREADABLE", "decode", "opened", "size_of", "stack_crops"]
 # What Pillow raises for a damaged file depends on the format and on where the damage lies.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
+# Pillow goes by content, not by name: it would run Ghostscript over EPS, and its readers of rare formats raise more
+# than UNREADABLE where a file is damaged.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # MPO is opened as JPEG
+
 
 def size_of(file: Path) -> tuple[int, int]:
     """Width and height in pixels, from the header alone.
 
     Raises:
-        ValueError: it has more than 8 bits a channel. Damage raises what :data:`UNREADABLE` lists.
+        ValueError: it is 16-bit grey. Damage and other formats raise what :data:`UNREADABLE` lists.
     """
     with opened(file) as image:
         width, height = image.size
@@ -36,27 +40,26 @@ def size_of(file: Path) -> tuple[int, int]:
 def opened(file: str | Path | io.BytesIO) -> Iterator[Image.Image]:
     """The image in ``file``, whose pixels are not read yet.
 
-    16-bit and float pixels are refused: Pillow clips them when it converts them to bytes, to white images.
+    16-bit grey is refused: Pillow clips it when it converts it to bytes, to white images. 16-bit colour it scales.
 
     Raises:
-        ValueError: it has more than 8 bits a channel. Damage raises what :data:`UNREADABLE` lists.
+        ValueError: it is 16-bit grey. Damage and other formats raise what :data:`UNREADABLE` lists.
     """
-    with Image.open(file) as image:
+    with Image.open(file, formats=_FORMATS) as image:
         _check_depth(image)
         yield image
 
 
 def _check_depth(image: Image.Image) -> None:
-    if image.mode.startswith(("I", "F")):
-        raise ValueError("it has more than 8 bits a channel")
+    if image.mode.startswith("I"):
+        raise ValueError("it is 16-bit grey, not 8-bit")
 
 
 def decode(content: Path | bytes) -> npt.NDArray[np.uint8]:
     """The pixels of a 112x112 crop, uint8 [112, 112, 3] in RGB.
 
     Raises:
-        ValueError: it is of another size, or has more than 8 bits a channel. Damage raises what :data:`UNREADABLE`
-            lists.
+        ValueError: it is of another size, or 16-bit grey. Damage and other formats raise what :data:`UNREADABLE` lists.
     """
     with opened(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
         if image.size != (CROP_SIZE, CROP_SIZE):
@@ -65,5 +68,6 @@ def decode(content: Path | bytes) -> npt.NDArray[np.uint8]:
 
 
 def stack_crops(crops: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-    """Crops [height, width, 3] as one batch, uint8 [len(crops), 3, height, width]."""
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+    """Crops [112, 112, 3] as one batch, uint8 [len(crops), 3, 112, 112]; there may be none."""
+    batch = np.array(crops, np.uint8).reshape(len(crops), CROP_SIZE, CROP_SIZE, 3)
+    return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()

@@ -35,7 +35,7 @@ def default_detector() -> Detector:
         ) from error
     try:
         return RetinaFace()  # type: ignore[no-any-return]
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: half a file, which does not fit its hash
         raise DependencyError(
             f"the detector's weights cannot be fetched ({one_line(error)}): give the landmarks of the photos"
         ) from error

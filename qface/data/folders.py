@@ -110,7 +110,7 @@ class ImageFolder(IndexedImages):
 
 def _scan(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     """The loose images of ``root`` and, by name, those of its subfolders; one of the two is empty."""
-    if not root.is_dir():
+    if not os.path.isdir(root):  # unlike Path.is_dir, False for names that no folder can have
         raise ImagesError(f"{root} is no folder: pass a folder of {CROP_SIZE}x{CROP_SIZE} face crops")
     try:
         with os.scandir(root) as entries:

@@ -6,6 +6,7 @@ tensor, or a loader that yields them) are already normalised and reach the model
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ class TensorImages(IndexedImages):
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """The images at ``indices``."""
-        return self.images[torch.as_tensor(list(indices))]
+        return self.images[torch.as_tensor(list(indices), dtype=torch.int64)]
 
 
 class LoaderImages(ImageSource):
@@ -162,7 +163,8 @@ def _from_path(path: Path, people: str | Path | None) -> ImageSource:
     from qface.data.verification_bin import VerificationBin
 
     files = {".rec": RecordImages, ".bin": VerificationBin}
-    reader = CfpSplit if is_cfp_split(path) else files.get(path.suffix) if not path.is_dir() else None
+    is_folder = os.path.isdir(path)  # unlike Path.is_dir, False for names that no folder can have
+    reader = CfpSplit if is_cfp_split(path) else files.get(path.suffix.lower()) if not is_folder else None
     if reader is None:
         return ImageFolder(path, people=people)
     if people is not None:

@@ -25,12 +25,12 @@ class FaceLandmarks:
     Args:
         file: the photo's name.
         points: float64 [5, 2]; see :data:`qface.data.alignment.Landmarks`.
-        score: how sure the detector was; 1 where the line has none.
+        score: how sure the detector was; None where the line has none.
     """
 
     file: str
     points: Landmarks
-    score: float
+    score: float | None
 
 
 def read_landmarks(path: str | Path) -> list[FaceLandmarks]:
@@ -47,27 +47,23 @@ def read_landmarks(path: str | Path) -> list[FaceLandmarks]:
 
 
 def _face(path: Path, number: int, line: str) -> FaceLandmarks:
-    numbers = _numbers(line.split())
     # File names may hold blanks, and perhaps numbers: what counts is how the line ends.
-    for count in (11, 10):
-        if len(numbers) >= count:
-            points = np.array(numbers[-count:][:10], np.float64).reshape(5, 2)
-            name = line.rsplit(maxsplit=count)[0].strip()
-            return FaceLandmarks(name, points, numbers[-1] if count == 11 else 1.0)
+    numbers = _numbers(line.split())[-11:]
+    if len(numbers) >= 10 and all(map(math.isfinite, numbers)):
+        points = np.array(numbers[:10], np.float64).reshape(5, 2)
+        name = line.rsplit(maxsplit=len(numbers))[0].strip()
+        return FaceLandmarks(name, points, numbers[10] if len(numbers) == 11 else None)
     raise ImagesError(
         f"{path}, line {number}: expected 'file x1 y1 ... x5 y5' with a score or not, not {line.strip()!r}"
     )
 
 
 def _numbers(fields: list[str]) -> list[float]:
-    """The finite numbers that ``fields`` end in, save the first field."""
+    """The numbers that ``fields`` end in, save the first field."""
     numbers: list[float] = []
     for text in reversed(fields[1:]):
         try:
-            value = float(text)
+            numbers.append(float(text))
         except ValueError:
             break
-        if not math.isfinite(value):
-            break
-        numbers.append(value)
     return numbers[::-1]

@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from qface.data.folders import ImageFolder
 from qface.data.images import IndexedImages
-from qface.data.text_lines import numbered_lines
+from qface.data.text_lines import numbered_lines, whole_number
 from qface.errors import PairsError
 
 __all__ = ["PairList", "PairedImages", "ResolvedPairs", "read_lfw_pairs", "read_pairs", "resolve_pairs"]
 
 _FOLDS = 10  # where a format has none of its own
+
+LineT = TypeVar("LineT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,17 +111,18 @@ def _read_calfw_pairs(path: Path) -> PairList:
     files, numbers = [], []
     for number, line in numbered_lines(path, PairsError):
         fields = line.split()
-        if len(fields) != 2 or not fields[1].isdecimal():
+        kind = whole_number(fields[-1])
+        if len(fields) != 2 or kind is None:
             raise PairsError(f"{path}, line {number}: expected 'name_0001.jpg' and a number, not {line.strip()!r}")
         files.append(fields[0])
-        numbers.append(fields[1])
+        numbers.append(kind)
     for pair, (one, other) in enumerate(_twos(path, numbers)):
         if one != other:
             raise PairsError(f"{path}: the lines of pair {pair + 1} end in different numbers, {one} and {other}")
-    return _of_files(path, files, [int(one) != 0 for one, _ in _twos(path, numbers)])
+    return _of_files(path, files, [one != 0 for one, _ in _twos(path, numbers)])
 
 
-def _twos(path: Path, lines: Sequence[str]) -> list[tuple[str, str]]:
+def _twos(path: Path, lines: Sequence[LineT]) -> list[tuple[LineT, LineT]]:
     if not lines or len(lines) % 2:
         raise PairsError(f"{path} holds {len(lines)} lines, and needs two for each pair: restore the file")
     return list(zip(lines[::2], lines[1::2], strict=True))
@@ -255,6 +259,7 @@ def _header(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[int, int]:
 
 
 def _faces(path: Path, number: int, line: str, is_same: bool) -> tuple[str, str]:
+    line = line.strip()  # a tab at the end begins no field
     fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
     expected = 3 if is_same else 4
     if len(fields) == expected:
@@ -263,7 +268,7 @@ def _faces(path: Path, number: int, line: str, is_same: bool) -> tuple[str, str]
         if a is not None and b is not None:
             return _image(name, a), _image(other_name[0] if other_name else name, b)
     wanted = "a same pair 'name<TAB>i<TAB>j'" if is_same else "a different pair 'name1<TAB>i<TAB>name2<TAB>j'"
-    raise PairsError(f"{path}, line {number}: expected {wanted}, not {line.strip()!r}")
+    raise PairsError(f"{path}, line {number}: expected {wanted}, not {line!r}")
 
 
 def _image(name: str, number: int) -> str:
@@ -271,4 +276,4 @@ def _image(name: str, number: int) -> str:
 
 
 def _positive(field: str) -> int | None:
-    return int(field) if field.isdecimal() and int(field) > 0 else None
+    return whole_number(field) or None

@@ -12,6 +12,7 @@ The first two name the same images in the same order.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from qface.data.alignment import align
 from qface.data.decoding import UNREADABLE, opened, stack_crops
 from qface.data.images import IndexedImages
 from qface.data.landmarks import FaceLandmarks, read_landmarks
-from qface.data.text_lines import numbered_lines
+from qface.data.text_lines import numbered_lines, whole_number
 from qface.errors import ImagesError, PairsError, one_line
 
 __all__ = ["LooseCrops", "TemplateSet", "read_templates"]
@@ -70,7 +71,7 @@ class TemplateSet:
 
     Args:
         images: the images.
-        scores: float32 [images], how sure the detector was of each.
+        scores: float32 [images], how sure the detector was of each; None where it is not told of all of them.
         templates: int64 [images], which template each belongs to, from 0 in the order of ``names``.
         media: int64 [images], the photo or video that each comes from.
         names: int64 [templates], the numbers that the files give templates, ascending.
@@ -80,7 +81,7 @@ class TemplateSet:
     """
 
     images: LooseCrops
-    scores: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32] | None
     templates: npt.NDArray[np.int64]
     media: npt.NDArray[np.int64]
     names: npt.NDArray[np.int64]
@@ -104,7 +105,7 @@ def read_templates(root: str | Path) -> TemplateSet:
     first, second, same = _read_pairs(files["pairs"], templates)
     return TemplateSet(
         images=LooseCrops(root / "loose_crop", faces),
-        scores=np.array([face.score for face in faces], np.float32),
+        scores=_scores(faces),
         templates=positions.astype(np.int64),
         media=media,
         names=templates,
@@ -115,10 +116,15 @@ def read_templates(root: str | Path) -> TemplateSet:
 
 
 def _the_one(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
+    found = glob.glob(pattern, root_dir=folder)  # without names that begin with a dot, unlike Path.glob
     if len(found) != 1:
         raise ImagesError(f"{folder} holds {len(found)} files {pattern}, not one: pass the folder of IJB-B or IJB-C")
-    return found[0]
+    return folder / found[0]
+
+
+def _scores(faces: Sequence[FaceLandmarks]) -> npt.NDArray[np.float32] | None:
+    scores = [face.score for face in faces if face.score is not None]
+    return np.array(scores, np.float32) if len(scores) == len(faces) else None
 
 
 def _read_faces(path: Path, faces: Sequence[FaceLandmarks]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -126,22 +132,22 @@ def _read_faces(path: Path, faces: Sequence[FaceLandmarks]) -> tuple[npt.NDArray
     rows = []
     for position, (number, line) in enumerate(numbered_lines(path)):
         fields = line.split()
-        if len(fields) != 3 or not (_is_number(fields[1]) and _is_number(fields[2])):
+        numbers = [_number(field) for field in fields[1:]]
+        if len(numbers) != 2 or None in numbers:
             raise ImagesError(f"{path}, line {number}: expected 'image template media', not {line.strip()!r}")
         if position < len(faces) and fields[0] != faces[position].file:
             raise ImagesError(f"{path}, line {number} is of {fields[0]}, and the landmarks of {faces[position].file}")
-        rows.append((int(fields[1]), int(fields[2])))
+        rows.append(numbers)
     if len(rows) != len(faces):
         raise ImagesError(f"{path} names {len(rows)} images, and the landmarks {len(faces)}: restore the files")
-    try:
-        table = np.array(rows, np.int64)
-    except OverflowError:
-        raise ImagesError(f"{path} holds a number of more than 18 digits: restore the file") from None
+    table = np.array(rows, np.int64)
     return table[:, 0], table[:, 1]
 
 
-def _is_number(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
+def _number(text: str) -> int | None:
+    """The number that ``text`` is, negative or not."""
+    number = whole_number(text.removeprefix("-"))
+    return -number if number is not None and text.startswith("-") else number
 
 
 def _read_pairs(
@@ -149,7 +155,7 @@ def _read_pairs(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
     """Each pair's templates, as positions in ``templates``, and whether they are of one person."""
     try:
-        table = np.loadtxt(path, np.int64, comments=None, ndmin=2)
+        table = np.loadtxt(path, np.int64, comments=None, ndmin=2, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise PairsError(f"{path} cannot be read as pairs of templates: {one_line(error)}") from error
     if not table.size or table.shape[1] != 3 or not np.isin(table[:, 2], (0, 1)).all():

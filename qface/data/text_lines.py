@@ -1,4 +1,4 @@
-"""Lines of text files, with the numbers that messages about them need."""
+"""Lines of text files, with the numbers that messages about them need, and the whole numbers that they hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 from qface.errors import ImagesError, QFaceError
 
-__all__ = ["numbered_lines"]
+__all__ = ["numbered_lines", "whole_number"]
+
+_MOST_DIGITS = 18  # of numbers that int64 holds; from 4,301 on, int() raises
 
 
 def numbered_lines(path: Path, error: type[QFaceError] = ImagesError) -> Iterator[tuple[int, str]]:
@@ -23,5 +25,10 @@ def numbered_lines(path: Path, error: type[QFaceError] = ImagesError) -> Iterato
                     yield number, line
     except FileNotFoundError:
         raise error(f"there is no file {path}: check the path") from None
-    except (OSError, UnicodeDecodeError) as cause:
+    except (OSError, ValueError) as cause:
         raise error(f"{path} cannot be read as text: {cause}") from cause
+
+
+def whole_number(text: str) -> int | None:
+    """The number that ``text`` is, from 0 on; None where it is no decimal one of at most 18 digits."""
+    return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None

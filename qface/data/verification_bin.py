@@ -1,15 +1,13 @@
 """InsightFace's verification sets, ``lfw.bin``, ``cfp_fp.bin``, ``agedb_30.bin`` and others.
 
 Each is a pickle of two lists: encoded images, two for each pair, and whether the two show one person. It is read
-without running what a pickle may ask for: of all that it may name, only what rebuilds bytes and arrays is known here.
+without running what a pickle may ask for (:mod:`qface.data.pickled_arrays`).
 Folds are as InsightFace's: ten runs of pairs in the order of the file.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,12 @@ from torch import Tensor
 
 from qface.data.decoding import UNREADABLE, decode, stack_crops
 from qface.data.pairs import PairedImages, ResolvedPairs
+from qface.data.pickled_arrays import PickledArray, read_pickle
 from qface.errors import ImagesError, PairsError, one_line
-from qface.pickles import check_pickle
 
 __all__ = ["VerificationBin"]
 
 _FOLDS = 10
-_NUMPY = {"_reconstruct": "numpy._core.multiarray", "scalar": "numpy._core.multiarray"}
 
 
 class VerificationBin(PairedImages):
@@ -81,51 +78,37 @@ def _folds(pairs: int) -> npt.NDArray[np.int64]:
 def _read(path: Path) -> tuple[list[bytes], npt.NDArray[np.bool_]]:
     try:
         with path.open("rb") as file:
-            check_pickle(file)
-            content = _Unpickler(file, encoding="bytes").load()
-        images, same = content
-        return [_as_bytes(image) for image in images], np.array([_as_flag(flag) for flag in same], np.bool_)
+            images, same = _entries(read_pickle(file))
+        return [_as_bytes(image) for image in _entries(images)], np.array([*map(_as_flag, _entries(same))], np.bool_)
     except Exception as error:  # damaged bytes may make the unpickler raise anything
         raise ImagesError(
             f"{path} cannot be read as a verification set of InsightFace ({one_line(error, 200)}): fetch it again"
         ) from error
 
 
+def _entries(listed: object) -> Sequence[Any]:
+    if isinstance(listed, PickledArray):
+        return listed.elements()
+    if isinstance(listed, (list, tuple)):
+        return listed
+    raise ValueError(f"a list is expected, not {type(listed).__name__}")
+
+
 def _as_bytes(image: object) -> bytes:
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        return image.tobytes()
-    if isinstance(image, bytes):
-        return image
+    if isinstance(image, PickledArray):
+        return _bytes_of(image.values())
+    if isinstance(image, (bytes, bytearray)):
+        return bytes(image)
     raise ValueError(f"an image is bytes, not {type(image).__name__}")
 
 
+def _bytes_of(pixels: npt.NDArray[Any]) -> bytes:
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"an image is bytes, not {pixels.dtype}")
+    return pixels.tobytes()
+
+
 def _as_flag(flag: object) -> bool:
-    if isinstance(flag, (bool, int, np.bool_, np.integer)) and flag in (0, 1):
+    if isinstance(flag, (bool, int, float, np.number, np.bool_)) and flag in (0, 1):
         return bool(flag)
     raise ValueError(f"a pair is of one person or not, and not {flag!r}")
-
-
-class _Unpickler(pickle.Unpickler):
-    """One that knows arrays, and no other function or class."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _encode_latin1
-        if module.split(".")[0] == "numpy":
-            return _numpy_builder(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not run")
-
-
-def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
-    """What Python 3 writes bytes as, for protocols below 3."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _numpy_builder(module: str, name: str) -> Callable[..., Any]:
-    if name in ("ndarray", "dtype"):
-        return getattr(np, name)  # type: ignore[no-any-return]
-    if name in _NUMPY:
-        return getattr(import_module(_NUMPY[name]), name)  # type: ignore[no-any-return]
-    raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not run")

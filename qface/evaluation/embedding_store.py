@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ def embed_to_file(
         ConfigError: the folder holds embeddings of another model or of other images, or another run writes to it.
         ExportError: the folder cannot be written to.
         ImagesError: there are no images, or they cannot be read.
-        QFaceError: the model does not give one finite vector an image, other than zero.
+        QFaceError: the model does not give one finite vector an image, other than zero. What the model itself raises
+            passes.
     """
     if len(source) == 0:
         raise ImagesError("there are no images to embed: pass at least one")
@@ -57,13 +58,25 @@ def embed_to_file(
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of ``folder``, which is made; what goes wrong in writing to it is told in a line."""
-    try:
+    """Keep other runs out of ``folder``, which is made."""
+    lock = FileLock(folder / "embeddings.lock", timeout=0)
+    with _file_errors_told(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "embeddings.lock", timeout=0):
-            yield
-    except Timeout:
-        raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another folder") from None
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _file_errors_told(folder: Path) -> Iterator[None]:
+    """Around nothing but what is done to files of ``folder``: the model may raise the same errors."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder} cannot hold embeddings ({error}): choose another folder") from error
 
@@ -72,16 +85,24 @@ def _completed(
     embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool, progress: bool
 ) -> Embeddings:
     dimensions = _embed_some(embedder, source, [0], flip).shape[1]
-    shape = (len(source), dimensions)
-    file = _opened(folder, {"images": len(source), "dimensions": dimensions, "flip": flip})
-    rows = _cut_to_rows(file, 4 * dimensions)
+    with _file_errors_told(folder):
+        file = _opened(folder, {"images": len(source), "dimensions": dimensions, "flip": flip})
+        rows = _cut_to_rows(file, 4 * dimensions)
     if rows:
-        _check_model(embedder, source, flip, np.memmap(file, np.dtype("<f4"), "r", shape=(rows, dimensions)), folder)
-    with file.open("ab") as output:
-        for batch in embedding_batches(embedder, source, batch_size, flip, progress, start=rows):
+        _check_model(embedder, source, flip, _mapped(file, rows, dimensions), folder)
+    _append(file, embedding_batches(embedder, source, batch_size, flip, progress, start=rows))
+    return _mapped(file, len(source), dimensions)
+
+
+def _append(file: Path, batches: Iterable[Embeddings]) -> None:
+    for batch in batches:
+        with _file_errors_told(file.parent), file.open("ab") as output:
             output.write(batch.astype("<f4").tobytes())
-            output.flush()
-    return np.memmap(file, np.dtype("<f4"), "r", shape=shape)
+
+
+def _mapped(file: Path, rows: int, dimensions: int) -> Embeddings:
+    with _file_errors_told(file.parent):
+        return np.memmap(file, np.dtype("<f4"), "r", shape=(rows, dimensions))
 
 
 def _opened(folder: Path, header: dict[str, Any]) -> Path:

@@ -95,7 +95,8 @@ def evaluate_templates(
         progress: show bars on stderr.
 
     Raises:
-        ConfigError: there is no such protocol, or ``run_dir`` is of another model.
+        ConfigError: there is no such protocol, ``run_dir`` is of another model, or ``detector_score`` is asked for and
+            an image has none.
         ImagesError: the images or their lists cannot be read.
         PairsError: the list of pairs is malformed, or holds only one kind of pairs.
         QFaceError: the model gives no finite embeddings.
@@ -105,6 +106,11 @@ def evaluate_templates(
     start = time.perf_counter()
     embedder = as_embedder(model)
     templates = read_templates(folder)
+    if detector_score and templates.scores is None:
+        raise ConfigError(
+            f"the landmarks in {folder} lack a detector's score for some images: "
+            "restore *_name_5pts_score.txt, or do without detector_score"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary if run_dir is None else run_dir)
         embeddings = embed_to_file(embedder, templates.images, kept, batch_size, flip, progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -146,11 +147,15 @@ def tpr_at_fpr_of_scores(
     cosines, genuine = np.asarray(scores, np.float32), np.asarray(same, np.bool_)
     if genuine.all() or not genuine.any():
         raise PairsError("verification needs pairs of one person and pairs of two: restore the list")
-    if not np.isfinite(cosines).all():
-        raise QFaceError("the scores are not finite: check the model's weights and scales")
+    _check_scores(cosines)
     impostors = np.sort(cosines[~genuine])[::-1]
     ranks = ranks_of(fprs, len(impostors))
     return _operating_points(ranks, np.sort(cosines[genuine]), impostors)
+
+
+def _check_scores(scores: npt.NDArray[np.floating[Any]]) -> None:
+    if not np.isfinite(scores).all():
+        raise QFaceError("the scores are not finite: check the model's weights and scales")
 
 
 def rates_at(threshold: float, probes: Scores, labels: npt.ArrayLike, gallery: Scores | None = None) -> Rates:
@@ -217,8 +222,9 @@ def ranks_of(fprs: Sequence[str], impostors: int) -> dict[str, int | None]:
 
 def _rank(fpr: str, impostors: int) -> int | None:
     try:
-        rate = Fraction(fpr)
-    except (ValueError, ZeroDivisionError):
+        # A float first: Fraction would write out ten to the power of any exponent.
+        rate = Fraction(fpr) if 0 < float(fpr) < 1 else Fraction(0)
+    except ValueError:
         rate = Fraction(0)
     if not 0 < rate < 1:
         raise ConfigError(f"a false-positive rate is a decimal between 0 and 1 such as '1e-4', not {fpr!r}")
@@ -309,8 +315,10 @@ def ten_fold_accuracy(scores: npt.ArrayLike, same: npt.ArrayLike, fold: npt.Arra
 
     Raises:
         PairsError: fewer than two folds can be judged.
+        QFaceError: a score is not finite.
     """
     scores, same, fold = np.asarray(scores, np.float64), np.asarray(same, np.bool_), np.asarray(fold)
+    _check_scores(scores)
     accuracies = []
     for k in usable_folds(same, fold):
         held_out = fold == k

@@ -76,9 +76,14 @@ def alignment_table(report: AlignmentReport) -> Table:
     table.add_row("found", str(report.photos), "")
     table.add_row("aligned now", str(report.aligned), "")
     table.add_row("aligned before", str(report.present), "")
-    table.add_row("without a face", str(len(report.faceless)), ", ".join(map(escape, report.faceless[:3])))
-    table.add_row("no images", str(len(report.unreadable)), ", ".join(map(escape, report.unreadable[:3])))
+    table.add_row("without a face", str(len(report.faceless)), _first_of(report.faceless))
+    table.add_row("no images", str(len(report.unreadable)), _first_of(report.unreadable))
     return table
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """Three of ``names``; bytes that are no UTF-8 cannot be printed and are shown as escapes."""
+    return ", ".join(escape(name.encode(errors="backslashreplace").decode()) for name in names[:3])
 
 
 def costs_table(before: Cost, after: Cost) -> Table:

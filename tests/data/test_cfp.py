@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +82,20 @@ BROKEN = {
     "no comma": ("Split/FP/03/same.txt", "1 2\n", PairsError, "same.txt, line 1: expected 'number,number'"),
     "a list without numbers": ("Pair_list_P.txt", "../Data/Images/1.jpg\n", PairsError, "line 1: expected 'number"),
     "a list without Data": ("Pair_list_P.txt", "1 /etc/passwd\n", PairsError, "line 1: expected 'number"),
+    "a path out of CFP's folder": (
+        "Pair_list_P.txt",
+        "1 ../Data/../../x.jpg\n",
+        PairsError,
+        "line 1: expected 'number",
+    ),
+    "a list with a number of 5,000 digits": (
+        "Pair_list_P.txt",
+        f"{'9' * 5000} ../Data/x.jpg\n",
+        PairsError,
+        "line 1: expected 'number",
+    ),
     "a short list": ("Pair_list_F.txt", "1 ../Data/x.jpg\n", PairsError, "in no list"),
-    "a number without end": ("Split/FP/03/diff.txt", f"1,{10**20}\n", PairsError, r"\(first: 10{20}\)"),
+    "a number of 5,000 digits": ("Split/FP/03/diff.txt", f"1,{'9' * 5000}\n", PairsError, "line 1: expected 'number,"),
 }
 
 
@@ -107,6 +121,39 @@ def test_missing_and_damaged_images(cfp: Path) -> None:
 def test_a_split_may_be_the_working_directory(cfp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(cfp / "Protocol" / "Split" / "FP")
     assert len(as_image_source(".")) == len(CfpSplit(cfp / "Protocol" / "Split" / "FP"))
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_split_that_is_no_folder_is_refused(is_file: bool, cfp: Path) -> None:
+    split = cfp / "Protocol" / "Split" / "FP"
+    shutil.rmtree(split)
+    if is_file:
+        split.write_text("")
+    with pytest.raises(ImagesError, match="FP is no folder"):
+        as_image_source(split)
+    with pytest.raises(PairsError, match="is no split of CFP"):
+        CfpSplit(split)
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_a_split_that_must_not_be_read_is_named(cfp: Path) -> None:
+    split = cfp / "Protocol" / "Split" / "FP"
+    split.chmod(0)
+    try:
+        with pytest.raises(ImagesError, match=r"FP cannot be read \(Permission denied\)"):
+            CfpSplit(split)
+    finally:
+        split.chmod(0o700)
+
+
+def test_an_image_that_no_disk_can_hold_is_missing(cfp: Path) -> None:
+    (cfp / "Protocol" / "Pair_list_F.txt").write_text(f"1 ../Data/{'x' * 300}.jpg\n")
+    shutil.rmtree(cfp / "Protocol" / "Split" / "FF")
+    (cfp / "Protocol" / "Split" / "FF" / "01").mkdir(parents=True)
+    for name in ("same.txt", "diff.txt"):
+        (cfp / "Protocol" / "Split" / "FF" / "01" / name).write_text("1,1\n")
+    with pytest.raises(ImagesError, match="there is no image"):
+        CfpSplit(cfp / "Protocol" / "Split" / "FF")
 
 
 def test_other_folders_are_no_splits(cfp: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from PIL import Image, ImageOps
 
 import qface
 from qface.data import ARCFACE_LANDMARKS, ImageFolder, align
-from qface.errors import ExportError, ImagesError
+from qface.errors import DependencyError, ExportError, ImagesError
 
 SHIFT = np.array([40.0, 25.0])
 
@@ -120,6 +123,57 @@ def test_landmarks_in_one_place_are_no_face(photos: Path, tmp_path: Path) -> Non
     assert (report.aligned, report.faceless) == (1, ("Ann/1.png", "Ann/2.png"))
 
 
+@pytest.mark.parametrize("written", ["./Ann/1.png", "Ann\\1.png", ".\\Ann\\1.png", "Bob/../Ann//1.png"])
+def test_names_of_landmarks_may_be_spelt_otherwise(written: str, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "points.txt").write_text(line(written))
+    report = align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
+    assert (report.aligned, report.faceless) == (1, ("Ann/2.png", "Bob/1.png"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="backslashes in names")
+@pytest.mark.parametrize("written", ["Ann\\1.png", "./Ann\\1.png"])
+def test_a_backslash_may_belong_to_a_name(written: str, photos: Path, tmp_path: Path) -> None:
+    photo(3).save(photos / "Ann\\1.png")
+    (tmp_path / "points.txt").write_text(line(written))
+    report = align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
+    assert "Ann\\1.png" not in report.faceless
+    assert "Ann/1.png" in report.faceless
+
+
+def test_landmarks_of_other_photos_are_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "points.txt").write_text(line("photos/Ann/1.png") + line("photos/Bob/1.png"))
+    with pytest.raises(ImagesError, match=r"first line: photos/Ann/1.png, first photo: Ann/1.png"):
+        align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
+
+
+def test_landmarks_of_photos_that_have_crops_are_not_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "points.txt").write_text(line("Ann/1.png"))
+    for aligned in (1, 0):
+        report = align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
+        assert (report.aligned, report.faceless) == (aligned, ("Ann/2.png", "Bob/1.png"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links of POSIX")
+def test_links_to_folders_are_followed(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    photo(3).save(tmp_path / "elsewhere" / "deep" / "1.png")
+    (photos / "Cem").symlink_to(tmp_path / "elsewhere")
+    report = align(photos, tmp_path / "crops", detector=Detector())
+    assert report.aligned == 4
+    assert (tmp_path / "crops" / "Cem" / "deep" / "1.png").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links of POSIX")
+def test_each_folder_is_read_once_and_loops_end(photos: Path, tmp_path: Path) -> None:
+    (photos / "Aaron").symlink_to("Bob")  # sorted before it, and no reason to rename it
+    (photos / "Ann" / "loop").symlink_to(photos)
+    (photos / "up").symlink_to(tmp_path)
+    for _ in range(2):
+        align(photos, tmp_path / "crops", detector=Detector())
+    crops = sorted(path.relative_to(tmp_path / "crops").as_posix() for path in (tmp_path / "crops").rglob("*.png"))
+    assert crops == ["Ann/1.png", "Ann/2.png", "Bob/1.png"]
+
+
 def test_odd_tags_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
@@ -157,8 +211,11 @@ def test_crops_in_place_of_the_photos_are_refused(photos: Path) -> None:
 
 
 def test_refusals(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ImagesError, match="is no folder"):
-        align(tmp_path / "none", tmp_path / "crops")
+    for folder in (tmp_path / "none", "x" * 300, "a\0b"):
+        with pytest.raises(ImagesError, match="is no folder"):
+            align(folder, tmp_path / "crops")
+    with pytest.raises(ExportError, match=r"cannot make the folder .* File name too long"):
+        align(photos, tmp_path / ("x" * 300), detector=Detector())
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImagesError, match="holds no photos"):
         align(tmp_path / "empty", tmp_path / "crops")
@@ -168,6 +225,16 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_detector_one_is_told_what_to_install(photos: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "uniface", None)
+    monkeypatch.setitem(sys.modules, "uniface", None)
     with pytest.raises(qface.QFaceError, match=r"pip install 'qface\[align\]'"):
+        align(photos, tmp_path / "crops")
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError, ValueError])
+def test_weights_that_cannot_be_fetched_are_one_line(error, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    def fail() -> None:
+        raise error("the hash\ndoes not match")
+
+    monkeypatch.setitem(sys.modules, "uniface", types.SimpleNamespace(RetinaFace=fail))
+    with pytest.raises(DependencyError, match=r"cannot be fetched \(the hash does not match\): give the landmarks"):
         align(photos, tmp_path / "crops")

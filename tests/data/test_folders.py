@@ -1,5 +1,7 @@
 import os
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -100,6 +102,32 @@ def test_grey_pixels_keep_their_value(tmp_path):
 
 def test_deep_pixels_are_refused(tmp_path):
     Image.fromarray(np.full((112, 112), 40000, dtype=np.uint16)).save(tmp_path / "x.png")
+    assert message(tmp_path).startswith("1 of 1 files")
+
+
+def test_deep_colours_are_scaled(tmp_path):
+    header = struct.pack(">IIBBBBB", 112, 112, 16, 2, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + struct.pack(">H", 40000) * 3 * 112) * 112)
+    chunks = [(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")]
+    content = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
+    assert ImageFolder(tmp_path).read([0]).unique().tolist() == [40000 >> 8]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "BMP", "WEBP", "GIF"])
+def test_the_content_tells_the_format(tmp_path, form):
+    face = Image.new("RGB", (112, 112), (8, 8, 8))
+    face.save(tmp_path / "x.jpg", form, **({"save_all": True, "append_images": [face]} if form == "MPO" else {}))
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert image.format == form
+    assert ImageFolder(tmp_path).read([0]).unique().tolist() == [8]
+
+
+@pytest.mark.parametrize("form", ["EPS", "TIFF", "PPM"])
+def test_formats_of_no_photos_are_refused(tmp_path, form):
+    Image.new("RGB", (112, 112)).save(tmp_path / "x.jpg", form)
     assert message(tmp_path).startswith("1 of 1 files")
 
 

@@ -13,9 +13,9 @@ from qface.errors import ImagesError
 NUMBERS = "46.060 62.026 87.785 60.323 68.851 81.314 55.072 112.222 82.838 111.121"
 
 
-@pytest.mark.parametrize(("score", "expected"), [(" 0.9990", 0.999), ("", 1.0)])
+@pytest.mark.parametrize(("score", "expected"), [(" 0.9990", 0.999), ("", None)])
 @pytest.mark.parametrize("name", ["1.jpg", "Ann/Ann 0001.jpg"])
-def test_lines_of_ijb(name: str, score: str, expected: float, tmp_path: Path) -> None:
+def test_lines_of_ijb(name: str, score: str, expected: float | None, tmp_path: Path) -> None:
     path = tmp_path / "points.txt"
     path.write_text(f"{name} {NUMBERS}{score}\n\nother.jpg {NUMBERS} 0.5\n")
     first, second = read_landmarks(path)
@@ -32,7 +32,17 @@ def test_numbers_are_read_as_they_were_written(tmp_path_factory: pytest.TempPath
     assert [*face.points.ravel().tolist(), face.score] == numbers
 
 
-@pytest.mark.parametrize("line", ["a.jpg", f"a.jpg {NUMBERS[:-8]}", f"a.jpg {NUMBERS} nan", "a.jpg " + "x " * 10])
+MALFORMED = {
+    "no numbers": "a.jpg",
+    "nine": f"a.jpg {NUMBERS[:-8]}",
+    "no score": f"a.jpg {NUMBERS} nan",
+    "no first coordinate": f"a.jpg nan {NUMBERS[7:]} 0.9",
+    "an infinite one": f"a.jpg -inf {NUMBERS}",
+    "words": "a.jpg " + "x " * 10,
+}
+
+
+@pytest.mark.parametrize("line", MALFORMED.values(), ids=MALFORMED.keys())
 def test_a_malformed_line_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "points.txt"
     path.write_text(f"b.jpg {NUMBERS}\n{line}\n")

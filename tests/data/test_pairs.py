@@ -44,6 +44,11 @@ def test_blanks_separate_where_there_are_no_tabs_and_blank_lines_do_not_count(wr
     assert read_lfw_pairs(write("1 1\n\nAnn 1 2\nAnn 1  Bob 2\n\n")).second == ["Ann/Ann_0002", "Bob/Bob_0002"]
 
 
+def test_a_tab_at_the_end_of_a_line_begins_no_field(write):
+    pairs = read_lfw_pairs(write("1\t\nAnn Lee\t1\t2\t\nAnn Lee\t1\tBob\t2\t\n"))
+    assert pairs.second == ["Ann Lee/Ann Lee_0002", "Bob/Bob_0002"]
+
+
 def test_names_may_hold_blanks_between_tabs(write):
     assert read_lfw_pairs(write("1\nAnn Lee\t1\t2\nAnn Lee\t1\tBob\t2\n")).first[0] == "Ann Lee/Ann Lee_0001"
 
@@ -64,7 +69,7 @@ def test_reads_what_was_written(write, folds, per_fold, data):
     assert np.array_equal(pairs.fold, np.repeat(np.arange(folds), 2 * per_fold))
 
 
-@pytest.mark.parametrize("header", ["", "x", "1\t2\t3", "0\t1", "-1", "1.5\t2"])
+@pytest.mark.parametrize("header", ["", "x", "1\t2\t3", "0\t1", "-1", "1.5\t2", "9" * 5000])
 def test_malformed_header_is_an_error(write, header):
     assert "line 1: expected" in message(write(header + "\nAnn\t1\t2\nAnn\t1\tBob\t1\n"))
 
@@ -76,6 +81,7 @@ def test_malformed_header_is_an_error(write, header):
         ("1\n\nAnn\t1\tBob\t1\nAnn\t1\t2\n", "line 3: expected a same pair"),
         ("1\nAnn\t1\t2\nAnn\t1\t2\n", "line 3: expected a different pair"),
         ("1\nAnn\t1\tx\nAnn\t1\tBob\t1\n", "line 2: expected a same pair"),
+        (f"1\nAnn\t1\t{'9' * 5000}\nAnn\t1\tBob\t1\n", "line 2: expected a same pair"),
         ("1\nAnn\t0\t1\nAnn\t1\tBob\t1\n", "line 2: expected a same pair"),
         ("1\nAnn\t1\t2\nAnn\t1\tBob\tx\n", "line 3: expected a different pair"),
     ],
@@ -91,6 +97,7 @@ def test_wrong_number_of_pairs_is_an_error(write, text):
 
 def test_missing_and_binary_files_are_errors(tmp_path):
     assert "there is no file" in message(tmp_path / "none.txt")
+    assert "cannot be read as text" in message(tmp_path / "a\0b.txt")
     (tmp_path / "pairs.bin").write_bytes(b"\xff\xfe\xff")
     assert "cannot be read as text" in message(tmp_path / "pairs.bin")
 
@@ -193,6 +200,7 @@ def test_lfw_is_still_told_by_its_header(write):
         ("A/A_0001.jpg\nA_0002.jpg\n", "line 2: expected 'name/"),
         ("A_0001.jpg 1\nA_0002.jpg\n", "line 2: expected 'name_0001.jpg' and"),
         ("A_0001.jpg 1\nA_0002.jpg x\n", "line 2"),
+        (f"A_0001.jpg {'9' * 5000}\nA_0002.jpg {'9' * 5000}\n", "line 1: expected 'name_0001.jpg' and"),
         ("A_0001.jpg 1\nA_0002.jpg 0\n", "pair 1 end in different numbers"),
         ("A_0001.jpg 1\n", "1 lines"),
         ("", "line 1: expected 'folds"),

@@ -23,6 +23,31 @@ def test_files_say_what_they_say(tmp_path: Path) -> None:
     assert [tuple(map(int, pair)) for pair in pairs] == written.pairs
 
 
+def test_scores_are_of_all_images_or_of_none(tmp_path: Path) -> None:
+    SmallIjb(tmp_path)
+    listed = tmp_path / "meta" / "ijbc_name_5pts_score.txt"
+    first, *others = listed.read_text().splitlines(keepends=True)
+    listed.write_text(first.rpartition(" ")[0] + "\n" + "".join(others))
+    assert read_templates(tmp_path).scores is None
+
+
+def test_what_systems_add_to_files_does_not_matter(tmp_path: Path) -> None:
+    written = SmallIjb(tmp_path)
+    for file in (tmp_path / "meta").iterdir():
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+        (file.parent / f"._{file.name}").write_bytes(b"\0\5\x16\7")  # macOS's companion
+    read = read_templates(tmp_path)
+    assert (len(read.images), len(read.same)) == (len(written.rows), len(written.pairs))
+
+
+def test_numbers_may_be_negative(tmp_path: Path) -> None:
+    written = SmallIjb(tmp_path)
+    written.write(
+        "ijbc_face_tid_mid.txt", "".join(f"{file} {owner} {-media}\n" for file, owner, media, _ in written.rows)
+    )
+    assert read_templates(tmp_path).media.tolist() == [-media for _, _, media, _ in written.rows]
+
+
 def test_photos_are_aligned_by_their_landmarks(tmp_path: Path) -> None:
     SmallIjb(tmp_path)
     read = read_templates(tmp_path)
@@ -35,6 +60,9 @@ def test_photos_are_aligned_by_their_landmarks(tmp_path: Path) -> None:
 MALFORMED = {
     "an image has no template": ("ijbc_face_tid_mid.txt", "1.jpg 7\n", ImagesError, "line 1: expected"),
     "a number is none": ("ijbc_face_tid_mid.txt", "1.jpg 7 x\n", ImagesError, "line 1: expected"),
+    "a number has two signs": ("ijbc_face_tid_mid.txt", "1.jpg 7 --3\n", ImagesError, "line 1: expected"),
+    "a number is of 19 digits": ("ijbc_face_tid_mid.txt", f"1.jpg 7 {10**18}\n", ImagesError, "line 1: expected"),
+    "a number is of 5,000": ("ijbc_face_tid_mid.txt", f"1.jpg 7 -{'9' * 5000}\n", ImagesError, "line 1: expected"),
     "images are missing": ("ijbc_face_tid_mid.txt", "1.jpg 7 3\n", ImagesError, "names 1 images"),
     "orders differ": ("ijbc_face_tid_mid.txt", "2.jpg 7 3\n", ImagesError, "line 1 is of 2.jpg"),
     "a pair has no label": ("ijbc_template_pair_label.txt", "7 10\n", PairsError, "does not hold lines"),

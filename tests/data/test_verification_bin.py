@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -36,9 +37,18 @@ SAME = [True, False] * 13
 IMAGES = [png(seed) for seed in range(4)] * 13
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("kind", [bytes, lambda image: np.frombuffer(image, np.uint8)], ids=["bytes", "arrays"])
-@pytest.mark.parametrize("flag", [bool, int, np.bool_])
+def written(image: bytes) -> np.ndarray:
+    """As ``cv2.imencode`` gives it: an array that may be written to, of a column."""
+    return np.frombuffer(image, np.uint8).reshape(-1, 1).copy()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize(
+    "kind",
+    [bytes, bytearray, lambda image: np.frombuffer(image, np.uint8), written],
+    ids=["bytes", "bytearrays", "arrays", "columns"],
+)
+@pytest.mark.parametrize("flag", [bool, int, float, np.bool_, np.int64, np.float32])
 def test_images_pairs_and_folds(protocol: int, kind, flag, tmp_path: Path) -> None:
     content = ([kind(image) for image in IMAGES], [flag(same) for same in SAME])
     source = as_image_source(write(tmp_path, content, protocol))
@@ -49,6 +59,17 @@ def test_images_pairs_and_folds(protocol: int, kind, flag, tmp_path: Path) -> No
     assert source.pairs.first.tolist() == list(range(0, 52, 2))
     assert source.pairs.second.tolist() == list(range(1, 52, 2))
     assert np.bincount(source.pairs.fold).tolist() == [3] * 6 + [2] * 4
+    pixels = np.asarray(Image.open(io.BytesIO(IMAGES[3])))
+    assert torch.equal(source.read([3])[0], torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("flags", [np.bool_, np.int64, np.dtype(">i4"), object])
+def test_lists_may_be_arrays(protocol: int, flags, tmp_path: Path) -> None:
+    images = np.empty(52, object)
+    images[:] = IMAGES
+    source = VerificationBin(write(tmp_path, (images, np.array(SAME).astype(flags)), protocol))
+    assert source.pairs.same.tolist() == SAME
     pixels = np.asarray(Image.open(io.BytesIO(IMAGES[3])))
     assert torch.equal(source.read([3])[0], torch.from_numpy(pixels.copy()).permute(2, 0, 1))
 
@@ -118,6 +139,53 @@ def test_damaged_images_are_named_by_number(tmp_path: Path) -> None:
         source.read([2])
     with pytest.raises(ImagesError, match=r"missing\.bin"):
         VerificationBin(tmp_path / "missing.bin")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (np.ndarray, (2,), np.dtype("O"), b"A" * 16),
+        (np.ndarray, (3 * 10**8,), np.dtype("u1")),
+        (bytearray, 3 * 10**9),
+        (np.dtype, "O", False, True, {"names": ["a"], "formats": ["O"]}),
+    ],
+    ids=["addresses", "memory", "bytearray", "names"],
+)
+def test_numpy_is_not_asked_to_make_arrays_of_a_files_choice(call: tuple, tmp_path: Path) -> None:
+    with pytest.raises(ImagesError, match="verification set"):
+        VerificationBin(write(tmp_path, (Harmful(*call), [True])))
+    with pytest.raises(ImagesError, match="verification set"):
+        VerificationBin(write(tmp_path, ([b"a", b"b"], Harmful(*call))))
+
+
+class Shaped:
+    """An array of four bytes that says it has another shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __reduce__(self) -> tuple:
+        rebuild, arguments, _ = np.zeros(1).__reduce__()
+        return rebuild, arguments, (1, self.shape, np.dtype("u1"), False, b"abcd")
+
+
+@pytest.mark.parametrize("shape", [(5,), (2**62, 4), (-1,)], ids=str)
+def test_arrays_hold_what_their_shape_says(shape: tuple[int, ...], tmp_path: Path) -> None:
+    with pytest.raises(ImagesError, match="an array of"):
+        VerificationBin(write(tmp_path, ([Shaped(shape)] * 2, [True])))
+
+
+@given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), protocol=st.sampled_from([0, 2, 4, 5]))
+def test_a_damaged_byte_does_no_harm(
+    tmp_path_factory: pytest.TempPathFactory, place: float, byte: int, protocol: int
+) -> None:
+    images = [np.frombuffer(b"image", np.uint8), np.array([b"one", b"two"], object)[0]]
+    content = bytearray(pickle.dumps((images, np.array([np.bool_(True)], object)), protocol))
+    content[int(place * len(content))] = byte
+    path = tmp_path_factory.mktemp("bins") / "lfw.bin"
+    path.write_bytes(content)
+    with contextlib.suppress(ImagesError, PairsError):
+        VerificationBin(path)
 
 
 @given(st.binary(max_size=200))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qface
 from qface.data import read_templates
-from qface.errors import ConfigError, PairsError, QFaceError
+from qface.errors import ConfigError, ExportError, PairsError, QFaceError
 from qface.evaluation import template_verification as templates_module
 from qface.evaluation import tpr_at_fpr_of_scores
 from qface.preprocessing import Preprocessing
@@ -82,12 +82,13 @@ class Counting:
 
     preprocessing = Preprocessing()
 
-    def __init__(self, stop_after: int | None = None, sign: float = 1.0) -> None:
+    def __init__(self, stop_after: int | None = None, sign: float = 1.0, stop: BaseException | None = None) -> None:
         self.network, self.images, self.stop_after, self.sign = tiny_face_net(), 0, stop_after, sign
+        self.stop = stop or KeyboardInterrupt()
 
     def __call__(self, batch: Tensor) -> Tensor:
         if self.stop_after is not None and self.images >= self.stop_after:
-            raise KeyboardInterrupt
+            raise self.stop
         self.images += len(batch)
         with torch.no_grad():
             return self.sign * self.network(batch)
@@ -136,6 +137,39 @@ def test_a_broken_model_spoils_no_folder(tmp_path: Path) -> None:
         qface.evaluate_templates(Counting(sign=float("nan")), tmp_path / "ijb", run_dir=run)
     expected = qface.evaluate_templates(Counting(), tmp_path / "ijb")
     assert qface.evaluate_templates(Counting(), tmp_path / "ijb", run_dir=run).thresholds == expected.thresholds
+
+
+@pytest.mark.parametrize("error", [ValueError("odd input"), FileNotFoundError(2, "No such file", "weights.bin")])
+@pytest.mark.parametrize("stop_after", [0, 20])
+def test_what_a_model_raises_passes(stop_after: int, error: Exception, tmp_path: Path) -> None:
+    SmallIjb(tmp_path / "ijb")
+    model = Counting(stop_after, stop=error)
+    with pytest.raises(type(error)) as raised:
+        qface.evaluate_templates(model, tmp_path / "ijb", run_dir=tmp_path / "run", batch_size=4)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("spoilt", ["run", "run/embeddings.json", "run/embeddings.f32"])
+def test_a_folder_that_cannot_hold_embeddings_is_named(spoilt: str, tmp_path: Path) -> None:
+    SmallIjb(tmp_path / "ijb")
+    run = tmp_path / "run"
+    if spoilt == "run":
+        run.write_text("a file")
+    else:
+        (tmp_path / spoilt).mkdir(parents=True)
+    with pytest.raises(ExportError, match="run cannot hold embeddings"):
+        qface.evaluate_templates(Counting(), tmp_path / "ijb", run_dir=run)
+
+
+def test_scores_of_the_detector_must_be_there(tmp_path: Path) -> None:
+    written = SmallIjb(tmp_path)
+    listed = (tmp_path / "meta" / "ijbc_name_5pts_score.txt").read_text()
+    written.write("ijbc_name_5pts_score.txt", "".join(line.rpartition(" ")[0] + "\n" for line in listed.splitlines()))
+    model = Counting()
+    with pytest.raises(ConfigError, match="lack a detector's score"):
+        qface.evaluate_templates(model, tmp_path, detector_score=True)
+    assert model.images == 0
+    assert qface.evaluate_templates(model, tmp_path).images == len(written.rows)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

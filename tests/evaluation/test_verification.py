@@ -137,7 +137,7 @@ def test_one_person_or_no_genuine_pair_is_an_error():
         tpr_at_fpr(np.ones((3, 2), np.float32), [0, 1, 2])
 
 
-@pytest.mark.parametrize("fpr", ["0", "1", "-1e-3", "often", "1/0"])
+@pytest.mark.parametrize("fpr", ["0", "1", "-1e-3", "often", "1/0", "1e-99999999", "1e99999999"])
 def test_a_rate_is_a_decimal_between_0_and_1(fpr):
     with pytest.raises(ConfigError, match="between 0 and 1"):
         tpr_at_fpr(np.ones((3, 2), np.float32), [0, 0, 1], fprs=(fpr,))
@@ -192,6 +192,15 @@ def test_separable_pairs_are_all_right():
 def test_equal_scores_are_a_coin_toss():
     same = np.tile([True, False], 10)
     assert ten_fold_accuracy(np.zeros(20), same, np.repeat(range(5), 4)) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf])
+def test_scores_must_be_finite(score):
+    same = np.tile([True, False], 10)
+    scores = np.where(same, 0.8, 0.1)
+    scores[3] = score
+    with pytest.raises(QFaceError, match="the scores are not finite"):
+        ten_fold_accuracy(scores, same, np.repeat(range(5), 4))
 
 
 def test_folds_of_one_kind_are_not_judged():
