@@ -6,9 +6,10 @@ to a multiple of 4 bytes. Where data contain the magic number, they were cut the
 a header: flag (uint32), label (float32), two ids (uint64); a flag above 0 is the number of float32 labels that follow
 and count instead.
 
-Record 0 of InsightFace has two labels: images are the records 1 up to the first, and each record from the first up to
-the second stands for one person, whose two labels are the first image and the one behind the last. Without it all
-records are images, with their own labels.
+Where record 0 has labels and no image, images are the records 1 up to the first label, as in InsightFace's
+arcface_torch. InsightFace gives it a second label, and each record from the first up to the second stands for one
+person, whose two labels are the first image and the one behind the last; other converters leave these out, and images
+have their own labels. Without such a record 0 all records are images, with their own labels.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _EXACT = 2**24
 """Beyond it float32 does not hold all whole numbers, and a person's first image cannot be told from its neighbour."""
 
 Labels = npt.NDArray[np.float32]
+Bytes = bytes | memoryview
 
 
 class RecordImages(IndexedImages):
@@ -57,13 +59,14 @@ class RecordImages(IndexedImages):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._data = _mapped(self.path)
-        self._offsets = _read_index(self.path.with_suffix(".idx"))
-        people = self._people()
-        self._keys = self._image_keys(people)
+        self._data = memoryview(_mapped(self.path))
+        self._offsets = _read_index(_index_of(self.path))
+        header = self._header()
+        self._keys = sorted(self._offsets) if header is None else self._image_keys(header)
         if not self._keys:
             raise ImagesError(f"{self.path} holds no images: fetch it again")
-        own = self._own_labels() if people is None or len(self._keys) > _EXACT else self._identities(people)
+        people = self._people(header)
+        own = self._own_labels() if not people or len(self._keys) > _EXACT else self._identities(people)
         self.labels = torch.from_numpy(np.unique(own, return_inverse=True)[1].reshape(-1).astype(np.int64))
 
     def __len__(self) -> int:
@@ -80,29 +83,33 @@ class RecordImages(IndexedImages):
 
     def _decode(self, key: int) -> npt.NDArray[np.uint8]:
         try:
-            return decode(self._content(key)[1])
+            return decode(bytes(self._content(key)[1]))
         except UNREADABLE as error:
             raise self._damaged(key, one_line(error)) from error
 
-    def _people(self) -> range | None:
-        """The records that stand for people, where record 0 says so."""
-        if 0 not in self._offsets:
+    def _header(self) -> Labels | None:
+        """The labels of record 0, where it is no image."""
+        if 0 not in self._offsets or len(self._content(0)[1]):
             return None
         labels = self._labels_of(0)
-        if len(labels) != 2:
-            return None
-        if not 1 <= labels[0] <= labels[1] <= max(self._offsets) + 1:
-            raise self._damaged(0, "it should name the first record of a person and the one behind the last")
-        return range(int(labels[0]), int(labels[1]))
+        if not 1 <= labels[0] <= max(self._offsets) + 1:
+            raise self._damaged(0, "it should name the record behind the last image")
+        return labels
 
-    def _image_keys(self, people: range | None) -> list[int]:
-        if people is None:
-            return sorted(self._offsets)
-        keys = range(1, people.start)
+    def _image_keys(self, header: Labels) -> list[int]:
+        keys = range(1, int(header[0]))
         missing = next((key for key in keys if key not in self._offsets), None)
         if missing is not None:
-            raise ImagesError(f"{self.path.with_suffix('.idx')} lacks record {missing}: fetch both files again")
+            raise ImagesError(f"{_index_of(self.path)} lacks record {missing}: fetch both files again")
         return list(keys)
+
+    def _people(self, header: Labels | None) -> range:
+        """The records that stand for people; some converters announce people and write none."""
+        if header is None or len(header) != 2 or not header[0] <= header[1] < np.inf:
+            return range(0)
+        people = range(int(header[0]), int(header[1]))
+        known = range(people.start, min(people.stop, max(self._offsets) + 1))
+        return people if any(person in self._offsets for person in known) else range(0)
 
     def _identities(self, people: range) -> npt.NDArray[np.int64]:
         """Of each image, the record that stands for its person."""
@@ -123,10 +130,10 @@ class RecordImages(IndexedImages):
     def _labels_of(self, key: int) -> Labels:
         return self._content(key)[0]
 
-    def _content(self, key: int) -> tuple[Labels, bytes]:
+    def _content(self, key: int) -> tuple[Labels, Bytes]:
         """The labels of a record, at least one, and what follows them."""
         if key not in self._offsets:
-            raise ImagesError(f"{self.path.with_suffix('.idx')} lacks record {key}: fetch both files again")
+            raise ImagesError(f"{_index_of(self.path)} lacks record {key}: fetch both files again")
         data = self._record(key)
         if len(data) < _HEADER.size:
             raise self._damaged(key, "it is too short")
@@ -138,19 +145,21 @@ class RecordImages(IndexedImages):
             raise self._damaged(key, f"it announces {flag} labels and ends before")
         return np.frombuffer(data[_HEADER.size : end], "<f4"), data[end:]
 
-    def _record(self, key: int) -> bytes:
-        """The data of a record, its parts joined."""
-        parts: list[bytes] = []
+    def _record(self, key: int) -> Bytes:
+        """The data of a record; in the file where they are whole, so that labels alone do not ask for the image."""
+        parts: list[memoryview] = []
         offset = self._offsets[key]
         while True:
             kind, part, offset = self._part(key, offset)
             if kind in (_WHOLE, _FIRST) if parts else kind in (_MIDDLE, _LAST):
                 raise self._damaged(key, "its parts are out of order")
             parts.append(part)
-            if kind in (_WHOLE, _LAST):
+            if kind == _WHOLE:
+                return part
+            if kind == _LAST:
                 return _MAGIC_BYTES.join(parts)
 
-    def _part(self, key: int, offset: int) -> tuple[int, bytes, int]:
+    def _part(self, key: int, offset: int) -> tuple[int, memoryview, int]:
         """Kind, data, and where the next part begins."""
         start = offset + _WORDS.size
         if not 0 <= offset <= len(self._data) - _WORDS.size:
@@ -165,6 +174,10 @@ class RecordImages(IndexedImages):
 
     def _damaged(self, key: int, what: str) -> ImagesError:
         return ImagesError(f"record {key} of {self.path} cannot be read: {what}; fetch the file and its .idx again")
+
+
+def _index_of(path: Path) -> Path:
+    return path.with_suffix(".IDX" if path.suffix == ".REC" else ".idx")
 
 
 def _mapped(path: Path) -> mmap.mmap:

@@ -7,6 +7,7 @@ processors ignore it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
@@ -111,7 +112,7 @@ def _onnxruntime() -> Any:
 
 def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
     """An ``onnxruntime.InferenceSession``."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"the model {path} does not exist: pass an ONNX file")
     options = _options()
     if threads is not None:

@@ -7,6 +7,7 @@ and their like, in opsets 11 to 20. What is covered is checked: torch and onnxru
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def load_onnx(path: str | Path) -> tuple[nn.Module, Preprocessing]:
 
 
 def _read(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"there is no file {path}; check the path")
     try:
         return onnx.load(path)

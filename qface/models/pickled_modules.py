@@ -37,6 +37,7 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 _DEEPEST = 64  # levels of modules in modules
+_MOST = 100_000  # modules: those within two others count twice, and in many levels without end
 
 
 def read_pickled_module(path: str | Path) -> dict[str, Tensor]:
@@ -55,7 +56,12 @@ def read_pickled_module(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors and is no module either, and qface does not run code from files; "
             "save its state_dict() and load that"
         )
-    return dict(_tensors(root, "", 0))
+    tensors: dict[str, Tensor] = {}
+    for number, (prefix, shell) in enumerate(_modules(root, "", 0)):
+        if number == _MOST:
+            raise CheckpointError(f"{path} holds more than {_MOST} modules; save model.state_dict() and load that")
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in _tensors(shell)}
+    return tensors
 
 
 class _Shell:
@@ -84,16 +90,19 @@ class _Unpickler(pickle.Unpickler):
     def of(cls, archive: zipfile.ZipFile) -> _Unpickler:
         (pickled,) = (name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
         folder = pickled.removesuffix("data.pkl")
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("its parts are compressed, as torch never writes them")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
         content = io.BytesIO(archive.read(pickled))
         check_pickle(content)
         unpickler = cls(content, encoding="utf-8")
-        unpickler._archive, unpickler._folder = archive, folder
+        unpickler._archive, unpickler._folder, unpickler._storages = archive, folder, {}
         return unpickler
 
     _archive: zipfile.ZipFile
     _folder: str
+    _storages: dict[tuple[str, torch.dtype], Tensor]
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
@@ -104,11 +113,18 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isdecimal():
             raise pickle.UnpicklingError(f"it names {kind!r} where a storage is expected")
-        content = bytearray(self._archive.read(f"{self._folder}data/{key}"))
-        values = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        values = self._storage(str(key), dtype)
         if len(values) != count:
             raise pickle.UnpicklingError(f"storage {key} holds {len(values)} numbers, not {count}")
         return values
+
+    def _storage(self, key: str, dtype: torch.dtype) -> Tensor:
+        """The numbers of one file, read once however many tensors look at them."""
+        if (key, dtype) not in self._storages:
+            content = bytearray(self._archive.read(f"{self._folder}data/{key}"))
+            values = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            self._storages[key, dtype] = values
+        return self._storages[key, dtype]
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
@@ -121,26 +137,44 @@ def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
     return data
 
 
+def _rebuild_with_attributes(rebuild: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    """A tensor to which its author has given attributes of Python, as ``nn.Buffer`` does."""
+    return rebuild(*arguments)
+
+
 _KNOWN = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_with_attributes,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
 }
 
 
-def _tensors(shell: _Shell, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of the module that ``shell`` stands for, and of those within it."""
+def _modules(shell: _Shell, prefix: str, depth: int) -> Iterator[tuple[str, _Shell]]:
+    """What stands for a module and those within it, with what the names of their tensors begin with."""
     if depth > _DEEPEST:
         raise CheckpointError("a pickled module holds itself; save model.state_dict() and load that")
-    for kind in ("_parameters", "_buffers"):
-        for name, value in _entries(shell, kind):
-            if isinstance(value, Tensor):
-                yield f"{prefix}{name}", value.contiguous()
+    yield prefix, shell
     for name, module in _entries(shell, "_modules"):
         if isinstance(module, _Shell):
-            yield from _tensors(module, f"{prefix}{name}.", depth + 1)
+            yield from _modules(module, f"{prefix}{name}.", depth + 1)
+
+
+def _tensors(shell: _Shell) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and buffers, as its ``state_dict`` has them."""
+    passing = shell.state.get("_non_persistent_buffers_set")
+    left_out = passing if isinstance(passing, set) else set()
+    parameters, buffers = _entries(shell, "_parameters"), _entries(shell, "_buffers")
+    for name, value in (*parameters, *((name, value) for name, value in buffers if name not in left_out)):
+        if isinstance(value, Tensor):
+            yield name, value.contiguous()
+        elif value is not None:
+            raise CheckpointError(
+                f"{name} of a pickled module is a tensor of an unknown kind; save model.state_dict() and load that"
+            )
 
 
 def _entries(shell: _Shell, kind: str) -> list[tuple[str, Any]]:

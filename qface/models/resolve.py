@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -27,14 +28,14 @@ def resolve_model(text: str, weights: Path | None = None) -> nn.Module:
         ConfigError: weights are given beside a file.
     """
     module_name, _, factory = text.partition(":")
-    if factory and not Path(text).exists():
+    if factory and not os.path.exists(text):
         network = _from_factory(module_name, factory)
         return network if weights is None else load(weights, model=network)
     if text in MODEL_NAMES and weights is not None:
         return load(weights, model=load(text))
     if weights is not None:
         raise ConfigError(f"{text} brings its own weights: leave out {weights}, or name the network that reads them")
-    if text not in MODEL_NAMES and not Path(text).exists():
+    if text not in MODEL_NAMES and not os.path.exists(text):  # unlike Path.exists, of names too long as well
         raise CheckpointError(
             f"there is no model {text!r}; give a file, one of {', '.join(MODEL_NAMES)}, or package.module:factory"
         )

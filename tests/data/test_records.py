@@ -96,13 +96,28 @@ def test_without_a_header_all_records_are_images_with_their_own_labels(always_ar
     assert torch.equal(source.read([2])[0], torch.from_numpy(crop(7)).permute(2, 0, 1))
 
 
+@pytest.mark.parametrize("labels", [(4, 2), (4, 4), (4, 2, 0), (4,), (4, float("inf")), (4, 9)], ids=str)
+def test_a_header_without_people_leaves_images_their_own_labels(labels: tuple[float, ...], tmp_path: Path) -> None:
+    images = {key: header((label,), key) + png(crop(key)) for key, label in ((1, 8.0), (2, 5.0), (3, 8.0))}
+    source = RecordImages(write(tmp_path, {0: header(labels, 0, always_array=True)} | images))
+    assert source.labels is not None
+    assert source.labels.tolist() == [1, 0, 1]
+    assert torch.equal(source.read([0])[0], torch.from_numpy(crop(1)).permute(2, 0, 1))
+
+
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    path = write(tmp_path, training_set((2, 1)))
+    path.with_suffix(".idx").rename(tmp_path / "train.IDX")
+    assert len(as_image_source(path.rename(tmp_path / "train.REC"))) == 3
+
+
 @given(st.lists(st.sampled_from([MAGIC, b"abcd", b"xy", b"\x00" * 8]), max_size=8).map(b"".join))
 def test_data_that_hold_the_magic_number_come_back_whole(tmp_path_factory: pytest.TempPathFactory, tail: bytes) -> None:
     folder = tmp_path_factory.mktemp("records")
     image = png(crop(0))
     # Behind the end of a PNG anything may follow.
     source = RecordImages(write(folder, {1: header((0.0,), 1) + image + bytes(-len(image) % 4) + tail}))
-    assert source._content(1)[1] == image + bytes(-len(image) % 4) + tail
+    assert bytes(source._content(1)[1]) == image + bytes(-len(image) % 4) + tail
     assert torch.equal(source.read([0])[0], torch.from_numpy(crop(0)).permute(2, 0, 1))
 
 
@@ -113,7 +128,7 @@ def broken(records: dict[int, bytes]) -> dict[str, dict[int, bytes]]:
         "record 2": {key: data for key, data in records.items() if key != 2},
         "person": records | {4: header((1, 99), 4)},
         "belong to nobody": records | {5: header((3, 3), 5)},
-        "first record of a person": records | {0: header((float("nan"), 5.0), 0)},
+        "behind the last image": records | {0: header((float("nan"), 5.0), 0)},
         "record 5": {key: data for key, data in records.items() if key != 5} | {6: b""},
     }
 

@@ -176,6 +176,7 @@ def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Pat
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 def test_missing_empty_and_other_files(tmp_path: Path, ending: str) -> None:
     assert "no file" in refused(tmp_path / f"missing{ending}")
+    assert "no file" in refused(tmp_path / f"{'a' * 300}{ending}")
     folder = tmp_path / f"folder{ending}"
     folder.mkdir()
     refused(folder)

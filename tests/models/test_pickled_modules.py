@@ -35,6 +35,10 @@ class Unusual(nn.Module):
         self.register_buffer("narrow", torch.ones(2, dtype=torch.float16))
         self.register_buffer("flags", torch.tensor([True, False]))
         self.register_buffer("not_saved", torch.ones(1), persistent=False)
+        self.marked = nn.Parameter(torch.ones(3))
+        self.marked.no_decay = True
+        self.buffer = nn.Buffer(torch.ones(4))
+        self.absent = nn.Buffer(None)
         self.config = Config()
 
 
@@ -49,10 +53,43 @@ def test_tensors_of_any_module(tmp_path: Path) -> None:
     model = Unusual()
     torch.save(model, tmp_path / "whole.pth")
     found = read_pickled_module(tmp_path / "whole.pth")
-    assert set(found) - {"not_saved"} == set(model.state_dict())
+    assert set(found) == set(model.state_dict())
     for name, tensor in model.state_dict().items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
+
+
+def test_tensors_of_an_unknown_kind_are_not_passed_over(tmp_path: Path) -> None:
+    model = tiny_face_net()
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    torch.save(model, tmp_path / "whole.pth")
+    with pytest.raises(CheckpointError, match="sparse of a pickled module"):
+        read_pickled_module(tmp_path / "whole.pth")
+
+
+def test_views_of_one_storage_share_it(tmp_path: Path) -> None:
+    flat, model = torch.arange(1000.0), nn.Module()
+    for number in range(10):
+        model.register_parameter(f"p{number}", nn.Parameter(flat[100 * number : 100 * number + 100]))
+    torch.save(model, tmp_path / "whole.pth")
+    found = read_pickled_module(tmp_path / "whole.pth")
+    assert torch.equal(torch.cat(list(found.values())), flat)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 1
+
+
+def test_files_that_grow_when_they_are_read_are_refused(tmp_path: Path) -> None:
+    module: nn.Module = nn.Identity()
+    for _ in range(20):
+        module = nn.ModuleList([module, module])
+    torch.save(module, tmp_path / "many.pth")
+    with pytest.raises(CheckpointError, match="more than 100000 modules"):
+        read_pickled_module(tmp_path / "many.pth")
+    torch.save(tiny_face_net(), tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as old, zipfile.ZipFile(tmp_path / "small.pth", "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(CheckpointError, match="compressed"):
+        read_pickled_module(tmp_path / "small.pth")
 
 
 def test_names_of_parallel_training(tmp_path: Path) -> None:
