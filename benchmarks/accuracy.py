@@ -35,6 +35,7 @@ from typing import Any
 import click
 from accuracy_report import draw_sweep, markdown, show, summarise
 from accuracy_rows import CALIBRATION_IMAGES, EVERY_ROW, NETWORKS, RECIPES, ROWS, SWEEP, Row
+from benchmark_command import BenchmarkCommand
 from held_out import Embeddings, Halves
 from records import Record, Records, digest
 from report_files import write_json, write_text
@@ -44,6 +45,7 @@ from torch import nn
 import qface
 from qface.data import IndexedImages, nested_subset
 from qface.evaluation import embed
+from qface.files import make_folder
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def mean_weight_bits(file: Path) -> float:
     return sum(entry.elements * (entry.bits or 0) for entry in weights) / sum(entry.elements for entry in weights)
 
 
-@click.command()
+@click.command(cls=BenchmarkCommand)
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
 @click.option("--networks", type=click.Choice(list(NETWORKS)), multiple=True, default=list(NETWORKS), show_default=True)
 @click.option("--recipe", "recipes", type=click.Choice(list(RECIPES)), multiple=True, default=["qface"])
@@ -241,7 +243,7 @@ def main(
     json_file: Path | None,
 ) -> None:
     """Measure what is missing, then print the table; Ctrl-C prints what there is."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     halves, records = Halves(data / "data"), Records(output)
     benches = {network: Bench(network, data, halves, records) for network in networks}
     runs = list(planned(networks, recipes, chosen(rows, sweep, no_train), seeds, max_steps))

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 from accuracy_rows import EVERY_ROW, RECIPES, SWEEP, SWEEP_BITS, Goal
+from benchmark_command import BenchmarkCommand
 from held_out import FPRS
 from report_files import markdown_table, terminal_table, write_figure, write_json
 from rich.console import Console
@@ -184,13 +185,14 @@ def combined(reports: Iterable[Record]) -> Record:
     for report in reports:
         for network, teacher in report["float"].items():
             known = teachers.setdefault(network, teacher)
-            if any(abs(known["tpr"][fpr] - teacher["tpr"][fpr]) > _SAME_RATE for fpr in known["tpr"]):
+            apart = (_minus(known["tpr"][fpr], teacher["tpr"][fpr]) for fpr in known["tpr"])
+            if any(points is not None and abs(points) > _SAME_RATE for points in apart):
                 raise ValueError(f"the files judge {network} by different images or weights")
         runs |= {(run["network"], run["recipe"], run["row"], run["seed"]): run for run in report["runs"]}
     return {"float": teachers, "runs": list(runs.values()), "summary": summarise(teachers, runs.values())}
 
 
-@click.command()
+@click.command(cls=BenchmarkCommand)
 @click.argument("files", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=-1, required=True)
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw points lost over the width here.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures here.")

@@ -2,10 +2,9 @@
 
     python benchmarks/latency.py [--data ../shared] [--networks mobilefacenet] [--threads 1] [--batch 1] [--runs 40]
 
-Weights come from --data where they are there, else they are random, as the title then says. They matter: float32 took
-2.0 times as long as qface's packed file on the pretrained MobileFaceNet, 3.0 times on a random one of 112x112.
-Compare ratios within one table; milliseconds are those of this machine at this moment. On a GPU the time includes the
-copies of images and embeddings.
+Weights come from --data where they are there, else they are random, as the title then says; ratios of random weights
+are not those of trained ones. Compare ratios within one table; milliseconds are those of this machine at this moment.
+On a GPU the time includes the copies of images and embeddings.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import click
 import numpy as np
 import onnx
 import torch
+from benchmark_command import BenchmarkCommand
 from report_files import write_figure, write_json
 from rich.console import Console
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ import qface
 from qface.data import ImageFolder
 from qface.deployment.latency import Candidate, Latency, compare, open_file
 from qface.deployment.runtime import OnnxEmbedder
+from qface.files import make_folder
 from qface.preprocessing import CROP_SIZE, preprocessing_of
 from qface.reporting import latency_table
 
@@ -59,7 +60,7 @@ class Setting:
     batch: int
 
 
-@click.command()
+@click.command(cls=BenchmarkCommand)
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
 @click.option("--networks", type=click.Choice(list(NETWORKS)), multiple=True, default=list(NETWORKS), show_default=True)
 @click.option("--bits", default=6, show_default=True)
@@ -129,7 +130,7 @@ def every_thread() -> list[int]:
 
 def folder(path: Path) -> Path:
     """``path``, made where it is not there."""
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     return path
 
 

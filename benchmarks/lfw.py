@@ -1,8 +1,10 @@
-"""The README's headline table: a teacher and its student on LFW, tuned on half of the people, judged on the other.
+"""One student on LFW in each of its forms, beside its teacher: calibrated and distilled, in torch and as a file.
 
     python benchmarks/lfw.py --data ../shared [--weights FILE] [--bits 6] [--recipe qface] [--json lfw.json]
 
-Every figure of the student is that of the file in onnxruntime unless the row says torch.
+Tuned on the first half of the people, judged on the second, with size, latency, and seconds of tuning. Every figure of
+the student is that of the file in onnxruntime unless the row says torch. ``--recipe`` is accuracy.py's, which measures
+several students, and holds their means against goals.
 """
 
 from __future__ import annotations
@@ -13,47 +15,50 @@ from typing import Any
 
 import click
 import numpy as np
-from report_files import write_json
+from accuracy_rows import RECIPES
+from benchmark_command import BenchmarkCommand
+from report_files import terminal_table, write_json
 from rich.console import Console
-from rich.table import Table
 from stopwatch import timed
 
 import qface
 from qface.data import ImageFolder
 from qface.deployment import median_milliseconds
 from qface.evaluation import embed
+from qface.files import make_folder
 
 FPRS = ("1e-3", "1e-4", "1e-5")
 AGREEMENT_IMAGES = 2000
 
 
-@click.command()
+@click.command(cls=BenchmarkCommand)
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
 @click.option("--weights", default="weights/mobilefacenet_112x96.safetensors", show_default=True, help="In --data.")
 @click.option("--bits", default=6, show_default=True)
-@click.option("--recipe", type=click.Choice(["qface", "paper"]), default="qface", show_default=True)
+@click.option("--recipe", type=click.Choice(list(RECIPES)), default="qface", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/lfw"), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(data: Path, weights: str, bits: int, recipe: str, seed: int, output: Path, json_file: Path | None) -> None:
     """Measure teacher, calibrated student, distilled student and both exported files side by side."""
-    output.mkdir(parents=True, exist_ok=True)
+    chosen = RECIPES[recipe]
+    quantization = replace(chosen.quantization, weight_bits=bits, activation_bits=bits)
+    training = replace(chosen.training_at(bits), seed=seed)
+    make_folder(output)
     faces, pairs = data / "data" / "lfw", data / "data" / "lfw_pairs.txt"
     teacher = qface.load(data / weights)
     float_file = qface.export(teacher, output / "teacher.onnx")
-
-    student = qface.quantize(teacher, bits)
-    calibration, seconds = timed(lambda: qface.calibrate(student, faces, people="first-half"))
     rows = [row("teacher", teacher, faces, pairs, float_file)]
+
+    student = qface.quantize(teacher, quantization)
+    calibration, seconds = timed(lambda: qface.calibrate(student, faces, people="first-half", **chosen.calibration))
     calibrated_file = qface.export(student, output / "calibrated.onnx")
     rows += [
         row("calibrated, torch", calibration, faces, pairs, seconds=seconds),
         row("calibrated, file", calibrated_file, faces, pairs, calibrated_file),
     ]
 
-    base = qface.DistillConfig.paper() if recipe == "paper" else qface.DistillConfig()
-    config = replace(base, seed=seed)
-    _, seconds = timed(lambda: qface.distill(student, teacher, faces, config, people="first-half"))
+    _, seconds = timed(lambda: qface.distill(student, teacher, faces, training, people="first-half"))
     qface.save(student, output / "student.safetensors")
     student_file = qface.export(student, output / "student.onnx")
     rows += [
@@ -63,9 +68,9 @@ def main(data: Path, weights: str, bits: int, recipe: str, seed: int, output: Pa
     ]
     add_latencies(rows)
     report = {"bits": bits, "recipe": recipe, "rows": rows, "agreement": agreement(student, student_file, faces)}
-    show(report)
     if json_file is not None:
         write_json(json_file, report)
+    show(report)
 
 
 def row(
@@ -101,24 +106,26 @@ def add_latencies(rows: list[dict[str, Any]]) -> None:
 def agreement(student: Any, file: Path, faces: Path) -> dict[str, float]:
     """Cosines between the student's embeddings and the file's, over held-out faces."""
     folder = ImageFolder(faces, people="second-half")
-    images = qface.data.TensorImages(folder.read(range(AGREEMENT_IMAGES)))
+    images = qface.data.TensorImages(folder.read(range(min(AGREEMENT_IMAGES, len(folder)))))
     cosines = np.sum(embed(student, images) * embed(file, images), axis=1)
     return {"images": len(cosines), "mean_cosine": float(cosines.mean()), "least_cosine": float(cosines.min())}
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the table."""
-    table = Table(title=f"w{report['bits']}a{report['bits']}, recipe {report['recipe']}, second half of the people")
-    for column in ("model", *(f"TPR at {fpr}" for fpr in FPRS), "LFW 10-fold", "MB", "ms", "tuning s"):
-        table.add_column(column)
-    for line in report["rows"]:
-        rates = (f"{100 * line['tpr_at_fpr'][fpr]:.2f}" for fpr in FPRS)
-        size = "" if line["bytes"] is None else f"{line['bytes'] / 1e6:.2f}"
-        latency_text = "" if line["milliseconds"] is None else f"{line['milliseconds']:.2f}"
-        seconds = "" if line["tuning_seconds"] is None else f"{line['tuning_seconds']:.0f}"
-        table.add_row(line["model"], *rates, f"{100 * line['accuracy']:.2f}", size, latency_text, seconds)
-    Console().print(table)
+    title = f"w{report['bits']}a{report['bits']}, recipe {report['recipe']}, second half of the people"
+    headings = ("model", *(f"TPR at {fpr}" for fpr in FPRS), "LFW 10-fold", "MB", "ms", "tuning s")
+    Console().print(terminal_table(title, headings, map(cells, report["rows"])))
     Console().print(f"file against student: {report['agreement']}")
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    """A row as text: empty where something was not measured, ``-`` where too few pairs were there to measure it."""
+    rates = ["-" if rate is None else f"{100 * rate:.2f}" for rate in (line["tpr_at_fpr"][fpr] for fpr in FPRS)]
+    size = "" if line["bytes"] is None else f"{line['bytes'] / 1e6:.2f}"
+    latency = "" if line["milliseconds"] is None else f"{line['milliseconds']:.2f}"
+    seconds = "" if line["tuning_seconds"] is None else f"{line['tuning_seconds']:.0f}"
+    return [line["model"], *rates, f"{100 * line['accuracy']:.2f}", size, latency, seconds]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 from accuracy_rows import RECIPES
+from benchmark_command import BenchmarkCommand
 from paper_arms import Arms, Unavailable
 from paper_rows import FLOAT, SETS, TABLES, PaperTable, Row
 from paper_sources import HALF_COLUMNS, STAND_INS, Sources
@@ -26,6 +27,7 @@ from report_files import markdown_table, terminal_table, write_figure, write_jso
 from rich.console import Console
 
 import qface
+from qface.files import make_folder
 
 __all__ = ["command"]
 
@@ -35,7 +37,7 @@ _Path = click.Path(path_type=Path)
 def command(number: int) -> click.Command:
     """The command line of table ``number``."""
 
-    @click.command(help=f"Table {number} of Ef-QuantFace: {TABLES[number].title.lower()}.")
+    @click.command(cls=BenchmarkCommand, help=f"Table {number} of Ef-QuantFace: {TABLES[number].title.lower()}.")
     @click.option("--weights", type=_Path, default=Path("../shared/weights"), show_default=True, help="Networks.")
     @click.option("--data", type=_Path, default=Path("../shared/data"), show_default=True, help="Faces.")
     @click.option("--recipe", type=click.Choice(list(RECIPES)), default="qface", show_default=True)
@@ -56,7 +58,7 @@ def command(number: int) -> click.Command:
     ) -> None:
         table = TABLES[number]
         _check_networks(networks, table)
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         sources = Sources(weights, data)
         arms = Arms(sources, Records(output), recipe, table.teacher_of, seed, max_steps)
         wanted = [row for row in _rows(table, sources) if not networks or row.network in networks]

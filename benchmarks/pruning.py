@@ -23,6 +23,7 @@ from typing import get_args
 
 import click
 from accuracy_rows import NETWORKS
+from benchmark_command import BenchmarkCommand
 from held_out import Embeddings, Halves
 from pruning_report import Bits, draw, gain_per_macs, markdown, name_of, table
 from records import Record, Records, digest
@@ -33,6 +34,7 @@ from torch import nn
 import qface
 from qface.deployment import median_milliseconds
 from qface.evaluation import embed
+from qface.files import make_folder
 from qface.pruning import cost_of
 from qface.pruning.config import ScopeName
 
@@ -189,7 +191,7 @@ class Bench:
         return embed(file, self._halves.judging, progress=True)
 
 
-@click.command()
+@click.command(cls=BenchmarkCommand)
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
 @click.option("--network", type=click.Choice(list(NETWORKS)), default="mobilefacenet", show_default=True)
 @click.option("--ratios", type=click.FloatRange(0, 1, True, True), multiple=True, default=[0.1, 0.2, 0.3])
@@ -213,7 +215,7 @@ def main(
     json_file: Path | None,
 ) -> None:
     """Measure what is missing, time all files in turns, print the table and draw the figure."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     pruning = qface.PruningConfig(scope=scope, round_to=round_to)
     bench = Bench(network, data, Records(output), pruning, max_steps)
     rows = []

@@ -24,6 +24,7 @@ from typing import Any
 import click
 import torch
 from accuracy_rows import NETWORKS
+from benchmark_command import BenchmarkCommand
 from report_files import write_json
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +41,7 @@ FLOAT, QAT, TEACHER = "float step", "QAT step", "teacher's forward"
 BF16 = ", bfloat16"
 
 
-@click.command()
+@click.command(cls=BenchmarkCommand)
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
 @click.option(
     "--network", type=click.Choice(list(NETWORKS)), multiple=True, default=["mobilefacenet"], show_default=True

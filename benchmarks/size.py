@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
+from benchmark_command import BenchmarkCommand
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -110,7 +111,7 @@ def published_row(figure: Published, expected: float) -> dict[str, Any]:
     return {**asdict(figure), "formula_deviation": deviation, "explained": abs(deviation) < TOLERANCE}
 
 
-@click.command()
+@click.command(cls=BenchmarkCommand)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def main(as_json: bool) -> None:
     """Print published sizes beside ours."""

@@ -18,7 +18,7 @@ from qface.deployment.export import TARGETS
 from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
 from qface.deployment.lowering import hindrance
-from qface.distillation import default_config
+from qface.distillation import check_run, default_config
 from qface.distillation.config import PrecisionName
 from qface.errors import ConfigError, QFaceError
 from qface.evaluation import TemplateProtocol
@@ -85,7 +85,7 @@ _people = click.option(
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 _training = _options(
-    click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the images."),
+    click.option("--epochs", type=int, default=1, show_default=True, help="Rounds of as many images as there are."),
     click.option("--batch-size", type=int, help="Images a step.  [default: the recipe's]"),
     click.option("--lr", "learning_rate", type=float, help="Learning rate.  [default: the recipe's]"),
     click.option(
@@ -187,14 +187,17 @@ def quantize(
     if budget_mb is not None and weight_bits is not None:
         raise ConfigError("--budget-mb chooses the widths of weights by itself; leave out --weight-bits")
     teacher = resolve_model(model, weights)
-    if budget_mb is not None:
-        config = qface.allocate_bits(teacher, images, budget_mb, people, config.activation_bits, progress=True)
     student = qface.quantize(teacher, config)
     check_savable(student)
+    settings = _distill_config(default_config(student, teacher), **training)
+    if distill:
+        check_run(settings, run_dir, resume)
+    if budget_mb is not None:
+        config = qface.allocate_bits(teacher, images, budget_mb, people, config.activation_bits, progress=True)
+        student = qface.quantize(teacher, config)
     _note_hindrance(student)
     qface.calibrate(student, images, people=people, progress=True)
     if distill:
-        settings = _distill_config(default_config(student, teacher), **training)
         qface.distill(student, teacher, images, settings, run_dir, resume, people=people)
     qface.save(student, output)
     click.echo(f"wrote {output}")
@@ -248,10 +251,13 @@ def prune(
     check_savable(teacher)
     config = qface.PruningConfig(seed=options["seed"], **{name: options.pop(name) for name in _PRUNING})
     training = _distill_config(qface.DistillConfig.after_pruning(), **options)
+    folders = {step: None if run_dir is None else run_dir / f"step-{step}" for step in range(1, config.steps + 1)}
+    if distill:
+        for folder in folders.values():
+            check_run(training, folder, resume)
 
     def tune(pruned: nn.Module, step: int) -> None:
-        folder = None if run_dir is None else run_dir / f"step-{step}"
-        qface.distill(pruned, teacher, cast(Path, images), training, folder, resume, people=people)
+        qface.distill(pruned, teacher, cast(Path, images), training, folders[step], resume, people=people)
 
     pruned = qface.prune(teacher, wanted, images, config, people, tune if distill else None, progress=True)
     if distill:

@@ -26,7 +26,7 @@ from qface.distillation import DistillConfig, distill
 from qface.distillation.heads import ArcFaceHead
 from qface.errors import DependencyError
 from qface.evaluation import evaluate
-from qface.files import make_folder
+from qface.files import make_folder, replacing
 from qface.models import MobileFaceNet, save
 from qface.preprocessing import CROP_SIZE, Preprocessing, with_preprocessing
 from qface.progress import track
@@ -79,9 +79,11 @@ def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS) -> DemoRe
         epochs: of the teacher's training.
 
     Raises:
+        ConfigError: ``seed`` is out of its range.
         DependencyError: the faces are not installed (extra ``qface[demo]``).
-        ExportError: ``folder`` cannot be made.
+        ExportError: ``folder`` cannot be made or written to.
     """
+    config = DistillConfig(epochs=2, batch_size=_BATCH, seed=seed)
     folder = Path(folder)
     make_folder(folder)
     crops = _write_crops(_orl_folder(), folder / "crops")
@@ -93,7 +95,7 @@ def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS) -> DemoRe
     teacher = _train_teacher(ImageFolder(crops, training), seed, epochs)
     save(teacher, folder / "teacher.safetensors")
     student = calibrate(quantize(teacher, bits=6), crops, people=training)
-    distill(student, teacher, crops, DistillConfig(epochs=2, batch_size=_BATCH, seed=seed), people=training)
+    distill(student, teacher, crops, config, people=training)
     save(student, folder / "student.safetensors")
 
     files = [export(teacher, folder / "teacher.onnx"), export(student, folder / "student.onnx")]
@@ -124,7 +126,9 @@ def _write_crops(photographs: Path, crops: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             pixels = np.asarray(Image.open(source))
             margin = (CROP_SIZE - pixels.shape[1]) // 2
-            Image.fromarray(np.pad(pixels, ((0, 0), (margin, margin)), mode="edge")).save(target)
+            crop = Image.fromarray(np.pad(pixels, ((0, 0), (margin, margin)), mode="edge"))
+            with replacing(target) as temporary:  # or half of one, after a kill, would be there for good
+                crop.save(temporary, format="png")
     return crops
 
 

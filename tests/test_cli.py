@@ -202,6 +202,40 @@ def test_a_killed_run_resumes(workplace: Path) -> None:
     assert run("quantize", *arguments, "--resume", "-o", "student.safetensors").exit_code == 0
 
 
+BAD_TRAINING = (
+    (("--lr", "-1"), "learning_rate"),
+    (("--lr", "nan"), "learning_rate"),
+    (("--epochs", "0"), "epochs"),
+    (("--batch-size", "1"), "batch_size"),
+    (("--seed", "-3"), "seed"),
+    (("--device", "cuda:99"), "cuda:99"),
+    (("--resume",), "run_dir"),
+    (("--run-dir", "taken"), "already holds a run"),
+    (("--run-dir", "my_networks.py"), "my_networks.py is no folder"),
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("quantize", "--model", "my_networks:make"),
+        ("quantize", "--model", "my_networks:make", "--budget-mb", "1"),
+        ("prune", "--model", "my_networks:make", "--distill"),
+        ("distill", "--student", "network.safetensors", "--teacher", "my_networks:make"),
+    ],
+    ids=["quantize", "quantize within a budget", "prune", "distill"],
+)
+@pytest.mark.parametrize(("options", "hint"), BAD_TRAINING, ids=str)
+def test_bad_settings_of_training_are_told_before_images_are_looked_at(
+    workplace: Path, command: tuple[str, ...], options: tuple[str, ...], hint: str
+) -> None:
+    qface.save(resolve_model("my_networks:make"), "network.safetensors")
+    for folder in ("taken", "taken/step-1"):
+        Path(folder).mkdir()
+        Path(folder, "checkpoint.pt").touch()
+    assert hint in refusal(run(*command, "--images", "nowhere", "-o", "student.safetensors", *options))
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [

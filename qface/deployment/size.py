@@ -376,12 +376,12 @@ class _Purposes:
 
         Slopes share one scale, and may be ones, where a value only changes its grid.
         """
-        attributes = {attribute.name: attribute for attribute in node.attribute}
-        if "group" not in attributes or list(attributes["kernel_shape"].ints) != [1, 1]:
-            return "weight"
+        groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), None)
         maker = self._constant_maker(node.input[1])
-        weight = self._tensors.get(maker.input[0] if maker is not None else node.input[1])
-        if maker is None or weight is None or list(weight.dims) != [attributes["group"].i, 1, 1, 1]:
+        if maker is None or len(maker.input) < 2:
+            return "weight"
+        weight = self._tensors.get(maker.input[0])
+        if weight is None or list(weight.dims) != [groups, 1, 1, 1]:
             return "weight"
         if not self._is_scalar(maker.input[1]):
             return "affine"

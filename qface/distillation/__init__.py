@@ -3,7 +3,7 @@
 from qface.distillation.config import FEW_BITS, DistillConfig
 from qface.distillation.heads import ArcFaceHead
 from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
-from qface.distillation.trainer import default_config, distill
+from qface.distillation.trainer import check_run, default_config, distill
 
 __all__ = [
     "FEW_BITS",
@@ -12,6 +12,7 @@ __all__ = [
     "DistillConfig",
     "EKDLoss",
     "MSEEmbeddingLoss",
+    "check_run",
     "default_config",
     "distill",
 ]

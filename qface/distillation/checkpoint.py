@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -18,15 +18,37 @@ from torch import Tensor, nn
 from qface.data.images import ImageSource, IndexedImages, LoaderImages, length_of
 from qface.data.sampling import evenly
 from qface.distillation.config import DistillConfig
-from qface.errors import CheckpointError, ConfigError, TrainingError
-from qface.files import make_folder
+from qface.errors import CheckpointError, ConfigError, ExportError, TrainingError
+from qface.files import check_folder, make_folder, replacing
 
-__all__ = ["RunFolder", "digest_of_images", "digest_of_structure", "digest_of_values"]
+__all__ = ["RunFolder", "check_run_folder", "digest_of_images", "digest_of_structure", "digest_of_values"]
 
 _CHECKPOINT = "checkpoint.pt"
 _LOG = "log.jsonl"
 _LOOKED_AT = 8  # images, to tell others from these
 _FREE_TO_CHANGE = ("checkpoint_every", "device")
+_PARTS = ("config", "inputs", "state")
+_PLAIN = (int, float, str, type(None))
+_STATE = {"step": int, "total": int, "student": dict, "objective": dict, "optimizer": dict}
+
+
+def check_run_folder(path: Path, resume: bool) -> None:
+    """Make sure, without making it, that a run can begin or go on in the folder ``path``.
+
+    Raises:
+        ConfigError: it holds a checkpoint and ``resume`` is False.
+        ExportError: it cannot be made or written to.
+    """
+    if os.path.exists(path / _CHECKPOINT):
+        if not resume:
+            raise ConfigError(f"{path} already holds a run: resume it (resume=True), or choose another run folder")
+        return  # a run that is finished is only read
+    if os.path.exists(path):
+        written = [path / _CHECKPOINT, path / _LOG]
+    else:
+        written = [next(folder for folder in (path, *path.parents) if os.path.exists(folder.parent))]
+    for each in written:
+        check_folder(each)
 
 
 class RunFolder:
@@ -36,24 +58,18 @@ class RunFolder:
         path: the folder; it is made where it is missing.
         config: settings of the run.
         inputs: a word for each thing the run starts from (student, teacher, images), by its name.
-        resume: go on from the checkpoint where there is one.
         writes: whether this process is the one that writes.
 
     Raises:
-        ConfigError: the folder holds a checkpoint and ``resume`` is False.
         ExportError: the folder cannot be made.
     """
 
-    def __init__(
-        self, path: Path, config: DistillConfig, inputs: Mapping[str, str], resume: bool, writes: bool
-    ) -> None:
+    def __init__(self, path: Path, config: DistillConfig, inputs: Mapping[str, str], writes: bool) -> None:
         self._checkpoint = path / _CHECKPOINT
         self._log = path / _LOG
         self._config = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
         self._inputs = dict(inputs)
         self._writes = writes
-        if self._checkpoint.exists() and not resume:
-            raise ConfigError(f"{path} already holds a run: resume it (resume=True), or choose another run folder")
         if writes:
             make_folder(path)
 
@@ -74,13 +90,25 @@ class RunFolder:
         return state
 
     def _read(self) -> dict[str, Any]:
-        try:
-            saved = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self._checkpoint} is damaged: delete it to start over") from error
-        if not isinstance(saved, dict) or not {"config", "inputs", "state"} <= saved.keys():
+        with self.restoring():
+            saved: Any = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        if not _is_checkpoint(saved):
             raise CheckpointError(f"{self._checkpoint} is no checkpoint of a distillation: choose another run folder")
-        return saved
+        return dict(saved)
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Around reading the checkpoint, and putting back what it holds.
+
+        Raises:
+            CheckpointError: that fails.
+        """
+        try:
+            yield
+        except (MemoryError, torch.cuda.OutOfMemoryError):  # of which the checkpoint is innocent
+            raise
+        except Exception as error:  # torch checks little, so damaged bytes may raise anything
+            raise CheckpointError(f"{self._checkpoint} is damaged: delete it to start over") from error
 
     def _require_same_config(self, saved: dict[str, Any]) -> None:
         differing = [name for name in self._config if saved.get(name) != self._config[name]]
@@ -99,25 +127,54 @@ class RunFolder:
                 )
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint in one move, so that a crash leaves either the old one or the new one."""
+        """Replace the checkpoint in one move, so that a crash leaves either the old one or the new one.
+
+        Raises:
+            ExportError: it cannot be written.
+        """
         if not self._writes:
             return
-        temporary = self._checkpoint.with_suffix(".tmp")
-        torch.save({"config": self._config, "inputs": self._inputs, "state": state}, temporary)
-        os.replace(temporary, self._checkpoint)
+        with replacing(self._checkpoint) as temporary:
+            try:
+                torch.save({"config": self._config, "inputs": self._inputs, "state": state}, temporary)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise ExportError(f"cannot write all of {self._checkpoint}: make room on the disk") from error
 
     def begin_log(self, step: int) -> None:
-        """Keep the log of the first ``step`` steps; a killed run may have written more than it saved."""
+        """Keep the log of the first ``step`` steps; a killed run may have written more than it saved.
+
+        Raises:
+            ExportError: it cannot be written.
+        """
         if not self._writes:
             return
-        lines = self._log.read_text().splitlines(keepends=True)[:step] if self._log.exists() else []
-        self._log.write_text("".join(lines))
+        with replacing(self._log) as temporary:
+            lines = self._log.read_bytes().splitlines(keepends=True)[:step] if self._log.exists() else []
+            temporary.write_bytes(b"".join(lines))
 
     def log(self, record: Mapping[str, float]) -> None:
-        """Append one line."""
-        if self._writes:
+        """Append one line.
+
+        Raises:
+            ExportError: it cannot be written.
+        """
+        if not self._writes:
+            return
+        try:
             with self._log.open("a") as file:
                 file.write(json.dumps(dict(record)) + "\n")
+        except OSError as error:
+            raise ExportError(
+                f"cannot write {self._log}: {error.strerror or error}; make room, or choose another run folder"
+            ) from error
+
+
+def _is_checkpoint(saved: Any) -> bool:
+    """Whether ``saved`` holds what :meth:`RunFolder.save` writes, as far as types tell."""
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in _PARTS):
+        return False
+    plain = all(isinstance(value, _PLAIN) for value in saved["config"].values())
+    return plain and all(isinstance(saved["state"].get(name), kind) for name, kind in _STATE.items())
 
 
 def digest_of_structure(model: nn.Module) -> str:

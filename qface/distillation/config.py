@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeGuard, get_args
 
-from qface.checks import check_whole
+from qface.checks import check_seed, check_whole
 from qface.errors import ConfigError
 
 __all__ = [
@@ -39,8 +39,9 @@ class DistillConfig:
     it closer (0.044).
 
     Args:
-        epochs: passes over the images; one epoch is ``floor(images / batch_size)`` steps, at least one
-            (of a loader: its own length).
+        epochs: rounds of ``floor(images / batch_size)`` steps, at least one (of a loader: its own length). Where it is
+            known who is who, or ``pseudo_pairs`` says so, half of each batch is chosen for its pairs: a round shows
+            some images several times and others not at all, of LFW a quarter.
         batch_size: images a step, over all devices together; smaller where there are fewer images. A loader
             keeps its own batches.
         max_steps: an upper limit for all steps together, which the schedule then spans; None sets none.
@@ -53,7 +54,8 @@ class DistillConfig:
         embedding_loss: ``"cosine"``, ``"mse"`` (QuantFace's) or None for no embedding term. It needs a
             teacher with embeddings as long as the student's; EKD does not.
         embedding_weight: weight of the embedding term.
-        class_head: train an ArcFace head on the identities beside the student (the paper's equation 3).
+        class_head: train an ArcFace head on the identities beside the student (the paper's equation 3). It needs a
+            folder or a tensor with labels: how many people a loader will name is not known before its end.
         class_head_weight: weight of its loss, whose gradient is some hundred times as long as the cosine loss's.
         margin: angular margin of the class head in radians.
         scale: the class head's factor on the cosines.
@@ -123,8 +125,8 @@ class DistillConfig:
             bn_statistics_steps=self.bn_statistics_steps,
             observer_steps=self.observer_steps,
             warmup_steps=self.warmup_steps,
-            seed=self.seed,
         )
+        check_seed(self.seed)
         _not_negative(
             ekd_weight=self.ekd_weight,
             embedding_weight=self.embedding_weight,

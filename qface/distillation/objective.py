@@ -47,8 +47,8 @@ class Objective(nn.Module):
     def _class_head(self, embedding_size: int, identities: int | None) -> ArcFaceHead:
         if identities is None:
             raise TrainingError(
-                "the class head needs to know the identity of each image: give a folder with a sub-folder "
-                "per person, or set class_head=False"
+                "the class head needs to know all identities in advance, which a loader does not tell: give a folder "
+                "with a sub-folder per person, or a tensor with labels (TensorImages), or set class_head=False"
             )
         generator = torch.Generator().manual_seed(self.config.seed)
         return ArcFaceHead(embedding_size, identities, self.config.margin, self.config.scale, generator)

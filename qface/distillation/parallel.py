@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qface.errors import ConfigError, DependencyError
 
-__all__ = ["FabricProcesses", "Parallel", "SingleProcess", "processes_for"]
+__all__ = ["FabricProcesses", "Parallel", "SingleProcess", "device_for", "processes_for"]
 
 
 class Parallel(ABC):
@@ -50,12 +50,17 @@ def processes_for(device: str | None) -> Parallel:
         ConfigError: there is no such device.
         DependencyError: there are several processes, and Lightning Fabric is not installed.
     """
-    wanted = _device(device)
+    wanted = device_for(device)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return FabricProcesses(wanted) if several else SingleProcess(wanted)
 
 
-def _device(name: str | None) -> torch.device:
+def device_for(name: str | None) -> torch.device:
+    """The device called ``name``, or for None a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 from qface.data.images import Images, ImageSource, as_image_source, normalise
 from qface.distillation.batches import Batch, Batches, batches_of
-from qface.distillation.checkpoint import RunFolder, digest_of_images, digest_of_structure, digest_of_values
+from qface.distillation.checkpoint import (
+    RunFolder,
+    check_run_folder,
+    digest_of_images,
+    digest_of_structure,
+    digest_of_values,
+)
 from qface.distillation.config import FEW_BITS, DistillConfig
 from qface.distillation.memory import memory_kept
 from qface.distillation.modes import borrowed, has_batch_norm, mode_changes, set_observers, set_student_mode
 from qface.distillation.objective import Objective
 from qface.distillation.optim import descend, optimizer_for, schedule_factor
-from qface.distillation.parallel import Parallel, processes_for
+from qface.distillation.parallel import Parallel, device_for, processes_for
 from qface.distillation.progress import progress_bar
 from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.distillation.sampling import drawn_by
@@ -30,7 +36,7 @@ from qface.memory_format import fastest_memory_format
 from qface.models.provenance import has_step, provenance_of, record_step
 from qface.preprocessing import dtype_of, preprocessing_of
 
-__all__ = ["default_config", "distill"]
+__all__ = ["check_run", "default_config", "distill"]
 
 
 def default_config(student: nn.Module, teacher: nn.Module) -> DistillConfig:
@@ -49,6 +55,21 @@ def _activation_bits(student: nn.Module) -> float:
     """Of what most of its layers read; infinitely many where it was never quantized."""
     widths = [step.get("activation_bits", math.inf) for step in provenance_of(student) if step["step"] == "quantize"]
     return min(widths, default=math.inf)
+
+
+def check_run(config: DistillConfig, run_dir: str | Path | None = None, resume: bool = False) -> None:
+    """Make sure, before long work, that :func:`distill` can train where these arguments say.
+
+    Raises:
+        ConfigError: there is no such device; the run folder holds a run that is not to be resumed, or none is given to
+            resume from.
+        ExportError: the run folder cannot be made or written to.
+    """
+    if resume and run_dir is None:
+        raise ConfigError("resume=True needs the run_dir to go on from")
+    device_for(config.device)
+    if run_dir is not None:
+        check_run_folder(Path(run_dir), resume)
 
 
 def distill(
@@ -83,8 +104,8 @@ def distill(
         run_dir: folder for ``checkpoint.pt`` and ``log.jsonl`` (step, loss terms, learning rate, gradient
             norm); None writes nothing.
         resume: go on from the checkpoint in ``run_dir``, or start there where it holds none. A run that was
-            killed ends with the weights it would have had, bit for bit on a CPU with as many threads; a finished
-            one returns at once.
+            killed ends with the weights it would have had, bit for bit on a CPU with as many threads, and of a loader
+            only if its order repeats; a finished one returns at once.
         people: for a folder, which identities to keep.
         progress: show a progress bar on stderr.
 
@@ -95,21 +116,22 @@ def distill(
         CheckpointError: the checkpoint is damaged.
         ConfigError: settings contradict each other, the images, or the checkpoint.
         DependencyError: several processes without Lightning Fabric.
+        ExportError: the run folder cannot be made or written to.
         ImagesError: the images cannot be used.
         TrainingError: the networks do not fit each other, or the loss is not finite.
     """
     if student is teacher:
         raise TrainingError("student and teacher are one network: pass copy.deepcopy(network) as the teacher")
-    if resume and run_dir is None:
-        raise ConfigError("resume=True needs the run_dir to go on from")
     config = config or default_config(student, teacher)
+    check_run(config, run_dir, resume)
     parallel = processes_for(config.device)
     source = as_image_source(images, people)
-    folder = None if run_dir is None else _run_folder(Path(run_dir), student, teacher, source, config, resume, parallel)
+    folder = None if run_dir is None else _run_folder(Path(run_dir), student, teacher, source, config, parallel)
     state = None if folder is None else folder.load()
     with memory_kept(), borrowed(parallel.device, student, teacher), _released(student):
-        if state is not None and state["step"] == state["total"]:
-            student.load_state_dict(state["student"])
+        if folder is not None and state is not None and state["step"] == state["total"]:
+            with folder.restoring():
+                student.load_state_dict(state["student"])
         else:
             batches = _batches(source, teacher, config, parallel, progress)
             _check_settings(config, batches, student, parallel)
@@ -134,7 +156,6 @@ def _run_folder(
     teacher: nn.Module,
     source: ImageSource,
     config: DistillConfig,
-    resume: bool,
     parallel: Parallel,
 ) -> RunFolder:
     inputs = {
@@ -142,7 +163,7 @@ def _run_folder(
         "teacher weights": digest_of_values(teacher),
         "images": digest_of_images(source),
     }
-    return RunFolder(path, config, inputs, resume, writes=parallel.rank == 0)
+    return RunFolder(path, config, inputs, writes=parallel.rank == 0)
 
 
 def _batches(
@@ -222,9 +243,10 @@ class _Trainer:
 
     def run(self, folder: RunFolder | None, state: dict[str, Any] | None, progress: bool) -> None:
         """Train from the first step, or the one of ``state``, to the last, and keep ``folder`` up to date."""
-        if state is not None:
-            self._go_on_from(state)
         if folder is not None:
+            if state is not None:
+                with folder.restoring():
+                    self._go_on_from(state)
             folder.begin_log(self.step)
         changes = mode_changes(self.config) | {self.step}
         with progress_bar(self.step, self.total, progress) as advance:

@@ -153,3 +153,11 @@ def test_figures_of_several_machines_are_put_together(tmp_path: Path) -> None:
     refused = run("accuracy_report", first, write("third.json", 0.99))
     assert refused.exit_code == 1
     assert "mobilefacenet by different images" in refused.output
+
+
+def test_figures_of_few_people_have_rates_that_are_not_known(tmp_path: Path) -> None:
+    teacher = measured("float", 0, 0.95)
+    teacher["tpr"]["1e-5"] = None
+    (tmp_path / "few.json").write_text(json.dumps({"float": {"mobilefacenet": teacher}, "runs": []}))
+    twice = run("accuracy_report", tmp_path / "few.json", tmp_path / "few.json")
+    assert twice.exit_code == 0, twice.output

@@ -196,6 +196,24 @@ def test_shares_add_up_and_are_in_proportion(total: int, lengths: list[int]) -> 
         assert abs(share - total * length / sum(lengths)) <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["kernel_shape", "no kernel_shape"])
+@pytest.mark.parametrize("cast", [True, False], ids=["of halves", "of floats"])
+@pytest.mark.parametrize("group", [1, 3])
+def test_convolutions_of_others_may_leave_out_the_shape_of_their_kernels(
+    group: int, cast: bool, given: bool, tmp_path: Path
+) -> None:
+    values = np.ones((3, 3 // group, 1, 1), np.float16 if cast else np.float32)
+    shape = {"kernel_shape": [1, 1]} if given else {}
+    nodes = [helper.make_node("Cast", ["stored"], ["weight"], to=TensorProto.FLOAT)] if cast else []
+    nodes.append(helper.make_node("Conv", ["images", "weight"], ["maps"], group=group, **shape))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, 8, 8]) for name in ("images", "maps")]
+    tensor = numpy_helper.from_array(values, "stored" if cast else "weight")
+    model = helper.make_model(helper.make_graph(nodes, "net", ends[:1], ends[1:], [tensor]))
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "net.onnx")
+    assert found_weights(checked(tmp_path / "net.onnx")) == [(values.size, 16 if cast else 32)]
+
+
 # ---- networks
 
 DESIGN = {18: 18.073, 34: 25.701, 50: 32.837, 100: 49.131}

@@ -46,6 +46,7 @@ def test_larger_steps_after_pruning() -> None:
         {"momentum": -0.1},
         {"max_gradient_norm": 0.0},
         {"seed": -1},
+        {"seed": 2**63},
         {"observer_steps": -1},
         {"bn_statistics_steps": -1},
         {"ekd_surrogate": "cubic"},

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from qface.data.images import ImageSource, TensorImages
-from qface.distillation import DistillConfig
+from qface.distillation import DistillConfig, check_run
 from qface.distillation import distill as distill_with_progress
 from qface.distillation.batches import batches_of
 from qface.distillation.parallel import Parallel, SingleProcess
-from qface.errors import CheckpointError, ConfigError, ImagesError, TrainingError
+from qface.errors import CheckpointError, ConfigError, ExportError, ImagesError, TrainingError
 from qface.preprocessing import Preprocessing, with_preprocessing
 
 from .networks import Interrupted, face_images, same_weights, tiny_network, weights
@@ -178,6 +179,13 @@ def test_a_single_image_is_refused() -> None:
 def test_what_needs_identities_refuses_images_without(options: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, TrainingError), match="identit"):
         distill(tiny_network(0), tiny_network(1), face_images().images, replace(CPU, **options))
+
+
+def test_a_class_head_says_what_it_needs_in_the_place_of_a_loader() -> None:
+    faces = face_images()
+    loader = DataLoader(TensorDataset(faces.images, faces.labels), batch_size=8)
+    with pytest.raises(TrainingError, match=r"which a loader does not tell: .* a tensor with labels"):
+        distill(tiny_network(0), tiny_network(1), loader, replace(CPU, class_head=True))
 
 
 def test_a_loader_is_read_in_order_with_its_labels(tmp_path: Path) -> None:
@@ -358,7 +366,7 @@ def test_a_finished_run_returns_its_weights_at_once(labelled: bool, tmp_path: Pa
     distill(again, tiny_network(1), Interrupted(images, reads=1), CPU, tmp_path, resume=True)
     assert same_weights(finished, again)
     assert len(log(tmp_path)) == 6
-    assert not list(tmp_path.glob("*.tmp"))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.jsonl"}
 
 
 def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
@@ -386,7 +394,110 @@ def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
     distill(student, teacher, images, replace(CPU, checkpoint_every=1, device=None), tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04truncated"])
+def test_where_a_run_cannot_be_kept_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    (tmp_path / "a_folder" / "log.jsonl").mkdir(parents=True)
+    for folder, cause in (("a_file", "no folder"), ("a_file/run", "no folder"), ("a_folder", r"log\.jsonl")):
+        with pytest.raises(ExportError, match=cause) as caught:
+            distill(tiny_network(0), tiny_network(1), tmp_path / "nowhere", CPU, tmp_path / folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "cause"),
+    [
+        ("cuda:99", {}, "cuda:99"),
+        ("cpu", {"resume": True}, "run_dir"),
+        ("cpu", {"run_dir": "taken"}, "resume=True"),
+        ("cpu", {"run_dir": "taken", "resume": True}, None),
+        ("cpu", {"run_dir": "new/run"}, None),
+        ("cpu", {}, None),
+    ],
+    ids=str,
+)
+def test_a_run_can_be_checked_before_it_begins(
+    device: str, options: dict[str, Any], cause: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CPU, device=device)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "checkpoint.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    if cause is None:
+        check_run(config, **options)
+    else:
+        with pytest.raises(ConfigError, match=cause):
+            check_run(config, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"taken"}
+
+
+class Spoiling(Interrupted):
+    """Puts a folder where the log is, at one of its reads."""
+
+    def __init__(self, images: TensorImages, reads: int, log: Path) -> None:
+        super().__init__(images, reads)
+        self.path = log
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        try:
+            return super().read(indices)
+        except KeyboardInterrupt:
+            self.path.unlink()
+            self.path.mkdir()
+            return self.images.read(indices)
+
+
+def test_a_log_that_cannot_be_written_any_more_is_told_in_a_line(tmp_path: Path) -> None:
+    log_file = tmp_path / "log.jsonl"
+    with pytest.raises(ExportError, match=r"log\.jsonl: Is a directory"):
+        distill(tiny_network(0), tiny_network(1), Spoiling(face_images(), 4, log_file), CPU, tmp_path)
+
+
+def test_a_log_of_any_bytes_is_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        distill(tiny_network(0), tiny_network(1), Interrupted(face_images(), 5), CPU, tmp_path)
+    first, *others = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_bytes(b"".join([b"\xff\n", *others]))
+    distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path, resume=True)
+    lines = (tmp_path / "log.jsonl").read_bytes().splitlines()
+    assert len(lines) == 6
+    assert lines[0] == b"\xff" != first
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process grows beyond ``size`` bytes."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_told_in_a_line_and_costs_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        distill(tiny_network(0), tiny_network(1), Interrupted(face_images(), 5), CPU, tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with full_disk(len(before) // 2), pytest.raises(ExportError, match=r"checkpoint\.pt") as caught:
+        distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"nonsense",
+        b"PK\x03\x04truncated",
+        b"\x80\x020.",  # a pickle that pops an empty stack
+        b"\x80\x02h\x05.",  # one that names what it has not kept
+        b"\x80\x02)b.",
+        b"\x80\x02N}R.",
+    ],
+)
 def test_a_damaged_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged"):
@@ -397,6 +508,29 @@ def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(1)}, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="no checkpoint of a distillation"):
         distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "cause"),
+    [
+        ("config", [], "no checkpoint"),
+        ("config", {"seed": torch.zeros(2)}, "no checkpoint"),
+        ("inputs", "word", "no checkpoint"),
+        ("state", None, "no checkpoint"),
+        ("state", {"step": "two"}, "no checkpoint"),
+        ("state", {"step": 2, "total": 6, "student": {}, "objective": {}}, "no checkpoint"),
+        ("state", {"step": 2, "total": 6, "student": {}, "objective": {}, "optimizer": {}}, "damaged"),
+        ("state", {"step": 6, "total": 6, "student": {}, "objective": {}, "optimizer": {}}, "damaged"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_other_types_is_named(part: str, value: Any, cause: str, tmp_path: Path) -> None:
+    distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save({**saved, part: value}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=cause) as caught:
+        distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
