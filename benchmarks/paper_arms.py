@@ -85,10 +85,10 @@ class Arms:
         Raises:
             Unavailable: the network, its images, or everything to judge it on is missing.
         """
-        judges = self.sources.judges(network)
+        weights, judges = self._weights(network), self.sources.judges(network)
         if not judges:
             raise Unavailable(f"nothing to judge {network} on")
-        arm = self._arm(network, method)
+        arm = self._arm(network, method, weights)
         figures = dict(self.records.recall(arm.name, arm.settings, lambda: self._make(arm)))
         shutil.rmtree(self._path(arm, ".training"), ignore_errors=True)
         for name, judge in judges.items():
@@ -99,8 +99,7 @@ class Arms:
         settings = arm.settings | {"judged on": judge.word}
         return self.records.recall(f"{arm.name}-{name}", settings, lambda: judge.measure(self._model(arm)))
 
-    def _arm(self, network: str, method: Method) -> Arm:
-        weights = self._weights(network)
+    def _arm(self, network: str, method: Method, weights: Path) -> Arm:
         images = None if method.kind in ("float", "published") else self._images_of(network, method)
         if images is not None and images.labels is None:
             # One training where there is no folder of its own: QuantFace's loss knows nobody's name either way.
