@@ -37,7 +37,7 @@ from accuracy_report import draw_sweep, markdown, show, summarise
 from accuracy_rows import CALIBRATION_IMAGES, EVERY_ROW, NETWORKS, RECIPES, ROWS, SWEEP, Row
 from benchmark_command import BenchmarkCommand
 from held_out import Embeddings, Halves
-from records import Record, Records, digest
+from records import Record, Records, digest, digest_of_file
 from report_files import write_json, write_text
 from stopwatch import timed
 from torch import nn
@@ -103,7 +103,7 @@ class Bench:
         self._records = records
         self._inputs = {
             "version": qface.__version__,
-            "weights": digest(self._weights.read_bytes()),
+            "weights": digest_of_file(self._weights),
             "images": digest(halves.names()),
         }
 

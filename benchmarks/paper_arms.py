@@ -10,9 +10,9 @@ from pathlib import Path
 import quantface
 import torch
 from accuracy_rows import CALIBRATION_IMAGES, RECIPES
-from paper_rows import Method
-from paper_sources import Judge, Model, Sources, digest_of_file
-from records import Record, Records
+from paper_rows import Kind, Method
+from paper_sources import Judge, Model, Sources
+from records import Record, Records, digest_of_file
 from safetensors.torch import load_file, save_file
 from stopwatch import timed
 from torch import nn
@@ -112,8 +112,8 @@ class Arms:
             "seed": self.seed,
             "max_steps": self.max_steps,
             "images": None if images is None else digest_of_images(images),
-            "teacher": self._digest_of_teacher(network) if method.kind == "distilled" else None,
-            "published": self._digest_of_published(network, method) if method.kind == "published" else None,
+            "teacher": digest_of_file(self._weights(self.teacher_of[network])) if method.kind == "distilled" else None,
+            "published": digest_of_file(self._published(network, method)) if method.kind == "published" else None,
         }
         return Arm(network, method, images, settings)
 
@@ -131,13 +131,7 @@ class Arms:
             images = Relabelled(images, None)
         return images if method.share == 1 else nested_subset(images, method.share, self.seed)
 
-    def _digest_of_teacher(self, network: str) -> str:
-        return digest_of_file(self._weights(self.teacher_of[network]))
-
-    def _digest_of_published(self, network: str, method: Method) -> str:
-        return digest_of_file(self._published_file(network, method))
-
-    def _published_file(self, network: str, method: Method) -> Path:
+    def _published(self, network: str, method: Method) -> Path:
         assert method.bits is not None
         file = self.sources.published(network, method.bits)
         if file is None:
@@ -157,16 +151,16 @@ class Arms:
 
     def _make(self, arm: Arm) -> Record:
         """Write the model, and tell what is known of it beside its figures."""
-        make: dict[str, Callable[[], float]] = {
-            "float": lambda: self._float(arm),
-            "ours": lambda: self._ours(arm),
-            "pruned": lambda: self._pruned(arm),
-            "quantface": lambda: self._quantface(arm),
-            "published": lambda: self._size_of_quantface(arm),
-            "distilled": lambda: self._distilled(arm),
+        make: dict[Kind, Callable[[Arm], float]] = {
+            "float": self._float,
+            "ours": self._ours,
+            "pruned": self._pruned,
+            "quantface": self._quantface,
+            "published": self._size_of_quantface,
+            "distilled": self._distilled,
         }
         resumed = self._path(arm, ".training").exists()
-        mb, seconds = timed(make[arm.method.kind])
+        mb, seconds = timed(lambda: make[arm.method.kind](arm))
         facts: Record = {"mb": mb}
         if arm.images is not None:
             facts |= {"images": len(arm.images), "seconds": None if resumed else seconds}
@@ -176,7 +170,7 @@ class Arms:
         """What :meth:`_make` has written: a file for onnxruntime, save QuantFace's, of which there are none."""
         if arm.method.kind == "published":
             assert arm.method.bits is not None
-            file, bits = self._published_file(arm.network, arm.method), arm.method.bits
+            file, bits = self._published(arm.network, arm.method), arm.method.bits
             return quantface.load_published(file, self._teacher(arm.network), bits, bits)
         if arm.method.kind == "quantface":
             student = self._quantface_student(arm)

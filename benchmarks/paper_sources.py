@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from held_out import Embeddings, Halves
-from records import digest
+from records import digest, digest_of_file
 
 import qface
 from qface.data import ImageFolder, IndexedImages, Relabelled
 from qface.evaluation import embed
 
-__all__ = ["HALF_COLUMNS", "STAND_INS", "Figures", "Judge", "Model", "Sources", "digest_of_file"]
+__all__ = ["HALF_COLUMNS", "STAND_INS", "Figures", "Judge", "Model", "Sources"]
 
 Model = Any  # what qface.evaluate takes
 Figures = dict[str, float | None]
@@ -141,17 +141,6 @@ class Sources:
         return lacks + [
             f"no {self.data / file}: {place}" for file, place in wanted.items() if not (self.data / file).exists()
         ]
-
-
-def digest_of_file(path: Path) -> str:
-    """A short word for what is in a file, which is read again only when it has changed."""
-    status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _digest(path: Path, *_: int) -> str:
-    return digest(path.read_bytes())
 
 
 def _digest_of_meta(folder: Path) -> str:

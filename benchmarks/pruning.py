@@ -26,7 +26,7 @@ from accuracy_rows import NETWORKS
 from benchmark_command import BenchmarkCommand
 from held_out import Embeddings, Halves
 from pruning_report import Bits, draw, gain_per_macs, markdown, name_of, table
-from records import Record, Records, digest
+from records import Record, Records, digest, digest_of_file
 from report_files import write_json, write_text
 from rich.console import Console
 from torch import nn
@@ -123,7 +123,7 @@ class Bench:
         self._after_calibration = qface.DistillConfig(max_steps=max_steps)
         self._inputs = {
             "version": qface.__version__,
-            "weights": digest(weights.read_bytes()),
+            "weights": digest_of_file(weights),
             "images": digest(self._halves.names()),
             "pruning": asdict(self._pruning),
         }

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,14 @@ def canonical(settings: Record) -> str:
 def digest(content: str | bytes) -> str:
     """A short word for ``content``."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:8]
+
+
+def digest_of_file(path: Path) -> str:
+    """A short word for what is in a file, which is read again only when it has changed."""
+    status = path.stat()
+    return _digest_of_file(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digest_of_file(path: Path, *_: int) -> str:
+    return digest(path.read_bytes())

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from qface.data.decoding import UNREADABLE, decode, stack_crops
-from qface.data.folders import EXTENSIONS
+from qface.data.folders import EXTENSIONS, not_allowed
 from qface.data.pairs import PairedImages, ResolvedPairs
 from qface.data.text_lines import numbered_lines, whole_number
 from qface.errors import ImagesError, PairsError, one_line
@@ -130,7 +130,7 @@ def _folds(split: Path) -> list[Path]:
     try:
         return sorted(folder for folder in split.iterdir() if folder.name.isdecimal() and folder.is_dir())
     except OSError as error:
-        raise ImagesError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to") from error
+        raise not_allowed(error) from error
 
 
 def _look_up(split: Path, images: dict[int, str], numbers: Sequence[int]) -> list[str]:

@@ -17,7 +17,7 @@ from qface.data.people import select_people
 from qface.errors import ImagesError
 from qface.preprocessing import CROP_SIZE
 
-__all__ = ["EXTENSIONS", "ImageFolder"]
+__all__ = ["EXTENSIONS", "ImageFolder", "not_allowed"]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 """File name endings that count as images, in lower case; letter case does not matter."""
@@ -118,7 +118,7 @@ def _scan(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
         loose = _images_in(root)
         persons = {name: images for name in folders if (images := _images_in(root / name))}
     except OSError as error:
-        raise ImagesError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to") from error
+        raise not_allowed(error) from error
     if loose and persons:
         raise ImagesError(
             f"{root} holds {len(loose)} loose images beside {len(persons)} folders of people "
@@ -129,6 +129,11 @@ def _scan(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
             f"{root} holds no images: expected <Person>/<image> or <image>, ending in {', '.join(sorted(EXTENSIONS))}"
         )
     return loose, persons
+
+
+def not_allowed(error: OSError) -> ImagesError:
+    """What to raise for a folder that must not be read."""
+    return ImagesError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to")
 
 
 def _images_in(folder: Path) -> list[Path]:

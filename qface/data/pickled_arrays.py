@@ -146,6 +146,4 @@ class _Unpickler(pickle.Unpickler):
         return array
 
     def _scalar(self, kind: Any, content: Any) -> Any:
-        array = PickledArray()
-        array.fill(content, kind, (), "C")
-        return array.elements()[0]
+        return self._from_buffer(content, kind, (), "C").elements()[0]

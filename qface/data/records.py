@@ -89,9 +89,11 @@ class RecordImages(IndexedImages):
 
     def _header(self) -> Labels | None:
         """The labels of record 0, where it is no image."""
-        if 0 not in self._offsets or len(self._content(0)[1]):
+        if 0 not in self._offsets:
             return None
-        labels = self._labels_of(0)
+        labels, image = self._content(0)
+        if len(image):
+            return None
         if not 1 <= labels[0] <= max(self._offsets) + 1:
             raise self._damaged(0, "it should name the record behind the last image")
         return labels

@@ -318,15 +318,3 @@ def test_a_published_file_of_another_network_is_refused(change: str, tmp_path: P
     torch.save(module_of(other[change]), file)
     with pytest.raises(qface.QFaceError, match="it is of another network"):
         quantface.load_published(file, model, 6, 6)
-
-
-def test_training_time(data: Path) -> None:
-    files = ("--data", data, "-o", data.parent / "times", "--json", data.parent / "times.json")
-    result = run("training_time", *files, "--steps", "1", "--rounds", "1", "--batch-size", "4")
-    assert result.exit_code == 0, result.output
-    (entry,) = json.loads((data.parent / "times.json").read_text())
-    assert list(entry["seconds_a_step"]) == ["QuantFace", "qface, paper's recipe", "qface"]
-    for loop, seconds in entry["seconds_a_step"].items():
-        assert entry["images_a_second"][loop] == pytest.approx(4 / seconds)
-        assert entry["minutes_an_epoch"][loop]["LFW"] == pytest.approx(13_233 // 4 * seconds / 60)
-    assert "440 of it is the number of images" in result.output
