@@ -17,6 +17,7 @@ import click
 import numpy as np
 from accuracy_rows import RECIPES
 from benchmark_command import BenchmarkCommand
+from held_out import FPRS
 from report_files import terminal_table, write_json
 from rich.console import Console
 from stopwatch import timed
@@ -27,7 +28,6 @@ from qface.deployment import median_milliseconds
 from qface.evaluation import embed
 from qface.files import make_folder
 
-FPRS = ("1e-3", "1e-4", "1e-5")
 AGREEMENT_IMAGES = 2000
 
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from qface.data.alignment import Landmarks
 from qface.data.alignment import align as align_face
-from qface.data.decoding import UNREADABLE, opened
+from qface.data.decoding import UNREADABLE, opened, upright
 from qface.data.detection import Detector, default_detector, main_face
 from qface.data.folders import EXTENSIONS
 from qface.data.landmarks import read_landmarks
@@ -22,17 +22,6 @@ from qface.files import make_folder, replacing
 from qface.progress import track
 
 __all__ = ["AlignmentReport", "align"]
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What brings a photo upright, by EXIF's orientation."""
 
 Locate = Callable[[str, Image.Image], Landmarks | None]
 """From a photo's name and pixels to the landmarks of its face."""
@@ -99,7 +88,8 @@ def align(
     for name, target in track(missing.items(), "align", progress, len(missing)):
         assert locate is not None
         try:
-            photo = _upright(photos / name)
+            with opened(photos / name) as file:
+                photo = upright(file)
         except UNREADABLE:
             unreadable.append(name)
             continue
@@ -110,24 +100,6 @@ def align(
             _write(crop, target)
     aligned = len(missing) - len(faceless) - len(unreadable)
     return AlignmentReport(len(names), aligned, len(names) - len(missing), tuple(faceless), tuple(unreadable))
-
-
-def _upright(path: Path) -> Image.Image:
-    """The photo at ``path`` in RGB, turned as its camera says.
-
-    Raises:
-        ValueError: it is 16-bit grey. Damage and other formats raise what :data:`UNREADABLE` lists.
-    """
-    with opened(path) as photo:
-        turn = _TURNS.get(_orientation(photo))
-        return (photo if turn is None else photo.transpose(turn)).convert("RGB")
-
-
-def _orientation(photo: Image.Image) -> Any:
-    try:
-        return photo.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever Pillow raises for tags that are damaged: the pixels may be well
-        return None
 
 
 def _crop(photo: Image.Image, points: Landmarks | None) -> Image.Image | None:

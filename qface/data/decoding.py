@@ -6,16 +6,17 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from qface.preprocessing import CROP_SIZE
 
-__all__ = ["UNREADABLE", "decode", "opened", "size_of", "stack_crops"]
+__all__ = ["UNREADABLE", "decode", "opened", "size_of", "stack_crops", "upright"]
 
 # What Pillow raises for a damaged file depends on the format and on where the damage lies.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -23,6 +24,17 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBom
 # Pillow goes by content, not by name: it would run Ghostscript over EPS, and its readers of rare formats raise more
 # than UNREADABLE where a file is damaged.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # MPO is opened as JPEG
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a photo upright, by EXIF's orientation."""
 
 
 def size_of(file: Path) -> tuple[int, int]:
@@ -55,8 +67,21 @@ def _check_depth(image: Image.Image) -> None:
         raise ValueError("it is 16-bit grey, not 8-bit")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """``image`` in RGB, turned as its camera says, which is what OpenCV reads."""
+    turn = _TURNS.get(_orientation(image))
+    return (image if turn is None else image.transpose(turn)).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever Pillow raises for tags that are damaged: the pixels may be well
+        return None
+
+
 def decode(content: Path | bytes) -> npt.NDArray[np.uint8]:
-    """The pixels of a 112x112 crop, uint8 [112, 112, 3] in RGB.
+    """The pixels of a 112x112 crop, uint8 [112, 112, 3] in RGB, turned as its camera says.
 
     Raises:
         ValueError: it is of another size, or 16-bit grey. Damage and other formats raise what :data:`UNREADABLE` lists.
@@ -64,7 +89,7 @@ def decode(content: Path | bytes) -> npt.NDArray[np.uint8]:
     with opened(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
         if image.size != (CROP_SIZE, CROP_SIZE):
             raise ValueError(f"it is {image.size[0]}x{image.size[1]}, not {CROP_SIZE}x{CROP_SIZE}")
-        return np.asarray(image.convert("RGB"), dtype=np.uint8)
+        return np.asarray(upright(image), dtype=np.uint8)
 
 
 def stack_crops(crops: Sequence[npt.NDArray[np.uint8]]) -> Tensor:

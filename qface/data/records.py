@@ -102,7 +102,7 @@ class RecordImages(IndexedImages):
         keys = range(1, int(header[0]))
         missing = next((key for key in keys if key not in self._offsets), None)
         if missing is not None:
-            raise ImagesError(f"{_index_of(self.path)} lacks record {missing}: fetch both files again")
+            raise self._lacking(missing)
         return list(keys)
 
     def _people(self, header: Labels | None) -> range:
@@ -135,7 +135,7 @@ class RecordImages(IndexedImages):
     def _content(self, key: int) -> tuple[Labels, Bytes]:
         """The labels of a record, at least one, and what follows them."""
         if key not in self._offsets:
-            raise ImagesError(f"{_index_of(self.path)} lacks record {key}: fetch both files again")
+            raise self._lacking(key)
         data = self._record(key)
         if len(data) < _HEADER.size:
             raise self._damaged(key, "it is too short")
@@ -173,6 +173,9 @@ class RecordImages(IndexedImages):
         if kind > _LAST or start + length > len(self._data):
             raise self._damaged(key, "it reaches beyond the end of the file")
         return kind, self._data[start : start + length], start + length + -length % 4
+
+    def _lacking(self, key: int) -> ImagesError:
+        return ImagesError(f"{_index_of(self.path)} lacks record {key}: fetch both files again")
 
     def _damaged(self, key: int, what: str) -> ImagesError:
         return ImagesError(f"record {key} of {self.path} cannot be read: {what}; fetch the file and its .idx again")

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from qface.data import ImageFolder
 from qface.errors import ImagesError
@@ -98,6 +98,16 @@ def test_other_modes_become_rgb(tmp_path, mode, color):
 def test_grey_pixels_keep_their_value(tmp_path):
     save(tmp_path / "x.png", mode="L", color=7)
     assert ImageFolder(tmp_path).read([0]).unique().tolist() == [7]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_crops_are_turned_as_their_camera_says(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))
+    assert np.array_equal(ImageFolder(tmp_path).read([0])[0].permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
 def test_deep_pixels_are_refused(tmp_path):
