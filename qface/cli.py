@@ -184,6 +184,8 @@ def quantize(
     config = qface.QuantizationConfig(
         bits if weight_bits is None else weight_bits, bits if activation_bits is None else activation_bits
     )
+    if not distill:
+        _refuse_run(run_dir, resume)
     if budget_mb is not None and weight_bits is not None:
         raise ConfigError("--budget-mb chooses the widths of weights by itself; leave out --weight-bits")
     teacher = resolve_model(model, weights)
@@ -201,6 +203,12 @@ def quantize(
         qface.distill(student, teacher, images, settings, run_dir, resume, people=people)
     qface.save(student, output)
     click.echo(f"wrote {output}")
+
+
+def _refuse_run(run_dir: Path | None, resume: bool) -> None:
+    """Of a command that is not to train."""
+    if resume or run_dir is not None:
+        raise ConfigError("--run-dir and --resume are of the fine-tuning: give --distill as well, or leave them out")
 
 
 def _note_hindrance(student: nn.Module) -> None:
@@ -246,6 +254,8 @@ def prune(
     check_model_file(output)
     if distill and images is None:
         raise ConfigError("--distill needs faces to train on: give --images")
+    if not distill:
+        _refuse_run(run_dir, resume)
     wanted = _share_or_budget(ratio, parameters=parameters, macs=macs, mb=mb)
     teacher = resolve_model(model, weights)
     check_savable(teacher)

@@ -318,6 +318,14 @@ def test_prune_says_what_is_left_and_its_file_goes_on(workplace: Path) -> None:
     assert "MACs" in table.stdout
 
 
+@pytest.mark.parametrize("command", ["quantize", "prune"])
+@pytest.mark.parametrize("options", [("--run-dir", "run"), ("--run-dir", "run", "--resume")], ids=str)
+def test_a_run_without_training_is_refused(workplace: Path, command: str, options: tuple[str, ...]) -> None:
+    network = ("--model", "my_networks:make", "--images", "crops", "-o", "out.safetensors")
+    assert "--distill" in refusal(run(command, *network, "--no-distill", *options))
+    assert not Path("run").exists()
+
+
 def test_prune_refuses_what_contradicts(workplace: Path, student: Path) -> None:
     network = ("prune", "--model", "my_networks:make", "-o", "pruned.safetensors")
     assert "--ratio" in refusal(run(*network, "--ratio", "0.2", "--macs", "1e6"))
