@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -91,6 +92,7 @@ class RunFolder:
 
     def _read(self) -> dict[str, Any]:
         with self.restoring():
+            _check_sums(self._checkpoint)
             saved: Any = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         if not _is_checkpoint(saved):
             raise CheckpointError(f"{self._checkpoint} is no checkpoint of a distillation: choose another run folder")
@@ -167,6 +169,18 @@ class RunFolder:
             raise ExportError(
                 f"cannot write {self._log}: {error.strerror or error}; make room, or choose another run folder"
             ) from error
+
+
+def _check_sums(path: Path) -> None:
+    """Compare what the archive ``path`` holds with the sums that torch wrote beside it, and never reads.
+
+    Raises:
+        zipfile.BadZipFile: they differ, or it is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(damaged)
 
 
 def _is_checkpoint(saved: Any) -> bool:
