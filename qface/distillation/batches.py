@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qface.data.images import ImageSource, IndexedImages, LoaderImages, batch_of, identities, length_of
+from qface.data.sampling import evenly
 from qface.distillation.config import DistillConfig
 from qface.distillation.parallel import Parallel
 from qface.distillation.sampling import PairSampler, flips
@@ -46,8 +47,8 @@ class Batches(ABC):
         """Yield the batches of step ``start`` and all later ones, without end."""
 
     @abstractmethod
-    def example(self) -> Tensor:
-        """One image [1, 3, height, width], to look at what networks make of it."""
+    def examples(self, count: int) -> Tensor:
+        """Up to ``count`` images [n, 3, height, width], the same in each process, to see what networks make of them."""
 
 
 def batches_of(source: ImageSource, config: DistillConfig, parallel: Parallel) -> Batches:
@@ -71,7 +72,8 @@ class _IndexedBatches(Batches):
     def __init__(self, source: IndexedImages, config: DistillConfig, parallel: Parallel) -> None:
         size = _batch_size(len(source), config.batch_size, parallel.world_size)
         self._source = source
-        self._sampler = PairSampler(len(source), source.labels, size, config.seed)
+        pairs_of = source.labels if config.uses_ekd else None
+        self._sampler = PairSampler(len(source), pairs_of, size, config.seed)
         self._config = config
         share = size // parallel.world_size
         self._share = slice(parallel.rank * share, (parallel.rank + 1) * share)
@@ -92,8 +94,8 @@ class _IndexedBatches(Batches):
         labels = self._source.labels
         return Batch(images, None if labels is None else labels[torch.tensor(indices, device=labels.device)])
 
-    def example(self) -> Tensor:
-        return self._source.read([0])
+    def examples(self, count: int) -> Tensor:
+        return self._source.read(evenly(len(self._source), count).tolist())
 
 
 def _batch_size(images: int, wanted: int, processes: int) -> int:
@@ -134,9 +136,9 @@ class _LoaderBatches(Batches):
             images = _flipped(images, flips(len(images), self._config.seed, step))
         return Batch(images, labels)
 
-    def example(self) -> Tensor:
+    def examples(self, count: int) -> Tensor:
         for item in self._loader:
-            return _images_and_labels(item)[0][:1]
+            return _images_and_labels(item)[0][:count]
         raise ImagesError("the loader yields no batches")
 
 

@@ -39,9 +39,9 @@ class DistillConfig:
     it closer (0.044).
 
     Args:
-        epochs: rounds of ``floor(images / batch_size)`` steps, at least one (of a loader: its own length). Where it is
-            known who is who, or ``pseudo_pairs`` says so, half of each batch is chosen for its pairs: a round shows
-            some images several times and others not at all, of LFW a quarter.
+        epochs: rounds of ``floor(images / batch_size)`` steps, at least one (of a loader: its own length). Where EKD
+            knows who is who, or ``pseudo_pairs`` says so, half of each batch is chosen for its pairs: a round shows
+            some images several times and others not at all, of LFW a quarter. Without EKD it shows each image once.
         batch_size: images a step, over all devices together; smaller where there are fewer images. A loader
             keeps its own batches.
         max_steps: an upper limit for all steps together, which the schedule then spans; None sets none.
@@ -54,6 +54,9 @@ class DistillConfig:
         embedding_loss: ``"cosine"``, ``"mse"`` (QuantFace's) or None for no embedding term. It needs a
             teacher with embeddings as long as the student's; EKD does not.
         embedding_weight: weight of the embedding term.
+        residual_weight: weight of the difference between the residual sums of both networks, in parts of their variance
+            (:mod:`qface.distillation.residual_sums`). It needs a student that was quantized from such a network as
+            the teacher; for others there is no such term.
         class_head: train an ArcFace head on the identities beside the student (the paper's equation 3). It needs a
             folder or a tensor with labels: how many people a loader will name is not known before its end.
         class_head_weight: weight of its loss, whose gradient is some hundred times as long as the cosine loss's.
@@ -96,6 +99,7 @@ class DistillConfig:
     pseudo_pairs: bool = True
     embedding_loss: EmbeddingLossName | None = "cosine"
     embedding_weight: float = 1.0
+    residual_weight: float = 0.0
     class_head: bool = False
     class_head_weight: float = 0.001
     margin: float = 0.4
@@ -130,6 +134,7 @@ class DistillConfig:
         _not_negative(
             ekd_weight=self.ekd_weight,
             embedding_weight=self.embedding_weight,
+            residual_weight=self.residual_weight,
             class_head_weight=self.class_head_weight,
             margin=self.margin,
             scale_learning_rate=self.scale_learning_rate,
@@ -167,10 +172,11 @@ class DistillConfig:
 
     @classmethod
     def few_bits(cls) -> DistillConfig:
-        """The defaults without EKD, in batches of a quarter, with steps half as large again: with 4 bits or fewer a
-        student is so far from its teacher that it has to learn more than an epoch of batches of 64 lets it, and there
-        EKD costs more than it gives (``docs/distillation.md`` has the figures)."""
-        return cls(learning_rate=0.003, batch_size=16, ekd_weight=0.0)
+        """With 4 bits or fewer a student is so far from its teacher that it has to learn more than an epoch of batches
+        of 64 lets it, and more than the embedding tells: smaller batches, larger steps, the residual sums of both
+        networks compared, and no EKD, which costs more there than it gives (``docs/distillation.md`` has the figures).
+        """
+        return cls(learning_rate=0.01, batch_size=16, ekd_weight=0.0, residual_weight=3.0)
 
     @classmethod
     def paper(cls) -> DistillConfig:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qface.distillation.config import DistillConfig
 from qface.distillation.heads import ArcFaceHead
 from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
+from qface.distillation.residual_sums import ResidualLoss, SumPairs
 from qface.errors import TrainingError
 
 __all__ = ["Objective"]
@@ -23,13 +24,21 @@ class Objective(nn.Module):
         student_size: length of the student's embedding.
         teacher_size: length of the teacher's.
         identities: number of identities for the class head, or None where they are unknown.
+        sums: residual sums of some images, if they are to be compared.
 
     Raises:
         TrainingError: an embedding loss with embeddings of different size, or a class head without
             identities.
     """
 
-    def __init__(self, config: DistillConfig, student_size: int, teacher_size: int, identities: int | None) -> None:
+    def __init__(
+        self,
+        config: DistillConfig,
+        student_size: int,
+        teacher_size: int,
+        identities: int | None,
+        sums: SumPairs = (),
+    ) -> None:
         super().__init__()
         self.config = config
         if config.uses_embedding_loss and student_size != teacher_size:
@@ -43,6 +52,13 @@ class Objective(nn.Module):
             self.embedding = _EMBEDDING_LOSSES[config.embedding_loss]()
         if config.class_head:
             self.head = self._class_head(student_size, identities)
+        if sums:
+            self.residual = ResidualLoss(sums)
+
+    def of_sums(self, sums: SumPairs) -> Tensor:
+        """The weighted loss of the residual sums of n images, for each of them, [n, 1]."""
+        loss: Tensor = self.config.residual_weight * self.residual(sums)
+        return loss
 
     def _class_head(self, embedding_size: int, identities: int | None) -> ArcFaceHead:
         if identities is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from qface.distillation.optim import descend, optimizer_for, schedule_factor
 from qface.distillation.parallel import Parallel, device_for, processes_for
 from qface.distillation.progress import progress_bar
 from qface.distillation.pseudo_labels import with_pseudo_labels
+from qface.distillation.residual_sums import ResidualSums, SumPairs
 from qface.distillation.sampling import drawn_by
 from qface.errors import ConfigError, TrainingError
 from qface.memory_format import fastest_memory_format
@@ -37,6 +38,9 @@ from qface.models.provenance import has_step, provenance_of, record_step
 from qface.preprocessing import dtype_of, preprocessing_of
 
 __all__ = ["check_run", "default_config", "distill"]
+
+_IMAGES_TO_FIT = 64
+"""On which the residual sums of both networks are first compared."""
 
 
 def default_config(student: nn.Module, teacher: nn.Module) -> DistillConfig:
@@ -209,7 +213,8 @@ class _Trainer:
         parallel: Parallel,
     ) -> None:
         self.student = student
-        self.teacher = teacher.eval()
+        self.sums = ResidualSums(student, teacher) if config.residual_weight > 0 else None
+        self.teacher = (teacher if self.sums is None else self.sums.teacher).eval()
         self.batches = batches
         self.config = config
         self.parallel = parallel
@@ -217,20 +222,29 @@ class _Trainer:
         self.total = _total_steps(config, batches)
         self.student.eval()
         set_observers(self.student, False)
-        example = batches.example()
+        examples = batches.examples(1 if self.sums is None else _IMAGES_TO_FIT)
         self.memory_format = fastest_memory_format(
-            example.to(parallel.device), partial(self._embed, student), partial(self._embed, teacher)
+            examples[:1].to(parallel.device), partial(self._embed, student), partial(self._embed, self.teacher)
         )
-        self.objective = self._objective(example)
+        self.objective = self._objective(examples)
         self.optimizer = optimizer_for(config, student, self.objective)
         self._student_of_all = parallel.wrap(student)
 
     @torch.no_grad()
-    def _objective(self, example: Tensor) -> Objective:
-        """The losses, of the size and type of the embeddings that the networks make of one image."""
-        student, teacher = (self._embed(model, example) for model in (self.student, self.teacher))
-        objective = Objective(self.config, student.shape[1], teacher.shape[1], self.batches.identities)
+    def _objective(self, examples: Tensor) -> Objective:
+        """The losses, of the size and type of what the networks make of some images."""
+        with self._watched():
+            student, teacher = (self._embed(model, examples) for model in (self.student, self.teacher))
+            sums = self._sums_made()
+        objective = Objective(self.config, student.shape[1], teacher.shape[1], self.batches.identities, sums)
         return objective.to(self.parallel.device, student.dtype)
+
+    def _watched(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.sums is None else self.sums.watched()
+
+    def _sums_made(self) -> SumPairs:
+        """The residual sums of the last images that student and teacher embedded; none where they are not compared."""
+        return () if self.sums is None else self.sums.take()
 
     def _embed(self, model: nn.Module, images: Tensor, through: nn.Module | None = None) -> Tensor:
         """Embeddings [n, D] of ``images``, normalised for ``model``, sent ``through`` what stands for it."""
@@ -249,7 +263,7 @@ class _Trainer:
                     self._go_on_from(state)
             folder.begin_log(self.step)
         changes = mode_changes(self.config) | {self.step}
-        with progress_bar(self.step, self.total, progress) as advance:
+        with self._watched(), progress_bar(self.step, self.total, progress) as advance:
             for step, batch in zip(range(self.step, self.total), self.batches.stream(self.step), strict=False):
                 if step in changes:
                     set_student_mode(self.student, self.config, step)
@@ -285,6 +299,8 @@ class _Trainer:
         teacher = teacher.to(student.dtype)
         labels = None if batch.labels is None else batch.labels.to(student.device)
         terms: dict[str, Tensor] = self.objective(student, teacher, labels)
+        if sums := self._sums_made():
+            terms["residual"] = self.parallel.gather(self.objective.of_sums(sums)).mean()
         return terms
 
     def _require_finite(self, name: str, value: float) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import struct
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -502,6 +504,21 @@ def test_a_damaged_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged"):
         distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path, resume=True)
+
+
+def test_a_damaged_byte_is_found_in_each_part(tmp_path: Path) -> None:
+    distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        parts = [part for part in archive.infolist() if part.file_size]
+    assert len(parts) > 10
+    for part in parts:
+        lengths = struct.unpack_from("<HH", whole, part.header_offset + 26)  # of the name and of what pads it
+        place = part.header_offset + 30 + sum(lengths) + part.file_size // 2
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged"):
+            distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path, resume=True)
 
 
 def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
