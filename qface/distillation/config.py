@@ -176,7 +176,7 @@ class DistillConfig:
         of 64 lets it, and more than the embedding tells: smaller batches, larger steps, the residual sums of both
         networks compared, and no EKD, which costs more there than it gives (``docs/distillation.md`` has the figures).
         """
-        return cls(learning_rate=0.01, batch_size=16, ekd_weight=0.0, residual_weight=3.0)
+        return cls(learning_rate=0.005, batch_size=16, ekd_weight=0.0, residual_weight=3.0)
 
     @classmethod
     def paper(cls) -> DistillConfig:
