@@ -20,7 +20,7 @@ from qface.models.layers import Add
 __all__ = ["ResidualLoss", "ResidualSums", "SumPairs"]
 
 SumPairs = Sequence[tuple[Tensor, Tensor]]
-"""Of each sum, what the student made and what the teacher did, [n, channels, height, width] each."""
+"""Of each sum, what the student made and what the teacher did, [n, channels, ...] each."""
 
 
 class ResidualSums:
@@ -48,13 +48,18 @@ class ResidualSums:
                     hooks.callback(hook.remove)
             yield
 
-    def take(self) -> SumPairs:
-        """The sums of both networks' last pass, on the same images; those of one shape alone."""
+    def take(self, images: int) -> SumPairs:
+        """The sums of both networks' last pass, on so many images; those that have one shape, and a row of channels for
+        each image."""
         pairs = [(self._made.pop(("student", name)), self._made.pop(("teacher", name))) for name in self._names]
-        return [(found.float(), wanted.float()) for found, wanted in pairs if found.shape == wanted.shape]
+        return [(found.float(), wanted.float()) for found, wanted in pairs if _comparable(found, wanted, images)]
 
     def _keep(self, place: tuple[str, str], layer: nn.Module, inputs: Any, output: Tensor) -> None:
         self._made[place] = output
+
+
+def _comparable(found: Tensor, wanted: Tensor, images: int) -> bool:
+    return found.shape == wanted.shape and found.ndim > 1 and len(found) == images
 
 
 def _sums_of(network: nn.Module) -> set[str]:

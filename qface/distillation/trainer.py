@@ -235,16 +235,16 @@ class _Trainer:
         """The losses, of the size and type of what the networks make of some images."""
         with self._watched():
             student, teacher = (self._embed(model, examples) for model in (self.student, self.teacher))
-            sums = self._sums_made()
+            sums = self._sums_made(len(examples))
         objective = Objective(self.config, student.shape[1], teacher.shape[1], self.batches.identities, sums)
         return objective.to(self.parallel.device, student.dtype)
 
     def _watched(self) -> AbstractContextManager[None]:
         return nullcontext() if self.sums is None else self.sums.watched()
 
-    def _sums_made(self) -> SumPairs:
-        """The residual sums of the last images that student and teacher embedded; none where they are not compared."""
-        return () if self.sums is None else self.sums.take()
+    def _sums_made(self, images: int) -> SumPairs:
+        """The residual sums of the last ``images`` that both networks embedded; none where they are not compared."""
+        return () if self.sums is None else self.sums.take(images)
 
     def _embed(self, model: nn.Module, images: Tensor, through: nn.Module | None = None) -> Tensor:
         """Embeddings [n, D] of ``images``, normalised for ``model``, sent ``through`` what stands for it."""
@@ -299,7 +299,7 @@ class _Trainer:
         teacher = teacher.to(student.dtype)
         labels = None if batch.labels is None else batch.labels.to(student.device)
         terms: dict[str, Tensor] = self.objective(student, teacher, labels)
-        if sums := self._sums_made():
+        if sums := self._sums_made(len(images)):
             terms["residual"] = self.parallel.gather(self.objective.of_sums(sums)).mean()
         return terms
 

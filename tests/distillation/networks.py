@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qface.data.images import IndexedImages, TensorImages
+from qface.preprocessing import Preprocessing, with_preprocessing
+from qface.quantization import calibrate, quantize
 
 
 def tiny_network(seed: int, size: int = 8) -> nn.Module:
@@ -25,12 +27,39 @@ def tiny_network(seed: int, size: int = 8) -> nn.Module:
         )
 
 
+class Residual(nn.Module):
+    """Two blocks with a sum behind each; ``width`` channels."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.activations = nn.ModuleList(nn.PReLU(width) for _ in range(2))
+        self.embedding = nn.Linear(width * 16, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        for block, activation in zip(self.blocks, self.activations, strict=True):
+            x = x + activation(block(x))
+        return self.embedding(x.flatten(1))
+
+
+def residual_network(seed: int = 1, width: int = 8) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return with_preprocessing(Residual(width), Preprocessing(size=(8, 8), std=(20.0,) * 3))
+
+
 def face_images(people: int = 8, each: int = 4, seed: int = 0, **options: Any) -> TensorImages:
     """Float images [people * each, 3, 8, 8], alike within a person, with labels."""
     generator = torch.Generator().manual_seed(seed)
     faces = torch.randn(people, 1, 3, 8, 8, generator=generator, **options)
     noise = torch.randn(people, each, 3, 8, 8, generator=generator, **options)
     return TensorImages((faces + noise).flatten(0, 1), torch.arange(people).repeat_interleave(each))
+
+
+def student_of(teacher: nn.Module, bits: int = 3) -> nn.Module:
+    return calibrate(quantize(teacher, bits), face_images().images)
 
 
 def weights(model: nn.Module) -> list[Tensor]:

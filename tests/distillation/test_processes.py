@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from qface.distillation import distill
 from qface.distillation.parallel import processes_for
 from qface.errors import ConfigError, DependencyError
 
-from .networks import face_images, same_weights
-from .worker import CONFIG, networks
+from .networks import face_images, residual_network, same_weights, student_of
+from .worker import CONFIG, WITH_SUMS, networks
 
 TESTS = Path(__file__).parent.parent
 
@@ -57,6 +58,23 @@ def test_two_ranks_make_the_weights_of_one(tmp_path: Path) -> None:
         torch.testing.assert_close(other, one.state_dict(), rtol=1e-12, atol=1e-13)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     torch.testing.assert_close(saved["state"]["student"], one.state_dict(), rtol=1e-12, atol=1e-13)
+
+
+def test_residual_sums_are_shared_too(tmp_path: Path) -> None:
+    pytest.importorskip("lightning_fabric")
+    both = run(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "distillation.worker", "sums", str(tmp_path)),
+    )
+    assert both.returncode == 0, both.stderr
+    one = distill(student_of(residual_network()), residual_network(), face_images(), WITH_SUMS, progress=False)
+    without = replace(WITH_SUMS, residual_weight=0.0)
+    other = distill(student_of(residual_network()), residual_network(), face_images(), without, progress=False)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for name, value in one.named_parameters():
+            torch.testing.assert_close(found[name], value.detach(), rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(one.stem.weight, other.stem.weight, rtol=1e-3, atol=1e-5)
 
 
 def test_several_processes_need_lightning_fabric(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from qface.data.images import IndexedImages
 from qface.distillation import DistillConfig, distill
 
-from .networks import face_images, tiny_network
+from .networks import face_images, residual_network, student_of, tiny_network
 
 CONFIG = DistillConfig(
     batch_size=16,
@@ -26,6 +27,9 @@ CONFIG = DistillConfig(
     checkpoint_every=2,
     device="cpu",
 )
+
+
+WITH_SUMS = replace(CONFIG, class_head=False, residual_weight=1.0, max_steps=2)
 
 
 class KilledWhileReading(IndexedImages):
@@ -54,7 +58,10 @@ def main(task: str, folder: Path) -> None:
     if task == "killed":
         distill(*networks(), KilledWhileReading(face_images(), last=6), CONFIG, folder, progress=False)
         return
-    student = distill(*networks(torch.float64), face_images(dtype=torch.float64), CONFIG, folder, progress=False)
+    if task == "sums":
+        student = distill(student_of(residual_network()), residual_network(), face_images(), WITH_SUMS, progress=False)
+    else:
+        student = distill(*networks(torch.float64), face_images(dtype=torch.float64), CONFIG, folder, progress=False)
     torch.save(student.state_dict(), folder / f"rank{os.environ['RANK']}.pt")
 
 
