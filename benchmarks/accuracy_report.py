@@ -160,7 +160,7 @@ def draw_sweep(lines: Iterable[Record], path: Path) -> None:
     panel.set_yscale("symlog", linthresh=1)  # 2 bits lose a hundred times what 8 bits lose, which may be less than 0
     panel.set_xticks(SWEEP_BITS)
     panel.grid(linewidth=0.3)
-    panel.legend(fontsize="small")
+    panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     write_figure(path, figure)
 
 
