@@ -24,18 +24,30 @@ SumPairs = Sequence[tuple[Tensor, Tensor]]
 
 
 class ResidualSums:
-    """The sums that a quantized student shares with its teacher; those of other networks are none.
+    """What some sums of a student and its teacher make.
 
-    Attributes:
-        teacher: a network that computes what the teacher does, and whose sums can be looked at.
+    Args:
+        student: the network that learns.
+        teacher: the network to learn from.
+        names: of the sums, which are layers of both.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
-        canonical = _canonical(teacher) if _sums_of(student) else teacher
-        self._names = sorted(_sums_of(student) & _sums_of(canonical))
+    def __init__(self, student: nn.Module, teacher: nn.Module, names: Sequence[str] = ()) -> None:
+        self.teacher = teacher
+        self.names = names
         self._student = student
-        self.teacher = canonical if self._names else teacher
         self._made: dict[tuple[str, str], Tensor] = {}
+
+    @classmethod
+    def shared(cls, student: nn.Module, teacher: nn.Module) -> ResidualSums:
+        """The sums that a quantized student shares with its teacher; those of other networks are none.
+
+        Where there are any, ``teacher`` of the result computes what the teacher does, and has a layer for each.
+        """
+        known = _sums_of(student)
+        canonical = _canonical(teacher) if known else teacher
+        names = sorted(known & _sums_of(canonical))
+        return cls(student, canonical if names else teacher, names)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -43,7 +55,7 @@ class ResidualSums:
         with ExitStack() as hooks:
             hooks.callback(self._made.clear)
             for side, network in (("student", self._student), ("teacher", self.teacher)):
-                for name in self._names:
+                for name in self.names:
                     hook = network.get_submodule(name).register_forward_hook(partial(self._keep, (side, name)))
                     hooks.callback(hook.remove)
             yield
@@ -51,7 +63,7 @@ class ResidualSums:
     def take(self, images: int) -> SumPairs:
         """The sums of both networks' last pass, on so many images; those that have one shape, and a row of channels for
         each image."""
-        pairs = [(self._made.pop(("student", name)), self._made.pop(("teacher", name))) for name in self._names]
+        pairs = [(self._made.pop(("student", name)), self._made.pop(("teacher", name))) for name in self.names]
         return [(found.float(), wanted.float()) for found, wanted in pairs if _comparable(found, wanted, images)]
 
     def _keep(self, place: tuple[str, str], layer: nn.Module, inputs: Any, output: Tensor) -> None:

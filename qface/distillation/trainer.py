@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from qface.distillation.optim import descend, optimizer_for, schedule_factor
 from qface.distillation.parallel import Parallel, device_for, processes_for
 from qface.distillation.progress import progress_bar
 from qface.distillation.pseudo_labels import with_pseudo_labels
-from qface.distillation.residual_sums import ResidualSums, SumPairs
+from qface.distillation.residual_sums import ResidualSums
 from qface.distillation.sampling import drawn_by
 from qface.errors import ConfigError, TrainingError
 from qface.memory_format import fastest_memory_format
@@ -213,8 +213,9 @@ class _Trainer:
         parallel: Parallel,
     ) -> None:
         self.student = student
-        self.sums = ResidualSums(student, teacher) if config.residual_weight > 0 else None
-        self.teacher = (teacher if self.sums is None else self.sums.teacher).eval()
+        sums_of = ResidualSums.shared if config.residual_weight > 0 else ResidualSums
+        self.sums = sums_of(student, teacher)
+        self.teacher = self.sums.teacher.eval()
         self.batches = batches
         self.config = config
         self.parallel = parallel
@@ -222,7 +223,7 @@ class _Trainer:
         self.total = _total_steps(config, batches)
         self.student.eval()
         set_observers(self.student, False)
-        examples = batches.examples(1 if self.sums is None else _IMAGES_TO_FIT)
+        examples = batches.examples(_IMAGES_TO_FIT if self.sums.names else 1)
         self.memory_format = fastest_memory_format(
             examples[:1].to(parallel.device), partial(self._embed, student), partial(self._embed, self.teacher)
         )
@@ -233,18 +234,11 @@ class _Trainer:
     @torch.no_grad()
     def _objective(self, examples: Tensor) -> Objective:
         """The losses, of the size and type of what the networks make of some images."""
-        with self._watched():
+        with self.sums.watched():
             student, teacher = (self._embed(model, examples) for model in (self.student, self.teacher))
-            sums = self._sums_made(len(examples))
+            sums = self.sums.take(len(examples))
         objective = Objective(self.config, student.shape[1], teacher.shape[1], self.batches.identities, sums)
         return objective.to(self.parallel.device, student.dtype)
-
-    def _watched(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.sums is None else self.sums.watched()
-
-    def _sums_made(self, images: int) -> SumPairs:
-        """The residual sums of the last ``images`` that both networks embedded; none where they are not compared."""
-        return () if self.sums is None else self.sums.take(images)
 
     def _embed(self, model: nn.Module, images: Tensor, through: nn.Module | None = None) -> Tensor:
         """Embeddings [n, D] of ``images``, normalised for ``model``, sent ``through`` what stands for it."""
@@ -263,7 +257,7 @@ class _Trainer:
                     self._go_on_from(state)
             folder.begin_log(self.step)
         changes = mode_changes(self.config) | {self.step}
-        with self._watched(), progress_bar(self.step, self.total, progress) as advance:
+        with self.sums.watched(), progress_bar(self.step, self.total, progress) as advance:
             for step, batch in zip(range(self.step, self.total), self.batches.stream(self.step), strict=False):
                 if step in changes:
                     set_student_mode(self.student, self.config, step)
@@ -299,7 +293,7 @@ class _Trainer:
         teacher = teacher.to(student.dtype)
         labels = None if batch.labels is None else batch.labels.to(student.device)
         terms: dict[str, Tensor] = self.objective(student, teacher, labels)
-        if sums := self._sums_made(len(images)):
+        if sums := self.sums.take(len(images)):
             terms["residual"] = self.parallel.gather(self.objective.of_sums(sums)).mean()
         return terms
 

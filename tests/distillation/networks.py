@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,10 @@ def tiny_network(seed: int, size: int = 8) -> nn.Module:
             nn.Dropout(0.5),
             nn.Linear(72, size),
         )
+
+
+def tiny_teacher() -> nn.Module:
+    return with_preprocessing(tiny_network(1), Preprocessing(size=(8, 8), std=(20.0,) * 3))
 
 
 class Residual(nn.Module):
@@ -68,6 +74,10 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 class Interrupted(IndexedImages):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from qface.distillation.parallel import Parallel, SingleProcess
 from qface.errors import CheckpointError, ConfigError, ExportError, ImagesError, TrainingError
 from qface.preprocessing import Preprocessing, with_preprocessing
 
-from .networks import Interrupted, face_images, same_weights, tiny_network, weights
+from .networks import Interrupted, face_images, log, same_weights, tiny_network, weights
 
 CPU = DistillConfig(
     batch_size=16, epochs=3, optimizer="sgd", learning_rate=0.05, warmup_steps=0, checkpoint_every=2, device="cpu"
@@ -32,10 +31,6 @@ CPU = DistillConfig(
 
 def distill(*arguments: Any, **options: Any) -> nn.Module:
     return distill_with_progress(*arguments, progress=False, **options)
-
-
-def log(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 # Learning

@@ -13,22 +13,18 @@ from torch import nn
 from qface.distillation import DistillConfig, default_config, distill
 from qface.errors import TrainingError
 from qface.models.provenance import provenance_of, record_step
-from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import LowBitFakeQuantize, QuantizationConfig, calibrate, quantize, scale_parameters
+from qface.quantization import LowBitFakeQuantize, QuantizationConfig, quantize, scale_parameters
 
-from .networks import Interrupted, face_images, same_weights, tiny_network
+from .networks import Interrupted, face_images, same_weights, student_of
+from .networks import tiny_teacher as teacher
 
 CPU = DistillConfig(
     batch_size=16, epochs=3, optimizer="sgd", learning_rate=0.05, warmup_steps=0, checkpoint_every=2, device="cpu"
 )
 
 
-def teacher() -> nn.Module:
-    return with_preprocessing(tiny_network(1), Preprocessing(size=(8, 8), std=(20.0,) * 3))
-
-
 def student() -> nn.Module:
-    return calibrate(quantize(teacher(), bits=4), face_images().images)
+    return student_of(teacher(), bits=4)
 
 
 def distance(first: nn.Module, second: nn.Module) -> float:
@@ -99,7 +95,7 @@ def test_bfloat16_trains_too_and_quantizers_stay_exact() -> None:
 
 def test_a_student_of_other_widths_does_not_go_on(tmp_path: Path) -> None:
     distill(student(), teacher(), face_images(), CPU, tmp_path, progress=False)
-    other = calibrate(quantize(teacher(), bits=3), face_images().images)
+    other = student_of(teacher(), bits=3)
     with pytest.raises(TrainingError, match="other student"):
         distill(other, teacher(), face_images(), CPU, tmp_path, resume=True, progress=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from qface.distillation import DistillConfig, distill
 from qface.distillation.residual_sums import ResidualLoss
 from qface.preprocessing import Preprocessing, with_preprocessing
 
-from .networks import Interrupted, Residual, face_images, residual_network, same_weights, student_of, tiny_network
+from .networks import Interrupted, Residual, face_images, log, residual_network, same_weights, student_of, tiny_teacher
 
 CONFIG = DistillConfig(
     batch_size=16, epochs=3, ekd_weight=0.0, residual_weight=1.0, warmup_steps=0, checkpoint_every=2, device="cpu"
@@ -37,10 +36,6 @@ class Shifted(Residual):
         return super().forward(images * (self.shift[:, :3] + self.shift[:, 3:6]))
 
 
-def tiny_teacher() -> nn.Module:
-    return with_preprocessing(tiny_network(1), Preprocessing(size=(8, 8), std=(20.0,) * 3))
-
-
 def disturbed(student: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -51,7 +46,7 @@ def disturbed(student: nn.Module) -> nn.Module:
 
 
 def losses(folder: Path) -> list[float | None]:
-    return [json.loads(line).get("residual") for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record.get("residual") for record in log(folder)]
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=3, max_size=3), st.integers(0, 1000))
