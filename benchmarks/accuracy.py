@@ -66,8 +66,7 @@ class Run:
     @property
     def training(self) -> qface.DistillConfig:
         """The settings of its distillation."""
-        training = RECIPES[self.recipe].training_at(self.row.activation_bits)
-        return replace(training, seed=self.seed, max_steps=self.max_steps)
+        return replace(RECIPES[self.recipe].training, seed=self.seed, max_steps=self.max_steps)
 
     def settings(self) -> Record:
         """All that its figures depend on, beside network and images."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import qface
-from qface.distillation import FEW_BITS
 
 NETWORKS = {"mobilefacenet": "mobilefacenet_112x96.safetensors", "iresnet18": "iresnet18.safetensors"}
 """Each network, and the file of its weights in ``weights/`` of --data."""
@@ -98,8 +97,6 @@ class Recipe:
         quantization: rules of the ranges; the widths are the row's.
         calibration: which parts of :func:`qface.calibrate` are on.
         training: settings of the distillation; seed and steps are the run's.
-        few_bits: those where layers read 4 bits or fewer.
-        after_pruning: those for a network that lost channels.
         repair: whether what is left of a pruned layer makes up for what went.
         judged: whether goals are held against it.
     """
@@ -107,42 +104,23 @@ class Recipe:
     quantization: qface.QuantizationConfig
     calibration: dict[str, bool]
     training: qface.DistillConfig
-    few_bits: qface.DistillConfig
-    after_pruning: qface.DistillConfig
     repair: bool = True
     judged: bool = True
-
-    def training_at(self, activation_bits: int) -> qface.DistillConfig:
-        """The settings for a student whose layers read so many bits."""
-        return self.few_bits if activation_bits <= FEW_BITS else self.training
 
 
 def _parts(on: bool) -> dict[str, bool]:
     return dict.fromkeys(("equalise", "compensate", "correct_biases"), on)
 
 
-_OURS = Recipe(
-    qface.QuantizationConfig(),
-    _parts(True),
-    training=qface.DistillConfig(),
-    few_bits=qface.DistillConfig.few_bits(),
-    after_pruning=qface.DistillConfig.after_pruning(),
-)
+_OURS = Recipe(qface.QuantizationConfig(), _parts(True), training=qface.DistillConfig())
 
 RECIPES = {
     "qface": _OURS,
-    "qface-bf16": replace(
-        _OURS,
-        training=replace(_OURS.training, precision="bf16"),
-        few_bits=replace(_OURS.few_bits, precision="bf16"),
-        after_pruning=replace(_OURS.after_pruning, precision="bf16"),
-    ),
+    "qface-bf16": replace(_OURS, training=replace(_OURS.training, precision="bf16")),
     "paper": Recipe(
         qface.QuantizationConfig(weight_range="minmax", activation_range="minmax", wide_residuals=False),
         _parts(False),
         training=qface.DistillConfig.paper(),
-        few_bits=qface.DistillConfig.paper(),
-        after_pruning=qface.DistillConfig.paper(),
         repair=False,
         judged=False,
     ),

@@ -43,7 +43,7 @@ def main(data: Path, weights: str, bits: int, recipe: str, seed: int, output: Pa
     """Measure teacher, calibrated student, distilled student and both exported files side by side."""
     chosen = RECIPES[recipe]
     quantization = replace(chosen.quantization, weight_bits=bits, activation_bits=bits)
-    training = replace(chosen.training_at(bits), seed=seed)
+    training = replace(chosen.training, seed=seed)
     make_folder(output)
     faces, pairs = data / "data" / "lfw", data / "data" / "lfw_pairs.txt"
     teacher = qface.load(data / weights)

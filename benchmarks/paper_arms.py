@@ -183,8 +183,7 @@ class Arms:
 
     def _training(self, method: Method) -> qface.DistillConfig:
         """The settings of the recipe for ``method``; without labels EKD sees negative pairs only, or the teacher's."""
-        recipe = RECIPES[self.recipe]
-        config = recipe.after_pruning if method.kind == "pruned" else recipe.training
+        config = RECIPES[self.recipe].training
         return replace(
             config,
             class_head=method.class_head,

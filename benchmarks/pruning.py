@@ -119,8 +119,7 @@ class Bench:
         self._halves = Halves(data / "data")
         self._records = records
         self._pruning = pruning
-        self._after_pruning = replace(qface.DistillConfig.after_pruning(), max_steps=max_steps)
-        self._after_calibration = qface.DistillConfig(max_steps=max_steps)
+        self._training = qface.DistillConfig(max_steps=max_steps)
         self._inputs = {
             "version": qface.__version__,
             "weights": digest_of_file(weights),
@@ -134,12 +133,8 @@ class Bench:
 
     def _key(self, variant: Variant) -> tuple[str, Record]:
         """Name and settings of ``variant``."""
-        training = {"training": asdict(self._training(variant))} if variant.trained else {}
+        training = {"training": asdict(self._training)} if variant.trained else {}
         return f"{self.network}-{variant.name}", {**self._inputs, **training, **asdict(variant)}
-
-    def _training(self, variant: Variant) -> qface.DistillConfig:
-        """Of each distillation: what lost channels has as far to go once it is quantized as before."""
-        return self._after_calibration if variant.ratio is None else self._after_pruning
 
     def _path(self, variant: Variant, ending: str) -> Path:
         return self._records.path(*self._key(variant), ending)
@@ -165,7 +160,7 @@ class Bench:
 
     def _distilled(self, variant: Variant) -> nn.Module:
         pruned = self._pruned(replace(variant, trained=False))
-        return qface.distill(pruned, self.teacher, self._halves.tuning, self._training(variant))
+        return qface.distill(pruned, self.teacher, self._halves.tuning, self._training)
 
     def _narrowed(self, variant: Variant) -> nn.Module:
         assert variant.ratio is not None
@@ -179,7 +174,7 @@ class Bench:
             qface.quantize(network, qface.QuantizationConfig(*variant.bits)), self._halves.tuning, progress=True
         )
         if variant.trained:
-            qface.distill(student, self.teacher, self._halves.tuning, self._training(variant))
+            qface.distill(student, self.teacher, self._halves.tuning, self._training)
         return student
 
     @cached_property

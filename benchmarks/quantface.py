@@ -39,6 +39,7 @@ TRAINING = qface.DistillConfig(
     batch_size=BATCH_SIZE,
     ekd_weight=0.0,
     embedding_loss="mse",
+    residual_weight=0.0,
     optimizer="sgd",
     learning_rate=RATE_OF_AN_IMAGE * BATCH_SIZE,
     schedule="constant",

@@ -18,7 +18,7 @@ from qface.deployment.export import TARGETS
 from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
 from qface.deployment.lowering import hindrance
-from qface.distillation import check_run, default_config
+from qface.distillation import check_run
 from qface.distillation.config import PrecisionName
 from qface.errors import ConfigError, QFaceError
 from qface.evaluation import TemplateProtocol
@@ -140,9 +140,9 @@ _pruning = _options(
 _PRUNING = ("importance", "norm", "scope", "round_to", "keep", "keep_embedding", "repair", "reestimate", "steps")
 
 
-def _distill_config(ours: qface.DistillConfig, recipe: str, **settings: Any) -> qface.DistillConfig:
+def _distill_config(recipe: str, **settings: Any) -> qface.DistillConfig:
     """The recipe's settings, and in their place those that were given."""
-    base = qface.DistillConfig.paper() if recipe == "paper" else ours
+    base = qface.DistillConfig.paper() if recipe == "paper" else qface.DistillConfig()
     return replace(base, **{name: value for name, value in settings.items() if value is not None})
 
 
@@ -191,7 +191,7 @@ def quantize(
     teacher = resolve_model(model, weights)
     student = qface.quantize(teacher, config)
     check_savable(student)
-    settings = _distill_config(default_config(student, teacher), **training)
+    settings = _distill_config(**training)
     if distill:
         check_run(settings, run_dir, resume)
     if budget_mb is not None:
@@ -260,7 +260,7 @@ def prune(
     teacher = resolve_model(model, weights)
     check_savable(teacher)
     config = qface.PruningConfig(seed=options["seed"], **{name: options.pop(name) for name in _PRUNING})
-    training = _distill_config(qface.DistillConfig.after_pruning(), **options)
+    training = _distill_config(**options)
     folders = {step: None if run_dir is None else run_dir / f"step-{step}" for step in range(1, config.steps + 1)}
     if distill:
         for folder in folders.values():
@@ -306,7 +306,7 @@ def distill(
     """Fine-tune a student to embed faces as its teacher does."""
     check_model_file(output)
     learner, known = qface.load(student), resolve_model(teacher)
-    settings = _distill_config(default_config(learner, known), **training)
+    settings = _distill_config(**training)
     qface.distill(learner, known, images, settings, run_dir, resume, people=people)
     qface.save(learner, output)
     click.echo(f"wrote {output}")

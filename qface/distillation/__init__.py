@@ -1,18 +1,17 @@
 """Distillation: a small or quantized student learns to see faces as its teacher does."""
 
-from qface.distillation.config import FEW_BITS, DistillConfig
+from qface.distillation.config import RATE_OF_DISTANCE, DistillConfig
 from qface.distillation.heads import ArcFaceHead
 from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
-from qface.distillation.trainer import check_run, default_config, distill
+from qface.distillation.trainer import check_run, distill
 
 __all__ = [
-    "FEW_BITS",
+    "RATE_OF_DISTANCE",
     "ArcFaceHead",
     "CosineEmbeddingLoss",
     "DistillConfig",
     "EKDLoss",
     "MSEEmbeddingLoss",
     "check_run",
-    "default_config",
     "distill",
 ]

@@ -10,7 +10,7 @@ from qface.checks import check_seed, check_whole
 from qface.errors import ConfigError
 
 __all__ = [
-    "FEW_BITS",
+    "RATE_OF_DISTANCE",
     "DistillConfig",
     "EmbeddingLossName",
     "OptimizerName",
@@ -25,18 +25,17 @@ OptimizerName = Literal["relative_adam", "sgd", "adamw"]
 ScheduleName = Literal["cosine", "constant"]
 PrecisionName = Literal["float32", "bf16"]
 
-FEW_BITS = 4
-"""Of activations, up to which a student learns as :meth:`DistillConfig.few_bits` says."""
+
+RATE_OF_DISTANCE = 0.017
+"""The learning rate that brought students nearest to their teachers, in parts of their distance before training."""
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How a student learns from a teacher; the defaults repair a quantized student in one epoch.
+    """How a student learns from a teacher; the defaults repair a quantized or pruned student in one epoch.
 
-    EKD beside an embedding term needs a small weight: on MobileFaceNet at w6a6 the gradient of EKD at its authors'
-    weights is three times as long as the cosine loss's and far noisier, and 40 steps with weight 1 moved the student
-    away from its teacher (1 - cosine 0.060 to 0.073 on people set aside from the tuning half) where weight 0.1 brought
-    it closer (0.044).
+    They compare embeddings and residual sums, and take steps as large as the student is far from its teacher.
+    EKD is off: beside an embedding term it costs more than it gives (``docs/distillation.md`` has the figures).
 
     Args:
         epochs: rounds of ``floor(images / batch_size)`` steps, at least one (of a loader: its own length). Where EKD
@@ -45,7 +44,9 @@ class DistillConfig:
         batch_size: images a step, over all devices together; smaller where there are fewer images. A loader
             keeps its own batches.
         max_steps: an upper limit for all steps together, which the schedule then spans; None sets none.
-        ekd_weight: weight of the EKD term (:class:`qface.distillation.losses.EKDLoss`); 0 switches it off.
+        ekd_weight: weight of the EKD term (:class:`qface.distillation.losses.EKDLoss`); 0 switches it off. Beside an
+            embedding loss it has to be small: at its authors' weights its gradient is three times as long as the cosine
+            loss's and far noisier (MobileFaceNet at w6a6).
         ekd_surrogate: ``"sigmoid"`` as in the EKD authors' code, ``"linear"`` as in the paper's equation 1.
         ekd_parity: start the thresholds at zero and let a batch without positives fail, as the original does.
         pseudo_pairs: of images without labels, let EKD take those for one person that the teacher is sure of
@@ -65,7 +66,9 @@ class DistillConfig:
         optimizer: ``"relative_adam"``, whose steps are in parts of the size of what they change
             (:mod:`qface.distillation.relative_adam`); ``"sgd"`` or ``"adamw"``.
         learning_rate: at the start of the schedule. For SGD 0.005: channels that calibration equalised have weights of
-            very different size, and at 0.02 the first ten steps triple the loss.
+            very different size, and at 0.02 the first ten steps triple the loss. None, of ``"relative_adam"`` beside an
+            embedding loss, takes :data:`RATE_OF_DISTANCE` times the root mean square distance of student and teacher
+            before training, between embeddings of length 1.
         scale_learning_rate: the same for the quantizers' scales; None means ``learning_rate``, 0 leaves them
             as they are.
         momentum: of SGD.
@@ -91,21 +94,21 @@ class DistillConfig:
     """
 
     epochs: int = 1
-    batch_size: int = 64
+    batch_size: int = 16
     max_steps: int | None = None
-    ekd_weight: float = 0.1
+    ekd_weight: float = 0.0
     ekd_surrogate: Surrogate = "sigmoid"
     ekd_parity: bool = False
     pseudo_pairs: bool = True
     embedding_loss: EmbeddingLossName | None = "cosine"
     embedding_weight: float = 1.0
-    residual_weight: float = 0.0
+    residual_weight: float = 3.0
     class_head: bool = False
     class_head_weight: float = 0.001
     margin: float = 0.4
     scale: float = 64.0
     optimizer: OptimizerName = "relative_adam"
-    learning_rate: float = 0.002
+    learning_rate: float | None = None
     scale_learning_rate: float | None = None
     momentum: float = 0.9
     nesterov: bool = True
@@ -153,6 +156,11 @@ class DistillConfig:
             raise ConfigError(
                 "no loss is left: give ekd_weight or embedding_weight a positive value, or set class_head"
             )
+        if self.learning_rate is None and not (self.optimizer == "relative_adam" and self.uses_embedding_loss):
+            raise ConfigError(
+                "without a learning_rate steps are as large as the embeddings are far apart, which is for "
+                "relative_adam and an embedding loss: give a learning_rate"
+            )
 
     @property
     def uses_ekd(self) -> bool:
@@ -163,20 +171,6 @@ class DistillConfig:
     def uses_embedding_loss(self) -> bool:
         """Whether the distance to the teacher's embedding is part of the loss."""
         return self.embedding_loss is not None and self.embedding_weight > 0
-
-    @classmethod
-    def after_pruning(cls) -> DistillConfig:
-        """The defaults with steps 2.5 times as large: a network that lost channels is further from its teacher than one
-        that lost bits (``docs/pruning.md`` has the figures)."""
-        return cls(learning_rate=0.005)
-
-    @classmethod
-    def few_bits(cls) -> DistillConfig:
-        """With 4 bits or fewer a student is so far from its teacher that it has to learn more than an epoch of batches
-        of 64 lets it, and more than the embedding tells: smaller batches, larger steps, the residual sums of both
-        networks compared, and no EKD, which costs more there than it gives (``docs/distillation.md`` has the figures).
-        """
-        return cls(learning_rate=0.005, batch_size=16, ekd_weight=0.0, residual_weight=3.0)
 
     @classmethod
     def paper(cls) -> DistillConfig:
@@ -195,6 +189,7 @@ class DistillConfig:
             ekd_surrogate="sigmoid",
             ekd_parity=True,
             embedding_loss=None,
+            residual_weight=0.0,
             class_head=False,
             class_head_weight=1.0,
             margin=0.4,
@@ -211,7 +206,7 @@ class DistillConfig:
         )
 
 
-_OPTIONAL = frozenset({"max_steps", "bn_statistics_steps", "max_gradient_norm", "scale_learning_rate"})
+_OPTIONAL = frozenset({"max_steps", "bn_statistics_steps", "max_gradient_norm", "learning_rate", "scale_learning_rate"})
 
 
 def _at_least(least: int, **fields: int | None) -> None:

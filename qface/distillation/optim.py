@@ -8,18 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qface.distillation.config import DistillConfig
+from qface.distillation.config import RATE_OF_DISTANCE, DistillConfig
+from qface.distillation.losses import CosineEmbeddingLoss
 from qface.distillation.relative_adam import RelativeAdam
 from qface.errors import TrainingError
 
-__all__ = ["descend", "optimizer_for", "schedule_factor"]
+__all__ = ["descend", "learning_rate_of", "optimizer_for", "schedule_factor"]
 
 _BASE = "base_learning_rate"
 
 
-def optimizer_for(config: DistillConfig, student: nn.Module, objective: nn.Module) -> torch.optim.Optimizer:
+def learning_rate_of(config: DistillConfig, student: Tensor, teacher: Tensor) -> float:
+    """The learning rate at the start of the schedule.
+
+    Args:
+        config: has it, or leaves it to the distance of these embeddings.
+        student: embeddings [N, D].
+        teacher: embeddings of the same images.
+    """
+    if config.learning_rate is not None:
+        return config.learning_rate
+    distance = math.sqrt(2 * max(0.0, float(CosineEmbeddingLoss()(student, teacher))))
+    return RATE_OF_DISTANCE * distance
+
+
+def optimizer_for(
+    config: DistillConfig, learning_rate: float, student: nn.Module, objective: nn.Module
+) -> torch.optim.Optimizer:
     """An optimizer over all that is trained: the weights (with decay), the other parameters, the quantizer
     scales.
+
+    Args:
+        config: which optimizer.
+        learning_rate: at the start of the schedule.
+        student: the network that learns.
+        objective: the losses, with what they learn.
 
     Raises:
         TrainingError: nothing of the student is trained.
@@ -27,14 +50,14 @@ def optimizer_for(config: DistillConfig, student: nn.Module, objective: nn.Modul
     scales = _scales(student)
     scale_ids = {id(p) for p in scales}
     plain = [p for p in student.parameters() if p.requires_grad and id(p) not in scale_ids]
-    scale_rate = config.learning_rate if config.scale_learning_rate is None else config.scale_learning_rate
+    scale_rate = learning_rate if config.scale_learning_rate is None else config.scale_learning_rate
     trained_scales = [p for p in scales if p.requires_grad and scale_rate > 0]
     if not plain and not trained_scales:
         raise TrainingError("no parameter of the student requires a gradient: there is nothing to train")
     plain += list(objective.parameters())
     groups = [
-        _group([p for p in plain if p.ndim > 1], config.learning_rate, config.weight_decay),
-        _group([p for p in plain if p.ndim <= 1], config.learning_rate, 0.0),
+        _group([p for p in plain if p.ndim > 1], learning_rate, config.weight_decay),
+        _group([p for p in plain if p.ndim <= 1], learning_rate, 0.0),
         _group(trained_scales, scale_rate, 0.0),
     ]
     return _optimizer(config, [group for group in groups if group["params"]])

@@ -22,43 +22,25 @@ from qface.distillation.checkpoint import (
     digest_of_structure,
     digest_of_values,
 )
-from qface.distillation.config import FEW_BITS, DistillConfig
+from qface.distillation.config import DistillConfig
 from qface.distillation.memory import memory_kept
 from qface.distillation.modes import borrowed, has_batch_norm, mode_changes, set_observers, set_student_mode
 from qface.distillation.objective import Objective
-from qface.distillation.optim import descend, optimizer_for, schedule_factor
+from qface.distillation.optim import descend, learning_rate_of, optimizer_for, schedule_factor
 from qface.distillation.parallel import Parallel, device_for, processes_for
 from qface.distillation.progress import progress_bar
 from qface.distillation.pseudo_labels import with_pseudo_labels
-from qface.distillation.residual_sums import ResidualSums
+from qface.distillation.residual_sums import ResidualSums, SumPairs
 from qface.distillation.sampling import drawn_by
 from qface.errors import ConfigError, TrainingError
 from qface.memory_format import fastest_memory_format
-from qface.models.provenance import has_step, provenance_of, record_step
+from qface.models.provenance import record_step
 from qface.preprocessing import dtype_of, preprocessing_of
 
-__all__ = ["check_run", "default_config", "distill"]
+__all__ = ["check_run", "distill"]
 
-_IMAGES_TO_FIT = 64
-"""On which the residual sums of both networks are first compared."""
-
-
-def default_config(student: nn.Module, teacher: nn.Module) -> DistillConfig:
-    """:meth:`DistillConfig.few_bits` where the student's activations have 4 bits or fewer,
-    :meth:`DistillConfig.after_pruning` where it lost channels that the teacher has, else the defaults.
-
-    All carry the steps that made them (:func:`qface.models.provenance.provenance_of`).
-    """
-    if _activation_bits(student) <= FEW_BITS:
-        return DistillConfig.few_bits()
-    lost_channels = has_step(student, "prune") and not has_step(teacher, "prune")
-    return DistillConfig.after_pruning() if lost_channels else DistillConfig()
-
-
-def _activation_bits(student: nn.Module) -> float:
-    """Of what most of its layers read; infinitely many where it was never quantized."""
-    widths = [step.get("activation_bits", math.inf) for step in provenance_of(student) if step["step"] == "quantize"]
-    return min(widths, default=math.inf)
+_EXAMPLES = 64
+"""Images on which both networks are compared before training."""
 
 
 def check_run(config: DistillConfig, run_dir: str | Path | None = None, resume: bool = False) -> None:
@@ -104,7 +86,7 @@ def distill(
             Bytes are normalised for each network by the preprocessing it carries, floats reach both as they
             are. EKD uses identities where they are known. Where they are not, it takes the teacher's word for them
             (``config.pseudo_pairs``), or, of a loader, sees negative pairs only.
-        config: the settings; None takes :func:`default_config`'s.
+        config: the settings; None takes the defaults.
         run_dir: folder for ``checkpoint.pt`` and ``log.jsonl`` (step, loss terms, learning rate, gradient
             norm); None writes nothing.
         resume: go on from the checkpoint in ``run_dir``, or start there where it holds none. A run that was
@@ -126,7 +108,7 @@ def distill(
     """
     if student is teacher:
         raise TrainingError("student and teacher are one network: pass copy.deepcopy(network) as the teacher")
-    config = config or default_config(student, teacher)
+    config = config or DistillConfig()
     check_run(config, run_dir, resume)
     parallel = processes_for(config.device)
     source = as_image_source(images, people)
@@ -223,22 +205,23 @@ class _Trainer:
         self.total = _total_steps(config, batches)
         self.student.eval()
         set_observers(self.student, False)
-        examples = batches.examples(_IMAGES_TO_FIT if self.sums.names else 1)
+        examples = batches.examples(_EXAMPLES)
         self.memory_format = fastest_memory_format(
             examples[:1].to(parallel.device), partial(self._embed, student), partial(self._embed, self.teacher)
         )
-        self.objective = self._objective(examples)
-        self.optimizer = optimizer_for(config, student, self.objective)
+        found, wanted, sums = self._compare(examples)
+        objective = Objective(config, found.shape[1], wanted.shape[1], batches.identities, sums)
+        self.objective = objective.to(parallel.device, found.dtype)
+        self.learning_rate = learning_rate_of(config, found, wanted)
+        self.optimizer = optimizer_for(config, self.learning_rate, student, self.objective)
         self._student_of_all = parallel.wrap(student)
 
     @torch.no_grad()
-    def _objective(self, examples: Tensor) -> Objective:
-        """The losses, of the size and type of what the networks make of some images."""
+    def _compare(self, examples: Tensor) -> tuple[Tensor, Tensor, SumPairs]:
+        """What both networks make of some images: the student's embeddings, the teacher's, and residual sums."""
         with self.sums.watched():
-            student, teacher = (self._embed(model, examples) for model in (self.student, self.teacher))
-            sums = self.sums.take(len(examples))
-        objective = Objective(self.config, student.shape[1], teacher.shape[1], self.batches.identities, sums)
-        return objective.to(self.parallel.device, student.dtype)
+            found, wanted = (self._embed(model, examples) for model in (self.student, self.teacher))
+            return found, wanted, self.sums.take(len(examples))
 
     def _embed(self, model: nn.Module, images: Tensor, through: nn.Module | None = None) -> Tensor:
         """Embeddings [n, D] of ``images``, normalised for ``model``, sent ``through`` what stands for it."""
@@ -283,7 +266,7 @@ class _Trainer:
         factor = schedule_factor(self.config, self.step, self.total)
         norm = descend(self.optimizer, factor, self.config.max_gradient_norm)
         self._require_finite("gradient", norm)
-        return record | {"learning_rate": self.config.learning_rate * factor, "gradient_norm": norm}
+        return record | {"learning_rate": self.learning_rate * factor, "gradient_norm": norm}
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         images = batch.images.contiguous(memory_format=self.memory_format)
@@ -299,7 +282,7 @@ class _Trainer:
 
     def _require_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
-            cure = f"choose a learning_rate below {self.config.learning_rate:g}"
+            cure = f"choose a learning_rate below {self.learning_rate:g}"
             if self.config.ekd_parity:
                 cure += ", or set ekd_parity=False where batches may lack positive pairs"
             raise TrainingError(f"the {name} is {value} at step {self.step}: {cure}")
@@ -309,6 +292,7 @@ class _Trainer:
         self.student.load_state_dict(state["student"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.learning_rate = state["learning_rate"]
 
     def _write(self, folder: RunFolder, record: dict[str, float]) -> None:
         folder.log(record)
@@ -324,4 +308,5 @@ class _Trainer:
             "student": self.student.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "learning_rate": self.learning_rate,
         }

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from qface.data.images import ImageSource, TensorImages
-from qface.distillation import DistillConfig, check_run
+from qface.distillation import RATE_OF_DISTANCE, DistillConfig, check_run
 from qface.distillation import distill as distill_with_progress
 from qface.distillation.batches import batches_of
 from qface.distillation.parallel import Parallel, SingleProcess
@@ -25,7 +26,15 @@ from qface.preprocessing import Preprocessing, with_preprocessing
 from .networks import Interrupted, face_images, log, same_weights, tiny_network, weights
 
 CPU = DistillConfig(
-    batch_size=16, epochs=3, optimizer="sgd", learning_rate=0.05, warmup_steps=0, checkpoint_every=2, device="cpu"
+    batch_size=16,
+    epochs=3,
+    ekd_weight=0.1,
+    residual_weight=0.0,
+    optimizer="sgd",
+    learning_rate=0.05,
+    warmup_steps=0,
+    checkpoint_every=2,
+    device="cpu",
 )
 
 
@@ -290,7 +299,7 @@ def test_weight_decay_spares_biases_norms_and_slopes() -> None:
     from qface.distillation.optim import optimizer_for
 
     student = tiny_network(0)
-    groups = optimizer_for(CPU, student, nn.Module()).param_groups
+    groups = optimizer_for(CPU, 0.05, student, nn.Module()).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(student[0].weight), id(student[5].weight)}
 
@@ -309,6 +318,22 @@ def test_the_learning_rate_grows_over_the_warm_up(tmp_path: Path) -> None:
     )
     rates = [record["learning_rate"] for record in log(tmp_path)]
     assert rates == pytest.approx([0.0125, 0.025, 0.0375, 0.05, 0.05, 0.05])
+
+
+def test_the_learning_rate_is_in_parts_of_the_distance_where_none_is_given(tmp_path: Path) -> None:
+    student, teacher, images = tiny_network(0), tiny_network(1), face_images()
+    config = replace(CPU, optimizer="relative_adam", learning_rate=None)
+    with torch.no_grad():
+        found, wanted = (F.normalize(model.eval()(images.images)) for model in (student, teacher))
+    distance = float((found - wanted).square().sum(1).mean().sqrt())
+    distill(student, teacher, images, config, tmp_path / "run")
+    rates = [record["learning_rate"] for record in log(tmp_path / "run")]
+    assert rates[0] == pytest.approx(RATE_OF_DISTANCE * distance, rel=1e-4)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(tiny_network(0), teacher, Interrupted(images, reads=5), config, tmp_path / "stopped")
+    distill(tiny_network(3), teacher, images, config, tmp_path / "stopped", resume=True)
+    assert log(tmp_path / "stopped") == log(tmp_path / "run")
 
 
 def test_a_frozen_student_and_a_student_that_is_its_own_teacher_are_refused() -> None:

@@ -19,7 +19,9 @@ from qface.errors import ConfigError
 from qface.evaluation import embed
 from tests.distillation.networks import face_images, same_weights, tiny_network
 
-SETTINGS = DistillConfig(device="cpu", batch_size=8, max_steps=3, embedding_loss=None, ekd_weight=1.0)
+SETTINGS = DistillConfig(
+    device="cpu", batch_size=8, max_steps=3, embedding_loss=None, ekd_weight=1.0, learning_rate=0.002
+)
 
 
 def people(

@@ -20,7 +20,7 @@ from qface.preprocessing import Preprocessing, with_preprocessing
 from .networks import Interrupted, Residual, face_images, log, residual_network, same_weights, student_of, tiny_teacher
 
 CONFIG = DistillConfig(
-    batch_size=16, epochs=3, ekd_weight=0.0, residual_weight=1.0, warmup_steps=0, checkpoint_every=2, device="cpu"
+    batch_size=16, epochs=3, learning_rate=0.002, residual_weight=1.0, warmup_steps=0, checkpoint_every=2, device="cpu"
 )
 WITHOUT = replace(CONFIG, residual_weight=0.0)
 

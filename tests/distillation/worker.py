@@ -20,6 +20,8 @@ from .networks import face_images, residual_network, student_of, tiny_network
 CONFIG = DistillConfig(
     batch_size=16,
     epochs=3,
+    ekd_weight=0.1,
+    residual_weight=0.0,
     optimizer="sgd",
     learning_rate=0.05,
     warmup_steps=0,
