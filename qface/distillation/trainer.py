@@ -104,7 +104,7 @@ def distill(
         DependencyError: several processes without Lightning Fabric.
         ExportError: the run folder cannot be made or written to.
         ImagesError: the images cannot be used.
-        TrainingError: the networks do not fit each other, or the loss is not finite.
+        TrainingError: the networks do not fit each other, or embeddings or the loss are not finite.
     """
     if student is teacher:
         raise TrainingError("student and teacher are one network: pass copy.deepcopy(network) as the teacher")
@@ -221,7 +221,11 @@ class _Trainer:
         """What both networks make of some images: the student's embeddings, the teacher's, and residual sums."""
         with self.sums.watched():
             found, wanted = (self._embed(model, examples) for model in (self.student, self.teacher))
-            return found, wanted, self.sums.take(len(examples))
+            sums = self.sums.take(len(examples))
+        for name, embeddings in (("student", found), ("teacher", wanted)):
+            if not embeddings.isfinite().all():
+                raise TrainingError(f"embeddings of the {name} are not finite: check its weights and scales")
+        return found, wanted, sums
 
     def _embed(self, model: nn.Module, images: Tensor, through: nn.Module | None = None) -> Tensor:
         """Embeddings [n, D] of ``images``, normalised for ``model``, sent ``through`` what stands for it."""

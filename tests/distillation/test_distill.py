@@ -346,6 +346,14 @@ def test_a_frozen_student_and_a_student_that_is_its_own_teacher_are_refused() ->
         distill(tiny_network(0)[:2], tiny_network(1), face_images(), CPU)
 
 
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+def test_a_network_that_makes_no_numbers_is_named(broken: str) -> None:
+    networks = {"student": tiny_network(0), "teacher": tiny_network(1)}
+    nn.init.constant_(networks[broken][5].bias, float("nan"))
+    with pytest.raises(TrainingError, match=f"embeddings of the {broken} are not finite"):
+        distill(networks["student"], networks["teacher"], face_images(), CPU)
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_the_cure() -> None:
     with pytest.raises(TrainingError, match=r"at step \d+: choose a learning_rate below 1e\+30"):
         distill(tiny_network(0), tiny_network(1), face_images(), replace(CPU, learning_rate=1e30))
