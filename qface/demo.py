@@ -83,7 +83,7 @@ def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS) -> DemoRe
         DependencyError: the faces are not installed (extra ``qface[demo]``).
         ExportError: ``folder`` cannot be made or written to.
     """
-    config = DistillConfig(epochs=2, batch_size=_BATCH, seed=seed)
+    config = DistillConfig(epochs=2, seed=seed)
     folder = Path(folder)
     make_folder(folder)
     crops = _write_crops(_orl_folder(), folder / "crops")
