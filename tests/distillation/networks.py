@@ -11,8 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from qface.data.images import IndexedImages, TensorImages
+from qface.distillation import DistillConfig
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import calibrate, quantize
+
+CPU = DistillConfig(
+    batch_size=16,
+    epochs=3,
+    ekd_weight=0.1,
+    residual_weight=0.0,
+    optimizer="sgd",
+    learning_rate=0.05,
+    warmup_steps=0,
+    checkpoint_every=2,
+    device="cpu",
+)
+"""With EKD, by SGD: what most tests train with."""
 
 
 def tiny_network(seed: int, size: int = 8) -> nn.Module:

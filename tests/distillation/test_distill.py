@@ -23,19 +23,7 @@ from qface.distillation.parallel import Parallel, SingleProcess
 from qface.errors import CheckpointError, ConfigError, ExportError, ImagesError, TrainingError
 from qface.preprocessing import Preprocessing, with_preprocessing
 
-from .networks import Interrupted, face_images, log, same_weights, tiny_network, weights
-
-CPU = DistillConfig(
-    batch_size=16,
-    epochs=3,
-    ekd_weight=0.1,
-    residual_weight=0.0,
-    optimizer="sgd",
-    learning_rate=0.05,
-    warmup_steps=0,
-    checkpoint_every=2,
-    device="cpu",
-)
+from .networks import CPU, Interrupted, face_images, log, same_weights, tiny_network, weights
 
 
 def distill(*arguments: Any, **options: Any) -> nn.Module:

@@ -10,25 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from qface.distillation import DistillConfig, distill
+from qface.distillation import distill
 from qface.errors import TrainingError
 from qface.models.provenance import provenance_of
 from qface.quantization import LowBitFakeQuantize, quantize, scale_parameters
 
-from .networks import Interrupted, face_images, same_weights, student_of
+from .networks import CPU, Interrupted, face_images, same_weights, student_of
 from .networks import tiny_teacher as teacher
-
-CPU = DistillConfig(
-    batch_size=16,
-    epochs=3,
-    ekd_weight=0.1,
-    residual_weight=0.0,
-    optimizer="sgd",
-    learning_rate=0.05,
-    warmup_steps=0,
-    checkpoint_every=2,
-    device="cpu",
-)
 
 
 def student() -> nn.Module:

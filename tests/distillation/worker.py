@@ -13,25 +13,12 @@ import torch
 from torch import Tensor
 
 from qface.data.images import IndexedImages
-from qface.distillation import DistillConfig, distill
+from qface.distillation import distill
 
-from .networks import face_images, residual_network, student_of, tiny_network
+from .networks import CPU, face_images, residual_network, student_of, tiny_network
 
-CONFIG = DistillConfig(
-    batch_size=16,
-    epochs=3,
-    ekd_weight=0.1,
-    residual_weight=0.0,
-    optimizer="sgd",
-    learning_rate=0.05,
-    warmup_steps=0,
-    class_head=True,
-    checkpoint_every=2,
-    device="cpu",
-)
-
-
-WITH_SUMS = replace(CONFIG, class_head=False, residual_weight=1.0, max_steps=2)
+CONFIG = replace(CPU, class_head=True)
+WITH_SUMS = replace(CPU, residual_weight=1.0, max_steps=2)
 
 
 class KilledWhileReading(IndexedImages):
