@@ -181,6 +181,7 @@ def quantize(
 ) -> None:
     """Quantize a network, calibrate it on faces, and distil it."""
     check_model_file(output)
+    settings = _distill_config(**training)
     config = qface.QuantizationConfig(
         bits if weight_bits is None else weight_bits, bits if activation_bits is None else activation_bits
     )
@@ -191,7 +192,6 @@ def quantize(
     teacher = resolve_model(model, weights)
     student = qface.quantize(teacher, config)
     check_savable(student)
-    settings = _distill_config(**training)
     if distill:
         check_run(settings, run_dir, resume)
     if budget_mb is not None:
@@ -257,10 +257,10 @@ def prune(
     if not distill:
         _refuse_run(run_dir, resume)
     wanted = _share_or_budget(ratio, parameters=parameters, macs=macs, mb=mb)
-    teacher = resolve_model(model, weights)
-    check_savable(teacher)
     config = qface.PruningConfig(seed=options["seed"], **{name: options.pop(name) for name in _PRUNING})
     training = _distill_config(**options)
+    teacher = resolve_model(model, weights)
+    check_savable(teacher)
     folders = {step: None if run_dir is None else run_dir / f"step-{step}" for step in range(1, config.steps + 1)}
     if distill:
         for folder in folders.values():
@@ -305,8 +305,8 @@ def distill(
 ) -> None:
     """Fine-tune a student to embed faces as its teacher does."""
     check_model_file(output)
-    learner, known = qface.load(student), resolve_model(teacher)
     settings = _distill_config(**training)
+    learner, known = qface.load(student), resolve_model(teacher)
     qface.distill(learner, known, images, settings, run_dir, resume, people=people)
     qface.save(learner, output)
     click.echo(f"wrote {output}")

@@ -235,6 +235,18 @@ def test_bad_settings_of_training_are_told_before_images_are_looked_at(
 
 
 @pytest.mark.parametrize(
+    "command",
+    [("quantize", "--model"), ("prune", "--distill", "--model"), ("distill", "--student", "none", "--teacher")],
+    ids=lambda command: command[0],
+)
+def test_settings_no_network_could_be_trained_with_are_told_before_one_is_loaded(
+    workplace: Path, command: tuple[str, ...]
+) -> None:
+    options = ("--images", "crops", "-o", "student.safetensors", "--epochs", "0")
+    assert "epochs" in refusal(run(*command, "my_networks:make_nothing", *options))
+
+
+@pytest.mark.parametrize(
     ("arguments", "hint"),
     [
         (("--model", "nothing", "--images", "crops"), "nothing"),
