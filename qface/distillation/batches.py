@@ -108,7 +108,8 @@ def _batch_size(images: int, wanted: int, processes: int) -> int:
 
 
 class _LoaderBatches(Batches):
-    """A loader's own batches in its own order, again and again."""
+    """A loader's own batches in its own order, again and again, but for those of one image: neither a pair nor the
+    statistics of a batch norm can be made of it, and the last batch of a loader may be one."""
 
     def __init__(self, loader: Iterable[Any], config: DistillConfig) -> None:
         if iter(loader) is loader:
@@ -125,10 +126,13 @@ class _LoaderBatches(Batches):
         while True:
             ran_dry = True
             for item in self._loader:
-                ran_dry = False
-                yield item
+                if len(batch_of(item)) > 1:
+                    ran_dry = False
+                    yield item
             if ran_dry:
-                raise ImagesError("the loader yields no batches any more: give one that can be read again and again")
+                raise ImagesError(
+                    "the loader yields no batches of two images or more: give one that can be read again and again"
+                )
 
     def _read(self, item: Any, step: int) -> Batch:
         images, labels = _images_and_labels(item)

@@ -84,8 +84,9 @@ def distill(
         teacher: the network to learn from; it is not changed.
         images: a folder, a tensor, a loader or an image source (:func:`qface.data.images.as_image_source`).
             Bytes are normalised for each network by the preprocessing it carries, floats reach both as they
-            are. EKD uses identities where they are known. Where they are not, it takes the teacher's word for them
-            (``config.pseudo_pairs``), or, of a loader, sees negative pairs only.
+            are. Batches of one image that a loader yields are passed over. EKD uses identities where they are
+            known. Where they are not, it takes the teacher's word for them (``config.pseudo_pairs``), or, of a
+            loader, sees negative pairs only.
         config: the settings; None takes the defaults.
         run_dir: folder for ``checkpoint.pt`` and ``log.jsonl`` (step, loss terms, learning rate, gradient
             norm); None writes nothing.

@@ -613,8 +613,17 @@ def test_a_loader_that_runs_dry_is_an_error() -> None:
         def __iter__(self) -> Iterator[Tensor]:
             return self.left
 
-    with pytest.raises(ImagesError, match="yields no batches any more"):
+    with pytest.raises(ImagesError, match="yields no batches of two"):
         distill(tiny_network(0), tiny_network(1), Once(), replace(CPU, max_steps=20))
+
+
+def test_a_last_batch_of_one_image_is_passed_over(tmp_path: Path) -> None:
+    student = nn.Sequential(*tiny_network(0), nn.BatchNorm1d(8))
+    images = face_images().images
+    distill(student, tiny_network(1), [images[:8], images[8:16], images[16:17]], CPU, tmp_path)
+    assert len(log(tmp_path)) == 3 * CPU.epochs
+    with pytest.raises(ImagesError, match="yields no batches of two"):
+        distill(student, tiny_network(1), images.split(1), CPU)
 
 
 class Dropping(nn.Module):
