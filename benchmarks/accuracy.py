@@ -1,13 +1,14 @@
 """What quantization costs: recipes x widths x seeds, tuned on half of the people of LFW, judged on the other half.
 
     python benchmarks/accuracy.py [--data ../shared] [--networks mobilefacenet] [--recipe qface] [--recipe paper]
-                                  [--rows w6a6] [--seeds 3] [--max-steps N] [--sweep] [-o runs/accuracy] [--json FILE]
+                                  [--rows w6a6] [--seeds 3] [--epochs 1] [--max-steps N] [--sweep] [-o runs/accuracy]
+                                  [--json FILE]
 
 Ranges, training and mixed widths see the first half of the people only. All figures are those of the exported file in
 onnxruntime on the second half; "float gallery" lets the float network enrol and the file probe. Where a row has a
 share, calibration too sees no other images. A seed draws the 512 images of calibration, the share, and the order of
-training. Goals are those of the recipe ``qface``; means over the seeds are held against them. ``qface-bf16`` is the
-same, but trains in bfloat16, which CPUs with AMX and GPUs are faster in.
+training. Goals are those of the recipe ``qface`` and of one epoch; means over the seeds are held against them.
+``qface-bf16`` is the same, but trains in bfloat16, which CPUs with AMX and GPUs are faster in.
 
 ``--recipe paper`` is Ef-QuantFace's: EKD alone, one epoch, batch 64, learning rate 0.001, and channels and biases as
 they are. Its ranges are taken to be QuantFace's (``QuantAct`` of its ``quant_modules.py``): from the least to the
@@ -56,6 +57,7 @@ class Run:
     recipe: str
     row: Row
     seed: int
+    epochs: int
     max_steps: int | None
 
     @property
@@ -66,7 +68,8 @@ class Run:
     @property
     def training(self) -> qface.DistillConfig:
         """The settings of its distillation."""
-        return replace(RECIPES[self.recipe].training, seed=self.seed, max_steps=self.max_steps)
+        settings = {"seed": self.seed, "epochs": self.epochs, "max_steps": self.max_steps}
+        return replace(RECIPES[self.recipe].training, **settings)
 
     def settings(self) -> Record:
         """All that its figures depend on, beside network and images."""
@@ -224,7 +227,8 @@ def mean_weight_bits(file: Path) -> float:
 @click.option("--recipe", "recipes", type=click.Choice(list(RECIPES)), multiple=True, default=["qface"])
 @click.option("--rows", type=click.Choice(list(EVERY_ROW)), multiple=True, help="Repeatable.  [default: with goals]")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--max-steps", type=click.IntRange(1), help="Train no longer than this.  [default: one epoch]")
+@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Rounds of the images.")
+@click.option("--max-steps", type=click.IntRange(1), help="Train no longer than this.  [default: all epochs]")
 @click.option("--sweep", is_flag=True, help="Also 8, 6, 4 and 2 bits for weights and activations alike.")
 @click.option("--no-train", is_flag=True, help="Leave out all rows that train.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/accuracy"), show_default=True)
@@ -235,6 +239,7 @@ def main(
     recipes: Sequence[str],
     rows: Sequence[str],
     seeds: int,
+    epochs: int,
     max_steps: int | None,
     sweep: bool,
     no_train: bool,
@@ -245,7 +250,7 @@ def main(
     make_folder(output)
     halves, records = Halves(data / "data"), Records(output)
     benches = {network: Bench(network, data, halves, records) for network in networks}
-    runs = list(planned(networks, recipes, chosen(rows, sweep, no_train), seeds, max_steps))
+    runs = list(planned(networks, recipes, chosen(rows, sweep, no_train), seeds, epochs, max_steps))
     code = 130  # a shell's, after Ctrl-C
     try:
         code = 0 if measure_missing(runs, benches) else 1
@@ -262,14 +267,19 @@ def chosen(names: Sequence[str], sweep: bool, no_train: bool) -> list[Row]:
 
 
 def planned(
-    networks: Sequence[str], recipes: Sequence[str], rows: Sequence[Row], seeds: int, max_steps: int | None
+    networks: Sequence[str],
+    recipes: Sequence[str],
+    rows: Sequence[Row],
+    seeds: int,
+    epochs: int,
+    max_steps: int | None,
 ) -> Iterator[Run]:
     """All runs, network by network, so that one is in memory; all rows of one seed before the next seed."""
     for network in networks:
         for seed in range(seeds):
             for row in rows:
                 for recipe in recipes:
-                    yield Run(network, recipe, row, seed, max_steps)
+                    yield Run(network, recipe, row, seed, epochs, max_steps)
 
 
 def measure_missing(runs: Sequence[Run], benches: dict[str, Bench]) -> bool:
