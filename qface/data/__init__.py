@@ -4,20 +4,13 @@ from qface.data.alignment import ARCFACE_LANDMARKS, similarity_transform
 from qface.data.cfp import CfpSplit
 from qface.data.crops import AlignmentReport, align
 from qface.data.folders import ImageFolder
-from qface.data.images import (
-    Images,
-    ImageSource,
-    IndexedImages,
-    LoaderImages,
-    TensorImages,
-    as_image_source,
-    normalise,
-)
+from qface.data.images import Images, ImageSource, IndexedImages, LoaderImages, TensorImages, normalise
 from qface.data.landmarks import FaceLandmarks, read_landmarks
 from qface.data.pairs import PairedImages, PairList, ResolvedPairs, read_lfw_pairs, read_pairs, resolve_pairs
 from qface.data.people import select_people
 from qface.data.records import RecordImages
 from qface.data.relabelled import Relabelled
+from qface.data.sources import as_image_source
 from qface.data.subset import Subset, nested_subset
 from qface.data.templates import LooseCrops, TemplateSet, read_templates
 from qface.data.verification_bin import VerificationBin

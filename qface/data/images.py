@@ -1,4 +1,4 @@
-"""One view of everything the API accepts as ``images``: a folder, a tensor, or a loader.
+"""What images are to the verbs: a source of batches, which tensors and loaders become here.
 
 Crops (a folder, or a uint8 tensor) are 112x112 RGB bytes that each model normalises for itself; floats (a float
 tensor, or a loader that yields them) are already normalised and reach the model as they are.
@@ -6,7 +6,6 @@ tensor, or a loader that yields them) are already normalised and reach the model
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ __all__ = [
     "Labels",
     "LoaderImages",
     "TensorImages",
-    "as_image_source",
     "batch_of",
     "identities",
     "labels_of",
@@ -37,7 +35,7 @@ __all__ = [
 
 Labels = npt.NDArray[np.int64]
 Images = Union[str, Path, Tensor, Iterable[Any], "ImageSource"]
-"""What users may pass as images; :func:`as_image_source` turns each into an :class:`ImageSource`."""
+"""What users may pass as images; :func:`qface.data.sources.as_image_source` turns each into an :class:`ImageSource`."""
 
 
 class ImageSource(ABC):
@@ -130,46 +128,6 @@ def _check(images: Tensor) -> None:
         )
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ImagesError(f"images are uint8 crops or normalised floats, not {images.dtype}")
-
-
-def as_image_source(images: Images, people: str | Path | None = None) -> ImageSource:
-    """Turn whatever a user passed as ``images`` into an :class:`ImageSource`.
-
-    Args:
-        images: a folder of 112x112 crops, a ``.rec`` or ``.bin`` file of InsightFace, a split of CFP (its folder
-            ``Protocol/Split/FP``), a tensor [N, 3, H, W], a loader, or an :class:`ImageSource`.
-        people: for a folder, which identities to keep; see :class:`qface.data.folders.ImageFolder`.
-
-    Raises:
-        ImagesError: the images cannot be used, or ``people`` is given for something that has no names.
-    """
-    if isinstance(images, (str, Path)):
-        return _from_path(Path(images), people)
-    if people is not None:
-        raise ImagesError("people can be selected from a folder only, since other images carry no names")
-    if isinstance(images, ImageSource):
-        return images
-    if isinstance(images, Tensor):
-        return TensorImages(images)
-    if isinstance(images, Iterable):
-        return LoaderImages(images)
-    raise ImagesError(f"images are a folder, a tensor or a loader, not {type(images).__name__}")
-
-
-def _from_path(path: Path, people: str | Path | None) -> ImageSource:
-    from qface.data.cfp import CfpSplit, is_cfp_split
-    from qface.data.folders import ImageFolder
-    from qface.data.records import RecordImages
-    from qface.data.verification_bin import VerificationBin
-
-    files = {".rec": RecordImages, ".bin": VerificationBin}
-    is_folder = os.path.isdir(path)  # unlike Path.is_dir, False for names that no folder can have
-    reader = CfpSplit if is_cfp_split(path) else files.get(path.suffix.lower()) if not is_folder else None
-    if reader is None:
-        return ImageFolder(path, people=people)
-    if people is not None:
-        raise ImagesError(f"people can be selected from a folder only; {path} carries no names")
-    return reader(path)
 
 
 def labels_of(source: ImageSource) -> Labels | None:

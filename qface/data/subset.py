@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qface.data.images import Images, IndexedImages, as_image_source
+from qface.data.images import Images, IndexedImages
+from qface.data.sources import as_image_source
 from qface.errors import ImagesError
 
 __all__ = ["Subset", "nested_subset"]

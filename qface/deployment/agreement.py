@@ -22,7 +22,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qface.data.images import Images, ImageSource, as_image_source, normalise
+from qface.data.images import Images, ImageSource, normalise
+from qface.data.sources import as_image_source
 from qface.deployment import graph as ir
 from qface.deployment.inputs import fed, reading, seen
 from qface.deployment.lowering import lower, value_name

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qface._version import __version__
-from qface.data.images import Images, as_image_source, normalise
+from qface.data.images import Images, normalise
+from qface.data.sources import as_image_source
 from qface.deployment.agreement import (
     LAYER_IMAGES,
     compare_embeddings,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qface.data.images import Images, ImageSource, as_image_source, normalise
+from qface.data.images import Images, ImageSource, normalise
+from qface.data.sources import as_image_source
 from qface.distillation.batches import Batch, Batches, batches_of
 from qface.distillation.checkpoint import (
     RunFolder,
@@ -82,7 +83,7 @@ def distill(
     Args:
         student: the network that learns.
         teacher: the network to learn from; it is not changed.
-        images: a folder, a tensor, a loader or an image source (:func:`qface.data.images.as_image_source`).
+        images: a folder, a tensor, a loader or an image source (:func:`qface.data.sources.as_image_source`).
             Bytes are normalised for each network by the preprocessing it carries, floats reach both as they
             are. Batches of one image that a loader yields are passed over. EKD uses identities where they are
             known. Where they are not, it takes the teacher's word for them (``config.pseudo_pairs``), or, of a

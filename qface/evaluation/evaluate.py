@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from qface.data.folders import ImageFolder
-from qface.data.images import Images, ImageSource, Labels, as_image_source, labels_of
+from qface.data.images import Images, ImageSource, Labels, labels_of
 from qface.data.pairs import PairedImages, ResolvedPairs, read_pairs, resolve_pairs
+from qface.data.sources import as_image_source
 from qface.errors import ImagesError, PairsError
 from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
 from qface.evaluation.verification import (

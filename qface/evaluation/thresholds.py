@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qface.data.images import Images, ImageSource, Labels, as_image_source, labels_of
+from qface.data.images import Images, ImageSource, Labels, labels_of
+from qface.data.sources import as_image_source
 from qface.errors import ImagesError
 from qface.evaluation.embedding import Embedder, Embeddings, Model, as_embedder, embed
 from qface.evaluation.verification import Rates, count_pairs, ranks_of, rates_at, tpr_at_fpr

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qface.data.images import Images, as_image_source, normalise
+from qface.data.images import Images, normalise
 from qface.data.sampling import sample_batches
+from qface.data.sources import as_image_source
 from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_line
 from qface.models.layers import Concat
 from qface.models.provenance import carry, has_step, record_step

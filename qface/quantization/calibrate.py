@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from qface.data.images import Images, as_image_source, normalise
+from qface.data.images import Images, normalise
 from qface.data.sampling import evenly, sample_batches
+from qface.data.sources import as_image_source
 from qface.errors import ConfigError, ImagesError
 from qface.models.provenance import record_step
 from qface.modes import modes_kept

@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import disable_fake_quant, disable_observer
 
 from qface.checks import check_whole
-from qface.data.images import Images, as_image_source, normalise
+from qface.data.images import Images, normalise
 from qface.data.sampling import sample_batches
+from qface.data.sources import as_image_source
 from qface.errors import ConfigError
 from qface.models.provenance import provenance_of
 from qface.models.tracing import example_input
