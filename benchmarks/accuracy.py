@@ -35,12 +35,13 @@ from typing import Any
 
 import click
 from accuracy_report import draw_sweep, markdown, show, summarise
-from accuracy_rows import CALIBRATION_IMAGES, EVERY_ROW, NETWORKS, RECIPES, ROWS, SWEEP, Row
-from benchmark_command import BenchmarkCommand
-from held_out import Embeddings, Halves
-from records import Record, Records, digest, digest_of_file
-from report_files import write_json, write_text
-from stopwatch import timed
+from accuracy_rows import EVERY_ROW, ROWS, SWEEP, Row
+from harness.benchmark_command import BenchmarkCommand
+from harness.held_out import Embeddings, Halves
+from harness.recipes import CALIBRATION_IMAGES, NETWORKS, RECIPES
+from harness.records import Record, Records, digest, digest_of_file
+from harness.report_files import write_json, write_text
+from harness.stopwatch import timed
 from torch import nn
 
 import qface

@@ -16,10 +16,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 import click
-from accuracy_rows import EVERY_ROW, RECIPES, SWEEP, SWEEP_BITS, Goal
-from benchmark_command import BenchmarkCommand
-from held_out import FPRS
-from report_files import markdown_table, terminal_table, write_figure, write_json
+from accuracy_rows import EVERY_ROW, SWEEP, SWEEP_BITS, Goal
+from harness.benchmark_command import BenchmarkCommand
+from harness.held_out import FPRS
+from harness.recipes import RECIPES
+from harness.report_files import markdown_table, terminal_table, write_figure, write_json
 from rich.console import Console
 
 Record = dict[str, Any]

@@ -26,8 +26,8 @@ import click
 import numpy as np
 import onnx
 import torch
-from benchmark_command import BenchmarkCommand
-from report_files import write_figure, write_json
+from harness.benchmark_command import BenchmarkCommand
+from harness.report_files import write_figure, write_json
 from rich.console import Console
 from torch import Tensor, nn
 

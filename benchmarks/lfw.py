@@ -15,12 +15,12 @@ from typing import Any
 
 import click
 import numpy as np
-from accuracy_rows import RECIPES
-from benchmark_command import BenchmarkCommand
-from held_out import FPRS
-from report_files import terminal_table, write_json
+from harness.benchmark_command import BenchmarkCommand
+from harness.held_out import FPRS
+from harness.recipes import RECIPES
+from harness.report_files import terminal_table, write_json
+from harness.stopwatch import timed
 from rich.console import Console
-from stopwatch import timed
 
 import qface
 from qface.data import ImageFolder

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import get_args
 
 import click
-from accuracy_rows import NETWORKS
-from benchmark_command import BenchmarkCommand
-from held_out import Embeddings, Halves
+from harness.benchmark_command import BenchmarkCommand
+from harness.held_out import Embeddings, Halves
+from harness.recipes import NETWORKS
+from harness.records import Record, Records, digest, digest_of_file
+from harness.report_files import write_json, write_text
 from pruning_report import Bits, draw, gain_per_macs, markdown, name_of, table
-from records import Record, Records, digest, digest_of_file
-from report_files import write_json, write_text
 from rich.console import Console
 from torch import nn
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from records import Record
-from report_files import markdown_table, terminal_table, write_figure
+from harness.records import Record
+from harness.report_files import markdown_table, terminal_table, write_figure
 from rich.table import Table
 
 Bits = tuple[int, int]

@@ -23,9 +23,9 @@ from typing import Any
 
 import click
 import torch
-from accuracy_rows import NETWORKS
-from benchmark_command import BenchmarkCommand
-from report_files import write_json
+from harness.benchmark_command import BenchmarkCommand
+from harness.recipes import NETWORKS
+from harness.report_files import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

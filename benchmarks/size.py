@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
-from benchmark_command import BenchmarkCommand
+from harness.benchmark_command import BenchmarkCommand
 from rich import box
 from rich.console import Console
 from rich.table import Table

@@ -1,6 +1,6 @@
-"""Table 1 of Ef-QuantFace: ``python benchmarks/table1.py``; paper_table.py says what it does."""
+"""Table 1 of Ef-QuantFace: ``python benchmarks/table1.py``; paper/table.py says what it does."""
 
-from paper_table import command
+from paper.table import command
 
 main = command(1)
 

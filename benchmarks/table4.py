@@ -1,6 +1,6 @@
-"""Table 4 of Ef-QuantFace: ``python benchmarks/table4.py``; paper_table.py says what it does."""
+"""Table 4 of Ef-QuantFace: ``python benchmarks/table4.py``; paper/table.py says what it does."""
 
-from paper_table import command
+from paper.table import command
 
 main = command(4)
 

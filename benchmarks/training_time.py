@@ -6,9 +6,9 @@
 Ef-QuantFace's figure 1 sets 6,600 minutes an epoch of QuantFace, on 5.8 million images, against 15 minutes of its own,
 on 13,233. Here both loops take the same images in turns, a few steps at a time, so that the ratio of a step is measured
 and the rest is arithmetic: minutes an epoch are seconds a step times steps, *extrapolated* from these few.
-QuantFace's loop is benchmarks/quantface.py in :func:`qface.distill`, with embeddings of teacher and student for each
-batch, as its own has. Only its first 299 steps search for ranges; those that are timed, which stand for up to 91,000,
-do not. A GPU is used where there is one.
+QuantFace's loop is benchmarks/paper/quantface.py in :func:`qface.distill`, with embeddings of teacher and student for
+each batch, as its own has. Only its first 299 steps search for ranges; those that are timed, which stand for up to
+91,000, do not. A GPU is used where there is one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from statistics import median
 from typing import Any
 
 import click
-import quantface
 import torch
-from accuracy_rows import NETWORKS
-from benchmark_command import BenchmarkCommand
-from report_files import write_figure, write_json
+from harness.benchmark_command import BenchmarkCommand
+from harness.recipes import NETWORKS
+from harness.report_files import write_figure, write_json
+from harness.stopwatch import timed
+from paper import quantface
 from rich.console import Console
 from rich.table import Table
-from stopwatch import timed
 from torch import nn
 
 import qface

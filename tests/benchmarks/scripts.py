@@ -13,10 +13,12 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def script(name: str) -> ModuleType:
-    """``benchmarks/<name>.py`` as a module."""
+    """``benchmarks/<name>.py`` as a module; a dot in ``name`` leads into a folder."""
     if str(FOLDER) not in sys.path:
         sys.path.insert(0, str(FOLDER))  # as for a script, which finds the modules beside it
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"benchmarks_{name}", FOLDER.joinpath(*name.split(".")).with_suffix(".py")
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -35,7 +35,7 @@ def test_figures_are_written_before_they_are_shown(data: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     script("lfw")  # which makes its neighbours known
-    monkeypatch.setattr("report_files.terminal_table", killed)
+    monkeypatch.setattr("harness.report_files.terminal_table", killed)
     result, report = measure(data)
     assert result.exit_code == 1
     assert report["rows"]

@@ -59,7 +59,7 @@ def paper(data: Path) -> Path:
 
 def publish(path: Path, network: Path, bits: int) -> None:
     """A file as QuantFace's, with some ranges."""
-    tensors = script("quantface").student_of(qface.load(network), bits, bits).state_dict()
+    tensors = script("paper.quantface").student_of(qface.load(network), bits, bits).state_dict()
     ranges = {"x_min": torch.tensor([-1.0]), "x_max": torch.tensor([3.0])}
     torch.save(module_of({name: ranges.get(name.rpartition(".")[2], value) for name, value in tensors.items()}), path)
 
@@ -91,7 +91,7 @@ def test_every_row_is_filled(number: int, paper: Path) -> None:
         qface.save(tiny_face_net(7, size=(112, 112)), paper / "weights" / "iresnet18.safetensors")
     result, table = measure(paper, number)
     assert result.exit_code == 0, result.output
-    printed = script("paper_rows").TABLES[number].rows
+    printed = script("paper.rows").TABLES[number].rows
     assert [row["label"] for row in table["rows"][: len(printed)]] == [row.label for row in printed]
     for row in table["rows"]:
         assert row["missing"] is None, row
@@ -198,7 +198,7 @@ def test_an_interrupted_table_shows_what_is_there(data: Path, monkeypatch: pytes
 
 
 def test_differences_are_printed() -> None:
-    cell = script("paper_table")._cell
+    cell = script("paper.table")._cell
     assert cell(93.5, 93.79) == "93.50 (93.79, -0.29)"
     assert cell(None, 93.79) == "(93.79)"
     assert cell(93.5, None) == "93.50"
@@ -212,15 +212,15 @@ class Fixed:
 
 
 def test_losses_are_against_the_float_network_of_the_same_name() -> None:
-    rows = script("paper_rows").TABLES[1].rows
+    rows = script("paper.rows").TABLES[1].rows
     lines = {
-        line["label"]: line for row in rows if (line := script("paper_table")._line(row, Fixed()))["network"] == "R34"
+        line["label"]: line for row in rows if (line := script("paper.table")._line(row, Fixed()))["network"] == "R34"
     }
     assert lines["Ours (w6a6)"]["measured"]["lost"] == pytest.approx(1.5)
     assert lines["Ours (w6a6)"]["printed"]["lost"] == pytest.approx(96.56 - 95.56)
     assert lines["Ours, pruned"]["printed"]["lost"] == pytest.approx(96.56 - 89.11)
     assert lines["teacher"]["measured"]["lost"] is None and lines["teacher"]["printed"]["lost"] is None
-    others = [script("paper_table")._line(row, Fixed()) for row in rows if row.method.kind == "quantface"]
+    others = [script("paper.table")._line(row, Fixed()) for row in rows if row.method.kind == "quantface"]
     assert {line["printed"]["lost"] for line in others} == {None}
 
 
@@ -230,7 +230,7 @@ def test_printed_figures_are_the_papers() -> None:
     if not text.exists():
         pytest.skip("the paper's text is not here")
     words = set(re.findall(r"\d+\.\d+", text.read_text()))
-    tables = script("paper_rows").TABLES
+    tables = script("paper.rows").TABLES
     printed = [value for table in tables.values() for row in table.rows for value in row.printed.values()]
     assert len(printed) > 100
     assert [value for value in printed if f"{value:.2f}" not in words] == []
@@ -240,7 +240,7 @@ def test_printed_figures_are_the_papers() -> None:
 
 
 def test_quantface_rounds_to_its_grids() -> None:
-    quantface = script("quantface")
+    quantface = script("paper.quantface")
     low, high = torch.tensor(-1.0), torch.tensor(2.0)
     x = torch.linspace(-1.5, 2.5, 401)
     rounded = quantface.fake_quantize(x, 4, low, high)
@@ -251,7 +251,7 @@ def test_quantface_rounds_to_its_grids() -> None:
 
 
 def test_quantface_follows_ranges_for_299_steps_of_training() -> None:
-    quantizer = script("quantface").RangeQuantizer(6).train()
+    quantizer = script("paper.quantface").RangeQuantizer(6).train()
     for step in range(350):
         quantizer(torch.tensor([[-0.01 * step, 0.02 * step]]))
     assert quantizer.x_max.item() == pytest.approx(0.02 * 298)
@@ -261,7 +261,7 @@ def test_quantface_follows_ranges_for_299_steps_of_training() -> None:
 
 
 def test_quantface_starts_near_its_teacher() -> None:
-    quantface = script("quantface")
+    quantface = script("paper.quantface")
     teacher = tiny_face_net(size=(112, 112))
     student = quantface.student_of(teacher, 8, 8)
     images = torch.randn(8, 3, 112, 112)
@@ -279,7 +279,7 @@ def test_quantface_starts_near_its_teacher() -> None:
 
 @pytest.mark.parametrize("model", [IResNet((1, 1, 1, 1)), MobileFaceNet(16)], ids=lambda model: type(model).__name__)
 def test_quantface_rounds_the_same_places_in_modules_and_in_graphs(model: torch.nn.Module, tmp_path: Path) -> None:
-    quantface = script("quantface")
+    quantface = script("paper.quantface")
     with_statistics(model).eval()
     qface.save(model, tmp_path / "network.safetensors")
     qface.export(model, tmp_path / "network.onnx")
@@ -303,7 +303,7 @@ def followed(student: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("change", ["other names", "more layers", "other shapes"])
 def test_a_published_file_of_another_network_is_refused(change: str, tmp_path: Path) -> None:
-    quantface = script("quantface")
+    quantface = script("paper.quantface")
     model = tiny_face_net(size=(112, 112))
     file = tmp_path / "R18_w6a6.pth"
     tensors = quantface.student_of(model, 6, 6).state_dict()

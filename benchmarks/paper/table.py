@@ -2,7 +2,7 @@
 
     python benchmarks/table1.py [--weights DIR] [--data DIR] [--recipe paper|qface|qface-bf16] [--networks R18] [-o DIR]
 
-paper_rows.py has the printed figures, paper_sources.py says which files are looked for. With the paper's files all rows
+paper/rows.py has the printed figures, paper/sources.py says which files are looked for. With the paper's files all rows
 of the paper are run; beside them, or without them, its methods on the stand-ins, tuned on the first half of LFW's
 people and judged on the second. What a model lost is against its own float network, whatever that was trained on, and
 so compares where absolute figures do not. Figures are kept in the output folder, which the five tables share: what one
@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from accuracy_rows import RECIPES
-from benchmark_command import BenchmarkCommand
-from paper_arms import Arms, Unavailable
-from paper_rows import FLOAT, SETS, TABLES, PaperTable, Row
-from paper_sources import HALF_COLUMNS, STAND_INS, Sources
-from records import Record, Records
-from report_files import markdown_table, terminal_table, write_figure, write_json, write_text
+from harness.benchmark_command import BenchmarkCommand
+from harness.recipes import RECIPES
+from harness.records import Record, Records
+from harness.report_files import markdown_table, terminal_table, write_figure, write_json, write_text
 from rich.console import Console
 
 import qface
+from paper.arms import Arms, Unavailable
+from paper.rows import FLOAT, SETS, TABLES, PaperTable, Row
+from paper.sources import HALF_COLUMNS, STAND_INS, Sources
 from qface.files import make_folder
 
 __all__ = ["command"]

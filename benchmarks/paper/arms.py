@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import quantface
 import torch
-from accuracy_rows import CALIBRATION_IMAGES, RECIPES
-from paper_rows import Kind, Method
-from paper_sources import Judge, Model, Sources
-from records import Record, Records, digest_of_file
+from harness.recipes import CALIBRATION_IMAGES, RECIPES
+from harness.records import Record, Records, digest_of_file
+from harness.stopwatch import timed
 from safetensors.torch import load_file, save_file
-from stopwatch import timed
 from torch import nn
 
 import qface
+from paper import quantface
+from paper.rows import Kind, Method
+from paper.sources import Judge, Model, Sources
 from qface.data import IndexedImages, Relabelled, nested_subset
 from qface.distillation.checkpoint import digest_of_images
 from qface.files import replacing

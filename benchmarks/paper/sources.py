@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from held_out import Embeddings, Halves
-from records import digest, digest_of_file
+from harness.held_out import Embeddings, Halves
+from harness.records import digest, digest_of_file
 
 import qface
 from qface.data import ImageFolder, IndexedImages, Relabelled

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from report_files import write_json
 
+from harness.report_files import write_json
 from qface.files import replacing
 
 Record = dict[str, Any]

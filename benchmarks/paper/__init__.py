@@ -1,0 +1,1 @@
+"""The tables of Ef-QuantFace: what it prints, and what its methods and ours give here."""
