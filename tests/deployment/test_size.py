@@ -20,7 +20,8 @@ import qface
 from qface import measure_size
 from qface.cli import main
 from qface.deployment import SizeLedger
-from qface.deployment.size import KINDS, TENSORS, _shares
+from qface.deployment.size import KINDS, TENSORS
+from qface.deployment.size.purposes import shares_of
 from qface.errors import CheckpointError, ConfigError
 from qface.models import iresnet
 from qface.preprocessing import Preprocessing, with_preprocessing
@@ -190,7 +191,7 @@ def test_any_model_adds_up(model: onnx.ModelProto, tmp_path_factory: pytest.Temp
 @given(total=st.integers(0, 10**9), lengths=st.lists(st.integers(0, 10**6), min_size=1, max_size=50))
 def test_shares_add_up_and_are_in_proportion(total: int, lengths: list[int]) -> None:
     lengths = [*lengths, 1]
-    shares = _shares(total, lengths)
+    shares = shares_of(total, lengths)
     assert sum(shares) == total
     for share, length in zip(shares, lengths, strict=True):
         assert abs(share - total * length / sum(lengths)) <= 1 + 1e-6

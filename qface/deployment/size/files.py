@@ -1,0 +1,108 @@
+"""Entries of an ONNX file, counted to the byte."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from qface.deployment.size.ledger import KINDS, SizeEntry
+from qface.deployment.size.purposes import Purposes
+from qface.deployment.size.wire_format import Field, fields, name_of, size_of
+from qface.errors import CheckpointError, one_line
+
+__all__ = ["entries_of_file"]
+
+
+def entries_of_file(path: Path) -> list[SizeEntry]:
+    """All entries of the ONNX file ``path``, ordered by kind; their bytes add up to its size.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or keeps its weights in other files.
+    """
+    data, model = _read(path)
+    try:
+        return _entries(data, model)
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}; export it again") from error
+
+
+def _entries(data: bytes, model: onnx.ModelProto) -> list[SizeEntry]:
+    purposes = Purposes(model.graph)
+    ledger = _Collector()
+    nodes, tensors = iter(model.graph.node), iter(model.graph.initializer)
+    properties = iter(model.metadata_props)
+    for field in fields(memoryview(data)):
+        tag = name_of(onnx.ModelProto, field)
+        if tag != "graph":
+            ledger.add(f"{tag}[{next(properties).key}]" if tag == "metadata_props" else tag, "metadata", field.size)
+            continue
+        ledger.add("frame", "graph", field.size - len(field.payload))
+        for part in fields(field.payload):
+            tag = name_of(onnx.GraphProto, part)
+            if tag == "node":
+                ledger.add_node(next(nodes), part)
+            elif tag == "initializer":
+                ledger.add_tensor(next(tensors), part, purposes)
+            else:
+                ledger.add(tag, "graph", part.size)
+    return ledger.entries()
+
+
+def _read(path: Path) -> tuple[bytes, onnx.ModelProto]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; pass an ONNX file") from error
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as error:  # protobuf's own
+        raise CheckpointError(f"{path} is no ONNX file, or damaged; export it again") from error
+    if not model.HasField("graph"):
+        raise CheckpointError(f"{path} holds no graph, so it is no ONNX model; export it again")
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise CheckpointError(f"{path} keeps weights in other files; save it as one file to measure it")
+    return data, model
+
+
+class _Collector:
+    """Entries by kind and name, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, str], SizeEntry] = {}
+
+    def entries(self) -> list[SizeEntry]:
+        """All of them, ordered by kind."""
+        return sorted(self._entries.values(), key=lambda entry: KINDS.index(entry.kind))
+
+    def add(self, name: str, kind: str, size: int) -> None:
+        """One more occurrence of what is no tensor."""
+        before = self._entries.get((kind, name), SizeEntry(name, kind, 0, 0))
+        self._entries[kind, name] = replace(before, bytes=before.bytes + size, elements=before.elements + 1)
+
+    def add_node(self, node: onnx.NodeProto, field: Field) -> None:
+        """A node: its names, and all the rest."""
+        names = size_of(field.payload, onnx.NodeProto, ("input", "output", "name"))
+        self.add(node.op_type, "node", field.size - names)
+        self.add(node.op_type, "name", names)
+
+    def add_tensor(self, tensor: TensorProto, field: Field, purposes: Purposes) -> None:
+        """An initializer: its data, shared out among those that it provides for, its name, and its header."""
+        data = sum(len(part.payload) for part in fields(field.payload) if name_of(TensorProto, part) in _DATA)
+        name = size_of(field.payload, TensorProto, ("name",))
+        parts = purposes.parts(tensor, data)
+        for part in parts:
+            before = self._entries.get((part.kind, part.name))
+            self._entries[part.kind, part.name] = part if before is None else _joined(before, part)
+        self.add(parts[0].kind, "header", field.size - data - name)
+        self.add(parts[0].kind, "name", name)
+
+
+_DATA = frozenset({"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"})
+
+
+def _joined(one: SizeEntry, other: SizeEntry) -> SizeEntry:
+    """The same tensor in two planes, each of which holds some bits of every number."""
+    return replace(one, bytes=one.bytes + other.bytes, bits=(one.bits or 0) + (other.bits or 0))

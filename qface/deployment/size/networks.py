@@ -1,0 +1,69 @@
+"""Entries of the packed file that a network would become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import fx, nn
+
+from qface.deployment.size.ledger import SizeEntry
+from qface.models import ChannelAffine
+from qface.quantization import (
+    ImageQuantize,
+    LowBitFakeQuantize,
+    QuantizationConfig,
+    QuantizedAffine,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedPReLU,
+    is_quantized,
+    quantize,
+)
+from qface.quantization.layers import AFFINE_BITS, SLOPE_BITS, layer_of
+from qface.quantization.placement import BIAS_BITS
+
+__all__ = ["entries_of_network"]
+
+
+def entries_of_network(model: nn.Module, bits: int | QuantizationConfig) -> Iterator[SizeEntry]:
+    """The tensors of the packed file of ``model``, a student, or a float network whose student has ``bits``.
+
+    Raises:
+        ConfigError, TraceError, UnsupportedLayerError: as :func:`qface.quantize`.
+    """
+    student = model if is_quantized(model) else quantize(model, bits)
+    assert isinstance(student, fx.GraphModule)
+    for node in student.graph.nodes:
+        layer = layer_of(node)
+        if layer is not None:
+            yield from _layer_entries(str(node.target), layer)
+
+
+def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
+    if isinstance(layer, (QuantizedConv2d, QuantizedLinear)):
+        weight = SizeEntry(f"{name}.weight", "weight", 0, layer.weight.numel(), layer.weight_fake_quant.bits)
+        yield replace(weight, bytes=weight.packed_bytes)
+        if layer.bias is not None:
+            yield _words(f"{name}.bias", "bias", layer.bias.numel(), BIAS_BITS)
+        yield _words(f"{name}.weight_scale", "scale", len(layer.weight))
+    elif isinstance(layer, QuantizedPReLU):
+        slopes = layer.weight.numel()
+        yield SizeEntry(f"{name}.slope", "slope", slopes, slopes, SLOPE_BITS)
+        yield _words(f"{name}.slope_scale", "scale", 1)
+    elif isinstance(layer, QuantizedAffine) and layer.neighbours.complete:
+        channels = layer.channels
+        yield SizeEntry(f"{name}.affine", "affine", channels, channels, AFFINE_BITS)
+        yield _words(f"{name}.affine_scale", "scale", channels)
+        yield _words(f"{name}.bias", "bias", channels, BIAS_BITS)
+    elif isinstance(layer, ChannelAffine):
+        yield _words(f"{name}.scale", "affine", layer.weight.numel())
+        yield _words(f"{name}.shift", "affine", layer.bias.numel())
+    elif isinstance(layer, (ImageQuantize, LowBitFakeQuantize)):
+        yield _words(f"{name}.scale", "scale", 1)
+        yield SizeEntry(f"{name}.zero_point", "zero_point", 1, 1, 8)
+
+
+def _words(name: str, kind: str, elements: int, bits: int = 32) -> SizeEntry:
+    """A tensor that takes four bytes an element in the file, whatever its width."""
+    return SizeEntry(name, kind, 4 * elements, elements, bits)
