@@ -11,7 +11,7 @@ from typing import cast
 from torch import fx, nn
 
 from qface.models.layers import Add, ChannelAffine
-from qface.quantization.canonical import Inputs, add_layer, shape_of
+from qface.quantization.canonical.graph import Inputs, add_layer, shape_of
 from qface.quantization.config import QuantizationConfig
 from qface.quantization.layers import layer_of
 
