@@ -1,0 +1,30 @@
+"""The command line: each command parses its options, calls one verb of the library and prints what came of it."""
+
+from __future__ import annotations
+
+import click
+
+import qface
+from qface.cli.deployment import bench, export, size, verify
+from qface.cli.evaluation import evaluate, ijb, sensitivity, thresholds
+from qface.cli.faces import align, demo
+from qface.cli.training import distill, prune, quantize
+
+__all__ = ["export_alias", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(qface.__version__, prog_name="qface")
+def main() -> None:
+    """Make face-recognition networks small and fast without losing what they know."""
+
+
+for command in (
+    *(quantize, prune, distill),
+    *(evaluate, ijb, thresholds, sensitivity),
+    *(export, verify, bench, size),
+    *(align, demo),
+):
+    main.add_command(command)
+
+export_alias = export

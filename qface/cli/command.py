@@ -1,0 +1,41 @@
+"""What all commands share: how they fail, what they read, and how they show what came of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from torch import nn
+
+from qface.errors import QFaceError
+from qface.models.resolve import resolve_model
+
+__all__ = ["Command", "embedder", "show"]
+
+
+class Command(click.Command):
+    """Turns errors of the library into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's, but for those errors."""
+        try:
+            return super().invoke(ctx)
+        except QFaceError as error:
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(2)
+
+
+def embedder(text: str) -> nn.Module | Path:
+    """A file for onnxruntime, or a network for torch."""
+    return Path(text) if text.endswith(".onnx") else resolve_model(text)
+
+
+def show(record: dict[str, Any], table: Any, as_json: bool) -> None:
+    """Print what a verb found, as one JSON object or as a table."""
+    if as_json:
+        click.echo(json.dumps(record))
+    else:
+        Console().print(table)

@@ -1,0 +1,88 @@
+"""Commands on ONNX files: export, verify, bench, size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import qface
+from qface.cli.command import Command, embedder, show
+from qface.cli.options import FilePath, images_option, json_option, people_option
+from qface.deployment.export import TARGETS
+from qface.deployment.inputs import INPUTS
+from qface.deployment.latency import compare, open_file
+from qface.files import check_folder
+from qface.reporting import agreement_table, latency_table
+from qface.reporting.tables import size_tables
+
+__all__ = ["bench", "export", "size", "verify"]
+
+
+@click.command(cls=Command)
+@click.argument("student", type=FilePath)
+@click.option("-o", "--output", required=True, type=FilePath, help="File to write (.onnx).")
+@click.option(
+    "--container",
+    type=click.Choice(["packed", "int8"]),
+    default="packed",
+    show_default=True,
+    help="How a student's weights lie in the file: to their bits, or a byte each.",
+)
+@click.option("--images", type=FilePath, help="Faces to check the file on.  [default: synthetic ones]")
+@click.option(
+    "--input",
+    "input_type",
+    type=click.Choice(INPUTS),
+    default="float32",
+    show_default=True,
+    help="What the file reads: normalised floats, or the bytes of RGB images.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="cpu",
+    show_default=True,
+    help="Where a student's file runs: with integers on CPUs, or in fp16 on GPUs.",
+)
+def export(student: Path, output: Path, container: str, images: Path | None, input_type: str, target: str) -> None:
+    """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
+    check_folder(output)
+    qface.export(qface.load(student), output, container, images, input_type, target)
+    click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
+
+
+@click.command(cls=Command)
+@click.argument("student", type=FilePath)
+@click.argument("file", type=FilePath)
+@images_option
+@people_option
+@json_option
+def verify(student: Path, file: Path, images: Path, people: str | None, as_json: bool) -> None:
+    """Prove that FILE computes what STUDENT computes, layer by layer and from end to end."""
+    agreement = qface.verify(qface.load(student), file, images, people)
+    show(agreement.to_dict(), agreement_table(agreement), as_json)
+    if not agreement.agrees:
+        raise click.exceptions.Exit(1)
+
+
+@click.command(cls=Command)
+@click.argument("files", type=FilePath, nargs=-1, required=True, metavar="FILE...")
+@click.option("--threads", type=int, default=1, show_default=True, help="Threads within an operation.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Images a call.")
+@click.option("--runs", type=int, default=40, show_default=True, help="Timed calls of each file.")
+@json_option
+def bench(files: tuple[Path, ...], threads: int, batch: int, runs: int, as_json: bool) -> None:
+    """Time ONNX files in turns; the first is what the others are measured by."""
+    rows = compare([open_file(file, threads) for file in files], threads, batch, runs)
+    show({"rows": [row.to_dict() for row in rows]}, latency_table(rows, f"{runs} calls of each, in turns"), as_json)
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.option("--bits", type=int, default=6, show_default=True, help="Widths that a float network would get, 2 to 8.")
+@json_option
+def size(model: str, bits: int, as_json: bool) -> None:
+    """Say what each byte is spent on; MODEL is an .onnx file, or a network whose packed file is predicted."""
+    ledger = qface.measure_size(embedder(model), bits)
+    show(ledger.to_dict(), size_tables(ledger), as_json)

@@ -1,0 +1,109 @@
+"""Commands that measure networks on faces: evaluate, ijb, thresholds, sensitivity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import click
+
+import qface
+from qface.cli.command import Command, embedder, show
+from qface.cli.options import FilePath, images_option, json_option, people_option
+from qface.evaluation import TemplateProtocol
+from qface.models.resolve import resolve_model
+from qface.reporting import (
+    evaluation_table,
+    sensitivity_figure,
+    sensitivity_tables,
+    templates_table,
+    thresholds_table,
+)
+from qface.reporting.figures import check_figure
+
+__all__ = ["evaluate", "ijb", "sensitivity", "thresholds"]
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@images_option
+@people_option
+@click.option("--pairs", type=FilePath, help="Pair list in LFW's format, for ten-fold accuracy.")
+@click.option("--gallery", help="Another model that embeds the gallery, while MODEL embeds the probes.")
+@click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
+@json_option
+def evaluate(
+    model: str, images: Path, people: str | None, pairs: Path | None, gallery: str | None, flip: bool, as_json: bool
+) -> None:
+    """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
+    result = qface.evaluate(
+        embedder(model),
+        images,
+        pairs=pairs,
+        people=people,
+        gallery=embedder(gallery) if gallery else None,
+        flip=flip,
+        progress=True,
+    )
+    show(result.to_dict(), evaluation_table(result), as_json)
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.option("--data", required=True, type=FilePath, help="Folder of IJB-B or IJB-C, with meta/ and loose_crop/.")
+@click.option(
+    "--protocol",
+    type=click.Choice(get_args(TemplateProtocol)),
+    default="paper",
+    show_default=True,
+    help="A template is the mean of its images, or of its photos and videos.",
+)
+@click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
+@click.option("--detector-score", is_flag=True, help="Weight images by the detector's score.")
+@click.option("--run-dir", type=FilePath, help="Folder to keep embeddings in; a run that was stopped goes on there.")
+@json_option
+def ijb(
+    model: str,
+    data: Path,
+    protocol: TemplateProtocol,
+    flip: bool,
+    detector_score: bool,
+    run_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure 1:1 verification of templates on IJB-B or IJB-C; MODEL as for evaluate."""
+    result = qface.evaluate_templates(embedder(model), data, protocol, flip, detector_score, run_dir, progress=True)
+    show(result.to_dict(), templates_table(result), as_json)
+
+
+@click.command(cls=Command)
+@click.argument("teacher")
+@click.argument("student")
+@images_option
+@click.option("--people", help="Whom to set thresholds on, as for other commands.  [default: all]")
+@click.option("--judged-on", help="Whom to measure them on.  [default: the same]")
+@click.option("--fpr", default="1e-4", show_default=True, help="Share of impostors that may be accepted.")
+@json_option
+def thresholds(
+    teacher: str, student: str, images: Path, people: str | None, judged_on: str | None, fpr: str, as_json: bool
+) -> None:
+    """Set the cosine to accept where float meets float, quantized quantized, and quantized a float gallery."""
+    models = (embedder(teacher), embedder(student))
+    result = qface.operating_thresholds(*models, images, fpr, people, judged_on, progress=True)
+    show(result.to_dict(), thresholds_table(result), as_json)
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@images_option
+@people_option
+@click.option("--figure", type=FilePath, help="Also draw the losses here (.png, .svg or .pdf).")
+@json_option
+def sensitivity(model: str, images: Path, people: str | None, figure: Path | None, as_json: bool) -> None:
+    """Measure what quantizing each layer alone costs, its weight and what it reads, at 2 to 8 bits."""
+    if figure is not None:
+        check_figure(figure)
+    result = qface.sensitivity(resolve_model(model), images, people, progress=True)
+    if figure is not None:
+        sensitivity_figure(result, figure)
+    show(result.to_dict(), sensitivity_tables(result), as_json)

@@ -1,0 +1,38 @@
+"""Commands that bring faces of their own: align, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import qface
+from qface.cli.command import Command, show
+from qface.cli.options import FilePath, json_option
+from qface.demo import run_demo
+from qface.reporting import alignment_table, demo_table
+
+__all__ = ["align", "demo"]
+
+
+@click.command(cls=Command)
+@click.argument("photos", type=FilePath)
+@click.option("-o", "--output", required=True, type=FilePath, help="Folder of crops to write.")
+@click.option("--landmarks", type=FilePath, help="Lines 'file x1 y1 ... x5 y5'.  [default: look for faces]")
+@json_option
+def align(photos: Path, output: Path, landmarks: Path | None, as_json: bool) -> None:
+    """Cut aligned 112x112 crops from PHOTOS, a folder; what is there already is kept."""
+    report = qface.align(photos, output, landmarks, progress=True)
+    show(report.to_dict(), alignment_table(report), as_json)
+
+
+@click.command(cls=Command)
+@click.option(
+    "-o", "--output", type=FilePath, default=Path("runs/demo"), show_default=True, help="Folder for its files."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of training.")
+@json_option
+def demo(output: Path, seed: int, as_json: bool) -> None:
+    """Do the whole job on 400 real faces: train a small teacher, quantize, distil, export, evaluate."""
+    report = run_demo(output, seed)
+    show(report.to_dict(), demo_table(report), as_json)

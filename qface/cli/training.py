@@ -1,0 +1,192 @@
+"""Commands that make and train networks: quantize, prune, distill."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import click
+from torch import nn
+
+import qface
+from qface.cli.command import Command, show
+from qface.cli.options import (
+    PRUNING_FIELDS,
+    FilePath,
+    distill_config,
+    images_option,
+    json_option,
+    people_option,
+    pruning_options,
+    training_options,
+)
+from qface.deployment.lowering import hindrance
+from qface.distillation import check_run
+from qface.errors import ConfigError
+from qface.models.resolve import resolve_model
+from qface.models.store import check_model_file, check_savable
+from qface.pruning import cost_of
+from qface.reporting import costs_table
+
+__all__ = ["distill", "prune", "quantize"]
+
+
+@click.command(cls=Command)
+@click.option("--model", required=True, help="Teacher: a file, a name such as iresnet18, or package.module:factory.")
+@click.option("--weights", type=FilePath, help="A file of weights for the network that --model makes.")
+@images_option
+@people_option
+@click.option("--bits", type=int, default=6, show_default=True, help="Width of weights and activations, 2 to 8.")
+@click.option("--weight-bits", type=int, help="Width of weights alone.")
+@click.option("--activation-bits", type=int, help="Width of activations alone.")
+@click.option("--budget-mb", type=float, help="Greatest size of the file: a width for each weight that fits it best.")
+@click.option("--distill/--no-distill", default=True, show_default=True, help="Fine-tune after calibration.")
+@click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
+@training_options
+def quantize(
+    model: str,
+    weights: Path | None,
+    images: Path,
+    people: str | None,
+    bits: int,
+    weight_bits: int | None,
+    activation_bits: int | None,
+    budget_mb: float | None,
+    distill: bool,
+    output: Path,
+    run_dir: Path | None,
+    resume: bool,
+    **training: Any,
+) -> None:
+    """Quantize a network, calibrate it on faces, and distil it."""
+    check_model_file(output)
+    settings = distill_config(**training)
+    config = qface.QuantizationConfig(
+        bits if weight_bits is None else weight_bits, bits if activation_bits is None else activation_bits
+    )
+    if not distill:
+        _refuse_run(run_dir, resume)
+    if budget_mb is not None and weight_bits is not None:
+        raise ConfigError("--budget-mb chooses the widths of weights by itself; leave out --weight-bits")
+    teacher = resolve_model(model, weights)
+    student = qface.quantize(teacher, config)
+    check_savable(student)
+    if distill:
+        check_run(settings, run_dir, resume)
+    if budget_mb is not None:
+        config = qface.allocate_bits(teacher, images, budget_mb, people, config.activation_bits, progress=True)
+        student = qface.quantize(teacher, config)
+    _note_hindrance(student)
+    qface.calibrate(student, images, people=people, progress=True)
+    if distill:
+        qface.distill(student, teacher, images, settings, run_dir, resume, people=people)
+    qface.save(student, output)
+    click.echo(f"wrote {output}")
+
+
+def _refuse_run(run_dir: Path | None, resume: bool) -> None:
+    """Of a command that is not to train."""
+    if resume or run_dir is not None:
+        raise ConfigError("--run-dir and --resume are of the fine-tuning: give --distill as well, or leave them out")
+
+
+def _note_hindrance(student: nn.Module) -> None:
+    """Say what will keep a student from being exported before it is trained for long."""
+    found = hindrance(student)
+    if found is not None:
+        click.echo(
+            f"Note: this student can be trained and evaluated, but qface export will refuse it: {found}", err=True
+        )
+
+
+@click.command(cls=Command)
+@click.option("--model", required=True, help="Network: a file, a name such as iresnet18, or package.module:factory.")
+@click.option("--weights", type=FilePath, help="A file of weights for the network that --model makes.")
+@click.option("--ratio", type=float, help="Share of channels to remove.  [default: 0.2]")
+@click.option("--parameters", type=float, help="Instead: remove as little as leaves so many parameters.")
+@click.option("--macs", type=float, help="Instead: remove as little as leaves so many products an image.")
+@click.option("--mb", type=float, help="Instead: remove as little as leaves so many 10^6 bytes of float32.")
+@click.option("--images", type=FilePath, help="Folder of face crops, for repair, importance and --distill.")
+@people_option
+@pruning_options
+@click.option("--distill/--no-distill", default=False, show_default=True, help="Fine-tune on --images after each step.")
+@click.option("-o", "--output", required=True, type=FilePath, help="Network file to write (.safetensors).")
+@json_option
+@training_options
+def prune(
+    model: str,
+    weights: Path | None,
+    ratio: float | None,
+    parameters: float | None,
+    macs: float | None,
+    mb: float | None,
+    images: Path | None,
+    people: str | None,
+    distill: bool,
+    output: Path,
+    as_json: bool,
+    run_dir: Path | None,
+    resume: bool,
+    **options: Any,
+) -> None:
+    """Remove whole channels of a network."""
+    check_model_file(output)
+    if distill and images is None:
+        raise ConfigError("--distill needs faces to train on: give --images")
+    if not distill:
+        _refuse_run(run_dir, resume)
+    wanted = _share_or_budget(ratio, parameters=parameters, macs=macs, mb=mb)
+    config = qface.PruningConfig(seed=options["seed"], **{name: options.pop(name) for name in PRUNING_FIELDS})
+    training = distill_config(**options)
+    teacher = resolve_model(model, weights)
+    check_savable(teacher)
+    folders = {step: None if run_dir is None else run_dir / f"step-{step}" for step in range(1, config.steps + 1)}
+    if distill:
+        for folder in folders.values():
+            check_run(training, folder, resume)
+
+    def tune(pruned: nn.Module, step: int) -> None:
+        qface.distill(pruned, teacher, cast(Path, images), training, folders[step], resume, people=people)
+
+    pruned = qface.prune(teacher, wanted, images, config, people, tune if distill else None, progress=True)
+    if distill:
+        tune(pruned, config.steps)
+    qface.save(pruned, output)
+    before, after = cost_of(teacher), cost_of(pruned)
+    show({"before": asdict(before), "after": asdict(after)}, costs_table(before, after), as_json)
+
+
+def _share_or_budget(ratio: float | None, **budgets: float | None) -> float | qface.Budget:
+    given = {unit: limit for unit, limit in budgets.items() if limit is not None}
+    if len(given) + (ratio is not None) > 1:
+        raise ConfigError("--ratio, --parameters, --macs and --mb each say how much to remove: give one of them")
+    for unit, limit in given.items():
+        return qface.Budget(limit, cast(Any, unit))
+    return 0.2 if ratio is None else ratio
+
+
+@click.command(cls=Command)
+@click.option("--student", required=True, type=FilePath, help="Student file.")
+@click.option("--teacher", required=True, help="Teacher: a file, a name, or package.module:factory.")
+@images_option
+@people_option
+@click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
+@training_options
+def distill(
+    student: Path,
+    teacher: str,
+    images: Path,
+    people: str | None,
+    output: Path,
+    run_dir: Path | None,
+    resume: bool,
+    **training: Any,
+) -> None:
+    """Fine-tune a student to embed faces as its teacher does."""
+    check_model_file(output)
+    settings = distill_config(**training)
+    learner, known = qface.load(student), resolve_model(teacher)
+    qface.distill(learner, known, images, settings, run_dir, resume, people=people)
+    qface.save(learner, output)
+    click.echo(f"wrote {output}")
