@@ -69,8 +69,8 @@ class Run:
     @property
     def training(self) -> qface.DistillConfig:
         """The settings of its distillation."""
-        settings = {"seed": self.seed, "epochs": self.epochs, "max_steps": self.max_steps}
-        return replace(RECIPES[self.recipe].training, **settings)
+        training = RECIPES[self.recipe].training
+        return replace(training, seed=self.seed, epochs=self.epochs, max_steps=self.max_steps)
 
     def settings(self) -> Record:
         """All that its figures depend on, beside network and images."""

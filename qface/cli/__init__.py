@@ -19,12 +19,12 @@ def main() -> None:
     """Make face-recognition networks small and fast without losing what they know."""
 
 
-for command in (
+for _each in (
     *(quantize, prune, distill),
     *(evaluate, ijb, thresholds, sensitivity),
     *(export, verify, bench, size),
     *(align, demo),
 ):
-    main.add_command(command)
+    main.add_command(_each)
 
 export_alias = export

@@ -22,6 +22,7 @@ __all__ = [
     "people_option",
     "pruning_options",
     "training_options",
+    "weights_option",
 ]
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -48,6 +49,7 @@ images_option = click.option(
 people_option = click.option(
     "--people", help="Which people: first-half, second-half, or a file with one name a line.  [default: all]"
 )
+weights_option = click.option("--weights", type=FilePath, help="A file of weights for the network that --model makes.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 training_options = _options(
     click.option("--epochs", type=int, default=1, show_default=True, help="Rounds of as many images as there are."),

@@ -20,6 +20,7 @@ from qface.cli.options import (
     people_option,
     pruning_options,
     training_options,
+    weights_option,
 )
 from qface.deployment.lowering import hindrance
 from qface.distillation import check_run
@@ -34,7 +35,7 @@ __all__ = ["distill", "prune", "quantize"]
 
 @click.command(cls=Command)
 @click.option("--model", required=True, help="Teacher: a file, a name such as iresnet18, or package.module:factory.")
-@click.option("--weights", type=FilePath, help="A file of weights for the network that --model makes.")
+@weights_option
 @images_option
 @people_option
 @click.option("--bits", type=int, default=6, show_default=True, help="Width of weights and activations, 2 to 8.")
@@ -102,7 +103,7 @@ def _note_hindrance(student: nn.Module) -> None:
 
 @click.command(cls=Command)
 @click.option("--model", required=True, help="Network: a file, a name such as iresnet18, or package.module:factory.")
-@click.option("--weights", type=FilePath, help="A file of weights for the network that --model makes.")
+@weights_option
 @click.option("--ratio", type=float, help="Share of channels to remove.  [default: 0.2]")
 @click.option("--parameters", type=float, help="Instead: remove as little as leaves so many parameters.")
 @click.option("--macs", type=float, help="Instead: remove as little as leaves so many products an image.")

@@ -119,31 +119,26 @@ class _LoaderBatches(Batches):
         self.steps_per_epoch = length_of(loader)
 
     def stream(self, start: int) -> Iterator[Batch]:
-        for step, item in enumerate(islice(self._items(), start, None), start):
-            yield self._read(item, step)
+        for step, (images, labels) in enumerate(islice(self._batches(), start, None), start):
+            if self._config.horizontal_flip:
+                images = _flipped(images, flips(len(images), self._config.seed, step))
+            yield Batch(images, labels)
 
-    def _items(self) -> Iterator[Any]:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         while True:
             ran_dry = True
-            for item in self._loader:
-                if len(batch_of(item)) > 1:
+            for images, labels in map(_images_and_labels, self._loader):
+                if len(images) > 1:
                     ran_dry = False
-                    yield item
+                    yield images, labels
             if ran_dry:
                 raise ImagesError(
                     "the loader yields no batches of two images or more: give one that can be read again and again"
                 )
 
-    def _read(self, item: Any, step: int) -> Batch:
-        images, labels = _images_and_labels(item)
-        if self._config.horizontal_flip:
-            images = _flipped(images, flips(len(images), self._config.seed, step))
-        return Batch(images, labels)
-
     def examples(self, count: int) -> Tensor:
-        for item in self._loader:
-            return _images_and_labels(item)[0][:count]
-        raise ImagesError("the loader yields no batches")
+        images, _ = next(self._batches())
+        return images[:count]
 
 
 class _InOrder:

@@ -33,8 +33,7 @@ def _exists(graph_module: fx.GraphModule, path: str) -> bool:
 
 def set_layer(graph_module: fx.GraphModule, path: str, layer: nn.Module) -> None:
     """Put ``layer`` in the place of the one at ``path``."""
-    owner, _, name = path.rpartition(".")
-    setattr(graph_module.get_submodule(owner), name, layer.train(graph_module.training))
+    graph_module.add_submodule(path, layer.train(graph_module.training))
 
 
 def propagate_shapes(graph_module: fx.GraphModule, images: Tensor) -> None:
