@@ -1,11 +1,11 @@
-"""What quantization costs: recipes x widths x seeds, tuned on half of the people of LFW, judged on the other half.
+"""What quantization costs: recipes x bits x seeds, tuned on half of the people of LFW, judged on the other half.
 
     python benchmarks/accuracy.py [--data ../shared] [--networks mobilefacenet] [--recipe qface] [--recipe paper]
                                   [--rows w6a6] [--seeds 3] [--epochs 1] [--max-steps N] [--sweep] [-o runs/accuracy]
                                   [--json FILE]
 
-Ranges, training and mixed widths see the first half of the people only. All figures are those of the exported file in
-onnxruntime on the second half; "float gallery" lets the float network enrol and the file probe. Where a row has a
+Ranges, training and mixed precision see the first half of the people only. All figures are those of the exported file
+in onnxruntime on the second half; "float gallery" lets the float network enroll and the file probe. Where a row has a
 share, calibration too sees no other images. A seed draws the 512 images of calibration, the share, and the order of
 training. Goals are those of the recipe ``qface`` and of one epoch; means over the seeds are held against them.
 ``qface-bf16`` is the same, but trains in bfloat16, which CPUs with AMX and GPUs are faster in.
@@ -13,7 +13,7 @@ training. Goals are those of the recipe ``qface`` and of one epoch; means over t
 ``--recipe paper`` is Ef-QuantFace's: EKD alone, one epoch, batch 64, learning rate 0.001, and channels and biases as
 they are. Its ranges are taken to be QuantFace's (``QuantAct`` of its ``quant_modules.py``): from the least to the
 greatest value. Two things differ: QuantFace goes on widening the ranges of activations while it trains, here they stay
-where 512 images put them; its weights are asymmetric, here they are symmetric. Mixed widths are chosen once a seed,
+where 512 images put them; its weights are asymmetric, here they are symmetric. Mixed bits are chosen once a seed,
 for both recipes.
 
 ``--sweep`` adds the rows with 8, 6, 4 and 2 bits for weights and activations alike, and a figure; ``--rows w8a8
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from accuracy_report import draw_sweep, markdown, show, summarise
+from accuracy_report import draw_sweep, markdown, show, summarize
 from accuracy_rows import EVERY_ROW, ROWS, SWEEP, Row
 from harness.benchmark_command import BenchmarkCommand
 from harness.held_out import Embeddings, Halves
@@ -79,8 +79,8 @@ class Run:
             **self.row.settings(),
             "seed": self.seed,
             "calibration_images": CALIBRATION_IMAGES,
-            "weight_range": recipe.quantization.weight_range,
-            "activation_range": recipe.quantization.activation_range,
+            "weight_observer": recipe.quantization.weight_observer,
+            "activation_observer": recipe.quantization.activation_observer,
             "wide_residuals": recipe.quantization.wide_residuals,
             "calibration": recipe.calibration,
             "training": asdict(self.training) if self.row.trained else None,
@@ -177,16 +177,16 @@ class Bench:
         return qface.calibrate(qface.quantize(self._teacher, config), images, **RECIPES[run.recipe].calibration)
 
     def _config(self, run: Run, images: IndexedImages) -> tuple[qface.QuantizationConfig, float]:
-        """Widths and ranges, and the seconds it took to choose them."""
+        """Bits and ranges, and the seconds it took to choose them."""
         row, ranges = run.row, RECIPES[run.recipe].quantization
         uniform = replace(ranges, weight_bits=row.weight_bits, activation_bits=row.activation_bits)
         if not row.mixed:
             return uniform, 0.0
-        chosen = self._mixed_widths(run, images)
-        overrides = {name: qface.LayerBits(weight=bits) for name, bits in chosen["widths"].items()}
+        chosen = self._mixed_bits(run, images)
+        overrides = {name: qface.LayerBits(weight=bits) for name, bits in chosen["bit_widths"].items()}
         return replace(uniform, weight_bits=chosen["weight_bits"], overrides=overrides), chosen["seconds"]
 
-    def _mixed_widths(self, run: Run, images: IndexedImages) -> Record:
+    def _mixed_bits(self, run: Run, images: IndexedImages) -> Record:
         row = run.row
         what = {"weight_bits": row.weight_bits, "activation_bits": row.activation_bits}
         settings = {
@@ -196,13 +196,13 @@ class Bench:
             "seed": run.seed,
             "calibration_images": CALIBRATION_IMAGES,
         }
-        name = f"{self.network}-widths-w{row.weight_bits}a{row.activation_bits}-seed{run.seed}"
+        name = f"{self.network}-bits-w{row.weight_bits}a{row.activation_bits}-seed{run.seed}"
         return self._records.recall(name, settings, lambda: self._allocate(row, images))
 
     def _allocate(self, row: Row, images: IndexedImages) -> Record:
-        """The best widths for the weights in a file as large as with ``row.weight_bits`` for all of them.
+        """The best bits for the weights in a file as large as with ``row.weight_bits`` for all of them.
 
-        Since a further width takes more nodes, such a file has no more bits a weight on average.
+        Since a further bit width takes more nodes, such a file has no more bits a weight on average.
         """
         start = time.perf_counter()
         uniform = qface.QuantizationConfig(row.weight_bits, row.activation_bits)
@@ -212,12 +212,12 @@ class Bench:
         config = qface.allocate_bits(
             self._teacher, images, budget / 1e6, activation_bits=row.activation_bits, progress=True
         )
-        widths = {name: bits.weight for name, bits in config.overrides.items()}
-        return {"weight_bits": config.weight_bits, "widths": widths, "seconds": time.perf_counter() - start}
+        bit_widths = {name: bits.weight for name, bits in config.overrides.items()}
+        return {"weight_bits": config.weight_bits, "bit_widths": bit_widths, "seconds": time.perf_counter() - start}
 
 
 def mean_weight_bits(file: Path) -> float:
-    """The average width of the weights of ``file``."""
+    """The average bits of the weights of ``file``."""
     weights = qface.measure_size(file).of_kind("weight").entries
     return sum(entry.elements * (entry.bits or 0) for entry in weights) / sum(entry.elements for entry in weights)
 
@@ -304,7 +304,7 @@ def report(runs: Sequence[Run], benches: dict[str, Bench], output: Path, sweep: 
     teachers = {name: found for name, bench in benches.items() if (found := bench.find_teacher())}
     results = [(run, benches[run.network].find(run)) for run in runs if run.network in teachers]
     figures = [_identified(run, result) for run, result in results if result is not None]
-    lines = summarise(teachers, figures)
+    lines = summarize(teachers, figures)
     show(lines, teachers)
     click.echo(f"{len(figures)} of {len(runs)} runs are there")
     write_text(output / "accuracy.md", markdown(lines, teachers))

@@ -35,7 +35,7 @@ HEADINGS = (
 _SAME_RATE = 1e-3  # float embeddings differ by as much between machines
 
 
-def summarise(teachers: dict[str, Record], runs: Iterable[Record]) -> list[Record]:
+def summarize(teachers: dict[str, Record], runs: Iterable[Record]) -> list[Record]:
     """A record for each network, recipe and row: means over seeds in points, losses against float, and verdicts."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for run in runs:
@@ -190,7 +190,7 @@ def combined(reports: Iterable[Record]) -> Record:
             if any(points is not None and abs(points) > _SAME_RATE for points in apart):
                 raise ValueError(f"the files judge {network} by different images or weights")
         runs |= {(run["network"], run["recipe"], run["row"], run["seed"]): run for run in report["runs"]}
-    return {"float": teachers, "runs": list(runs.values()), "summary": summarise(teachers, runs.values())}
+    return {"float": teachers, "runs": list(runs.values()), "summary": summarize(teachers, runs.values())}
 
 
 @click.command(cls=BenchmarkCommand)

@@ -31,11 +31,11 @@ class Row:
 
     Args:
         name: of the line.
-        weight_bits: width of weights; where they are mixed, the most that they have on average.
-        activation_bits: width of activations.
+        weight_bits: of weights; where they are mixed, the most that they have on average.
+        activation_bits: of activations.
         trained: distilled after calibration.
         share: of the images that are seen at all.
-        mixed: a width for each weight.
+        mixed: bits chosen for each weight.
         goal: of the recipe ``qface``.
         exceptions: networks with another goal.
     """
@@ -79,4 +79,4 @@ EVERY_ROW = {row.name: row for row in ROWS} | {
     row.name: row for row in _UNIFORM if row.name not in {each.name for each in ROWS}
 }
 SWEEP = tuple(row.name for row in _UNIFORM)
-"""Names of the rows with one width for weights and activations."""
+"""Names of the rows with the same bits for weights and activations."""

@@ -164,7 +164,7 @@ def few_crops(data: Path) -> Tensor:
     if not faces.is_dir():
         shape = (CROPS, 3, CROP_SIZE, CROP_SIZE)
         return torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).byte()
-    images = ImageFolder(faces, people="first-half")
+    images = ImageFolder(faces, identities="first-half")
     return images.read(torch.linspace(0, len(images) - 1, CROPS).long().tolist())
 
 
@@ -199,7 +199,7 @@ def write_forms(teacher: nn.Module, crops: Tensor, bits: int, into: Path) -> dic
     student = qface.calibrate(qface.quantize(teacher, bits), crops)
     files = {
         PACKED: qface.export(student, into / "packed.onnx"),
-        INT8: qface.export(student, into / "int8.onnx", container="int8"),
+        INT8: qface.export(student, into / "int8.onnx", weight_format="int8"),
         FLOAT: qface.export(teacher, into / "float32.onnx"),
     }
     files[STATIC] = quantize_static(files[FLOAT], images, into / "quantize_static.onnx")
@@ -329,10 +329,10 @@ def draw_panel(panel: Any, comparisons: list[list[Latency]]) -> None:
     width = 0.8 / len(names)
     for place, name in enumerate(names):
         ratios = {group: row.ratio for group, rows in enumerate(comparisons) for row in rows if row.name == name}
-        centres = [group + (place + 0.5) * width - 0.4 for group in ratios]
-        panel.bar(centres, list(ratios.values()), width, label=name)
+        centers = [group + (place + 0.5) * width - 0.4 for group in ratios]
+        panel.bar(centers, list(ratios.values()), width, label=name)
     panel.set_xticks(range(len(comparisons)), [label(rows[0]) for rows in comparisons], fontsize="small")
-    panel.axhline(1, color="grey", linewidth=0.8)
+    panel.axhline(1, color="gray", linewidth=0.8)
 
 
 def label(row: Latency) -> str:

@@ -51,14 +51,14 @@ def main(data: Path, weights: str, bits: int, recipe: str, seed: int, output: Pa
     rows = [row("teacher", teacher, faces, pairs, float_file)]
 
     student = qface.quantize(teacher, quantization)
-    calibration, seconds = timed(lambda: qface.calibrate(student, faces, people="first-half", **chosen.calibration))
+    calibration, seconds = timed(lambda: qface.calibrate(student, faces, identities="first-half", **chosen.calibration))
     calibrated_file = qface.export(student, output / "calibrated.onnx")
     rows += [
         row("calibrated, torch", calibration, faces, pairs, seconds=seconds),
         row("calibrated, file", calibrated_file, faces, pairs, calibrated_file),
     ]
 
-    _, seconds = timed(lambda: qface.distill(student, teacher, faces, training, people="first-half"))
+    _, seconds = timed(lambda: qface.distill(student, teacher, faces, training, identities="first-half"))
     qface.save(student, output / "student.safetensors")
     student_file = qface.export(student, output / "student.onnx")
     rows += [
@@ -83,7 +83,7 @@ def row(
     **options: Any,
 ) -> dict[str, Any]:
     """One row of the table, on the second half of the people."""
-    result = qface.evaluate(model, faces, pairs=pairs, people="second-half", **options)
+    result = qface.evaluate(model, faces, pairs=pairs, identities="second-half", **options)
     return {
         "model": name,
         **result.to_dict(),
@@ -105,7 +105,7 @@ def add_latencies(rows: list[dict[str, Any]]) -> None:
 
 def agreement(student: Any, file: Path, faces: Path) -> dict[str, float]:
     """Cosines between the student's embeddings and the file's, over held-out faces."""
-    folder = ImageFolder(faces, people="second-half")
+    folder = ImageFolder(faces, identities="second-half")
     images = qface.data.TensorImages(folder.read(range(min(AGREEMENT_IMAGES, len(folder)))))
     cosines = np.sum(embed(student, images) * embed(file, images), axis=1)
     return {"images": len(cosines), "mean_cosine": float(cosines.mean()), "least_cosine": float(cosines.min())}

@@ -1,15 +1,15 @@
 """Where pruning pays against lower bits: accuracy, size and latency of networks pruned, quantized, and both.
 
     python benchmarks/pruning.py [--data ../shared] [--network mobilefacenet] [--ratios 0.1 --ratios 0.2]
-                                 [--bits 6 --bits w4a8] [--scope layer] [--round-to 16] [--no-train]
+                                 [--bits 6 --bits w4a8] [--global-pruning] [--round-to 16] [--no-train]
                                  [--max-steps N] [-o runs/pruning] [--json FILE]
 
 Everything is tuned on the first half of the people, and judged on the second: all figures are those of the exported
 file in onnxruntime. Latencies are of one image on one thread, all files in turns, in multiples of the float network's
-time; "of the products saved" is what pruning gained in time, over what it saved in products. Widths are rounded down
-to multiples of 16, which integer kernels are fastest at; ``--round-to 1`` leaves them as they come out. Each file is
-written at once with its figures; the same command goes on behind the last. It prints a table, and writes it as Markdown
-beside a figure of accuracy over size and over latency.
+time; "of the products saved" is what pruning gained in time, over what it saved in products. Numbers of channels are
+rounded down to multiples of 16, which integer kernels are fastest at; ``--round-to 1`` leaves them as they come out.
+Each file is written at once with its figures; the same command goes on behind the last. It prints a table, and writes
+it as Markdown beside a figure of accuracy over size and over latency.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
 
 import click
 from harness.benchmark_command import BenchmarkCommand
@@ -36,7 +35,6 @@ from qface.deployment import median_milliseconds
 from qface.evaluation import embed
 from qface.files import make_folder
 from qface.pruning import cost_of
-from qface.pruning.config import ScopeName
 
 
 class BitsOption(click.ParamType):
@@ -45,10 +43,10 @@ class BitsOption(click.ParamType):
     name = "BITS"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Bits:
-        """Both widths."""
+        """Bits of weights and of activations."""
         found = re.fullmatch(r"([2-8])|w([2-8])a([2-8])", value)
         if found is None:
-            self.fail(f"{value!r} is neither a width from 2 to 8 nor two of them, as in w4a8", param, ctx)
+            self.fail(f"{value!r} is neither a number of bits from 2 to 8 nor two of them, as in w4a8", param, ctx)
         both, weights, activations = found.groups()
         return int(both or weights), int(both or activations)
 
@@ -93,10 +91,10 @@ def variants(ratios: Sequence[float], bits: Sequence[Bits], train: bool) -> Iter
     for trained in (False, True) if train else (False,):
         for ratio in ratios:
             yield Variant(ratio, trained=trained)
-        for width in bits:
-            yield Variant(bits=width, trained=trained)
+        for each in bits:
+            yield Variant(bits=each, trained=trained)
             for ratio in ratios:
-                yield Variant(ratio, bits=width, trained=trained)
+                yield Variant(ratio, bits=each, trained=trained)
 
 
 class Bench:
@@ -191,7 +189,7 @@ class Bench:
 @click.option("--network", type=click.Choice(list(NETWORKS)), default="mobilefacenet", show_default=True)
 @click.option("--ratios", type=click.FloatRange(0, 1, True, True), multiple=True, default=[0.1, 0.2, 0.3])
 @click.option("--bits", type=BitsOption(), multiple=True, default=["6", "w4a8"], show_default=True)
-@click.option("--scope", type=click.Choice(get_args(ScopeName)), default="layer", show_default=True)
+@click.option("--global-pruning", is_flag=True, help="Compare all channels of the network.")
 @click.option("--round-to", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--no-train", is_flag=True, help="Leave out all that is distilled.")
 @click.option("--max-steps", type=click.IntRange(1), help="Train no longer than this.  [default: one epoch]")
@@ -202,7 +200,7 @@ def main(
     network: str,
     ratios: Sequence[float],
     bits: Sequence[Bits],
-    scope: ScopeName,
+    global_pruning: bool,
     round_to: int,
     no_train: bool,
     max_steps: int | None,
@@ -211,7 +209,7 @@ def main(
 ) -> None:
     """Measure what is missing, time all files in turns, print the table and draw the figure."""
     make_folder(output)
-    pruning = qface.PruningConfig(scope=scope, round_to=round_to)
+    pruning = qface.PruningConfig(global_pruning=global_pruning, round_to=round_to)
     bench = Bench(network, data, Records(output), pruning, max_steps)
     rows = []
     for variant in variants(ratios, bits, not no_train):

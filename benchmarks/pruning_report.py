@@ -77,20 +77,20 @@ def _points(share: float | None) -> str:
 
 
 def draw(network: str, rows: Sequence[Record], path: Path) -> None:
-    """Points lost over size and over speed: a colour for each width, dashes for what was not distilled."""
+    """Points lost over size and over speed: a color for each width, dashes for what was not distilled."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     best = rows[0]["tpr"]["1e-4"]
     drawn = _lines(rows)
-    colours = {bits: f"C{number}" for number, bits in enumerate(dict.fromkeys(bits for bits, _ in drawn))}
+    colors = {bits: f"C{number}" for number, bits in enumerate(dict.fromkeys(bits for bits, _ in drawn))}
     for (bits, trained), line in drawn.items():
         label = f"{'float' if bits is None else name_of(bits)}{', distilled' if trained else ''}"
         lost = [100 * (best - row["tpr"]["1e-4"]) for row in line]
         for panel, key, scale in zip(panels, ("bytes", "speedup"), (1e-6, 1), strict=True):
             places = [row[key] * scale for row in line]
-            panel.plot(places, lost, "o-" if trained else "o--", color=colours[bits], label=label)
+            panel.plot(places, lost, "o-" if trained else "o--", color=colors[bits], label=label)
             for row, place, height in zip(line, places, lost, strict=True):
                 if row["ratio"] is not None and bits is None:
                     panel.annotate(f" {row['ratio']:.0%}", (place, height), fontsize="small")

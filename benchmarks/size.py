@@ -85,8 +85,8 @@ def rows_of(depth: int) -> list[dict[str, Any]]:
     """A row a width: the published figures, their formula, and ours."""
     model = iresnet(depth).eval()
     numbers = file_tensors(model)
-    ledgers = {bits: qface.measure_size(model, bits) for bits in BITS if bits < 32}
-    ours = {32: ledgers[6].fp32_bytes, **{bits: ledger.bytes for bits, ledger in ledgers.items()}}
+    reports = {bits: qface.measure_size(model, bits) for bits in BITS if bits < 32}
+    ours = {32: reports[6].fp32_bytes, **{bits: report.bytes for bits, report in reports.items()}}
     return [
         {
             "network": f"R{depth}",

@@ -33,7 +33,7 @@ from torch import nn
 
 import qface
 from qface.data import ImageFolder, TensorImages
-from qface.data.sampling import sample_batches
+from qface.data.sample import sample_batches
 from qface.files import make_folder
 from qface.progress import track
 
@@ -105,8 +105,8 @@ def measured(name: str, data: Path, bits: int, batch_size: int, steps: int, roun
 
 
 def _images(data: Path, count: int) -> TensorImages:
-    """So many labelled crops of LFW's first half of people, in memory, so that the disk is not timed."""
-    folder = ImageFolder(data / "data" / "lfw", people="first-half")
+    """So many labeled crops of LFW's first half of people, in memory, so that the disk is not timed."""
+    folder = ImageFolder(data / "data" / "lfw", identities="first-half")
     chosen = list(range(min(count, len(folder))))
     assert folder.labels is not None
     return TensorImages(folder.read(chosen), folder.labels[chosen])

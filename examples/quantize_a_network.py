@@ -1,4 +1,4 @@
-"""Quantize, distil and export a network in Python, step by step.
+"""Quantize, distill and export a network in Python, step by step.
 
     python examples/quantize_a_network.py mobilefacenet_112x96.safetensors faces/ lfw_pairs.txt
 
@@ -13,13 +13,13 @@ weights, faces, pairs = sys.argv[1:]
 
 teacher = qface.load(weights)
 student = qface.quantize(teacher, bits=6)  # a new model; the teacher is untouched
-qface.calibrate(student, faces, people="first-half")
-qface.distill(student, teacher, faces, qface.DistillConfig(), people="first-half")
+qface.calibrate(student, faces, identities="first-half")
+qface.distill(student, teacher, faces, qface.DistillConfig(), identities="first-half")
 
 qface.save(student, "student.safetensors")
 student = qface.load("student.safetensors")
 qface.export(student, "student.onnx")
 
 for name, model in (("teacher", teacher), ("student.onnx", "student.onnx")):
-    result = qface.evaluate(model, faces, pairs=pairs, people="second-half")
+    result = qface.evaluate(model, faces, pairs=pairs, identities="second-half")
     print(f"{name}: accuracy {result.accuracy:.4f}, TPR by FPR {result.tpr_at_fpr}")  # None: too few pairs to tell

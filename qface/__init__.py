@@ -2,12 +2,12 @@
 
 One verb a stage, each working alone: ``load``, ``quantize``, ``calibrate``, ``distill``, ``export``, ``evaluate``,
 ``save``, and ``verify``, which proves that a file computes what was trained. ``sensitivity`` says what each layer loses
-at each width, ``allocate_bits`` chooses widths for a budget, and ``operating_thresholds`` the cosines to accept.
+at each number of bits, ``allocate_bits`` chooses bits for a budget, and ``operating_thresholds`` the cosines to accept.
 """
 
 from qface._version import __version__
 from qface.data.crops import AlignmentReport, align
-from qface.deployment import SizeLedger, export, measure_size, verify
+from qface.deployment import SizeReport, export, measure_size, verify
 from qface.deployment.mixed_precision import allocate_bits
 from qface.distillation import DistillConfig, distill
 from qface.errors import QFaceError
@@ -37,7 +37,7 @@ __all__ = [
     "QFaceError",
     "QuantizationConfig",
     "Sensitivity",
-    "SizeLedger",
+    "SizeReport",
     "TemplateResult",
     "__version__",
     "align",

@@ -1,4 +1,4 @@
-"""The whole job on real faces that a small package ships: ORL, 400 grey photographs of 40 people.
+"""The whole job on real faces that a small package ships: ORL, 400 gray photographs of 40 people.
 
 A small teacher is trained on 30 people, quantized, distilled and exported; teacher and student are then run in
 onnxruntime on the other 10 people.
@@ -60,7 +60,7 @@ class DemoRow:
 class DemoReport:
     """What the demo measured."""
 
-    people: int
+    identities: int
     images: int
     rows: tuple[DemoRow, ...]
     fprs: tuple[str, ...] = _FPRS
@@ -71,7 +71,7 @@ class DemoReport:
 
 
 def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS) -> DemoReport:
-    """Train, quantize, distil, export and evaluate in ``folder``, which keeps all files.
+    """Train, quantize, distill, export and evaluate in ``folder``, which keeps all files.
 
     Args:
         folder: made where it does not exist.
@@ -94,8 +94,8 @@ def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS) -> DemoRe
 
     teacher = _train_teacher(ImageFolder(crops, training), seed, epochs)
     save(teacher, folder / "teacher.safetensors")
-    student = calibrate(quantize(teacher, bits=6), crops, people=training)
-    distill(student, teacher, crops, config, people=training)
+    student = calibrate(quantize(teacher, bits=6), crops, identities=training)
+    distill(student, teacher, crops, config, identities=training)
     save(student, folder / "student.safetensors")
 
     files = [export(teacher, folder / "teacher.onnx"), export(student, folder / "student.onnx")]
@@ -103,7 +103,7 @@ def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS) -> DemoRe
     for name, file, latency in zip(
         ("teacher, float32", "student, w6a6"), files, median_milliseconds(files), strict=True
     ):
-        result = evaluate(file, crops, pairs=pairs, people=held_out)
+        result = evaluate(file, crops, pairs=pairs, identities=held_out)
         rates = {fpr: result.tpr_at_fpr[fpr] for fpr in _FPRS}
         rows.append(DemoRow(name, result.accuracy, rates, file.stat().st_size / 1e6, latency))
     return DemoReport(result.identities, result.images, tuple(rows))
@@ -159,7 +159,7 @@ def _train_teacher(folder: ImageFolder, seed: int, epochs: int) -> nn.Module:
     torch.manual_seed(seed)
     preprocessing = Preprocessing(size=(_SIDE, _SIDE))
     teacher = with_preprocessing(MobileFaceNet(_EMBEDDING, preprocessing.size), preprocessing)
-    head = ArcFaceHead(_EMBEDDING, folder.identities, margin=0.2, scale=32.0)
+    head = ArcFaceHead(_EMBEDDING, folder.num_identities, margin=0.2, scale=32.0)
     crops, labels = folder.read(range(len(folder))), folder.labels
     assert labels is not None
     parameters = [*teacher.parameters(), *head.parameters()]

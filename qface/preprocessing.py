@@ -74,20 +74,20 @@ class Preprocessing:
             raise ConfigError("mean and std need three numbers each, and std positive ones")
 
     def __call__(self, crops: Tensor) -> Tensor:
-        """Normalise ``crops``, uint8 [N, 3, 112, 112] in RGB, to float32 [N, 3, *size] on the same device."""
+        """Normalize ``crops``, uint8 [N, 3, 112, 112] in RGB, to float32 [N, 3, *size] on the same device."""
         top, left, bottom, right = self.crop
         pixels = crops[:, :, top:bottom, left:right].float()
         if (bottom - top, right - left) != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bilinear", align_corners=False)
-        return self.normalise(pixels)
+        return self.normalize(pixels)
 
-    def normalise(self, pixels: Tensor) -> Tensor:
+    def normalize(self, pixels: Tensor) -> Tensor:
         """What the network reads of ``pixels``, RGB [N, 3, *size] of 0..255 in any type, as float32."""
         floats = self._between_orders(pixels).float()
         return (floats - self._per_channel(self.mean, floats)) / self._per_channel(self.std, floats)
 
     def to_bytes(self, images: Tensor) -> Tensor:
-        """The RGB pixels that :meth:`normalise` made ``images`` of, rounded, as uint8 [N, 3, *size]."""
+        """The RGB pixels that :meth:`normalize` made ``images`` of, rounded, as uint8 [N, 3, *size]."""
         pixels = images * self._per_channel(self.std, images) + self._per_channel(self.mean, images)
         return self._between_orders(pixels.round().clamp(0, 255).byte())
 

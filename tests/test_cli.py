@@ -146,10 +146,10 @@ def test_evaluate_prints_a_table_and_accepts_a_gallery(student: Path) -> None:
 
 def test_thresholds_of_float_quantized_and_mixed(student: Path) -> None:
     arguments = ("thresholds", "my_networks:make", student, "--images", "crops", "--fpr", "0.2")
-    result = run(*arguments, "--people", "first-half", "--judged-on", "second-half", "--json")
+    result = run(*arguments, "--people", "first-half", "--eval-people", "second-half", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
-    assert (record["set_on"], record["judged_on"]) == ("first-half", "second-half")
+    assert (record["identities"], record["eval_identities"]) == ("first-half", "second-half")
     assert [row["pairing"] for row in record["pairings"]] == ["float", "quantized", "mixed"]
     table = run(*arguments)
     assert table.exit_code == 0, table.output
@@ -291,7 +291,7 @@ def test_evaluate_refuses_a_single_identity_and_missing_pairs(student: Path, cro
     assert "absent.txt" in refusal(run("evaluate", student, "--images", "crops", "--pairs", "absent.txt"))
 
 
-def test_weights_beside_a_file_and_impossible_widths_are_refused(student: Path) -> None:
+def test_weights_beside_a_file_and_impossible_bits_are_refused(student: Path) -> None:
     arguments = ("--images", "crops", "-o", "out.safetensors")
     assert "brings its own weights" in refusal(run("quantize", "--model", student, "--weights", "none.pth", *arguments))
     assert "0" in refusal(run("quantize", "--model", "my_networks:make", "--weight-bits", "0", *arguments))
@@ -313,7 +313,8 @@ def test_sensitivity_prints_every_layer_and_draws_a_figure(workplace: Path) -> N
 
 def test_prune_says_what_is_left_and_its_file_goes_on(workplace: Path) -> None:
     faces = ("--images", "crops", "--people", "first-half")
-    options = ("--model", "my_networks:make", "--ratio", "0.5", "--distill", "--steps", "2", "--batch-size", "8")
+    network = ("--model", "my_networks:make", "--ratio", "0.5")
+    options = (*network, "--distill", "--iterative-steps", "2", "--batch-size", "8")
     result = run("prune", *options, *faces, "-o", "pruned.safetensors", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)

@@ -19,7 +19,7 @@ def test_the_demo_keeps_people_apart_and_reports_both_models(folder: Path) -> No
     training, held_out = (set((folder / f"{name}_people.txt").read_text().split()) for name in ("training", "held_out"))
     assert (len(training), len(held_out)) == (30, 10)
     assert not training & held_out
-    assert (report.people, report.images) == (10, 100)
+    assert (report.identities, report.images) == (10, 100)
     teacher, student = report.rows
     assert student.megabytes < teacher.megabytes / 2
     for row in report.rows:

@@ -18,7 +18,7 @@ def test_a_network_is_quantized_on_few_people(
     tmp_path: Path, crops: Crops, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     faces = crops({f"Person_{number}": 4 for number in range(12)})
-    names = ImageFolder(faces, people="second-half").names
+    names = ImageFolder(faces, identities="second-half").names
     lines = ["2\t1"]
     for one, other in (names[:2], names[2:4]):
         lines += [f"{one}\t1\t2", f"{one}\t1\t{other}\t2"]

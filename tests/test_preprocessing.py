@@ -38,9 +38,9 @@ def test_json_keeps_every_field(preprocessing: Preprocessing) -> None:
 
 
 @given(preprocessings())
-def test_bytes_come_back_from_what_they_were_normalised_to(preprocessing: Preprocessing) -> None:
+def test_bytes_come_back_from_what_they_were_normalized_to(preprocessing: Preprocessing) -> None:
     pixels = torch.arange(256).byte().view(1, 1, 16, 16) + torch.tensor([0, 7, 99]).byte().view(1, 3, 1, 1)
-    images = preprocessing.normalise(pixels)
+    images = preprocessing.normalize(pixels)
     assert images.dtype == torch.float32
     assert torch.equal(preprocessing.to_bytes(images), pixels)
 

@@ -25,8 +25,8 @@ class Halves:
     """
 
     def __init__(self, faces: Path) -> None:
-        self.tuning = ImageFolder(faces / "lfw", people="first-half")
-        self.judging = ImageFolder(faces / "lfw", people="second-half")
+        self.tuning = ImageFolder(faces / "lfw", identities="first-half")
+        self.judging = ImageFolder(faces / "lfw", identities="second-half")
         self._pairs = resolve_pairs(read_lfw_pairs(faces / "lfw_pairs.txt"), self.judging)
 
     def names(self) -> str:
@@ -38,7 +38,7 @@ class Halves:
         """Verification of the second half, as shares.
 
         Args:
-            embeddings: [images, dimensions] of ``judging``, L2-normalised.
+            embeddings: [images, dimensions] of ``judging``, L2-normalized.
             teacher: the same of the float network.
 
         Returns:

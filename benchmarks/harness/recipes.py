@@ -17,7 +17,7 @@ class Recipe:
     """How a network is quantized and trained.
 
     Args:
-        quantization: rules of the ranges; the widths are the row's.
+        quantization: observers of the ranges; the bits are the row's.
         calibration: which parts of :func:`qface.calibrate` are on.
         training: settings of the distillation; seed and steps are the run's.
         repair: whether what is left of a pruned layer makes up for what went.
@@ -32,7 +32,7 @@ class Recipe:
 
 
 def _parts(on: bool) -> dict[str, bool]:
-    return dict.fromkeys(("equalise", "compensate", "correct_biases"), on)
+    return dict.fromkeys(("equalize", "gptq", "correct_biases"), on)
 
 
 _OURS = Recipe(qface.QuantizationConfig(), _parts(True), training=qface.DistillConfig())
@@ -41,7 +41,7 @@ RECIPES = {
     "qface": _OURS,
     "qface-bf16": replace(_OURS, training=replace(_OURS.training, precision="bf16")),
     "paper": Recipe(
-        qface.QuantizationConfig(weight_range="minmax", activation_range="minmax", wide_residuals=False),
+        qface.QuantizationConfig(weight_observer="minmax", activation_observer="minmax", wide_residuals=False),
         _parts(False),
         training=qface.DistillConfig.paper(),
         repair=False,

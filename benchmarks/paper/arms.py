@@ -18,7 +18,7 @@ import qface
 from paper import quantface
 from paper.rows import Kind, Method
 from paper.sources import Judge, Model, Sources
-from qface.data import IndexedImages, Relabelled, nested_subset
+from qface.data import IndexedImages, Relabeled, nested_subset
 from qface.distillation.checkpoint import digest_of_images
 from qface.files import replacing
 from qface.models import MODEL_NAMES
@@ -103,7 +103,7 @@ class Arms:
         images = None if method.kind in ("float", "published") else self._images_of(network, method)
         if images is not None and images.labels is None:
             # One training where there is no folder of its own: QuantFace's loss knows nobody's name either way.
-            method = replace(method, labelled=False)
+            method = replace(method, labeled=False)
         settings = {
             "version": qface.__version__,
             "weights": digest_of_file(weights),
@@ -124,11 +124,11 @@ class Arms:
         return weights
 
     def _images_of(self, network: str, method: Method) -> IndexedImages:
-        images = self.sources.training(network, method.labelled)
+        images = self.sources.training(network, method.labeled)
         if images is None:
             raise Unavailable(f"no faces to tune {network} on")
         if method.kind == "quantface":
-            images = Relabelled(images, None)
+            images = Relabeled(images, None)
         return images if method.share == 1 else nested_subset(images, method.share, self.seed)
 
     def _published(self, network: str, method: Method) -> Path:
@@ -187,12 +187,12 @@ class Arms:
         return replace(
             config,
             class_head=method.class_head,
-            ekd_parity=config.ekd_parity and method.labelled,
+            reference_ekd=config.reference_ekd and method.labeled,
             seed=self.seed,
             max_steps=self.max_steps,
         )
 
-    def _distil(self, student: nn.Module, teacher: nn.Module, arm: Arm, config: qface.DistillConfig) -> None:
+    def _distill(self, student: nn.Module, teacher: nn.Module, arm: Arm, config: qface.DistillConfig) -> None:
         assert arm.images is not None
         qface.distill(student, teacher, arm.images, config, run_dir=self._path(arm, ".training"), resume=True)
 
@@ -207,21 +207,21 @@ class Arms:
         student = qface.quantize(teacher, replace(recipe.quantization, weight_bits=bits, activation_bits=bits))
         calibration = nested_subset(arm.images, min(CALIBRATION_IMAGES, len(arm.images)), self.seed)
         qface.calibrate(student, calibration, **recipe.calibration)
-        self._distil(student, teacher, arm, self._training(arm.method))
+        self._distill(student, teacher, arm, self._training(arm.method))
         return qface.export(student, self._path(arm, ".onnx")).stat().st_size / 1e6
 
     def _pruned(self, arm: Arm) -> float:
         teacher = self._teacher(arm.network)
         config = qface.PruningConfig(repair=RECIPES[self.recipe].repair)
         pruned = qface.prune(teacher, PRUNED_SHARE, arm.images, config)
-        self._distil(pruned, teacher, arm, self._training(arm.method))
+        self._distill(pruned, teacher, arm, self._training(arm.method))
         qface.export(pruned, self._path(arm, ".onnx"))
         return cost_of(pruned).mb
 
     def _quantface(self, arm: Arm) -> float:
         student = self._quantface_student(arm)
         config = replace(quantface.TRAINING, seed=self.seed, max_steps=self.max_steps)
-        self._distil(student, self._teacher(arm.network), arm, config)
+        self._distill(student, self._teacher(arm.network), arm, config)
         tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
         with replacing(self._path(arm, ".safetensors")) as temporary:
             save_file(tensors, temporary)
@@ -241,7 +241,7 @@ class Arms:
         teacher = self._teacher(self.teacher_of[arm.network])
         student = _fresh(arm.network, self._teacher(arm.network), self.seed)
         settings = {"class_head": arm.method.class_head, "seed": self.seed, "max_steps": self.max_steps}
-        self._distil(student, teacher, arm, replace(FROM_SCRATCH, **settings))
+        self._distill(student, teacher, arm, replace(FROM_SCRATCH, **settings))
         qface.export(student, self._path(arm, ".onnx"))
         return cost_of(student).mb
 
@@ -250,10 +250,10 @@ def _fresh(network: str, trained: nn.Module, seed: int) -> nn.Module:
     """``trained`` with weights as before any training, the same for each seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _initialised(network, trained)
+        return _initialized(network, trained)
 
 
-def _initialised(network: str, trained: nn.Module) -> nn.Module:
+def _initialized(network: str, trained: nn.Module) -> nn.Module:
     name = network if network in MODEL_NAMES else f"iresnet{network.removeprefix('R')}"
     fresh = qface.load(name) if name in MODEL_NAMES else trained
     shapes = {key: value.shape for key, value in trained.state_dict().items()}

@@ -1,8 +1,8 @@
 """QuantFace's way to quantize (Boutros, Damer, Kuijper: QuantFace, ICPR 2022), to compare with in one run.
 
-After its published code: weights on asymmetric grids for each output channel, found anew at each step; activations
+After its published code: weights quantized asymmetrically for each output channel, found anew at each step; activations
 behind PReLUs and residual sums between the least and the greatest value ever seen, which is followed for the first
-299 steps and then kept; slopes on a grid as wide as activations. The student is trained to the teacher's normalised
+299 steps and then kept; slopes with as many bits as activations. The student is trained to the teacher's normalized
 embeddings by their squared error, with SGD and Nesterov's momentum, at a rate of 0.1 / 512 an image and gradients of at
 most 5. Batch norms stay float. There is no integer file of it: weights have zero points of their own for each channel,
 which integer convolutions of onnxruntime do not take, so its students run in torch. Two things differ: weights alone
@@ -39,7 +39,7 @@ TRAINING = qface.DistillConfig(
     batch_size=BATCH_SIZE,
     ekd_weight=0.0,
     embedding_loss="mse",
-    residual_weight=0.0,
+    feature_loss_weight=0.0,
     optimizer="sgd",
     learning_rate=RATE_OF_AN_IMAGE * BATCH_SIZE,
     schedule="constant",
@@ -53,7 +53,7 @@ TRAINING = qface.DistillConfig(
 
 
 def fake_quantize(x: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
-    """``x`` on the grid of 2^bits levels between ``low`` and ``high``; gradients pass as if nothing was rounded."""
+    """``x`` rounded to 2^bits values between ``low`` and ``high``; gradients pass as if nothing was rounded."""
     steps = 2**bits - 1
     step = (high - low).clamp(min=1e-8) / steps
     zero = (low / step).round()
@@ -72,7 +72,7 @@ class RangeQuantizer(nn.Module):
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` on the grid."""
+        """``x`` rounded."""
         if self.training and self.steps < STEPS_OF_RANGES:
             self.steps += 1
             self.x_min.copy_(torch.minimum(self.x_min, x.detach().min()))

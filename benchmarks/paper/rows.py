@@ -33,21 +33,21 @@ class Method:
             learns from a larger one.
         bits: of weights and activations, where they are quantized.
         share: of the images.
-        labelled: whether training knows who is who.
+        labeled: whether training knows who is who.
         class_head: whether a class head is trained beside the student.
     """
 
     kind: Kind
     bits: int | None = None
     share: float = 1.0
-    labelled: bool = True
+    labeled: bool = True
     class_head: bool = False
 
     @property
     def name(self) -> str:
         """In words, and as part of file names."""
         words = [self.kind, f"w{self.bits}a{self.bits}" if self.bits else ""]
-        words += ["" if self.share == 1 else f"{self.share:.0%} of images", "" if self.labelled else "unlabelled"]
+        words += ["" if self.share == 1 else f"{self.share:.0%} of images", "" if self.labeled else "unlabeled"]
         return " ".join([word for word in (*words, "class head" if self.class_head else "") if word])
 
 
@@ -110,7 +110,7 @@ FLOAT = Method("float")
 """The network as it is."""
 _W6, _W8 = Method("ours", 6), Method("ours", 8)
 _REAL6, _REAL8 = Method("quantface", 6), Method("quantface", 8)
-_SYNTHETIC6, _SYNTHETIC8 = Method("quantface", 6, labelled=False), Method("quantface", 8, labelled=False)
+_SYNTHETIC6, _SYNTHETIC8 = Method("quantface", 6, labeled=False), Method("quantface", 8, labeled=False)
 _PRUNED = Method("pruned")
 
 _TEACHERS = (

@@ -12,7 +12,7 @@ from harness.held_out import Embeddings, Halves
 from harness.records import digest, digest_of_file
 
 import qface
-from qface.data import ImageFolder, IndexedImages, Relabelled
+from qface.data import ImageFolder, IndexedImages, Relabeled
 from qface.evaluation import embed
 
 __all__ = ["HALF_COLUMNS", "STAND_INS", "Figures", "Judge", "Model", "Sources"]
@@ -50,7 +50,7 @@ class Sources:
         weights: ``R18.pth``, ``R34.pth``, ``R50.pth``, ``R100.pth`` (or .safetensors, .pt, .onnx); the stand-ins;
             ``quantface/R18_w6a6.pth`` and so on, as QuantFace publishes them.
         data: ``lfw/`` with ``lfw_pairs.txt``, ``lfw.bin``, ``calfw.bin``, ``cplfw.bin``, ``sllfw_pairs.txt``,
-            ``IJBC/``; ``unlabelled/``, faces without names.
+            ``IJBC/``; ``unlabeled/``, faces without names.
     """
 
     weights: Path
@@ -80,7 +80,7 @@ class Sources:
         """All of LFW, whose headers are looked at once."""
         return ImageFolder(self.data / "lfw")
 
-    def training(self, network: str, labelled: bool) -> IndexedImages | None:
+    def training(self, network: str, labeled: bool) -> IndexedImages | None:
         """What a network is tuned on: the paper's on all of LFW, a stand-in on the first half of its people."""
         if not (self.data / "lfw").is_dir():
             return None
@@ -88,10 +88,10 @@ class Sources:
             images: IndexedImages | None = self.halves.tuning if self.halves else None
         else:
             images = self._lfw
-        if labelled or images is None:
+        if labeled or images is None:
             return images
-        unlabelled = self.data / "unlabelled"
-        return Relabelled(ImageFolder(unlabelled) if unlabelled.is_dir() else images, None)
+        unlabeled = self.data / "unlabeled"
+        return Relabeled(ImageFolder(unlabeled) if unlabeled.is_dir() else images, None)
 
     def judges(self, network: str) -> dict[str, Judge]:
         """What a network is judged on, by name."""

@@ -23,7 +23,7 @@ __all__ = ["bench", "export", "size", "verify"]
 @click.argument("student", type=FilePath)
 @click.option("-o", "--output", required=True, type=FilePath, help="File to write (.onnx).")
 @click.option(
-    "--container",
+    "--weight-format",
     type=click.Choice(["packed", "int8"]),
     default="packed",
     show_default=True,
@@ -36,7 +36,7 @@ __all__ = ["bench", "export", "size", "verify"]
     type=click.Choice(INPUTS),
     default="float32",
     show_default=True,
-    help="What the file reads: normalised floats, or the bytes of RGB images.",
+    help="What the file reads: normalized floats, or the bytes of RGB images.",
 )
 @click.option(
     "--target",
@@ -45,10 +45,10 @@ __all__ = ["bench", "export", "size", "verify"]
     show_default=True,
     help="Where a student's file runs: with integers on CPUs, or in fp16 on GPUs.",
 )
-def export(student: Path, output: Path, container: str, images: Path | None, input_type: str, target: str) -> None:
+def export(student: Path, output: Path, weight_format: str, images: Path | None, input_type: str, target: str) -> None:
     """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
     check_folder(output)
-    qface.export(qface.load(student), output, container, images, input_type, target)
+    qface.export(qface.load(student), output, weight_format, images, input_type, target)
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
 
 
@@ -58,9 +58,9 @@ def export(student: Path, output: Path, container: str, images: Path | None, inp
 @images_option
 @people_option
 @json_option
-def verify(student: Path, file: Path, images: Path, people: str | None, as_json: bool) -> None:
+def verify(student: Path, file: Path, images: Path, identities: str | None, as_json: bool) -> None:
     """Prove that FILE computes what STUDENT computes, layer by layer and from end to end."""
-    agreement = qface.verify(qface.load(student), file, images, people)
+    agreement = qface.verify(qface.load(student), file, images, identities)
     show(agreement.to_dict(), agreement_table(agreement), as_json)
     if not agreement.agrees:
         raise click.exceptions.Exit(1)
@@ -80,9 +80,9 @@ def bench(files: tuple[Path, ...], threads: int, batch: int, runs: int, as_json:
 
 @click.command(cls=Command)
 @click.argument("model")
-@click.option("--bits", type=int, default=6, show_default=True, help="Widths that a float network would get, 2 to 8.")
+@click.option("--bits", type=int, default=6, show_default=True, help="Bits that a float network would get, 2 to 8.")
 @json_option
 def size(model: str, bits: int, as_json: bool) -> None:
     """Say what each byte is spent on; MODEL is an .onnx file, or a network whose packed file is predicted."""
-    ledger = qface.measure_size(embedder(model), bits)
-    show(ledger.to_dict(), size_tables(ledger), as_json)
+    report = qface.measure_size(embedder(model), bits)
+    show(report.to_dict(), size_tables(report), as_json)

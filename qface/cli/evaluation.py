@@ -33,14 +33,14 @@ __all__ = ["evaluate", "ijb", "sensitivity", "thresholds"]
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @json_option
 def evaluate(
-    model: str, images: Path, people: str | None, pairs: Path | None, gallery: str | None, flip: bool, as_json: bool
+    model: str, images: Path, identities: str | None, pairs: Path | None, gallery: str | None, flip: bool, as_json: bool
 ) -> None:
     """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
     result = qface.evaluate(
         embedder(model),
         images,
         pairs=pairs,
-        people=people,
+        identities=identities,
         gallery=embedder(gallery) if gallery else None,
         flip=flip,
         progress=True,
@@ -80,16 +80,22 @@ def ijb(
 @click.argument("teacher")
 @click.argument("student")
 @images_option
-@click.option("--people", help="Whom to set thresholds on, as for other commands.  [default: all]")
-@click.option("--judged-on", help="Whom to measure them on.  [default: the same]")
+@click.option("--people", "identities", help="Whom to set thresholds on, as for other commands.  [default: all]")
+@click.option("--eval-people", "eval_identities", help="Whom to measure them on.  [default: the same]")
 @click.option("--fpr", default="1e-4", show_default=True, help="Share of impostors that may be accepted.")
 @json_option
 def thresholds(
-    teacher: str, student: str, images: Path, people: str | None, judged_on: str | None, fpr: str, as_json: bool
+    teacher: str,
+    student: str,
+    images: Path,
+    identities: str | None,
+    eval_identities: str | None,
+    fpr: str,
+    as_json: bool,
 ) -> None:
     """Set the cosine to accept where float meets float, quantized quantized, and quantized a float gallery."""
     models = (embedder(teacher), embedder(student))
-    result = qface.operating_thresholds(*models, images, fpr, people, judged_on, progress=True)
+    result = qface.operating_thresholds(*models, images, fpr, identities, eval_identities, progress=True)
     show(result.to_dict(), thresholds_table(result), as_json)
 
 
@@ -99,11 +105,11 @@ def thresholds(
 @people_option
 @click.option("--figure", type=FilePath, help="Also draw the losses here (.png, .svg or .pdf).")
 @json_option
-def sensitivity(model: str, images: Path, people: str | None, figure: Path | None, as_json: bool) -> None:
+def sensitivity(model: str, images: Path, identities: str | None, figure: Path | None, as_json: bool) -> None:
     """Measure what quantizing each layer alone costs, its weight and what it reads, at 2 to 8 bits."""
     if figure is not None:
         check_figure(figure)
-    result = qface.sensitivity(resolve_model(model), images, people, progress=True)
+    result = qface.sensitivity(resolve_model(model), images, identities, progress=True)
     if figure is not None:
         sensitivity_figure(result, figure)
     show(result.to_dict(), sensitivity_tables(result), as_json)

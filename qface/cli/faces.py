@@ -33,6 +33,6 @@ def align(photos: Path, output: Path, landmarks: Path | None, as_json: bool) -> 
 @click.option("--seed", type=int, default=0, show_default=True, help="Of training.")
 @json_option
 def demo(output: Path, seed: int, as_json: bool) -> None:
-    """Do the whole job on 400 real faces: train a small teacher, quantize, distil, export, evaluate."""
+    """Do the whole job on 400 real faces: train a small teacher, quantize, distill, export, evaluate."""
     report = run_demo(output, seed)
     show(report.to_dict(), demo_table(report), as_json)

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, get_args
 import click
 
 import qface
-from qface.distillation.config import PrecisionName
-from qface.pruning.config import ImportanceName, ScopeName
+from qface.distillation.distill_config import PrecisionName
+from qface.pruning.pruning_config import ImportanceName
 
 __all__ = [
     "PRUNING_FIELDS",
@@ -47,7 +47,9 @@ images_option = click.option(
     help="Folder of 112x112 face crops, one folder a person, or all in one where it is not known who is who.",
 )
 people_option = click.option(
-    "--people", help="Which people: first-half, second-half, or a file with one name a line.  [default: all]"
+    "--people",
+    "identities",
+    help="Which people: first-half, second-half, or a file with one name a line.  [default: all]",
 )
 weights_option = click.option("--weights", type=FilePath, help="A file of weights for the network that --model makes.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
@@ -81,30 +83,39 @@ pruning_options = _options(
         type=click.Choice(get_args(ImportanceName)),
         default="magnitude",
         show_default=True,
-        help="What the weakest channels are told by.",
+        help="How channel importance is measured.",
     ),
     click.option("--norm", type=int, default=2, show_default=True, help="Of magnitude: 1 or 2."),
     click.option(
-        "--scope",
-        type=click.Choice(get_args(ScopeName)),
-        default="layer",
+        "--global-pruning/--layer-pruning",
+        default=False,
         show_default=True,
-        help="Remove the same share of each layer, or the weakest of the network.",
+        help="Remove the weakest channels of the network, or the same share of each layer.",
     ),
     click.option(
         "--round-to",
         type=int,
         default=1,
         show_default=True,
-        help="Widths are multiples of it; 16 suits integer kernels best.",
+        help="Numbers of channels are multiples of it; 16 suits integer kernels best.",
     ),
-    click.option("--keep", multiple=True, help="A layer whose outputs stay as they are; repeatable."),
+    click.option("--ignored-layers", multiple=True, help="A layer whose outputs stay as they are; repeatable."),
     click.option("--keep-embedding/--cut-embedding", default=True, show_default=True),
     click.option("--repair/--no-repair", default=True, show_default=True, help="Solve for lost outputs on --images."),
     click.option("--reestimate/--no-reestimate", default=False, show_default=True, help="Measure batch norms again."),
-    click.option("--steps", type=int, default=1, show_default=True, help="Rounds to remove the channels in."),
+    click.option("--iterative-steps", type=int, default=1, show_default=True, help="Rounds to remove the channels in."),
 )
-PRUNING_FIELDS = ("importance", "norm", "scope", "round_to", "keep", "keep_embedding", "repair", "reestimate", "steps")
+PRUNING_FIELDS = (
+    "importance",
+    "norm",
+    "global_pruning",
+    "round_to",
+    "ignored_layers",
+    "keep_embedding",
+    "repair",
+    "reestimate",
+    "iterative_steps",
+)
 
 
 def distill_config(recipe: str, **settings: Any) -> qface.DistillConfig:

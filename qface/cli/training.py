@@ -22,7 +22,7 @@ from qface.cli.options import (
     training_options,
     weights_option,
 )
-from qface.deployment.lowering import hindrance
+from qface.deployment.lowering import export_blocker
 from qface.distillation import check_run
 from qface.errors import ConfigError
 from qface.models.resolve import resolve_model
@@ -38,10 +38,12 @@ __all__ = ["distill", "prune", "quantize"]
 @weights_option
 @images_option
 @people_option
-@click.option("--bits", type=int, default=6, show_default=True, help="Width of weights and activations, 2 to 8.")
-@click.option("--weight-bits", type=int, help="Width of weights alone.")
-@click.option("--activation-bits", type=int, help="Width of activations alone.")
-@click.option("--budget-mb", type=float, help="Greatest size of the file: a width for each weight that fits it best.")
+@click.option("--bits", type=int, default=6, show_default=True, help="Bits of weights and activations, 2 to 8.")
+@click.option("--weight-bits", type=int, help="Bits of weights alone.")
+@click.option("--activation-bits", type=int, help="Bits of activations alone.")
+@click.option(
+    "--budget-mb", type=float, help="Maximum size of the exported file in MB (10^6 bytes); bits are chosen per weight."
+)
 @click.option("--distill/--no-distill", default=True, show_default=True, help="Fine-tune after calibration.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
 @training_options
@@ -49,7 +51,7 @@ def quantize(
     model: str,
     weights: Path | None,
     images: Path,
-    people: str | None,
+    identities: str | None,
     bits: int,
     weight_bits: int | None,
     activation_bits: int | None,
@@ -60,7 +62,7 @@ def quantize(
     resume: bool,
     **training: Any,
 ) -> None:
-    """Quantize a network, calibrate it on faces, and distil it."""
+    """Quantize a network, calibrate it on faces, and distill it."""
     check_model_file(output)
     settings = distill_config(**training)
     config = qface.QuantizationConfig(
@@ -69,19 +71,19 @@ def quantize(
     if not distill:
         _refuse_run(run_dir, resume)
     if budget_mb is not None and weight_bits is not None:
-        raise ConfigError("--budget-mb chooses the widths of weights by itself; leave out --weight-bits")
+        raise ConfigError("--budget-mb chooses the bits of weights by itself; leave out --weight-bits")
     teacher = resolve_model(model, weights)
     student = qface.quantize(teacher, config)
     check_savable(student)
     if distill:
         check_run(settings, run_dir, resume)
     if budget_mb is not None:
-        config = qface.allocate_bits(teacher, images, budget_mb, people, config.activation_bits, progress=True)
+        config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits, progress=True)
         student = qface.quantize(teacher, config)
-    _note_hindrance(student)
-    qface.calibrate(student, images, people=people, progress=True)
+    _warn_export_blocker(student)
+    qface.calibrate(student, images, identities=identities, progress=True)
     if distill:
-        qface.distill(student, teacher, images, settings, run_dir, resume, people=people)
+        qface.distill(student, teacher, images, settings, run_dir, resume, identities=identities)
     qface.save(student, output)
     click.echo(f"wrote {output}")
 
@@ -92,9 +94,9 @@ def _refuse_run(run_dir: Path | None, resume: bool) -> None:
         raise ConfigError("--run-dir and --resume are of the fine-tuning: give --distill as well, or leave them out")
 
 
-def _note_hindrance(student: nn.Module) -> None:
+def _warn_export_blocker(student: nn.Module) -> None:
     """Say what will keep a student from being exported before it is trained for long."""
-    found = hindrance(student)
+    found = export_blocker(student)
     if found is not None:
         click.echo(
             f"Note: this student can be trained and evaluated, but qface export will refuse it: {found}", err=True
@@ -123,7 +125,7 @@ def prune(
     macs: float | None,
     mb: float | None,
     images: Path | None,
-    people: str | None,
+    identities: str | None,
     distill: bool,
     output: Path,
     as_json: bool,
@@ -142,17 +144,19 @@ def prune(
     training = distill_config(**options)
     teacher = resolve_model(model, weights)
     check_savable(teacher)
-    folders = {step: None if run_dir is None else run_dir / f"step-{step}" for step in range(1, config.steps + 1)}
+    folders = {
+        step: None if run_dir is None else run_dir / f"step-{step}" for step in range(1, config.iterative_steps + 1)
+    }
     if distill:
         for folder in folders.values():
             check_run(training, folder, resume)
 
     def tune(pruned: nn.Module, step: int) -> None:
-        qface.distill(pruned, teacher, cast(Path, images), training, folders[step], resume, people=people)
+        qface.distill(pruned, teacher, cast(Path, images), training, folders[step], resume, identities=identities)
 
-    pruned = qface.prune(teacher, wanted, images, config, people, tune if distill else None, progress=True)
+    pruned = qface.prune(teacher, wanted, images, config, identities, tune if distill else None, progress=True)
     if distill:
-        tune(pruned, config.steps)
+        tune(pruned, config.iterative_steps)
     qface.save(pruned, output)
     before, after = cost_of(teacher), cost_of(pruned)
     show({"before": asdict(before), "after": asdict(after)}, costs_table(before, after), as_json)
@@ -178,7 +182,7 @@ def distill(
     student: Path,
     teacher: str,
     images: Path,
-    people: str | None,
+    identities: str | None,
     output: Path,
     run_dir: Path | None,
     resume: bool,
@@ -188,6 +192,6 @@ def distill(
     check_model_file(output)
     settings = distill_config(**training)
     learner, known = qface.load(student), resolve_model(teacher)
-    qface.distill(learner, known, images, settings, run_dir, resume, people=people)
+    qface.distill(learner, known, images, settings, run_dir, resume, identities=identities)
     qface.save(learner, output)
     click.echo(f"wrote {output}")

@@ -4,12 +4,12 @@ from qface.data.alignment import ARCFACE_LANDMARKS, similarity_transform
 from qface.data.cfp import CfpSplit
 from qface.data.crops import AlignmentReport, align
 from qface.data.folders import ImageFolder
-from qface.data.images import Images, ImageSource, IndexedImages, LoaderImages, TensorImages, normalise
+from qface.data.identities import select_identities
+from qface.data.images import Images, ImageSource, IndexedImages, LoaderImages, TensorImages, normalize
 from qface.data.landmarks import FaceLandmarks, read_landmarks
 from qface.data.pairs import PairedImages, PairList, ResolvedPairs, read_lfw_pairs, read_pairs, resolve_pairs
-from qface.data.people import select_people
 from qface.data.records import RecordImages
-from qface.data.relabelled import Relabelled
+from qface.data.relabeled import Relabeled
 from qface.data.sources import as_image_source
 from qface.data.subset import Subset, nested_subset
 from qface.data.templates import LooseCrops, TemplateSet, read_templates
@@ -29,7 +29,7 @@ __all__ = [
     "PairList",
     "PairedImages",
     "RecordImages",
-    "Relabelled",
+    "Relabeled",
     "ResolvedPairs",
     "Subset",
     "TemplateSet",
@@ -38,12 +38,12 @@ __all__ = [
     "align",
     "as_image_source",
     "nested_subset",
-    "normalise",
+    "normalize",
     "read_landmarks",
     "read_lfw_pairs",
     "read_pairs",
     "read_templates",
     "resolve_pairs",
-    "select_people",
+    "select_identities",
     "similarity_transform",
 ]

@@ -9,7 +9,7 @@ from PIL import Image
 from qface.errors import ImagesError
 from qface.preprocessing import CROP_SIZE
 
-__all__ = ["ARCFACE_LANDMARKS", "Landmarks", "align", "similarity_transform"]
+__all__ = ["ARCFACE_LANDMARKS", "Landmarks", "align_face", "similarity_transform"]
 
 Landmarks = npt.NDArray[np.float64]
 """float64 [5, 2]: x and y in pixels of the left eye, the right eye, the nose, and both corners of the mouth.
@@ -44,19 +44,19 @@ def similarity_transform(source: npt.ArrayLike, target: npt.ArrayLike) -> npt.ND
         raise ImagesError(f"landmarks are [points, 2], not {list(points.shape)} for {list(goals.shape)}")
     if not (np.isfinite(points).all() and np.isfinite(goals).all()):
         raise ImagesError("landmarks are not finite: detect them again")
-    centre, goal_centre = points.mean(0), goals.mean(0)
-    centred, goal_centred = points - centre, goals - goal_centre
-    variance = np.square(centred).sum() / len(points)
+    center, goal_center = points.mean(0), goals.mean(0)
+    centered, goal_centered = points - center, goals - goal_center
+    variance = np.square(centered).sum() / len(points)
     if variance <= np.finfo(np.float64).eps * max(1.0, float(np.square(points).max())):
         raise ImagesError("the landmarks lie in one place: detect them again")
-    left, singular, right = np.linalg.svd(goal_centred.T @ centred / len(points))
+    left, singular, right = np.linalg.svd(goal_centered.T @ centered / len(points))
     signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right))])  # a face is turned, and not mirrored
     rotation = left @ np.diag(signs) @ right
     scale = float(singular @ signs) / variance
-    return np.column_stack([scale * rotation, goal_centre - scale * rotation @ centre])
+    return np.column_stack([scale * rotation, goal_center - scale * rotation @ center])
 
 
-def align(photo: Image.Image, landmarks: npt.ArrayLike) -> Image.Image:
+def align_face(photo: Image.Image, landmarks: npt.ArrayLike) -> Image.Image:
     """The 112x112 RGB crop in which ``landmarks`` lie as near as can be to :data:`ARCFACE_LANDMARKS`.
 
     Sampled bilinearly; what is outside the photo is black.

@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from qface.data.alignment import Landmarks
-from qface.data.alignment import align as align_face
+from qface.data.alignment import Landmarks, align_face
 from qface.data.decoding import UNREADABLE, opened, upright
 from qface.data.detection import Detector, default_detector, main_face
 from qface.data.folders import EXTENSIONS
@@ -37,7 +36,7 @@ class AlignmentReport:
         present: crops that were there already.
         faceless: photos without a face, or, where landmarks were given, without a line, or with a line that names one
             place five times.
-        unreadable: files that are damaged, hold 16-bit grey, or are no JPEG, PNG, BMP, WebP or GIF inside.
+        unreadable: files that are damaged, hold 16-bit gray, or are no JPEG, PNG, BMP, WebP or GIF inside.
     """
 
     photos: int

@@ -41,7 +41,7 @@ def size_of(file: Path) -> tuple[int, int]:
     """Width and height in pixels, from the header alone.
 
     Raises:
-        ValueError: it is 16-bit grey. Damage and other formats raise what :data:`UNREADABLE` lists.
+        ValueError: it is 16-bit gray. Damage and other formats raise what :data:`UNREADABLE` lists.
     """
     with opened(file) as image:
         width, height = image.size
@@ -52,10 +52,10 @@ def size_of(file: Path) -> tuple[int, int]:
 def opened(file: str | Path | io.BytesIO) -> Iterator[Image.Image]:
     """The image in ``file``, whose pixels are not read yet.
 
-    16-bit grey is refused: Pillow clips it when it converts it to bytes, to white images. 16-bit colour it scales.
+    16-bit gray is refused: Pillow clips it when it converts it to bytes, to white images. 16-bit color it scales.
 
     Raises:
-        ValueError: it is 16-bit grey. Damage and other formats raise what :data:`UNREADABLE` lists.
+        ValueError: it is 16-bit gray. Damage and other formats raise what :data:`UNREADABLE` lists.
     """
     with Image.open(file, formats=_FORMATS) as image:
         _check_depth(image)
@@ -64,7 +64,7 @@ def opened(file: str | Path | io.BytesIO) -> Iterator[Image.Image]:
 
 def _check_depth(image: Image.Image) -> None:
     if image.mode.startswith("I"):
-        raise ValueError("it is 16-bit grey, not 8-bit")
+        raise ValueError("it is 16-bit gray, not 8-bit")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -84,7 +84,7 @@ def decode(content: Path | bytes) -> npt.NDArray[np.uint8]:
     """The pixels of a 112x112 crop, uint8 [112, 112, 3] in RGB, turned as its camera says.
 
     Raises:
-        ValueError: it is of another size, or 16-bit grey. Damage and other formats raise what :data:`UNREADABLE` lists.
+        ValueError: it is of another size, or 16-bit gray. Damage and other formats raise what :data:`UNREADABLE` lists.
     """
     with opened(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
         if image.size != (CROP_SIZE, CROP_SIZE):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qface.data.decoding import UNREADABLE, decode, size_of
+from qface.data.identities import select_identities
 from qface.data.images import IndexedImages
-from qface.data.people import select_people
 from qface.errors import ImagesError
 from qface.preprocessing import CROP_SIZE
 
@@ -33,7 +33,7 @@ class ImageFolder(IndexedImages):
 
     Args:
         root: the folder.
-        people: which identities to keep; see :func:`qface.data.people.select_people`.
+        identities: which ones to keep; see :func:`qface.data.identities.select_identities`.
 
     Attributes:
         root: the folder.
@@ -43,23 +43,23 @@ class ImageFolder(IndexedImages):
         all_names: the identities on disk, kept or not, sorted.
 
     Raises:
-        ImagesError: the folder is missing, empty or mixes both layouts, ``people`` does not fit it, or images
+        ImagesError: the folder is missing, empty or mixes both layouts, ``identities`` do not fit it, or images
             cannot be read or are not 112x112.
     """
 
-    def __init__(self, root: str | Path, people: str | Path | None = None) -> None:
+    def __init__(self, root: str | Path, identities: str | Path | None = None) -> None:
         self.root = Path(root)
         loose, persons = _scan(self.root)
-        if people is not None and not persons:
+        if identities is not None and not persons:
             raise ImagesError(f"people cannot be selected from {self.root}: it is flat, so its images carry no names")
         self.all_names = sorted(persons)
-        self.names = select_people(self.all_names, people) if persons else []
+        self.names = select_identities(self.all_names, identities) if persons else []
         self.paths = loose or [path for name in self.names for path in persons[name]]
         self.labels = _labels([len(persons[name]) for name in self.names]) if persons else None
         self._check_headers()
 
     @property
-    def identities(self) -> int:
+    def num_identities(self) -> int:
         """How many people are kept; 0 for a flat folder."""
         return len(self.names)
 

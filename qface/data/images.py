@@ -1,7 +1,7 @@
 """What images are to the verbs: a source of batches, which tensors and loaders become here.
 
-Crops (a folder, or a uint8 tensor) are 112x112 RGB bytes that each model normalises for itself; floats (a float
-tensor, or a loader that yields them) are already normalised and reach the model as they are.
+Crops (a folder, or a uint8 tensor) are 112x112 RGB bytes that each model normalizes for itself; floats (a float
+tensor, or a loader that yields them) are already normalized and reach the model as they are.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = [
     "LoaderImages",
     "TensorImages",
     "batch_of",
-    "identities",
+    "identity_labels",
     "labels_of",
     "length_of",
-    "normalise",
+    "normalize",
 ]
 
 Labels = npt.NDArray[np.int64]
@@ -66,7 +66,7 @@ class IndexedImages(ImageSource):
 
 
 class TensorImages(IndexedImages):
-    """A tensor [N, 3, H, W] in memory: uint8 holds 112x112 crops, float is already normalised.
+    """A tensor [N, 3, H, W] in memory: uint8 holds 112x112 crops, float is already normalized.
 
     Raises:
         ImagesError: the tensor is empty, or of another shape or type.
@@ -75,7 +75,7 @@ class TensorImages(IndexedImages):
     def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
         _check(images)
         self.images = images
-        self.labels = None if labels is None else identities(labels, len(images))
+        self.labels = None if labels is None else identity_labels(labels, len(images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -124,10 +124,10 @@ def _check(images: Tensor) -> None:
     if images.dtype == torch.uint8 and tuple(images.shape[2:]) != (CROP_SIZE, CROP_SIZE):
         raise ImagesError(
             f"uint8 images are {CROP_SIZE}x{CROP_SIZE} face crops; these are {images.shape[2]}x{images.shape[3]}: "
-            "align them, or pass normalised floats"
+            "align them, or pass normalized floats"
         )
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ImagesError(f"images are uint8 crops or normalised floats, not {images.dtype}")
+        raise ImagesError(f"images are uint8 crops or normalized floats, not {images.dtype}")
 
 
 def labels_of(source: ImageSource) -> Labels | None:
@@ -137,7 +137,7 @@ def labels_of(source: ImageSource) -> Labels | None:
     return source.labels.cpu().numpy().astype(np.int64)
 
 
-def identities(labels: Tensor, count: int) -> Tensor:
+def identity_labels(labels: Tensor, count: int) -> Tensor:
     """``labels`` as the int64 identities [count] of as many images.
 
     Raises:
@@ -158,6 +158,6 @@ def length_of(loader: Iterable[Any]) -> int | None:
         return None
 
 
-def normalise(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """What a model with ``preprocessing`` reads, float32: bytes are normalised for it, floats pass."""
+def normalize(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """What a model with ``preprocessing`` reads, float32: bytes are normalized for it, floats pass."""
     return preprocessing(batch) if batch.dtype == torch.uint8 else batch.float()

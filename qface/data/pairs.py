@@ -178,7 +178,7 @@ def read_lfw_pairs(path: str | Path) -> PairList:
 def resolve_pairs(pairs: PairList, folder: ImageFolder) -> ResolvedPairs:
     """Find the images of ``pairs`` in ``folder``, with any ending.
 
-    A pair with somebody whom ``people`` has not selected is left out and counted; folds keep their numbers.
+    A pair with somebody whom ``identities`` has not selected is left out and counted; folds keep their numbers.
 
     Raises:
         PairsError: the list names people and the folder is flat, or the other way round; or pairs name people or

@@ -37,9 +37,9 @@ _HEADER = struct.Struct("<IfQQ")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 _LENGTH_BITS = 29
 _EXACT = 2**24
-"""Beyond it float32 does not hold all whole numbers, and a person's first image cannot be told from its neighbour."""
+"""Beyond it float32 does not hold all whole numbers, and a person's first image cannot be told from its neighbor."""
 
-Labels = npt.NDArray[np.float32]
+RecordLabels = npt.NDArray[np.float32]
 Bytes = bytes | memoryview
 
 
@@ -87,7 +87,7 @@ class RecordImages(IndexedImages):
         except UNREADABLE as error:
             raise self._damaged(key, one_line(error)) from error
 
-    def _header(self) -> Labels | None:
+    def _header(self) -> RecordLabels | None:
         """The labels of record 0, where it is no image."""
         if 0 not in self._offsets:
             return None
@@ -98,14 +98,14 @@ class RecordImages(IndexedImages):
             raise self._damaged(0, "it should name the record behind the last image")
         return labels
 
-    def _image_keys(self, header: Labels) -> list[int]:
+    def _image_keys(self, header: RecordLabels) -> list[int]:
         keys = range(1, int(header[0]))
         missing = next((key for key in keys if key not in self._offsets), None)
         if missing is not None:
             raise self._lacking(missing)
         return list(keys)
 
-    def _people(self, header: Labels | None) -> range:
+    def _people(self, header: RecordLabels | None) -> range:
         """The records that stand for people; some converters announce people and write none."""
         if header is None or len(header) != 2 or not header[0] <= header[1] < np.inf:
             return range(0)
@@ -126,13 +126,13 @@ class RecordImages(IndexedImages):
             raise ImagesError(f"{nobodys} of {len(self)} images in {self.path} belong to nobody: fetch it again")
         return identities
 
-    def _own_labels(self) -> Labels:
+    def _own_labels(self) -> RecordLabels:
         return np.array([self._labels_of(key)[0] for key in self._keys], np.float32)
 
-    def _labels_of(self, key: int) -> Labels:
+    def _labels_of(self, key: int) -> RecordLabels:
         return self._content(key)[0]
 
-    def _content(self, key: int) -> tuple[Labels, Bytes]:
+    def _content(self, key: int) -> tuple[RecordLabels, Bytes]:
         """The labels of a record, at least one, and what follows them."""
         if key not in self._offsets:
             raise self._lacking(key)

@@ -20,20 +20,20 @@ __all__ = ["as_image_source"]
 _FILES = {".rec": RecordImages, ".bin": VerificationBin}
 
 
-def as_image_source(images: Images, people: str | Path | None = None) -> ImageSource:
+def as_image_source(images: Images, identities: str | Path | None = None) -> ImageSource:
     """Turn whatever a user passed as ``images`` into an :class:`ImageSource`.
 
     Args:
         images: a folder of 112x112 crops, a ``.rec`` or ``.bin`` file of InsightFace, a split of CFP (its folder
             ``Protocol/Split/FP``), a tensor [N, 3, H, W], a loader, or an :class:`ImageSource`.
-        people: for a folder, which identities to keep; see :class:`qface.data.folders.ImageFolder`.
+        identities: for a folder, which identities to keep; see :class:`qface.data.folders.ImageFolder`.
 
     Raises:
-        ImagesError: the images cannot be used, or ``people`` is given for something that has no names.
+        ImagesError: the images cannot be used, or ``identities`` are given for something that has no names.
     """
     if isinstance(images, (str, Path)):
-        return _from_path(Path(images), people)
-    if people is not None:
+        return _from_path(Path(images), identities)
+    if identities is not None:
         raise ImagesError("people can be selected from a folder only, since other images carry no names")
     if isinstance(images, ImageSource):
         return images
@@ -44,11 +44,11 @@ def as_image_source(images: Images, people: str | Path | None = None) -> ImageSo
     raise ImagesError(f"images are a folder, a tensor or a loader, not {type(images).__name__}")
 
 
-def _from_path(path: Path, people: str | Path | None) -> ImageSource:
+def _from_path(path: Path, identities: str | Path | None) -> ImageSource:
     is_folder = os.path.isdir(path)  # unlike Path.is_dir, False for names that no folder can have
     reader = CfpSplit if is_cfp_split(path) else _FILES.get(path.suffix.lower()) if not is_folder else None
     if reader is None:
-        return ImageFolder(path, people=people)
-    if people is not None:
+        return ImageFolder(path, identities=identities)
+    if identities is not None:
         raise ImagesError(f"people can be selected from a folder only; {path} carries no names")
     return reader(path)

@@ -40,7 +40,7 @@ class Subset(IndexedImages):
 
 
 def nested_subset(
-    images: Images, fraction_or_count: float | Fraction, seed: int = 0, people: str | Path | None = None
+    images: Images, fraction_or_count: float | Fraction, seed: int = 0, identities: str | Path | None = None
 ) -> Subset:
     """Some of the images, drawn at random: images and not people.
 
@@ -52,7 +52,7 @@ def nested_subset(
             and up to 1, rounded down; ``0.29`` of 100 images are 29, as the decimal says. ``1`` is one image, ``1.0``
             are all.
         seed: of the draw.
-        people: of a folder, which identities.
+        identities: of a folder, which identities.
 
     Returns:
         The chosen images in the order of ``images``, with their labels.
@@ -60,7 +60,7 @@ def nested_subset(
     Raises:
         ImagesError: the images cannot be read in any order, or there are none, or not so many.
     """
-    source = as_image_source(images, people)
+    source = as_image_source(images, identities)
     if not isinstance(source, IndexedImages):
         raise ImagesError("a subset needs images that can be read in any order: a folder or a tensor")
     count = _count(fraction_or_count, len(source))

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from qface.data.alignment import align
+from qface.data.alignment import align_face
 from qface.data.decoding import UNREADABLE, opened, stack_crops, upright
 from qface.data.images import IndexedImages
 from qface.data.landmarks import FaceLandmarks, read_landmarks
@@ -60,7 +60,7 @@ class LooseCrops(IndexedImages):
         path = self.root / face.file
         try:
             with opened(path) as photo:
-                return np.asarray(align(upright(photo), face.points))
+                return np.asarray(align_face(upright(photo), face.points))
         except (*UNREADABLE, ImagesError) as error:
             raise ImagesError(f"{path} cannot be read as a face ({one_line(error)}): restore it") from error
 

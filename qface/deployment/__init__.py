@@ -2,11 +2,11 @@
 
 from qface.deployment.agreement import Agreement, LayerAgreement, verify
 from qface.deployment.export import export
-from qface.deployment.graph import IntegerGraph
+from qface.deployment.integer_graph import IntegerGraph
 from qface.deployment.latency import median_milliseconds
 from qface.deployment.lowering import lower
 from qface.deployment.runtime import OnnxEmbedder
-from qface.deployment.size import SizeEntry, SizeLedger, measure_size
+from qface.deployment.size import SizeEntry, SizeReport, measure_size
 
 __all__ = [
     "Agreement",
@@ -14,7 +14,7 @@ __all__ = [
     "LayerAgreement",
     "OnnxEmbedder",
     "SizeEntry",
-    "SizeLedger",
+    "SizeReport",
     "export",
     "lower",
     "measure_size",

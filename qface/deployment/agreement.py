@@ -22,16 +22,16 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qface.data.images import Images, ImageSource, normalise
+from qface.data.images import Images, ImageSource, normalize
 from qface.data.sources import as_image_source
-from qface.deployment import graph as ir
-from qface.deployment.inputs import fed, reading, seen
+from qface.deployment import integer_graph as ir
+from qface.deployment.inputs import as_model_sees, to_file_input, with_input_dtype
 from qface.deployment.lowering import lower, value_name
 from qface.deployment.runtime import OnnxEmbedder, cpu_session
 from qface.errors import ExportError, ImagesError
 from qface.preprocessing import CROP_SIZE
-from qface.quantization import ImageQuantize, LowBitFakeQuantize, QuantizedAffine
-from qface.quantization.layers import Quantizer, WeightedLayer, layer_of
+from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
+from qface.quantization.quantized_layers import Quantizer, WeightedLayer, layer_of
 
 __all__ = [
     "LAYER_IMAGES",
@@ -62,11 +62,11 @@ class LayerAgreement:
     Args:
         layer: its name.
         operation: its kind.
-        bits: width of what it makes.
+        bits: of what it makes.
         elements: integers compared.
         different: how many of them differ.
         greatest_step: by how much at most.
-        levels: least and greatest integer of the file's side.
+        integer_range: least and greatest integer of the file's side.
     """
 
     layer: str
@@ -75,13 +75,13 @@ class LayerAgreement:
     elements: int
     different: int
     greatest_step: int
-    levels: tuple[int, int]
+    integer_range: tuple[int, int]
 
     @property
     def agrees(self) -> bool:
         """Whether it is equal but for a rounding here and there, and keeps to its bits."""
         equal = self.different <= (1 - LEAST_EQUAL) * self.elements
-        return equal and self.greatest_step <= 1 and self.levels[1] - self.levels[0] < 1 << self.bits
+        return equal and self.greatest_step <= 1 and self.integer_range[1] - self.integer_range[0] < 1 << self.bits
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Agreement:
         return {"agrees": self.agrees, **asdict(self)}
 
 
-def verify(student: nn.Module, file: str | Path, images: Images, people: str | Path | None = None) -> Agreement:
+def verify(student: nn.Module, file: str | Path, images: Images, identities: str | Path | None = None) -> Agreement:
     """Compare ``student`` in eval mode with ``file``, which was exported from it.
 
     A file for GPUs runs on one where there is one.
@@ -116,7 +116,7 @@ def verify(student: nn.Module, file: str | Path, images: Images, people: str | P
         student: calibrated; its mode is not changed.
         file: the ONNX file.
         images: faces; the first eight serve for the layers, all of them from end to end.
-        people: of a folder, which identities.
+        identities: of a folder, which identities.
 
     Raises:
         ConfigError: the student is not calibrated.
@@ -126,8 +126,8 @@ def verify(student: nn.Module, file: str | Path, images: Images, people: str | P
     """
     graph = lower(student)
     embedder = OnnxEmbedder(file, providers=["CPUExecutionProvider"])
-    graph = reading(embedder.input, graph)
-    batches = _batches(graph, as_image_source(images, people))
+    graph = with_input_dtype(embedder.input, graph)
+    batches = _batches(graph, as_image_source(images, identities))
     if embedder.target == "cuda":
         return compare_embeddings(without_rounded_activations(student), OnnxEmbedder(file), batches)
     return compare_integers(student, graph, embedder, batches)
@@ -142,7 +142,7 @@ def compare_integers(
         student: calibrated, on any device; it is not changed.
         graph: what it was lowered to, as the file reads it.
         embedder: the file, on the CPU.
-        batches: float32 [N, 3, height, width], normalised, at least one; the first images of the first serve for the
+        batches: float32 [N, 3, height, width], normalized, at least one; the first images of the first serve for the
             layers.
 
     Raises:
@@ -155,13 +155,13 @@ def compare_integers(
 
 
 def _batches(graph: ir.IntegerGraph, source: ImageSource) -> Iterator[Tensor]:
-    """Normalised images as the network of ``graph`` sees them; at least one batch."""
+    """Normalized images as the network of ``graph`` sees them; at least one batch."""
     batches = source.batches(64)
     first = next(batches, None)
     if first is None:
         raise ImagesError("there are no images to compare: pass at least one")
     for batch in chain([first], batches):
-        yield seen(graph, normalise(batch, graph.preprocessing))
+        yield as_model_sees(graph, normalize(batch, graph.preprocessing))
 
 
 def compare_embeddings(network: nn.Module, embedder: OnnxEmbedder, batches: Iterable[Tensor]) -> Agreement:
@@ -170,7 +170,7 @@ def compare_embeddings(network: nn.Module, embedder: OnnxEmbedder, batches: Iter
     Args:
         network: on the CPU, in eval mode.
         embedder: the file.
-        batches: float32 [N, 3, height, width], normalised.
+        batches: float32 [N, 3, height, width], normalized.
 
     Raises:
         ExportError: the embeddings have different sizes.
@@ -195,9 +195,9 @@ def without_rounded_activations(student: nn.Module) -> nn.Module:
     for layer in layers.values():
         _round_parameters(layer)
     for name, layer in layers.items():
-        if isinstance(layer, ImageQuantize):
+        if isinstance(layer, ImageFakeQuantize):
             network.add_submodule(name, _Shift(layer.offset))
-        if isinstance(layer, (ImageQuantize, LowBitFakeQuantize)):
+        if isinstance(layer, (ImageFakeQuantize, LSQFakeQuantize)):
             layer.disable_fake_quant()
     return network
 
@@ -206,17 +206,17 @@ def without_rounded_activations(student: nn.Module) -> nn.Module:
 def _round_parameters(layer: nn.Module | None) -> None:
     """Round those that the layer itself rounds only where its quantizers are on; weights have one of their own."""
     if isinstance(layer, WeightedLayer):
-        (quantizer,) = layer.neighbours.inputs
+        (quantizer,) = layer.quant_context.inputs
         if layer.bias is not None and quantizer is not None:
             layer.bias.copy_(layer.rounded_bias())
-    elif isinstance(layer, QuantizedAffine) and layer.neighbours.rounding:
+    elif isinstance(layer, QuantizedAffine) and layer.quant_context.rounding:
         weight, step, bias = layer.integers()
         layer.weight.copy_(weight * step)
-        layer.bias.copy_(bias * (layer.neighbours.scales()[0] * step))
+        layer.bias.copy_(bias * (layer.quant_context.scales()[0] * step))
 
 
 class _Shift(nn.Module):
-    """What an :class:`ImageQuantize` does beside rounding."""
+    """What an :class:`ImageFakeQuantize` does beside rounding."""
 
     def __init__(self, offset: float) -> None:
         super().__init__()
@@ -238,26 +238,26 @@ def synthetic_crops(count: int = _SYNTHETIC_IMAGES, seed: int = 0) -> Tensor:
 def compare_layers(
     student: nn.Module, graph: ir.IntegerGraph, file: str | Path, inputs: Tensor
 ) -> tuple[LayerAgreement, ...]:
-    """Each layer of ``file`` beside the student's, given the student's integers for normalised images ``inputs``.
+    """Each layer of ``file`` beside the student's, given the student's integers for normalized images ``inputs``.
 
     Args:
         student: calibrated; its mode is not changed.
         graph: what it was lowered to, reading what ``file`` reads.
         file: what was written of that.
-        inputs: float32 [N, 3, height, width], as :func:`qface.deployment.inputs.seen`.
+        inputs: float32 [N, 3, height, width], as :func:`qface.deployment.inputs.as_model_sees`.
 
     Raises:
         ExportError: the file was not exported from this network.
     """
     operations = [operation for operation in graph.operations if _is_rounded(operation)]
     given = _integers(student, inputs, {operation.output.name for operation in operations})
-    found = _run_cut(Path(file), given, fed(graph, inputs))
+    found = _run_cut(Path(file), given, to_file_input(graph, inputs))
     return tuple(_compared(operation, given, found) for operation in operations)
 
 
-def _is_rounded(operation: ir.Operation) -> bool:
+def _is_rounded(operation: ir.IntegerOp) -> bool:
     """Whether the operation ends in a quantizer of its own."""
-    return operation.output.grid is not None and not isinstance(operation, (ir.MaxPool, ir.Flatten))
+    return operation.output.qparams is not None and not isinstance(operation, (ir.MaxPoolOp, ir.FlattenOp))
 
 
 def _integers(student: nn.Module, inputs: Tensor, values: set[str]) -> dict[str, Integers]:
@@ -278,7 +278,7 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         layer = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         if isinstance(layer, Quantizer):
-            scale, zero_point = layer.tensors()
+            scale, zero_point, *_ = layer.qparams()
             self.integers[self._value(n)] = ((result / scale).round() + zero_point).byte().cpu().numpy()
         return result
 
@@ -307,16 +307,16 @@ def _run_cut(file: Path, given: dict[str, Integers], inputs: Tensor) -> dict[str
     return dict(zip(given, session.run(list(given), feeds), strict=True))
 
 
-def _compared(operation: ir.Operation, given: dict[str, Integers], found: dict[str, Integers]) -> LayerAgreement:
+def _compared(operation: ir.IntegerOp, given: dict[str, Integers], found: dict[str, Integers]) -> LayerAgreement:
     name = operation.output.name
     steps = np.abs(given[name].astype(np.int16) - found[name])
-    assert operation.output.grid is not None
+    assert operation.output.qparams is not None
     return LayerAgreement(
         layer=operation.name,
-        operation=type(operation).__name__,
-        bits=operation.output.grid.bits,
+        operation=operation.kind,
+        bits=operation.output.qparams.bits,
         elements=steps.size,
         different=int(np.count_nonzero(steps)),
         greatest_step=int(steps.max()),
-        levels=(int(found[name].min()), int(found[name].max())),
+        integer_range=(int(found[name].min()), int(found[name].max())),
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qface._version import __version__
-from qface.data.images import Images, normalise
+from qface.data.images import Images, normalize
 from qface.data.sources import as_image_source
 from qface.deployment.agreement import (
     LAYER_IMAGES,
@@ -23,14 +23,21 @@ from qface.deployment.agreement import (
     synthetic_crops,
     without_rounded_activations,
 )
-from qface.deployment.containers import check_container
-from qface.deployment.graph import IntegerGraph
-from qface.deployment.half_writer import to_half_onnx
-from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT, check_input, reading, rounded, seen
+from qface.deployment.fp16_writer import to_fp16_onnx
+from qface.deployment.inputs import (
+    FLOAT_INPUT,
+    UINT8_INPUT,
+    as_model_sees,
+    check_input,
+    through_uint8,
+    with_input_dtype,
+)
+from qface.deployment.integer_graph import IntegerGraph
 from qface.deployment.lowering import lower
 from qface.deployment.nodes import OPSET
 from qface.deployment.onnx_writer import to_onnx
 from qface.deployment.runtime import OnnxEmbedder
+from qface.deployment.weight_formats import check_weight_format
 from qface.errors import ConfigError, ExportError, ImagesError, one_line
 from qface.files import replacing
 from qface.models.provenance import provenance_of
@@ -48,7 +55,7 @@ _QUOTED = 300  # characters of an error of torch or onnx, which can fill a page
 def export(
     model: nn.Module,
     path: str | Path,
-    container: str = "packed",
+    weight_format: str = "packed",
     images: Images | None = None,
     input: str = FLOAT_INPUT,
     target: str = "cpu",
@@ -61,12 +68,12 @@ def export(
     Args:
         model: a calibrated student, or a float network.
         path: file to write, ``.onnx``.
-        container: of a student's weights: ``"packed"`` to their bits, which onnxruntime unpacks when it opens the file,
-            or ``"int8"``, a byte each.
+        weight_format: of a student's weights: ``"packed"`` to their bits, which onnxruntime unpacks when it opens the
+            file, or ``"int8"``, a byte each.
         images: faces on which the file is compared with the model, the first eight of them; None takes a few seeded
             synthetic ones. The metadata say which.
-        input: what the file reads: ``"float32"``, normalised, or ``"uint8"``, the RGB bytes of the part and size that
-            the preprocessing names. Whoever resizes for it rounds to whole grey levels.
+        input: what the file reads: ``"float32"``, normalized, or ``"uint8"``, the RGB bytes of the part and size that
+            the preprocessing names. Whoever resizes for it rounds to whole gray levels.
         target: the processor that a student's file is for: ``"cpu"`` computes with integers; ``"cuda"`` keeps the
             integers of the weights but computes in fp16, since onnxruntime has no integer convolution there.
 
@@ -74,8 +81,8 @@ def export(
         The path.
 
     Raises:
-        ConfigError: the student is not calibrated, there is no such container, input or target, or a float network is
-            to be written for a target of its own.
+        ConfigError: the student is not calibrated, there is no such weight format, input or target, or a float network
+            is to be written for a target of its own.
         UnsupportedLayerError: a node has no integer form; it is named, and nothing is written.
         ExportError: the file cannot be written, the graph is not valid, or onnxruntime computes something else with
             it than the model; then no file is left.
@@ -85,23 +92,23 @@ def export(
     if path.suffix != ".onnx":
         raise ExportError(f"{path} does not end in .onnx; choose such a name")
     check_input(input)
-    check_container(container)
+    check_weight_format(weight_format)
     _check_target(target, model)
     crops, name = _verification_images(images)
     metadata = {"qface": __version__, "provenance": json.dumps(provenance_of(model)), "verified": name}
     metadata |= {"input": input, "target": target}
     with replacing(path) as temporary:
         if is_quantized(model):
-            graph = reading(input, lower(model))
-            write, check = (to_onnx, _check_layers) if target == "cpu" else (to_half_onnx, _check_embeddings)
-            onnx.save(write(graph, metadata, container), temporary)
+            graph = with_input_dtype(input, lower(model))
+            write, check = (to_onnx, _check_layers) if target == "cpu" else (to_fp16_onnx, _check_embeddings)
+            onnx.save(write(graph, metadata, weight_format), temporary)
             _check(temporary)
-            check(model, graph, temporary, seen(graph, normalise(crops, graph.preprocessing)))
+            check(model, graph, temporary, as_model_sees(graph, normalize(crops, graph.preprocessing)))
         else:
             network = copy.deepcopy(model).cpu().float().eval()  # that of a GPU in fp16 is checked on a CPU
             _export_float(network, temporary, metadata)
             _check(temporary)
-            _check_float(network, temporary, normalise(crops, preprocessing_of(network)))
+            _check_float(network, temporary, normalize(crops, preprocessing_of(network)))
     return path
 
 
@@ -137,7 +144,7 @@ def _check_layers(student: nn.Module, graph: IntegerGraph, file: Path, inputs: T
             f"{first.layer}, {first.different} of {first.elements} integers, by up to {first.greatest_step}); nothing "
             "was written, please report this processor and network"
         )
-    if not agreement.agrees:  # layers were run one by one: the whole file is optimised otherwise
+    if not agreement.agrees:  # layers were run one by one: the whole file is optimized otherwise
         raise ExportError(
             "onnxruntime computes something else than the student with the whole file: cosines of "
             f"{agreement.least_cosine:.6f} at the least; nothing was written, please report this processor and network"
@@ -156,7 +163,7 @@ def _check_embeddings(student: nn.Module, graph: IntegerGraph, file: Path, input
 
 def _check_float(network: nn.Module, file: Path, inputs: Tensor) -> None:
     embedder = OnnxEmbedder(file, providers=["CPUExecutionProvider"])
-    images = inputs if embedder.input == FLOAT_INPUT else rounded(inputs, embedder.preprocessing)
+    images = inputs if embedder.input == FLOAT_INPUT else through_uint8(inputs, embedder.preprocessing)
     agreement = compare_embeddings(network, embedder, [images])
     if not agreement.agrees:
         raise ExportError(
@@ -166,7 +173,7 @@ def _check_float(network: nn.Module, file: Path, inputs: Tensor) -> None:
 
 
 class _OfBytes(nn.Module):
-    """``network`` from RGB bytes, which it normalises as ``preprocessing`` says."""
+    """``network`` from RGB bytes, which it normalizes as ``preprocessing`` says."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -174,7 +181,7 @@ class _OfBytes(nn.Module):
         self.preprocessing = preprocessing
 
     def forward(self, images: Tensor) -> Any:
-        return self.network(self.preprocessing.normalise(images))
+        return self.network(self.preprocessing.normalize(images))
 
 
 def _export_float(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:

@@ -197,7 +197,7 @@ def _take_turns(
 
 def _random_images(batch: int, candidate: Candidate) -> Tensor:
     pixels = torch.randint(256, (batch, 3, *candidate.size), generator=torch.Generator().manual_seed(0)).byte()
-    return pixels if candidate.input == UINT8_INPUT else Preprocessing().normalise(pixels)
+    return pixels if candidate.input == UINT8_INPUT else Preprocessing().normalize(pixels)
 
 
 def _check_counts(**counts: int) -> None:

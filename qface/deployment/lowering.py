@@ -9,14 +9,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from qface.deployment import graph as ir
+from qface.deployment import integer_graph as ir
 from qface.errors import ConfigError, ExportError, UnsupportedLayerError
 from qface.models import layers
 from qface.models.tracing import example_input
 from qface.preprocessing import preprocessing_of
 from qface.quantization import (
-    ImageQuantize,
-    LowBitFakeQuantize,
+    ImageFakeQuantize,
+    LSQFakeQuantize,
     QuantizedAdd,
     QuantizedAffine,
     QuantizedConv2d,
@@ -24,9 +24,9 @@ from qface.quantization import (
     QuantizedPReLU,
     is_quantized,
 )
-from qface.quantization.layers import AFFINE_BITS, Quantizer, is_quantizer, layer_of, makes_rows
+from qface.quantization.quantized_layers import AFFINE_BITS, Quantizer, is_quantizer, layer_of, makes_rows
 
-__all__ = ["hindrance", "lower", "value_name"]
+__all__ = ["export_blocker", "lower", "value_name"]
 
 _CLAMPS: dict[type[nn.Module], ir.Clamp] = {nn.ReLU: (0.0, None), nn.ReLU6: (0.0, 6.0)}
 
@@ -43,11 +43,11 @@ def lower(student: nn.Module) -> ir.IntegerGraph:
     return _Lowering(student).run()
 
 
-def hindrance(student: nn.Module) -> str | None:
+def export_blocker(student: nn.Module) -> str | None:
     """Why a student, calibrated or not, can have no integer graph, in one line; None where nothing is in the way."""
     trial = copy.deepcopy(student)
     for layer in trial.modules():
-        if isinstance(layer, LowBitFakeQuantize):
+        if isinstance(layer, LSQFakeQuantize):
             layer.set_qparams(torch.ones_like(layer.scale), torch.zeros_like(layer.zero_point))
     try:
         lower(trial)
@@ -62,7 +62,7 @@ class _Lowering:
     def __init__(self, student: fx.GraphModule) -> None:
         self.student = student
         self.values: dict[fx.Node, ir.Value] = {}
-        self.operations: list[ir.Operation] = []
+        self.operations: list[ir.IntegerOp] = []
         self._absorbed: set[fx.Node] = set()
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -106,23 +106,23 @@ class _Lowering:
         if isinstance(layer, Quantizer):
             self._lower_quantizer(node, layer)
             return
-        rule = _RULES.get(type(layer)) if layer is not None else None
-        if rule is None:
+        lower_layer = _LOWERINGS.get(type(layer)) if layer is not None else None
+        if lower_layer is None:
             what = type(layer).__name__ if layer is not None else getattr(node.target, "__name__", node.target)
             raise UnsupportedLayerError(
                 f"node {node.name!r} ({what}) has no integer form that qface can export; replace it by a standard layer"
             )
-        self.operations.append(rule(self, node, layer))
+        self.operations.append(lower_layer(self, node, layer))
 
     def _lower_quantizer(self, node: fx.Node, layer: Quantizer) -> None:
-        """A quantizer is the grid of the value before it; only behind the image is it an operation of its own."""
+        """A quantizer gives the value before it its qparams; only behind the image is it an operation of its own."""
         source = cast(fx.Node, node.args[0])
         if source.op != "placeholder":
             self.values[node] = self.values[source]
             return
-        value = self.values[node] = _value_of(node, _grid(layer, node))
-        offset = layer.offset if isinstance(layer, ImageQuantize) else 0.0
-        self.operations.append(ir.QuantizeImage(node.name, (self.values[source],), value, offset))
+        value = self.values[node] = _value_of(node, _qparams_of(layer, node))
+        offset = layer.offset if isinstance(layer, ImageFakeQuantize) else 0.0
+        self.operations.append(ir.QuantizeImageOp(node.name, (self.values[source],), value, offset))
 
     def _value(self, argument: Any) -> ir.Value:
         return self.values[argument]
@@ -131,49 +131,49 @@ class _Lowering:
         return tuple(self._value(argument) for argument in node.args if isinstance(argument, fx.Node))
 
     def _output(self, node: fx.Node, last: fx.Node | None = None) -> ir.Value:
-        """The value of ``node``, on the grid of the quantizer that follows it (or that follows ``last``)."""
+        """The value of ``node``, with the qparams of the quantizer that follows it (or that follows ``last``)."""
         last = last or node
         users = [user for user in last.users if is_quantizer(user)]
         if users and len(users) != len(last.users):
             raise ExportError(f"the value of {last.name!r} is used both rounded and unrounded, which no runtime can do")
-        grid = _grid(cast(Quantizer, layer_of(users[0])), users[0]) if users else None
-        value = _value_of(node, grid)
+        qparams = _qparams_of(cast(Quantizer, layer_of(users[0])), users[0]) if users else None
+        value = _value_of(node, qparams)
         self.values[node] = self.values[last] = value
         return value
 
-    def _on_grid_of_input(self, node: fx.Node) -> ir.Value:
-        value = self.values[node] = _value_of(node, self._value(node.args[0]).grid)
+    def _with_qparams_of_input(self, node: fx.Node) -> ir.Value:
+        value = self.values[node] = _value_of(node, self._value(node.args[0]).qparams)
         return value
 
     def _rank(self, node: fx.Node) -> int:
         return len(self._shapes[node.name])
 
-    # ---- one rule per layer
+    # ---- one method per layer
 
-    def convolution(self, node: fx.Node, layer: QuantizedConv2d) -> ir.Operation:
+    def convolution(self, node: fx.Node, layer: QuantizedConv2d) -> ir.IntegerOp:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise UnsupportedLayerError(
                 f"layer {node.target!r} pads with {layer.padding_mode!r}, {layer.padding!r}; "
                 "only zero padding given in pixels can be exported"
             )
-        return ir.Convolution(
-            **self._multiplication(node, layer),
+        return ir.ConvolutionOp(
+            **self._matmul(node, layer),
             stride=_pair(layer.stride),
             padding=_pair(layer.padding),
             dilation=_pair(layer.dilation),
             groups=layer.groups,
         )
 
-    def linear(self, node: fx.Node, layer: QuantizedLinear) -> ir.Operation:
+    def linear(self, node: fx.Node, layer: QuantizedLinear) -> ir.IntegerOp:
         if self._rank(node) != 2:
             raise UnsupportedLayerError(
                 f"layer {node.target!r} multiplies {self._rank(node)} dimensions; only [N, features] can be exported"
             )
-        return ir.Linear(**self._multiplication(node, layer))
+        return ir.LinearOp(**self._matmul(node, layer))
 
-    def _multiplication(self, node: fx.Node, layer: QuantizedConv2d | QuantizedLinear) -> dict[str, Any]:
+    def _matmul(self, node: fx.Node, layer: QuantizedConv2d | QuantizedLinear) -> dict[str, Any]:
         source = self._value(node.args[0])
-        if source.grid is None:
+        if source.qparams is None:
             raise ExportError(f"layer {node.target!r} reads a float tensor, so it cannot run on integers")
         quantizer = layer.weight_fake_quant
         weight = ir.Weight(_int8(quantizer.integers(layer.weight)), _float32(quantizer.scale), quantizer.bits)
@@ -197,36 +197,36 @@ class _Lowering:
             return users[0]
         return None
 
-    def prelu(self, node: fx.Node, layer: QuantizedPReLU) -> ir.Operation:
+    def prelu(self, node: fx.Node, layer: QuantizedPReLU) -> ir.IntegerOp:
         slopes = _int8(layer.slope_integers())
         scale = float(layer.weight_fake_quant.scale.detach())
-        return ir.PRelu(str(node.target), self._inputs(node), self._output(node), self._rank(node), slopes, scale)
+        return ir.PReluOp(str(node.target), self._inputs(node), self._output(node), self._rank(node), slopes, scale)
 
-    def affine(self, node: fx.Node, layer: QuantizedAffine) -> ir.Operation:
+    def affine(self, node: fx.Node, layer: QuantizedAffine) -> ir.IntegerOp:
         name, inputs, output, rank = str(node.target), self._inputs(node), self._output(node), self._rank(node)
-        if inputs[0].grid is None or output.grid is None:
-            return ir.FloatAffine(name, inputs, output, rank, _float32(layer.weight), _float32(layer.bias))
+        if inputs[0].qparams is None or output.qparams is None:
+            return ir.FloatAffineOp(name, inputs, output, rank, _float32(layer.weight), _float32(layer.bias))
         integers, scale, bias = layer.integers()
         weight = ir.Weight(_int8(integers), _float32(scale), AFFINE_BITS)
-        return ir.Affine(name, inputs, output, rank, weight, bias.to(torch.int32).cpu().numpy())
+        return ir.AffineOp(name, inputs, output, rank, weight, bias.to(torch.int32).cpu().numpy())
 
-    def leaky_relu(self, node: fx.Node, layer: nn.LeakyReLU) -> ir.Operation:
+    def leaky_relu(self, node: fx.Node, layer: nn.LeakyReLU) -> ir.IntegerOp:
         return self._activation(node, "LeakyRelu", {"alpha": layer.negative_slope})
 
-    def _activation(self, node: fx.Node, function: str, attributes: dict[str, float]) -> ir.Operation:
-        return ir.Activation(str(node.target), self._inputs(node), self._output(node), function, attributes)
+    def _activation(self, node: fx.Node, function: str, attributes: dict[str, float]) -> ir.IntegerOp:
+        return ir.ActivationOp(str(node.target), self._inputs(node), self._output(node), function, attributes)
 
-    def concat(self, node: fx.Node, layer: layers.Concat) -> ir.Operation:
-        return ir.Concat(str(node.target), self._inputs(node), self._output(node), layer.dim)
+    def concat(self, node: fx.Node, layer: layers.Concat) -> ir.IntegerOp:
+        return ir.ConcatOp(str(node.target), self._inputs(node), self._output(node), layer.dim)
 
-    def global_average(self, node: fx.Node, layer: nn.AdaptiveAvgPool2d) -> ir.Operation:
+    def global_average(self, node: fx.Node, layer: nn.AdaptiveAvgPool2d) -> ir.IntegerOp:
         if layer.output_size not in (1, (1, 1), [1, 1]):
             raise UnsupportedLayerError(
                 f"layer {node.target!r} pools to {layer.output_size}; only a global average (1, 1) can be exported"
             )
-        return ir.GlobalAveragePool(str(node.target), self._inputs(node), self._output(node))
+        return ir.GlobalAveragePoolOp(str(node.target), self._inputs(node), self._output(node))
 
-    def average_pool(self, node: fx.Node, layer: nn.AvgPool2d) -> ir.Operation:
+    def average_pool(self, node: fx.Node, layer: nn.AvgPool2d) -> ir.IntegerOp:
         if layer.divisor_override is not None:
             raise UnsupportedLayerError(
                 f"layer {node.target!r} has a divisor of its own; only plain averages can be exported"
@@ -236,7 +236,7 @@ class _Lowering:
                 f"layer {node.target!r} rounds its size up and counts its padding, which onnxruntime's integer kernel "
                 "averages otherwise; set count_include_pad=False or ceil_mode=False"
             )
-        return ir.AveragePool(
+        return ir.AveragePoolOp(
             str(node.target),
             self._inputs(node),
             self._output(node),
@@ -244,33 +244,33 @@ class _Lowering:
             count_include_pad=layer.count_include_pad,
         )
 
-    def max_pool(self, node: fx.Node, layer: nn.MaxPool2d) -> ir.Operation:
-        return ir.MaxPool(
+    def max_pool(self, node: fx.Node, layer: nn.MaxPool2d) -> ir.IntegerOp:
+        return ir.MaxPoolOp(
             str(node.target),
             self._inputs(node),
-            self._on_grid_of_input(node),
+            self._with_qparams_of_input(node),
             **_window(layer),
             dilation=_pair(layer.dilation),
         )
 
-    def flatten(self, node: fx.Node, layer: nn.Flatten) -> ir.Operation:
+    def flatten(self, node: fx.Node, layer: nn.Flatten) -> ir.IntegerOp:
         if not makes_rows(node):
             raise UnsupportedLayerError(
                 f"layer {node.target!r} flattens only some dimensions, which cannot be exported"
             )
-        return ir.Flatten(str(node.target), self._inputs(node), self._on_grid_of_input(node))
+        return ir.FlattenOp(str(node.target), self._inputs(node), self._with_qparams_of_input(node))
 
 
-def _plain(kind: type[ir.Operation]) -> Callable[[_Lowering, fx.Node, Any], ir.Operation]:
+def _plain(kind: type[ir.IntegerOp]) -> Callable[[_Lowering, fx.Node, Any], ir.IntegerOp]:
     """An operation that needs its inputs and output only."""
     return lambda lowering, node, layer: kind(str(node.target), lowering._inputs(node), lowering._output(node))
 
 
-def _activation(function: str, **attributes: float) -> Callable[[_Lowering, fx.Node, Any], ir.Operation]:
+def _activation(function: str, **attributes: float) -> Callable[[_Lowering, fx.Node, Any], ir.IntegerOp]:
     return lambda lowering, node, layer: lowering._activation(node, function, attributes)
 
 
-_RULES: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.Operation]] = {
+_LOWERINGS: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.IntegerOp]] = {
     QuantizedConv2d: _Lowering.convolution,
     QuantizedLinear: _Lowering.linear,
     QuantizedPReLU: _Lowering.prelu,
@@ -285,11 +285,11 @@ _RULES: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.Operation]]
     nn.AdaptiveAvgPool2d: _Lowering.global_average,
     nn.MaxPool2d: _Lowering.max_pool,
     nn.Flatten: _Lowering.flatten,
-    QuantizedAdd: _plain(ir.Add),
-    layers.Multiply: _plain(ir.Multiply),
+    QuantizedAdd: _plain(ir.AddOp),
+    layers.Multiply: _plain(ir.MultiplyOp),
     layers.Concat: _Lowering.concat,
     QuantizedAffine: _Lowering.affine,
-    layers.L2Normalise: _plain(ir.L2Normalise),
+    layers.L2Normalize: _plain(ir.L2NormalizeOp),
 }
 
 
@@ -313,15 +313,15 @@ def value_name(node: fx.Node) -> str:
     return f"{node.name}:0"
 
 
-def _value_of(node: fx.Node, grid: ir.Grid | None) -> ir.Value:
-    return ir.Value(value_name(node), grid)
+def _value_of(node: fx.Node, qparams: ir.TensorQParams | None) -> ir.Value:
+    return ir.Value(value_name(node), qparams)
 
 
-def _grid(layer: Quantizer, node: fx.Node) -> ir.Grid:
-    if isinstance(layer, LowBitFakeQuantize) and not layer.calibrated.item():
+def _qparams_of(layer: Quantizer, node: fx.Node) -> ir.TensorQParams:
+    if isinstance(layer, LSQFakeQuantize) and not layer.calibrated.item():
         raise ConfigError(f"the range of {node.name!r} was never set; call qface.calibrate(student, images) first")
-    scale, zero_point = layer.tensors()
-    return ir.Grid(layer.bits, float(scale), int(zero_point))
+    scale, zero_point, *_ = layer.qparams()
+    return ir.TensorQParams(layer.bits, float(scale), int(zero_point))
 
 
 def _int8(integers: Tensor) -> ir.Int8:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qface.deployment import graph as ir
-from qface.deployment.containers import WeightContainer
+from qface.deployment import integer_graph as ir
+from qface.deployment.weight_formats import WeightFormat
 
 __all__ = ["IR_VERSION", "OPSET", "Direct", "NodeCollector", "along_channels", "assemble", "convolution", "window"]
 
@@ -19,7 +19,7 @@ OPSET = 18
 IR_VERSION = 9  # onnx's own default is newer than what some runtimes read
 
 
-Direct = ir.Add | ir.Multiply | ir.Concat | ir.GlobalAveragePool | ir.AveragePool
+Direct = ir.AddOp | ir.MultiplyOp | ir.ConcatOp | ir.GlobalAveragePoolOp | ir.AveragePoolOp
 """Operations that one node computes, whatever the type of its numbers."""
 
 
@@ -56,20 +56,20 @@ class NodeCollector:
 
     # ---- images
 
-    def pixels(self, operation: ir.TakeBytes | ir.NormaliseBytes) -> str:
+    def pixels(self, operation: ir.Uint8InputOp | ir.NormalizeUint8Op) -> str:
         """The bytes of the image [N, 3, height, width], each channel in its place."""
         (images,) = operation.inputs
         if operation.channels == tuple(range(len(operation.channels))):
             return images.name
         return self.node("Gather", [images.name, self.constant("channels", np.array(operation.channels))], axis=1)
 
-    def normalised(self, operation: ir.NormaliseBytes, pixels: str) -> str:
-        """``pixels`` as float32, normalised."""
+    def normalized(self, operation: ir.NormalizeUint8Op, pixels: str) -> str:
+        """``pixels`` as float32, normalized."""
         mean = self.constant("image_mean", along_channels(operation.mean, rank=4))
         std = self.constant("image_std", along_channels(operation.std, rank=4))
         return self.node("Div", [self.node("Sub", [pixels, mean]), std])
 
-    def shifted(self, operation: ir.QuantizeImage, images: str) -> str:
+    def shifted(self, operation: ir.QuantizeImageOp, images: str) -> str:
         """``images`` as float32, less the offset."""
         if not operation.offset:
             return images
@@ -79,14 +79,14 @@ class NodeCollector:
 
     def direct(self, operation: Direct, inputs: Sequence[str]) -> str:
         """The one node of ``operation``."""
-        if isinstance(operation, ir.Concat):
+        if isinstance(operation, ir.ConcatOp):
             return self.node("Concat", inputs, axis=operation.axis)
-        if isinstance(operation, ir.AveragePool):
+        if isinstance(operation, ir.AveragePoolOp):
             count_include_pad = int(operation.count_include_pad)
             return self.node("AveragePool", inputs, **window(operation), count_include_pad=count_include_pad)
-        return self.node("Mul" if isinstance(operation, ir.Multiply) else type(operation).__name__, inputs)
+        return self.node("Mul" if isinstance(operation, ir.MultiplyOp) else operation.kind, inputs)
 
-    def activation(self, operation: ir.Activation, x: str) -> str:
+    def activation(self, operation: ir.ActivationOp, x: str) -> str:
         """The activation function of ``x``."""
         if operation.function == "Relu6":
             return self.clip(x, 0.0, 6.0)
@@ -109,14 +109,14 @@ class NodeCollector:
 
 def assemble(
     graph: ir.IntegerGraph,
-    weights: WeightContainer,
+    weights: WeightFormat,
     nodes: Sequence[onnx.NodeProto],
     initializers: Sequence[onnx.TensorProto],
     metadata: dict[str, str],
 ) -> onnx.ModelProto:
     """The model of ``graph``, from ``images`` [batch, 3, height, width] to ``embedding`` [batch, D].
 
-    Images are float32, or uint8 where they lie on a grid; embeddings are float32.
+    Images are float32, or uint8 where they are quantized; embeddings are float32.
 
     Args:
         graph: for the interface and the preprocessing.
@@ -127,7 +127,7 @@ def assemble(
     """
     tensors, unpacking = weights.contents()
     height, width = graph.preprocessing.size
-    image_type = TensorProto.FLOAT if graph.images.grid is None else TensorProto.UINT8
+    image_type = TensorProto.FLOAT if graph.images.qparams is None else TensorProto.UINT8
     body = helper.make_graph(
         [*unpacking, *nodes],
         "qface",
@@ -146,7 +146,7 @@ def along_channels(values: npt.NDArray[Any], rank: int) -> npt.NDArray[Any]:
     return values.reshape(-1, *(1,) * (rank - 2))
 
 
-def convolution(operation: ir.Convolution) -> dict[str, Any]:
+def convolution(operation: ir.ConvolutionOp) -> dict[str, Any]:
     """Attributes of a Conv node."""
     top, left = operation.padding
     return {
@@ -158,7 +158,7 @@ def convolution(operation: ir.Convolution) -> dict[str, Any]:
     }
 
 
-def window(operation: ir.AveragePool | ir.MaxPool) -> dict[str, Any]:
+def window(operation: ir.AveragePoolOp | ir.MaxPoolOp) -> dict[str, Any]:
     """Attributes of a pooling node."""
     top, left = operation.padding
     return {

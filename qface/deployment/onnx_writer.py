@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from qface.deployment import graph as ir
-from qface.deployment.containers import WeightContainer, make_container
+from qface.deployment import integer_graph as ir
 from qface.deployment.nodes import Direct, NodeCollector, along_channels, assemble, convolution, window
 from qface.deployment.prelu import prelu_table
 from qface.deployment.runtime import WEIGHT_BITS
+from qface.deployment.weight_formats import WeightFormat, make_weight_format
 
 __all__ = ["to_onnx"]
 
@@ -21,21 +21,21 @@ _HIGH = 255  # a byte, and so every kernel, clamps there by itself
 _ROWS = 2  # dimensions of [N, channels]
 
 
-def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], container: str = "packed") -> onnx.ModelProto:
+def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], weight_format: str = "packed") -> onnx.ModelProto:
     """The QDQ model of ``graph``: input ``images`` [batch, 3, height, width], output ``embedding`` [batch, D], float32.
 
-    Images are float32, or uint8 where they lie on a grid.
-    Activations are uint8, of which those of b bits use the top 2^b levels.
+    Images are float32, or uint8 where they are quantized.
+    Activations are uint8, of which those of b bits use the top 2^b integers.
 
     Args:
         graph: what :func:`qface.deployment.lowering.lower` returned, or that reading bytes.
         metadata: written into the model beside the preprocessing.
-        container: how weights lie in the file, ``"packed"`` to their bits or as ``"int8"``.
+        weight_format: how weights lie in the file, ``"packed"`` to their bits or as ``"int8"``.
 
     Raises:
-        ConfigError: there is no such container.
+        ConfigError: there is no such weight_format.
     """
-    weights = make_container(container)
+    weights = make_weight_format(weight_format)
     bits = graph.weight_bits
     writer = _Writer(weights, shared_zeros=bits < _BYTE)
     for operation in graph.operations:
@@ -45,7 +45,7 @@ def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], container: str = "
 
 
 class _Writer(NodeCollector):
-    """Values are called as in the graph; the floats of one that lies on a grid are made once they are asked for.
+    """Values are called as in the graph; the floats of a quantized one are made once they are asked for.
 
     Args:
         weights: how they lie in the file.
@@ -53,7 +53,7 @@ class _Writer(NodeCollector):
             to unsigned bytes (:mod:`qface.deployment.runtime`), it fails on shared ones.
     """
 
-    def __init__(self, weights: WeightContainer, shared_zeros: bool) -> None:
+    def __init__(self, weights: WeightFormat, shared_zeros: bool) -> None:
         super().__init__()
         self.weights = weights
         self._shared_zeros = shared_zeros
@@ -62,42 +62,42 @@ class _Writer(NodeCollector):
         self._named: dict[tuple[float, int], str] = {}
 
     @singledispatchmethod
-    def write(self, operation: ir.Operation) -> None:
+    def write(self, operation: ir.IntegerOp) -> None:
         """Append the nodes of one operation."""
         raise NotImplementedError(type(operation).__name__)
 
     # ---- values
 
     def float_name(self, value: ir.Value) -> str:
-        """Name of the floats of ``value``, dequantized once where it lies on a grid."""
-        if value.grid is None:
+        """Name of the floats of ``value``, dequantized once where it is quantized."""
+        if value.qparams is None:
             return value.name
         if value.name not in self._dequantized:
             self._dequantized[value.name] = self._dequantize(value.name, value)
         return self._dequantized[value.name]
 
     def _dequantize(self, integers: str, value: ir.Value) -> str:
-        """The floats of ``integers`` on the grid of ``value``."""
+        """The floats of ``integers`` with the qparams of ``value``."""
         return self.node("DequantizeLinear", [integers, *self._qparams(value)])
 
     def _quantize(self, floats: str, value: ir.Value, output: str | None = None) -> str:
-        """The integers of ``floats`` on the grid of ``value``, saturated to a byte."""
+        """The integers of ``floats`` with the qparams of ``value``, saturated to a byte."""
         return self.node("QuantizeLinear", [floats, *self._qparams(value)], output)
 
     def _qparams(self, value: ir.Value) -> tuple[str, str]:
-        assert value.grid is not None
+        assert value.qparams is not None
         # What a PReLU reads and what it makes have the same.
-        name = self._named.setdefault((value.grid.scale, value.grid.zero_point), value.name)
-        scale = self.constant(f"{name}_scale", np.float32(value.grid.scale))
-        return scale, self.constant(f"{name}_zero_point", np.uint8(value.grid.zero_point))
+        name = self._named.setdefault((value.qparams.scale, value.qparams.zero_point), value.name)
+        scale = self.constant(f"{name}_scale", np.float32(value.qparams.scale))
+        return scale, self.constant(f"{name}_zero_point", np.uint8(value.qparams.zero_point))
 
     def _finish(self, value: ir.Value, floats: str, clamp: ir.Clamp | None = None) -> None:
-        """Make ``value`` of ``floats``: clamped, and rounded to its grid or under another name."""
-        if value.grid is None:
+        """Make ``value`` of ``floats``: clamped, and rounded or under another name."""
+        if value.qparams is None:
             self.node("Identity", [self.clamped(floats, clamp)], value.name)
             return
         # Clamped behind the rounding, which comes to the same and leaves onnxruntime its integer kernel.
-        limits = self._limits(*_levels(value.grid, clamp))
+        limits = self._limits(*_clamped_range(value.qparams, clamp))
         if limits:
             self.node("Clip", [self._quantize(floats, value), *limits], value.name)
         else:
@@ -105,51 +105,51 @@ class _Writer(NodeCollector):
 
     def _limits(self, low: int, high: int) -> list[str]:
         """The limits that a Clip of bytes needs, none where a byte has them anyway."""
-        limits = [self._level(low) if low > 0 else ""]
+        limits = [self._byte(low) if low > 0 else ""]
         if high < _HIGH:
-            limits.append(self._level(high))
+            limits.append(self._byte(high))
         return limits if any(limits) else []
 
-    def _level(self, level: int) -> str:
-        return self.constant(f"level_{level}", np.uint8(level))
+    def _byte(self, integer: int) -> str:
+        return self.constant(f"level_{integer}", np.uint8(integer))
 
-    def _floats(self, operation: ir.Operation) -> list[str]:
+    def _floats(self, operation: ir.IntegerOp) -> list[str]:
         return [self.float_name(value) for value in operation.inputs]
 
     # ---- operations
 
     @write.register
-    def _(self, operation: ir.QuantizeImage) -> None:
+    def _(self, operation: ir.QuantizeImageOp) -> None:
         (images,) = operation.inputs
         self._images.add(operation.output.name)
         self._finish(operation.output, self.shifted(operation, images.name))
 
     @write.register
-    def _(self, operation: ir.TakeBytes) -> None:
+    def _(self, operation: ir.Uint8InputOp) -> None:
         self._images.add(operation.output.name)
         self.node("Identity", [self.pixels(operation)], operation.output.name)
 
     @write.register
-    def _(self, operation: ir.NormaliseBytes) -> None:
+    def _(self, operation: ir.NormalizeUint8Op) -> None:
         self._images.add(operation.output.name)
         floats = self.node("Cast", [self.pixels(operation)], to=TensorProto.FLOAT)
-        self._finish(operation.output, self.normalised(operation, floats))
+        self._finish(operation.output, self.normalized(operation, floats))
 
     @write.register
-    def _(self, operation: ir.Convolution) -> None:
-        product = self.node("Conv", self._multiplication_inputs(operation), **convolution(operation))
+    def _(self, operation: ir.ConvolutionOp) -> None:
+        product = self.node("Conv", self._matmul_inputs(operation), **convolution(operation))
         self._finish(operation.output, product, operation.clamp)
 
     @write.register
-    def _(self, operation: ir.Linear) -> None:
-        inputs = self._multiplication_inputs(operation)
+    def _(self, operation: ir.LinearOp) -> None:
+        inputs = self._matmul_inputs(operation)
         product = self.node("Gemm", inputs, transB=1)
         self._finish(operation.output, product, operation.clamp)
 
-    def _multiplication_inputs(self, operation: ir.Convolution | ir.Linear) -> list[str]:
+    def _matmul_inputs(self, operation: ir.ConvolutionOp | ir.LinearOp) -> list[str]:
         """Input, weight and bias, dequantized per output channel."""
         (source,) = operation.inputs
-        assert source.grid is not None
+        assert source.qparams is not None
         weight = operation.weight
         name = f"{operation.name}.weight"
         self.weights.add(name, weight.integers, weight.bits)
@@ -188,10 +188,10 @@ class _Writer(NodeCollector):
         return self.node("DequantizeLinear", [integers, scale, zeros], axis=0)
 
     @write.register
-    def _(self, operation: ir.PRelu) -> None:
+    def _(self, operation: ir.PReluOp) -> None:
         """The slopes are weights of a depthwise convolution, whose kernel is one of integers; that of PRelu is not."""
         (source,) = operation.inputs
-        if source.grid is None or operation.output.grid is None:
+        if source.qparams is None or operation.output.qparams is None:
             inputs = [*self._floats(operation), self._float_slopes(operation)]
             self._finish(operation.output, self.node("PRelu", inputs))
             return
@@ -203,12 +203,12 @@ class _Writer(NodeCollector):
             if merge
             else self._sum_of_halves(operation, integers)
         )
-        low = operation.output.grid.low
+        low = operation.output.qparams.quant_min
         self._finish_map(operation, merged, low if table.result.min() < low else 0)
 
-    def _kept(self, operation: ir.PRelu, integers: str) -> str:
-        """``integers`` on the grid of the output."""
-        before, behind = operation.inputs[0].grid, operation.output.grid
+    def _kept(self, operation: ir.PReluOp, integers: str) -> str:
+        """``integers`` with the qparams of the output."""
+        before, behind = operation.inputs[0].qparams, operation.output.qparams
         assert before is not None and behind is not None
         if (before.scale, before.zero_point) == (behind.scale, behind.zero_point):
             return integers
@@ -216,32 +216,32 @@ class _Writer(NodeCollector):
         ones = self.constant(f"ones_{channels}", _depthwise(np.ones(channels, np.int8)))
         return self._depthwise_product(operation, integers, ones, self.constant("one", np.float32(1)))
 
-    def _scaled(self, operation: ir.PRelu, integers: str) -> str:
-        """``integers`` times the slopes, on the grid of the output."""
+    def _scaled(self, operation: ir.PReluOp, integers: str) -> str:
+        """``integers`` times the slopes, with the qparams of the output."""
         slopes = self.constant(f"{operation.name}.slope", _depthwise(operation.slopes))
         scale = self.constant(f"{operation.name}.slope_scale", np.float32(operation.slope_scale))
         return self._depthwise_product(operation, integers, slopes, scale)
 
-    def _depthwise_product(self, operation: ir.PRelu, integers: str, weight: str, scale: str) -> str:
+    def _depthwise_product(self, operation: ir.PReluOp, integers: str, weight: str, scale: str) -> str:
         inputs = [self._dequantize(integers, operation.inputs[0]), self._factors(weight, scale)]
         product = self.node("Conv", inputs, kernel_shape=(1, 1), group=len(operation.slopes))
         return self._quantize(product, operation.output)
 
-    def _sum_of_halves(self, operation: ir.PRelu, integers: str) -> str:
+    def _sum_of_halves(self, operation: ir.PReluOp, integers: str) -> str:
         """max(x, 0) + a min(x, 0), for slopes on both sides of 1; one term is always zero, and bytes wrap around."""
         (source,) = operation.inputs
-        assert source.grid is not None and operation.output.grid is not None
-        zero = self._level(source.grid.zero_point)
+        assert source.qparams is not None and operation.output.qparams is not None
+        zero = self._byte(source.qparams.zero_point)
         positive = self._kept(operation, self.node("Clip", [integers, zero]))
         negative = self._scaled(operation, self.node("Clip", [integers, "", zero]))
         twice_shifted = self.node("Add", [positive, negative])
-        return self.node("Sub", [twice_shifted, self._level(operation.output.grid.zero_point)])
+        return self.node("Sub", [twice_shifted, self._byte(operation.output.qparams.zero_point)])
 
     def _as_map(self, value: str, rank: int) -> str:
         """``value``, or [N, channels, 1, 1] for rows [N, channels]."""
         return self.node("Unsqueeze", [value, self._map_axes()]) if rank == _ROWS else value
 
-    def _finish_map(self, operation: ir.PRelu | ir.Affine, integers: str, low: int) -> None:
+    def _finish_map(self, operation: ir.PReluOp | ir.AffineOp, integers: str, low: int) -> None:
         """Clip ``integers`` at ``low``, and give them the rank and name of the operation's output."""
         limits = self._limits(low, _HIGH)
         if limits:
@@ -254,15 +254,15 @@ class _Writer(NodeCollector):
     def _map_axes(self) -> str:
         return self.constant("map_axes", np.array([2, 3]))
 
-    def _float_slopes(self, operation: ir.PRelu) -> str:
+    def _float_slopes(self, operation: ir.PReluOp) -> str:
         slopes = operation.slopes * np.float32(operation.slope_scale)
         return self.constant(f"{operation.name}.slope", along_channels(slopes, operation.rank))
 
     @write.register
-    def _(self, operation: ir.Affine) -> None:
+    def _(self, operation: ir.AffineOp) -> None:
         """A depthwise convolution too."""
         (source,) = operation.inputs
-        assert operation.output.grid is not None
+        assert operation.output.qparams is not None
         channels = len(operation.bias)
         name = f"{operation.name}.affine"
         scale = self.constant(f"{name}_scale", operation.weight.scale)
@@ -273,15 +273,15 @@ class _Writer(NodeCollector):
             self._bias(operation.name, operation.bias, source, scale),
         ]
         product = self.node("Conv", inputs, kernel_shape=(1, 1), group=channels)
-        self._finish_map(operation, self._quantize(product, operation.output), operation.output.grid.low)
+        self._finish_map(operation, self._quantize(product, operation.output), operation.output.qparams.quant_min)
 
     @write.register
-    def _(self, operation: ir.Activation) -> None:
+    def _(self, operation: ir.ActivationOp) -> None:
         (floats,) = self._floats(operation)
         self._finish(operation.output, self.activation(operation, floats))
 
     @write.register
-    def _(self, operation: ir.FloatAffine) -> None:
+    def _(self, operation: ir.FloatAffineOp) -> None:
         (floats,) = self._floats(operation)
         scale = self.constant(f"{operation.name}.scale", along_channels(operation.scale, operation.rank))
         shift = self.constant(f"{operation.name}.shift", along_channels(operation.shift, operation.rank))
@@ -292,36 +292,36 @@ class _Writer(NodeCollector):
         self._finish(operation.output, self.direct(operation, self._floats(operation)))
 
     @write.register
-    def _(self, operation: ir.MaxPool) -> None:
+    def _(self, operation: ir.MaxPoolOp) -> None:
         (source,) = operation.inputs
         attributes = {**window(operation), "dilations": operation.dilation}
         self.node("MaxPool", [source.name], operation.output.name, **attributes)
 
     @write.register
-    def _(self, operation: ir.Flatten) -> None:
+    def _(self, operation: ir.FlattenOp) -> None:
         (source,) = operation.inputs
         self.node("Flatten", [source.name], operation.output.name, axis=1)
 
     @write.register
-    def _(self, operation: ir.L2Normalise) -> None:
+    def _(self, operation: ir.L2NormalizeOp) -> None:
         self._finish(operation.output, self.node("LpNormalization", self._floats(operation), axis=1, p=2))
 
 
-def _takes_three_channels(operation: ir.Convolution | ir.Linear) -> bool:
-    return isinstance(operation, ir.Convolution) and (operation.groups, operation.weight.integers.shape[1]) == (1, 3)
+def _takes_three_channels(operation: ir.ConvolutionOp | ir.LinearOp) -> bool:
+    return isinstance(operation, ir.ConvolutionOp) and (operation.groups, operation.weight.integers.shape[1]) == (1, 3)
 
 
-def _levels(grid: ir.Grid, clamp: ir.Clamp | None) -> tuple[int, int]:
-    """Least and greatest integer of ``grid`` that ``clamp`` lets pass."""
+def _clamped_range(qparams: ir.TensorQParams, clamp: ir.Clamp | None) -> tuple[int, int]:
+    """Least and greatest integer that ``clamp`` lets pass."""
     low, high = clamp if clamp is not None else (None, None)
     return (
-        grid.low if low is None else max(_integer(low, grid), grid.low),
-        _HIGH if high is None else min(_integer(high, grid), _HIGH),
+        qparams.quant_min if low is None else max(_integer(low, qparams), qparams.quant_min),
+        _HIGH if high is None else min(_integer(high, qparams), _HIGH),
     )
 
 
-def _integer(value: float, grid: ir.Grid) -> int:
-    return int(np.rint(np.float32(value) / np.float32(grid.scale))) + grid.zero_point
+def _integer(value: float, qparams: ir.TensorQParams) -> int:
+    return int(np.rint(np.float32(value) / np.float32(qparams.scale))) + qparams.zero_point
 
 
 def _depthwise(integers: ir.Int8) -> ir.Int8:

@@ -1,4 +1,4 @@
-"""What a PReLU between two grids makes of each of the 256 integers that it may read."""
+"""What a PReLU between two quantized values makes of each of the 256 integers that it may read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qface.deployment.graph import Grid, PRelu
+from qface.deployment.integer_graph import Int32, PReluOp, TensorQParams
 
 __all__ = ["PReluTable", "prelu_table"]
-
-Levels = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -25,12 +23,12 @@ class PReluTable:
         positive: where the value is above zero, [256, 1].
     """
 
-    kept: Levels
-    scaled: Levels
+    kept: Int32
+    scaled: Int32
     positive: npt.NDArray[np.bool_]
 
     @property
-    def result(self) -> Levels:
+    def result(self) -> Int32:
         """What the PReLU makes, [256, channels]."""
         return np.where(self.positive, self.kept, self.scaled)
 
@@ -44,10 +42,10 @@ class PReluTable:
         return None
 
 
-def prelu_table(operation: PRelu) -> PReluTable:
-    """The table of a PReLU whose input and output lie on grids."""
+def prelu_table(operation: PReluOp) -> PReluTable:
+    """The table of a PReLU whose input and output are quantized."""
     (source,) = operation.inputs
-    before, behind = source.grid, operation.output.grid
+    before, behind = source.qparams, operation.output.qparams
     assert before is not None and behind is not None
     values = np.arange(256, dtype=np.float32)[:, None] - np.float32(before.zero_point)
     kept = _requantized(values, before, np.float32(1), behind)
@@ -56,8 +54,10 @@ def prelu_table(operation: PRelu) -> PReluTable:
     return PReluTable(kept, scaled, values > 0)
 
 
-def _requantized(sums: npt.NDArray[np.float32], before: Grid, weight_scale: np.float32, behind: Grid) -> Levels:
+def _requantized(
+    sums: npt.NDArray[np.float32], before: TensorQParams, weight_scale: np.float32, behind: TensorQParams
+) -> Int32:
     """As in :func:`qface.quantization.kernels.requantize`, with zero point and saturation."""
     factor: Any = np.float32(np.float32(before.scale) * weight_scale) / np.float32(behind.scale)
-    levels: Levels = (np.rint(sums * np.float32(factor)) + behind.zero_point).clip(0, 255).astype(np.int32)
-    return levels
+    integers: Int32 = (np.rint(sums * np.float32(factor)) + behind.zero_point).clip(0, 255).astype(np.int32)
+    return integers

@@ -24,7 +24,7 @@ from qface.preprocessing import Preprocessing, written_preprocessing
 
 __all__ = ["WEIGHT_BITS", "OnnxEmbedder", "cpu_session"]
 
-WEIGHT_BITS = "weight_bits"  # the metadata's key for the greatest width of weights that are multiplied
+WEIGHT_BITS = "weight_bits"  # the metadata's key for the most bits of weights that are multiplied
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -44,7 +44,7 @@ class OnnxEmbedder:
     Attributes:
         path: the file.
         preprocessing: what the network wants to see; the default where the file does not tell.
-        input: what the file reads, one of :data:`qface.deployment.inputs.INPUTS`: normalised floats, or RGB bytes.
+        input: what the file reads, one of :data:`qface.deployment.inputs.INPUTS`: normalized floats, or RGB bytes.
         target: the processor that it is written for, ``"cpu"`` where the file does not tell.
         provider: the execution provider that is really used.
         runtime: the same in words, for reports.
@@ -71,8 +71,8 @@ class OnnxEmbedder:
         A network with a fixed batch size gets pieces of that size, the last one filled up with zeros.
 
         Args:
-            batch: [N, 3, height, width], normalised floats or RGB bytes of this size. Whichever the file does not read
-                becomes what it reads: bytes are normalised, and floats are rounded to bytes.
+            batch: [N, 3, height, width], normalized floats or RGB bytes of this size. Whichever the file does not read
+                becomes what it reads: bytes are normalized, and floats are rounded to bytes.
 
         Raises:
             QFaceError: the network does not take images of this size.
@@ -86,7 +86,7 @@ class OnnxEmbedder:
     def _as_read(self, images: Tensor) -> Tensor:
         if self.input == UINT8_INPUT:
             return images if images.dtype == torch.uint8 else self.preprocessing.to_bytes(images.float())
-        return self.preprocessing.normalise(images) if images.dtype == torch.uint8 else images.float()
+        return self.preprocessing.normalize(images) if images.dtype == torch.uint8 else images.float()
 
     def _run(self, images: Tensor) -> Tensor:
         try:

@@ -1,12 +1,12 @@
 """Distillation: a small or quantized student learns to see faces as its teacher does."""
 
-from qface.distillation.config import RATE_OF_DISTANCE, DistillConfig
+from qface.distillation.distill_config import LR_PER_RMS_DISTANCE, DistillConfig
 from qface.distillation.heads import ArcFaceHead
 from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
 from qface.distillation.trainer import check_run, distill
 
 __all__ = [
-    "RATE_OF_DISTANCE",
+    "LR_PER_RMS_DISTANCE",
     "ArcFaceHead",
     "CosineEmbeddingLoss",
     "DistillConfig",

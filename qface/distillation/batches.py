@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qface.data.images import ImageSource, IndexedImages, LoaderImages, batch_of, identities, length_of
-from qface.data.sampling import evenly
-from qface.distillation.config import DistillConfig
+from qface.data.images import ImageSource, IndexedImages, LoaderImages, batch_of, identity_labels, length_of
+from qface.data.sample import evenly
+from qface.distillation.batch_sampler import PairSampler, flips
+from qface.distillation.distill_config import DistillConfig
 from qface.distillation.parallel import Parallel
-from qface.distillation.sampling import PairSampler, flips
 from qface.errors import ConfigError, ImagesError
 
 __all__ = ["Batch", "Batches", "batches_of"]
@@ -36,7 +36,7 @@ class Batches(ABC):
     steps_per_epoch: int | None
     """None where it is unknown."""
 
-    identities: int | None = None
+    num_identities: int | None = None
     """Number of identities, or None where they are unknown."""
 
     lacks_positives: bool = False
@@ -79,7 +79,7 @@ class _IndexedBatches(Batches):
         self._share = slice(parallel.rank * share, (parallel.rank + 1) * share)
         self.steps_per_epoch = self._sampler.steps
         self.lacks_positives = not self._sampler.has_positives
-        self.identities = None if source.labels is None else int(source.labels.max()) + 1
+        self.num_identities = None if source.labels is None else int(source.labels.max()) + 1
 
     def stream(self, start: int) -> Iterator[Batch]:
         epoch, skipped = divmod(start, self._sampler.steps)
@@ -103,7 +103,7 @@ def _batch_size(images: int, wanted: int, processes: int) -> int:
         raise ConfigError(f"batch_size {wanted} cannot be shared by {processes} processes: choose a multiple of it")
     size = min(wanted, images - images % processes)
     if size < 2:
-        raise ImagesError(f"{images} images are too few to distil from: EKD compares pairs, so give more images")
+        raise ImagesError(f"{images} images are too few to distill from: EKD compares pairs, so give more images")
     return size
 
 
@@ -156,7 +156,7 @@ def _images_and_labels(item: Any) -> tuple[Tensor, Tensor | None]:
     images = batch_of(item)
     others = item[1:] if isinstance(item, (tuple, list)) else ()
     labels = others[0] if others and isinstance(others[0], Tensor) else None
-    return images, None if labels is None else identities(labels, len(images))
+    return images, None if labels is None else identity_labels(labels, len(images))
 
 
 def _flipped(images: Tensor, mirrored: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qface.data.images import ImageSource, IndexedImages, LoaderImages, length_of
-from qface.data.sampling import evenly
-from qface.distillation.config import DistillConfig
+from qface.data.sample import evenly
+from qface.distillation.distill_config import DistillConfig
 from qface.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from qface.files import check_folder, make_folder, replacing
 
@@ -192,16 +192,16 @@ def _is_checkpoint(saved: Any) -> bool:
 
 
 def digest_of_structure(model: nn.Module) -> str:
-    """A word for the layers of ``model``, their widths, and the names, shapes and types of all they hold, whatever the
+    """A word for the layers of ``model``, their bits, and the names, shapes and types of all they hold, whatever the
     values."""
-    layers = (f"{name} {type(layer).__name__} {_widths(layer)}" for name, layer in model.named_modules())
+    layers = (f"{name} {type(layer).__name__} {_quantizer_settings(layer)}" for name, layer in model.named_modules())
     tensors = (f"{name} {tuple(t.shape)} {t.dtype}" for name, t in _tensors(model))
     return _digest(line.encode() for line in chain(layers, tensors))
 
 
-def _widths(layer: nn.Module) -> str:
+def _quantizer_settings(layer: nn.Module) -> str:
     # By name: only qface.quantization knows its quantizers.
-    return " ".join(str(getattr(layer, name, "")) for name in ("bits", "rule"))
+    return " ".join(str(getattr(layer, name, "")) for name in ("bits", "observer"))
 
 
 def digest_of_values(model: nn.Module) -> str:

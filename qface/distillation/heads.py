@@ -23,7 +23,7 @@ class ArcFaceHead(nn.Module):
 
     Args:
         embedding_size: D, the length of the embeddings.
-        identities: number of classes.
+        num_identities: number of classes.
         margin: in radians.
         scale: factor on the cosines.
         generator: source of the first weights.
@@ -32,7 +32,7 @@ class ArcFaceHead(nn.Module):
     def __init__(
         self,
         embedding_size: int,
-        identities: int,
+        num_identities: int,
         margin: float = 0.4,
         scale: float = 64.0,
         generator: torch.Generator | None = None,
@@ -40,7 +40,7 @@ class ArcFaceHead(nn.Module):
         super().__init__()
         self.margin = margin
         self.scale = scale
-        self.weight = nn.Parameter(torch.randn(identities, embedding_size, generator=generator) * _INITIAL_STD)
+        self.weight = nn.Parameter(torch.randn(num_identities, embedding_size, generator=generator) * _INITIAL_STD)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy, a scalar, of ``embeddings`` [N, D] that belong to ``labels`` [N], int64."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qface.distillation.config import Surrogate
+from qface.distillation.distill_config import Surrogate
 from qface.errors import ConfigError, TrainingError
 
 __all__ = ["CosineEmbeddingLoss", "EKDLoss", "MSEEmbeddingLoss"]
@@ -40,11 +40,11 @@ class EKDLoss(nn.Module):
     single hardest negative. A pair further than about 8 x 0.01 from every threshold has no gradient with the
     sigmoid. Thresholds that start at zero, as the original's do, have come only 87.5 % of their way after one
     epoch of LFW. An embedding loss beside EKD covers the first two; the third is repaired here unless
-    ``parity`` is set.
+    ``reference`` is set.
 
     Args:
         surrogate: ``"sigmoid"`` or ``"linear"``, see above.
-        parity: do as the original: thresholds start at zero instead of at the first batch's values, and a
+        reference: do as the original: thresholds start at zero instead of at the first batch's values, and a
             batch without positives (or negatives) yields NaN instead of leaving that term out.
 
     Raises:
@@ -55,21 +55,21 @@ class EKDLoss(nn.Module):
     teacher_thresholds: Tensor
     started: Tensor
 
-    def __init__(self, surrogate: Surrogate = "sigmoid", parity: bool = False) -> None:
+    def __init__(self, surrogate: Surrogate = "sigmoid", reference: bool = False) -> None:
         super().__init__()
         if surrogate not in ("sigmoid", "linear"):
             raise ConfigError(f"the surrogate of EKD is 'sigmoid' or 'linear', not {surrogate!r}")
         self.surrogate = surrogate
-        self.parity = parity
+        self.reference = reference
         self.register_buffer("student_thresholds", torch.zeros(len(_INVERSE_FPR)))
         self.register_buffer("teacher_thresholds", torch.zeros(len(_INVERSE_FPR)))
-        self.register_buffer("started", torch.tensor(parity))
+        self.register_buffer("started", torch.tensor(reference))
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """Update the thresholds by this batch and return its loss, a scalar.
 
         Args:
-            student: embeddings [N, D], normalised or not; the gradient flows into them.
+            student: embeddings [N, D], normalized or not; the gradient flows into them.
             teacher: embeddings [N, E] of the same images; E may differ from D.
             labels: identities [N]; without them every pair counts as negative.
         """
@@ -107,7 +107,7 @@ class EKDLoss(nn.Module):
         return distance.sum(1)
 
     def _mean_square(self, difference: Tensor) -> Tensor:
-        count = len(difference) if self.parity else max(len(difference), 1)
+        count = len(difference) if self.reference else max(len(difference), 1)
         return difference.square().sum() / count
 
 
@@ -135,7 +135,7 @@ def _cosines(embeddings: Tensor) -> Tensor:
 
 
 class MSEEmbeddingLoss(nn.Module):
-    """Mean squared difference of the normalised embeddings, over batch and dimensions: the loss of QuantFace.
+    """Mean squared difference of the normalized embeddings, over batch and dimensions: the loss of QuantFace.
 
     Raises:
         TrainingError: student and teacher have embeddings of different length.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qface.distillation.config import DistillConfig
+from qface.distillation.distill_config import DistillConfig
+from qface.distillation.feature_taps import FeatureLoss, FeaturePairs
 from qface.distillation.heads import ArcFaceHead
 from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
-from qface.distillation.residual_sums import ResidualLoss, SumPairs
 from qface.errors import TrainingError
 
 __all__ = ["Objective"]
@@ -23,8 +23,8 @@ class Objective(nn.Module):
         config: which losses, and their weights.
         student_size: length of the student's embedding.
         teacher_size: length of the teacher's.
-        identities: number of identities for the class head, or None where they are unknown.
-        sums: residual sums of some images, if they are to be compared.
+        num_identities: for the class head, or None where they are unknown.
+        features: residual sums of some images, if they are to be compared.
 
     Raises:
         TrainingError: an embedding loss with embeddings of different size, or a class head without
@@ -36,38 +36,38 @@ class Objective(nn.Module):
         config: DistillConfig,
         student_size: int,
         teacher_size: int,
-        identities: int | None,
-        sums: SumPairs = (),
+        num_identities: int | None,
+        features: FeaturePairs = (),
     ) -> None:
         super().__init__()
         self.config = config
         if config.uses_embedding_loss and student_size != teacher_size:
             raise TrainingError(
                 f"the {config.embedding_loss} loss cannot compare embeddings of {student_size} values (student) "
-                f"and {teacher_size} (teacher): set embedding_loss=None to distil by EKD alone"
+                f"and {teacher_size} (teacher): set embedding_loss=None to distill by EKD alone"
             )
         if config.uses_ekd:
-            self.ekd = EKDLoss(config.ekd_surrogate, config.ekd_parity)
+            self.ekd = EKDLoss(config.ekd_surrogate, config.reference_ekd)
         if config.embedding_loss is not None:
             self.embedding = _EMBEDDING_LOSSES[config.embedding_loss]()
         if config.class_head:
-            self.head = self._class_head(student_size, identities)
-        if sums:
-            self.residual = ResidualLoss(sums)
+            self.head = self._class_head(student_size, num_identities)
+        if features:
+            self.feature_loss = FeatureLoss(features)
 
-    def of_sums(self, sums: SumPairs) -> Tensor:
+    def weighted_feature_loss(self, features: FeaturePairs) -> Tensor:
         """The weighted loss of the residual sums of n images, for each of them, [n, 1]."""
-        loss: Tensor = self.config.residual_weight * self.residual(sums)
+        loss: Tensor = self.config.feature_loss_weight * self.feature_loss(features)
         return loss
 
-    def _class_head(self, embedding_size: int, identities: int | None) -> ArcFaceHead:
-        if identities is None:
+    def _class_head(self, embedding_size: int, num_identities: int | None) -> ArcFaceHead:
+        if num_identities is None:
             raise TrainingError(
                 "the class head needs to know all identities in advance, which a loader does not tell: give a folder "
                 "with a sub-folder per person, or a tensor with labels (TensorImages), or set class_head=False"
             )
         generator = torch.Generator().manual_seed(self.config.seed)
-        return ArcFaceHead(embedding_size, identities, self.config.margin, self.config.scale, generator)
+        return ArcFaceHead(embedding_size, num_identities, self.config.margin, self.config.scale, generator)
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """The weighted terms by name, each a scalar; they add up to the loss.

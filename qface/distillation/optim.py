@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qface.distillation.config import RATE_OF_DISTANCE, DistillConfig
+from qface.distillation.distill_config import LR_PER_RMS_DISTANCE, DistillConfig
 from qface.distillation.losses import CosineEmbeddingLoss
 from qface.distillation.relative_adam import RelativeAdam
 from qface.errors import TrainingError
 
-__all__ = ["descend", "learning_rate_of", "optimizer_for", "schedule_factor"]
+__all__ = ["learning_rate_of", "optimizer_for", "optimizer_step", "schedule_factor"]
 
 _BASE = "base_learning_rate"
 
@@ -29,7 +29,7 @@ def learning_rate_of(config: DistillConfig, student: Tensor, teacher: Tensor) ->
     if config.learning_rate is not None:
         return config.learning_rate
     distance = math.sqrt(2 * max(0.0, float(CosineEmbeddingLoss()(student, teacher))))
-    return RATE_OF_DISTANCE * distance
+    return LR_PER_RMS_DISTANCE * distance
 
 
 def optimizer_for(
@@ -87,7 +87,7 @@ def schedule_factor(config: DistillConfig, step: int, total: int) -> float:
     return warm * (0.5 * (1 + math.cos(math.pi * step / total)) if config.schedule == "cosine" else 1.0)
 
 
-def descend(optimizer: torch.optim.Optimizer, factor: float, max_norm: float | None) -> float:
+def optimizer_step(optimizer: torch.optim.Optimizer, factor: float, max_norm: float | None) -> float:
     """One step at ``factor`` times the learning rates, along gradients of at most ``max_norm``.
 
     Returns:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qface.data.images import ImageSource, IndexedImages
-from qface.data.relabelled import Relabelled
+from qface.data.relabeled import Relabeled
 from qface.evaluation.embedding import Embeddings, Model, embed
 
 __all__ = ["pseudo_labels", "with_pseudo_labels"]
@@ -36,7 +36,7 @@ def with_pseudo_labels(source: ImageSource, teacher: Model, progress: bool = Fal
     """``source`` with identities by ``teacher``; what has labels, or can only be read in order, is left as it is."""
     if not isinstance(source, IndexedImages) or source.labels is not None:
         return source
-    return Relabelled(source, pseudo_labels(embed(teacher, source, progress=progress)))
+    return Relabeled(source, pseudo_labels(embed(teacher, source, progress=progress)))
 
 
 def pseudo_labels(embeddings: Embeddings) -> Tensor:

@@ -1,6 +1,6 @@
 """Adam whose steps are in parts of the size of what they change.
 
-Equalisation multiplies channels by factors, and divides the weights behind them by the same: the network is the same,
+Equalization multiplies channels by factors, and divides the weights behind them by the same: the network is the same,
 but its weights are of very different size. SGD's steps then break the small ones before they reach the large ones, and
 Adam's, of one size for all, do as well. Here a step for a weight of a matrix is in parts of (root mean square of its
 row) x (that of its column) / (that of the matrix), which factors of rows and columns multiply as they do the weight: so

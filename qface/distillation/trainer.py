@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qface.data.images import Images, ImageSource, normalise
+from qface.data.images import Images, ImageSource, normalize
 from qface.data.sources import as_image_source
+from qface.distillation.batch_sampler import seeded_rng
 from qface.distillation.batches import Batch, Batches, batches_of
 from qface.distillation.checkpoint import (
     RunFolder,
@@ -23,16 +24,15 @@ from qface.distillation.checkpoint import (
     digest_of_structure,
     digest_of_values,
 )
-from qface.distillation.config import DistillConfig
+from qface.distillation.distill_config import DistillConfig
+from qface.distillation.feature_taps import FeaturePairs, FeatureTaps
 from qface.distillation.memory import memory_kept
-from qface.distillation.modes import borrowed, has_batch_norm, mode_changes, set_observers, set_student_mode
 from qface.distillation.objective import Objective
-from qface.distillation.optim import descend, learning_rate_of, optimizer_for, schedule_factor
+from qface.distillation.optim import learning_rate_of, optimizer_for, optimizer_step, schedule_factor
 from qface.distillation.parallel import Parallel, device_for, processes_for
-from qface.distillation.progress import progress_bar
 from qface.distillation.pseudo_labels import with_pseudo_labels
-from qface.distillation.residual_sums import ResidualSums, SumPairs
-from qface.distillation.sampling import drawn_by
+from qface.distillation.student_mode import has_batch_norm, mode_changes, on_device, set_observers, set_student_mode
+from qface.distillation.training_bar import training_bar
 from qface.errors import ConfigError, TrainingError
 from qface.memory_format import fastest_memory_format
 from qface.models.provenance import record_step
@@ -66,7 +66,7 @@ def distill(
     config: DistillConfig | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
-    people: str | Path | None = None,
+    identities: str | Path | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Train ``student`` in place to embed faces as ``teacher`` does.
@@ -84,7 +84,7 @@ def distill(
         student: the network that learns.
         teacher: the network to learn from; it is not changed.
         images: a folder, a tensor, a loader or an image source (:func:`qface.data.sources.as_image_source`).
-            Bytes are normalised for each network by the preprocessing it carries, floats reach both as they
+            Bytes are normalized for each network by the preprocessing it carries, floats reach both as they
             are. Batches of one image that a loader yields are passed over. EKD uses identities where they are
             known. Where they are not, it takes the teacher's word for them (``config.pseudo_pairs``), or, of a
             loader, sees negative pairs only.
@@ -94,7 +94,7 @@ def distill(
         resume: go on from the checkpoint in ``run_dir``, or start there where it holds none. A run that was
             killed ends with the weights it would have had, bit for bit on a CPU with as many threads, and of a loader
             only if its order repeats; a finished one returns at once.
-        people: for a folder, which identities to keep.
+        identities: for a folder, which identities to keep.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -113,10 +113,10 @@ def distill(
     config = config or DistillConfig()
     check_run(config, run_dir, resume)
     parallel = processes_for(config.device)
-    source = as_image_source(images, people)
+    source = as_image_source(images, identities)
     folder = None if run_dir is None else _run_folder(Path(run_dir), student, teacher, source, config, parallel)
     state = None if folder is None else folder.load()
-    with memory_kept(), borrowed(parallel.device, student, teacher), _released(student):
+    with memory_kept(), on_device(parallel.device, student, teacher), _released(student):
         if folder is not None and state is not None and state["step"] == state["total"]:
             with folder.restoring():
                 student.load_state_dict(state["student"])
@@ -173,10 +173,10 @@ def _total_steps(config: DistillConfig, batches: Batches) -> int:
 
 
 def _check_settings(config: DistillConfig, batches: Batches, student: nn.Module, parallel: Parallel) -> None:
-    if config.uses_ekd and config.ekd_parity and batches.lacks_positives:
+    if config.uses_ekd and config.reference_ekd and batches.lacks_positives:
         raise ConfigError(
-            "ekd_parity needs two images of one person in every batch, but none with two images is known: "
-            "set ekd_parity=False, or give images with identities"
+            "reference_ekd needs two images of one person in every batch, but none with two images is known: "
+            "set reference_ekd=False, or give images with identities"
         )
     moving_statistics = config.bn_statistics_steps != 0 and has_batch_norm(student)
     if parallel.world_size > 1 and (moving_statistics or config.observer_steps > 0):
@@ -197,9 +197,9 @@ class _Trainer:
         parallel: Parallel,
     ) -> None:
         self.student = student
-        sums_of = ResidualSums.shared if config.residual_weight > 0 else ResidualSums
-        self.sums = sums_of(student, teacher)
-        self.teacher = self.sums.teacher.eval()
+        make_taps = FeatureTaps.shared if config.feature_loss_weight > 0 else FeatureTaps
+        self.taps = make_taps(student, teacher)
+        self.teacher = self.taps.teacher.eval()
         self.batches = batches
         self.config = config
         self.parallel = parallel
@@ -211,27 +211,27 @@ class _Trainer:
         self.memory_format = fastest_memory_format(
             examples[:1].to(parallel.device), partial(self._embed, student), partial(self._embed, self.teacher)
         )
-        found, wanted, sums = self._compare(examples)
-        objective = Objective(config, found.shape[1], wanted.shape[1], batches.identities, sums)
+        found, wanted, features = self._compare(examples)
+        objective = Objective(config, found.shape[1], wanted.shape[1], batches.num_identities, features)
         self.objective = objective.to(parallel.device, found.dtype)
         self.learning_rate = learning_rate_of(config, found, wanted)
         self.optimizer = optimizer_for(config, self.learning_rate, student, self.objective)
         self._student_of_all = parallel.wrap(student)
 
     @torch.no_grad()
-    def _compare(self, examples: Tensor) -> tuple[Tensor, Tensor, SumPairs]:
+    def _compare(self, examples: Tensor) -> tuple[Tensor, Tensor, FeaturePairs]:
         """What both networks make of some images: the student's embeddings, the teacher's, and residual sums."""
-        with self.sums.watched():
+        with self.taps.attached():
             found, wanted = (self._embed(model, examples) for model in (self.student, self.teacher))
-            sums = self.sums.take(len(examples))
+            features = self.taps.take(len(examples))
         for name, embeddings in (("student", found), ("teacher", wanted)):
             if not embeddings.isfinite().all():
                 raise TrainingError(f"embeddings of the {name} are not finite: check its weights and scales")
-        return found, wanted, sums
+        return found, wanted, features
 
     def _embed(self, model: nn.Module, images: Tensor, through: nn.Module | None = None) -> Tensor:
-        """Embeddings [n, D] of ``images``, normalised for ``model``, sent ``through`` what stands for it."""
-        images = normalise(images.to(self.parallel.device), preprocessing_of(model)).to(dtype_of(model))
+        """Embeddings [n, D] of ``images``, normalized for ``model``, sent ``through`` what stands for it."""
+        images = normalize(images.to(self.parallel.device), preprocessing_of(model)).to(dtype_of(model))
         with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             embeddings = (through or model)(images)
         if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
@@ -246,7 +246,7 @@ class _Trainer:
                     self._go_on_from(state)
             folder.begin_log(self.step)
         changes = mode_changes(self.config) | {self.step}
-        with self.sums.watched(), progress_bar(self.step, self.total, progress) as advance:
+        with self.taps.attached(), training_bar(self.step, self.total, progress) as advance:
             for step, batch in zip(range(self.step, self.total), self.batches.stream(self.step), strict=False):
                 if step in changes:
                     set_student_mode(self.student, self.config, step)
@@ -257,7 +257,7 @@ class _Trainer:
                     self._write(folder, record)
 
     def _train_on(self, batch: Batch) -> dict[str, float]:
-        with drawn_by(self.config.seed, self.step, self.parallel.device):
+        with seeded_rng(self.config.seed, self.step, self.parallel.device):
             terms = self._terms(batch)
         loss = torch.stack(list(terms.values())).sum()
         record = {
@@ -270,7 +270,7 @@ class _Trainer:
         self.objective.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         factor = schedule_factor(self.config, self.step, self.total)
-        norm = descend(self.optimizer, factor, self.config.max_gradient_norm)
+        norm = optimizer_step(self.optimizer, factor, self.config.max_gradient_norm)
         self._require_finite("gradient", norm)
         return record | {"learning_rate": self.learning_rate * factor, "gradient_norm": norm}
 
@@ -282,15 +282,15 @@ class _Trainer:
         teacher = teacher.to(student.dtype)
         labels = None if batch.labels is None else batch.labels.to(student.device)
         terms: dict[str, Tensor] = self.objective(student, teacher, labels)
-        if sums := self.sums.take(len(images)):
-            terms["residual"] = self.parallel.gather(self.objective.of_sums(sums)).mean()
+        if features := self.taps.take(len(images)):
+            terms["feature"] = self.parallel.gather(self.objective.weighted_feature_loss(features)).mean()
         return terms
 
     def _require_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             cure = f"choose a learning_rate below {self.learning_rate:g}"
-            if self.config.ekd_parity:
-                cure += ", or set ekd_parity=False where batches may lack positive pairs"
+            if self.config.reference_ekd:
+                cure += ", or set reference_ekd=False where batches may lack positive pairs"
             raise TrainingError(f"the {name} is {value} at step {self.step}: {cure}")
 
     def _go_on_from(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Any model as a function from images to L2-normalised embeddings, without a lasting change to the model."""
+"""Any model as a function from images to L2-normalized embeddings, without a lasting change to the model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from qface.checks import check_whole
-from qface.data.images import ImageSource, IndexedImages, normalise
+from qface.data.images import ImageSource, IndexedImages, normalize
 from qface.data.prefetch import prefetched
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, ImagesError, QFaceError, one_line
 from qface.memory_format import fastest_memory_format
-from qface.modes import modes_kept
 from qface.preprocessing import Preprocessing, dtype_of, preprocessing_of
 from qface.progress import track
+from qface.training_mode import preserve_training_mode
 
 __all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed", "embedding_batches"]
 
@@ -31,7 +31,7 @@ Embeddings = npt.NDArray[np.float32]
 
 @runtime_checkable
 class Embedder(Protocol):
-    """A function from normalised images to embeddings that knows how its images are normalised."""
+    """A function from normalized images to embeddings that knows how its images are normalized."""
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -69,7 +69,7 @@ class TorchEmbedder:
         return f"torch {self.device}"
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Embed ``batch``, normalised [N, 3, height, width], to [N, D], on the model's device and in its type."""
+        """Embed ``batch``, normalized [N, 3, height, width], to [N, D], on the model's device and in its type."""
         with _evaluating(self.model), torch.inference_mode():
             images = batch.to(self.device, dtype_of(self.model))
             if self._memory_format is None:
@@ -82,7 +82,7 @@ class TorchEmbedder:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode with observers off: torch's observers update in eval mode too."""
     observing: list[Any] = [module for module in model.modules() if _is_observing(module)]
-    with modes_kept(model):
+    with preserve_training_mode(model):
         model.eval()
         for module in observing:
             module.enable_observer(False)
@@ -131,13 +131,13 @@ def embed(
 
     Args:
         model: see :func:`as_embedder`.
-        source: crops, or floats that are already normalised for ``model``.
+        source: crops, or floats that are already normalized for ``model``.
         batch_size: images a forward pass.
-        flip: add the embedding of the mirrored image before normalising, as ArcFace does.
+        flip: add the embedding of the mirrored image before normalizing, as ArcFace does.
         progress: show a bar on stderr while it runs.
 
     Returns:
-        float32 [images, dimensions], L2-normalised rows.
+        float32 [images, dimensions], L2-normalized rows.
 
     Raises:
         ConfigError: ``batch_size`` is below 1.
@@ -183,7 +183,7 @@ def embedding_batches(
 
 def _views(batch: Tensor, flip: bool, preprocessing: Preprocessing) -> list[Tensor]:
     """What the network reads of ``batch``: it, and its mirror image where that is wanted too."""
-    return [normalise(view, preprocessing) for view in ((batch, batch.flip(-1)) if flip else (batch,))]
+    return [normalize(view, preprocessing) for view in ((batch, batch.flip(-1)) if flip else (batch,))]
 
 
 def _embed_views(embedder: Embedder, views: list[Tensor]) -> Embeddings:

@@ -41,7 +41,7 @@ def embed_to_file(
         progress: show a bar on stderr.
 
     Returns:
-        float32 [images, dimensions], not normalised, mapped from the file.
+        float32 [images, dimensions], not normalized, mapped from the file.
 
     Raises:
         ConfigError: the folder holds embeddings of another model or of other images, or another run writes to it.

@@ -1,4 +1,4 @@
-"""The verb ``evaluate``: verification figures of a model on a folder of labelled faces."""
+"""The verb ``evaluate``: verification figures of a model on a folder of labeled faces."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def evaluate(
     model: Model,
     images: Images,
     pairs: str | Path | None = None,
-    people: str | Path | None = None,
+    identities: str | Path | None = None,
     gallery: Model | None = None,
     flip: bool = False,
     batch_size: int = 64,
@@ -80,13 +80,13 @@ def evaluate(
 
     Args:
         model: a module, the path of a model file, or an Embedder. A module is left as it is.
-        images: a folder of 112x112 crops with one subfolder a person, or other labelled images; or, for the accuracy
+        images: a folder of 112x112 crops with one subfolder a person, or other labeled images; or, for the accuracy
             alone, a flat folder with ``pairs``, or what brings its own: a ``.bin`` file of InsightFace, a split of CFP.
         pairs: a list of pairs (:func:`qface.data.read_pairs`); it needs a folder.
-        people: which identities of the folder to use; see :func:`qface.data.people.select_people`.
+        identities: which of the folder's to use; see :func:`qface.data.identities.select_identities`.
         gallery: another model that embeds the same images as the gallery, while ``model`` embeds the probes;
             of a listed pair, the first image is the probe.
-        flip: add the embedding of the mirrored image before normalising.
+        flip: add the embedding of the mirrored image before normalizing.
         batch_size: images a forward pass.
         progress: show a bar on stderr.
 
@@ -96,7 +96,7 @@ def evaluate(
         CheckpointError: a model file cannot be read.
         QFaceError: a model gives no finite embeddings, or the two models' do not compare.
     """
-    source = as_image_source(images, people)
+    source = as_image_source(images, identities)
     listed = _listed(pairs, source)
     labels = _labels(source, needed=listed is None)
     genuine, impostors = _counts(labels, listed, ordered=gallery is not None)

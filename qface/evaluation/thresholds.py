@@ -39,14 +39,14 @@ class OperatingThresholds:
 
     Args:
         fpr: the rate that was wanted, as a decimal.
-        set_on: the people that thresholds were set on, as they were named; None for all.
-        judged_on: the people that rates were measured on.
+        identities: the people that thresholds were set on, as they were named; None for all.
+        eval_identities: the people that rates were measured on.
         pairings: float, quantized and mixed.
     """
 
     fpr: str
-    set_on: str | None
-    judged_on: str | None
+    identities: str | None
+    eval_identities: str | None
     pairings: tuple[PairingThreshold, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def operating_thresholds(
     student: Model,
     images: Images,
     fpr: str = "1e-4",
-    people: str | Path | None = None,
-    judged_on: str | Path | None = None,
+    identities: str | Path | None = None,
+    eval_identities: str | Path | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> OperatingThresholds:
@@ -69,10 +69,10 @@ def operating_thresholds(
     Args:
         teacher: the float model: a module, the path of a model file, or an Embedder.
         student: the quantized one.
-        images: a folder of 112x112 crops with one subfolder a person, or other labelled images.
+        images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
         fpr: the rate, a decimal between 0 and 1 such as ``"1e-4"``.
-        people: of a folder, the people to set thresholds on.
-        judged_on: the people to measure them on; None takes the same, on which the rate is what was wanted.
+        identities: of a folder, the people to set thresholds on.
+        eval_identities: the people to measure them on; None takes the same, on which the rate is what was wanted.
         batch_size: images a forward pass.
         progress: show a bar on stderr.
 
@@ -82,8 +82,8 @@ def operating_thresholds(
         CheckpointError: a model file cannot be read.
         QFaceError: a model gives no finite embeddings, or the two models' do not compare.
     """
-    tuned = _labelled(images, people, fpr)
-    others = None if judged_on is None else _labelled(images, judged_on, fpr)
+    tuned = _labeled(images, identities, fpr)
+    others = None if eval_identities is None else _labeled(images, eval_identities, fpr)
     models = as_embedder(teacher), as_embedder(student)
     seen = _faces(*models, tuned, batch_size, progress)
     judged = seen if others is None else _faces(*models, others, batch_size, progress)
@@ -92,14 +92,16 @@ def operating_thresholds(
         PairingThreshold(name, threshold, judged.rates(name, threshold), judged.rates(name, thresholds["float"]))
         for name, threshold in thresholds.items()
     )
-    return OperatingThresholds(fpr, _name(people), _name(people if judged_on is None else judged_on), tuple(rows))
+    return OperatingThresholds(
+        fpr, _name(identities), _name(identities if eval_identities is None else eval_identities), tuple(rows)
+    )
 
 
 _PAIRINGS = ("float", "quantized", "mixed")
 
 
 @dataclass(frozen=True)
-class _Labelled:
+class _Labeled:
     """Images, and who is on them."""
 
     source: ImageSource
@@ -127,17 +129,17 @@ class _Faces:
         return probes, self.teacher if pairing == "mixed" else None
 
 
-def _labelled(images: Images, people: str | Path | None, fpr: str) -> _Labelled:
+def _labeled(images: Images, identities: str | Path | None, fpr: str) -> _Labeled:
     """The images, checked before they take their time."""
-    source = as_image_source(images, people)
+    source = as_image_source(images, identities)
     labels = labels_of(source)
     if labels is None:
         raise ImagesError("thresholds need to know who is who: pass a folder with one subfolder a person")
     ranks_of([fpr], count_pairs(labels, ordered=True)[1])
-    return _Labelled(source, labels)
+    return _Labeled(source, labels)
 
 
-def _faces(teacher: Embedder, student: Embedder, images: _Labelled, batch_size: int, progress: bool) -> _Faces:
+def _faces(teacher: Embedder, student: Embedder, images: _Labeled, batch_size: int, progress: bool) -> _Faces:
     return _Faces(
         embed(teacher, images.source, batch_size, progress=progress),
         embed(student, images.source, batch_size, progress=progress),
@@ -145,5 +147,5 @@ def _faces(teacher: Embedder, student: Embedder, images: _Labelled, batch_size: 
     )
 
 
-def _name(people: str | Path | None) -> str | None:
-    return None if people is None else str(people)
+def _name(identities: str | Path | None) -> str | None:
+    return None if identities is None else str(identities)

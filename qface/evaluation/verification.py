@@ -106,7 +106,7 @@ def tpr_at_fpr(
     impostors of the largest rate, which take up to 16 bytes each while they are being sorted out.
 
     Args:
-        probes: float32 [images, dimensions], L2-normalised.
+        probes: float32 [images, dimensions], L2-normalized.
         labels: [images], the identities.
         fprs: rates as decimals, such as ``"1e-4"``, between 0 and 1; they are the keys of the result.
         gallery: the same images embedded by another model. Then all ordered pairs i != j of a probe and a
@@ -163,7 +163,7 @@ def rates_at(threshold: float, probes: Scores, labels: npt.ArrayLike, gallery: S
 
     Args:
         threshold: a cosine.
-        probes: float32 [images, dimensions], L2-normalised.
+        probes: float32 [images, dimensions], L2-normalized.
         labels: [images], the identities.
         gallery: see :func:`tpr_at_fpr`, whose pairs are the same.
 

@@ -2,7 +2,7 @@
 
 from qface.models.graph_data import register_layer
 from qface.models.iresnet import IResNet, iresnet
-from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
+from qface.models.layers import Add, ChannelAffine, Concat, L2Normalize, Multiply
 from qface.models.mobilefacenet import MobileFaceNet
 from qface.models.provenance import carry, provenance_of, record_step
 from qface.models.store import MODEL_NAMES, load, save
@@ -14,7 +14,7 @@ __all__ = [
     "ChannelAffine",
     "Concat",
     "IResNet",
-    "L2Normalise",
+    "L2Normalize",
     "MobileFaceNet",
     "Multiply",
     "carry",

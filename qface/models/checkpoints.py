@@ -20,7 +20,7 @@ from qface.models.mobilefacenet import MobileFaceNet
 from qface.models.pickled_modules import read_pickled_module
 from qface.preprocessing import CROP_SIZE, Preprocessing
 
-__all__ = ["check_finite", "fill", "read_tensors", "recognise", "without_wrapper"]
+__all__ = ["check_finite", "fill", "read_tensors", "recognize", "without_wrapper"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "backbone")
 _IRESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
@@ -93,7 +93,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
         )
 
 
-def recognise(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:
+def recognize(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:
     """The network that a bare checkpoint belongs to, not yet filled, and what it most likely reads.
 
     Raises:

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from qface.errors import CheckpointError, UnsupportedLayerError, one_line
-from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
+from qface.models.layers import Add, ChannelAffine, Concat, L2Normalize, Multiply
 
 __all__ = ["check_rebuilt", "graph_from_data", "graph_to_data", "on_rebuild", "register_layer", "registered_layers"]
 
@@ -68,8 +68,8 @@ _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     Add: (),
     Multiply: (),
     Concat: ("dim",),
-    L2Normalise: (),
-    ChannelAffine: ("channels",),
+    L2Normalize: (),
+    ChannelAffine: ("num_channels",),
 }
 
 _FUNCTION_NAMES = {

@@ -26,7 +26,7 @@ _BN_EPS = 1e-5
 
 
 class IResNetBlock(nn.Module):
-    """Pre-normalised residual block: BN, conv, BN, PReLU, conv (strided), BN, plus the shortcut."""
+    """Pre-normalized residual block: BN, conv, BN, PReLU, conv (strided), BN, plus the shortcut."""
 
     def __init__(self, inplanes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -74,15 +74,15 @@ class IResNet(nn.Module):
         # arcface_torch fixes the last scale, so that it cannot stand in for the embedding's norm.
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad = False
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map normalised images [N, 3, 112, 112] to embeddings [N, num_features], not normalised."""
+        """Map normalized images [N, 3, 112, 112] to embeddings [N, num_features], not normalized."""
         x = self.prelu(self.bn1(self.conv1(x)))
         for stage in range(1, 5):
             x = getattr(self, f"layer{stage}")(x)
@@ -96,7 +96,7 @@ def _stage(inplanes: int, planes: int, count: int) -> nn.Sequential:
 
 
 def iresnet(depth: int, num_features: int = 512) -> IResNet:
-    """An initialised IResNet of ``depth`` 18, 34, 50, 100 or 200.
+    """An initialized IResNet of ``depth`` 18, 34, 50, 100 or 200.
 
     Raises:
         KeyError: no IResNet has that depth.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Add", "ChannelAffine", "Concat", "L2Normalise", "Multiply", "along_channels"]
+__all__ = ["Add", "ChannelAffine", "Concat", "L2Normalize", "Multiply", "along_channels"]
 
 
 class Add(nn.Module):
@@ -39,7 +39,7 @@ class Concat(nn.Module):
         return torch.cat(tensors, self.dim)
 
 
-class L2Normalise(nn.Module):
+class L2Normalize(nn.Module):
     """Rows of a [N, D] tensor divided by their Euclidean norm."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,14 +51,14 @@ class ChannelAffine(nn.Module):
     """``weight[c] * x + bias[c]``: what a BatchNorm with fixed statistics computes where it cannot be folded.
 
     Args:
-        channels: size of dimension 1 of the input, which has 2 or 4 dimensions.
+        num_channels: size of dimension 1 of the input, which has 2 or 4 dimensions.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.channels = channels
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.num_channels = num_channels
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale and shift each channel."""

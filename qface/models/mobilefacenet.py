@@ -89,14 +89,14 @@ class MobileFaceNet(nn.Module):
         final = (size[0] // 16, size[1] // 16)
         self.linear7 = _ConvBlock(_HEAD_CHANNELS, _HEAD_CHANNELS, final, depthwise=True, linear=True)
         self.linear1 = _ConvBlock(_HEAD_CHANNELS, num_features, 1, linear=True)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map normalised images [N, 3, *size] to embeddings [N, num_features], not normalised."""
+        """Map normalized images [N, 3, *size] to embeddings [N, num_features], not normalized."""
         x = self.blocks(self.dw_conv1(self.conv1(x)))
         return cast(Tensor, self.linear1(self.linear7(self.conv2(x))).flatten(1))

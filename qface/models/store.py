@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qface.errors import CheckpointError, ExportError
 from qface.files import check_folder, replacing
-from qface.models.checkpoints import check_finite, fill, read_tensors, recognise, without_wrapper
+from qface.models.checkpoints import check_finite, fill, read_tensors, recognize, without_wrapper
 from qface.models.graph_data import check_rebuilt, graph_from_data, graph_to_data, registered_layers
 from qface.models.iresnet import IRESNET_BLOCKS, iresnet
 from qface.models.mobilefacenet import MobileFaceNet
@@ -28,7 +28,7 @@ from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocess
 __all__ = ["MODEL_NAMES", "check_model_file", "load", "save"]
 
 FORMAT = "qface"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 _SUFFIX = ".safetensors"
 
 MODEL_NAMES = ("mobilefacenet", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
@@ -88,7 +88,7 @@ def _fitting_network(
     elif metadata.get("format") == FORMAT:
         return _from_own_format(tensors, metadata, path), Preprocessing()
     else:
-        model, likely = recognise(without_wrapper(tensors), path)
+        model, likely = recognize(without_wrapper(tensors), path)
     fill(model, without_wrapper(tensors), path)
     return model, likely
 
@@ -96,9 +96,7 @@ def _fitting_network(
 def _from_own_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path) -> nn.Module:
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}, and this qface reads {FORMAT_VERSION}; update qface"
-        )
+        raise CheckpointError(_other_version(path, version))
     try:
         graph = json.loads(metadata["graph"])
     except (KeyError, ValueError, RecursionError) as error:
@@ -107,6 +105,15 @@ def _from_own_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
         return graph_from_data(graph, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _other_version(path: str | Path, version: str | None) -> str:
+    """What is wrong with a file of another format version, and what to do about it."""
+    known = version if version is not None and version.isdecimal() else "0"
+    formats = f"(format {known}, this one reads {FORMAT_VERSION})"
+    if int(known) > int(FORMAT_VERSION):
+        return f"{path} was written by a newer qface {formats}; update qface"
+    return f"{path} was written by an older qface {formats}; make it again, a student with qface quantize"
 
 
 def save(model: nn.Module, path: str | Path) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import fx, nn
 
 from qface.errors import TraceError
-from qface.models.layers import Add, ChannelAffine, Concat, L2Normalise, Multiply
-from qface.modes import modes_kept
+from qface.models.layers import Add, ChannelAffine, Concat, L2Normalize, Multiply
 from qface.preprocessing import dtype_of, preprocessing_of
+from qface.training_mode import preserve_training_mode
 
 __all__ = ["LEAF_LAYERS", "example_input", "trace"]
 
-LEAF_LAYERS: tuple[type[nn.Module], ...] = (Add, ChannelAffine, Concat, L2Normalise, Multiply)
+LEAF_LAYERS: tuple[type[nn.Module], ...] = (Add, ChannelAffine, Concat, L2Normalize, Multiply)
 """Layers of ours that stay one node when a network that contains them is traced."""
 
 
@@ -48,7 +48,7 @@ def trace(model: nn.Module, leaves: tuple[type[nn.Module], ...] = ()) -> fx.Grap
         return model
     tracer = _Tracer((*LEAF_LAYERS, *leaves))
     try:
-        with modes_kept(model):
+        with preserve_training_mode(model):
             options = _options(model)
             graph = tracer.trace(model.eval(), concrete_args=options)
     except Exception as error:  # any Python of the user's forward may run, so anything may be raised

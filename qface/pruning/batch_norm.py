@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qface.modes import modes_kept
+from qface.training_mode import preserve_training_mode
 
 __all__ = ["reestimate_batch_norms"]
 
@@ -17,17 +17,17 @@ _BATCH = 64
 def reestimate_batch_norms(model: nn.Module, images: Tensor) -> None:
     """Replace the running means and variances of all batch norms of ``model``, in place.
 
-    They become those of the images, averaged over batches of 64 of one size. Each norm then normalises by what it
+    They become those of the images, averaged over batches of 64 of one size. Each norm then normalizes by what it
     computes of a batch itself, so that those behind it see what they will see.
 
     Args:
         model: any network; dropout stays off.
-        images: normalised, [N, 3, height, width].
+        images: normalized, [N, 3, height, width].
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     parts = max(1, len(images) // _BATCH)
-    with modes_kept(model):
+    with preserve_training_mode(model):
         model.eval()
         for norm in norms:
             norm.train()

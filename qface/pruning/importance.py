@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qface.pruning.config import PruningConfig
+from qface.pruning.pruning_config import PruningConfig
 
 __all__ = ["Gradients", "estimator", "gradients"]
 
@@ -47,7 +47,7 @@ def gradients(model: nn.Module, images: Tensor, config: PruningConfig) -> Gradie
 
     Args:
         model: in any mode, left as it is; computed in eval mode.
-        images: normalised, [N, 3, height, width].
+        images: normalized, [N, 3, height, width].
         config: which importance, and the seed.
     """
     twin = copy.deepcopy(model).eval().requires_grad_(True)

@@ -14,27 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qface.data.images import Images, normalise
-from qface.data.sampling import sample_batches
+from qface.data.images import Images, normalize
+from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_line
 from qface.models.layers import Concat
 from qface.models.provenance import carry, has_step, record_step
 from qface.models.tracing import example_input, trace
-from qface.modes import modes_kept
 from qface.preprocessing import preprocessing_of
 from qface.pruning.batch_norm import reestimate_batch_norms
 from qface.pruning.budget import Budget, count_parameters
-from qface.pruning.config import PruningConfig
 from qface.pruning.importance import Gradients, estimator, gradients
+from qface.pruning.pruning_config import PruningConfig
 from qface.pruning.repair import Kept, repair
+from qface.training_mode import preserve_training_mode
 
 __all__ = ["prune"]
 
 _WEIGHTED = (nn.Conv2d, nn.Linear)
 _HALVINGS = 12  # of the share of channels, until a budget is met
 
-Between = Callable[[nn.Module, int], object]
+OnStepEnd = Callable[[nn.Module, int], object]
 
 
 def prune(
@@ -42,8 +42,8 @@ def prune(
     ratio: float | Budget = 0.2,
     images: Images | None = None,
     config: PruningConfig | None = None,
-    people: str | Path | None = None,
-    between: Between | None = None,
+    identities: str | Path | None = None,
+    on_step_end: OnStepEnd | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """A smaller network of the same kind, in eval mode; ``model`` is untouched.
@@ -54,8 +54,8 @@ def prune(
             share that meets it is taken.
         images: for importance, repair and batch norms, as for :func:`qface.calibrate`; None repairs nothing.
         config: the settings.
-        people: of a folder, which identities.
-        between: called after every step but the last with the network so far and the number of the step, from 1 on,
+        identities: of a folder, which identities.
+        on_step_end: called after every step but the last with the network so far and the number of the step, from 1 on,
             such as to train it in place.
         progress: show progress bars on stderr.
 
@@ -63,30 +63,31 @@ def prune(
         The pruned network, a module of the same class. It is saved, quantized and distilled like any other.
 
     Raises:
-        ConfigError: the network is quantized; the ratio, the budget, or a name to keep is impossible; or no channel is
-            removed.
+        ConfigError: the network is quantized; the ratio, the budget, or an ignored layer is impossible; or no channel
+            is removed.
         ImagesError: the images cannot be used, or are needed and missing.
         TraceError: the model cannot be traced.
         UnsupportedLayerError: a layer cannot be pruned.
     """
     config = config or PruningConfig()
     _check(model, ratio, images, config)
-    sample = None if images is None else _sample(images, people, model, config)
+    sample = None if images is None else _sample(images, identities, model, config)
     share = _share_for(model, ratio, sample, config) if isinstance(ratio, Budget) else float(ratio)
     pruned = copy.deepcopy(model).eval()
     rounds = _Rounds(pruned, share, config)
-    for step in range(1, config.steps + 1):
+    for step in range(1, config.iterative_steps + 1):
         _remove_and_mend(rounds, sample, progress)
-        if between is not None and step < config.steps:
-            between(pruned, step)
+        if on_step_end is not None and step < config.iterative_steps:
+            on_step_end(pruned, step)
     if isinstance(ratio, Budget) and ratio.cost(pruned) > ratio.limit:
         # Between the rounds repair and training made other channels the weakest than when the share was looked for.
-        once = replace(config, steps=1)
+        once = replace(config, iterative_steps=1)
         _remove_and_mend(_Rounds(pruned, _share_for(pruned, ratio, sample, once), once), sample, progress)
     if count_parameters(pruned) == count_parameters(model):
         raise ConfigError(
             f"no channel was removed: importance {config.importance!r} found none, or a share of {share:.3g} is less "
-            f"than {config.round_to} of any layer's channels; raise the share, or change importance, round_to or keep"
+            f"than {config.round_to} of any layer's channels; raise the share, or change importance, round_to or "
+            "ignored_layers"
         )
     settings = {**asdict(config), "share": share, "images": 0 if sample is None else len(sample)}
     return record_step(carry(model, pruned.eval()), "prune", settings)
@@ -100,18 +101,20 @@ def _check(model: nn.Module, ratio: float | Budget, images: Images | None, confi
     if config.needs_images and images is None:
         raise ImagesError(f"importance {config.importance!r} is measured on images: pass some")
     layers = dict(model.named_modules())
-    unknown = [name for name in config.keep if name not in layers]
+    unknown = [name for name in config.ignored_layers if name not in layers]
     if unknown:
         weighted = [name for name, layer in layers.items() if isinstance(layer, _WEIGHTED)]
-        raise ConfigError(f"no layer to keep is called {unknown[0]!r}; there are {', '.join(weighted[:5])} and others")
+        raise ConfigError(
+            f"no layer to ignore is called {unknown[0]!r}; there are {', '.join(weighted[:5])} and others"
+        )
 
 
-def _sample(images: Images, people: str | Path | None, model: nn.Module, config: PruningConfig) -> Tensor:
-    """Up to ``config.images`` of the images, spread evenly, normalised."""
-    found = torch.cat(sample_batches(as_image_source(images, people), config.images, config.images))
+def _sample(images: Images, identities: str | Path | None, model: nn.Module, config: PruningConfig) -> Tensor:
+    """Up to ``config.images`` of the images, spread evenly, normalized."""
+    found = torch.cat(sample_batches(as_image_source(images, identities), config.images, config.images))
     if config.reestimate and len(found) < 2:
         raise ImagesError("one image has no deviation to measure batch norms by: pass several, or reestimate=False")
-    return normalise(found, preprocessing_of(model)).to(example_input(model, 1))
+    return normalize(found, preprocessing_of(model)).to(example_input(model, 1))
 
 
 def _share_for(model: nn.Module, budget: Budget, sample: Tensor | None, config: PruningConfig) -> float:
@@ -138,7 +141,7 @@ def _without_share(
     """A copy of ``model``, whose gradients are known, without ``share`` of its channels and without repair."""
     candidate = copy.deepcopy(model).eval()
     rounds = _Rounds(candidate, share, config)
-    for step in range(1, config.steps + 1):
+    for step in range(1, config.iterative_steps + 1):
         rounds.remove(of_model if step == 1 else _measured(candidate, sample, config))
     return candidate
 
@@ -162,7 +165,7 @@ def _remove_and_mend(rounds: _Rounds, sample: Tensor | None, progress: bool) -> 
 class _Rounds:
     """The rounds in which ``model`` loses ``share`` of its channels, in place, each as many of the first ones.
 
-    One pruner for all, which knows the first widths: only so do several rounds end with the widths of one.
+    One pruner for all, which knows the first numbers of channels: only so do several rounds end with those of one.
     """
 
     def __init__(self, model: nn.Module, share: float, config: PruningConfig) -> None:
@@ -203,37 +206,37 @@ class _Rounds:
 
 def _check_runs(model: nn.Module) -> None:
     """Let what torch-pruning overlooked fail here, with an error that says so."""
-    with modes_kept(model), torch.no_grad():
+    with preserve_training_mode(model), torch.no_grad():
         model.eval()(example_input(model, 1))
 
 
 def _pruner(model: nn.Module, share: float, config: PruningConfig) -> Any:
-    kept = [model.get_submodule(name) for name in config.keep] + _reordered_layers(model)
+    kept = [model.get_submodule(name) for name in config.ignored_layers] + _reordered_layers(model)
     if config.keep_embedding:
         kept += _embedding_layers(model)
     return import_module("torch_pruning").pruner.algorithms.BasePruner(
         model,
         example_input(model, 1),
         importance=estimator(config),
-        global_pruning=config.scope == "network",
+        global_pruning=config.global_pruning,
         pruning_ratio=share,
-        max_pruning_ratio=config.greatest_share if config.scope == "network" else 1.0,
+        max_pruning_ratio=config.max_pruning_ratio if config.global_pruning else 1.0,
         ignored_layers=kept,
         round_to=config.round_to if config.round_to > 1 else None,
-        pruning_ratio_dict=_greatest_shares(model, share, config) if config.scope == "layer" else None,
-        iterative_steps=config.steps,
+        pruning_ratio_dict=None if config.global_pruning else _max_pruning_ratios(model, share, config),
+        iterative_steps=config.iterative_steps,
     )
 
 
-def _greatest_shares(model: nn.Module, share: float, config: PruningConfig) -> dict[nn.Module, float]:
+def _max_pruning_ratios(model: nn.Module, share: float, config: PruningConfig) -> dict[nn.Module, float]:
     """What may go of layers that would lose all channels; torch-pruning leaves those whole."""
     found: dict[nn.Module, float] = {}
     for layer in model.modules():
         if isinstance(layer, _WEIGHTED):
-            width = len(layer.weight) // getattr(layer, "groups", 1)
-            if config.round_to < width and int(width * (1 - share)) < config.round_to:
+            channels = len(layer.weight) // getattr(layer, "groups", 1)
+            if config.round_to < channels and int(channels * (1 - share)) < config.round_to:
                 # A half more than shall stay, since torch-pruning cuts off what is behind the point.
-                found[layer] = 1 - (config.round_to + 0.5) / width
+                found[layer] = 1 - (config.round_to + 0.5) / channels
     return found
 
 

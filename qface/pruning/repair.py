@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qface.models.patches import Layer, Positions, as_map, patches
-from qface.modes import modes_kept
 from qface.progress import track
+from qface.training_mode import preserve_training_mode
 
 __all__ = ["Kept", "repair"]
 
@@ -54,13 +54,13 @@ def repair(
         pruned: a network with the layers of ``original``, by the same names, of which some are narrower.
         original: the network that it was; both are called in eval mode.
         kept: of each convolution and linear layer, by name in the order they run, the channels that are left.
-        images: normalised, [N, 3, height, width].
+        images: normalized, [N, 3, height, width].
         seed: of the positions.
         progress: show a bar on stderr.
     """
     names = [name for name in kept if _lost_inputs(original.get_submodule(name), kept[name])]
     generator = torch.Generator().manual_seed(seed)
-    with modes_kept(pruned), modes_kept(original), torch.no_grad():
+    with preserve_training_mode(pruned), preserve_training_mode(original), torch.no_grad():
         pruned.eval()
         original.eval()
         sizes = _output_sizes(original, names, images[:1])

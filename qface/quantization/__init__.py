@@ -1,17 +1,8 @@
 """Low-bit quantization-aware training on torch.ao's FX graph mode; the only package that imports ``torch.ao``."""
 
 from qface.quantization.calibrate import calibrate, scale_parameters, set_observers
-from qface.quantization.config import LayerBits, QuantizationConfig
-from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize, PreActivationQuantize
-from qface.quantization.layers import (
-    QuantizedAdd,
-    QuantizedAffine,
-    QuantizedConv2d,
-    QuantizedLinear,
-    QuantizedPReLU,
-)
+from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
 from qface.quantization.observers import (
-    Grid,
     MinMaxObserver,
     MovingAverageObserver,
     MSEObserver,
@@ -20,17 +11,26 @@ from qface.quantization.observers import (
 )
 from qface.quantization.placement import Role, activation_bits, role_of
 from qface.quantization.prepare import is_quantized, quantize
+from qface.quantization.qparams import IntegerRange, QParams
+from qface.quantization.quantization_config import LayerBits, QuantizationConfig
+from qface.quantization.quantized_layers import (
+    QuantizedAdd,
+    QuantizedAffine,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedPReLU,
+)
 
 __all__ = [
-    "Grid",
-    "ImageQuantize",
+    "ImageFakeQuantize",
+    "IntegerRange",
+    "LSQFakeQuantize",
     "LayerBits",
-    "LowBitFakeQuantize",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageObserver",
     "PercentileObserver",
-    "PreActivationQuantize",
+    "QParams",
     "QuantizationConfig",
     "QuantizedAdd",
     "QuantizedAffine",
@@ -39,6 +39,7 @@ __all__ = [
     "QuantizedPReLU",
     "RangeObserver",
     "Role",
+    "SharedScaleFakeQuantize",
     "activation_bits",
     "calibrate",
     "is_quantized",

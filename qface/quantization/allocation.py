@@ -1,4 +1,4 @@
-"""``choose_widths``: which widths of the weights lose least within a number of bits."""
+"""``choose_bit_widths``: which bits of each weight lose least within a total number of bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from qface.errors import ConfigError
 from qface.quantization.sensitivity import Sensitivity
 
-__all__ = ["choose_widths"]
+__all__ = ["choose_bit_widths"]
 
 _STATES = 2**15
 """Budgets that are told apart; where the weights differ by less, up to half a thousandth of a budget stays unused."""
@@ -19,49 +19,49 @@ _STATES = 2**15
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Options = Sequence[tuple[int, float]]
-"""Widths to choose from, in rising order, with their losses."""
+"""Bits to choose from, in rising order, with their losses."""
 
 
-def choose_widths(table: Sensitivity, budget: int, bits_a_width: int = 0) -> dict[str, int]:
-    """The width of each layer's weight with the least sum of losses, in at most ``budget`` bits altogether.
+def choose_bit_widths(table: Sensitivity, budget: int, overhead_bits: int = 0) -> dict[str, int]:
+    """The bits of each layer's weight with the least sum of losses, in at most ``budget`` bits altogether.
 
-    Losses of single layers are taken to add up. For each set of widths that may occur, this is a multiple-choice
+    Losses of single layers are taken to add up. For each set of bit widths that may occur, this is a multiple-choice
     knapsack, solved by dynamic programming: exact up to the rounding of :data:`_STATES`.
 
     Args:
-        table: with the losses of the weights at the widths to choose from.
-        budget: the sum over layers of elements x width, and ``bits_a_width`` for each width that occurs.
-        bits_a_width: what it costs that a width occurs at all.
+        table: with the losses of the weights at the bit widths to choose from.
+        budget: the sum over layers of elements x bits, and ``overhead_bits`` for each bit width that occurs.
+        overhead_bits: what it costs that a bit width occurs at all.
 
     Returns:
-        The width of every layer by its name, in the order of the table.
+        The bits of every layer by its name, in the order of the table.
 
     Raises:
-        ConfigError: there are no widths to choose from, or all choices need more bits.
+        ConfigError: there are no bit widths to choose from, or all choices need more bits.
     """
     elements = [layer.elements for layer in table.layers]
     best: tuple[float, list[int]] | None = None
-    for allowed in _sets_of_widths(table):
+    for allowed in _sets_of_bit_widths(table):
         options = [[(bits, layer.weight[bits]) for bits in allowed if bits in layer.weight] for layer in table.layers]
-        found = _best_choice(elements, options, budget - bits_a_width * len(allowed)) if all(options) else None
+        found = _best_choice(elements, options, budget - overhead_bits * len(allowed)) if all(options) else None
         if found is not None and (best is None or found[0] < best[0]):
             best = found
     if best is None:
-        raise ConfigError(f"no choice of widths needs at most {budget} bits; raise the budget")
+        raise ConfigError(f"no choice of bit widths needs at most {budget} bits; raise the budget")
     return {layer.name: bits for layer, bits in zip(table.layers, best[1], strict=True)}
 
 
-def _sets_of_widths(table: Sensitivity) -> Iterator[tuple[int, ...]]:
+def _sets_of_bit_widths(table: Sensitivity) -> Iterator[tuple[int, ...]]:
     """All that may occur together, small sets first."""
-    widths = table.widths("weight")
-    if not widths:
-        raise ConfigError("there are no widths to choose from; measure the sensitivity of weights first")
-    for count in range(1, len(widths) + 1):
-        yield from itertools.combinations(widths, count)
+    bit_widths = table.bit_widths("weight")
+    if not bit_widths:
+        raise ConfigError("there are no bit widths to choose from; measure the sensitivity of weights first")
+    for count in range(1, len(bit_widths) + 1):
+        yield from itertools.combinations(bit_widths, count)
 
 
 def _best_choice(elements: Sequence[int], options: Sequence[Options], budget: int) -> tuple[float, list[int]] | None:
-    """The least summed loss, and the widths that lead to it; None where nothing fits into ``budget`` bits."""
+    """The least summed loss, and the bits that lead to it; None where nothing fits into ``budget`` bits."""
     costs = [count * np.array([bits for bits, _ in of]) for count, of in zip(elements, options, strict=True)]
     losses = [np.array([loss for _, loss in of]) for of in options]
     spare = budget - sum(int(cost[0]) for cost in costs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qface.quantization.layers import WeightedLayer, layer_of
+from qface.quantization.quantized_layers import WeightedLayer, layer_of
 
 __all__ = ["channel_means", "correct_biases"]
 
@@ -33,7 +33,7 @@ def correct_biases(student: fx.GraphModule, batches: Sequence[Tensor], wanted: S
 
     Args:
         student: calibrated, in eval mode.
-        batches: normalised images, float32 [N, 3, height, width].
+        batches: normalized images, float32 [N, 3, height, width].
         wanted: what :func:`channel_means` returned for each batch with quantizers off.
     """
     with torch.no_grad():

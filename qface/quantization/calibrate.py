@@ -9,32 +9,33 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from qface.data.images import Images, normalise
-from qface.data.sampling import evenly, sample_batches
+from qface.data.images import Images, normalize
+from qface.data.sample import evenly, sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, ImagesError
 from qface.models.provenance import record_step
-from qface.modes import modes_kept
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
 from qface.quantization.bias_correction import channel_means
 from qface.quantization.bias_correction import correct_biases as correct_channel_means
-from qface.quantization.equalisation import equalise as equalise_channels
-from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize
-from qface.quantization.layers import MAX_BIAS, WeightedLayer
-from qface.quantization.rounding import InputMoments, round_with_compensation
+from qface.quantization.cross_layer_equalization import cross_layer_equalization
+from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize
+from qface.quantization.gptq import HessianCollector
+from qface.quantization.gptq import gptq as gptq_weights
+from qface.quantization.quantized_layers import MAX_BIAS, WeightedLayer
+from qface.training_mode import preserve_training_mode
 
 __all__ = ["CALIBRATION_IMAGES", "calibrate", "scale_parameters", "set_observers"]
 
 CALIBRATION_IMAGES = 512
 """Images that :func:`calibrate` looks at by default; more changed no figure."""
-_PART = 64  # of them, at which equalisation and bias correction look at once
+_PART = 64  # of them, at which equalization and bias correction look at once
 _PARTS = 4
 
 
-def quantizers(model: nn.Module) -> list[LowBitFakeQuantize]:
+def quantizers(model: nn.Module) -> list[LSQFakeQuantize]:
     """All fake-quant modules with a range of their own, of activations and weights."""
-    return [module for module in model.modules() if isinstance(module, LowBitFakeQuantize)]
+    return [module for module in model.modules() if isinstance(module, LSQFakeQuantize)]
 
 
 def set_observers(model: nn.Module, enabled: bool) -> None:
@@ -51,31 +52,31 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
 def calibrate(
     student: fx.GraphModule,
     images: Images,
-    people: str | Path | None = None,
-    count: int = CALIBRATION_IMAGES,
+    identities: str | Path | None = None,
+    num_images: int = CALIBRATION_IMAGES,
     batch_size: int = 64,
     progress: bool = False,
-    equalise: bool = True,
-    compensate: bool = True,
+    equalize: bool = True,
+    gptq: bool = True,
     correct_biases: bool = True,
 ) -> fx.GraphModule:
     """Set all ranges of ``student``, in place, from the float values that ``images`` give rise to.
 
-    The first time, its channels are made to fit one grid before (:mod:`qface.quantization.equalisation`), which changes
-    weights but not what the float network computes; afterwards weights are rounded so that they make up for each
-    other's errors (:mod:`qface.quantization.rounding`), and biases make up for what rounding does to the mean of each
-    channel (:mod:`qface.quantization.bias_correction`). A student that was calibrated already, and perhaps trained
-    since, gets new ranges only.
+    The first time, its channels are made to share one scale well before
+    (:mod:`qface.quantization.cross_layer_equalization`), which changes weights but not what the float network computes;
+    afterwards weights are rounded so that they make up for each other's errors (:mod:`qface.quantization.gptq`), and
+    biases make up for what rounding does to the mean of each channel (:mod:`qface.quantization.bias_correction`). A
+    student that was calibrated already, and perhaps trained since, gets new ranges only.
 
     Args:
         student: what :func:`qface.quantize` returned.
         images: a folder of crops, a tensor, or a loader.
-        people: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
-        count: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
+        identities: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
+        num_images: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
         batch_size: images at a time.
         progress: show a progress bar.
-        equalise: of a new student, make the channels of each tensor fit one grid first.
-        compensate: of a new student, round weights so that they make up for each other's errors.
+        equalize: of a new student, make the channels of each tensor share one scale well first.
+        gptq: of a new student, round weights with GPTQ, so that they make up for each other's errors.
         correct_biases: of a new student, correct the mean of each channel last.
 
     Returns:
@@ -89,47 +90,47 @@ def calibrate(
     if not found:
         raise ConfigError("this network is not quantized; calibrate what qface.quantize returned")
     new = not any(quantizer.calibrated for quantizer in found)
-    batches = sample_batches(as_image_source(images, people), count, batch_size)
-    _check_normalised(student, batches)
+    batches = sample_batches(as_image_source(images, identities), num_images, batch_size)
+    _check_normalized(student, batches)
     preprocessing = preprocessing_of(student)
     device = found[0].scale.device
     for quantizer in found:
         quantizer.activation_post_process.reset()
-    sample = [normalise(part.to(device), preprocessing) for part in _spread(torch.cat(batches))] if new else []
+    sample = [normalize(part.to(device), preprocessing) for part in _spread(torch.cat(batches))] if new else []
     with _in_eval_mode(student), _in_float(found), torch.no_grad():
-        if new and equalise:
-            equalise_channels(student, torch.cat(sample))
+        if new and equalize:
+            cross_layer_equalization(student, torch.cat(sample))
         means = [channel_means(student, part) for part in sample] if correct_biases else []
-        moments = InputMoments(student)
-        with _observing(found), moments if new and compensate else nullcontext():
+        hessians = HessianCollector(student)
+        with _observing(found), hessians if new and gptq else nullcontext():
             for batch in track(batches, "calibrate", progress):
-                student(normalise(batch.to(device), preprocessing))
+                student(normalize(batch.to(device), preprocessing))
     for quantizer in found:
         quantizer.set_range()
         quantizer.activation_post_process.reset()
     _keep_biases_in_range(student)
-    if new and compensate:
-        round_with_compensation(moments)
+    if new and gptq:
+        gptq_weights(hessians)
     if new and correct_biases:
         with _in_eval_mode(student):
             correct_channel_means(student, sample, means)
-    parts = {"equalise": equalise, "compensate": compensate, "correct_biases": correct_biases}
-    settings = {"images": count, **{name: new and wanted for name, wanted in parts.items()}}
+    parts = {"equalize": equalize, "gptq": gptq, "correct_biases": correct_biases}
+    settings = {"images": num_images, **{name: new and wanted for name, wanted in parts.items()}}
     return record_step(student, "calibrate", settings)
 
 
-def _check_normalised(student: fx.GraphModule, batches: list[Tensor]) -> None:
-    """Refuse floats that the student's :class:`Preprocessing` makes of no byte: its image's grid would clamp them."""
+def _check_normalized(student: fx.GraphModule, batches: list[Tensor]) -> None:
+    """Refuse floats that the student's :class:`Preprocessing` makes of no byte, which its quantizer would clamp."""
     if not batches[0].is_floating_point():
         return
     low, high = min(float(batch.min()) for batch in batches), max(float(batch.max()) for batch in batches)
     for layer in student.modules():
-        if isinstance(layer, ImageQuantize):
+        if isinstance(layer, ImageFakeQuantize):
             least, greatest = layer.range
             if low < least - layer.scale or high > greatest + layer.scale:
                 raise ImagesError(
                     f"these images reach from {low:.3g} to {high:.3g}, and this network's Preprocessing says "
-                    f"{least:.3g} to {greatest:.3g}: attach the one by which they were normalised, or pass bytes"
+                    f"{least:.3g} to {greatest:.3g}: attach the one by which they were normalized, or pass bytes"
                 )
 
 
@@ -142,13 +143,13 @@ def _spread(images: Tensor) -> list[Tensor]:
 
 @contextmanager
 def _in_eval_mode(student: fx.GraphModule) -> Iterator[None]:
-    with modes_kept(student):
+    with preserve_training_mode(student):
         student.eval()
         yield
 
 
 @contextmanager
-def _in_float(found: list[LowBitFakeQuantize]) -> Iterator[None]:
+def _in_float(found: list[LSQFakeQuantize]) -> Iterator[None]:
     """Round nothing."""
     for quantizer in found:
         quantizer.enable_fake_quant(False)
@@ -160,7 +161,7 @@ def _in_float(found: list[LowBitFakeQuantize]) -> Iterator[None]:
 
 
 @contextmanager
-def _observing(found: list[LowBitFakeQuantize]) -> Iterator[None]:
+def _observing(found: list[LSQFakeQuantize]) -> Iterator[None]:
     for quantizer in found:
         quantizer.enable_observer()
     try:
@@ -173,8 +174,8 @@ def _observing(found: list[LowBitFakeQuantize]) -> Iterator[None]:
 def _keep_biases_in_range(student: fx.GraphModule) -> None:
     """Widen the scale of channels whose bias would not fit its integers, as where pruning left weights near zero."""
     for layer in student.modules():
-        if isinstance(layer, WeightedLayer) and layer.bias is not None and layer.neighbours.inputs[0] is not None:
-            input_scale = layer.neighbours.inputs[0].tensors().scale
+        if isinstance(layer, WeightedLayer) and layer.bias is not None and layer.quant_context.inputs[0] is not None:
+            input_scale = layer.quant_context.inputs[0].qparams().scale
             least = layer.bias.detach().abs() / (MAX_BIAS / 2 * input_scale)
             scale = layer.weight_fake_quant.scale
             scale.data.copy_(torch.maximum(scale.data, least))

@@ -1,4 +1,4 @@
-"""Fake-quant modules: they round a float tensor to a low-bit grid, with gradients for the tensor and for the scale."""
+"""Fake-quant modules: they round a float tensor to few integers, with gradients for the tensor and for the scale."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from qface.errors import ConfigError
-from qface.quantization.kernels import GridTensors, on_grid
-from qface.quantization.learned_step import Levels, prelu_on_grid, round_to_grid
-from qface.quantization.observers import BYTE, Grid, make_observer
+from qface.quantization.kernels import quantize_affine
+from qface.quantization.lsq import lsq_fake_quantize, lsq_fake_quantize_prelu
+from qface.quantization.observers import make_observer
+from qface.quantization.qparams import QUINT8_MAX, IntegerRange, QParams
 
-__all__ = ["ImageQuantize", "LowBitFakeQuantize", "PreActivationQuantize"]
+__all__ = ["ImageFakeQuantize", "LSQFakeQuantize", "SharedScaleFakeQuantize"]
 
 _MIN_SCALE = 1e-12
 
@@ -44,39 +45,41 @@ class _SwitchedFakeQuantize(FakeQuantizeBase):
         self._mirror()
 
 
-class LowBitFakeQuantize(_SwitchedFakeQuantize):
+class LSQFakeQuantize(_SwitchedFakeQuantize):
     """Rounds to ``bits`` bits: per tensor and affine for activations, per channel and symmetric for weights.
 
     Its ``scale`` is a parameter, so that an optimizer can learn it (LSQ, Esser et al., ICLR 2020); it starts where
-    ``rule`` puts it in :func:`qface.calibrate`.
+    ``observer`` puts it in :func:`qface.calibrate`.
 
     Args:
-        bits: width, 2 to 8.
-        channels: number of output channels of a weight; None for an activation.
-        rule: how the range is chosen, see :class:`qface.quantization.QuantizationConfig`.
-        percentile: for the rule ``"percentile"``.
+        bits: 2 to 8.
+        num_channels: output channels of a weight; None for an activation.
+        observer: how the range is chosen, see :class:`qface.quantization.QuantizationConfig`.
+        percentile: for the observer ``"percentile"``.
     """
 
     scale: nn.Parameter
     zero_point: Tensor
     calibrated: Tensor
 
-    def __init__(self, bits: int, channels: int | None = None, rule: str = "mse", percentile: float = 99.99) -> None:
+    def __init__(
+        self, bits: int, num_channels: int | None = None, observer: str = "mse", percentile: float = 99.99
+    ) -> None:
         super().__init__()
         self.bits = bits
-        self.channels = channels
-        self.rule = rule
+        self.num_channels = num_channels
+        self.observer = observer
         self.percentile = percentile
-        self.grid = Grid(bits, symmetric=channels is not None)
+        self.integer_range = IntegerRange(bits, symmetric=num_channels is not None)
         # What torch.ao asks of a fake-quant module.
-        self.dtype = torch.qint8 if self.grid.symmetric else torch.quint8
-        self.quant_min, self.quant_max = self.grid.low, self.grid.high
+        self.dtype = torch.qint8 if self.integer_range.symmetric else torch.quint8
+        self.quant_min, self.quant_max = self.integer_range.quant_min, self.integer_range.quant_max
         self.is_dynamic = False
         self.ch_axis = 0
         self.behind_prelu = False  # one that reads values of the same step
-        self.activation_post_process = make_observer(rule, self.grid, channels is not None, percentile)
-        self.scale = nn.Parameter(torch.ones(channels or 1))
-        self.register_buffer("zero_point", torch.zeros(channels or 1, dtype=torch.int32))
+        self.activation_post_process = make_observer(observer, self.integer_range, num_channels is not None, percentile)
+        self.scale = nn.Parameter(torch.ones(num_channels or 1))
+        self.register_buffer("zero_point", torch.zeros(num_channels or 1, dtype=torch.int32))
         self.register_buffer("calibrated", torch.zeros(1, dtype=torch.uint8))
         self.disable_observer()
 
@@ -86,7 +89,7 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
         self._zero = int(self.zero_point[0].item()) if "zero_point" in self._buffers else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` on the grid, in its own shape.
+        """``x`` rounded, in its own shape.
 
         Raises:
             ConfigError: the scale was never set.
@@ -101,12 +104,12 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
             )
         if not self.training:
             return self._deployed(x)
-        return self.fake_quantize(x, self.grid.low, self.grid.high)
+        return self.fake_quantize(x, self.quant_min, self.quant_max)
 
-    def fake_quantize(self, x: Tensor, low: int, high: int) -> Tensor:
-        """``x`` rounded to this step, clamped to the integers ``low`` .. ``high``; differentiable."""
-        step = self._learned_scale().view(self._shape(x))
-        return round_to_grid(x, step, self._levels(low, high), self._factor(x))
+    def fake_quantize(self, x: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        """``x`` rounded with this scale, clamped to the integers ``quant_min`` .. ``quant_max``; differentiable."""
+        scale = self._learned_scale().view(self._shape(x))
+        return lsq_fake_quantize(x, scale, quant_min - self._zero, quant_max - self._zero, self._grad_factor(x))
 
     @property
     def rounds_within_prelu(self) -> bool:
@@ -114,29 +117,26 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
         return self.behind_prelu and self.training and self.quantizing and self._ready and not self.observing
 
     def prelu(self, x: Tensor, slopes: Tensor) -> Tensor:
-        """The PReLU of ``x`` [N, C, ...], rounded before it to all integers of a byte, and behind it to this grid."""
-        levels = self._levels(self.grid.low, self.grid.high)
-        return prelu_on_grid(x, slopes, self._learned_scale(), self._levels(0, BYTE - 1), levels, self._factor(x))
+        """The PReLU of ``x`` [N, C, ...], rounded before it to all integers of a byte, and behind it to its own."""
+        bounds = (-self._zero, self.quant_min - self._zero, self.quant_max - self._zero)
+        return lsq_fake_quantize_prelu(x, slopes, self._learned_scale(), *bounds, self._grad_factor(x))
 
     def _learned_scale(self) -> Tensor:
         # Through ``data``, since whoever shares the scale may have used it for its own gradient already.
         self.scale.data.clamp_(min=_MIN_SCALE)
         return self.scale
 
-    def _levels(self, low: int, high: int) -> Levels:
-        return Levels(low - self._zero, high - self._zero)
-
-    def _factor(self, x: Tensor) -> float:
+    def _grad_factor(self, x: Tensor) -> float:
         """LSQ's: one over the root of (values that share the scale, in one image) x (greatest integer)."""
-        return float((x[0].numel() * self.grid.steps) ** -0.5)
+        return float((x[0].numel() * self.integer_range.num_steps) ** -0.5)
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:
         """In which scale and zero point broadcast against ``x``."""
-        return (1,) if self.channels is None else (-1,) + (1,) * (x.ndim - 1)
+        return (1,) if self.num_channels is None else (-1,) + (1,) * (x.ndim - 1)
 
     def observe(self, x: Tensor) -> None:
         """Let the observer see ``x``; of a weight only the last tensor counts."""
-        if self.channels is not None:
+        if self.num_channels is not None:
             self.activation_post_process.reset()
         self.activation_post_process(x)
         if self.quantizing:  # during training the range follows at once
@@ -162,70 +162,70 @@ class LowBitFakeQuantize(_SwitchedFakeQuantize):
         """Scale and zero point that the observer chooses."""
         return self.activation_post_process.calculate_qparams()
 
-    def tensors(self) -> GridTensors:
-        """Scale and zero point, without gradient."""
-        return GridTensors(self.scale.detach(), self.zero_point)
+    def qparams(self) -> QParams:
+        """Scale, zero point and integers, without gradient."""
+        return QParams(self.scale.detach(), self.zero_point, self.quant_min, self.quant_max)
 
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
         """The integers that stand for ``x``, as floats of its shape."""
         shape = self._shape(x)
-        return on_grid(x, self.scale.view(shape), self.zero_point.view(shape), self.grid.low, self.grid.high)
+        return quantize_affine(x, self.scale.view(shape), self.zero_point.view(shape), self.quant_min, self.quant_max)
 
     def _deployed(self, x: Tensor) -> Tensor:
         shape = self._shape(x)
         return self.integers(x).sub_(self.zero_point.view(shape)).mul_(self.scale.detach().view(shape))
 
 
-class PreActivationQuantize(nn.Module):
-    """The 8-bit grid of what a PReLU reads: step and zero point of what it makes, over all 256 integers of a byte.
+class SharedScaleFakeQuantize(nn.Module):
+    """Rounds what a PReLU reads to 8 bits, with scale and zero point of what it makes, over all 256 integers of a byte.
 
     A positive value then passes the PReLU as the integer that it is, rounded once, and a negative one is multiplied by
-    its slope in integers. It has no range of its own, and is on while the one that it follows is.
+    its slope in integers. It has no range of its own, and is on while the one whose scale it shares is.
     """
 
     bits = 8
 
     def __init__(self) -> None:
         super().__init__()
-        self._followed: tuple[LowBitFakeQuantize, ...] = ()  # in a tuple, so that it is no submodule
+        self._owner: tuple[LSQFakeQuantize, ...] = ()  # in a tuple, so that it is no submodule
 
-    def follow(self, quantizer: LowBitFakeQuantize) -> None:
-        """Take step and zero point from ``quantizer``, which rounds what the PReLU makes."""
-        self._followed = (quantizer,)
+    def share_scale_of(self, quantizer: LSQFakeQuantize) -> None:
+        """Take scale and zero point from ``quantizer``, which rounds what the PReLU makes."""
+        self._owner = (quantizer,)
         quantizer.behind_prelu = True
 
     @property
     def quantizing(self) -> bool:
         """Whether it rounds."""
-        return any(quantizer.quantizing for quantizer in self._followed)
+        return any(quantizer.quantizing for quantizer in self._owner)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` on the grid, in its own shape."""
-        if not self.quantizing or self._followed[0].rounds_within_prelu:
+        """``x`` rounded, in its own shape."""
+        if not self.quantizing or self._owner[0].rounds_within_prelu:
             return x
         if self.training:
-            return self._followed[0].fake_quantize(x, 0, BYTE - 1)
-        scale, zero_point = self.tensors()
-        return on_grid(x, scale, zero_point, 0, BYTE - 1).sub_(zero_point).mul_(scale)
+            return self._owner[0].fake_quantize(x, 0, QUINT8_MAX)
+        qparams = self.qparams()
+        return quantize_affine(x, *qparams).sub_(qparams.zero_point).mul_(qparams.scale)
 
-    def tensors(self) -> GridTensors:
-        """Scale and zero point, without gradient."""
-        return self._followed[0].tensors()
+    def qparams(self) -> QParams:
+        """Scale, zero point and integers, without gradient."""
+        return self._owner[0].qparams()._replace(quant_min=0, quant_max=QUINT8_MAX)
 
 
-class ImageQuantize(_SwitchedFakeQuantize):
-    """The 8-bit grid of a normalised image that holds every byte value exactly.
+class ImageFakeQuantize(_SwitchedFakeQuantize):
+    """Rounds a normalized image to 8 bits, so that every byte value is exact.
 
     Bytes x reach the network as ``(x - mean) / std``. With ``scale = 1 / std`` and ``zero_point = round(mean)``, the
     integer of a pixel is its byte, and what the network reads is ``(x - zero_point) / std``: with InsightFace's mean of
-    127.5 half a grey level darker than before, the same for every pixel. So no grey level is lost, zero padding is
+    127.5 half a gray level darker than before, the same for every pixel. So no gray level is lost, zero padding is
     exact, and the first convolution may read the bytes of the image as they are.
 
     Args:
-        scale: one grey level, ``1 / std``.
+        scale: one gray level, ``1 / std``.
         zero_point: the byte that reads as zero, 0 to 255.
-        offset: what is subtracted from the normalised image before rounding, ``(zero_point - mean) / std``.
+        offset: what is subtracted from the normalized image before rounding, ``(zero_point - mean) / std``.
     """
 
     def __init__(self, scale: float, zero_point: int, offset: float) -> None:
@@ -234,28 +234,29 @@ class ImageQuantize(_SwitchedFakeQuantize):
         self.scale = scale
         self.zero_point = zero_point
         self.offset = offset
-        self.grid = Grid(8, symmetric=False)
+        self.quant_min, self.quant_max = 0, QUINT8_MAX
         self.dtype = torch.quint8
         self.is_dynamic = False
         self.disable_observer()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The image on its grid of bytes."""
+        """The image, rounded to its bytes."""
         if not self.quantizing:
             return x
-        # Half a grey level away from the next tie, so that any way of rounding gives the same byte.
-        return torch.fake_quantize_per_tensor_affine(x - self.offset, self.scale, self.zero_point, 0, BYTE - 1)
+        # Half a gray level away from the next tie, so that any way of rounding gives the same byte.
+        return torch.fake_quantize_per_tensor_affine(x - self.offset, self.scale, self.zero_point, 0, QUINT8_MAX)
 
     @property
     def range(self) -> tuple[float, float]:
-        """What the bytes 0 and 255 are normalised to."""
-        low, high = (self.scale * (byte - self.zero_point) + self.offset for byte in (0, BYTE - 1))
+        """What the bytes 0 and 255 are normalized to."""
+        low, high = (self.scale * (byte - self.zero_point) + self.offset for byte in (0, QUINT8_MAX))
         return low, high
 
-    def tensors(self) -> GridTensors:
-        """Scale and zero point."""
+    def qparams(self) -> QParams:
+        """Scale, zero point and integers."""
         device = self.fake_quant_enabled.device
-        return GridTensors(torch.tensor([self.scale], device=device), torch.tensor([self.zero_point], device=device))
+        scale = torch.tensor([self.scale], device=device)
+        return QParams(scale, torch.tensor([self.zero_point], device=device), self.quant_min, self.quant_max)
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Its fixed scale and zero point."""

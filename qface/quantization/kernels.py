@@ -7,27 +7,21 @@ many of the next layer, and 1e-7 of float noise is enough for that. So "the same
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["GridTensors", "accumulate", "add_on_grids", "on_grid", "requantize"]
+from qface.quantization.qparams import QParams
+
+__all__ = ["accumulate", "qlinear_add", "quantize_affine", "requantize"]
 
 # float32 holds every integer below.
 _EXACT_FLOAT32 = 2**24
 
 
-class GridTensors(NamedTuple):
-    """Scale and zero point of a tensor, each one float32 value (int32 for the zero point)."""
-
-    scale: Tensor
-    zero_point: Tensor
-
-
-def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """The integers of ``x`` as floats, zero point included; divides and rounds half to even, as QuantizeLinear does."""
-    return (x / scale).round_().add_(zero_point).clamp_(low, high)
+    return (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
 
 
 def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,16 +47,19 @@ def requantize(sums: Tensor, input_scale: Tensor, weight_scale: Tensor, output_s
     return sums.mul_(input_scale * weight_scale / output_scale).round_()
 
 
-def add_on_grids(left: Tensor, right: Tensor, a: GridTensors, b: GridTensors, c: GridTensors) -> Tensor:
-    """Integers of the sum of two tensors on grids, zero point included, not clamped: QLinearAdd's fused multiply-adds.
+def qlinear_add(
+    left: Tensor, right: Tensor, left_qparams: QParams, right_qparams: QParams, output_qparams: QParams
+) -> Tensor:
+    """Integers of the sum of two quantized tensors, zero point included, not clamped: QLinearAdd's fused multiply-adds.
 
     Args:
-        left: integers on the grid ``a``, zero point included.
-        right: integers on the grid ``b``.
-        a: grid of ``left``.
-        b: grid of ``right``.
-        c: grid of the result.
+        left: integers, zero point included.
+        right: integers, zero point included.
+        left_qparams: scale and zero point of ``left``.
+        right_qparams: scale and zero point of ``right``.
+        output_qparams: scale and zero point of the result.
     """
+    a, b, c = left_qparams, right_qparams, output_qparams
     left_ratio, right_ratio = a.scale / c.scale, b.scale / c.scale
     shift = c.zero_point - _fused_multiply_add(left_ratio, a.zero_point, right_ratio * b.zero_point)
     return _fused_multiply_add(left, left_ratio, _fused_multiply_add(right, right_ratio, shift)).round_()

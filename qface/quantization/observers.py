@@ -1,17 +1,16 @@
-"""Observers: they see tensors and choose the scale and zero point of a low-bit grid.
+"""Observers: they see tensors and choose scale and zero point.
 
-Every observer works on rows: one row for a whole activation tensor, one row per output channel for a weight. The grid
-of ``bits`` bits is affine and unsigned for activations, ``scale * (q - zero_point)`` with q in 256 - 2^bits .. 255, and
-symmetric and signed for weights, ``scale * q`` with q in -2^(bits-1) .. 2^(bits-1) - 1.
+Every observer works on rows: one row for a whole activation tensor, one row per output channel for a weight. The
+integers of ``bits`` bits are affine and unsigned for activations, ``scale * (q - zero_point)`` with q in 256 - 2^bits
+.. 255, and symmetric and signed for weights, ``scale * q`` with q in -2^(bits-1) .. 2^(bits-1) - 1.
 
 Activations take the top of a byte because integer kernels saturate there: the upper clamp costs nothing, and below the
-least level there is room for what a PReLU reads (:class:`qface.quantization.fake_quantize.PreActivationQuantize`).
+least integer there is room for what a PReLU reads (:class:`qface.quantization.fake_quantize.SharedScaleFakeQuantize`).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from torch import Tensor
 from torch.ao.quantization.observer import ObserverBase
 
 from qface.errors import ConfigError
+from qface.quantization.qparams import IntegerRange
 
 __all__ = [
-    "Grid",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageObserver",
@@ -30,8 +29,6 @@ __all__ = [
     "make_observer",
 ]
 
-BYTE = 256
-"""Levels of the byte that holds an activation."""
 _AVERAGING = 0.01  # torch.ao's default for moving averages of ranges
 _SAMPLES = 32_768  # values of an activation that a percentile or squared error is computed from
 _SAMPLES_PER_CALL = 8_192
@@ -39,67 +36,17 @@ _AFFINE_STEPS = 15  # candidates for each end of the range
 _SYMMETRIC_FRACTIONS = torch.linspace(0.2, 1.0, 41)  # candidates for a channel's scale, of its largest weight
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The integers of a quantized tensor.
-
-    Args:
-        bits: width, 2 to 8.
-        symmetric: signed with zero point 0 (weights), or unsigned with a zero point (activations).
-    """
-
-    bits: int
-    symmetric: bool
-
-    @property
-    def low(self) -> int:
-        """Least integer."""
-        return -(1 << (self.bits - 1)) if self.symmetric else BYTE - (1 << self.bits)
-
-    @property
-    def high(self) -> int:
-        """Greatest integer."""
-        return (1 << (self.bits - 1)) - 1 if self.symmetric else BYTE - 1
-
-    @property
-    def steps(self) -> int:
-        """Steps from zero to the greatest weight, or from the least to the greatest activation."""
-        return self.high if self.symmetric else self.high - self.low
-
-    def qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point (float32 and int32, like ``low``) that cover ``low`` .. ``high`` and hold zero exactly.
-
-        A range of nothing but zeros gets the scale 1.
-        """
-        low, high = low.double().clamp(max=0), high.double().clamp(min=0)
-        if self.symmetric:
-            scale = torch.maximum(-low, high) / self.steps
-        else:
-            scale = (high - low) / self.steps
-        # float32 has no smaller normal number, and a division by zero would spread NaN.
-        scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
-        if self.symmetric:
-            return scale.float(), torch.zeros_like(scale).int()
-        zero_point = self.low + (-low / scale).round().clamp(0, self.steps)
-        return scale.float(), zero_point.int()
-
-    def round_trip(self, rows: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """``rows`` quantized and back; the qparams broadcast against it."""
-        levels = (rows / scale).round_().add_(zero_point).clamp_(self.low, self.high)
-        return levels.sub_(zero_point).mul_(scale)
-
-
 class RangeObserver(ObserverBase):
     """Base: turns tensors into rows, hands them to :meth:`observe`, and asks :meth:`calculate_qparams` for the result.
 
     Args:
-        grid: the integers to choose a scale for.
+        integer_range: the integers to choose a scale for.
         per_channel: rows are the slices of dimension 0, or else the tensor is one row.
     """
 
-    def __init__(self, grid: Grid, per_channel: bool) -> None:
-        super().__init__(dtype=torch.qint8 if grid.symmetric else torch.quint8)
-        self.grid = grid
+    def __init__(self, integer_range: IntegerRange, per_channel: bool) -> None:
+        super().__init__(dtype=torch.qint8 if integer_range.symmetric else torch.quint8)
+        self.integer_range = integer_range
         self.per_channel = per_channel
         self.reset()
 
@@ -165,7 +112,7 @@ class MinMaxObserver(RangeObserver):
     def choose(self) -> tuple[Tensor, Tensor]:
         """Cover the range."""
         assert self.low is not None and self.high is not None
-        return self.grid.qparams(self.low, self.high)
+        return self.integer_range.choose_qparams(self.low, self.high)
 
 
 class MovingAverageObserver(MinMaxObserver):
@@ -214,44 +161,48 @@ class PercentileObserver(_SamplingObserver):
     """The range that leaves out the same small share of the values at both ends.
 
     Args:
-        grid: see :class:`RangeObserver`.
+        integer_range: see :class:`RangeObserver`.
         per_channel: see :class:`RangeObserver`.
         percentile: share of the values inside the range, in percent.
     """
 
-    def __init__(self, grid: Grid, per_channel: bool, percentile: float) -> None:
-        super().__init__(grid, per_channel)
+    def __init__(self, integer_range: IntegerRange, per_channel: bool, percentile: float) -> None:
+        super().__init__(integer_range, per_channel)
         self.percentile = percentile
 
     def choose(self) -> tuple[Tensor, Tensor]:
         """Cover the percentile."""
         assert self.samples is not None
         tail = (1 - self.percentile / 100) / 2
-        return self.grid.qparams(self.samples.quantile(tail, dim=1), self.samples.quantile(1 - tail, dim=1))
+        return self.integer_range.choose_qparams(
+            self.samples.quantile(tail, dim=1), self.samples.quantile(1 - tail, dim=1)
+        )
 
 
 class MSEObserver(_SamplingObserver):
     """The range with the least mean squared rounding and clipping error over the sample.
 
-    A search: for affine grids over both ends of the range, coarse and then fine; for symmetric grids over the scale.
+    A search: for affine ranges over both ends of the range, coarse and then fine; for symmetric ranges over the scale.
     """
 
     def choose(self) -> tuple[Tensor, Tensor]:
         """Search the range."""
         assert self.samples is not None
-        return self._symmetric(self.samples) if self.grid.symmetric else self._affine(self.samples)
+        return self._symmetric(self.samples) if self.integer_range.symmetric else self._affine(self.samples)
 
     def _symmetric(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         largest = rows.abs().amax(1)
         best_error = torch.full_like(largest, torch.inf)
         best_bound = largest.clone()
         for fraction in _SYMMETRIC_FRACTIONS.tolist():
-            scale, zero_point = self.grid.qparams(-fraction * largest, fraction * largest)
-            error = (self.grid.round_trip(rows, scale[:, None], zero_point[:, None]) - rows).square().mean(1)
+            scale, zero_point = self.integer_range.choose_qparams(-fraction * largest, fraction * largest)
+            error = (
+                (self.integer_range.fake_quantize(rows, scale[:, None], zero_point[:, None]) - rows).square().mean(1)
+            )
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_bound = torch.where(better, fraction * largest, best_bound)
-        return self.grid.qparams(-best_bound, best_bound)
+        return self.integer_range.choose_qparams(-best_bound, best_bound)
 
     def _affine(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         values = rows[0]
@@ -260,7 +211,7 @@ class MSEObserver(_SamplingObserver):
         low, high = self._best(values, low * steps, high * steps)
         around = 1 + torch.linspace(-1, 1, _AFFINE_STEPS, device=values.device) / _AFFINE_STEPS
         low, high = self._best(values, low * around, high * around)
-        scale, zero_point = self.grid.qparams(low, high)
+        scale, zero_point = self.integer_range.choose_qparams(low, high)
         return scale.reshape(1), zero_point.reshape(1)
 
     def _best(self, values: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,17 +221,17 @@ class MSEObserver(_SamplingObserver):
         return lows[row], highs[column]
 
     def _errors(self, values: Tensor, lows: Tensor, highs: Tensor) -> Tensor:
-        scale, zero_point = self.grid.qparams(lows, highs)
-        return (self.grid.round_trip(values, scale[:, None], zero_point[:, None]) - values).square().mean(1)
+        scale, zero_point = self.integer_range.choose_qparams(lows, highs)
+        return (self.integer_range.fake_quantize(values, scale[:, None], zero_point[:, None]) - values).square().mean(1)
 
 
-def make_observer(rule: str, grid: Grid, per_channel: bool, percentile: float) -> RangeObserver:
-    """The observer for a range rule of :class:`qface.quantization.QuantizationConfig`."""
-    if rule == "percentile":
-        return PercentileObserver(grid, per_channel, percentile)
+def make_observer(observer: str, integer_range: IntegerRange, per_channel: bool, percentile: float) -> RangeObserver:
+    """The observer that :class:`qface.quantization.QuantizationConfig` calls ``observer``."""
+    if observer == "percentile":
+        return PercentileObserver(integer_range, per_channel, percentile)
     kinds: dict[str, type[RangeObserver]] = {
         "mse": MSEObserver,
         "minmax": MinMaxObserver,
         "moving_average": MovingAverageObserver,
     }
-    return kinds[rule](grid, per_channel)
+    return kinds[observer](integer_range, per_channel)

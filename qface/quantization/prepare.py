@@ -23,36 +23,36 @@ from qface.models.layers import Add, ChannelAffine, Concat, Multiply
 from qface.models.provenance import carry, record_step
 from qface.models.tracing import LEAF_LAYERS, example_input
 from qface.preprocessing import Preprocessing, preprocessing_of
-from qface.quantization.canonical import canonicalise
-from qface.quantization.config import QuantizationConfig, as_config
-from qface.quantization.fake_quantize import ImageQuantize, LowBitFakeQuantize, PreActivationQuantize
-from qface.quantization.layers import (
+from qface.quantization.canonical import canonicalize
+from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
+from qface.quantization.placement import OTHER_BITS, activation_bits
+from qface.quantization.quantization_config import QuantizationConfig, as_config
+from qface.quantization.quantized_layers import (
     QuantizedAdd,
     QuantizedAffine,
     QuantizedConv2d,
     QuantizedLinear,
     QuantizedPReLU,
     WeightedLayer,
-    connect,
+    bind_quantizers,
     is_clamp,
     is_shape_only,
     layer_of,
 )
-from qface.quantization.placement import OTHER_BITS, activation_bits
 from qface.quantization.residuals import widen_residuals
 
 __all__ = ["is_quantized", "quantize"]
 
-_WEIGHT_ARGUMENTS = ("weight_bits", "weight_rule", "percentile")
-on_rebuild(connect)
+_WEIGHT_ARGUMENTS = ("weight_bits", "weight_observer", "percentile")
+on_rebuild(bind_quantizers)
 register_layer(QuantizedConv2d, (*CONVOLUTION_ARGUMENTS, *_WEIGHT_ARGUMENTS))
 register_layer(QuantizedLinear, (*LINEAR_ARGUMENTS, *_WEIGHT_ARGUMENTS))
 register_layer(QuantizedPReLU, ("num_parameters",))
 register_layer(QuantizedAdd, ())
-register_layer(QuantizedAffine, ("channels",))
-register_layer(LowBitFakeQuantize, ("bits", "channels", "rule", "percentile"))
-register_layer(PreActivationQuantize, ())
-register_layer(ImageQuantize, ("scale", "zero_point", "offset"))
+register_layer(QuantizedAffine, ("num_channels",))
+register_layer(LSQFakeQuantize, ("bits", "num_channels", "observer", "percentile"))
+register_layer(SharedScaleFakeQuantize, ())
+register_layer(ImageFakeQuantize, ("scale", "zero_point", "offset"))
 
 _INTEGERS = DTypeConfig(
     input_dtype=torch.quint8, output_dtype=torch.quint8, weight_dtype=torch.qint8, bias_dtype=torch.float
@@ -92,19 +92,19 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
 
     Args:
         model: any network from images [N, 3, H, W] to embeddings [N, D] that torch.fx can trace.
-        bits: width of weights and activations, 2 to 8, or a config. What it applies to is
+        bits: of weights and activations, 2 to 8, or a config. What it applies to is
             :mod:`qface.quantization.placement`.
 
     Raises:
         CheckpointError: a weight is NaN or infinite.
-        ConfigError: a width is out of range, an override names no layer, or the model is quantized already.
+        ConfigError: bits are out of range, an override names no layer, or the model is quantized already.
         TraceError: the model cannot be traced; the message gives the place.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
     """
     config = as_config(bits)
     if is_quantized(model):
         raise ConfigError("this network is quantized already; quantize the float network it came from")
-    floating = canonicalise(model)
+    floating = canonicalize(model)
     _check_overrides(floating, config)
     if config.wide_residuals:
         widen_residuals(floating, config, OTHER_BITS)
@@ -118,7 +118,7 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
     )
     _place_quantizers(student, config, preprocessing_of(model))
     student.recompile()
-    connect(student)
+    bind_quantizers(student)
     student.requires_grad_(True)  # also what was frozen as a teacher's
     student.train(model.training)  # new modules are in training mode, and torch.ao leaves them there
     return record_step(carry(model, student), "quantize", config.to_dict())
@@ -126,7 +126,7 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether ``model`` holds fake-quant modules."""
-    return any(isinstance(module, LowBitFakeQuantize) for module in model.modules())
+    return any(isinstance(module, LSQFakeQuantize) for module in model.modules())
 
 
 def _swap_leaves(model: fx.GraphModule) -> None:
@@ -164,7 +164,7 @@ def _backend_config() -> BackendConfig:
 
 
 def _qconfig_mapping(model: fx.GraphModule, config: QuantizationConfig) -> QConfigMapping:
-    """8 bits behind every layer for now, and each weight's own width."""
+    """8 bits behind every layer for now, and each weight's own bits."""
     activation = _activation_quantizer(OTHER_BITS, config)
     mapping = QConfigMapping().set_global(_qconfig(activation, _weight_quantizer(config.weight_bits, config)))
     for name in config.overrides:
@@ -177,19 +177,21 @@ def _qconfig(activation: Any, weight: Any) -> Any:
 
 
 def _activation_quantizer(bits: int, config: QuantizationConfig) -> Any:
-    return partial(LowBitFakeQuantize, bits=bits, rule=config.activation_range, percentile=config.percentile)
+    return partial(LSQFakeQuantize, bits=bits, observer=config.activation_observer, percentile=config.percentile)
 
 
 def _weight_quantizer(bits: int, config: QuantizationConfig) -> Any:
     # torch.ao builds one without arguments to look at its dtype; the layer that is swapped in gives its channels.
-    return partial(LowBitFakeQuantize, bits=bits, channels=1, rule=config.weight_range, percentile=config.percentile)
+    return partial(
+        LSQFakeQuantize, bits=bits, num_channels=1, observer=config.weight_observer, percentile=config.percentile
+    )
 
 
 def _place_quantizers(student: fx.GraphModule, config: QuantizationConfig, preprocessing: Preprocessing) -> None:
-    """Give each activation quantizer the width of the placement table, and drop those that carry no information."""
+    """Give each activation quantizer the bits of the placement table, and drop those that carry no information."""
     image_quantizer = _image_quantizer(preprocessing)
     for node in list(student.graph.nodes):
-        if not isinstance(layer_of(node), LowBitFakeQuantize):
+        if not isinstance(layer_of(node), LSQFakeQuantize):
             continue
         producer = cast(fx.Node, node.args[0])
         bits = activation_bits(producer, config)
@@ -199,8 +201,8 @@ def _place_quantizers(student: fx.GraphModule, config: QuantizationConfig, prepr
             student.delete_submodule(str(node.target))
         elif producer.op == "placeholder" and image_quantizer is not None:
             student.add_submodule(str(node.target), image_quantizer)
-        elif _shares_the_step_of_a_prelu(node, config):
-            student.add_submodule(str(node.target), PreActivationQuantize())
+        elif _shares_the_scale_of_a_prelu(node, config):
+            student.add_submodule(str(node.target), SharedScaleFakeQuantize())
         elif bits != OTHER_BITS:
             student.add_submodule(str(node.target), _activation_quantizer(bits, config)())
 
@@ -213,8 +215,8 @@ def _feeds_only_a_clamp(quantizer: fx.Node) -> bool:
     return len(quantizer.users) == 1 and all(is_clamp(user) for user in quantizer.users)
 
 
-def _shares_the_step_of_a_prelu(quantizer: fx.Node, config: QuantizationConfig) -> bool:
-    """Whether only a PReLU reads it whose result has fewer levels than a byte, so that both have room on one grid."""
+def _shares_the_scale_of_a_prelu(quantizer: fx.Node, config: QuantizationConfig) -> bool:
+    """True if the sole consumer is a PReLU with fewer than 8 output bits; both then share one uint8 scale."""
     (reader, *others) = quantizer.users
     if others or not isinstance(layer_of(reader), QuantizedPReLU):
         return False
@@ -222,12 +224,12 @@ def _shares_the_step_of_a_prelu(quantizer: fx.Node, config: QuantizationConfig) 
     return bits is not None and bits < OTHER_BITS
 
 
-def _image_quantizer(preprocessing: Preprocessing) -> ImageQuantize | None:
-    """The grid on which every byte is an integer; None where the channels have none in common."""
+def _image_quantizer(preprocessing: Preprocessing) -> ImageFakeQuantize | None:
+    """Rounds every byte to itself; None where the channels have no scale in common."""
     if len(set(preprocessing.mean)) > 1 or len(set(preprocessing.std)) > 1:
         return None
     mean, std = preprocessing.mean[0], preprocessing.std[0]
     zero_point = round(mean)
     if not 0 <= zero_point <= 255:
         return None
-    return ImageQuantize(scale=1 / std, zero_point=zero_point, offset=(zero_point - mean) / std)
+    return ImageFakeQuantize(scale=1 / std, zero_point=zero_point, offset=(zero_point - mean) / std)

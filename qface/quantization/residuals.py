@@ -1,7 +1,7 @@
 """Residual connections keep their bits where convolutions read fewer.
 
 A sum hands on what it reads. If a convolution's few bits counted for it too, each block would round what all blocks
-before have added up. So the sum reads bytes, and the convolution beside it a value of its own, which has its width.
+before have added up. So the sum reads bytes, and the convolution beside it a value of its own, which has its bits.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import cast
 from torch import fx, nn
 
 from qface.models.layers import Add, ChannelAffine
-from qface.quantization.canonical.graph import Inputs, add_layer, shape_of
-from qface.quantization.config import QuantizationConfig
-from qface.quantization.layers import layer_of
+from qface.quantization.canonical.graph_edit import Inputs, add_layer, shape_of
+from qface.quantization.quantization_config import QuantizationConfig
+from qface.quantization.quantized_layers import layer_of
 
 __all__ = ["widen_residuals"]
 
@@ -28,8 +28,8 @@ def widen_residuals(network: fx.GraphModule, config: QuantizationConfig, wide: i
 
     Args:
         network: canonical, in float.
-        config: widths of what each layer reads.
-        wide: width of what a sum reads otherwise.
+        config: bits of what each layer reads.
+        wide: bits of what a sum reads otherwise.
     """
     for node in list(network.graph.nodes):
         readers = [user for user in node.users if isinstance(layer_of(user), (nn.Conv2d, nn.Linear))]
@@ -41,7 +41,7 @@ def widen_residuals(network: fx.GraphModule, config: QuantizationConfig, wide: i
 
 
 def _can_be_made_again(node: fx.Node) -> bool:
-    """A sum, and what else has channels, save the image, which has a width of its own."""
+    """A sum, and what else has channels, save the image, which has bits of its own."""
     return isinstance(layer_of(node), Add) or (node.op != "placeholder" and len(shape_of(node)) in _WITH_CHANNELS)
 
 

@@ -1,7 +1,7 @@
 """``sensitivity``: what the embedding loses when a single tensor of a network is quantized.
 
 The float network runs once. At every tensor in question it forks: from there on it runs again with that tensor rounded
-to each width, so that what lies before is never computed twice.
+to each number of bits, so that what lies before is never computed twice.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import disable_fake_quant, disable_observer
 
 from qface.checks import check_whole
-from qface.data.images import Images, normalise
-from qface.data.sampling import sample_batches
+from qface.data.images import Images, normalize
+from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError
 from qface.models.provenance import provenance_of
@@ -28,19 +28,19 @@ from qface.models.tracing import example_input
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
 from qface.quantization.calibrate import quantizers
-from qface.quantization.config import MAX_BITS, MIN_BITS, QuantizationConfig
-from qface.quantization.equalisation import equalise
-from qface.quantization.fake_quantize import LowBitFakeQuantize
-from qface.quantization.layers import WeightedLayer, is_shape_only, layer_of
+from qface.quantization.cross_layer_equalization import cross_layer_equalization
+from qface.quantization.fake_quantize import LSQFakeQuantize
 from qface.quantization.placement import Role, role_of
 from qface.quantization.prepare import is_quantized, quantize
+from qface.quantization.quantization_config import MAX_BITS, MIN_BITS, QuantizationConfig
+from qface.quantization.quantized_layers import WeightedLayer, is_shape_only, layer_of
 
-__all__ = ["SENSITIVITY_IMAGES", "WIDTHS", "LayerSensitivity", "Sensitivity", "read_sample", "sensitivity"]
+__all__ = ["BIT_WIDTHS", "SENSITIVITY_IMAGES", "LayerSensitivity", "Sensitivity", "read_sample", "sensitivity"]
 
 SENSITIVITY_IMAGES = 64
 """Images that :func:`sensitivity` looks at by default."""
-WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
-"""All widths there are."""
+BIT_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
+"""All bits there are."""
 
 _READ_AT_ONCE = 64
 
@@ -54,9 +54,9 @@ class LayerSensitivity:
     Args:
         name: of the layer, as ``QuantizationConfig.overrides`` calls it.
         elements: numbers in its weight.
-        weight: loss at each width of its weight.
-        activation: loss at each width of the tensor that it reads, which other layers may read too; empty for the
-            image, which always has 8 bits.
+        weight: loss at each number of bits of its weight.
+        activation: loss at each number of bits of the tensor that it reads, which other layers may read too; empty for
+            the image, which always has 8 bits.
     """
 
     name: str
@@ -81,17 +81,17 @@ class Sensitivity:
         """Of each layer's ``"weight"`` or ``"activation"``."""
         return [layer.weight if tensor == "weight" else layer.activation for layer in self.layers]
 
-    def widths(self, tensor: str) -> list[int]:
+    def bit_widths(self, tensor: str) -> list[int]:
         """Those at which any ``"weight"`` or ``"activation"`` was measured, in rising order."""
         return sorted({bits for losses in self.losses(tensor) for bits in losses})
 
     @property
     def tensors(self) -> list[str]:
         """``"weight"``, ``"activation"`` or both: what was measured."""
-        return [tensor for tensor in ("weight", "activation") if self.widths(tensor)]
+        return [tensor for tensor in ("weight", "activation") if self.bit_widths(tensor)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values with widths as strings, for JSON."""
+        """Plain values with bits as strings, for JSON."""
         return {"images": self.images, "layers": [_layer_record(layer) for layer in self.layers]}
 
 
@@ -105,49 +105,49 @@ def _layer_record(layer: LayerSensitivity) -> dict[str, Any]:
 def sensitivity(
     model: nn.Module,
     images: Images,
-    people: str | Path | None = None,
-    weight_bits: Sequence[int] = WIDTHS,
-    activation_bits: Sequence[int] = WIDTHS,
-    count: int = SENSITIVITY_IMAGES,
+    identities: str | Path | None = None,
+    weight_bits: Sequence[int] = BIT_WIDTHS,
+    activation_bits: Sequence[int] = BIT_WIDTHS,
+    num_images: int = SENSITIVITY_IMAGES,
     batch_size: int = 16,
     progress: bool = False,
 ) -> Sensitivity:
     """How much the embedding changes when one tensor at a time is quantized, for each layer that multiplies.
 
-    A student's own ranges count at its own widths. At other widths, and wherever it is not calibrated, ranges are
-    chosen by the student's rules: of a weight from its values, of an activation from those that ``images`` give rise
-    to. The time is that of about half a forward pass for each layer, tensor and width.
+    A student's own ranges count at its own bits. At other bits, and wherever it is not calibrated, ranges are
+    chosen by the student's observers: of a weight from its values, of an activation from those that ``images`` give
+    rise to. The time is that of about half a forward pass for each layer, tensor and number of bits.
 
     Args:
         model: a float network, or what :func:`qface.quantize` returned; it is left as it is. Of a student that
-            :func:`qface.calibrate` rounded with compensation, only activations can be measured.
+            :func:`qface.calibrate` rounded with GPTQ, only activations can be measured.
         images: a folder of crops, a tensor, or a loader.
-        people: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
-        weight_bits: widths to try on weights, 2 to 8.
-        activation_bits: widths to try on what layers read, 2 to 8; none leaves activations out.
-        count: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
+        identities: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
+        weight_bits: bits to try on weights, 2 to 8.
+        activation_bits: bits to try on what layers read, 2 to 8; none leaves activations out.
+        num_images: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
         batch_size: images at a time.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: a width is out of range, or weights were rounded already.
+        ConfigError: bits are out of range, or weights were rounded already.
         ImagesError: the images cannot be used, or there are none.
         TraceError: torch.fx cannot trace the network.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
     """
-    _check_widths(weight_bits, activation_bits)
+    _check_bit_widths(weight_bits, activation_bits)
     check_whole(1, batch_size=batch_size)
-    if weight_bits and any(step.get("compensate") for step in provenance_of(model) if step["step"] == "calibrate"):
+    if weight_bits and any(step.get("gptq") for step in provenance_of(model) if step["step"] == "calibrate"):
         raise ConfigError(
             "calibration has rounded this student's weights, so that their loss cannot be measured any more: pass the "
             "float network that it came from, or weight_bits=()"
         )
-    faces = read_sample(images, people, count)
+    faces = read_sample(images, identities, num_images)
     network = _switched_off(model)
     device = example_input(network, 1).device
-    batches = [normalise(batch.to(device), preprocessing_of(model)) for batch in torch.split(faces, batch_size)]
+    batches = [normalize(batch.to(device), preprocessing_of(model)) for batch in torch.split(faces, batch_size)]
     if not any(quantizer.calibrated for quantizer in quantizers(network)):
-        equalise(network, torch.cat(batches))  # as calibration will
+        cross_layer_equalization(network, torch.cat(batches))  # as calibration will
     layers = [node for node in network.graph.nodes if isinstance(layer_of(node), WeightedLayer)]
     changes = [
         *_weight_changes(layers, sorted(set(weight_bits))),
@@ -157,16 +157,16 @@ def sensitivity(
     return Sensitivity(len(faces), tuple(_of_layer(node, losses) for node in layers))
 
 
-def read_sample(images: Images, people: str | Path | None, count: int) -> Tensor:
-    """About ``count`` of ``images`` as one tensor [N, 3, height, width], uint8 crops or normalised floats.
+def read_sample(images: Images, identities: str | Path | None, num_images: int) -> Tensor:
+    """About ``num_images`` of ``images`` as one tensor [N, 3, height, width], uint8 crops or normalized floats.
 
     Raises:
         ImagesError: the images cannot be used, or there are none.
     """
-    return torch.cat(sample_batches(as_image_source(images, people), count, _READ_AT_ONCE))
+    return torch.cat(sample_batches(as_image_source(images, identities), num_images, _READ_AT_ONCE))
 
 
-def _check_widths(weight_bits: Sequence[int], activation_bits: Sequence[int]) -> None:
+def _check_bit_widths(weight_bits: Sequence[int], activation_bits: Sequence[int]) -> None:
     for bits in weight_bits:
         QuantizationConfig(weight_bits=bits)
     for bits in activation_bits:
@@ -193,28 +193,28 @@ class _Change:
 
 
 _Losses = Mapping[tuple[fx.Node, int], float]
-"""By node and width of a change."""
+"""By node and bits of a change."""
 
 
-def _weight_changes(layers: Sequence[fx.Node], widths: Sequence[int]) -> list[_Change]:
-    return [_weight_change(node, bits) for node in layers for bits in widths]
+def _weight_changes(layers: Sequence[fx.Node], bit_widths: Sequence[int]) -> list[_Change]:
+    return [_weight_change(node, bits) for node in layers for bits in bit_widths]
 
 
 def _weight_change(node: fx.Node, bits: int) -> _Change:
     layer = cast(Any, layer_of(node))
-    quantizer = _of_width(layer.weight_fake_quant, bits)
+    quantizer = _with_bits(layer.weight_fake_quant, bits)
     if not quantizer.calibrated:
         quantizer.observe(layer.weight)
     return _Change(node, bits, lambda x: layer.multiply(x, quantizer(layer.weight), layer.bias))
 
 
 def _activation_changes(
-    network: fx.GraphModule, layers: Sequence[fx.Node], widths: Sequence[int], batches: Sequence[Tensor]
+    network: fx.GraphModule, layers: Sequence[fx.Node], bit_widths: Sequence[int], batches: Sequence[Tensor]
 ) -> list[_Change]:
     of_source = {
-        source: [_of_width(cast(LowBitFakeQuantize, layer_of(source)), bits) for bits in widths]
+        source: [_with_bits(cast(LSQFakeQuantize, layer_of(source)), bits) for bits in bit_widths]
         for source in dict.fromkeys(map(_source, layers))
-        if _has_a_width(source)
+        if _has_configured_bits(source)
     }
     _calibrate(network, of_source, batches)
     return [_Change(source, quantizer.bits, quantizer) for source, of in of_source.items() for quantizer in of]
@@ -226,23 +226,23 @@ def _source(node: fx.Node) -> fx.Node:
     return _source(source) if is_shape_only(source) else source
 
 
-def _has_a_width(source: fx.Node) -> bool:
-    """Whether ``source`` rounds to the width of the config; the image has its own."""
-    quantizes = isinstance(layer_of(source), LowBitFakeQuantize)
-    return quantizes and role_of(cast(fx.Node, source.args[0])) is Role.MULTIPLIED
+def _has_configured_bits(source: fx.Node) -> bool:
+    """Whether ``source`` rounds to the bits of the config; the image has its own."""
+    quantizes = isinstance(layer_of(source), LSQFakeQuantize)
+    return quantizes and role_of(cast(fx.Node, source.args[0])) is Role.MATMUL_INPUT
 
 
-def _of_width(own: LowBitFakeQuantize, bits: int) -> LowBitFakeQuantize:
-    """One that rounds as ``own`` does where it has this width and a range, else a new one without a range."""
+def _with_bits(own: LSQFakeQuantize, bits: int) -> LSQFakeQuantize:
+    """One that rounds as ``own`` does where it has these bits and a range, else a new one without a range."""
     if own.bits != bits or not own.calibrated:
-        return LowBitFakeQuantize(bits, own.channels, own.rule, own.percentile).to(own.scale.device).eval()
+        return LSQFakeQuantize(bits, own.num_channels, own.observer, own.percentile).to(own.scale.device).eval()
     same = copy.deepcopy(own)
     same.enable_fake_quant()
     return same
 
 
 def _calibrate(
-    network: fx.GraphModule, quantizers: Mapping[fx.Node, Sequence[LowBitFakeQuantize]], batches: Sequence[Tensor]
+    network: fx.GraphModule, quantizers: Mapping[fx.Node, Sequence[LSQFakeQuantize]], batches: Sequence[Tensor]
 ) -> None:
     """Set the ranges that are missing from what ``network`` computes."""
     missing = {node: [quantizer for quantizer in of if not quantizer.calibrated] for node, of in quantizers.items()}
@@ -259,7 +259,7 @@ def _calibrate(
 class _Observing(fx.Interpreter):
     """Shows the observers of each node what it computes."""
 
-    def __init__(self, network: fx.GraphModule, observing: Mapping[fx.Node, Sequence[LowBitFakeQuantize]]) -> None:
+    def __init__(self, network: fx.GraphModule, observing: Mapping[fx.Node, Sequence[LSQFakeQuantize]]) -> None:
         super().__init__(network)
         self._observing = observing
 

@@ -31,7 +31,7 @@ def check_figure(path: str | Path) -> None:
 
 
 def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:
-    """Draw the losses of :func:`qface.sensitivity`: a line a width over the layers, weights above activations.
+    """Draw the losses of :func:`qface.sensitivity`: a line per bit width over the layers, weights above activations.
 
     Args:
         result: what was measured.
@@ -67,14 +67,14 @@ def _figure_class() -> Any:
 
 
 def _draw_losses(panel: Any, result: Sensitivity, tensor: str) -> None:
-    """A line for each width of ``tensor``, ``"weight"`` or ``"activation"``, broken where it has none."""
+    """A line for each bit width of ``tensor``, ``"weight"`` or ``"activation"``, broken where it has none."""
     from matplotlib import colormaps
 
-    widths = result.widths(tensor)
-    for place, bits in enumerate(widths):
+    bit_widths = result.bit_widths(tensor)
+    for place, bits in enumerate(bit_widths):
         losses = [of.get(bits, float("nan")) for of in result.losses(tensor)]
-        colour = colormaps["viridis"](place / max(len(widths) - 1, 1))
-        panel.plot(losses, marker=".", linewidth=0.8, color=colour, label=f"{bits} bits")
+        color = colormaps["viridis"](place / max(len(bit_widths) - 1, 1))
+        panel.plot(losses, marker=".", linewidth=0.8, color=color, label=f"{bits} bits")
     panel.set_yscale("log")
     panel.set_ylabel(f"{tensor}: 1 - cosine")
     panel.grid(axis="x", linewidth=0.3)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qface.data import AlignmentReport
 from qface.demo import DemoReport
-from qface.deployment import Agreement, SizeLedger
+from qface.deployment import Agreement, SizeReport
 from qface.deployment.latency import Latency
 from qface.evaluation import EvaluationResult, OperatingThresholds, Rates, TemplateResult
 from qface.pruning import Cost
@@ -103,7 +103,7 @@ def costs_table(before: Cost, after: Cost) -> Table:
 
 def thresholds_table(result: OperatingThresholds) -> Table:
     """Thresholds for one false-positive rate, a row a pairing."""
-    people = f"set on {result.set_on or 'all people'}, judged on {result.judged_on or 'all people'}"
+    people = f"set on {result.identities or 'all people'}, judged on {result.eval_identities or 'all people'}"
     table = Table(title=escape(f"FPR {result.fpr}, {people}"))
     for name in ("probe and gallery", "threshold", "TPR", "FPR", "TPR with float's", "FPR with float's"):
         table.add_column(name, justify="left" if name == "probe and gallery" else "right")
@@ -137,7 +137,7 @@ def agreement_table(agreement: Agreement) -> Table:
 
 def demo_table(report: DemoReport) -> Table:
     """Before and after, a row a model."""
-    table = Table(title=f"{report.people} people that no model was trained on, {report.images} images, onnxruntime")
+    table = Table(title=f"{report.identities} people that no model was trained on, {report.images} images, onnxruntime")
     for name in ("model", "accuracy", *(f"TPR at FPR {fpr}" for fpr in report.fprs), "file", "latency"):
         table.add_column(name, justify="left" if name == "model" else "right")
     for row in report.rows:
@@ -164,30 +164,30 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def size_tables(ledger: SizeLedger, largest: int = 10) -> Group:
+def size_tables(report: SizeReport, largest: int = 10) -> Group:
     """What the bytes are spent on, a row a kind and in total, and the ``largest`` entries."""
-    origin = "" if ledger.source == "file" else ", predicted: tensors without names and nodes"
-    kinds = Table(title=f"{ledger.bytes:,} bytes{origin}", box=box.SIMPLE, collapse_padding=True, pad_edge=False)
+    origin = "" if report.source == "file" else ", predicted: tensors without names and nodes"
+    kinds = Table(title=f"{report.bytes:,} bytes{origin}", box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for name in ("kind", "elements", "float32", "packed", "bytes", "MB", "MiB"):
         kinds.add_column(name, justify="left" if name == "kind" else "right", overflow="fold")
-    for kind, part in ledger.kinds.items():
+    for kind, part in report.kinds.items():
         kinds.add_row(*_size_row(kind, part))
     kinds.add_section()
-    kinds.add_row(*_size_row("total", ledger))
+    kinds.add_row(*_size_row("total", report))
 
-    entries = Table(title=f"the {largest} largest of {len(ledger.entries)} entries", box=box.SIMPLE)
+    entries = Table(title=f"the {largest} largest of {len(report.entries)} entries", box=box.SIMPLE)
     for name in ("name", "kind", "elements", "bits", "bytes"):
         entries.add_column(name, justify="left" if name in ("name", "kind") else "right", overflow="fold")
-    for entry in sorted(ledger.entries, key=lambda entry: -entry.bytes)[:largest]:
+    for entry in sorted(report.entries, key=lambda entry: -entry.bytes)[:largest]:
         bits = "-" if entry.bits is None else str(entry.bits)
         entries.add_row(escape(entry.name), entry.kind, f"{entry.elements:,}", bits, f"{entry.bytes:,}")
     return Group(kinds, entries)
 
 
-def _size_row(name: str, ledger: SizeLedger) -> list[str]:
-    totals = ledger.totals()
+def _size_row(name: str, report: SizeReport) -> list[str]:
+    totals = report.totals()
     counts = [f"{totals[key]:,}" for key in ("elements", "fp32_bytes", "packed_bytes", "bytes")]
-    return [name, *counts, f"{ledger.mb:.3f}", f"{ledger.mib:.3f}"]
+    return [name, *counts, f"{report.mb:.3f}", f"{report.mib:.3f}"]
 
 
 def sensitivity_tables(result: Sensitivity) -> Group:
@@ -197,13 +197,13 @@ def sensitivity_tables(result: Sensitivity) -> Group:
 
 def _sensitivity_table(result: Sensitivity, tensor: str) -> Table:
     """One of ``tensor``, ``"weight"`` or ``"activation"``."""
-    widths = result.widths(tensor)
+    bit_widths = result.bit_widths(tensor)
     title = f"1000 x (1 - cosine) with one {tensor} quantized, {counted(result.images, 'image')}"
     table = Table(title=title, box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    for name in ("elements", *(counted(bits, "bit") for bits in widths)):
+    for name in ("elements", *(counted(bits, "bit") for bits in bit_widths)):
         table.add_column(name, justify="right", overflow="fold")
     for layer, losses in zip(result.layers, result.losses(tensor), strict=True):
-        figures = (f"{1000 * losses[bits]:.3f}" if bits in losses else "-" for bits in widths)
+        figures = (f"{1000 * losses[bits]:.3f}" if bits in losses else "-" for bits in bit_widths)
         table.add_row(layer.name, f"{layer.elements:,}", *figures)
     return table

@@ -16,7 +16,7 @@ def data(tmp_path: Path, crops: Crops) -> Path:
     root = tmp_path / "shared"
     (root / "weights").mkdir(parents=True)
     folder = crops({f"Person_{number:02}": 4 for number in range(48)}, folder="shared/data/lfw")
-    names = ImageFolder(folder, people="second-half").names
+    names = ImageFolder(folder, identities="second-half").names
     lines = ["2\t3"]
     for fold in (names[:6], names[6:12]):
         lines += [f"{name}\t1\t2" for name in fold[:3]]

@@ -29,7 +29,8 @@ def test_every_kind_of_row_is_measured_for_every_recipe(data: Path) -> None:
         (recipe, row) for recipe in ("qface", "paper") for row in rows
     }
     ranges = {
-        (each["recipe"], each["settings"]["weight_range"], *each["settings"]["calibration"].values()) for each in runs
+        (each["recipe"], each["settings"]["weight_observer"], *each["settings"]["calibration"].values())
+        for each in runs
     }
     assert ranges == {("qface", "mse", True, True, True), ("paper", "minmax", False, False, False)}
     assert all(each["mean_weight_bits"] <= 4 for each in runs if each["row"] != "w6a6-25%")
@@ -50,11 +51,11 @@ def test_figures_are_those_of_the_file(data: Path) -> None:
     _, figures = measure(data, "--seeds", "1", rows=("w6a6-untrained",))
     (measured,) = figures["runs"]
     file, folder = data.parent / "runs" / measured["file"], data / "data" / "lfw"
-    expected = qface.evaluate(file, folder, pairs=data / "data" / "lfw_pairs.txt", people="second-half")
+    expected = qface.evaluate(file, folder, pairs=data / "data" / "lfw_pairs.txt", identities="second-half")
     assert measured["accuracy"] == expected.accuracy
     assert measured["tpr"] == {fpr: expected.tpr_at_fpr[fpr] for fpr in ("1e-3", "1e-4", "1e-5")}
     teacher = data / "weights" / "mobilefacenet_112x96.safetensors"
-    mixed = qface.evaluate(file, folder, people="second-half", gallery=teacher)
+    mixed = qface.evaluate(file, folder, identities="second-half", gallery=teacher)
     assert measured["gallery_tpr"]["1e-3"] == mixed.tpr_at_fpr["1e-3"]
     assert measured["bytes"] == file.stat().st_size
 
@@ -98,7 +99,7 @@ def test_what_cannot_be_made_does_not_stop_the_others(data: Path, monkeypatch: p
     assert result.exit_code == 1
 
 
-def test_the_sweep_without_training_has_every_width(data: Path) -> None:
+def test_the_sweep_without_training_has_every_bit_width(data: Path) -> None:
     _, figures = measure(data, "--seeds", "1", "--sweep", "--no-train", rows=("w8a8",))
     names = {line["row"] for line in figures["summary"]}
     assert names == {f"w{bits}a{bits}-untrained" for bits in (8, 6, 4, 2)}
@@ -117,7 +118,7 @@ def test_losses_are_means_over_seeds_held_against_goals() -> None:
     teachers = {"mobilefacenet": measured("float", 0, 0.95)}
     rates = {"w6a6": (0.94, 0.945), "w4a8": (0.90, 0.91), "mixed-w4a8": (0.92, 0.93)}
     runs = [measured(row, seed, rate) for row, pair in rates.items() for seed, rate in enumerate(pair)]
-    lines = {line["row"]: line for line in report.summarise(teachers, runs)}
+    lines = {line["row"]: line for line in report.summarize(teachers, runs)}
     assert lines["w6a6"]["tpr_loss"] == pytest.approx({"mean": 0.75, "std": 0.5 / 2**0.5})
     assert lines["w6a6"]["seconds"]["mean"] == 20
     margins = {row: [goal["margin"] for goal in line["goals"]] for row, line in lines.items()}
@@ -133,7 +134,7 @@ def test_the_sweep_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report = script("accuracy_report")
     runs = [measured("w8a8", 0, 0.94), measured("w2a2-untrained", 0, 0.01), measured("w4a8", 0, 0.9)]
-    report.draw_sweep(report.summarise({"mobilefacenet": measured("float", 0, 0.95)}, runs), tmp_path / "accuracy.png")
+    report.draw_sweep(report.summarize({"mobilefacenet": measured("float", 0, 0.95)}, runs), tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 

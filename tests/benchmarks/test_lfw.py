@@ -34,7 +34,7 @@ def test_figures_are_written_before_they_are_shown(data: Path, monkeypatch: pyte
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    script("lfw")  # which makes its neighbours known
+    script("lfw")  # which makes its neighbors known
     monkeypatch.setattr("harness.report_files.terminal_table", killed)
     result, report = measure(data)
     assert result.exit_code == 1
@@ -47,7 +47,11 @@ def test_recipes_are_those_of_the_accuracy_table(recipe: str, data: Path) -> Non
     steps = {step["step"]: step for step in provenance_of(qface.load(data.parent / "lfw" / "student.safetensors"))}
     ours = recipe == "qface"
     assert steps["quantize"]["weight_bits"] == steps["quantize"]["activation_bits"] == 4
-    assert steps["quantize"]["weight_range"] == steps["quantize"]["activation_range"] == ("mse" if ours else "minmax")
-    assert steps["quantize"]["wide_residuals"] == steps["calibrate"]["compensate"] == ours
+    assert (
+        steps["quantize"]["weight_observer"]
+        == steps["quantize"]["activation_observer"]
+        == ("mse" if ours else "minmax")
+    )
+    assert steps["quantize"]["wide_residuals"] == steps["calibrate"]["gptq"] == ours
     assert steps["distill"]["batch_size"] == (16 if ours else 64)
-    assert steps["distill"]["ekd_parity"] != ours
+    assert steps["distill"]["reference_ekd"] != ours

@@ -166,15 +166,15 @@ def test_quantfaces_arms_are_one_where_they_see_the_same_images(paper: Path) -> 
         _, table = measure(paper, 1, "--networks", "mobilefacenet")
         return [row["measured"] for row in table["rows"] if row["method"].startswith("quantface")]
 
-    labelled, unlabelled = arms()
-    assert labelled == unlabelled
-    crops = paper / "data" / "unlabelled" / "0"
+    labeled, unlabeled = arms()
+    assert labeled == unlabeled
+    crops = paper / "data" / "unlabeled" / "0"
     crops.mkdir(parents=True)
     for number, path in enumerate(ImageFolder(paper / "data" / "lfw").paths[:8]):
         (crops / f"{number}.png").write_bytes(path.read_bytes())
-    labelled_again, unlabelled = arms()
-    assert labelled_again == labelled
-    assert unlabelled["images"] == 8 != labelled["images"]
+    labeled_again, unlabeled = arms()
+    assert labeled_again == labeled
+    assert unlabeled["images"] == 8 != labeled["images"]
 
 
 def test_networks_that_no_table_has_and_rows_that_fail(paper: Path) -> None:

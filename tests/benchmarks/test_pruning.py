@@ -41,13 +41,13 @@ def test_every_variant_is_a_file_with_figures_and_is_made_once(data: Path, monke
 
 
 @pytest.mark.parametrize(("text", "name"), [("6", "w6a6"), ("w4a8", "w4a8")])
-def test_widths_of_weights_and_activations_are_told_apart(text: str, name: str) -> None:
+def test_bits_of_weights_and_activations_are_told_apart(text: str, name: str) -> None:
     module = script("pruning")
     assert module.name_of(module.BitsOption().convert(text, None, None)) == name
 
 
 @pytest.mark.parametrize("text", ["9", "w4", "w4a9", "a8w4", "four"])
-def test_other_widths_are_refused(text: str) -> None:
+def test_other_bits_are_refused(text: str) -> None:
     result = run("pruning", "--bits", text)
     assert result.exit_code == 2
-    assert "neither a width from 2 to 8 nor two" in result.stderr
+    assert "neither a number of bits from 2 to 8 nor two" in result.stderr

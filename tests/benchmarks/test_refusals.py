@@ -31,7 +31,7 @@ def test_weights_that_are_missing(data: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["latency", "lfw", "training_time", "qat_step"])
-def test_widths_that_are_out_of_range(name: str, data: Path) -> None:
+def test_bits_that_are_out_of_range(name: str, data: Path) -> None:
     options = ["--data", data, "--bits", "9"]
     options += [] if name == "lfw" else ["--network" if name == "qat_step" else "--networks", "mobilefacenet"]
     options += [] if name == "qat_step" else ["-o", data.parent / "runs"]

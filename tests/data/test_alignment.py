@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage.transform import SimilarityTransform, warp
 
-from qface.data.alignment import ARCFACE_LANDMARKS, align, similarity_transform
+from qface.data.alignment import ARCFACE_LANDMARKS, align_face, similarity_transform
 from qface.errors import ImagesError
 
 COORDINATES = st.floats(-500, 500, allow_subnormal=False)
@@ -43,7 +43,7 @@ def test_points_that_say_nothing_are_refused(points) -> None:
 
 def test_four_landmarks_are_no_face() -> None:
     with pytest.raises(ImagesError, match=r"five landmarks \[5, 2\], not \[4, 2\]"):
-        align(Image.new("RGB", (50, 50)), ARCFACE_LANDMARKS[:4])
+        align_face(Image.new("RGB", (50, 50)), ARCFACE_LANDMARKS[:4])
 
 
 def photo(width: int = 420, height: int = 400) -> np.ndarray:
@@ -59,7 +59,7 @@ def test_crop_is_scikit_images(scale: float, angle: float) -> None:
     rotation = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     landmarks = (ARCFACE_LANDMARKS - 56) @ rotation.T + (210, 200)
     pixels = photo()
-    crop = np.asarray(align(Image.fromarray(pixels), landmarks), np.float64)
+    crop = np.asarray(align_face(Image.fromarray(pixels), landmarks), np.float64)
     transform = SimilarityTransform.from_estimate(landmarks, ARCFACE_LANDMARKS)
     expected = 255 * warp(pixels, transform.inverse, output_shape=(112, 112), order=1)
     assert crop.shape == (112, 112, 3)
@@ -67,7 +67,7 @@ def test_crop_is_scikit_images(scale: float, angle: float) -> None:
 
 
 def test_what_lies_outside_the_photo_is_black() -> None:
-    crop = np.asarray(align(Image.fromarray(np.full((60, 112, 3), 200, np.uint8)), ARCFACE_LANDMARKS))
+    crop = np.asarray(align_face(Image.fromarray(np.full((60, 112, 3), 200, np.uint8)), ARCFACE_LANDMARKS))
     assert (crop[:59] == 200).all()
     assert (crop[61:] == 0).all()
 
@@ -75,4 +75,4 @@ def test_what_lies_outside_the_photo_is_black() -> None:
 def test_a_crop_with_the_template_as_landmarks_stays_as_it_is(crops) -> None:
     folder: Path = crops({"Ann": 1})
     original = Image.open(folder / "Ann" / "Ann_0001.png")
-    assert np.abs(np.asarray(align(original, ARCFACE_LANDMARKS), int) - np.asarray(original, int)).max() <= 1
+    assert np.abs(np.asarray(align_face(original, ARCFACE_LANDMARKS), int) - np.asarray(original, int)).max() <= 1

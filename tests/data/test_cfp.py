@@ -163,4 +163,4 @@ def test_other_folders_are_no_splits(cfp: Path) -> None:
     with pytest.raises(ImagesError, match="there is no file"):
         CfpSplit(cfp / "Protocol" / "Split" / "FP")
     with pytest.raises(ImagesError, match="people can be selected from a folder only"):
-        as_image_source(cfp / "Protocol" / "Split" / "FF", people="first-half")
+        as_image_source(cfp / "Protocol" / "Split" / "FF", identities="first-half")

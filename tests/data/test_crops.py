@@ -124,7 +124,7 @@ def test_landmarks_in_one_place_are_no_face(photos: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("written", ["./Ann/1.png", "Ann\\1.png", ".\\Ann\\1.png", "Bob/../Ann//1.png"])
-def test_names_of_landmarks_may_be_spelt_otherwise(written: str, photos: Path, tmp_path: Path) -> None:
+def test_names_of_landmarks_may_be_spelled_otherwise(written: str, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "points.txt").write_text(line(written))
     report = align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
     assert (report.aligned, report.faceless) == (1, ("Ann/2.png", "Bob/1.png"))

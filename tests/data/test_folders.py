@@ -17,20 +17,20 @@ def save(path, size=(112, 112), mode="RGB", color=0):
     Image.new(mode, size, color).save(path)
 
 
-def message(root, people=None):
+def message(root, identities=None):
     with pytest.raises(ImagesError) as error:
-        ImageFolder(root, people)
+        ImageFolder(root, identities)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_people_are_labelled_in_sorted_order(crops):
+def test_people_are_labeled_in_sorted_order(crops):
     folder = ImageFolder(crops({"Bob": 2, "Ann": 1, "Cem": 3}))
     assert folder.names == folder.all_names == ["Ann", "Bob", "Cem"]
     assert folder.labels.tolist() == [0, 1, 1, 2, 2, 2]
     assert folder.labels.dtype == torch.int64
     assert [path.name for path in folder.paths[:3]] == ["Ann_0001.png", "Bob_0001.png", "Bob_0002.png"]
-    assert (len(folder), folder.identities) == (6, 3)
+    assert (len(folder), folder.num_identities) == (6, 3)
 
 
 def test_selection_keeps_labels_dense(crops, tmp_path):
@@ -55,7 +55,7 @@ def test_flat_folder_has_no_labels(tmp_path):
     folder = ImageFolder(tmp_path)
     assert [path.name for path in folder.paths] == ["a.JPG", "b.png", "c.webp", "d.bmp", "e.jpeg"]
     assert folder.labels is None
-    assert (folder.names, folder.identities) == ([], 0)
+    assert (folder.names, folder.num_identities) == ([], 0)
     assert "flat" in message(tmp_path, "first-half")
 
 
@@ -95,7 +95,7 @@ def test_other_modes_become_rgb(tmp_path, mode, color):
     )
 
 
-def test_grey_pixels_keep_their_value(tmp_path):
+def test_gray_pixels_keep_their_value(tmp_path):
     save(tmp_path / "x.png", mode="L", color=7)
     assert ImageFolder(tmp_path).read([0]).unique().tolist() == [7]
 
@@ -115,7 +115,7 @@ def test_deep_pixels_are_refused(tmp_path):
     assert message(tmp_path).startswith("1 of 1 files")
 
 
-def test_deep_colours_are_scaled(tmp_path):
+def test_deep_colors_are_scaled(tmp_path):
     header = struct.pack(">IIBBBBB", 112, 112, 16, 2, 0, 0, 0)
     pixels = zlib.compress((b"\0" + struct.pack(">H", 40000) * 3 * 112) * 112)
     chunks = [(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")]
@@ -204,6 +204,6 @@ def test_a_folder_that_must_not_be_read_is_named(crops):
 @pytest.mark.faces
 def test_lfw_opens_with_all_its_faces(faces):
     folder = ImageFolder(faces / "data" / "lfw")
-    assert (len(folder), folder.identities) == (13233, 5749)
+    assert (len(folder), folder.num_identities) == (13233, 5749)
     assert len(ImageFolder(faces / "data" / "lfw", "first-half")) == 6715
     assert len(ImageFolder(faces / "data" / "lfw", "second-half")) == 6518

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qface.data import LoaderImages, TensorImages, normalise
+from qface.data import LoaderImages, TensorImages, normalize
 from qface.errors import ImagesError
 from qface.preprocessing import Preprocessing
 
@@ -64,8 +64,8 @@ def test_batches_of_a_loader_are_held_to_what_tensors_are(batch, message):
         list(LoaderImages([(batch, 0)]).batches(1))
 
 
-def test_normalise_touches_bytes_only():
+def test_normalize_touches_bytes_only():
     floats = torch.rand(1, 3, 112, 112)
-    assert normalise(floats, Preprocessing()) is floats
+    assert normalize(floats, Preprocessing()) is floats
     white = torch.full((1, 3, 112, 112), 255, dtype=torch.uint8)
-    assert torch.equal(normalise(white, Preprocessing()), torch.ones(1, 3, 112, 112))
+    assert torch.equal(normalize(white, Preprocessing()), torch.ones(1, 3, 112, 112))

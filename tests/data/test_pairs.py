@@ -214,9 +214,9 @@ def test_malformed_lists_of_files_are_named(write, text, expected):
 
 
 @pytest.mark.faces
-@pytest.mark.parametrize(("people", "kept"), [(None, 6000), ("first-half", 2249), ("second-half", 2194)])
-def test_lfw_protocol_resolves(faces, people, kept):
+@pytest.mark.parametrize(("identities", "kept"), [(None, 6000), ("first-half", 2249), ("second-half", 2194)])
+def test_lfw_protocol_resolves(faces, identities, kept):
     pairs = read_lfw_pairs(faces / "data" / "lfw_pairs.txt")
-    resolved = resolve_pairs(pairs, ImageFolder(faces / "data" / "lfw", people))
+    resolved = resolve_pairs(pairs, ImageFolder(faces / "data" / "lfw", identities))
     assert (len(resolved), resolved.dropped) == (kept, 6000 - kept)
     assert np.unique(resolved.fold).tolist() == list(range(10))

@@ -8,7 +8,7 @@ from qface.data import ImageFolder, LoaderImages, TensorImages, VerificationBin,
 from qface.errors import ImagesError
 
 
-def test_as_image_source_recognises_each_kind(crops):
+def test_as_image_source_recognizes_each_kind(crops):
     tensor = TensorImages(torch.zeros(1, 3, 4, 4))
     assert isinstance(as_image_source(crops({"Ann": 1})), ImageFolder)
     assert isinstance(as_image_source(torch.zeros(1, 3, 4, 4)), TensorImages)
@@ -46,6 +46,6 @@ def test_no_images_are_an_empty_batch(crops, tmp_path):
 
 def test_people_select_from_folders_only(crops):
     folder = crops({"Ann": 1, "Bob": 1})
-    assert as_image_source(folder, people="first-half").identities == 1
+    assert as_image_source(folder, identities="first-half").num_identities == 1
     with pytest.raises(ImagesError, match="folder only"):
-        as_image_source(torch.zeros(1, 3, 4, 4), people="first-half")
+        as_image_source(torch.zeros(1, 3, 4, 4), identities="first-half")

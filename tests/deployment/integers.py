@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from qface.deployment import OnnxEmbedder, export, lower
 from qface.preprocessing import preprocessing_of
-from qface.quantization.layers import Quantizer
+from qface.quantization.quantized_layers import Quantizer
 from tests.networks import random_faces
 
 
@@ -63,7 +63,7 @@ def run_student(student: fx.GraphModule, images: Tensor) -> tuple[list[npt.NDArr
             result = super().run_node(n)
             quantizer = student.get_submodule(str(n.target)) if n.op == "call_module" else None
             if isinstance(quantizer, Quantizer):
-                scale, zero_point = quantizer.tensors()
+                scale, zero_point, *_ = quantizer.qparams()
                 found.append(((result / scale).round() + zero_point).numpy())
             return result
 
@@ -73,20 +73,18 @@ def run_student(student: fx.GraphModule, images: Tensor) -> tuple[list[npt.NDArr
 
 
 def compare(student: fx.GraphModule, path: Path, images: int = 4) -> tuple[list[Compared], Tensor, Tensor]:
-    """Every tensor on a grid, of the student and of its file; then the embeddings of both."""
+    """Every quantized tensor, of the student and of its file; then the embeddings of both."""
     export(student, path)
     made = [
         operation
         for operation in lower(student).operations
-        if operation.output.grid is not None and type(operation).__name__ not in ("MaxPool", "Flatten")
+        if operation.output.qparams is not None and operation.kind not in ("MaxPool", "Flatten")
     ]
     batch = preprocessing_of(student)(random_faces(images, seed=1))
     expected, embeddings = run_student(student, batch)
     outputs = session(path, [operation.output.name for operation in made]).run(None, {"images": batch.numpy()})
     compared = [
-        Compared(
-            operation.name, getattr(operation, "function", type(operation).__name__), integers, output.astype("f4")
-        )
+        Compared(operation.name, getattr(operation, "function", operation.kind), integers, output.astype("f4"))
         for operation, integers, output in zip(made, expected, outputs[1:], strict=True)
     ]
     return compared, embeddings, OnnxEmbedder(path, threads=1)(batch)

@@ -30,7 +30,7 @@ def student() -> fx.GraphModule:
 
 @pytest.fixture
 def file(student: fx.GraphModule, tmp_path: Path) -> Path:
-    return qface.export(student, tmp_path / "net.onnx", container="int8")
+    return qface.export(student, tmp_path / "net.onnx", weight_format="int8")
 
 
 def with_changed(model: onnx.ModelProto, name: str, change: int) -> onnx.ModelProto:
@@ -53,7 +53,7 @@ def test_a_file_agrees_with_its_student(student: fx.GraphModule, file: Path) -> 
     assert len(agreement.layers) > 5
     for layer in agreement.layers:
         assert layer.different == 0
-        least, greatest = layer.levels
+        least, greatest = layer.integer_range
         assert 256 - 2**layer.bits <= least <= greatest < 256
     assert json.loads(json.dumps(agreement.to_dict()))["agrees"] is True
 
@@ -67,13 +67,13 @@ def test_a_difference_is_found_in_the_layer_where_it_arises(student: fx.GraphMod
     assert [layer.layer for layer in agreement.layers if layer.different] == [name.removesuffix(".bias")]
 
 
-def test_too_many_levels_are_found(student: fx.GraphModule, file: Path) -> None:
+def test_too_many_integers_are_found(student: fx.GraphModule, file: Path) -> None:
     model = onnx.load(file)
     (level,) = (tensor for tensor in model.graph.initializer if tensor.name == "level_192")
     level.CopyFrom(numpy_helper.from_array(np.uint8(100), "level_192"))
     onnx.save(model, file)
     agreement = qface.verify(student, file, random_faces(8))
-    assert any(layer.levels[0] < 192 for layer in agreement.layers if layer.bits == 6)
+    assert any(layer.integer_range[0] < 192 for layer in agreement.layers if layer.bits == 6)
     assert not agreement.agrees
 
 

@@ -162,7 +162,7 @@ def test_clamps_hold_where_the_range_is_wider(tmp_path: Path) -> None:
     for layer, scale in (("body.1", 0.7), ("body.3", 0.1)):
         (user,) = next(node for node in student.graph.nodes if node.target == layer).users
         quantizer = student.get_submodule(str(user.target))
-        low = quantizer.grid.low
+        low = quantizer.quant_min
         quantizer.set_qparams(torch.tensor([scale]), torch.tensor([low + 3]))
     compared, expected, embeddings = compare(student, tmp_path / "net.onnx")
     for tensor in compared:
@@ -213,9 +213,9 @@ def test_onnxruntime_multiplies_integers_only(body: str, bits: int, tmp_path: Pa
 @pytest.mark.faces
 def test_real_network_at_six_bits_embeds_as_its_student_does(faces: Path, tmp_path: Path) -> None:
     student = quantize(qface.load(faces / "weights" / "mobilefacenet_112x96.safetensors"), 6)
-    calibrate(student, faces / "data" / "lfw", people="first-half", count=128)
+    calibrate(student, faces / "data" / "lfw", identities="first-half", num_images=128)
     qface.export(student, tmp_path / "net.onnx")
-    images = preprocessing_of(student)(ImageFolder(faces / "data" / "lfw", people="second-half").read(range(64)))
+    images = preprocessing_of(student)(ImageFolder(faces / "data" / "lfw", identities="second-half").read(range(64)))
     with torch.no_grad():
         expected = student(images)
     embeddings = OnnxEmbedder(tmp_path / "net.onnx", threads=1)(images)

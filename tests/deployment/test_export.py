@@ -24,7 +24,7 @@ from qface.errors import ConfigError, ExportError, QFaceError, UnsupportedLayerE
 from qface.models.provenance import provenance_of
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
-from qface.quantization.layers import WeightedLayer
+from qface.quantization.quantized_layers import WeightedLayer
 from tests.deployment.integers import assert_exact, optimized_operators, read_by_multiplications, session
 from tests.deployment.networks import CHANNELS, SIDE, Applied, Framed, Sum, calibrated, framed, seeded
 from tests.networks import TinyFaceNet, foreign_net, random_faces, tiny_face_net
@@ -96,7 +96,7 @@ def test_an_image_embeds_alike_in_any_batch(path: Path, student: fx.GraphModule)
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_weights_and_activations_keep_to_their_bits(bits: int, tmp_path: Path) -> None:
-    qface.export(tiny(bits), tmp_path / "net.onnx", container="int8")
+    qface.export(tiny(bits), tmp_path / "net.onnx", weight_format="int8")
     constants = {
         tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer
     }
@@ -126,7 +126,7 @@ def test_weights_and_activations_keep_to_their_bits(bits: int, tmp_path: Path) -
 def test_packed_weights_take_their_bits_and_compute_the_same(bits: int, tmp_path: Path) -> None:
     student = tiny(bits)
     packed = qface.export(student, tmp_path / "packed.onnx")
-    plain = qface.export(student, tmp_path / "plain.onnx", container="int8")
+    plain = qface.export(student, tmp_path / "plain.onnx", weight_format="int8")
     weights = sum(module.weight.numel() for module in student.modules() if isinstance(module, WeightedLayer))
     planes = [
         tensor for tensor in onnx.load(packed).graph.initializer if re.fullmatch(rf"w{bits}_plane\d", tensor.name)
@@ -140,7 +140,7 @@ def test_packed_weights_take_their_bits_and_compute_the_same(bits: int, tmp_path
     assert kernels["packed"] == kernels["plain"]
 
 
-def test_widths_of_one_file_are_packed_apart(tmp_path: Path) -> None:
+def test_bit_widths_of_one_file_are_packed_apart(tmp_path: Path) -> None:
     config = QuantizationConfig(overrides={"block1.conv2": LayerBits(weight=3)})
     student = tiny(config)
     path = qface.export(student, tmp_path / "net.onnx")
@@ -149,16 +149,16 @@ def test_widths_of_one_file_are_packed_apart(tmp_path: Path) -> None:
     assert_exact(student, path)
 
 
-def test_an_unknown_container_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_weight_format_is_refused(tmp_path: Path) -> None:
     for model in (tiny(6), network()):
         with pytest.raises(ConfigError, match="packed, int8"):
-            qface.export(model, tmp_path / "net.onnx", container="zip")
+            qface.export(model, tmp_path / "net.onnx", weight_format="zip")
     assert not list(tmp_path.iterdir())
 
 
-def test_widths_of_single_layers_are_in_the_file(tmp_path: Path) -> None:
+def test_bits_of_single_layers_are_in_the_file(tmp_path: Path) -> None:
     config = QuantizationConfig(overrides={"block1.conv2": LayerBits(weight=3, activation=4)})
-    qface.export(tiny(config), tmp_path / "net.onnx", container="int8")
+    qface.export(tiny(config), tmp_path / "net.onnx", weight_format="int8")
     constants = {
         tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "net.onnx").graph.initializer
     }
@@ -199,7 +199,7 @@ def test_layers_may_be_called_anything(tmp_path: Path) -> None:
     assert_exact(calibrated(model), tmp_path / "net.onnx")
 
 
-def test_channels_may_be_normalised_differently(tmp_path: Path) -> None:
+def test_channels_may_be_normalized_differently(tmp_path: Path) -> None:
     preprocessing = Preprocessing(size=(32, 32), mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
     model = with_preprocessing(tiny_face_net(size=(32, 32)), preprocessing)
     assert_exact(calibrated(model), tmp_path / "net.onnx")

@@ -1,4 +1,4 @@
-"""A file that reads bytes computes what the file does that reads the same images normalised."""
+"""A file that reads bytes computes what the file does that reads the same images normalized."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ BYTES_ARE_INTEGERS = {
     "BGR": Preprocessing(CROP, SIZE, "BGR", std=(128.0, 128.0, 128.0)),
     "mean 0": Preprocessing(CROP, SIZE, mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0)),
 }
-NORMALISED = {
+NORMALIZED = {
     "channels apart": Preprocessing(CROP, SIZE, mean=MEANS, std=DEVIATIONS),
     "channels apart, BGR": Preprocessing(CROP, SIZE, "BGR", MEANS, DEVIATIONS),
     "mean below all bytes": Preprocessing(CROP, SIZE, mean=(-20.0, -20.0, -20.0)),
 }
-PREPROCESSINGS = BYTES_ARE_INTEGERS | NORMALISED
+PREPROCESSINGS = BYTES_ARE_INTEGERS | NORMALIZED
 
 
 def student_of(preprocessing: Preprocessing, bits: int = 6) -> fx.GraphModule:
@@ -77,7 +77,7 @@ def test_embeddings_of_bytes_are_those_of_floats(case: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("case", PREPROCESSINGS)
-def test_a_float_network_normalises_inside(case: str, tmp_path: Path) -> None:
+def test_a_float_network_normalizes_inside(case: str, tmp_path: Path) -> None:
     preprocessing = PREPROCESSINGS[case]
     model = with_preprocessing(tiny_face_net(size=preprocessing.size), preprocessing)
     floats, bytes_ = pair_of_files(model, tmp_path)
@@ -124,7 +124,7 @@ def test_such_a_file_agrees_with_its_student(build: Callable[..., nn.Module], ca
     path = qface.export(student, tmp_path / "net.onnx", input="uint8")
     agreement = qface.verify(student, path, random_faces(12, seed=2))
     assert agreement.agrees and agreement.images == 12
-    assert agreement.layers[0].operation in ("TakeBytes", "QuantizeImage")
+    assert agreement.layers[0].operation in ("Uint8Input", "QuantizeImage")
     assert agreement.layers[0].different == 0
 
 
@@ -182,8 +182,8 @@ def test_the_command_line_exports_verifies_and_times_it(student: fx.GraphModule,
 @pytest.mark.faces
 def test_real_network_reads_bytes(faces: Path, tmp_path: Path) -> None:
     student = qface.quantize(qface.load(faces / "weights" / "mobilefacenet_112x96.safetensors"), 6)
-    qface.calibrate(student, faces / "data" / "lfw", people="first-half", count=64)
+    qface.calibrate(student, faces / "data" / "lfw", identities="first-half", num_images=64)
     floats, bytes_ = pair_of_files(student, tmp_path)
-    crops = ImageFolder(faces / "data" / "lfw", people="second-half").read(range(16))
+    crops = ImageFolder(faces / "data" / "lfw", identities="second-half").read(range(16))
     images = OnnxEmbedder(floats).preprocessing(crops)
     assert torch.equal(OnnxEmbedder(bytes_, threads=1)(images), OnnxEmbedder(floats, threads=1)(images))

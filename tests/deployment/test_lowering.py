@@ -8,11 +8,21 @@ import torch
 from torch import fx, nn
 
 from qface.deployment import IntegerGraph, lower
-from qface.deployment.graph import Add, Affine, Convolution, Flatten, Grid, Linear, MaxPool, PRelu, QuantizeImage
+from qface.deployment.integer_graph import (
+    AddOp,
+    AffineOp,
+    ConvolutionOp,
+    FlattenOp,
+    LinearOp,
+    MaxPoolOp,
+    PReluOp,
+    QuantizeImageOp,
+    TensorQParams,
+)
 from qface.errors import ConfigError
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import LayerBits, QuantizationConfig, set_observers
-from qface.quantization.layers import Quantizer
+from qface.quantization.quantized_layers import Quantizer
 from tests.deployment.networks import CHANNELS, Sum, calibrated, framed, prelu
 from tests.networks import tiny_face_net
 
@@ -29,43 +39,43 @@ def quantizers(student: fx.GraphModule) -> list[Quantizer]:
     return [layer for layer in layers if isinstance(layer, Quantizer)]
 
 
-def grids(graph: IntegerGraph) -> list[Grid]:
+def output_qparams(graph: IntegerGraph) -> list[TensorQParams]:
     """Those that are not taken over from an input."""
     return [
-        operation.output.grid
+        operation.output.qparams
         for operation in graph.operations
-        if operation.output.grid is not None and not isinstance(operation, (MaxPool, Flatten))
+        if operation.output.qparams is not None and not isinstance(operation, (MaxPoolOp, FlattenOp))
     ]
 
 
 @pytest.mark.parametrize("bits", [2, 5, 8])
-def test_grids_are_those_of_the_quantizers(bits: int) -> None:
+def test_qparams_are_those_of_the_quantizers(bits: int) -> None:
     student = student_of(bits)
-    found = grids(lower(student))
-    for grid, quantizer in zip(found, quantizers(student), strict=True):
-        scale, zero_point = quantizer.tensors()
-        assert grid == Grid(quantizer.bits, float(scale), int(zero_point))
-        assert grid.low <= grid.zero_point < 256 == grid.low + 2**grid.bits
-    assert {grid.bits for grid in found} == {bits, 8}
+    found = output_qparams(lower(student))
+    for qparams, quantizer in zip(found, quantizers(student), strict=True):
+        scale, zero_point, *_ = quantizer.qparams()
+        assert qparams == TensorQParams(quantizer.bits, float(scale), int(zero_point))
+        assert qparams.quant_min <= qparams.zero_point < 256 == qparams.quant_min + 2**qparams.bits
+    assert {qparams.bits for qparams in found} == {bits, 8}
 
 
 @pytest.mark.parametrize("bits", [2, 5, 8])
-def test_what_multiplications_read_has_the_width_asked_for(bits: int) -> None:
+def test_what_multiplications_read_has_the_bits_asked_for(bits: int) -> None:
     for operation in lower(student_of(bits)).operations:
-        if isinstance(operation, (Convolution, Linear)):
+        if isinstance(operation, (ConvolutionOp, LinearOp)):
             (value,) = operation.inputs
-            assert value.grid is not None and value.grid.bits == (8 if operation.name == "conv" else bits)
+            assert value.qparams is not None and value.qparams.bits == (8 if operation.name == "conv" else bits)
             assert operation.weight.bits == bits
             assert np.abs(operation.weight.integers.astype(int)).max() <= 2 ** (bits - 1)
 
 
-def test_widths_of_single_layers_count() -> None:
+def test_bits_of_single_layers_count() -> None:
     config = QuantizationConfig(overrides={"fc": LayerBits(weight=3, activation=4)})
     layers = {operation.name: operation for operation in lower(student_of(config)).operations}
     fc, other = layers["fc"], layers["block1.conv2"]
-    assert isinstance(fc, Linear) and isinstance(other, Convolution)
-    assert (fc.weight.bits, fc.inputs[0].grid.bits) == (3, 4)  # type: ignore[union-attr]
-    assert (other.weight.bits, other.inputs[0].grid.bits) == (6, 6)  # type: ignore[union-attr]
+    assert isinstance(fc, LinearOp) and isinstance(other, ConvolutionOp)
+    assert (fc.weight.bits, fc.inputs[0].qparams.bits) == (3, 4)  # type: ignore[union-attr]
+    assert (other.weight.bits, other.inputs[0].qparams.bits) == (6, 6)  # type: ignore[union-attr]
 
 
 def test_every_value_is_made_before_it_is_read_and_only_once() -> None:
@@ -76,14 +86,14 @@ def test_every_value_is_made_before_it_is_read_and_only_once() -> None:
         assert operation.output.name not in made
         made.add(operation.output.name)
     assert graph.embedding.name in made
-    assert graph.embedding.grid is None
+    assert graph.embedding.qparams is None
     assert (graph.dimensions, graph.preprocessing) == (16, PREPROCESSING)
 
 
 def test_operations_follow_the_layers() -> None:
     kinds = [type(operation) for operation in lower(student_of(4)).operations]
-    block = [Affine, Convolution, PRelu, Convolution, Add]
-    assert kinds == [QuantizeImage, Convolution, PRelu, MaxPool, *block, *block, Affine, Flatten, Linear]
+    block = [AffineOp, ConvolutionOp, PReluOp, ConvolutionOp, AddOp]
+    assert kinds == [QuantizeImageOp, ConvolutionOp, PReluOp, MaxPoolOp, *block, *block, AffineOp, FlattenOp, LinearOp]
 
 
 def test_geometry_and_clamps_are_taken_over() -> None:
@@ -94,7 +104,7 @@ def test_geometry_and_clamps_are_taken_over() -> None:
 
     layers = {operation.name: operation for operation in lower(calibrated(framed(body))).operations}
     first, second = layers["body.0"], layers["body.2"]
-    assert isinstance(first, Convolution) and isinstance(second, Convolution)
+    assert isinstance(first, ConvolutionOp) and isinstance(second, ConvolutionOp)
     assert (first.stride, first.padding, first.dilation, first.groups) == ((1, 2), (2, 1), (2, 1), 4)
     assert first.weight.integers.shape == (16, 2, 3, 2)
     assert (first.clamp, second.clamp) == ((0.0, 6.0), None)
@@ -105,7 +115,7 @@ def test_slopes_stand_for_those_of_the_student() -> None:
     slopes = (0.25, -0.5, 1.5)
     layers = {operation.name: operation for operation in lower(calibrated(framed(lambda: prelu(*slopes)))).operations}
     layer = layers["body"]
-    assert isinstance(layer, PRelu)
+    assert isinstance(layer, PReluOp)
     wanted = np.array(slopes * 3)[:CHANNELS]
     assert np.abs(layer.slopes * layer.slope_scale - wanted).max() <= layer.slope_scale / 2 + 1e-7
 
@@ -127,5 +137,5 @@ def test_float_networks_are_refused() -> None:
 def test_a_convolution_with_two_readers_is_not_clamped() -> None:
     layers = {op.name: op for op in lower(calibrated(framed(lambda: Sum(nn.ReLU6(), nn.ReLU())))).operations}
     stem = layers["stem"]
-    assert isinstance(stem, Convolution) and stem.clamp is None
+    assert isinstance(stem, ConvolutionOp) and stem.clamp is None
     assert {"body.left", "body.right"} <= set(layers)

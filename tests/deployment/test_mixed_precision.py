@@ -47,7 +47,7 @@ def file_bytes(model: nn.Module, config: QuantizationConfig, folder: Path) -> in
     return qface.export(student, folder / "student.onnx").stat().st_size
 
 
-def widths(model: nn.Module, config: QuantizationConfig) -> dict[str, int]:
+def bit_widths(model: nn.Module, config: QuantizationConfig) -> dict[str, int]:
     table = (name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear)))
     return {name: config.weight_bits_of(name) for name in table}
 
@@ -67,13 +67,13 @@ def test_the_file_keeps_the_budget(make: Callable[..., nn.Module], between: floa
 def test_a_tight_budget_takes_bits_from_the_layer_that_needs_them_least(tmp_path: Path) -> None:
     model = network(Wide)
     budget = file_bytes(model, QuantizationConfig(4), tmp_path) / 1e6
-    chosen = widths(model, qface.allocate_bits(model, FACES, budget))
+    chosen = bit_widths(model, qface.allocate_bits(model, FACES, budget))
     assert chosen["idle"] < 4 <= chosen["busy"]
 
 
 def test_with_room_for_all_of_it_nothing_is_saved_that_matters() -> None:
     model = network(tiny_face_net)
-    assert set(widths(model, qface.allocate_bits(model, FACES, 1)).values()) <= {7, 8}
+    assert set(bit_widths(model, qface.allocate_bits(model, FACES, 1)).values()) <= {7, 8}
 
 
 def test_the_rest_of_the_config_is_as_it_was_asked_for() -> None:
@@ -100,7 +100,7 @@ def test_too_small_a_budget_is_refused_with_what_is_needed(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"0\.001 MB are too few: this network needs 0\.\d+ MB") as refusal:
         qface.allocate_bits(model, FACES, 0.001)
     needed = float(str(refusal.value).split("needs ")[1].split()[0])
-    assert set(widths(model, qface.allocate_bits(model, FACES, needed + 0.001)).values()) <= {2, 3, 4}
+    assert set(bit_widths(model, qface.allocate_bits(model, FACES, needed + 0.001)).values()) <= {2, 3, 4}
 
 
 @pytest.mark.parametrize("budget", [0, -1, float("nan"), float("inf")])
@@ -115,7 +115,7 @@ def test_images_that_are_missing_are_refused(images: Any) -> None:
         qface.allocate_bits(network(tiny_face_net), images, 1)
 
 
-def test_students_and_impossible_widths_are_refused() -> None:
+def test_students_and_impossible_bits_are_refused() -> None:
     with pytest.raises(ConfigError, match="already"):
         qface.allocate_bits(qface.quantize(network(tiny_face_net)), FACES, 1)
     with pytest.raises(ConfigError, match="activation_bits is 9"):

@@ -67,7 +67,7 @@ def test_takes_images_of_any_type_and_layout(write):
 def test_floats_and_bytes_reach_either_kind_of_file(write, batch, color):
     preprocessing = replace(PREPROCESSING, color=color, mean=(10.0, 20.0, 30.0))
     pixels = torch.randint(256, (5, 3, 112, 96)).byte()
-    images = preprocessing.normalise(pixels)
+    images = preprocessing.normalize(pixels)
     shape = (batch, 3, 112, 96)
     for kind, dtype, expected in (
         ("float32", TensorProto.FLOAT, images.mean((2, 3))),

@@ -1,4 +1,4 @@
-"""The ledger: every byte of a file is an entry, tensors are known by their use, and networks are predicted."""
+"""The report: every byte of a file is an entry, tensors are known by their use, and networks are predicted."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import fx, nn
 import qface
 from qface import measure_size
 from qface.cli import main
-from qface.deployment import SizeLedger
+from qface.deployment import SizeReport
 from qface.deployment.size import KINDS, TENSORS
-from qface.deployment.size.purposes import shares_of
+from qface.deployment.size.tensor_roles import shares_of
 from qface.errors import CheckpointError, ConfigError
 from qface.models import iresnet
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import LayerBits, QuantizationConfig, quantize
-from qface.quantization.layers import WeightedLayer
+from qface.quantization.quantized_layers import WeightedLayer
 from tests.benchmarks.scripts import script
 from tests.deployment.networks import Sum, calibrated, framed, prelu
 from tests.networks import foreign_net, tiny_face_net
@@ -45,61 +45,61 @@ def weights(student: fx.GraphModule) -> list[tuple[int, int]]:
     return sorted((layer.weight.numel(), layer.weight_fake_quant.bits) for layer in layers)
 
 
-def found_weights(ledger: SizeLedger) -> list[tuple[int, int | None]]:
-    return sorted((entry.elements, entry.bits) for entry in ledger.of_kind("weight").entries)
+def found_weights(report: SizeReport) -> list[tuple[int, int | None]]:
+    return sorted((entry.elements, entry.bits) for entry in report.of_kind("weight").entries)
 
 
-def elements(ledger: SizeLedger, *kinds: str) -> int:
-    return sum(entry.elements for entry in ledger.entries if entry.kind in kinds)
+def elements(report: SizeReport, *kinds: str) -> int:
+    return sum(entry.elements for entry in report.entries if entry.kind in kinds)
 
 
-def checked(path: Path) -> SizeLedger:
-    """The ledger of a file, whose entries add up to it."""
-    ledger = measure_size(path)
-    assert ledger.source == "file"
-    assert sum(entry.bytes for entry in ledger.entries) == ledger.bytes == path.stat().st_size
-    assert sum(part.bytes for part in ledger.kinds.values()) == ledger.bytes
-    assert all(entry.bytes >= 0 for entry in ledger.entries)
-    return ledger
+def checked(path: Path) -> SizeReport:
+    """The report of a file, whose entries add up to it."""
+    report = measure_size(path)
+    assert report.source == "file"
+    assert sum(entry.bytes for entry in report.entries) == report.bytes == path.stat().st_size
+    assert sum(part.bytes for part in report.kinds.values()) == report.bytes
+    assert all(entry.bytes >= 0 for entry in report.entries)
+    return report
 
 
 # ---- files
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_files_of_students_add_up_and_tell_their_widths(bits: int, tmp_path: Path) -> None:
+def test_files_of_students_add_up_and_tell_their_bits(bits: int, tmp_path: Path) -> None:
     student = calibrated(network(), bits)
-    for container in ("packed", "int8"):
-        ledger = checked(qface.export(student, tmp_path / f"{container}.onnx", container))
-        assert found_weights(ledger) == weights(student)
-        count = elements(ledger, "weight")
-        expected = count * bits / 8 if container == "packed" else count
-        assert expected <= ledger.of_kind("weight").bytes < expected + 3
-        assert ledger.of_kind("weight").fp32_bytes == 4 * count
-        packed = sum(entry.packed_bytes for entry in ledger.of_kind("weight").entries)
+    for weight_format in ("packed", "int8"):
+        report = checked(qface.export(student, tmp_path / f"{weight_format}.onnx", weight_format))
+        assert found_weights(report) == weights(student)
+        count = elements(report, "weight")
+        expected = count * bits / 8 if weight_format == "packed" else count
+        assert expected <= report.of_kind("weight").bytes < expected + 3
+        assert report.of_kind("weight").fp32_bytes == 4 * count
+        packed = sum(entry.packed_bytes for entry in report.of_kind("weight").entries)
         assert count * bits / 8 <= packed < count * bits / 8 + len(weights(student))
 
 
-@pytest.mark.parametrize("container", ["packed", "int8"])
-def test_layers_of_several_widths_keep_their_own(container: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight_format", ["packed", "int8"])
+def test_layers_of_several_bits_keep_their_own(weight_format: str, tmp_path: Path) -> None:
     config = QuantizationConfig(overrides={"block1.conv2": LayerBits(weight=3), "fc": LayerBits(weight=7)})
     student = calibrated(network(), config)
-    ledger = checked(qface.export(student, tmp_path / "net.onnx", container))
-    assert found_weights(ledger) == weights(student)
-    assert {bits for _, bits in found_weights(ledger)} == {3, 6, 7}
+    report = checked(qface.export(student, tmp_path / "net.onnx", weight_format))
+    assert found_weights(report) == weights(student)
+    assert {bits for _, bits in found_weights(report)} == {3, 6, 7}
 
 
-@pytest.mark.parametrize("container", ["packed", "int8"])
+@pytest.mark.parametrize("weight_format", ["packed", "int8"])
 @pytest.mark.parametrize("build", [tiny_face_net, foreign_net])
 def test_a_file_holds_the_tensors_that_its_student_foretells(
-    build: Callable[..., nn.Module], container: str, tmp_path: Path
+    build: Callable[..., nn.Module], weight_format: str, tmp_path: Path
 ) -> None:
     student = calibrated(network(build))
-    ledger, foretold = checked(qface.export(student, tmp_path / "net.onnx", container)), measure_size(student)
+    report, foretold = checked(qface.export(student, tmp_path / "net.onnx", weight_format)), measure_size(student)
     for kind in ("weight", "bias", "slope", "affine"):
-        assert elements(ledger, kind) == elements(foretold, kind), kind
-    assert ledger.fp32_bytes == foretold.fp32_bytes
-    assert ledger.kinds.keys() >= foretold.kinds.keys()
+        assert elements(report, kind) == elements(foretold, kind), kind
+    assert report.fp32_bytes == foretold.fp32_bytes
+    assert report.kinds.keys() >= foretold.kinds.keys()
 
 
 SLOPES: dict[str, tuple[float, ...]] = {"one": (0.2,), "below": (0.2, 0.4), "above": (1.5, 2.0), "mixed": (0.2, 1.5)}
@@ -108,18 +108,18 @@ SLOPES: dict[str, tuple[float, ...]] = {"one": (0.2,), "below": (0.2, 0.4), "abo
 @pytest.mark.parametrize("slopes", SLOPES.values(), ids=SLOPES)
 def test_slopes_are_told_from_affine_layers(slopes: tuple[float, ...], tmp_path: Path) -> None:
     body = lambda: nn.Sequential(prelu(*slopes), nn.BatchNorm2d(8))  # noqa: E731
-    ledger = checked(qface.export(calibrated(framed(lambda: Sum(body()))), tmp_path / "net.onnx"))
-    assert elements(ledger, "slope") == 8
-    assert elements(ledger, "affine") == 8  # scales; the shifts are biases
+    report = checked(qface.export(calibrated(framed(lambda: Sum(body()))), tmp_path / "net.onnx"))
+    assert elements(report, "slope") == 8
+    assert elements(report, "affine") == 8  # scales; the shifts are biases
 
 
 @pytest.mark.parametrize("build", [tiny_face_net, foreign_net])
 def test_float_files_add_up(build: Callable[..., nn.Module], tmp_path: Path) -> None:
     model = network(build)
-    ledger = checked(qface.export(model, tmp_path / "net.onnx"))
-    assert elements(ledger, "weight") == elements(measure_size(model), "weight")
-    assert {entry.bits for entry in ledger.of_kind("weight").entries} == {32}
-    assert not elements(ledger, "scale", "zero_point")
+    report = checked(qface.export(model, tmp_path / "net.onnx"))
+    assert elements(report, "weight") == elements(measure_size(model), "weight")
+    assert {entry.bits for entry in report.of_kind("weight").entries} == {32}
+    assert not elements(report, "scale", "zero_point")
 
 
 def test_what_others_add_to_a_file_is_counted(tmp_path: Path) -> None:
@@ -224,12 +224,12 @@ DESIGN = {18: 18.073, 34: 25.701, 50: 32.837, 100: 49.131}
 @pytest.mark.parametrize("depth", DESIGN)
 def test_iresnets_at_six_bits(depth: int) -> None:
     model = iresnet(depth).eval()
-    ledger = measure_size(model, 6)
-    assert ledger.source == "prediction"
+    report = measure_size(model, 6)
+    assert report.source == "prediction"
     slopes = sum(layer.num_parameters for layer in model.modules() if isinstance(layer, nn.PReLU))
     expected = 1e6 * DESIGN[depth] - 3 * slopes  # which take a byte here and four there
-    assert ledger.mb == pytest.approx(expected / 1e6, rel=0.0005)
-    assert ledger.mib == pytest.approx(expected / 2**20, rel=0.0005)
+    assert report.mb == pytest.approx(expected / 1e6, rel=0.0005)
+    assert report.mib == pytest.approx(expected / 2**20, rel=0.0005)
 
 
 def test_a_float_network_counts_as_its_student() -> None:
@@ -245,11 +245,11 @@ def test_a_float_network_counts_as_its_student() -> None:
 
 def test_the_prediction_is_the_formula() -> None:
     student = quantize(network(), 5)
-    ledger = measure_size(student)
-    words = elements(ledger, "bias", "scale")
+    report = measure_size(student)
+    words = elements(report, "bias", "scale")
     packed = sum(-(-count * bits // 8) for count, bits in weights(student))
-    assert ledger.bytes == packed + 4 * words + elements(ledger, "slope", "affine", "zero_point")
-    assert {entry.bits for entry in ledger.of_kind("slope").entries} == {8}
+    assert report.bytes == packed + 4 * words + elements(report, "slope", "affine", "zero_point")
+    assert {entry.bits for entry in report.of_kind("slope").entries} == {8}
 
 
 def test_saved_networks_are_read(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from qface.data.images import ImageSource, TensorImages
-from qface.distillation import RATE_OF_DISTANCE, DistillConfig, check_run
+from qface.distillation import LR_PER_RMS_DISTANCE, DistillConfig, check_run
 from qface.distillation import distill as distill_with_progress
 from qface.distillation.batches import batches_of
 from qface.distillation.parallel import Parallel, SingleProcess
@@ -144,7 +144,7 @@ def test_an_embedding_loss_refuses_embeddings_of_different_length_before_it_trai
 # Images of all kinds
 
 
-def test_unlabelled_images_work_without_positives(tmp_path: Path) -> None:
+def test_unlabeled_images_work_without_positives(tmp_path: Path) -> None:
     distill(tiny_network(0), tiny_network(1), face_images().images, CPU, tmp_path)
     assert all(record["ekd"] > 0 for record in log(tmp_path))
 
@@ -169,7 +169,7 @@ def test_a_single_image_is_refused() -> None:
         distill(tiny_network(0), tiny_network(1), torch.zeros(1, 3, 8, 8), CPU)
 
 
-@pytest.mark.parametrize("options", [{"class_head": True}, {"ekd_parity": True}])
+@pytest.mark.parametrize("options", [{"class_head": True}, {"reference_ekd": True}])
 def test_what_needs_identities_refuses_images_without(options: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, TrainingError), match="identit"):
         distill(tiny_network(0), tiny_network(1), face_images().images, replace(CPU, **options))
@@ -316,7 +316,7 @@ def test_the_learning_rate_is_in_parts_of_the_distance_where_none_is_given(tmp_p
     distance = float((found - wanted).square().sum(1).mean().sqrt())
     distill(student, teacher, images, config, tmp_path / "run")
     rates = [record["learning_rate"] for record in log(tmp_path / "run")]
-    assert rates[0] == pytest.approx(RATE_OF_DISTANCE * distance, rel=1e-4)
+    assert rates[0] == pytest.approx(LR_PER_RMS_DISTANCE * distance, rel=1e-4)
 
     with pytest.raises(KeyboardInterrupt):
         distill(tiny_network(0), teacher, Interrupted(images, reads=5), config, tmp_path / "stopped")
@@ -374,10 +374,10 @@ def test_a_resumed_loader_goes_on_where_it_was(tmp_path: Path) -> None:
     assert same_weights(straight, resumed)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_a_finished_run_returns_its_weights_at_once(labelled: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("labeled", [True, False])
+def test_a_finished_run_returns_its_weights_at_once(labeled: bool, tmp_path: Path) -> None:
     finished, again = tiny_network(0), tiny_network(0)
-    images = face_images() if labelled else TensorImages(face_images().images)
+    images = face_images() if labeled else TensorImages(face_images().images)
     distill(finished, tiny_network(1), images, CPU, tmp_path)
     with pytest.raises(ConfigError, match="resume=True"):
         distill(again, tiny_network(1), Interrupted(images, reads=1), CPU, tmp_path)

@@ -20,10 +20,10 @@ Array = np.ndarray
 class PlainEKD:
     """The loss of design notes section 3, one pair and one threshold at a time, in numpy."""
 
-    def __init__(self, surrogate: str, parity: bool) -> None:
+    def __init__(self, surrogate: str, reference: bool) -> None:
         self.surrogate = surrogate
-        self.parity = parity
-        self.thresholds: list[list[float]] | None = [[0.0] * 6, [0.0] * 6] if parity else None
+        self.reference = reference
+        self.thresholds: list[list[float]] | None = [[0.0] * 6, [0.0] * 6] if reference else None
 
     def __call__(self, student: Array, teacher: Array, labels: list[int]) -> float:
         pairs = [
@@ -52,7 +52,7 @@ class PlainEKD:
 
     def mean_square(self, pairs: list[tuple[float, float, bool]]) -> float:
         if not pairs:
-            return math.nan if self.parity else 0.0
+            return math.nan if self.reference else 0.0
         return sum((self.rank(s, 0) - self.rank(t, 1)) ** 2 for s, t, _ in pairs) / len(pairs)
 
     def rank(self, score: float, network: int) -> float:
@@ -71,18 +71,18 @@ def cosine(a: Array, b: Array) -> float:
     labels=st.lists(st.integers(0, 5), min_size=2, max_size=14),
     sizes=st.tuples(st.integers(2, 6), st.integers(2, 6)),
     surrogate=st.sampled_from(["sigmoid", "linear"]),
-    parity=st.booleans(),
+    reference=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_ekd_equals_a_plain_loop_over_several_batches(
     labels: list[int],
     sizes: tuple[int, int],
     surrogate: Literal["sigmoid", "linear"],
-    parity: bool,
+    reference: bool,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    loss, plain = EKDLoss(surrogate, parity).double(), PlainEKD(surrogate, parity)
+    loss, plain = EKDLoss(surrogate, reference).double(), PlainEKD(surrogate, reference)
     for _ in range(3):
         student, teacher = (torch.randn(len(labels), n, generator=generator, dtype=torch.float64) for n in sizes)
         expected = plain(student.numpy(), teacher.numpy(), labels)
@@ -100,22 +100,22 @@ def test_ekd_equals_a_plain_loop_beyond_2000_negatives(surrogate: Literal["sigmo
     assert actual == pytest.approx(expected, abs=1e-6)
 
 
-def test_parity_thresholds_start_at_zero_and_repaired_ones_at_the_first_batch() -> None:
+def test_reference_thresholds_start_at_zero_and_repaired_ones_at_the_first_batch() -> None:
     student, teacher = torch.eye(4) + 1, torch.eye(4) + 2
-    repaired, parity = EKDLoss(), EKDLoss(parity=True)
-    repaired(student, teacher), parity(student, teacher)
+    repaired, reference = EKDLoss(), EKDLoss(reference=True)
+    repaired(student, teacher), reference(student, teacher)
     score = F.cosine_similarity(student[0], student[1], dim=0)
     torch.testing.assert_close(repaired.student_thresholds, score.expand(6))
-    torch.testing.assert_close(parity.student_thresholds, 0.01 * score.expand(6))
+    torch.testing.assert_close(reference.student_thresholds, 0.01 * score.expand(6))
     assert not torch.equal(repaired.student_thresholds, repaired.teacher_thresholds)
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3], None])
-def test_a_batch_without_positives_counts_only_negatives_unless_in_parity(labels: list[int] | None) -> None:
+def test_a_batch_without_positives_counts_only_negatives_unless_as_the_reference(labels: list[int] | None) -> None:
     student, teacher = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.eye(4)
     given_labels = None if labels is None else torch.tensor(labels)
     assert EKDLoss()(student, teacher, given_labels).item() > 0
-    assert math.isnan(EKDLoss(parity=True)(student, teacher, given_labels).item())
+    assert math.isnan(EKDLoss(reference=True)(student, teacher, given_labels).item())
 
 
 def test_a_batch_of_one_person_leaves_the_thresholds_alone() -> None:
@@ -202,7 +202,7 @@ def test_arcface_equals_a_plain_loop_on_both_sides_of_pi() -> None:
     assert embeddings.grad.isfinite().all()
 
 
-def test_arcface_has_a_finite_gradient_at_its_own_centre() -> None:
+def test_arcface_has_a_finite_gradient_at_its_own_center() -> None:
     head = ArcFaceHead(4, 2)
     embeddings = head.weight.detach().clone().requires_grad_()
     head(embeddings, torch.tensor([0, 1])).backward()

@@ -17,7 +17,7 @@ from qface.distillation.parallel import processes_for
 from qface.errors import ConfigError, DependencyError
 
 from .networks import face_images, residual_network, same_weights, student_of
-from .worker import CONFIG, WITH_SUMS, networks
+from .worker import CONFIG, WITH_FEATURES, networks
 
 TESTS = Path(__file__).parent.parent
 
@@ -60,15 +60,15 @@ def test_two_ranks_make_the_weights_of_one(tmp_path: Path) -> None:
     torch.testing.assert_close(saved["state"]["student"], one.state_dict(), rtol=1e-12, atol=1e-13)
 
 
-def test_residual_sums_are_shared_too(tmp_path: Path) -> None:
+def test_features_are_shared_too(tmp_path: Path) -> None:
     pytest.importorskip("lightning_fabric")
     both = run(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *("-m", "distillation.worker", "sums", str(tmp_path)),
+        *("-m", "distillation.worker", "features", str(tmp_path)),
     )
     assert both.returncode == 0, both.stderr
-    one = distill(student_of(residual_network()), residual_network(), face_images(), WITH_SUMS, progress=False)
-    without = replace(WITH_SUMS, residual_weight=0.0)
+    one = distill(student_of(residual_network()), residual_network(), face_images(), WITH_FEATURES, progress=False)
+    without = replace(WITH_FEATURES, feature_loss_weight=0.0)
     other = distill(student_of(residual_network()), residual_network(), face_images(), without, progress=False)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)

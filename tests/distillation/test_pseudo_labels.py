@@ -30,10 +30,10 @@ def people(
     """Embeddings around a random direction for each person, shuffled, and who is who."""
     random = np.random.default_rng(seed)
     labels = random.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    centres = random.normal(size=(len(sizes), dimensions))
+    centers = random.normal(size=(len(sizes), dimensions))
     if orthogonal:
-        centres = dimensions**0.5 * np.linalg.qr(centres.T)[0].T
-    rows = centres[labels] + spread * random.normal(size=(len(labels), dimensions))
+        centers = dimensions**0.5 * np.linalg.qr(centers.T)[0].T
+    rows = centers[labels] + spread * random.normal(size=(len(labels), dimensions))
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), labels
 
 
@@ -64,7 +64,7 @@ def test_one_image_is_one_person() -> None:
 
 def test_real_faces(faces: Path) -> None:
     teacher = qface.load(faces / "weights" / "mobilefacenet_112x96.safetensors")
-    folder = ImageFolder(faces / "data" / "lfw", people="first-half")
+    folder = ImageFolder(faces / "data" / "lfw", identities="first-half")
     assert folder.labels is not None
     chosen = range(0, 400)
     found, labels = pseudo_labels(embed(teacher, qface.data.TensorImages(folder.read(chosen)))), folder.labels[:400]
@@ -90,6 +90,6 @@ def test_without_labels_training_is_what_it_is_with_them() -> None:
 
 
 def test_the_original_ekd_finds_its_positives_without_labels() -> None:
-    trained(face_images().images, replace(SETTINGS, ekd_parity=True))
-    with pytest.raises(ConfigError, match="ekd_parity"):
-        trained(face_images().images, replace(SETTINGS, ekd_parity=True, pseudo_pairs=False))
+    trained(face_images().images, replace(SETTINGS, reference_ekd=True))
+    with pytest.raises(ConfigError, match="reference_ekd"):
+        trained(face_images().images, replace(SETTINGS, reference_ekd=True, pseudo_pairs=False))

@@ -13,7 +13,7 @@ from torch import nn
 from qface.distillation import distill
 from qface.errors import TrainingError
 from qface.models.provenance import provenance_of
-from qface.quantization import LowBitFakeQuantize, quantize, scale_parameters
+from qface.quantization import LSQFakeQuantize, quantize, scale_parameters
 
 from .networks import CPU, Interrupted, face_images, same_weights, student_of
 from .networks import tiny_teacher as teacher
@@ -75,9 +75,9 @@ def test_bfloat16_trains_too_and_quantizers_stay_exact() -> None:
     distill(quantized, teacher(), face_images(), replace(CPU, epochs=60, precision="bf16"), progress=False)
     assert distance(quantized, teacher()) < 0.8 * before
 
-    rounded: list[tuple[LowBitFakeQuantize, torch.Tensor]] = []
+    rounded: list[tuple[LSQFakeQuantize, torch.Tensor]] = []
     for quantizer in quantized.modules():
-        if isinstance(quantizer, LowBitFakeQuantize) and quantizer.channels is None:
+        if isinstance(quantizer, LSQFakeQuantize) and quantizer.num_channels is None:
             quantizer.register_forward_hook(lambda module, inputs, output: rounded.append((module, output)))
     with torch.autocast("cpu", torch.bfloat16):
         quantized.train()(face_images().images)
@@ -89,7 +89,7 @@ def test_bfloat16_trains_too_and_quantizers_stay_exact() -> None:
         assert len(values.unique()) <= 2**quantizer.bits
 
 
-def test_a_student_of_other_widths_does_not_go_on(tmp_path: Path) -> None:
+def test_a_student_with_other_bits_does_not_go_on(tmp_path: Path) -> None:
     distill(student(), teacher(), face_images(), CPU, tmp_path, progress=False)
     other = student_of(teacher(), bits=3)
     with pytest.raises(TrainingError, match="other student"):

@@ -1,4 +1,4 @@
-"""Adam in parts of the size of what it moves: factors that equalisation moves between layers change nothing."""
+"""Adam in parts of the size of what it moves: factors that equalization moves between layers change nothing."""
 
 from __future__ import annotations
 

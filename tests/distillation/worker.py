@@ -1,4 +1,4 @@
-"""Run by the tests in processes of their own: distils a tiny network and saves it."""
+"""Run by the tests in processes of their own: distills a tiny network and saves it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qface.distillation import distill
 from .networks import CPU, face_images, residual_network, student_of, tiny_network
 
 CONFIG = replace(CPU, class_head=True)
-WITH_SUMS = replace(CPU, residual_weight=1.0, max_steps=2)
+WITH_FEATURES = replace(CPU, feature_loss_weight=1.0, max_steps=2)
 
 
 class KilledWhileReading(IndexedImages):
@@ -47,8 +47,10 @@ def main(task: str, folder: Path) -> None:
     if task == "killed":
         distill(*networks(), KilledWhileReading(face_images(), last=6), CONFIG, folder, progress=False)
         return
-    if task == "sums":
-        student = distill(student_of(residual_network()), residual_network(), face_images(), WITH_SUMS, progress=False)
+    if task == "features":
+        student = distill(
+            student_of(residual_network()), residual_network(), face_images(), WITH_FEATURES, progress=False
+        )
     else:
         student = distill(*networks(torch.float64), face_images(dtype=torch.float64), CONFIG, folder, progress=False)
     torch.save(student.state_dict(), folder / f"rank{os.environ['RANK']}.pt")

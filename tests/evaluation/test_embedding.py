@@ -59,7 +59,7 @@ def test_flip_adds_the_mirrored_image():
     assert np.allclose(rows, unit((FLOATS[:, 0, 0, :4] + FLOATS.flip(-1)[:, 0, 0, :4]).numpy()))
 
 
-def test_crops_are_normalised_for_the_model(crops):
+def test_crops_are_normalized_for_the_model(crops):
     source = ImageFolder(crops({"Ann": 3}))
     preprocessing = Preprocessing(crop=(4, 0, 108, 112), size=(104, 112), mean=(1.0, 2.0, 3.0))
     model = with_preprocessing(Pixels(), preprocessing)

@@ -65,7 +65,7 @@ def test_result_is_plain_json(crops, pairs):
 def test_people_are_selected_and_pairs_dropped(crops, pairs, tmp_path):
     pairs.write_text(PAIRS.replace("2\t1", "3\t1", 1).replace("Cem\t1", "Ann\t1") + "Cem\t1\t2\nCem\t1\tAnn\t1\n")
     (tmp_path / "people.txt").write_text("Ann\nBob\n")
-    result = evaluate(Pooled(), crops(PEOPLE), pairs=pairs, people=tmp_path / "people.txt")
+    result = evaluate(Pooled(), crops(PEOPLE), pairs=pairs, identities=tmp_path / "people.txt")
     assert (result.images, result.identities, result.pairs, result.pairs_dropped) == (6, 2, 4, 2)
 
 
@@ -86,7 +86,7 @@ def test_first_image_of_a_pair_is_the_probe(crops, pairs):
     assert (result.accuracy, result.accuracy_std) == pytest.approx(expected)
 
 
-def test_labelled_tensors_can_be_evaluated():
+def test_labeled_tensors_can_be_evaluated():
     images = TensorImages(torch.rand(6, 3, 8, 8), torch.tensor([7, 7, 9, 9, 9, 2]))
     result = evaluate(Pooled(), images)
     assert (result.identities, result.genuine_pairs, result.impostor_pairs) == (3, 4, 11)
@@ -152,8 +152,8 @@ def test_pretrained_network_knows_faces(faces, tmp_path):
     several = sorted(path.name for path in root.iterdir() if len(list(path.iterdir())) >= 4)[:40]
     (tmp_path / "people.txt").write_text("\n".join(several))
     path = faces / "weights" / "mobilefacenet_112x96.safetensors"
-    result = evaluate(path, root, people=tmp_path / "people.txt")
+    result = evaluate(path, root, identities=tmp_path / "people.txt")
     assert result.identities == 40
     assert result.tpr_at_fpr["1e-3"] > 0.9
-    against = evaluate(load(path), root, people=tmp_path / "people.txt", gallery=path)
+    against = evaluate(load(path), root, identities=tmp_path / "people.txt", gallery=path)
     assert against.tpr_at_fpr["1e-3"] == pytest.approx(result.tpr_at_fpr["1e-3"], abs=0.01)

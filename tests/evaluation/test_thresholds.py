@@ -67,10 +67,10 @@ def test_a_rate_with_too_few_pairs_has_no_threshold() -> None:
 def test_thresholds_are_judged_on_other_people(crops: Crops) -> None:
     folder = crops({f"Person {number}": 3 for number in range(12)})
     models = (Corner(), Corner(0.5))
-    same = operating_thresholds(*models, folder, "0.1", people="first-half")
-    other = operating_thresholds(*models, folder, "0.1", people="first-half", judged_on="second-half")
+    same = operating_thresholds(*models, folder, "0.1", identities="first-half")
+    other = operating_thresholds(*models, folder, "0.1", identities="first-half", eval_identities="second-half")
     assert [row.threshold for row in same.pairings] == [row.threshold for row in other.pairings]
-    assert (same.judged_on, other.judged_on) == ("first-half", "second-half")
+    assert (same.eval_identities, other.eval_identities) == ("first-half", "second-half")
     assert [row.rates for row in same.pairings] != [row.rates for row in other.pairings]
 
 
@@ -90,4 +90,4 @@ def test_errors_come_before_any_embedding(crops: Crops) -> None:
     with pytest.raises(ConfigError, match="false-positive rate"):
         operating_thresholds(Unused(), Unused(), folder, "1e-4x")
     with pytest.raises(ImagesError, match="is no file"):
-        operating_thresholds(Unused(), Unused(), folder, "0.1", judged_on="nobody.txt")
+        operating_thresholds(Unused(), Unused(), folder, "0.1", eval_identities="nobody.txt")

@@ -43,8 +43,8 @@ def assert_same_points(found, expected):
 def faces(images, dimensions, people, spread=1.0, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, people, images)
-    centres = rng.standard_normal((people, dimensions))
-    embeddings = centres[labels] + spread * rng.standard_normal((images, dimensions))
+    centers = rng.standard_normal((people, dimensions))
+    embeddings = centers[labels] + spread * rng.standard_normal((images, dimensions))
     return (embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)).astype(np.float32), labels
 
 

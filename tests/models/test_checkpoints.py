@@ -1,4 +1,4 @@
-"""Checkpoints of others: what is recognised, and what is refused with one line."""
+"""Checkpoints of others: what is recognized, and what is refused with one line."""
 
 from __future__ import annotations
 

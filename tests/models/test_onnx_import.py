@@ -170,7 +170,7 @@ def agrees(path: Path, pixels_to_file: Callable[[Tensor], Tensor]) -> None:
     assert difference(torch.from_numpy(np.concatenate(expected)), found) < 1e-5
 
 
-def test_normalisation_in_the_graph_becomes_preprocessing(tmp_path: Path) -> None:
+def test_normalization_in_the_graph_becomes_preprocessing(tmp_path: Path) -> None:
     graph = Graph()
     graph.add("Sub", graph.constant("minus", value=np.float32(127.5)))
     graph.add("Mul", graph.constant("times", value=np.float32(0.0078125)))

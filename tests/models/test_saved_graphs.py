@@ -59,7 +59,7 @@ def quantized_tiny() -> nn.Module:
 
 
 def quantized_foreign() -> nn.Module:
-    return student(float_foreign, QuantizationConfig(3, 5, weight_range="minmax", activation_range="percentile"))
+    return student(float_foreign, QuantizationConfig(3, 5, weight_observer="minmax", activation_observer="percentile"))
 
 
 def inputs() -> Tensor:
@@ -456,7 +456,7 @@ def test_strings_in_arguments_stay_strings(
 @pytest.mark.parametrize(
     "entries",
     [
-        {"format_version": "3"},
+        {"format_version": "4"},
         {"format_version": ""},
         {"graph": "no json"},
         {"graph": "[" * 100_000},
@@ -481,6 +481,23 @@ def test_broken_metadata_is_refused(
     with pytest.raises(CheckpointError) as caught:
         load(tmp_path / "m.safetensors")
     assert "m.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted"),
+    [
+        ("2", "by an older qface (format 2, this one reads 3); make it again, a student with qface quantize"),
+        ("4", "by a newer qface (format 4, this one reads 3); update qface"),
+    ],
+)
+def test_files_of_another_format_are_refused_with_what_to_do(
+    tmp_path: Path, saved: tuple[dict[str, Tensor], dict[str, str]], version: str, wanted: str
+) -> None:
+    tensors, metadata = saved
+    save_file(tensors, tmp_path / "student.safetensors", {**metadata, "format_version": version})
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path / "student.safetensors")
+    assert str(caught.value) == f"{tmp_path / 'student.safetensors'} was written {wanted}"
 
 
 @pytest.mark.parametrize("missing", ["format_version", "graph", "provenance"])

@@ -8,7 +8,7 @@ from torch import nn
 
 import qface
 from qface.pruning.batch_norm import reestimate_batch_norms
-from qface.pruning.config import PruningConfig
+from qface.pruning.pruning_config import PruningConfig
 from tests.networks import TinyFaceNet, random_faces, tiny_face_net
 
 

@@ -26,7 +26,7 @@ def tiny() -> nn.Module:
     return with_preprocessing(tiny_face_net(size=SMALL.size), SMALL)
 
 
-def widths(model: nn.Module) -> dict[str, int]:
+def channels(model: nn.Module) -> dict[str, int]:
     return {
         name: layer.weight.shape[0]
         for name, layer in model.named_modules()
@@ -99,9 +99,9 @@ def test_the_weakest_channels_go(norm: int) -> None:
 
 def test_named_layers_and_the_embedding_stay() -> None:
     original = tiny()
-    pruned = prune(original, 0.5, config=PruningConfig(keep=("block1.conv1",)))
-    assert widths(pruned)["block1.conv1"] == 8
-    assert widths(pruned)["block2.conv1"] == 4
+    pruned = prune(original, 0.5, config=PruningConfig(ignored_layers=("block1.conv1",)))
+    assert channels(pruned)["block1.conv1"] == 8
+    assert channels(pruned)["block2.conv1"] == 4
     assert embeds(pruned) == (2, 16)
     assert embeds(prune(original, 0.5, config=PruningConfig(keep_embedding=False))) == (2, 8)
 
@@ -116,13 +116,13 @@ def test_widths_are_multiples_of_round_to() -> None:
     assert embeds(pruned) == (2, 16)
 
 
-def test_the_scope_network_takes_more_where_weak_channels_are() -> None:
+def test_global_pruning_takes_more_where_weak_channels_are() -> None:
     original = tiny()
     with torch.no_grad():
         original.block1.conv1.weight[:4] *= 1e-3
         original.block1.bn2.weight[:4] *= 1e-3
         original.block1.conv2.weight[:, :4] *= 1e-3
-    layers = widths(prune(original, 0.2, config=PruningConfig(scope="network", greatest_share=0.6)))
+    layers = channels(prune(original, 0.2, config=PruningConfig(global_pruning=True, max_pruning_ratio=0.6)))
     assert layers["block1.conv1"] == 4
     assert layers["block2.conv1"] > 6
 
@@ -131,7 +131,7 @@ def test_the_scope_network_takes_more_where_weak_channels_are() -> None:
 def test_every_importance_prunes_the_same_share(importance) -> None:
     config = PruningConfig(importance=importance, images=4, repair=False)
     pruned = prune(tiny(), 0.25, random_faces(4), config)
-    assert widths(pruned) == widths(prune(tiny(), 0.25))
+    assert channels(pruned) == channels(prune(tiny(), 0.25))
 
 
 @pytest.mark.parametrize("importance", ["taylor", "hessian"])
@@ -162,36 +162,40 @@ def test_gradients_are_measured_once_for_all_shares_that_a_budget_tries() -> Non
         network, seen = tiny(), list[Tensor]()
         network.conv.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
         prune(network, ratio, faces, PruningConfig("hessian", repair=False))
-        return sum(bool((part == face).all()) for part in seen for face in normalised)
+        return sum(bool((part == face).all()) for part in seen for face in normalized)
 
     faces = random_faces(4)
-    normalised = preprocessing_of(tiny())(faces).split(1)
+    normalized = preprocessing_of(tiny())(faces).split(1)
     assert images_seen(0.2) == 4
     assert images_seen(Budget(0.8 * cost_of(tiny()).parameters, "parameters")) == 8
 
 
 def test_steps_remove_what_one_step_does_and_may_train_between() -> None:
     seen: list[tuple[int, int]] = []
-    config = PruningConfig(steps=2)
-    pruned = prune(tiny(), 0.5, config=config, between=lambda model, step: seen.append((step, widths(model)["conv"])))
+    config = PruningConfig(iterative_steps=2)
+    pruned = prune(
+        tiny(), 0.5, config=config, on_step_end=lambda model, step: seen.append((step, channels(model)["conv"]))
+    )
     assert seen == [(1, 6)]
-    assert widths(pruned) == widths(prune(tiny(), 0.5))
+    assert channels(pruned) == channels(prune(tiny(), 0.5))
 
 
 @pytest.mark.parametrize(
-    ("ratio", "fields"), [(0.2, {"round_to": 16, "steps": 3}), (0.2, {"steps": 10}), (0.5, {"steps": 40})], ids=str
+    ("ratio", "fields"),
+    [(0.2, {"round_to": 16, "iterative_steps": 3}), (0.2, {"iterative_steps": 10}), (0.5, {"iterative_steps": 40})],
+    ids=str,
 )
 def test_many_steps_end_with_the_widths_of_one(ratio: float, fields) -> None:
     network = with_preprocessing(MobileFaceNet(16, SMALL.size).eval(), SMALL)
     config = PruningConfig(**fields)
-    assert widths(prune(network, ratio, config=config)) == widths(
-        prune(network, ratio, config=replace(config, steps=1))
+    assert channels(prune(network, ratio, config=config)) == channels(
+        prune(network, ratio, config=replace(config, iterative_steps=1))
     )
 
 
 @pytest.mark.parametrize("part", [0.3, 0.5, 0.8])
-@pytest.mark.parametrize("scope", ["layer", "network"])
-def test_a_budget_is_met_whatever_happens_between_steps(part: float, scope) -> None:
+@pytest.mark.parametrize("global_pruning", [False, True])
+def test_a_budget_is_met_whatever_happens_between_steps(part: float, global_pruning) -> None:
     def shuffle(model: nn.Module, step: int) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -199,8 +203,8 @@ def test_a_budget_is_met_whatever_happens_between_steps(part: float, scope) -> N
 
     torch.manual_seed(0)
     limit = int(part * cost_of(tiny()).parameters)
-    config = PruningConfig(scope=scope, steps=3)
-    pruned = prune(tiny(), Budget(limit, "parameters"), random_faces(4), config, between=shuffle)
+    config = PruningConfig(global_pruning=global_pruning, iterative_steps=3)
+    pruned = prune(tiny(), Budget(limit, "parameters"), random_faces(4), config, on_step_end=shuffle)
     assert 0.6 * limit < cost_of(pruned).parameters <= limit
 
 
@@ -224,9 +228,9 @@ def test_great_shares_leave_a_channel_of_each_layer() -> None:
         pruned = prune(network, ratio)
         assert cost_of(pruned).parameters <= before
         before = cost_of(pruned).parameters
-    assert widths(pruned) == {"first": 1, "middle": 1, "last": 1, "fc": 8}
+    assert channels(pruned) == {"first": 1, "middle": 1, "last": 1, "fc": 8}
     rounded = prune(network, 0.95, config=PruningConfig(round_to=4))
-    assert widths(rounded) == {"first": 4, "middle": 4, "last": 4, "fc": 8}
+    assert channels(rounded) == {"first": 4, "middle": 4, "last": 4, "fc": 8}
     with pytest.raises(ConfigError, match=f"below {before:g} parameters"):
         prune(network, Budget(before - 1, "parameters"))
 
@@ -255,7 +259,7 @@ def test_grouped_convolutions_are_pruned_and_their_embedding_stays(shuffled: boo
             layer.bias[::8] = 0
     x = torch.randn(2, 3, 32, 32)
     pruned = prune(network, 0.125)
-    assert widths(pruned)["second"] < 32
+    assert channels(pruned)["second"] < 32
     with torch.no_grad():
         torch.testing.assert_close(pruned(x), network(x), rtol=1e-4, atol=1e-5)
 
@@ -264,12 +268,12 @@ def test_grouped_convolutions_are_pruned_and_their_embedding_stays(shuffled: boo
 def test_networks_in_other_types_are_pruned_and_repaired(dtype: torch.dtype) -> None:
     pruned = prune(tiny().to(dtype), 0.3, random_faces(8))
     assert {parameter.dtype for parameter in pruned.parameters()} == {dtype}
-    assert widths(pruned) == widths(prune(tiny(), 0.3))
+    assert channels(pruned) == channels(prune(tiny(), 0.3))
 
 
 def test_it_prunes_where_no_gradients_are_wanted() -> None:
     with torch.no_grad():
-        assert widths(prune(tiny(), 0.3)) == widths(prune(tiny(), 0.3))
+        assert channels(prune(tiny(), 0.3)) == channels(prune(tiny(), 0.3))
 
 
 # With everything else
@@ -313,7 +317,7 @@ def test_what_cannot_be_pruned_is_told_why() -> None:
         with pytest.raises(ConfigError, match="between 0 and 1"):
             prune(tiny(), ratio)
     with pytest.raises(ConfigError, match=r"'nothing'.*conv"):
-        prune(tiny(), 0.2, config=PruningConfig(keep=("nothing",)))
+        prune(tiny(), 0.2, config=PruningConfig(ignored_layers=("nothing",)))
     with pytest.raises(ImagesError, match="taylor"):
         prune(tiny(), 0.2, config=PruningConfig(importance="taylor"))
     with pytest.raises(ConfigError, match="nothing needs pruning"):
@@ -326,11 +330,11 @@ def test_what_cannot_be_pruned_is_told_why() -> None:
     "fields",
     [
         {"importance": "luck"},
-        {"scope": "world"},
+        {"global_pruning": "world"},
         {"norm": 3},
-        {"greatest_share": 1.0},
+        {"max_pruning_ratio": 1.0},
         {"round_to": 0},
-        {"steps": 0},
+        {"iterative_steps": 0},
         {"seed": -1},
         {"seed": 2**64},
         {"images": 0},

@@ -36,9 +36,9 @@ class Doubled(nn.Module):
 def test_what_other_channels_know_is_recovered(bias: bool, stride: int) -> None:
     torch.manual_seed(0)
     network = with_preprocessing(Doubled(bias, stride).eval(), SMALL)
-    config = PruningConfig(keep=("second",), images=32)
+    config = PruningConfig(ignored_layers=("second",), images=32)
     faces = random_faces(32)
-    broken = prune(network, 0.5, faces, PruningConfig(keep=("second",), repair=False))
+    broken = prune(network, 0.5, faces, PruningConfig(ignored_layers=("second",), repair=False))
     repaired = prune(network, 0.5, faces, config)
     assert repaired.first.out_channels == 4
     images = SMALL(random_faces(8, seed=1))
@@ -55,7 +55,7 @@ def test_a_mean_that_is_lost_goes_into_the_bias() -> None:
         network.first.weight[4:] = 0  # constant channels, the weakest
         network.first.bias[4:] = 1e-3
         network.second.weight[:, 4:] = 30
-    repaired = prune(network, 0.5, random_faces(32), PruningConfig(keep=("second",)))
+    repaired = prune(network, 0.5, random_faces(32), PruningConfig(ignored_layers=("second",)))
     images = SMALL(random_faces(8, seed=1))
     with torch.no_grad():
         torch.testing.assert_close(repaired(images), network(images), atol=0.05, rtol=0.05)
@@ -97,5 +97,5 @@ def test_a_layer_that_reads_nothing_stays_as_it_is() -> None:
     network = with_preprocessing(Doubled(True, 1).eval(), SMALL)
     with torch.no_grad():
         network.first.bias -= 1e3  # dead behind the ReLU
-    pruned = prune(network, 0.5, random_faces(4), PruningConfig(keep=("second",)))
+    pruned = prune(network, 0.5, random_faces(4), PruningConfig(ignored_layers=("second",)))
     assert all(parameter.isfinite().all() for parameter in pruned.parameters())

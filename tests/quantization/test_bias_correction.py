@@ -12,7 +12,7 @@ from qface.quantization import calibrate, quantize
 from qface.quantization.bias_correction import channel_means, correct_biases
 from qface.quantization.calibrate import quantizers
 from tests.networks import foreign_net, random_faces, tiny_face_net
-from tests.quantization.test_equalisation import floating, images, sized
+from tests.quantization.test_cross_layer_equalization import floating, images, sized
 
 
 @pytest.mark.parametrize("bits", [3, 5])
@@ -21,7 +21,7 @@ def test_every_channel_gets_back_its_mean(make: Callable[..., nn.Module], bits: 
     model = sized(make)
     batch = images(16)
     wanted = channel_means(floating(model, bits), batch)
-    student = calibrate(quantize(model, bits), random_faces(16), correct_biases=False, equalise=False).eval()
+    student = calibrate(quantize(model, bits), random_faces(16), correct_biases=False, equalize=False).eval()
     before = channel_means(student, batch)
     weights = [layer.weight.clone() for layer in student.modules() if hasattr(layer, "weight_fake_quant")]
     correct_biases(student, [batch], [wanted])
@@ -60,7 +60,7 @@ def test_batches_count_alike() -> None:
     biases = []
     for batches in ([batch], [batch[:8], batch[8:]]):
         wanted = [channel_means(floating(model, 8), part) for part in batches]
-        student = calibrate(quantize(model, 8), random_faces(16), correct_biases=False, equalise=False).eval()
+        student = calibrate(quantize(model, 8), random_faces(16), correct_biases=False, equalize=False).eval()
         correct_biases(student, batches, wanted)
         biases.append(torch.cat([v for name, v in student.named_parameters() if name.endswith("bias")]))
     assert torch.allclose(biases[0], biases[1], atol=0.01)

@@ -14,7 +14,7 @@ from qface.errors import ConfigError, ImagesError
 from qface.models import provenance_of
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import (
-    LowBitFakeQuantize,
+    LSQFakeQuantize,
     QuantizationConfig,
     calibrate,
     quantize,
@@ -31,8 +31,8 @@ def student(bits: int | QuantizationConfig = 6, make: Callable[..., nn.Module] =
     return quantize(with_preprocessing(make(size=SIZE.size), SIZE), bits)
 
 
-def quantizers(model: nn.Module) -> list[LowBitFakeQuantize]:
-    return [module for module in model.modules() if isinstance(module, LowBitFakeQuantize)]
+def quantizers(model: nn.Module) -> list[LSQFakeQuantize]:
+    return [module for module in model.modules() if isinstance(module, LSQFakeQuantize)]
 
 
 def ranges(model: nn.Module) -> list[Tensor]:
@@ -53,7 +53,7 @@ def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
 def test_it_sets_every_range_and_leaves_the_rest(training: bool) -> None:
     model = student().train(training)
     weights = [p.clone() for n, p in model.named_parameters() if not n.endswith("scale")]
-    assert calibrate(model, FACES, equalise=False, compensate=False, correct_biases=False) is model
+    assert calibrate(model, FACES, equalize=False, gptq=False, correct_biases=False) is model
     assert model.training is training
     assert all(q.calibrated and not q.observing and q.quantizing for q in quantizers(model))
     assert all((q.scale > 0).all() for q in quantizers(model))
@@ -65,11 +65,11 @@ def test_it_sets_every_range_and_leaves_the_rest(training: bool) -> None:
     assert provenance_of(model)[-1]["step"] == "calibrate"
 
 
-@pytest.mark.parametrize("rule", ["mse", "minmax", "percentile", "moving_average"])
+@pytest.mark.parametrize("observer", ["mse", "minmax", "percentile", "moving_average"])
 @pytest.mark.parametrize("make", [tiny_face_net, foreign_net])
-def test_8_bits_are_close_to_float(make: Callable[..., nn.Module], rule: str) -> None:
-    weight_rule = "minmax" if rule == "moving_average" else rule
-    model = student(QuantizationConfig(8, 8, weight_range=weight_rule, activation_range=rule), make)
+def test_8_bits_are_close_to_float(make: Callable[..., nn.Module], observer: str) -> None:
+    weight_observer = "minmax" if observer == "moving_average" else observer
+    model = student(QuantizationConfig(8, 8, weight_observer=weight_observer, activation_observer=observer), make)
     calibrate(model, FACES, batch_size=4)
     x = SIZE(random_faces(8, seed=7))
     with torch.no_grad():
@@ -91,16 +91,16 @@ def test_more_bits_are_closer_to_float() -> None:
 def test_it_repeats_and_repairs_itself() -> None:
     first, second = calibrate(student(), FACES), calibrate(student(), FACES)
     assert same(ranges(first), ranges(second))
-    first, second = (calibrate(student(), FACES, compensate=False, correct_biases=False) for _ in range(2))
+    first, second = (calibrate(student(), FACES, gptq=False, correct_biases=False) for _ in range(2))
     calibrate(second, random_faces(3, seed=8))
     assert not same(ranges(first), ranges(second))
     assert same(ranges(calibrate(second, FACES)), ranges(first))  # nothing of the other images is left
 
 
 def test_ranges_are_those_of_float_values() -> None:
-    """Rounding to 2 bits plays no part in them; half a grey level of the image does."""
-    model = student(QuantizationConfig(2, 8, weight_range="minmax", activation_range="minmax"))
-    calibrate(model, FACES, equalise=False)
+    """Rounding to 2 bits plays no part in them; half a gray level of the image does."""
+    model = student(QuantizationConfig(2, 8, weight_observer="minmax", activation_observer="minmax"))
+    calibrate(model, FACES, equalize=False)
     seen: list[tuple[float, float]] = []
     teacher = tiny_face_net(size=SIZE.size)
     teacher.prelu.register_forward_hook(lambda _, __, out: seen.append((out.min().item(), out.max().item())))
@@ -122,7 +122,7 @@ def test_all_kinds_of_images_give_the_same_ranges(crops: Callable[..., Path], ba
     folder = crops({"ann": 3, "bob": 4})
     pixels = ImageFolder(folder).read(range(7))
     kinds: list[Images] = [folder, str(folder), pixels, SIZE(pixels), loader(pixels), loader(SIZE(pixels)), [pixels]]
-    config = QuantizationConfig(activation_range="minmax")
+    config = QuantizationConfig(activation_observer="minmax")
     expected = ranges(calibrate(student(config), pixels))
     for images in kinds:
         found = ranges(calibrate(student(config), images, batch_size=batch_size))
@@ -130,11 +130,11 @@ def test_all_kinds_of_images_give_the_same_ranges(crops: Callable[..., Path], ba
 
 
 def test_count_limits_the_images() -> None:
-    config = QuantizationConfig(activation_range="minmax")
+    config = QuantizationConfig(activation_observer="minmax")
     four = ranges(calibrate(student(config), FACES[:4]))
-    check_close(ranges(calibrate(student(config), [FACES[:3], FACES[3:], FACES], count=4)), four)
+    check_close(ranges(calibrate(student(config), [FACES[:3], FACES[3:], FACES], num_images=4)), four)
     spread = ranges(calibrate(student(config), FACES[[0, 4, 7, 11]]))
-    assert same(ranges(calibrate(student(config), FACES, count=4)), spread)
+    assert same(ranges(calibrate(student(config), FACES, num_images=4)), spread)
 
 
 @pytest.mark.parametrize("images", [torch.zeros(0, 3, 112, 112, dtype=torch.uint8), 3, [], ["x"], Path("missing")])
@@ -155,7 +155,7 @@ def test_a_float_network_has_nothing_to_calibrate() -> None:
 
 
 def test_observers_can_follow_training() -> None:
-    model = calibrate(student(QuantizationConfig(activation_range="minmax")), FACES)
+    model = calibrate(student(QuantizationConfig(activation_observer="minmax")), FACES)
     before = ranges(model)
     set_observers(model, True)
     assert all(q.observing for q in quantizers(model))
@@ -185,7 +185,7 @@ def test_a_bias_far_beyond_the_weights_stays_representable() -> None:
     assert torch.cosine_similarity(model(x), teacher(x)).min() > 0.99
 
 
-@pytest.mark.parametrize("settings", [{"count": 0}, {"count": -1}, {"batch_size": 0}])
+@pytest.mark.parametrize("settings", [{"num_images": 0}, {"num_images": -1}, {"batch_size": 0}])
 def test_no_images_at_a_time_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="whole number from 1 on"):
         calibrate(student(), FACES, **settings)
@@ -199,7 +199,7 @@ def test_images_that_are_not_finite_are_refused() -> None:
 
 
 def test_floats_that_another_preprocessing_made_are_refused() -> None:
-    """Bytes of 0 and 255 become -1 and 0.99 here; the image's grid would clamp all beyond."""
+    """Bytes of 0 and 255 become -1 and 0.99 here; the image's quantizer would clamp all beyond."""
     crops = SIZE(FACES)
     calibrate(student(), crops)
     calibrate(student(), crops.double())

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qface.errors import CheckpointError, TraceError, UnsupportedLayerError
-from qface.models import Add, ChannelAffine, Concat, IResNet, L2Normalise, Multiply, provenance_of, record_step
+from qface.models import Add, ChannelAffine, Concat, IResNet, L2Normalize, Multiply, provenance_of, record_step
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
-from qface.quantization.canonical import canonicalise
+from qface.quantization.canonical import canonicalize
 from tests.networks import foreign_net, tiny_face_net, with_statistics
 
 SMALL = Preprocessing(size=(16, 12))
@@ -31,7 +31,7 @@ def images(height: int = 16, width: int = 12) -> Tensor:
 def check(model: nn.Module, x: Tensor | None = None) -> fx.GraphModule:
     """The canonical form of ``model``, which computes the same."""
     x = images(*preprocessing_of(model).size) if x is None else x
-    canonical = canonicalise(model)
+    canonical = canonicalize(model)
     with torch.no_grad():
         expected = model.eval()(x)
         torch.testing.assert_close(canonical.eval()(x), expected, atol=1e-5, rtol=1e-4)
@@ -55,7 +55,7 @@ def test_a_whole_network(make: Callable[..., nn.Module], training: bool) -> None
     model = with_preprocessing(make(size=(32, 32)), Preprocessing(size=(32, 32)))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train(training)
-    canonical = canonicalise(model)
+    canonical = canonicalize(model)
     assert canonical.training == model.training == training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     check(model)
@@ -178,7 +178,7 @@ POOLED = [nn.AdaptiveAvgPool2d, nn.Flatten]
         (lambda x: F.avg_pool2d(x, 2), [nn.AvgPool2d]),
         (lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), [nn.AvgPool2d]),
         (lambda x: F.max_pool2d(x, kernel_size=3, stride=2, padding=1), [nn.MaxPool2d]),
-        (lambda x: F.normalize(x.flatten(1)), [nn.Flatten, L2Normalise]),
+        (lambda x: F.normalize(x.flatten(1)), [nn.Flatten, L2Normalize]),
         (lambda x: F.dropout(F.dropout(x, 0.5, False), p=0.3, training=False), []),
         (lambda x: F.dropout(input=x, training=False) + x, [Add]),
         (lambda x: x.contiguous().float(), []),
@@ -227,7 +227,7 @@ def test_what_is_read_after_it_was_overwritten_is_the_new_value(overwrite: Calla
 
 def test_what_a_model_carries_is_carried_on() -> None:
     model = record_step(small(Twice()), "made", {"by": "hand"})
-    canonical = canonicalise(model)
+    canonical = canonicalize(model)
     assert preprocessing_of(canonical) == SMALL
     assert provenance_of(canonical) == provenance_of(model) != ()
 
@@ -235,7 +235,7 @@ def test_what_a_model_carries_is_carried_on() -> None:
 def test_a_network_of_another_size_is_refused() -> None:
     model = with_preprocessing(tiny_face_net(size=(32, 32)), Preprocessing(size=(64, 64)))
     with pytest.raises(TraceError, match="64x64") as caught:
-        canonicalise(model)
+        canonicalize(model)
     assert "\n" not in str(caught.value)
 
 
@@ -250,7 +250,7 @@ def test_a_network_of_another_size_is_refused() -> None:
 )
 def test_what_cannot_be_quantized_is_named(model: nn.Module, name: str) -> None:
     with pytest.raises(UnsupportedLayerError, match=name) as caught:
-        canonicalise(with_preprocessing(model.eval(), SMALL))
+        canonicalize(with_preprocessing(model.eval(), SMALL))
     assert "\n" not in str(caught.value)
 
 
@@ -294,7 +294,7 @@ def test_old_ways_to_compute_a_weight_are_refused(wrap: Callable[[nn.Module], nn
     with torch.set_grad_enabled(with_gradients):
         model(images())
     with pytest.raises((TraceError, UnsupportedLayerError), match=r"remove_"):
-        canonicalise(model)
+        canonicalize(model)
 
 
 class Shuffled(nn.Module):
@@ -351,7 +351,7 @@ class Kept(nn.Module):
 
 def test_what_comes_out_otherwise_is_refused() -> None:
     with pytest.raises(TraceError, match="in place"):
-        canonicalise(small(Kept()))
+        canonicalize(small(Kept()))
 
 
 def test_arguments_of_a_pool_that_no_layer_has_keep_it_a_function() -> None:
@@ -415,7 +415,7 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(
         CheckpointError, match=r"this network: 1 of \d+ tensors hold NaN or infinity \(first: body.weight\)"
     ):
-        canonicalise(model)
+        canonicalize(model)
 
 
 class WithOptions(nn.Module):

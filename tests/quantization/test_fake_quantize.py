@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.ao import quantization as torch_ao
 
 from qface.errors import ConfigError
-from qface.quantization import ImageQuantize, LowBitFakeQuantize
+from qface.quantization import ImageFakeQuantize, LSQFakeQuantize
 
 VALUES = st.integers(-25_600, 25_600).map(lambda n: n / 256)
 
 
-def calibrated(bits: int, x: Tensor, channels: int | None = None, rule: str = "minmax") -> LowBitFakeQuantize:
-    quantizer = LowBitFakeQuantize(bits, channels, rule)
+def calibrated(bits: int, x: Tensor, num_channels: int | None = None, observer: str = "minmax") -> LSQFakeQuantize:
+    quantizer = LSQFakeQuantize(bits, num_channels, observer)
     quantizer.activation_post_process(x)
     quantizer.set_range()
     return quantizer
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[LowBitFakeQuantize, Tensor]:
+def cases(draw: st.DrawFn) -> tuple[LSQFakeQuantize, Tensor]:
     """A calibrated quantizer, and a tensor that may reach beyond its range."""
     shape = draw(arrays.array_shapes(min_dims=2, max_dims=4, max_side=6))
     seen, x = (torch.from_numpy(draw(arrays.arrays(np.float32, shape, elements=VALUES))) for _ in range(2))
@@ -31,21 +31,21 @@ def cases(draw: st.DrawFn) -> tuple[LowBitFakeQuantize, Tensor]:
     return calibrated(draw(st.integers(2, 8)), seen, len(x) if per_channel else None), x
 
 
-def per_channel_view(quantizer: LowBitFakeQuantize, values: Tensor, like: Tensor) -> Tensor:
-    return values.detach().view(-1, *(1,) * (like.ndim - 1)) if quantizer.channels else values.detach()
+def per_channel_view(quantizer: LSQFakeQuantize, values: Tensor, like: Tensor) -> Tensor:
+    return values.detach().view(-1, *(1,) * (like.ndim - 1)) if quantizer.num_channels else values.detach()
 
 
 @given(cases())
-def test_no_more_levels_than_the_width_allows_and_the_error_is_half_a_step(
-    case: tuple[LowBitFakeQuantize, Tensor],
+def test_no_more_integers_than_the_bits_allow_and_the_error_is_half_a_step(
+    case: tuple[LSQFakeQuantize, Tensor],
 ) -> None:
     quantizer, x = case
     y = quantizer.eval()(x)
-    for channel in y if quantizer.channels else [y]:
+    for channel in y if quantizer.num_channels else [y]:
         assert len(channel.unique()) <= 2**quantizer.bits
     scale = per_channel_view(quantizer, quantizer.scale, x)
     zero_point = per_channel_view(quantizer, quantizer.zero_point, x)
-    low, high = (quantizer.grid.low - zero_point) * scale, (quantizer.grid.high - zero_point) * scale
+    low, high = (quantizer.quant_min - zero_point) * scale, (quantizer.quant_max - zero_point) * scale
     inside = torch.minimum(torch.maximum(x, low), high)
     assert ((y - inside).abs() <= 0.501 * scale).all()
     assert torch.equal(quantizer(torch.zeros_like(x)), torch.zeros_like(x))
@@ -53,7 +53,7 @@ def test_no_more_levels_than_the_width_allows_and_the_error_is_half_a_step(
 
 
 @given(cases())
-def test_both_modes_agree_but_for_ties(case: tuple[LowBitFakeQuantize, Tensor]) -> None:
+def test_both_modes_agree_but_for_ties(case: tuple[LSQFakeQuantize, Tensor]) -> None:
     quantizer, x = case
     scale = per_channel_view(quantizer, quantizer.scale, x)
     deployed = quantizer.eval()(x)
@@ -70,7 +70,7 @@ def test_both_modes_agree_but_for_ties(case: tuple[LowBitFakeQuantize, Tensor]) 
 
 
 @given(cases(), st.booleans())
-def test_gradients_pass_inside_the_range_only(case: tuple[LowBitFakeQuantize, Tensor], learning: bool) -> None:
+def test_gradients_pass_inside_the_range_only(case: tuple[LSQFakeQuantize, Tensor], learning: bool) -> None:
     quantizer, x = case
     quantizer.scale.requires_grad_(learning)
     x.requires_grad_()
@@ -78,8 +78,8 @@ def test_gradients_pass_inside_the_range_only(case: tuple[LowBitFakeQuantize, Te
     scale = per_channel_view(quantizer, quantizer.scale, x)
     zero_point = per_channel_view(quantizer, quantizer.zero_point, x)
     steps = x.detach() / scale + zero_point
-    inside = (steps > quantizer.grid.low - 0.49) & (steps < quantizer.grid.high + 0.49)
-    outside = (steps < quantizer.grid.low - 0.51) | (steps > quantizer.grid.high + 0.51)
+    inside = (steps > quantizer.quant_min - 0.49) & (steps < quantizer.quant_max + 0.49)
+    outside = (steps < quantizer.quant_min - 0.51) | (steps > quantizer.quant_max + 0.51)
     assert (x.grad[inside] == 1).all()
     assert (x.grad[outside] == 0).all()
 
@@ -109,7 +109,7 @@ def test_a_scale_that_was_pushed_below_zero_is_lifted() -> None:
 
 
 def test_without_calibration_there_is_no_result() -> None:
-    quantizer = LowBitFakeQuantize(6)
+    quantizer = LSQFakeQuantize(6)
     for mode in (True, False):
         with pytest.raises(ConfigError, match="calibrate"):
             quantizer.train(mode)(torch.ones(1))
@@ -138,7 +138,7 @@ def test_torch_ao_switches_observation_and_rounding(channels: int | None) -> Non
 
 
 def test_an_observer_of_a_weight_looks_at_its_last_value_only() -> None:
-    quantizer = LowBitFakeQuantize(8, channels=1, rule="minmax")
+    quantizer = LSQFakeQuantize(8, num_channels=1, observer="minmax")
     quantizer.enable_observer()
     quantizer(torch.full((1, 4), 100.0))
     quantizer(torch.full((1, 4), 1.0))
@@ -150,7 +150,7 @@ def test_state_survives(channels: int | None) -> None:
     x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     source = calibrated(5, x, channels)
     source.enable_observer()
-    target = LowBitFakeQuantize(5, channels)
+    target = LSQFakeQuantize(5, channels)
     target.load_state_dict(source.state_dict())
     assert target.observing
     for each in (source, target):
@@ -166,27 +166,27 @@ def test_state_survives(channels: int | None) -> None:
 BYTES = torch.arange(256.0)
 
 
-def image_quantizer(mean: float, std: float) -> ImageQuantize:
-    return ImageQuantize(scale=1 / std, zero_point=round(mean), offset=(round(mean) - mean) / std)
+def image_quantizer(mean: float, std: float) -> ImageFakeQuantize:
+    return ImageFakeQuantize(scale=1 / std, zero_point=round(mean), offset=(round(mean) - mean) / std)
 
 
 def check_bytes(mean: float, std: float) -> None:
     quantizer = image_quantizer(mean, std)
-    normalised = (BYTES - mean) / std
-    rounded = quantizer(normalised)
-    grid = quantizer.tensors()
-    assert torch.equal((rounded / grid.scale).round() + grid.zero_point, BYTES)
+    normalized = (BYTES - mean) / std
+    rounded = quantizer(normalized)
+    qparams = quantizer.qparams()
+    assert torch.equal((rounded / qparams.scale).round() + qparams.zero_point, BYTES)
     assert len(rounded.unique()) == 256
-    assert (rounded - normalised).abs().max() <= 0.501 / std  # half a grey level, the same for all
+    assert (rounded - normalized).abs().max() <= 0.501 / std  # half a gray level, the same for all
 
 
 @pytest.mark.parametrize("std", [127.5, 128.0])
-def test_bytes_as_insightface_normalises_them(std: float) -> None:
+def test_bytes_as_insightface_normalizes_them(std: float) -> None:
     check_bytes(127.5, std)
 
 
 @given(st.floats(0, 255), st.floats(0.1, 1000))
-def test_bytes_are_exact_for_any_normalisation(mean: float, std: float) -> None:
+def test_bytes_are_exact_for_any_normalization(mean: float, std: float) -> None:
     check_bytes(mean, std)
 
 

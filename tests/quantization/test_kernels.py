@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qface.quantization.kernels import GridTensors, accumulate, add_on_grids, on_grid, requantize
+from qface.quantization.kernels import accumulate, qlinear_add, quantize_affine, requantize
+from qface.quantization.qparams import QParams
 
 SEEDS = st.integers(0, 2**32 - 1)
 SCALES = st.floats(1e-3, 10).map(np.float32).map(float)
@@ -25,8 +26,8 @@ def floats(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def grid(scale: float, zero_point: int) -> GridTensors:
-    return GridTensors(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+def qparams(scale: float, zero_point: int) -> QParams:
+    return QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32), 0, 255)
 
 
 @given(SEEDS, st.integers(1, 3000), st.sampled_from([3, 31, 127, 255]), st.booleans())
@@ -69,12 +70,12 @@ def test_requantize_is_the_float32_product_rounded_half_to_even(seed: int, outpu
 
 
 @given(SEEDS, SCALES, ZEROS)
-def test_on_grid_divides_and_rounds_half_to_even(seed: int, scale: float, zero_point: int) -> None:
+def test_quantize_affine_divides_and_rounds_half_to_even(seed: int, scale: float, zero_point: int) -> None:
     x = np.random.default_rng(seed).normal(0, 50 * scale, 200).astype(np.float32)
     x[:4] = np.float32(scale) * np.array([0.5, 1.5, 2.5, -0.5], np.float32)
-    one = grid(scale, zero_point)
+    one = qparams(scale, zero_point)
     expected = np.clip(np.round(x / np.float32(scale)) + zero_point, 0, 255)
-    np.testing.assert_array_equal(on_grid(torch.from_numpy(x), *one, 0, 255).numpy(), expected)
+    np.testing.assert_array_equal(quantize_affine(torch.from_numpy(x), *one).numpy(), expected)
 
 
 @given(SEEDS, SCALES, SCALES, SCALES, ZEROS, ZEROS, ZEROS)
@@ -83,7 +84,9 @@ def test_sum_is_within_one_step_of_the_real_sum(
 ) -> None:
     rng = np.random.default_rng(seed)
     left, right = (integers(rng, 0, 255, (2, 100)) for _ in range(2))
-    result = add_on_grids(floats(left), floats(right), grid(a, zero_a), grid(b, zero_b), grid(c, zero_c)).double()
+    result = qlinear_add(
+        floats(left), floats(right), qparams(a, zero_a), qparams(b, zero_b), qparams(c, zero_c)
+    ).double()
     real = ((left - zero_a) * a + (right - zero_b) * b) / c + zero_c
     tolerance = 0.501 + np.abs(real) * 1e-5 + 255 * (a + b) / c * 1e-6
     assert (np.abs(result.numpy() - real) <= tolerance).all()
@@ -93,5 +96,5 @@ def test_sum_is_within_one_step_of_the_real_sum(
 @pytest.mark.parametrize("zero_point", [0, 7, 128])
 def test_sum_of_zeros_is_zero(zero_point: int) -> None:
     zeros = torch.full((4,), float(zero_point))
-    result = add_on_grids(zeros, zeros, grid(0.3, zero_point), grid(0.7, zero_point), grid(0.11, 5))
+    result = qlinear_add(zeros, zeros, qparams(0.3, zero_point), qparams(0.7, zero_point), qparams(0.11, 5))
     assert torch.equal(result, torch.full((4,), 5.0))

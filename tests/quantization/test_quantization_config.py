@@ -10,21 +10,21 @@ from torch import nn
 from qface.errors import ConfigError
 from qface.quantization import LayerBits, QuantizationConfig, quantize
 
-WIDTHS = st.integers(2, 8)
-NO_WIDTHS = st.one_of(
+BIT_WIDTHS = st.integers(2, 8)
+NO_BIT_WIDTHS = st.one_of(
     st.integers(max_value=1), st.integers(min_value=9), st.booleans(), st.floats(), st.text(), st.just(None)
 )
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> QuantizationConfig:
-    layer_bits = st.builds(LayerBits, st.none() | WIDTHS, st.none() | WIDTHS)
+    layer_bits = st.builds(LayerBits, st.none() | BIT_WIDTHS, st.none() | BIT_WIDTHS)
     return QuantizationConfig(
-        weight_bits=draw(WIDTHS),
-        activation_bits=draw(WIDTHS),
+        weight_bits=draw(BIT_WIDTHS),
+        activation_bits=draw(BIT_WIDTHS),
         overrides=draw(st.dictionaries(st.text(), layer_bits, max_size=4)),
-        weight_range=draw(st.sampled_from(["mse", "minmax", "percentile"])),
-        activation_range=draw(st.sampled_from(["mse", "minmax", "percentile", "moving_average"])),
+        weight_observer=draw(st.sampled_from(["mse", "minmax", "percentile"])),
+        activation_observer=draw(st.sampled_from(["mse", "minmax", "percentile", "moving_average"])),
         percentile=draw(st.floats(50, 100, exclude_min=True)),
     )
 
@@ -43,8 +43,8 @@ def test_an_override_changes_what_it_names(config: QuantizationConfig, name: str
     assert config.activation_bits_of(name) == (override.activation or config.activation_bits)
 
 
-@given(NO_WIDTHS)
-def test_other_widths_are_refused_everywhere(bits: Any) -> None:
+@given(NO_BIT_WIDTHS)
+def test_other_bits_are_refused_everywhere(bits: Any) -> None:
     for make in (
         lambda: QuantizationConfig(weight_bits=bits),
         lambda: QuantizationConfig(activation_bits=bits),
@@ -62,9 +62,9 @@ def test_other_widths_are_refused_everywhere(bits: Any) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"weight_range": "moving_average"},
-        {"weight_range": "max"},
-        {"activation_range": ""},
+        {"weight_observer": "moving_average"},
+        {"weight_observer": "max"},
+        {"activation_observer": ""},
         {"percentile": 50},
         {"percentile": 100.1},
         {"percentile": float("nan")},

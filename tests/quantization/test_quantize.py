@@ -1,4 +1,4 @@
-"""``quantize``: which tensor of a student has which width, found by walking its graph."""
+"""``quantize``: which tensor of a student has how many bits, found by walking its graph."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from qface.errors import ConfigError, UnsupportedLayerError
 from qface.models import IResNet, MobileFaceNet, provenance_of
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.quantization import (
-    ImageQuantize,
+    ImageFakeQuantize,
     LayerBits,
-    LowBitFakeQuantize,
+    LSQFakeQuantize,
     QuantizationConfig,
     QuantizedConv2d,
     QuantizedLinear,
@@ -86,14 +86,14 @@ def source_of(student: fx.GraphModule, node: fx.Node) -> fx.Node:
     return node
 
 
-def widths_read(student: fx.GraphModule) -> dict[str, int | str]:
-    """Of each convolution and linear layer: the width of what it reads, ``"image"``, or ``"float"``."""
+def bits_read(student: fx.GraphModule) -> dict[str, int | str]:
+    """Of each convolution and linear layer: the bits of what it reads, ``"image"``, or ``"float"``."""
     found: dict[str, int | str] = {}
     for node in student.graph.nodes:
         if isinstance(called(student, node), (nn.Conv2d, nn.Linear)):
             source = called(student, source_of(student, node.args[0]))
-            kind = source.bits if isinstance(source, LowBitFakeQuantize) else "float"
-            found[str(node.target)] = "image" if isinstance(source, ImageQuantize) else kind
+            kind = source.bits if isinstance(source, LSQFakeQuantize) else "float"
+            found[str(node.target)] = "image" if isinstance(source, ImageFakeQuantize) else kind
     return found
 
 
@@ -103,11 +103,14 @@ def check_placement(student: fx.GraphModule, config: QuantizationConfig) -> None
     for name, layer in layers.items():
         assert isinstance(layer, (QuantizedConv2d, QuantizedLinear))
         assert layer.weight_fake_quant.bits == config.weight_bits_of(name), name
-        assert layer.weight_fake_quant.channels == len(layer.weight)
-    widths = widths_read(student)
-    assert widths.keys() == layers.keys()
-    for name, width in widths.items():
-        assert width == "image" or (width != "float" and width <= config.activation_bits_of(name)), (name, width)
+        assert layer.weight_fake_quant.num_channels == len(layer.weight)
+    bit_widths = bits_read(student)
+    assert bit_widths.keys() == layers.keys()
+    for name, bit_width in bit_widths.items():
+        assert bit_width == "image" or (bit_width != "float" and bit_width <= config.activation_bits_of(name)), (
+            name,
+            bit_width,
+        )
 
     narrow_allowed = {
         source_of(student, node.args[0]).target
@@ -116,17 +119,17 @@ def check_placement(student: fx.GraphModule, config: QuantizationConfig) -> None
     }
     for node in student.graph.nodes:
         quantizer = called(student, node)
-        if isinstance(quantizer, LowBitFakeQuantize) and node.target not in narrow_allowed:
+        if isinstance(quantizer, LSQFakeQuantize) and node.target not in narrow_allowed:
             assert quantizer.bits == 8, node
         elif isinstance(quantizer, QuantizedPReLU):
             assert quantizer.weight_fake_quant.bits == 8
     output = next(node for node in student.graph.nodes if node.op == "output")
-    assert not isinstance(called(student, output.args[0]), LowBitFakeQuantize)
+    assert not isinstance(called(student, output.args[0]), LSQFakeQuantize)
 
 
 @pytest.mark.parametrize("config", [QuantizationConfig(), QuantizationConfig(4, 8), QuantizationConfig(8, 3)], ids=str)
 @pytest.mark.parametrize("make", [*NETWORKS, hand_written])
-def test_every_product_has_its_widths(make: Callable[[], nn.Module], config: QuantizationConfig) -> None:
+def test_every_product_has_its_bits(make: Callable[[], nn.Module], config: QuantizationConfig) -> None:
     student = quantize(make(), config)
     assert is_quantized(student)
     check_placement(student, config)
@@ -139,19 +142,19 @@ def test_overrides_change_single_layers(make: Callable[[], nn.Module]) -> None:
     config = QuantizationConfig(6, 6, overrides)
     student = quantize(make(), config)
     check_placement(student, config)
-    widths = widths_read(student)
-    assert (widths[layers[0]], widths[layers[1]], widths[layers[-1]]) == ("image", 4, 8)
+    bit_widths = bits_read(student)
+    assert (bit_widths[layers[0]], bit_widths[layers[1]], bit_widths[layers[-1]]) == ("image", 4, 8)
 
 
 def test_of_several_readers_the_narrowest_counts() -> None:
     config = QuantizationConfig(6, 6, {"left": LayerBits(activation=3), "right": LayerBits(activation=8)})
-    widths = widths_read(quantize(foreign(), config))
-    assert widths["left"] == widths["right"] == 3
+    bit_widths = bits_read(quantize(foreign(), config))
+    assert bit_widths["left"] == bit_widths["right"] == 3
 
 
 def test_the_image_keeps_its_bytes() -> None:
     student = quantize(tiny())
-    (quantizer,) = (module for module in student.modules() if isinstance(module, ImageQuantize))
+    (quantizer,) = (module for module in student.modules() if isinstance(module, ImageFakeQuantize))
     assert (quantizer.scale, quantizer.zero_point) == (1 / 128, 128)
 
 
@@ -164,10 +167,10 @@ def test_the_image_keeps_its_bytes() -> None:
         Preprocessing(size=SIZE.size, mean=(300.0,) * 3),
     ],
 )
-def test_an_image_without_a_common_grid_is_calibrated_at_8_bits(preprocessing: Preprocessing) -> None:
+def test_an_image_without_a_common_scale_is_calibrated_at_8_bits(preprocessing: Preprocessing) -> None:
     student = quantize(with_preprocessing(tiny_face_net(size=SIZE.size), preprocessing), 4)
-    assert not any(isinstance(module, ImageQuantize) for module in student.modules())
-    assert widths_read(student)["conv"] == 8
+    assert not any(isinstance(module, ImageFakeQuantize) for module in student.modules())
+    assert bits_read(student)["conv"] == 8
     calibrate(student, random_faces(4)).eval()
     assert student(preprocessing(random_faces(2))).isfinite().all()
 
@@ -239,7 +242,7 @@ def test_a_copy_is_equal_and_independent(make: Callable[[], nn.Module]) -> None:
     # A layer of a copy rounds with the copy's quantizers, not with those it was copied from.
     fresh = copy.deepcopy(student)
     for module in student.modules():
-        if isinstance(module, LowBitFakeQuantize):
+        if isinstance(module, LSQFakeQuantize):
             module.scale.data.mul_(3)
     assert torch.equal(fresh(x), expected)
 

@@ -1,4 +1,4 @@
-"""Values that convolutions multiply and sums add: each at its own width."""
+"""Values that convolutions multiply and sums add: each with its own bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.ao.quantization import disable_fake_quant
 
 from qface.models import ChannelAffine
-from qface.quantization import LayerBits, LowBitFakeQuantize, QuantizationConfig, QuantizedAdd, quantize
+from qface.quantization import LayerBits, LSQFakeQuantize, QuantizationConfig, QuantizedAdd, quantize
 from tests.deployment.networks import CHANNELS, Applied, Sum, calibrated, framed
 
 
@@ -34,7 +34,7 @@ BODIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def widths(student: fx.GraphModule, kinds: tuple[type[nn.Module], ...]) -> set[int]:
+def bit_widths(student: fx.GraphModule, kinds: tuple[type[nn.Module], ...]) -> set[int]:
     """Of everything that layers of ``kinds`` read, save the image."""
     layers = dict(student.named_modules())
     sources = [
@@ -43,15 +43,15 @@ def widths(student: fx.GraphModule, kinds: tuple[type[nn.Module], ...]) -> set[i
         if node.op == "call_module" and isinstance(layers[node.target], kinds)
         for source in node.all_input_nodes
     ]
-    return {source.bits for source in sources if isinstance(source, LowBitFakeQuantize)}
+    return {source.bits for source in sources if isinstance(source, LSQFakeQuantize)}
 
 
 @pytest.mark.parametrize("body", ["chain", "both branches", "behind a ReLU", "behind a PReLU"])
 @pytest.mark.parametrize("bits", [2, 6])
-def test_sums_read_bytes_and_convolutions_their_own_width(body: str, bits: int) -> None:
+def test_sums_read_bytes_and_convolutions_their_own_bits(body: str, bits: int) -> None:
     student = quantize(framed(BODIES[body]), bits)
-    assert widths(student, (QuantizedAdd,)) == {8}
-    assert widths(student, (nn.Conv2d,)) == {bits}
+    assert bit_widths(student, (QuantizedAdd,)) == {8}
+    assert bit_widths(student, (nn.Conv2d,)) == {bits}
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -65,7 +65,7 @@ def test_the_float_network_computes_what_it_did(body: str) -> None:
 
 def test_both_read_the_same_where_that_is_wanted() -> None:
     student = quantize(framed(chain), QuantizationConfig(4, 4, wide_residuals=False))
-    assert 4 in widths(student, (QuantizedAdd,))
+    assert 4 in bit_widths(student, (QuantizedAdd,))
     assert not any(isinstance(layer, ChannelAffine) for layer in student.modules())
 
 
@@ -78,8 +78,8 @@ def test_nothing_is_made_twice_where_convolutions_read_bytes() -> None:
 def test_one_narrow_layer_is_read_apart_alone() -> None:
     config = QuantizationConfig(8, 8, overrides={"body.1.left": LayerBits(activation=3)})
     student = quantize(framed(chain), config)
-    assert widths(student, (QuantizedAdd,)) == {8}
-    assert widths(student, (nn.Conv2d,)) == {3, 8}
+    assert bit_widths(student, (QuantizedAdd,)) == {8}
+    assert bit_widths(student, (nn.Conv2d,)) == {3, 8}
     assert sum(isinstance(layer, QuantizedAdd) for layer in student.modules()) == 4
 
 

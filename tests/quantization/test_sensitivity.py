@@ -16,9 +16,9 @@ from torch import fx, nn
 import qface
 from qface.errors import ConfigError, ImagesError
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import LowBitFakeQuantize, QuantizationConfig, calibrate, quantize, set_observers
-from qface.quantization.layers import WeightedLayer
-from qface.quantization.sensitivity import WIDTHS, LayerSensitivity, Sensitivity, sensitivity
+from qface.quantization import LSQFakeQuantize, QuantizationConfig, calibrate, quantize, set_observers
+from qface.quantization.quantized_layers import WeightedLayer
+from qface.quantization.sensitivity import BIT_WIDTHS, LayerSensitivity, Sensitivity, sensitivity
 from tests.networks import foreign_net, random_faces, tiny_face_net
 
 SIZE = Preprocessing(size=(48, 48), std=(128.0,) * 3)
@@ -30,7 +30,7 @@ def network(make: Callable[..., nn.Module] = tiny_face_net) -> nn.Module:
 
 
 def calibrated(bits: int | QuantizationConfig = 6, make: Callable[..., nn.Module] = tiny_face_net) -> fx.GraphModule:
-    return calibrate(quantize(network(make), bits), FACES, equalise=False, compensate=False, correct_biases=False)
+    return calibrate(quantize(network(make), bits), FACES, equalize=False, gptq=False, correct_biases=False)
 
 
 def layers(student: fx.GraphModule) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def switched_off(student: fx.GraphModule) -> fx.GraphModule:
 
 
 @torch.no_grad()
-def loss_with(student: fx.GraphModule, quantizer: LowBitFakeQuantize) -> float:
+def loss_with(student: fx.GraphModule, quantizer: LSQFakeQuantize) -> float:
     """What it costs that ``quantizer`` rounds, while ``student`` and whatever follows ``quantizer`` is switched off."""
     plain = student(SIZE(FACES)).double()
     rounding = copy.deepcopy(quantizer)
@@ -72,17 +72,17 @@ def test_losses_are_those_of_the_whole_network_with_one_quantizer_on(make: Calla
     for name, layer in layers(student).items():
         weight, activation = row(table, name).weight, row(table, name).activation
         assert weight == {bits: pytest.approx(loss_with(student, layer.weight_fake_quant), rel=1e-3, abs=1e-9)}
-        (read,) = layer.neighbours.inputs
-        expected = {bits: loss_with(student, read)} if isinstance(read, LowBitFakeQuantize) else {}
+        (read,) = layer.quant_context.inputs
+        expected = {bits: loss_with(student, read)} if isinstance(read, LSQFakeQuantize) else {}
         assert activation == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
-def test_ranges_at_other_widths_are_chosen_as_calibrate_does() -> None:
+def test_ranges_at_other_bits_are_chosen_as_calibrate_does() -> None:
     chosen = sensitivity(calibrated(8), FACES, weight_bits=(3,), activation_bits=(3,))
     own = sensitivity(calibrated(3), FACES, weight_bits=(3,), activation_bits=(3,))
     for one, other in zip(chosen.layers, own.layers, strict=True):
         assert one.weight == pytest.approx(other.weight, rel=1e-4)
-        # Calibration sees the image in bytes, half a grey level darker.
+        # Calibration sees the image in bytes, half a gray level darker.
         assert one.activation == pytest.approx(other.activation, rel=0.3)
 
 
@@ -93,8 +93,8 @@ def test_every_layer_has_a_row_in_the_order_in_which_they_run() -> None:
     assert [layer.elements for layer in table.layers[:2]] == [8 * 3 * 9, 8 * 8 * 9]
     assert table.images == len(FACES)
     for layer in table.layers:
-        assert tuple(layer.weight) == WIDTHS
-        assert tuple(layer.activation) == (() if layer.name == "conv" else WIDTHS)
+        assert tuple(layer.weight) == BIT_WIDTHS
+        assert tuple(layer.activation) == (() if layer.name == "conv" else BIT_WIDTHS)
         for losses in filter(None, (layer.weight, layer.activation)):
             assert 0 <= losses[8] < losses[4] < losses[2] < 2
 
@@ -121,11 +121,11 @@ def test_a_float_network_counts_as_its_student() -> None:
     assert sensitivity(model, FACES) == sensitivity(quantize(model), FACES)
 
 
-def test_ranges_of_the_student_count_at_its_own_width() -> None:
+def test_ranges_of_the_student_count_at_its_own_bits() -> None:
     student = calibrated(6)
     before = sensitivity(student, FACES, weight_bits=(5, 6), activation_bits=(5, 6))
     layer = layers(student)["fc"]
-    for quantizer in (layer.weight_fake_quant, *layer.neighbours.inputs):
+    for quantizer in (layer.weight_fake_quant, *layer.quant_context.inputs):
         quantizer.scale.data.mul_(3)
     after = sensitivity(student, FACES, weight_bits=(5, 6), activation_bits=(5, 6))
     for name in ("weight", "activation"):
@@ -135,7 +135,7 @@ def test_ranges_of_the_student_count_at_its_own_width() -> None:
 
 
 def test_the_rule_of_the_student_chooses_the_ranges() -> None:
-    config = QuantizationConfig(weight_range="minmax", activation_range="minmax")
+    config = QuantizationConfig(weight_observer="minmax", activation_observer="minmax")
     least, whole = (sensitivity(quantize(network(), c), FACES, weight_bits=(3,)) for c in (6, config))
     assert row(least, "fc").weight[3] < row(whole, "fc").weight[3]
 
@@ -152,9 +152,9 @@ def test_only_some_images_are_read() -> None:
         while True:
             yield SIZE(FACES)
 
-    few = sensitivity(network(), FACES, weight_bits=(4,), activation_bits=(), count=3)
+    few = sensitivity(network(), FACES, weight_bits=(4,), activation_bits=(), num_images=3)
     assert few.images == 3
-    assert sensitivity(network(), endless(), weight_bits=(4,), activation_bits=(), count=8).images == 8
+    assert sensitivity(network(), endless(), weight_bits=(4,), activation_bits=(), num_images=8).images == 8
     assert few == sensitivity(
         network(), FACES[[0, 2, 5]], weight_bits=(4,), activation_bits=()
     )  # evenly, halves to even
@@ -166,7 +166,7 @@ def test_only_what_is_asked_for_is_measured() -> None:
     assert all(tuple(layer.activation) == (2,) for layer in table.layers[1:])
 
 
-def test_widths_count_once() -> None:
+def test_bits_count_once() -> None:
     twice = sensitivity(network(), FACES, weight_bits=(4, 2, 4), activation_bits=(3, 3))
     assert twice == sensitivity(network(), FACES, weight_bits=(2, 4), activation_bits=(3,))
 
@@ -180,10 +180,10 @@ def test_a_result_fits_into_json() -> None:
     assert record["layers"][-1]["weight"]["2"] == row(table, "fc").weight[2]
 
 
-@pytest.mark.parametrize("widths", [{"weight_bits": (1,)}, {"activation_bits": (4, 9)}])
-def test_widths_out_of_range_are_refused(widths: dict[str, Any]) -> None:
+@pytest.mark.parametrize("bit_widths", [{"weight_bits": (1,)}, {"activation_bits": (4, 9)}])
+def test_bits_out_of_range_are_refused(bit_widths: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="from 2 to 8"):
-        sensitivity(network(), FACES, **widths)
+        sensitivity(network(), FACES, **bit_widths)
 
 
 @pytest.mark.parametrize("images", ["absent", None, []])
@@ -196,7 +196,13 @@ def test_images_that_are_missing_are_refused(images: Any) -> None:
 def test_the_first_depthwise_convolution_of_mobilefacenet_needs_its_bits(faces: Path) -> None:
     teacher = qface.load(faces / "weights" / "mobilefacenet_112x96.safetensors")
     table = sensitivity(
-        teacher, faces / "data" / "lfw", "first-half", weight_bits=(2, 8), activation_bits=(), count=8, batch_size=8
+        teacher,
+        faces / "data" / "lfw",
+        "first-half",
+        weight_bits=(2, 8),
+        activation_bits=(),
+        num_images=8,
+        batch_size=8,
     )
     worst = max(table.layers, key=lambda layer: layer.weight[2])
     assert worst.name == "dw_conv1.conv"

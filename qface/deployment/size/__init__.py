@@ -1,4 +1,4 @@
-"""The size ledger: what every byte of a model file is spent on.
+"""The size report: what every byte of a model file is spent on.
 
 An ONNX file is read as the protobuf fields that lie on the disk, each with its own tag and length, so that the entries
 add up to the file's size to the byte; nothing is the remainder of something else. What a tensor is for follows from the
@@ -11,7 +11,7 @@ nodes that read it, through whatever unpacks it. A network or student is counted
 That leaves out what only a file has: names, nodes, types and shapes.
 """
 
-from qface.deployment.size.ledger import KINDS, PARAMETERS, TENSORS, SizeEntry, SizeLedger
 from qface.deployment.size.measure import measure_size
+from qface.deployment.size.report import KINDS, PARAMETERS, TENSORS, SizeEntry, SizeReport
 
-__all__ = ["KINDS", "PARAMETERS", "TENSORS", "SizeEntry", "SizeLedger", "measure_size"]
+__all__ = ["KINDS", "PARAMETERS", "TENSORS", "SizeEntry", "SizeReport", "measure_size"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from qface.deployment.size.ledger import KINDS, SizeEntry
-from qface.deployment.size.purposes import Purposes
+from qface.deployment.size.report import KINDS, SizeEntry
+from qface.deployment.size.tensor_roles import TensorRoles
 from qface.deployment.size.wire_format import Field, fields, name_of, size_of
 from qface.errors import CheckpointError, one_line
 
@@ -30,25 +30,25 @@ def entries_of_file(path: Path) -> list[SizeEntry]:
 
 
 def _entries(data: bytes, model: onnx.ModelProto) -> list[SizeEntry]:
-    purposes = Purposes(model.graph)
-    ledger = _Collector()
+    roles = TensorRoles(model.graph)
+    collector = _Collector()
     nodes, tensors = iter(model.graph.node), iter(model.graph.initializer)
     properties = iter(model.metadata_props)
     for field in fields(memoryview(data)):
         tag = name_of(onnx.ModelProto, field)
         if tag != "graph":
-            ledger.add(f"{tag}[{next(properties).key}]" if tag == "metadata_props" else tag, "metadata", field.size)
+            collector.add(f"{tag}[{next(properties).key}]" if tag == "metadata_props" else tag, "metadata", field.size)
             continue
-        ledger.add("frame", "graph", field.size - len(field.payload))
+        collector.add("frame", "graph", field.size - len(field.payload))
         for part in fields(field.payload):
             tag = name_of(onnx.GraphProto, part)
             if tag == "node":
-                ledger.add_node(next(nodes), part)
+                collector.add_node(next(nodes), part)
             elif tag == "initializer":
-                ledger.add_tensor(next(tensors), part, purposes)
+                collector.add_tensor(next(tensors), part, roles)
             else:
-                ledger.add(tag, "graph", part.size)
-    return ledger.entries()
+                collector.add(tag, "graph", part.size)
+    return collector.entries()
 
 
 def _read(path: Path) -> tuple[bytes, onnx.ModelProto]:
@@ -88,11 +88,11 @@ class _Collector:
         self.add(node.op_type, "node", field.size - names)
         self.add(node.op_type, "name", names)
 
-    def add_tensor(self, tensor: TensorProto, field: Field, purposes: Purposes) -> None:
+    def add_tensor(self, tensor: TensorProto, field: Field, roles: TensorRoles) -> None:
         """An initializer: its data, shared out among those that it provides for, its name, and its header."""
         data = sum(len(part.payload) for part in fields(field.payload) if name_of(TensorProto, part) in _DATA)
         name = size_of(field.payload, TensorProto, ("name",))
-        parts = purposes.parts(tensor, data)
+        parts = roles.parts(tensor, data)
         for part in parts:
             before = self._entries.get((part.kind, part.name))
             self._entries[part.kind, part.name] = part if before is None else _joined(before, part)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from qface.deployment.size.ledger import SizeEntry
+from qface.deployment.size.report import SizeEntry
 from qface.models import ChannelAffine
 from qface.quantization import (
-    ImageQuantize,
-    LowBitFakeQuantize,
+    ImageFakeQuantize,
+    LSQFakeQuantize,
     QuantizationConfig,
     QuantizedAffine,
     QuantizedConv2d,
@@ -20,8 +20,8 @@ from qface.quantization import (
     is_quantized,
     quantize,
 )
-from qface.quantization.layers import AFFINE_BITS, SLOPE_BITS, layer_of
 from qface.quantization.placement import BIAS_BITS
+from qface.quantization.quantized_layers import AFFINE_BITS, SLOPE_BITS, layer_of
 
 __all__ = ["entries_of_network"]
 
@@ -51,19 +51,19 @@ def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
         slopes = layer.weight.numel()
         yield SizeEntry(f"{name}.slope", "slope", slopes, slopes, SLOPE_BITS)
         yield _words(f"{name}.slope_scale", "scale", 1)
-    elif isinstance(layer, QuantizedAffine) and layer.neighbours.complete:
-        channels = layer.channels
+    elif isinstance(layer, QuantizedAffine) and layer.quant_context.complete:
+        channels = layer.num_channels
         yield SizeEntry(f"{name}.affine", "affine", channels, channels, AFFINE_BITS)
         yield _words(f"{name}.affine_scale", "scale", channels)
         yield _words(f"{name}.bias", "bias", channels, BIAS_BITS)
     elif isinstance(layer, ChannelAffine):
         yield _words(f"{name}.scale", "affine", layer.weight.numel())
         yield _words(f"{name}.shift", "affine", layer.bias.numel())
-    elif isinstance(layer, (ImageQuantize, LowBitFakeQuantize)):
+    elif isinstance(layer, (ImageFakeQuantize, LSQFakeQuantize)):
         yield _words(f"{name}.scale", "scale", 1)
         yield SizeEntry(f"{name}.zero_point", "zero_point", 1, 1, 8)
 
 
 def _words(name: str, kind: str, elements: int, bits: int = 32) -> SizeEntry:
-    """A tensor that takes four bytes an element in the file, whatever its width."""
+    """A tensor that takes four bytes an element in the file, whatever its bits."""
     return SizeEntry(name, kind, 4 * elements, elements, bits)

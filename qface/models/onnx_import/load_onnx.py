@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from qface.errors import CheckpointError, one_line
-from qface.models.onnx_import.graph import GraphImport
-from qface.models.onnx_import.operations import OPERATIONS
+from qface.models.onnx_import.graph_import import GraphImport
+from qface.models.onnx_import.operators import OPERATORS
 from qface.models.provenance import with_provenance, written_provenance
 from qface.preprocessing import Preprocessing, written_preprocessing
 
@@ -38,13 +38,13 @@ def load_onnx(path: str | Path) -> tuple[nn.Module, Preprocessing]:
     """
     path = Path(path)
     model = _read(path)
-    found = GraphImport(model, path, OPERATIONS)
+    found = GraphImport(model, path, OPERATORS)
     network, likely = found.network()
     written = {entry.key: entry.value for entry in model.metadata_props}
     preprocessing = written_preprocessing(written["preprocessing"], path) if "preprocessing" in written else likely
     with_provenance(network, written_provenance(written.get("provenance", "[]"), path))
     network.eval()
-    _check(network, preprocessing, path, reads_bytes=found.normalises)
+    _check(network, preprocessing, path, reads_bytes=found.normalizes)
     return network, preprocessing
 
 
@@ -68,16 +68,16 @@ def _check(network: nn.Module, preprocessing: Preprocessing, path: Path, reads_b
     options.log_severity_level = 3
     pixels = torch.randint(0, 256, (1, 3, *preprocessing.size), generator=torch.Generator().manual_seed(0)).float()
     mean, std = preprocessing.mean[0], preprocessing.std[0]
-    normalised = (pixels - mean) / std
+    normalized = (pixels - mean) / std
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        given = pixels if reads_bytes else normalised
+        given = pixels if reads_bytes else normalized
         (expected,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
     except Exception as error:  # onnxruntime's errors have no common base
         raise CheckpointError(f"onnxruntime cannot run {path}: {one_line(error, 200)}") from error
     try:
         with torch.no_grad():
-            found = network(normalised)
+            found = network(normalized)
     except RuntimeError as error:  # torch's own
         raise CheckpointError(
             f"{path} was not understood: torch cannot run it ({one_line(error, 200)}); please report its graph"

@@ -4,6 +4,6 @@ Quantization, lowering and everything behind them then need to know layers only,
 the network computes in eval mode.
 """
 
-from qface.quantization.canonical.canonicalise import canonicalise
+from qface.quantization.canonical.canonicalize import canonicalize
 
-__all__ = ["canonicalise"]
+__all__ = ["canonicalize"]

@@ -6,8 +6,8 @@ from torch import fx, nn
 
 from qface.errors import UnsupportedLayerError
 from qface.models.layers import ChannelAffine, batch_norm_affine
-from qface.quantization.canonical.graph import set_layer, shape_of
-from qface.quantization.layers import layer_of
+from qface.quantization.canonical.graph_edit import set_layer, shape_of
+from qface.quantization.quantized_layers import layer_of
 
 __all__ = ["fold_batch_norms"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qface.quantization.canonical.graph import inputs_of
-from qface.quantization.layers import layer_of
+from qface.quantization.canonical.graph_edit import inputs_of
+from qface.quantization.quantized_layers import layer_of
 
 __all__ = ["remove_clones", "remove_no_operations", "undo_in_place"]
 

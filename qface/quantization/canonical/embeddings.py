@@ -6,8 +6,8 @@ from typing import cast
 
 from torch import fx, nn
 
-from qface.quantization.canonical.graph import add_layer, inputs_of, set_layer, shape_of
-from qface.quantization.layers import layer_of, makes_rows
+from qface.quantization.canonical.graph_edit import add_layer, inputs_of, set_layer, shape_of
+from qface.quantization.quantized_layers import layer_of, makes_rows
 
 __all__ = ["convolutions_to_linear_layers"]
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qface.models.layers import Add, Concat, L2Normalise, Multiply
-from qface.quantization.canonical.graph import Inputs, add_layer, argument_of, inputs_of, shape_of
+from qface.models.layers import Add, Concat, L2Normalize, Multiply
+from qface.quantization.canonical.graph_edit import Inputs, add_layer, argument_of, inputs_of, shape_of
 
 __all__ = ["functions_to_layers"]
 
@@ -106,10 +106,10 @@ def _computed(value: Any) -> bool:
     return isinstance(value, fx.Node)
 
 
-def _normalise(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
+def _normalize(node: fx.Node) -> tuple[nn.Module, Inputs] | None:
     euclidean = argument_of(node, 1, "p", 2.0) == 2
     by_rows = argument_of(node, 2, "dim", 1) in (1, -1) and len(shape_of(node)) == 2
-    return (L2Normalise(), inputs_of(node)) if euclidean and by_rows else None
+    return (L2Normalize(), inputs_of(node)) if euclidean and by_rows else None
 
 
 def _window(layer: Callable[..., nn.Module]) -> Rewrite:
@@ -159,7 +159,7 @@ _FUNCTIONS: dict[Any, Rewrite] = {
     F.adaptive_avg_pool2d: _adaptive_pool,
     F.avg_pool2d: _window(nn.AvgPool2d),
     F.max_pool2d: _window(nn.MaxPool2d),
-    F.normalize: _normalise,
+    F.normalize: _normalize,
 }
 _METHODS: dict[str, Rewrite] = {
     "add": _ADD,

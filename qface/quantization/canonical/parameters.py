@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from qface.errors import TraceError, UnsupportedLayerError, one_line
 from qface.models.layers import ChannelAffine
-from qface.quantization.canonical.graph import add_layer
-from qface.quantization.layers import layer_of
+from qface.quantization.canonical.graph_edit import add_layer
+from qface.quantization.quantized_layers import layer_of
 
 __all__ = ["copied_with_plain_parameters", "own_layer_per_call", "own_parameters", "refuse_unknown_weights"]
 
@@ -58,7 +58,7 @@ def own_layer_per_call(graph_module: fx.GraphModule) -> None:
 
 
 def own_parameters(graph_module: fx.GraphModule) -> None:
-    """Give each layer parameters of its own, where layers share them: each is folded, equalised and rounded alone."""
+    """Give each layer parameters of its own, where layers share them: each is folded, equalized and rounded alone."""
     seen: set[int] = set()
     for layer in graph_module.modules():
         for name, parameter in layer._parameters.items():

@@ -1,0 +1,201 @@
+"""Writes an :class:`IntegerGraph` as an ONNX model that computes in fp16, for GPUs.
+
+onnxruntime's CUDA provider has no integer convolution. So here the weights are integers only in the file: Cast and Mul,
+which onnxruntime computes when it opens the file (it would keep DequantizeLinear), make them fp16. Activations are fp16
+and are not rounded.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatchmethod
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from qface.deployment import integer_graph as ir
+from qface.deployment.nodes import Direct, NodeCollector, along_channels, assemble, convolution, window
+from qface.deployment.weight_formats import WeightFormat, make_weight_format
+
+__all__ = ["to_fp16_onnx"]
+
+_FP16, _FP32 = TensorProto.FLOAT16, TensorProto.FLOAT
+
+
+def to_fp16_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], weight_format: str = "packed") -> onnx.ModelProto:
+    """The fp16 model of ``graph``, from ``images`` [batch, 3, height, width] to ``embedding`` [batch, D].
+
+    Images are float32, or uint8 where they are quantized; embeddings are float32.
+
+    Args:
+        graph: what :func:`qface.deployment.lowering.lower` returned, or that reading bytes.
+        metadata: written into the model beside the preprocessing.
+        weight_format: how weights lie in the file, ``"packed"`` to their bits or as ``"int8"``.
+
+    Raises:
+        ConfigError: there is no such weight_format.
+    """
+    weights = make_weight_format(weight_format)
+    writer = _Fp16Writer(weights, graph.images)
+    for operation in graph.operations:
+        writer.write(operation)
+    writer.node("Identity", [writer.fp32(graph.embedding)], "embedding")
+    return assemble(graph, weights, writer.nodes, writer.initializers, metadata)
+
+
+class _Fp16Writer(NodeCollector):
+    """Holds every value in the type it was made in, and in others once they are asked for."""
+
+    number = np.float16
+
+    def __init__(self, weights: WeightFormat, images: ir.Value) -> None:
+        super().__init__()
+        self.weights = weights
+        self._tensors: dict[str, dict[int, str]] = {}
+        self._keep(images, images.name, _FP32 if images.qparams is None else TensorProto.UINT8)
+
+    @singledispatchmethod
+    def write(self, operation: ir.IntegerOp) -> None:
+        """Append the nodes of one operation."""
+        raise NotImplementedError(type(operation).__name__)
+
+    # ---- values
+
+    def fp32(self, value: ir.Value) -> str:
+        """Name of ``value`` as float32."""
+        return self._typed(value, _FP32)
+
+    def fp16(self, value: ir.Value) -> str:
+        """Name of ``value`` as fp16."""
+        return self._typed(value, _FP16)
+
+    def _typed(self, value: ir.Value, kind: int) -> str:
+        tensors = self._tensors[value.name]
+        if kind not in tensors:
+            made = next(iter(tensors.values()))
+            tensors[kind] = self._cast(made, kind)
+        return tensors[kind]
+
+    def _keep(self, value: ir.Value, tensor: str, kind: int = _FP16) -> None:
+        """Note that ``tensor`` of type ``kind`` holds ``value``."""
+        self._tensors[value.name] = {kind: tensor}
+
+    def _cast(self, tensor: str, kind: int) -> str:
+        return self.node("Cast", [tensor], to=kind)
+
+    def _fp16_inputs(self, operation: ir.IntegerOp) -> list[str]:
+        return [self.fp16(value) for value in operation.inputs]
+
+    def _elementwise(self, operation: ir.IntegerOp, kind: str, **attributes: Any) -> None:
+        """One node of type ``kind`` that reads fp16 and makes fp16."""
+        self._keep(operation.output, self.node(kind, self._fp16_inputs(operation), **attributes))
+
+    # ---- integers of the file
+
+    def _dequantized(self, integers: str, scale: str) -> str:
+        """``integers * scale``, multiplied in float32 and then rounded to fp16, when the file is opened."""
+        return self._cast(self.node("Mul", [self._cast(integers, _FP32), scale]), _FP16)
+
+    def _matmul_inputs(self, operation: ir.ConvolutionOp | ir.LinearOp) -> list[str]:
+        """Input, weight and bias."""
+        (source,) = operation.inputs
+        weight, rank = operation.weight, operation.weight.integers.ndim
+        name = f"{operation.name}.weight"
+        self.weights.add(name, weight.integers, weight.bits)
+        scale = self.constant(f"{name}_scale", weight.scale)
+        column = self.constant(f"column_{rank}", np.array([-1, *(1,) * (rank - 1)]))
+        inputs = [self.fp16(source), self._dequantized(name, self.node("Reshape", [scale, column]))]
+        if operation.bias is not None:
+            inputs.append(self._bias(f"{operation.name}.bias", operation.bias, source, scale))
+        return inputs
+
+    def _bias(self, name: str, integers: ir.Int32, source: ir.Value, weight_scale: str) -> str:
+        """``integers`` are in units of input scale x weight scale."""
+        assert source.qparams is not None
+        input_scale = self.constant(f"{source.name}_scale", np.float32(source.qparams.scale))
+        return self._dequantized(self.constant(name, integers), self.node("Mul", [input_scale, weight_scale]))
+
+    # ---- images
+
+    @write.register
+    def _(self, operation: ir.QuantizeImageOp) -> None:
+        (images,) = operation.inputs
+        self._keep(operation.output, self.shifted(operation, self.fp32(images)), _FP32)
+
+    @write.register
+    def _(self, operation: ir.Uint8InputOp) -> None:
+        qparams = operation.output.qparams
+        assert qparams is not None
+        zero_point = self.constant("image_zero_point", np.float32(qparams.zero_point))
+        centered = self.node("Sub", [self._cast(self.pixels(operation), _FP32), zero_point])
+        scale = self.constant("image_scale", np.float32(qparams.scale))
+        self._keep(operation.output, self.node("Mul", [centered, scale]), _FP32)
+
+    @write.register
+    def _(self, operation: ir.NormalizeUint8Op) -> None:
+        self._keep(operation.output, self.normalized(operation, self._cast(self.pixels(operation), _FP32)), _FP32)
+
+    # ---- operations
+
+    @write.register
+    def _(self, operation: ir.ConvolutionOp) -> None:
+        product = self.node("Conv", self._matmul_inputs(operation), **convolution(operation))
+        self._keep(operation.output, self.clamped(product, operation.clamp))
+
+    @write.register
+    def _(self, operation: ir.LinearOp) -> None:
+        product = self.node("Gemm", self._matmul_inputs(operation), transB=1)
+        self._keep(operation.output, self.clamped(product, operation.clamp))
+
+    @write.register
+    def _(self, operation: ir.PReluOp) -> None:
+        integers = self.constant(f"{operation.name}.slope", along_channels(operation.slopes, operation.rank))
+        scale = self.constant(f"{integers}_scale", np.float32(operation.slope_scale))
+        self._keep(
+            operation.output, self.node("PRelu", [*self._fp16_inputs(operation), self._dequantized(integers, scale)])
+        )
+
+    @write.register
+    def _(self, operation: ir.AffineOp) -> None:
+        (source,) = operation.inputs
+        name, weight, rank = f"{operation.name}.weight", operation.weight, operation.rank
+        scale = self.constant(f"{name}_scale", along_channels(weight.scale, rank))
+        factor = self._dequantized(self.constant(name, along_channels(weight.integers, rank)), scale)
+        bias = self._bias(f"{operation.name}.bias", along_channels(operation.bias, rank), source, scale)
+        self._affine(operation, factor, bias)
+
+    @write.register
+    def _(self, operation: ir.FloatAffineOp) -> None:
+        scale, shift = (
+            self._cast(self.constant(f"{operation.name}.{name}", along_channels(values, operation.rank)), _FP16)
+            for name, values in (("scale", operation.scale), ("shift", operation.shift))
+        )
+        self._affine(operation, scale, shift)
+
+    def _affine(self, operation: ir.IntegerOp, factor: str, summand: str) -> None:
+        scaled = self.node("Mul", [*self._fp16_inputs(operation), factor])
+        self._keep(operation.output, self.node("Add", [scaled, summand]))
+
+    @write.register
+    def _(self, operation: ir.ActivationOp) -> None:
+        (x,) = self._fp16_inputs(operation)
+        self._keep(operation.output, self.activation(operation, x))
+
+    @write.register
+    def _(self, operation: Direct) -> None:
+        self._keep(operation.output, self.direct(operation, self._fp16_inputs(operation)))
+
+    @write.register
+    def _(self, operation: ir.MaxPoolOp) -> None:
+        self._elementwise(operation, "MaxPool", **window(operation), dilations=operation.dilation)
+
+    @write.register
+    def _(self, operation: ir.FlattenOp) -> None:
+        self._elementwise(operation, "Flatten", axis=1)
+
+    @write.register
+    def _(self, operation: ir.L2NormalizeOp) -> None:
+        """In float32, where squares do not overflow."""
+        (source,) = operation.inputs
+        self._keep(operation.output, self.node("LpNormalization", [self.fp32(source)], axis=1, p=2), _FP32)

@@ -1,0 +1,181 @@
+"""How weights are stored in an ONNX file: as int8 tensors, or packed to their bits and unpacked by standard operators.
+
+A weight format takes the integers of every weight under a name and, at the end, gives the initializers and nodes that
+provide them under those names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from qface.deployment.integer_graph import Int8
+from qface.deployment.packing import Place, offset, pack, places
+from qface.errors import ConfigError
+
+__all__ = ["WEIGHT_FORMATS", "Int8Format", "PackedFormat", "WeightFormat", "check_weight_format", "make_weight_format"]
+
+
+class WeightFormat(Protocol):
+    """What the ONNX writer hands its weights to."""
+
+    def add(self, name: str, integers: Int8, bits: int) -> None:
+        """Provide ``integers`` as an int8 tensor called ``name``."""
+
+    def contents(self) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+        """Initializers and nodes, which come before all others."""
+
+
+class Int8Format:
+    """One byte an integer, whatever its bits."""
+
+    def __init__(self) -> None:
+        self._initializers: list[onnx.TensorProto] = []
+
+    def add(self, name: str, integers: Int8, bits: int) -> None:
+        """Provide ``integers`` as an int8 tensor called ``name``."""
+        self._initializers.append(numpy_helper.from_array(integers, name))
+
+    def contents(self) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+        """Initializers only."""
+        return self._initializers, []
+
+
+class PackedFormat:
+    """Weights of equal bits in common buffers without a wasted bit (:mod:`qface.deployment.packing`).
+
+    A dozen nodes unpack a buffer, and a Split hands each layer its part. onnxruntime computes all of it when it opens
+    the file, so that nothing of it is left at run time. What that takes is memory traffic rather than arithmetic, since
+    every result is copied and kept until the last one is there. Hence all of it is done on bytes, most of it on runs,
+    and large networks have several buffers: large results get fresh pages each time, small ones what others left.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, list[_Weight]] = defaultdict(list)
+
+    def add(self, name: str, integers: Int8, bits: int) -> None:
+        """Provide ``integers`` as an int8 tensor called ``name``."""
+        self._groups[bits].append((name, integers))
+
+    def contents(self) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+        """The planes of each buffer, and the nodes that unpack them."""
+        unpackers = [
+            _Unpacker(f"w{bits}.{number}" if number else f"w{bits}", bits, weights)
+            for bits, group in sorted(self._groups.items())
+            for number, weights in enumerate(_buffers(group))
+        ]
+        initializers = [tensor for unpacker in unpackers for tensor in unpacker.initializers]
+        return initializers, [node for unpacker in unpackers for node in unpacker.nodes]
+
+
+_Weight = tuple[str, Int8]
+_BUFFER = 1 << 23
+"""Integers that lie in one buffer at most, unless a single layer has more."""
+
+
+def _buffers(weights: list[_Weight]) -> list[list[_Weight]]:
+    """``weights`` in order, each buffer filled before the next."""
+    buffers: list[list[_Weight]] = []
+    room = 0
+    for weight in weights:
+        size = weight[1].size
+        if not buffers or size > room:
+            buffers.append([])
+            room = _BUFFER
+        buffers[-1].append(weight)
+        room -= size
+    return buffers
+
+
+class _Unpacker:
+    """Initializers and nodes for the weights of one buffer.
+
+    No result lies beyond its type's range, where onnxruntime would wrap and others, OpenVINO for one, saturate.
+    """
+
+    def __init__(self, prefix: str, bits: int, weights: list[_Weight]) -> None:
+        self.initializers: list[onnx.TensorProto] = []
+        self.nodes: list[onnx.NodeProto] = []
+        self._prefix = prefix
+        planes = pack(np.concatenate([integers.reshape(-1) for _, integers in weights]), bits)
+        width = bits // len(planes)
+        names = [self._constant(f"plane{place * width}", plane) for place, plane in enumerate(planes)]
+        runs = [self._run(names, place, bits) for place in places(bits)]
+        self._split(self._signed(self._node("Concat", runs, axis=0), bits), len(runs) * planes.shape[1], weights)
+
+    def _run(self, planes: list[str], place: Place, bits: int) -> str:
+        """The integers of one run, uint8, with bits of others above them."""
+        run = planes[place.plane]
+        if place.shift:
+            run = self._shifted(run, place.shift, "RIGHT")
+        if place.straddles:
+            below = 8 - place.shift
+            above = self._masked(planes[place.plane + 1], bits - below)
+            run = self._node("BitwiseOr", [run, self._shifted(above, below, "LEFT")])
+        return run
+
+    def _shifted(self, plane: str, shift: int, direction: str) -> str:
+        by = self._constant(f"shift{shift}", np.array([shift], np.uint8))
+        return self._node("BitShift", [plane, by], direction=direction)
+
+    def _masked(self, value: str, width: int) -> str:
+        """The lowest ``width`` bits."""
+        mask = self._constant(f"mask{width}", np.array([(1 << width) - 1], np.uint8))
+        return self._node("BitwiseAnd", [value, mask])
+
+    def _signed(self, runs: str, bits: int) -> str:
+        """int8, without the bits of others and without the offset."""
+        signed = self._node("Cast", [self._masked(runs, bits)], to=TensorProto.INT8)
+        return self._node("Sub", [signed, self._constant("offset", np.array([offset(bits)], np.int8))])
+
+    def _split(self, signed: str, count: int, weights: list[_Weight]) -> None:
+        """Give each layer its part of ``count`` integers; what fills up the last run is left over."""
+        parts = {f"{name}_flat": integers.size for name, integers in weights}
+        rest = count - sum(parts.values())
+        if rest:
+            parts[f"{self._prefix}_rest"] = rest
+        lengths = self._constant("sizes", np.array(list(parts.values())))
+        self.nodes.append(helper.make_node("Split", [signed, lengths], list(parts), axis=0))
+        for name, integers in weights:
+            shape = self._constant("shape_" + "x".join(map(str, integers.shape)), np.array(integers.shape))
+            self.nodes.append(helper.make_node("Reshape", [f"{name}_flat", shape], [name]))
+
+    def _constant(self, name: str, value: npt.NDArray[Any]) -> str:
+        name = f"{self._prefix}_{name}"
+        if all(tensor.name != name for tensor in self.initializers):
+            self.initializers.append(numpy_helper.from_array(value, name))
+        return name
+
+    def _node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
+        output = f"{self._prefix}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+
+WEIGHT_FORMATS: dict[str, type[Int8Format] | type[PackedFormat]] = {"packed": PackedFormat, "int8": Int8Format}
+"""Weight formats by the name that users type."""
+
+
+def check_weight_format(name: str) -> None:
+    """Make sure that there is a weight format of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in WEIGHT_FORMATS:
+        raise ConfigError(f"weight_format {name!r} is none of {', '.join(WEIGHT_FORMATS)}")
+
+
+def make_weight_format(name: str) -> WeightFormat:
+    """An empty weight format.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    check_weight_format(name)
+    return WEIGHT_FORMATS[name]()

@@ -1,0 +1,123 @@
+"""GPTQ: what the rounding of a weight changes, the weights that are rounded after it make up for.
+
+A layer's output loses least where the error of its weights is small in the metric of the second moments H of what it
+reads: error' H error. Weight by weight in order, the rest of the channel takes the share of the error that it can
+(Hassibi and Stork, Optimal Brain Surgeon, 1993; Frantar et al., GPTQ, ICLR 2023, equation 2 with the Cholesky factor of
+the inverse of H). Weights end as multiples of the scales that they have; ranges do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from qface.models.patches import Layer, Positions, as_map, patches
+from qface.quantization.quantized_layers import WeightedLayer
+
+__all__ = ["HessianCollector", "gptq"]
+
+_POSITIONS = 1024  # of a layer and batch
+_PERCDAMP = 1e-2
+"""Hessian damping, as a fraction of mean(diag(H)), plus num_weights / num_samples.
+
+Few samples say little of how inputs vary together: what they do not show, GPTQ would spoil.
+"""
+_PRECISION = 4 * torch.finfo(torch.float32).eps
+"""Error of products in float32, in parts of them, for each weight.
+
+A mean is taken off that may be nearly all of them, and the errors of all weights may have one direction.
+"""
+_BLOCK = 128  # weights, whose errors reach those behind the block all at once, by one product
+_MOST_WEIGHTS = 4608
+"""Of a channel, 512 x 3 x 3; the Hessian of more takes gigabytes, and there the order of rounding stays as it is."""
+
+
+class HessianCollector:
+    """The Hessian of each layer: second moments, about their mean, of what each convolution and linear layer of a
+    network reads.
+
+    Within ``with`` every forward pass of the network is looked at.
+
+    Args:
+        student: the network.
+    """
+
+    def __init__(self, student: fx.GraphModule) -> None:
+        self._layers = [
+            layer
+            for layer in student.modules()
+            if isinstance(layer, WeightedLayer) and layer.weight[0].numel() <= _MOST_WEIGHTS
+        ]
+        self._generator = torch.Generator().manual_seed(0)
+        self._sums: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> HessianCollector:
+        self._hooks = [layer.register_forward_hook(self._look) for layer in self._layers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _look(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.ndim not in (2, 4) or (isinstance(layer, nn.Linear) and output.ndim != 2):
+            return  # a linear layer over pixels
+        height, width = as_map(output).shape[2:]
+        positions = Positions.drawn(len(output), height, width, _POSITIONS, self._generator)
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        found = patches(cast(Layer, layer), inputs[0].detach().cpu(), positions)
+        values = found.view(len(found), groups, -1).transpose(0, 1)  # [groups, M, weights]
+        count, sums, products = self._sums.get(layer, (0, torch.zeros(()), torch.zeros(())))
+        # Of one batch in float32, which is twice as fast; over all batches in float64.
+        new = (count + values.shape[1], sums + values.sum(1).double(), products + (values.mT @ values).double())
+        self._sums[layer] = new
+
+    def items(self) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Each layer that was seen, and its damped Hessian, float64 [groups, weights of a channel, the same]."""
+        for layer, (count, sums, products) in self._sums.items():
+            mean, squares = sums / count, products / count
+            hessian = squares - mean[:, :, None] * mean[:, None, :]
+            weights = hessian.shape[1]
+            damping = (_PERCDAMP + weights / count) * _size(hessian) + weights * _PRECISION * _size(squares)
+            yield layer, hessian + torch.diag_embed(damping[:, None].expand(-1, weights))
+
+
+@torch.no_grad()
+def gptq(hessians: HessianCollector) -> None:
+    """Round the weights of all layers that ``hessians`` has seen, in place; their scales stay as they are."""
+    for layer, hessian in hessians.items():
+        _round(cast(Any, layer), hessian)
+
+
+def _round(layer: Any, hessian: Tensor) -> None:
+    quantizer = layer.weight_fake_quant
+    groups, size = hessian.shape[:2]
+    weight = layer.weight.detach().cpu().double().view(groups, -1, size)
+    scale = quantizer.scale.detach().cpu().double().view(groups, -1)
+    factor = _inverse_factor(hessian)
+    rounded, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        for index in range(start, stop):
+            column = weight[:, :, index]
+            rounded[:, :, index] = (column / scale).round().clamp_(quantizer.quant_min, quantizer.quant_max) * scale
+            errors[:, :, index] = (column - rounded[:, :, index]) / factor[:, None, index, index]
+            weight[:, :, index + 1 : stop] -= errors[:, :, index, None] * factor[:, None, index, index + 1 : stop]
+        weight[:, :, stop:] -= errors[:, :, start:stop] @ factor[:, start:stop, stop:]
+    layer.weight.copy_(rounded.view_as(layer.weight))
+
+
+def _size(hessian: Tensor) -> Tensor:
+    """The mean of the diagonal of each group, [groups]; where all is zero, 1."""
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0)
+    return torch.where(mean > torch.finfo(torch.float32).tiny, mean, 1.0)
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse, [groups, weights, weights]."""
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    return factor

@@ -1,0 +1,51 @@
+"""PReLU made ready for integers: one slope a channel, and none above 1 where the layers around it can make up for that.
+
+With all slopes at most 1 a PReLU is max(x, a x), two cheap integer operations. A channel with a > 1 comes to the same
+by prelu_a(x) = -prelu_(1/a)(-a x), and a factor for a channel passes into the weights of the layer in front of it and
+of those behind it. The network computes what it computed before.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import fx, nn
+
+from qface.quantization.channel_factors import Scalable, scale_inputs, scale_outputs
+from qface.quantization.quantized_layers import layer_of
+
+__all__ = ["fold_steep_prelu_slopes", "one_slope_per_channel"]
+
+
+def one_slope_per_channel(layer: nn.PReLU, channels: int) -> None:
+    """Give ``layer``, in place, a slope for each of ``channels``."""
+    if layer.num_parameters == 1:
+        layer.num_parameters = channels
+        layer.weight = nn.Parameter(layer.weight.detach().repeat(channels))
+
+
+def fold_steep_prelu_slopes(node: fx.Node, rank: int) -> None:
+    """Bring the slopes of the PReLU that ``node`` calls to at most 1, in place, where its neighbors allow it.
+
+    Args:
+        node: one of a network whose layers may be changed.
+        rank: number of dimensions of what it makes.
+    """
+    layer = cast(nn.PReLU, layer_of(node))
+    producer = cast(fx.Node, node.args[0])
+    before, readers = layer_of(producer), [layer_of(reader) for reader in node.users]
+    if len(producer.users) > 1 or not all(_takes_factors(neighbor, rank) for neighbor in (before, *readers)):
+        return
+    slopes = layer.weight.detach().clone()
+    steep = slopes > 1
+    one = torch.ones_like(slopes)
+    scale_outputs(cast(Scalable, before), torch.where(steep, -slopes, one))
+    layer.weight.data.copy_(torch.where(steep, 1 / slopes, slopes))
+    for reader in readers:
+        scale_inputs(cast(Scalable, reader), torch.where(steep, -one, one))
+
+
+def _takes_factors(layer: nn.Module | None, rank: int) -> bool:
+    """A linear layer does so on rows only; of a map it multiplies the pixels of a line."""
+    return isinstance(layer, Scalable) and (rank == 2 or not isinstance(layer, nn.Linear))

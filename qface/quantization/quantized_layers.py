@@ -1,0 +1,381 @@
+"""Layers that train on rounded values, and in eval mode compute what is deployed, bit for bit.
+
+In training mode a convolution multiplies rounded floats, differentiably. In eval mode it multiplies the
+integers, as onnxruntime does (:mod:`qface.quantization.kernels`). For that a layer must know the qparams of what it
+reads and of what it makes, which torch.ao keeps in neighboring modules: :func:`bind_quantizers` tells every layer its
+quantizers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qface.models.layers import Add, ChannelAffine, along_channels
+from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
+from qface.quantization.kernels import accumulate, qlinear_add, requantize
+from qface.quantization.lsq import prelu
+
+__all__ = [
+    "MAX_BIAS",
+    "QuantContext",
+    "QuantizedAdd",
+    "QuantizedAffine",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "QuantizedPReLU",
+    "WeightedLayer",
+    "bind_quantizers",
+]
+
+SLOPE_BITS = 8
+AFFINE_BITS = 8
+# Integers up to here are exact in float32, in which the student trains.
+MAX_BIAS = 2**24
+
+Quantizer = ImageFakeQuantize | LSQFakeQuantize | SharedScaleFakeQuantize
+LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class QuantContext:
+    """The quantizers of what a layer reads and of what it makes; None where a value stays float."""
+
+    inputs: tuple[Quantizer | None, ...] = (None,)
+    output: Quantizer | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of them are there."""
+        return None not in (*self.inputs, self.output)
+
+    @property
+    def rounding(self) -> bool:
+        """Whether all of them are there and switched on."""
+        return self.complete and all(cast(Quantizer, quantizer).quantizing for quantizer in (*self.inputs, self.output))
+
+    def scales(self) -> tuple[Tensor, ...]:
+        """Of what is read and of what is made, where all of them are there."""
+        return tuple(cast(Quantizer, quantizer).qparams().scale for quantizer in (*self.inputs, self.output))
+
+
+def _take_weights(target: LayerT, source: nn.Module, quantizer: Any) -> LayerT:
+    """Move the parameters of ``source`` into ``target`` and give it a quantizer of its qconfig."""
+    target._parameters.update(source._parameters)
+    target.weight_fake_quant = quantizer
+    target.train(source.training)
+    return target.to(cast(Tensor, source.weight).device)
+
+
+class _QuantizedMatmul(nn.Module):
+    """What convolution and linear layer share: the bias as int32, and the integer path of eval mode."""
+
+    weight: Any
+    bias: Any
+    weight_fake_quant: LSQFakeQuantize
+    quant_context = QuantContext()
+
+    # What the constructor was told, read back from the quantizer, as saving a graph needs it.
+    @property
+    def weight_bits(self) -> int:
+        """Bits of the weight."""
+        return self.weight_fake_quant.bits
+
+    @property
+    def weight_observer(self) -> str:
+        """How its ranges are chosen."""
+        return self.weight_fake_quant.observer
+
+    @property
+    def percentile(self) -> float:
+        """For the observer ``"percentile"``."""
+        return self.weight_fake_quant.percentile
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The sum of products of this layer."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The quantized layer: differentiable in training mode, exactly what is deployed in eval mode."""
+        (quantizer,) = self.quant_context.inputs
+        if quantizer is None or not quantizer.quantizing or not self.weight_fake_quant.quantizing:
+            return self.multiply(input, self.weight_fake_quant(self.weight), self.bias)
+        if self.training:
+            return self.multiply(input, self.weight_fake_quant(self.weight), self._fake_quantized_bias())
+        with torch.no_grad():
+            return self._deployed(input, quantizer)
+
+    def _fake_quantized_bias(self) -> Tensor | None:
+        """The bias that the integer kernel adds; its gradient passes to ``bias`` unchanged."""
+        rounded = self.rounded_bias()
+        return None if rounded is None else cast(Tensor, self.bias + (rounded - self.bias).detach())
+
+    @torch.no_grad()
+    def rounded_bias(self) -> Tensor | None:
+        """The bias that the integer kernel adds, as floats [out_channels]."""
+        integers = self.bias_integers()
+        return None if integers is None else integers * self._step()
+
+    @torch.no_grad()
+    def bias_integers(self) -> Tensor | None:
+        """The bias in units of input scale x weight scale, as float32 integers [out_channels]."""
+        if self.bias is None:
+            return None
+        return cast(Tensor, self.bias / self._step()).round_().clamp_(-MAX_BIAS, MAX_BIAS)
+
+    def _step(self) -> Tensor:
+        (quantizer,) = self.quant_context.inputs
+        assert quantizer is not None
+        return quantizer.qparams().scale * self.weight_fake_quant.scale
+
+    def _deployed(self, x: Tensor, quantizer: Quantizer) -> Tensor:
+        weight = self.weight_fake_quant.integers(self.weight)
+        bias = self.bias_integers()
+        scale = quantizer.qparams().scale
+        shape = (-1,) + (1,) * (self.weight.ndim - 2)
+        sums = accumulate(self.multiply, (x / scale).round_(), weight, None if bias is None else bias.view(shape))
+        weight_scale = self.weight_fake_quant.scale.view(shape)
+        output = self.quant_context.output
+        if output is None or not output.quantizing:
+            return sums * (scale * weight_scale)
+        output_scale = output.qparams().scale
+        return requantize(sums, scale, weight_scale, output_scale).mul_(output_scale)
+
+
+class QuantizedConv2d(_QuantizedMatmul, nn.Conv2d):
+    """``nn.Conv2d`` with a per-channel fake-quantized weight.
+
+    Args:
+        *args: of ``nn.Conv2d``.
+        weight_bits: of the weight, 2 to 8.
+        weight_observer: how its ranges are chosen.
+        percentile: for the observer ``"percentile"``.
+        **kwargs: of ``nn.Conv2d``.
+    """
+
+    def __init__(
+        self, *args: Any, weight_bits: int = 8, weight_observer: str = "mse", percentile: float = 99.99, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_fake_quant = LSQFakeQuantize(weight_bits, self.out_channels, weight_observer, percentile)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolve."""
+        return cast(Tensor, self._conv_forward(x, weight, bias))
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d) -> QuantizedConv2d:
+        """What torch.ao calls to swap ``layer``, which carries a ``qconfig``."""
+        target = cls(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+        )
+        return _take_weights(target, layer, cast(Any, layer.qconfig).weight(num_channels=layer.out_channels))
+
+
+class QuantizedLinear(_QuantizedMatmul, nn.Linear):
+    """``nn.Linear`` with a per-channel fake-quantized weight.
+
+    Args:
+        in_features: of ``nn.Linear``.
+        out_features: of ``nn.Linear``.
+        bias: of ``nn.Linear``.
+        weight_bits: of the weight, 2 to 8.
+        weight_observer: how its ranges are chosen.
+        percentile: for the observer ``"percentile"``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        weight_bits: int = 8,
+        weight_observer: str = "mse",
+        percentile: float = 99.99,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.weight_fake_quant = LSQFakeQuantize(weight_bits, out_features, weight_observer, percentile)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply with the transposed weight."""
+        return F.linear(x, weight, bias)
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear) -> QuantizedLinear:
+        """What torch.ao calls to swap ``layer``, which carries a ``qconfig``."""
+        target = cls(layer.in_features, layer.out_features, layer.bias is not None)
+        return _take_weights(target, layer, cast(Any, layer.qconfig).weight(num_channels=layer.out_features))
+
+
+class QuantizedPReLU(nn.PReLU):
+    """``nn.PReLU`` whose slopes have 8 bits, and one scale for all channels."""
+
+    weight_fake_quant: LSQFakeQuantize
+    quant_context = QuantContext()
+
+    def __init__(self, num_parameters: int = 1) -> None:
+        super().__init__(num_parameters)
+        self.weight_fake_quant = LSQFakeQuantize(SLOPE_BITS, num_channels=1, observer="minmax")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``x`` where it is positive, else slope times ``x``."""
+        if not self.training and self.quant_context.rounding:
+            with torch.no_grad():
+                return self._deployed(input, *self.quant_context.scales())
+        slopes = self.weight_fake_quant(self.weight.unsqueeze(0)).squeeze(0)
+        output = self.quant_context.output
+        if isinstance(output, LSQFakeQuantize) and output.rounds_within_prelu:
+            return output.prelu(input, slopes)
+        return prelu(input, slopes)
+
+    def slope_integers(self) -> Tensor:
+        """The slopes in units of their scale, as floats [channels]."""
+        return self.weight_fake_quant.integers(self.weight.unsqueeze(0)).squeeze(0)
+
+    def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
+        integers = (x / scale).round_()
+        slopes = along_channels(self.slope_integers(), x)
+        scaled = requantize(integers * slopes, scale, self.weight_fake_quant.scale, output_scale)
+        kept = requantize(integers.clone(), scale, torch.ones_like(scale), output_scale)
+        return torch.where(integers > 0, kept, scaled).mul_(output_scale)
+
+    @classmethod
+    def from_float(cls, layer: nn.PReLU) -> QuantizedPReLU:
+        """What torch.ao calls to swap ``layer``."""
+        target = cls(layer.num_parameters)
+        return _take_weights(target, layer, target.weight_fake_quant)
+
+
+class QuantizedAdd(Add):
+    """Sum of two quantized tensors; in eval mode it rounds as onnxruntime's integer sum does."""
+
+    quant_context = QuantContext()
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Broadcasting sum."""
+        if self.training or len(self.quant_context.inputs) != 2 or not self.quant_context.rounding:
+            return left + right
+        a, b, c = (cast(Quantizer, q).qparams() for q in (*self.quant_context.inputs, self.quant_context.output))
+        with torch.no_grad():
+            integers = qlinear_add(
+                (left / a.scale).round_() + a.zero_point, (right / b.scale).round_() + b.zero_point, a, b, c
+            )
+            return (integers - c.zero_point) * c.scale
+
+    @classmethod
+    def from_float(cls, layer: Add) -> QuantizedAdd:
+        """The same sum, which will know its quantizers."""
+        return cls().train(layer.training)
+
+
+class QuantizedAffine(ChannelAffine):
+    """``weight[c] * x + bias[c]``, deployed as a depthwise 1x1 convolution.
+
+    Weights of 8 bits lose nothing there, since each channel has a scale of its own.
+    """
+
+    quant_context = QuantContext()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift each channel."""
+        if self.training or not self.quant_context.rounding:
+            return super().forward(x)
+        with torch.no_grad():
+            return self._deployed(x, *self.quant_context.scales())
+
+    @torch.no_grad()
+    def integers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, their scales, and biases in units of input scale x weight scale, each [channels], as floats."""
+        input_scale, _ = self.quant_context.scales()
+        greatest = (1 << (AFFINE_BITS - 1)) - 1
+        # A channel that is next to nothing but shift gets a step in which the shift fits its integer.
+        step = torch.maximum(self.weight.abs() / greatest, self.bias.abs() / (input_scale * MAX_BIAS / 2))
+        step = step.clamp(min=torch.finfo(step.dtype).tiny)
+        return (self.weight / step).round(), step, (self.bias / (input_scale * step)).round()
+
+    def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
+        weight, weight_scale, bias = (along_channels(values, x) for values in self.integers())
+        sums = accumulate(torch.mul, (x / scale).round_(), weight, bias)
+        return requantize(sums, scale, weight_scale, output_scale).mul_(output_scale)
+
+    @classmethod
+    def from_float(cls, layer: ChannelAffine) -> QuantizedAffine:
+        """The same map, which will know its quantizers."""
+        target = cls(layer.num_channels)
+        target._parameters.update(layer._parameters)
+        return target.train(layer.training)
+
+
+WeightedLayer = (QuantizedConv2d, QuantizedLinear)
+"""Layers that multiply: what they read has ``activation_bits``."""
+
+_SHAPE_ONLY = (nn.Flatten, nn.MaxPool2d, nn.Identity)
+_CLAMPS = (nn.ReLU, nn.ReLU6)
+_WITH_CONTEXT = (_QuantizedMatmul, QuantizedAdd, QuantizedAffine, QuantizedPReLU)
+
+
+def layer_of(node: fx.Node) -> nn.Module | None:
+    """The layer that ``node`` calls, if it calls one."""
+    if node.op != "call_module" or node.graph.owning_module is None:
+        return None
+    return node.graph.owning_module.get_submodule(str(node.target))
+
+
+def is_quantizer(node: fx.Node) -> bool:
+    """Whether ``node`` rounds a value."""
+    return isinstance(layer_of(node), Quantizer)
+
+
+def is_shape_only(node: fx.Node) -> bool:
+    """Whether ``node`` only moves or drops values, so that its result has the qparams of its input."""
+    return isinstance(layer_of(node), _SHAPE_ONLY)
+
+
+def makes_rows(node: fx.Node) -> bool:
+    """Whether ``node`` flattens what an image becomes to [N, features]."""
+    layer = layer_of(node)
+    return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+
+
+def is_clamp(node: fx.Node) -> bool:
+    """Whether ``node`` is an activation function that the rounding behind it can apply."""
+    return isinstance(layer_of(node), _CLAMPS)
+
+
+def bind_quantizers(student: fx.GraphModule) -> None:
+    """Tell every layer of ``student`` the quantizers at both its ends; after any change of the graph, do it again."""
+    for node in student.graph.nodes:
+        layer = layer_of(node)
+        if isinstance(layer, _WITH_CONTEXT):
+            inputs = tuple(_quantizer_before(arg) for arg in node.args if isinstance(arg, fx.Node))
+            layer.quant_context = QuantContext(inputs, _quantizer_after(node))
+        elif isinstance(layer, SharedScaleFakeQuantize):
+            (activation,) = node.users
+            layer.share_scale_of(cast(LSQFakeQuantize, _quantizer_after(activation)))
+
+
+def _quantizer_before(node: fx.Node) -> Quantizer | None:
+    while is_shape_only(node):
+        node = cast(fx.Node, node.args[0])
+    return cast(Quantizer, layer_of(node)) if is_quantizer(node) else None
+
+
+def _quantizer_after(node: fx.Node) -> Quantizer | None:
+    users = list(node.users)
+    while len(users) == 1 and is_clamp(users[0]):
+        users = list(users[0].users)
+    if len(users) != 1 or not is_quantizer(users[0]):
+        return None
+    return cast(Quantizer, layer_of(users[0]))

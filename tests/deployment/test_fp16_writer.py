@@ -1,0 +1,230 @@
+"""A file for GPUs keeps the packed weights and embeds as the student does whose activations are not rounded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import qface
+from qface.cli import main
+from qface.data.folders import ImageFolder
+from qface.deployment import OnnxEmbedder, fp16_writer, onnx_writer
+from qface.errors import ConfigError, ExportError
+from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+from tests.deployment.networks import Framed, calibrated, framed, prelu, seeded
+from tests.deployment.test_exactness import EXACT, FRAME, SIMULATED
+from tests.networks import foreign_net, random_faces, tiny_face_net
+
+Crops = Callable[..., Path]
+
+PREPROCESSING = Preprocessing(crop=(0, 8, 112, 104), size=(112, 96), color="BGR")
+UNPACKING = {"BitShift", "BitwiseAnd", "BitwiseOr", "Split", "Slice", "Reshape", "DequantizeLinear"}
+
+
+class Unit(nn.Module):
+    """An embedding of length 1, as some networks return it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Framed(nn.MaxPool2d(4))
+        self.prelu = prelu(0.5, 1.5, -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.net(x))
+
+
+@pytest.fixture(scope="module")
+def student() -> fx.GraphModule:
+    return calibrated(with_preprocessing(tiny_face_net(size=PREPROCESSING.size), PREPROCESSING), 6)
+
+
+@pytest.fixture(scope="module")
+def path(student: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return qface.export(student, tmp_path_factory.mktemp("half") / "net.onnx", target="cuda")
+
+
+def optimized(path: Path, folder: Path) -> onnx.GraphProto:
+    """What onnxruntime leaves of a file on a CPU, before it changes layouts."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnx.load(folder / "optimized.onnx").graph
+
+
+def assert_agrees(student: nn.Module, path: Path) -> None:
+    agreement = qface.verify(student, path, random_faces(16, seed=3))
+    assert agreement.agrees and agreement.images == 16
+    assert not agreement.layers
+    assert agreement.mean_cosine > 0.99999
+
+
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
+@pytest.mark.parametrize("body", EXACT | SIMULATED)
+def test_every_operation_agrees(body: str, kind: str, tmp_path: Path) -> None:
+    student = calibrated(framed((EXACT | SIMULATED)[body]), 6)
+    assert_agrees(student, qface.export(student, tmp_path / "net.onnx", input=kind, target="cuda"))
+
+
+def test_what_becomes_integers_becomes_halves_too() -> None:
+    writers = (onnx_writer._Writer, fp16_writer._Fp16Writer)
+    integers, halves = (set(vars(writer)["write"].dispatcher.registry) for writer in writers)
+    assert integers == halves
+
+
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
+@pytest.mark.parametrize("build", [tiny_face_net, foreign_net])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_networks_agree_at_any_bits(build: Callable[..., nn.Module], bits: int, kind: str, tmp_path: Path) -> None:
+    preprocessing = Preprocessing(size=(48, 40), color="BGR", mean=(123.7, 116.3, 103.5), std=(58.4, 57.1, 57.4))
+    student = calibrated(with_preprocessing(build(size=preprocessing.size), preprocessing), bits)
+    assert_agrees(student, qface.export(student, tmp_path / "net.onnx", input=kind, target="cuda"))
+
+
+def test_embeddings_are_normalized_in_float32(tmp_path: Path) -> None:
+    student = calibrated(with_preprocessing(seeded(Unit), FRAME))
+    path = qface.export(student, tmp_path / "net.onnx", target="cuda")
+    assert_agrees(student, path)
+    lengths = OnnxEmbedder(path, threads=1)(FRAME(random_faces(4))).norm(dim=1)
+    assert torch.allclose(lengths, torch.ones(4), rtol=1e-6)
+
+
+def test_file_is_valid_and_says_what_it_is_for(path: Path) -> None:
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    metadata = {prop.key: prop.value for prop in model.metadata_props}
+    assert metadata["target"] == OnnxEmbedder(path).target == "cuda"
+    assert {"preprocessing", "provenance", "qface", "verified", "input"} < metadata.keys()
+    assert [value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)] == [
+        TensorProto.FLOAT,
+        TensorProto.FLOAT,
+    ]
+
+
+@pytest.mark.parametrize("weight_format", ["packed", "int8"])
+def test_weights_lie_in_it_as_in_the_file_for_cpus(weight_format: str, student: fx.GraphModule, tmp_path: Path) -> None:
+    files = {
+        target: qface.export(student, tmp_path / f"{target}.onnx", weight_format, target=target)
+        for target in ("cpu", "cuda")
+    }
+    weights = [qface.measure_size(file).of_kind("weight") for file in files.values()]
+    assert weights[1].bytes > 3000
+    assert set(weights[1].entries) <= set(weights[0].entries)
+    scales = {entry.name for entry in qface.measure_size(files["cuda"]).of_kind("scale").entries}
+    assert {f"{entry.name}_scale" for entry in weights[1].entries} <= scales
+    assert files["cuda"].stat().st_size < 1.1 * files["cpu"].stat().st_size
+
+
+@pytest.mark.parametrize("weight_format", ["packed", "int8"])
+def test_nothing_of_the_unpacking_is_left_at_run_time(
+    weight_format: str, student: fx.GraphModule, tmp_path: Path
+) -> None:
+    graph = optimized(qface.export(student, tmp_path / "net.onnx", weight_format, target="cuda"), tmp_path)
+    assert not UNPACKING & {node.op_type for node in graph.node}
+    assert not [
+        tensor.name for tensor in graph.initializer if tensor.data_type in (TensorProto.INT8, TensorProto.INT32)
+    ]
+
+
+def test_multiplications_are_in_half_precision(path: Path) -> None:
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.value_info}
+    multiplications = [node for node in inferred.node if node.op_type in ("Conv", "Gemm", "PRelu")]
+    assert len(multiplications) > 5
+    for node in multiplications:
+        assert {types[name] for name in (*node.input, *node.output)} == {TensorProto.FLOAT16}
+
+
+def with_a_changed_bias(file: Path) -> None:
+    model = onnx.load(file)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("conv2.bias"))
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.int32(20000), tensor.name))
+    onnx.save(model, file)
+
+
+def test_a_file_that_computes_something_else_is_found(
+    student: fx.GraphModule, path: Path, crops: Crops, tmp_path: Path
+) -> None:
+    saved, file = tmp_path / "student.safetensors", tmp_path / "net.onnx"
+    qface.save(student, saved)
+    file.write_bytes(path.read_bytes())
+    arguments = ["verify", str(saved), str(file), "--images", str(crops({"Ann": 4}))]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    with_a_changed_bias(file)
+    assert CliRunner().invoke(main, arguments).exit_code == 1
+
+
+def test_the_file_of_another_network_is_refused(path: Path) -> None:
+    other = calibrated(with_preprocessing(tiny_face_net(dim=4, size=PREPROCESSING.size), PREPROCESSING), 6)
+    with pytest.raises(ExportError, match="not exported from this network"):
+        qface.verify(other, path, random_faces(4))
+
+
+def test_a_network_beyond_the_range_of_halves_leaves_no_file(tmp_path: Path) -> None:
+    model = framed(lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)))
+    with torch.no_grad():
+        model.get_parameter("stem.weight").mul_(1e6)
+    student = calibrated(model, 6)
+    with pytest.raises(ExportError, match="target cpu"):
+        qface.export(student, tmp_path / "net.onnx", target="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_targets_and_float_networks_are_refused(student: fx.GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cpu, cuda"):
+        qface.export(student, tmp_path / "net.onnx", target="tpu")
+    with pytest.raises(ConfigError, match="students only"):
+        qface.export(tiny_face_net(), tmp_path / "net.onnx", target="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_takes_a_target(student: fx.GraphModule, tmp_path: Path) -> None:
+    qface.save(student, tmp_path / "student.safetensors")
+    arguments = ["export", str(tmp_path / "student.safetensors"), "-o", str(tmp_path / "net.onnx")]
+    result = CliRunner().invoke(main, [*arguments, "--target", "cuda", "--input", "uint8"])
+    assert result.exit_code == 0, result.output
+    embedder = OnnxEmbedder(tmp_path / "net.onnx")
+    assert (embedder.target, embedder.input) == ("cuda", "uint8")
+    result = CliRunner().invoke(main, ["bench", str(tmp_path / "net.onnx"), "--runs", "1", "--json"])
+    assert json.loads(result.stdout)["rows"][0]["median_ms"] > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
+def test_on_a_gpu_it_agrees_too(kind: str, student: fx.GraphModule, tmp_path: Path) -> None:
+    path = qface.export(student, tmp_path / "net.onnx", input=kind, target="cuda")
+    session = onnxruntime.InferenceSession(path, providers=["CUDAExecutionProvider"])
+    assert session.get_providers()[0] == "CUDAExecutionProvider"
+    images = PREPROCESSING(random_faces(16, seed=3))
+    on_gpu = OnnxEmbedder(path, providers=["CUDAExecutionProvider"])
+    assert on_gpu.provider == "CUDAExecutionProvider"
+    on_cpu = OnnxEmbedder(path, providers=["CPUExecutionProvider"])
+    assert F.cosine_similarity(on_gpu(images), on_cpu(images)).min() > 0.9999
+    assert_agrees(student, path)
+
+
+@pytest.mark.faces
+def test_real_network_agrees_in_half_precision(faces: Path, tmp_path: Path) -> None:
+    student = qface.quantize(qface.load(faces / "weights" / "mobilefacenet_112x96.safetensors"), 6)
+    qface.calibrate(student, faces / "data" / "lfw", identities="first-half", num_images=64)
+    path = qface.export(student, tmp_path / "net.onnx", target="cuda")
+    crops = ImageFolder(faces / "data" / "lfw", identities="second-half").read(range(32))
+    agreement = qface.verify(student, path, crops)
+    assert agreement.agrees
+    assert path.stat().st_size < 1e6
+    assert not UNPACKING & {node.op_type for node in optimized(path, tmp_path).node}
+    images = preprocessing_of(student)(crops)
+    assert OnnxEmbedder(path, threads=1)(images).isfinite().all()
