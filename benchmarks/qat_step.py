@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import qface
 from qface.distillation.memory import memory_kept
 from qface.memory_format import fastest_memory_format
-from qface.models.tracing import example_input
+from qface.preprocessing import example_input
 from qface.progress import track
 
 CALIBRATION_IMAGES = 32

@@ -1,10 +1,15 @@
-"""Settings that users give, held against what they may be."""
+"""Settings and weights that users give, held against what they may be."""
 
 from __future__ import annotations
 
-from qface.errors import ConfigError
+from collections.abc import Mapping
+from pathlib import Path
 
-__all__ = ["check_seed", "check_whole"]
+from torch import Tensor
+
+from qface.errors import CheckpointError, ConfigError
+
+__all__ = ["check_finite", "check_seed", "check_whole"]
 
 _SEEDS = 2**63
 
@@ -29,3 +34,17 @@ def check_seed(seed: object) -> None:
     check_whole(0, seed=seed)
     if isinstance(seed, int) and seed >= _SEEDS:
         raise ConfigError(f"seed is a whole number below 2^63, not {seed}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or an infinity; the message counts the tensors and names the first.
+    """
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity (first: {broken[0]}); "
+            "the training that wrote it diverged, use an earlier checkpoint"
+        )

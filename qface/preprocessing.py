@@ -25,6 +25,7 @@ __all__ = [
     "Preprocessing",
     "attach",
     "dtype_of",
+    "example_input",
     "preprocessing_of",
     "with_preprocessing",
     "written_preprocessing",
@@ -186,3 +187,10 @@ def attach(model: ModuleT, name: str, value: Any) -> ModuleT:
     if isinstance(model, fx.GraphModule):
         model.meta[_KEPT] = {**model.meta.get(_KEPT, {}), name: value}  # a new dict, since copies share ``meta``'s own
     return model
+
+
+def example_input(model: nn.Module, batch: int = 2) -> Tensor:
+    """Zeros [batch, 3, height, width] of the size, on the device and of the type of ``model``."""
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    return torch.zeros(batch, 3, *preprocessing_of(model).size, device=device, dtype=dtype_of(model))

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 import qface
 from qface.cli import export_alias, main
-from qface.models.provenance import provenance_of
+from qface.provenance import provenance_of
 from qface.models.resolve import resolve_model
 from tests.data.ijb import SmallIjb
 

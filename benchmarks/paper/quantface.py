@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 import qface
 from qface.errors import CheckpointError
-from qface.models import Add
+from qface.graph import Add
 from qface.models.iresnet import IResNetBlock
 from qface.models.mobilefacenet import Bottleneck
 from qface.models.pickled_modules import read_pickled_module

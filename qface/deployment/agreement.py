@@ -20,7 +20,6 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from qface.data.images import Images, ImageSource, normalize
 from qface.data.sources import as_image_source
@@ -29,9 +28,9 @@ from qface.deployment.inputs import as_model_sees, to_file_input, with_input_dty
 from qface.deployment.lowering import lower, value_name
 from qface.deployment.runtime import OnnxEmbedder, cpu_session
 from qface.errors import ExportError, ImagesError
-from qface.preprocessing import CROP_SIZE
+from qface.graph.queries import layer_of
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
-from qface.quantization.quantized_layers import Quantizer, WeightedLayer, layer_of
+from qface.quantization.quantized_layers import Quantizer, WeightedLayer
 
 __all__ = [
     "LAYER_IMAGES",
@@ -39,7 +38,6 @@ __all__ = [
     "LayerAgreement",
     "compare_embeddings",
     "compare_layers",
-    "synthetic_crops",
     "verify",
     "without_rounded_activations",
 ]
@@ -51,7 +49,6 @@ LEAST_COSINE = 0.999
 
 LAYER_IMAGES = 8
 """Images on which layers are compared; each gives thousands of integers a layer."""
-_SYNTHETIC_IMAGES = 4
 Integers = npt.NDArray[np.uint8]
 
 
@@ -226,15 +223,6 @@ class _Shift(nn.Module):
         return x - self.offset
 
 
-def synthetic_crops(count: int = _SYNTHETIC_IMAGES, seed: int = 0) -> Tensor:
-    """Seeded noise, uint8 [count, 3, 112, 112], coarse and fine so that all layers have something to do."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 7, 7, generator=generator)
-    coarse = F.interpolate(coarse, CROP_SIZE, mode="bilinear", align_corners=False)
-    fine = torch.rand(count, 3, CROP_SIZE, CROP_SIZE, generator=generator)
-    return ((0.8 * coarse + 0.2 * fine) * 255).round().byte()
-
-
 def compare_layers(
     student: nn.Module, graph: ir.IntegerGraph, file: str | Path, inputs: Tensor
 ) -> tuple[LayerAgreement, ...]:
@@ -255,9 +243,12 @@ def compare_layers(
     return tuple(_compared(operation, given, found) for operation in operations)
 
 
+_MOVES = (ir.MaxPoolOp, ir.FlattenOp, ir.MoveOp, ir.PadOp)
+
+
 def _is_rounded(operation: ir.IntegerOp) -> bool:
     """Whether the operation ends in a quantizer of its own."""
-    return operation.output.qparams is not None and not isinstance(operation, (ir.MaxPoolOp, ir.FlattenOp))
+    return operation.output.qparams is not None and not isinstance(operation, _MOVES)
 
 
 def _integers(student: nn.Module, inputs: Tensor, values: set[str]) -> dict[str, Integers]:

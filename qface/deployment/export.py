@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from qface._version import __version__
 from qface.data.images import Images, normalize
 from qface.data.sources import as_image_source
+from qface.data.synthetic import synthetic_crops
 from qface.deployment.agreement import (
     LAYER_IMAGES,
     compare_embeddings,
     compare_integers,
-    synthetic_crops,
     without_rounded_activations,
 )
 from qface.deployment.fp16_writer import to_fp16_onnx
@@ -40,9 +40,8 @@ from qface.deployment.runtime import OnnxEmbedder
 from qface.deployment.weight_formats import check_weight_format
 from qface.errors import ConfigError, ExportError, ImagesError, one_line
 from qface.files import replacing
-from qface.models.provenance import provenance_of
-from qface.models.tracing import example_input
-from qface.preprocessing import Preprocessing, preprocessing_of
+from qface.preprocessing import Preprocessing, example_input, preprocessing_of
+from qface.provenance import provenance_of
 from qface.quantization import is_quantized
 
 __all__ = ["TARGETS", "export"]

@@ -183,6 +183,30 @@ class _Fp16Writer(NodeCollector):
         self._keep(operation.output, self.activation(operation, x))
 
     @write.register
+    def _(self, operation: ir.AddOp) -> None:
+        total = self.node("Add", self._fp16_inputs(operation))
+        self._keep(operation.output, self.clamped(total, operation.clamp))
+
+    @write.register
+    def _(self, operation: ir.QuantizeOp) -> None:
+        self._keep(operation.output, self.fp16(operation.inputs[0]))
+
+    @write.register
+    def _(self, operation: ir.MoveOp) -> None:
+        self._keep(operation.output, self.moved(operation, self._fp16_inputs(operation)))
+
+    @write.register
+    def _(self, operation: ir.PadOp) -> None:
+        self._keep(operation.output, self.padded(operation, self.fp16(operation.inputs[0]), ""))
+
+    @write.register
+    def _(self, operation: ir.FloatIslandOp) -> None:
+        """In float32: an island may hold norms and exponentials, whose range fp16 has not."""
+        made = self.island(operation, [self.fp32(value) for value in operation.inputs])
+        for value, tensor in zip(operation.outputs, made, strict=True):
+            self._keep(value, tensor, _FP32)
+
+    @write.register
     def _(self, operation: Direct) -> None:
         self._keep(operation.output, self.direct(operation, self._fp16_inputs(operation)))
 

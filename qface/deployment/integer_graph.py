@@ -8,9 +8,11 @@ to know what is deployed, reads this and never the student.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import fx
 
 from qface.preprocessing import Preprocessing
 from qface.quantization.qparams import QUINT8_MAX
@@ -24,16 +26,21 @@ __all__ = [
     "ConvolutionOp",
     "FlattenOp",
     "FloatAffineOp",
+    "FloatIslandOp",
     "GlobalAveragePoolOp",
     "IntegerGraph",
     "IntegerOp",
     "L2NormalizeOp",
     "LinearOp",
+    "MaxOp",
     "MaxPoolOp",
+    "MoveOp",
     "MultiplyOp",
     "NormalizeUint8Op",
     "PReluOp",
+    "PadOp",
     "QuantizeImageOp",
+    "QuantizeOp",
     "TensorQParams",
     "Uint8InputOp",
     "Value",
@@ -210,8 +217,63 @@ class FloatAffineOp(_ChannelwiseOp):
 
 
 @dataclass(frozen=True)
+class QuantizeOp(IntegerOp):
+    """Float values rounded to integers, after a float island."""
+
+
+@dataclass(frozen=True)
 class AddOp(IntegerOp):
-    """Sum of two values."""
+    """Sum of two values, and a clamp before rounding."""
+
+    clamp: Clamp | None = None
+
+
+@dataclass(frozen=True)
+class MaxOp(IntegerOp):
+    """Elementwise maximum of two values."""
+
+
+@dataclass(frozen=True)
+class MoveOp(IntegerOp):
+    """Values in another place or shape, by one ONNX operator; they keep the qparams of the input.
+
+    Args:
+        operator: of ONNX, which computes with any type.
+        operands: further inputs, constants; None is an input that is left out.
+        attributes: of the node.
+    """
+
+    operator: str
+    operands: tuple[npt.NDArray[Any] | None, ...] = ()
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PadOp(IntegerOp):
+    """Height and width extended, by zeros or by what is at the edge; the qparams stay.
+
+    Args:
+        pads: before and after each of the four dimensions, as ONNX orders them.
+        mode: ``"constant"``, ``"reflect"`` or ``"edge"``.
+    """
+
+    pads: tuple[int, ...]
+    mode: str
+
+
+@dataclass(frozen=True)
+class FloatIslandOp(IntegerOp):
+    """Layers without an integer form, which compute in float32 on dequantized inputs.
+
+    Args:
+        outputs: all values that are made, float; ``output`` is the first of them.
+        module: computes them, as a tuple, of the inputs.
+        shapes: of the inputs, for two images.
+    """
+
+    outputs: tuple[Value, ...]
+    module: fx.GraphModule
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)

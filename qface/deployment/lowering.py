@@ -6,14 +6,16 @@ import copy
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from qface.deployment import integer_graph as ir
+from qface.deployment.float_islands import island_module
 from qface.errors import ConfigError, ExportError, UnsupportedLayerError
-from qface.models import layers
-from qface.models.tracing import example_input
-from qface.preprocessing import preprocessing_of
+from qface.graph import layers
+from qface.graph.queries import input_of, is_shape_only, layer_of, makes_rows
+from qface.preprocessing import example_input, preprocessing_of
 from qface.quantization import (
     ImageFakeQuantize,
     LSQFakeQuantize,
@@ -24,7 +26,8 @@ from qface.quantization import (
     QuantizedPReLU,
     is_quantized,
 )
-from qface.quantization.quantized_layers import AFFINE_BITS, Quantizer, is_quantizer, layer_of, makes_rows
+from qface.quantization.placement import computes_in_float
+from qface.quantization.quantized_layers import AFFINE_BITS, Quantizer, is_quantizer
 
 __all__ = ["export_blocker", "lower", "value_name"]
 
@@ -64,6 +67,7 @@ class _Lowering:
         self.values: dict[fx.Node, ir.Value] = {}
         self.operations: list[ir.IntegerOp] = []
         self._absorbed: set[fx.Node] = set()
+        self._island: list[fx.Node] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def run(self) -> ir.IntegerGraph:
@@ -73,23 +77,27 @@ class _Lowering:
         for node in self.student.graph.nodes:
             if node.op == "placeholder":
                 images = self.values[node] = ir.Value("images")
-            elif node.op == "output":
-                embedding = self._embedding(node)
-                dimensions = self._shapes[node.name][1]
+            elif self._is_float(node):
+                self._island.append(node)
             elif node not in self._absorbed:
-                self._lower(node)
+                self._finish_island()
+                if node.op == "output":
+                    embedding = self._embedding(node)
+                    dimensions = self._shapes[node.name][1]
+                else:
+                    self._lower(node)
         assert images is not None and embedding is not None
         return ir.IntegerGraph(images, tuple(self.operations), embedding, preprocessing_of(self.student), dimensions)
 
     def _shapes_of_nodes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of what each node makes of one image, by the node's name."""
+        """Shape of what each node makes of two images, by the node's name."""
         inputs = [node for node in self.student.graph.nodes if node.op == "placeholder"]
         if len(inputs) != 1:
             raise ExportError(f"the network has {len(inputs)} inputs; it must read images only")
         # A copy, since its mode changes, and its ranges too where observers are on.
         recorder = _ShapeRecorder(copy.deepcopy(self.student).eval())
         with torch.no_grad():
-            recorder.run(example_input(self.student, 1))
+            recorder.run(example_input(self.student))
         return recorder.shapes
 
     def _embedding(self, node: fx.Node) -> ir.Value:
@@ -100,6 +108,39 @@ class _Lowering:
         if len(shape) != 2:
             raise ExportError(f"the network returns a tensor {list(shape)}; embeddings are [N, dimensions]")
         return self._value(result)
+
+    # ---- float islands
+
+    def _is_float(self, node: fx.Node) -> bool:
+        """True of layers and functions without an integer form, and of those that only move what they make."""
+        if node.op in ("get_attr", "call_function"):
+            return True
+        if is_shape_only(node):
+            return all(each in self._island or self._reads_float(each) for each in node.all_input_nodes)
+        layer = layer_of(node)
+        return computes_in_float(node) and type(layer) not in (layers.L2Normalize, QuantizedAffine)
+
+    def _reads_float(self, node: fx.Node) -> bool:
+        return node in self.values and self.values[node].qparams is None
+
+    def _finish_island(self) -> None:
+        """Make one operation of the float layers since the last integer one."""
+        nodes, self._island = self._island, []
+        outputs = [node for node in nodes if any(user not in nodes for user in node.users) and self._is_tensor(node)]
+        if not outputs:
+            return  # numbers of images, which islands that need them compute again
+        module, sources = island_module(self.student, nodes, outputs)
+        made = tuple(_value_of(node, None) for node in outputs)
+        self.values.update(zip(outputs, made, strict=True))
+        inputs = tuple(self.values[source] for source in sources)
+        shapes = tuple(self._shapes[source.name] for source in sources)
+        name = next((str(node.target) for node in nodes if node.op == "call_module"), outputs[0].name)
+        self.operations.append(ir.FloatIslandOp(name, inputs, made[0], made, module, shapes))
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        return node.op != "get_attr" and bool(self._shapes[node.name])
+
+    # ---- integers
 
     def _lower(self, node: fx.Node) -> None:
         layer = layer_of(node)
@@ -115,14 +156,19 @@ class _Lowering:
         self.operations.append(lower_layer(self, node, layer))
 
     def _lower_quantizer(self, node: fx.Node, layer: Quantizer) -> None:
-        """A quantizer gives the value before it its qparams; only behind the image is it an operation of its own."""
-        source = cast(fx.Node, node.args[0])
-        if source.op != "placeholder":
+        """A quantizer gives the value before it its qparams; after a float one it is an operation of its own."""
+        source = input_of(node)
+        if self.values[source].qparams is not None:
             self.values[node] = self.values[source]
             return
-        value = self.values[node] = _value_of(node, _qparams_of(layer, node))
-        offset = layer.offset if isinstance(layer, ImageFakeQuantize) else 0.0
-        self.operations.append(ir.QuantizeImageOp(node.name, (self.values[source],), value, offset))
+        named = source if source.op == "placeholder" else node
+        value = self.values[node] = _value_of(named, _qparams_of(layer, node))
+        inputs = (self.values[source],)
+        if source.op == "placeholder":
+            offset = layer.offset if isinstance(layer, ImageFakeQuantize) else 0.0
+            self.operations.append(ir.QuantizeImageOp(node.name, inputs, value, offset))
+        else:
+            self.operations.append(ir.QuantizeOp(node.name, inputs, value))
 
     def _value(self, argument: Any) -> ir.Value:
         return self.values[argument]
@@ -253,6 +299,40 @@ class _Lowering:
             dilation=_pair(layer.dilation),
         )
 
+    def add(self, node: fx.Node, layer: QuantizedAdd) -> ir.IntegerOp:
+        clamp = self._clamp_behind(node)
+        limits = None if clamp is None else _CLAMPS[type(cast(nn.Module, layer_of(clamp)))]
+        return ir.AddOp(str(node.target), self._inputs(node), self._output(node, clamp), limits)
+
+    def maximum(self, node: fx.Node, layer: layers.Maximum) -> ir.IntegerOp:
+        if is_shape_only(node):
+            return self._move(node, "Max")
+        return ir.MaxOp(str(node.target), self._inputs(node), self._output(node))
+
+    def pad(self, node: fx.Node, layer: layers.Pad) -> ir.IntegerOp:
+        left, right, top, bottom = layer.padding
+        pads, mode = (0, 0, top, left, 0, 0, bottom, right), {"replicate": "edge"}.get(layer.mode, layer.mode)
+        return ir.PadOp(str(node.target), self._inputs(node), self._with_qparams_of_input(node), pads, mode)
+
+    def permute(self, node: fx.Node, layer: layers.Permute) -> ir.IntegerOp:
+        return self._move(node, "Transpose", perm=layer.dims)
+
+    def reshape(self, node: fx.Node, layer: layers.Reshape) -> ir.IntegerOp:
+        return self._move(node, "Reshape", np.array(layer.shape))
+
+    def slice(self, node: fx.Node, layer: layers.Slice) -> ir.IntegerOp:
+        operands = (np.array([value]) for value in (layer.start, layer.stop, layer.dim, layer.step))
+        return self._move(node, "Slice", *operands)
+
+    def upsample(self, node: fx.Node, layer: layers.UpsampleNearest) -> ir.IntegerOp:
+        scales = np.array([1, 1, *layer.scale], np.float32)
+        settings = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+        return self._move(node, "Resize", None, scales, **settings)
+
+    def _move(self, node: fx.Node, operator: str, *operands: Any, **attributes: Any) -> ir.IntegerOp:
+        inputs, output = self._inputs(node), self._with_qparams_of_input(node)
+        return ir.MoveOp(str(node.target), inputs, output, operator, operands, attributes)
+
     def flatten(self, node: fx.Node, layer: nn.Flatten) -> ir.IntegerOp:
         if not makes_rows(node):
             raise UnsupportedLayerError(
@@ -285,7 +365,13 @@ _LOWERINGS: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.Integer
     nn.AdaptiveAvgPool2d: _Lowering.global_average,
     nn.MaxPool2d: _Lowering.max_pool,
     nn.Flatten: _Lowering.flatten,
-    QuantizedAdd: _plain(ir.AddOp),
+    QuantizedAdd: _Lowering.add,
+    layers.Maximum: _Lowering.maximum,
+    layers.Pad: _Lowering.pad,
+    layers.Permute: _Lowering.permute,
+    layers.Reshape: _Lowering.reshape,
+    layers.Slice: _Lowering.slice,
+    layers.UpsampleNearest: _Lowering.upsample,
     layers.Multiply: _plain(ir.MultiplyOp),
     layers.Concat: _Lowering.concat,
     QuantizedAffine: _Lowering.affine,

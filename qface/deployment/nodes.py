@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qface.deployment import integer_graph as ir
+from qface.deployment.float_islands import to_onnx_graph
 from qface.deployment.weight_formats import WeightFormat
 
 __all__ = ["IR_VERSION", "OPSET", "Direct", "NodeCollector", "along_channels", "assemble", "convolution", "window"]
@@ -19,7 +20,7 @@ OPSET = 18
 IR_VERSION = 9  # onnx's own default is newer than what some runtimes read
 
 
-Direct = ir.AddOp | ir.MultiplyOp | ir.ConcatOp | ir.GlobalAveragePoolOp | ir.AveragePoolOp
+Direct = ir.MaxOp | ir.MultiplyOp | ir.ConcatOp | ir.GlobalAveragePoolOp | ir.AveragePoolOp
 """Operations that one node computes, whatever the type of its numbers."""
 
 
@@ -74,6 +75,52 @@ class NodeCollector:
         if not operation.offset:
             return images
         return self.node("Sub", [images, self.constant("image_offset", np.float32(operation.offset))])
+
+    # ---- operations on any type, and float islands
+
+    def moved(self, operation: ir.MoveOp, inputs: Sequence[str], output: str | None = None) -> str:
+        """The one node of ``operation``; operands that are alike are stored once."""
+        operands = ["" if each is None else self.constant(_operand_name(each), each) for each in operation.operands]
+        return self.node(operation.operator, [*inputs, *operands], output, **operation.attributes)
+
+    def padded(self, operation: ir.PadOp, x: str, zero: str, output: str | None = None) -> str:
+        """``x`` padded; ``zero`` is what stands for 0 in its type, or nothing."""
+        pads = np.array(operation.pads)
+        inputs = [x, self.constant(_operand_name(pads), pads)]
+        if operation.mode == "constant" and zero:
+            inputs.append(zero)
+        return self.node("Pad", inputs, output, mode=operation.mode)
+
+    def island(
+        self, operation: ir.FloatIslandOp, inputs: Sequence[str], outputs: Sequence[str] | None = None
+    ) -> list[str]:
+        """The nodes of a float island, which read and make float32; the names of what it makes."""
+        graph = to_onnx_graph(operation.module, operation.shapes, operation.name, OPSET)
+        prefix = f"{operation.name}:"
+        names = {"": ""} | dict(zip((each.name for each in graph.input), inputs, strict=True))
+        for tensor in graph.initializer:
+            names[tensor.name] = self._initializer(f"{prefix}{tensor.name}", tensor)
+        made = list(outputs) if outputs is not None else [f"{prefix}{each.name}" for each in graph.output]
+        names |= dict(zip((each.name for each in graph.output), made, strict=True))
+        for node in graph.node:
+            copied = onnx.NodeProto()
+            copied.CopyFrom(node)
+            copied.name = ""
+            for name in node.output:
+                if name not in names:
+                    self._numbered += 1
+                    names[name] = str(self._numbered)
+            copied.input[:] = [names[name] for name in node.input]
+            copied.output[:] = [names[name] for name in node.output]
+            self.nodes.append(copied)
+        return made
+
+    def _initializer(self, name: str, tensor: onnx.TensorProto) -> str:
+        copied = onnx.TensorProto()
+        copied.CopyFrom(tensor)
+        copied.name = name
+        self.initializers.append(copied)
+        return name
 
     # ---- operations on floats
 
@@ -139,6 +186,10 @@ def assemble(
     model = helper.make_model(body, opset_imports=[opset], ir_version=IR_VERSION, producer_name="qface")
     helper.set_model_props(model, {"preprocessing": graph.preprocessing.to_json(), **metadata})
     return model
+
+
+def _operand_name(values: npt.NDArray[Any]) -> str:
+    return "_".join(map(str, ("operand", values.dtype, *values.flatten().tolist())))
 
 
 def along_channels(values: npt.NDArray[Any], rank: int) -> npt.NDArray[Any]:

@@ -288,6 +288,28 @@ class _Writer(NodeCollector):
         self._finish(operation.output, self.node("Add", [self.node("Mul", [floats, scale]), shift]))
 
     @write.register
+    def _(self, operation: ir.AddOp) -> None:
+        self._finish(operation.output, self.node("Add", self._floats(operation)), operation.clamp)
+
+    @write.register
+    def _(self, operation: ir.QuantizeOp) -> None:
+        self._finish(operation.output, operation.inputs[0].name)
+
+    @write.register
+    def _(self, operation: ir.MoveOp) -> None:
+        self.moved(operation, [value.name for value in operation.inputs], operation.output.name)
+
+    @write.register
+    def _(self, operation: ir.PadOp) -> None:
+        (source,) = operation.inputs
+        zero = self._qparams(source)[1] if source.qparams is not None else ""
+        self.padded(operation, source.name, zero, operation.output.name)
+
+    @write.register
+    def _(self, operation: ir.FloatIslandOp) -> None:
+        self.island(operation, self._floats(operation), [value.name for value in operation.outputs])
+
+    @write.register
     def _(self, operation: Direct) -> None:
         self._finish(operation.output, self.direct(operation, self._floats(operation)))
 

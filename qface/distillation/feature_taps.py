@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qface.errors import QFaceError
-from qface.models.layers import Add
+from qface.graph.canonicalize import canonicalize
+from qface.graph.layers import Add
 
 __all__ = ["FeatureLoss", "FeaturePairs", "FeatureTaps"]
 
@@ -80,8 +81,6 @@ def _adds_of(network: nn.Module) -> set[str]:
 
 def _canonical(teacher: nn.Module) -> nn.Module:
     """``teacher`` with a layer for each sum, named as its students' are; itself where that is not possible."""
-    from qface.quantization.canonical import canonicalize  # only that package knows about torch.ao
-
     try:
         return canonicalize(teacher)
     except QFaceError:  # a teacher may be any module

@@ -35,8 +35,8 @@ from qface.distillation.student_mode import has_batch_norm, mode_changes, on_dev
 from qface.distillation.training_bar import training_bar
 from qface.errors import ConfigError, TrainingError
 from qface.memory_format import fastest_memory_format
-from qface.models.provenance import record_step
 from qface.preprocessing import dtype_of, preprocessing_of
+from qface.provenance import record_step
 
 __all__ = ["check_run", "distill"]
 

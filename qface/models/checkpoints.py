@@ -20,7 +20,7 @@ from qface.models.mobilefacenet import MobileFaceNet
 from qface.models.pickled_modules import read_pickled_module
 from qface.preprocessing import CROP_SIZE, Preprocessing
 
-__all__ = ["check_finite", "fill", "read_tensors", "recognize", "without_wrapper"]
+__all__ = ["fill", "read_tensors", "recognize", "without_wrapper"]
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "backbone")
 _IRESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
@@ -77,20 +77,6 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} does not hold a state_dict of tensors; save model.state_dict() and load that")
     return {str(name): value for name, value in content.items()}
-
-
-def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse weights that are not numbers.
-
-    Raises:
-        CheckpointError: a tensor holds NaN or an infinity; the message counts the tensors and names the first.
-    """
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise CheckpointError(
-            f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity (first: {broken[0]}); "
-            "the training that wrote it diverged, use an earlier checkpoint"
-        )
 
 
 def recognize(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:

@@ -1,7 +1,7 @@
 """``load`` and ``save``: models of this package, checkpoints of others, and qface's own format.
 
 The format is a safetensors file: the ``state_dict`` as tensors, and in the metadata ``format`` ("qface"),
-``format_version``, ``graph`` (:mod:`qface.models.graph_data`), ``preprocessing`` and ``provenance``, each JSON.
+``format_version``, ``graph`` (:mod:`qface.graph.graph_data`), ``preprocessing`` and ``provenance``, each JSON.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qface.checks import check_finite
 from qface.errors import CheckpointError, ExportError
 from qface.files import check_folder, replacing
-from qface.models.checkpoints import check_finite, fill, read_tensors, recognize, without_wrapper
-from qface.models.graph_data import check_rebuilt, graph_from_data, graph_to_data, registered_layers
+from qface.graph.capture import capture
+from qface.graph.graph_data import check_rebuilt, graph_from_data, graph_to_data
+from qface.models.checkpoints import fill, read_tensors, recognize, without_wrapper
 from qface.models.iresnet import IRESNET_BLOCKS, iresnet
 from qface.models.mobilefacenet import MobileFaceNet
-from qface.models.provenance import provenance_of, with_provenance, written_provenance
-from qface.models.tracing import trace
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing, written_preprocessing
+from qface.provenance import provenance_of, with_provenance, written_provenance
 
 __all__ = ["MODEL_NAMES", "check_model_file", "load", "save"]
 
@@ -154,7 +155,7 @@ def check_savable(model: nn.Module) -> None:
 
 def _as_data(model: nn.Module, name: str | Path) -> tuple[str, dict[str, Tensor]]:
     """The graph of ``model`` in JSON, and its tensors, from which :func:`load` has rebuilt it once."""
-    graph_module = trace(model, registered_layers())
+    graph_module = capture(model)
     graph = graph_to_data(graph_module)
     tensors = {
         key: value.detach().cpu().contiguous().clone()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qface.errors import ConfigError
-from qface.models.tracing import example_input
+from qface.preprocessing import example_input
 from qface.training_mode import preserve_training_mode
 
 __all__ = ["Budget", "Cost", "cost_of", "count_parameters"]

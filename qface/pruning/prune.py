@@ -8,30 +8,27 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from qface.data.images import Images, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_line
-from qface.models.layers import Concat
-from qface.models.provenance import carry, has_step, record_step
-from qface.models.tracing import example_input, trace
-from qface.preprocessing import preprocessing_of
+from qface.preprocessing import example_input, preprocessing_of
+from qface.provenance import carry, has_step, record_step
 from qface.pruning.batch_norm import reestimate_batch_norms
 from qface.pruning.budget import Budget, count_parameters
 from qface.pruning.importance import Gradients, estimator, gradients
 from qface.pruning.pruning_config import PruningConfig
 from qface.pruning.repair import Kept, repair
+from qface.pruning.structure import WEIGHTED, Structure, structure_of
 from qface.training_mode import preserve_training_mode
 
 __all__ = ["prune"]
 
-_WEIGHTED = (nn.Conv2d, nn.Linear)
 _HALVINGS = 12  # of the share of channels, until a budget is met
 
 OnStepEnd = Callable[[nn.Module, int], object]
@@ -72,9 +69,10 @@ def prune(
     config = config or PruningConfig()
     _check(model, ratio, images, config)
     sample = None if images is None else _sample(images, identities, model, config)
-    share = _share_for(model, ratio, sample, config) if isinstance(ratio, Budget) else float(ratio)
+    structure = structure_of(model)
+    share = _share_for(model, ratio, sample, config, structure) if isinstance(ratio, Budget) else float(ratio)
     pruned = copy.deepcopy(model).eval()
-    rounds = _Rounds(pruned, share, config)
+    rounds = _Rounds(pruned, share, config, structure)
     for step in range(1, config.iterative_steps + 1):
         _remove_and_mend(rounds, sample, progress)
         if on_step_end is not None and step < config.iterative_steps:
@@ -82,7 +80,8 @@ def prune(
     if isinstance(ratio, Budget) and ratio.cost(pruned) > ratio.limit:
         # Between the rounds repair and training made other channels the weakest than when the share was looked for.
         once = replace(config, iterative_steps=1)
-        _remove_and_mend(_Rounds(pruned, _share_for(pruned, ratio, sample, once), once), sample, progress)
+        share_left = _share_for(pruned, ratio, sample, once, structure)
+        _remove_and_mend(_Rounds(pruned, share_left, once, structure), sample, progress)
     if count_parameters(pruned) == count_parameters(model):
         raise ConfigError(
             f"no channel was removed: importance {config.importance!r} found none, or a share of {share:.3g} is less "
@@ -103,7 +102,7 @@ def _check(model: nn.Module, ratio: float | Budget, images: Images | None, confi
     layers = dict(model.named_modules())
     unknown = [name for name in config.ignored_layers if name not in layers]
     if unknown:
-        weighted = [name for name, layer in layers.items() if isinstance(layer, _WEIGHTED)]
+        weighted = [name for name, layer in layers.items() if isinstance(layer, WEIGHTED)]
         raise ConfigError(
             f"no layer to ignore is called {unknown[0]!r}; there are {', '.join(weighted[:5])} and others"
         )
@@ -117,7 +116,9 @@ def _sample(images: Images, identities: str | Path | None, model: nn.Module, con
     return normalize(found, preprocessing_of(model)).to(example_input(model, 1))
 
 
-def _share_for(model: nn.Module, budget: Budget, sample: Tensor | None, config: PruningConfig) -> float:
+def _share_for(
+    model: nn.Module, budget: Budget, sample: Tensor | None, config: PruningConfig, structure: Structure
+) -> float:
     """The least share of channels whose removal meets ``budget``, to one in 4096."""
     if budget.cost(model) <= budget.limit:
         raise ConfigError(f"the network costs {budget.cost(model):g} {budget.unit} as it is: nothing needs pruning")
@@ -125,22 +126,27 @@ def _share_for(model: nn.Module, budget: Budget, sample: Tensor | None, config: 
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         share = (low + high) / 2
-        if budget.cost(_without_share(model, share, of_model, sample, config)) <= budget.limit:
+        if budget.cost(_without_share(model, share, of_model, sample, config, structure)) <= budget.limit:
             high = share
         else:
             low = share
     if high == 1.0:
-        least = budget.cost(_without_share(model, low, of_model, sample, config))
+        least = budget.cost(_without_share(model, low, of_model, sample, config, structure))
         raise ConfigError(f"no share of channels brings the network below {least:g} {budget.unit}: raise the budget")
     return high
 
 
 def _without_share(
-    model: nn.Module, share: float, of_model: Gradients, sample: Tensor | None, config: PruningConfig
+    model: nn.Module,
+    share: float,
+    of_model: Gradients,
+    sample: Tensor | None,
+    config: PruningConfig,
+    structure: Structure,
 ) -> nn.Module:
     """A copy of ``model``, whose gradients are known, without ``share`` of its channels and without repair."""
     candidate = copy.deepcopy(model).eval()
-    rounds = _Rounds(candidate, share, config)
+    rounds = _Rounds(candidate, share, config, structure)
     for step in range(1, config.iterative_steps + 1):
         rounds.remove(of_model if step == 1 else _measured(candidate, sample, config))
     return candidate
@@ -168,18 +174,19 @@ class _Rounds:
     One pruner for all, which knows the first numbers of channels: only so do several rounds end with those of one.
     """
 
-    def __init__(self, model: nn.Module, share: float, config: PruningConfig) -> None:
+    def __init__(self, model: nn.Module, share: float, config: PruningConfig, structure: Structure) -> None:
         self.model = model
         self.config = config
+        self._structure = structure
         with self._followed():
-            self._pruner = _pruner(model, share, config)
+            self._pruner = _pruner(model, share, config, structure)
 
     def remove(self, read: Gradients) -> dict[str, Kept]:
         """Remove the channels of the next round, and say what is left of each layer.
 
         ``read`` are the gradients that importance reads; empty where it reads none.
         """
-        kept = _Channels(self.model)
+        kept = _Channels(self.model, self._structure)
         with self._followed():
             for parameter, gradient in zip(self.model.parameters(), read, strict=bool(read)):
                 parameter.grad = None if gradient is None else gradient.clone()
@@ -210,10 +217,10 @@ def _check_runs(model: nn.Module) -> None:
         model.eval()(example_input(model, 1))
 
 
-def _pruner(model: nn.Module, share: float, config: PruningConfig) -> Any:
-    kept = [model.get_submodule(name) for name in config.ignored_layers] + _reordered_layers(model)
+def _pruner(model: nn.Module, share: float, config: PruningConfig, structure: Structure) -> Any:
+    names = (*config.ignored_layers, *structure.reordered)
     if config.keep_embedding:
-        kept += _embedding_layers(model)
+        names += structure.embedding
     return import_module("torch_pruning").pruner.algorithms.BasePruner(
         model,
         example_input(model, 1),
@@ -221,7 +228,7 @@ def _pruner(model: nn.Module, share: float, config: PruningConfig) -> Any:
         global_pruning=config.global_pruning,
         pruning_ratio=share,
         max_pruning_ratio=config.max_pruning_ratio if config.global_pruning else 1.0,
-        ignored_layers=kept,
+        ignored_layers=[model.get_submodule(name) for name in dict.fromkeys(names)],
         round_to=config.round_to if config.round_to > 1 else None,
         pruning_ratio_dict=None if config.global_pruning else _max_pruning_ratios(model, share, config),
         iterative_steps=config.iterative_steps,
@@ -232,7 +239,7 @@ def _max_pruning_ratios(model: nn.Module, share: float, config: PruningConfig) -
     """What may go of layers that would lose all channels; torch-pruning leaves those whole."""
     found: dict[nn.Module, float] = {}
     for layer in model.modules():
-        if isinstance(layer, _WEIGHTED):
+        if isinstance(layer, WEIGHTED):
             channels = len(layer.weight) // getattr(layer, "groups", 1)
             if config.round_to < channels and int(channels * (1 - share)) < config.round_to:
                 # A half more than shall stay, since torch-pruning cuts off what is behind the point.
@@ -240,56 +247,11 @@ def _max_pruning_ratios(model: nn.Module, share: float, config: PruningConfig) -
     return found
 
 
-def _embedding_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose outputs are channels of the embedding."""
-    (output,) = (node for node in trace(model).graph.nodes if node.op == "output")
-    return list(_weighted_before(model, output, set()))
-
-
-def _reordered_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose outputs are concatenated or shuffled: torch-pruning 1.6.1 takes one for the other there."""
-    nodes = [node for node in trace(model).graph.nodes if _reorders(model, node)]
-    return [layer for node in nodes for layer in _weighted_before(model, node, set())]
-
-
-_REORDERING = {
-    *(torch.cat, torch.concat, torch.concatenate, torch.transpose, torch.permute, torch.swapaxes, torch.movedim),
-    *(F.channel_shuffle, F.pixel_shuffle, F.pixel_unshuffle),
-    *("transpose", "permute", "swapaxes", "movedim"),
-}
-_REORDERING_LAYERS = (Concat, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle)
-
-
-def _reorders(model: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return isinstance(model.get_submodule(str(node.target)), _REORDERING_LAYERS)
-    return node.op in ("call_function", "call_method") and node.target in _REORDERING
-
-
-def _weighted_before(model: nn.Module, node: fx.Node, seen: set[fx.Node]) -> Iterator[nn.Module]:
-    for source in node.all_input_nodes:
-        if source in seen:
-            continue
-        seen.add(source)
-        layer = model.get_submodule(str(source.target)) if source.op == "call_module" else None
-        if isinstance(layer, _WEIGHTED) and not _is_depthwise(layer):
-            yield layer
-        else:
-            yield from _weighted_before(model, source, seen)
-
-
-def _is_depthwise(layer: nn.Module) -> bool:
-    """Whether each of its outputs is made of one input, and goes with it."""
-    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1
-
-
 class _Channels:
     """Which channels of each convolution and linear layer of ``model`` are left."""
 
-    def __init__(self, model: nn.Module) -> None:
-        names = [str(node.target) for node in trace(model).graph.nodes if node.op == "call_module"]  # as they run
-        layers = {name: model.get_submodule(name) for name in names}
-        weighted = {name: layer for name, layer in layers.items() if isinstance(layer, _WEIGHTED)}
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        weighted = {name: cast("nn.Conv2d | nn.Linear", model.get_submodule(name)) for name in structure.weighted}
         self._names = {layer: name for name, layer in weighted.items()}
         self.left = {name: Kept(*map(torch.arange, _sizes(layer))) for name, layer in weighted.items()}
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qface.quantization.quantized_layers import WeightedLayer, layer_of
+from qface.graph.queries import layer_of
+from qface.quantization.quantized_layers import WeightedLayer
 
 __all__ = ["channel_means", "correct_biases"]
 

@@ -13,9 +13,9 @@ from qface.data.images import Images, normalize
 from qface.data.sample import evenly, sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, ImagesError
-from qface.models.provenance import record_step
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
+from qface.provenance import record_step
 from qface.quantization.bias_correction import channel_means
 from qface.quantization.bias_correction import correct_biases as correct_channel_means
 from qface.quantization.cross_layer_equalization import cross_layer_equalization

@@ -17,10 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from qface.models.layers import Add, ChannelAffine
-from qface.quantization.channel_factors import Scalable, scale_inputs, scale_outputs
+from qface.graph.channel_factors import Scalable, scale_inputs, scale_outputs
+from qface.graph.layers import Add, ChannelAffine
+from qface.graph.queries import layer_of, makes_rows
 from qface.quantization.fake_quantize import LSQFakeQuantize
-from qface.quantization.quantized_layers import WeightedLayer, is_quantizer, layer_of, makes_rows
+from qface.quantization.quantized_layers import WeightedLayer, is_quantizer
 
 __all__ = ["Region", "cross_layer_equalization", "find_regions"]
 

@@ -118,6 +118,15 @@ def _size(hessian: Tensor) -> Tensor:
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse, [groups, weights, weights]."""
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    return factor
+    """The upper Cholesky factor of the inverse, [groups, weights, weights].
+
+    Where inputs hardly vary, the errors of float32 outweigh the damping: it grows until the matrix is positive.
+    """
+    damping = _PERCDAMP * _size(hessian)[:, None].expand(hessian.shape[:2])
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed.any():
+            inverse = torch.cholesky_inverse(lower)
+            return cast(Tensor, torch.linalg.cholesky(inverse, upper=True))
+        hessian = hessian + torch.diag_embed(damping)
+        damping = 4 * damping

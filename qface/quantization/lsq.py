@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from qface.models.layers import along_channels
+from qface.graph.layers import along_channels
 
 __all__ = ["lsq_fake_quantize", "lsq_fake_quantize_prelu", "prelu"]
 

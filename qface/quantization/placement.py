@@ -11,7 +11,8 @@ role                 bits                   tensor
 ``WEIGHT``           ``weight_bits``        weights of all convolutions and linear layers, first and last too
 ``SLOPE``            8                      slopes of PReLU
 ``BIAS``             32                     biases, in units of input scale x weight scale
-``EMBEDDING``        float                  what the network returns
+``FLOAT``            float                  what the network returns, and what only float layers read, save after a
+                                            convolution
 ===================  =====================  ==================================================================
 
 The scale of a BatchNorm that cannot be folded loses nothing, as a weight of 8 bits with a float scale for each channel.
@@ -21,13 +22,31 @@ from __future__ import annotations
 
 import enum
 
-from torch import fx
+from torch import fx, nn
 
-from qface.models.layers import L2Normalize
+from qface.graph.layers import Concat, L2Normalize, Maximum, Multiply
+from qface.graph.queries import is_shape_only, layer_of
 from qface.quantization.quantization_config import QuantizationConfig
-from qface.quantization.quantized_layers import WeightedLayer, is_quantizer, is_shape_only, layer_of
+from qface.quantization.quantized_layers import (
+    QuantizedAdd,
+    QuantizedAffine,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedPReLU,
+    WeightedLayer,
+    is_quantizer,
+)
 
-__all__ = ["BIAS_BITS", "IMAGE_BITS", "OTHER_BITS", "Role", "activation_bits", "role_of"]
+__all__ = [
+    "BIAS_BITS",
+    "IMAGE_BITS",
+    "INTEGER_LAYERS",
+    "OTHER_BITS",
+    "Role",
+    "activation_bits",
+    "computes_in_float",
+    "role_of",
+]
 
 IMAGE_BITS = 8
 OTHER_BITS = 8
@@ -40,7 +59,39 @@ class Role(enum.Enum):
     IMAGE = "image"
     MATMUL_INPUT = "matmul_input"
     OTHER = "other"
-    EMBEDDING = "embedding"
+    FLOAT = "float"
+
+
+INTEGER_LAYERS = (
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedPReLU,
+    QuantizedAdd,
+    QuantizedAffine,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    Multiply,
+    Concat,
+    Maximum,
+)
+"""Layers that read and make quantized values; all others compute in float."""
+
+
+def computes_in_float(node: fx.Node) -> bool:
+    """True if ``node`` is part of a float island: it has no integer form, and makes values of its own."""
+    if node.op in ("placeholder", "output", "get_attr") or is_quantizer(node) or is_shape_only(node):
+        return False
+    layer = layer_of(node)
+    if isinstance(layer, QuantizedAffine):
+        return layer.dim != 1 or layer.num_channels == 1
+    return not isinstance(layer, INTEGER_LAYERS)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -62,7 +113,9 @@ def role_of(node: fx.Node) -> Role:
     if any(isinstance(layer_of(reader), WeightedLayer) for reader in readers):
         return Role.MATMUL_INPUT
     if any(reader.op == "output" or isinstance(layer_of(reader), L2Normalize) for reader in readers):
-        return Role.EMBEDDING
+        return Role.FLOAT
+    if all(computes_in_float(reader) for reader in readers) and not isinstance(layer_of(node), QuantizedConv2d):
+        return Role.FLOAT
     return Role.OTHER
 
 
@@ -72,4 +125,4 @@ def activation_bits(node: fx.Node, config: QuantizationConfig) -> int | None:
     if role is Role.MATMUL_INPUT:
         readers = [reader for reader in _readers(node) if isinstance(layer_of(reader), WeightedLayer)]
         return min(config.activation_bits_of(str(reader.target)) for reader in readers)
-    return {Role.IMAGE: IMAGE_BITS, Role.OTHER: OTHER_BITS, Role.EMBEDDING: None}[role]
+    return {Role.IMAGE: IMAGE_BITS, Role.OTHER: OTHER_BITS, Role.FLOAT: None}[role]

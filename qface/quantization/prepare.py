@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -18,14 +18,15 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 from qface.errors import ConfigError
-from qface.models.graph_data import CONVOLUTION_ARGUMENTS, LINEAR_ARGUMENTS, on_rebuild, register_layer
-from qface.models.layers import Add, ChannelAffine, Concat, Multiply
-from qface.models.provenance import carry, record_step
-from qface.models.tracing import LEAF_LAYERS, example_input
-from qface.preprocessing import Preprocessing, preprocessing_of
-from qface.quantization.canonical import canonicalize
+from qface.graph.canonicalize import canonicalize
+from qface.graph.graph_data import CONVOLUTION_ARGUMENTS, LINEAR_ARGUMENTS, on_rebuild, register_layer
+from qface.graph.layers import OWN_LAYERS, Add, ChannelAffine
+from qface.graph.queries import SHAPE_ONLY, layer_of
+from qface.preprocessing import example_input, preprocessing_of
+from qface.provenance import carry, record_step
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
-from qface.quantization.placement import OTHER_BITS, activation_bits
+from qface.quantization.insertion import activation_quantizer, place_quantizers
+from qface.quantization.placement import INTEGER_LAYERS, OTHER_BITS
 from qface.quantization.quantization_config import QuantizationConfig, as_config
 from qface.quantization.quantized_layers import (
     QuantizedAdd,
@@ -33,11 +34,7 @@ from qface.quantization.quantized_layers import (
     QuantizedConv2d,
     QuantizedLinear,
     QuantizedPReLU,
-    WeightedLayer,
     bind_quantizers,
-    is_clamp,
-    is_shape_only,
-    layer_of,
 )
 from qface.quantization.residuals import widen_residuals
 
@@ -49,7 +46,7 @@ register_layer(QuantizedConv2d, (*CONVOLUTION_ARGUMENTS, *_WEIGHT_ARGUMENTS))
 register_layer(QuantizedLinear, (*LINEAR_ARGUMENTS, *_WEIGHT_ARGUMENTS))
 register_layer(QuantizedPReLU, ("num_parameters",))
 register_layer(QuantizedAdd, ())
-register_layer(QuantizedAffine, ("num_channels",))
+register_layer(QuantizedAffine, ("num_channels", "dim"))
 register_layer(LSQFakeQuantize, ("bits", "num_channels", "observer", "percentile"))
 register_layer(SharedScaleFakeQuantize, ())
 register_layer(ImageFakeQuantize, ("scale", "zero_point", "offset"))
@@ -62,25 +59,8 @@ _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
     nn.PReLU: QuantizedPReLU,
 }
-_OBSERVED = (
-    *_SWAPPED,
-    *_SWAPPED.values(),  # torch.ao swaps first and matches afterwards
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.SiLU,
-    nn.Sigmoid,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    QuantizedAdd,
-    QuantizedAffine,
-    Multiply,
-    Concat,
-)
-_LEAVES = (*LEAF_LAYERS, QuantizedAdd, QuantizedAffine)
-_SHARED = (nn.Flatten, nn.MaxPool2d)
+_OBSERVED = (*_SWAPPED, *INTEGER_LAYERS)  # torch.ao swaps first and matches afterwards
+_LEAVES = (*OWN_LAYERS, QuantizedAdd, QuantizedAffine)
 
 
 def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphModule:
@@ -116,7 +96,7 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
         prepare_custom_config=PrepareCustomConfig().set_non_traceable_module_classes(list(_LEAVES)),
         backend_config=_backend_config(),
     )
-    _place_quantizers(student, config, preprocessing_of(model))
+    place_quantizers(student, config, preprocessing_of(model))
     student.recompile()
     bind_quantizers(student)
     student.requires_grad_(True)  # also what was frozen as a teacher's
@@ -154,7 +134,7 @@ def _backend_config() -> BackendConfig:
     different = ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
     shared = ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
     backend = BackendConfig("qface")
-    for layers, observation in ((_OBSERVED, different), (_SHARED, shared)):
+    for layers, observation in ((_OBSERVED, different), (SHAPE_ONLY, shared)):
         for layer in layers:
             pattern = BackendPatternConfig(layer).set_observation_type(observation).add_dtype_config(_INTEGERS)
             if layer in _SWAPPED:
@@ -165,7 +145,7 @@ def _backend_config() -> BackendConfig:
 
 def _qconfig_mapping(model: fx.GraphModule, config: QuantizationConfig) -> QConfigMapping:
     """8 bits behind every layer for now, and each weight's own bits."""
-    activation = _activation_quantizer(OTHER_BITS, config)
+    activation = activation_quantizer(OTHER_BITS, config)
     mapping = QConfigMapping().set_global(_qconfig(activation, _weight_quantizer(config.weight_bits, config)))
     for name in config.overrides:
         mapping.set_module_name(name, _qconfig(activation, _weight_quantizer(config.weight_bits_of(name), config)))
@@ -176,60 +156,8 @@ def _qconfig(activation: Any, weight: Any) -> Any:
     return QConfig(activation, weight)  # type: ignore[no-untyped-call]
 
 
-def _activation_quantizer(bits: int, config: QuantizationConfig) -> Any:
-    return partial(LSQFakeQuantize, bits=bits, observer=config.activation_observer, percentile=config.percentile)
-
-
 def _weight_quantizer(bits: int, config: QuantizationConfig) -> Any:
     # torch.ao builds one without arguments to look at its dtype; the layer that is swapped in gives its channels.
     return partial(
         LSQFakeQuantize, bits=bits, num_channels=1, observer=config.weight_observer, percentile=config.percentile
     )
-
-
-def _place_quantizers(student: fx.GraphModule, config: QuantizationConfig, preprocessing: Preprocessing) -> None:
-    """Give each activation quantizer the bits of the placement table, and drop those that carry no information."""
-    image_quantizer = _image_quantizer(preprocessing)
-    for node in list(student.graph.nodes):
-        if not isinstance(layer_of(node), LSQFakeQuantize):
-            continue
-        producer = cast(fx.Node, node.args[0])
-        bits = activation_bits(producer, config)
-        if bits is None or is_shape_only(producer) or _feeds_only_a_clamp(node):
-            node.replace_all_uses_with(producer)
-            student.graph.erase_node(node)
-            student.delete_submodule(str(node.target))
-        elif producer.op == "placeholder" and image_quantizer is not None:
-            student.add_submodule(str(node.target), image_quantizer)
-        elif _shares_the_scale_of_a_prelu(node, config):
-            student.add_submodule(str(node.target), SharedScaleFakeQuantize())
-        elif bits != OTHER_BITS:
-            student.add_submodule(str(node.target), _activation_quantizer(bits, config)())
-
-
-def _feeds_only_a_clamp(quantizer: fx.Node) -> bool:
-    """ReLU and ReLU6 are part of the rounding that follows them, so nothing is rounded in between."""
-    producer = cast(fx.Node, quantizer.args[0])
-    if not isinstance(layer_of(producer), WeightedLayer):
-        return False
-    return len(quantizer.users) == 1 and all(is_clamp(user) for user in quantizer.users)
-
-
-def _shares_the_scale_of_a_prelu(quantizer: fx.Node, config: QuantizationConfig) -> bool:
-    """True if the sole consumer is a PReLU with fewer than 8 output bits; both then share one uint8 scale."""
-    (reader, *others) = quantizer.users
-    if others or not isinstance(layer_of(reader), QuantizedPReLU):
-        return False
-    bits = activation_bits(reader, config)
-    return bits is not None and bits < OTHER_BITS
-
-
-def _image_quantizer(preprocessing: Preprocessing) -> ImageFakeQuantize | None:
-    """Rounds every byte to itself; None where the channels have no scale in common."""
-    if len(set(preprocessing.mean)) > 1 or len(set(preprocessing.std)) > 1:
-        return None
-    mean, std = preprocessing.mean[0], preprocessing.std[0]
-    zero_point = round(mean)
-    if not 0 <= zero_point <= 255:
-        return None
-    return ImageFakeQuantize(scale=1 / std, zero_point=zero_point, offset=(zero_point - mean) / std)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qface.models.layers import Add, ChannelAffine, along_channels
+from qface.graph.layers import Add, ChannelAffine, along_channels
+from qface.graph.queries import layer_of, source_of_values
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
 from qface.quantization.kernels import accumulate, qlinear_add, requantize
 from qface.quantization.lsq import prelu
@@ -313,7 +314,7 @@ class QuantizedAffine(ChannelAffine):
     @classmethod
     def from_float(cls, layer: ChannelAffine) -> QuantizedAffine:
         """The same map, which will know its quantizers."""
-        target = cls(layer.num_channels)
+        target = cls(layer.num_channels, layer.dim)
         target._parameters.update(layer._parameters)
         return target.train(layer.training)
 
@@ -321,32 +322,13 @@ class QuantizedAffine(ChannelAffine):
 WeightedLayer = (QuantizedConv2d, QuantizedLinear)
 """Layers that multiply: what they read has ``activation_bits``."""
 
-_SHAPE_ONLY = (nn.Flatten, nn.MaxPool2d, nn.Identity)
 _CLAMPS = (nn.ReLU, nn.ReLU6)
 _WITH_CONTEXT = (_QuantizedMatmul, QuantizedAdd, QuantizedAffine, QuantizedPReLU)
-
-
-def layer_of(node: fx.Node) -> nn.Module | None:
-    """The layer that ``node`` calls, if it calls one."""
-    if node.op != "call_module" or node.graph.owning_module is None:
-        return None
-    return node.graph.owning_module.get_submodule(str(node.target))
 
 
 def is_quantizer(node: fx.Node) -> bool:
     """Whether ``node`` rounds a value."""
     return isinstance(layer_of(node), Quantizer)
-
-
-def is_shape_only(node: fx.Node) -> bool:
-    """Whether ``node`` only moves or drops values, so that its result has the qparams of its input."""
-    return isinstance(layer_of(node), _SHAPE_ONLY)
-
-
-def makes_rows(node: fx.Node) -> bool:
-    """Whether ``node`` flattens what an image becomes to [N, features]."""
-    layer = layer_of(node)
-    return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def is_clamp(node: fx.Node) -> bool:
@@ -367,8 +349,7 @@ def bind_quantizers(student: fx.GraphModule) -> None:
 
 
 def _quantizer_before(node: fx.Node) -> Quantizer | None:
-    while is_shape_only(node):
-        node = cast(fx.Node, node.args[0])
+    node = source_of_values(node)
     return cast(Quantizer, layer_of(node)) if is_quantizer(node) else None
 
 

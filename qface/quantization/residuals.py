@@ -6,14 +6,16 @@ before have added up. So the sum reads bytes, and the convolution beside it a va
 
 from __future__ import annotations
 
-from typing import cast
+import copy
+from typing import Any, cast
 
 from torch import fx, nn
 
-from qface.models.layers import Add, ChannelAffine
-from qface.quantization.canonical.graph_edit import Inputs, add_layer, shape_of
+from qface.graph.edit import insert_layer
+from qface.graph.layers import Add, ChannelAffine
+from qface.graph.queries import input_of, layer_of, shape_of
 from qface.quantization.quantization_config import QuantizationConfig
-from qface.quantization.quantized_layers import layer_of
+from qface.quantization.quantized_layers import is_clamp
 
 __all__ = ["widen_residuals"]
 
@@ -23,7 +25,7 @@ _WITH_CHANNELS = (2, 4)  # dimensions
 def widen_residuals(network: fx.GraphModule, config: QuantizationConfig, wide: int) -> None:
     """Let convolutions and linear layers of fewer than ``wide`` bits read a value of their own beside a sum; in place.
 
-    Of a sum that is a second sum, and otherwise a :class:`~qface.models.layers.ChannelAffine` that changes nothing.
+    Of a sum that is a second sum, and otherwise a :class:`~qface.graph.layers.ChannelAffine` that changes nothing.
     Both have integer kernels, and the network computes what it did.
 
     Args:
@@ -46,19 +48,25 @@ def _can_be_made_again(node: fx.Node) -> bool:
 
 
 def _read_apart(network: fx.GraphModule, node: fx.Node, readers: list[fx.Node]) -> None:
-    layer, inputs = _same_again(network, node)
-    name = add_layer(network, f"{node.name}_narrow", layer.train(network.training))
-    with network.graph.inserting_after(node):
-        narrow = network.graph.call_module(name, inputs)
-    narrow.meta = dict(node.meta)
+    narrow = _same_again(network, node)
     for reader in readers:
         reader.replace_input_with(node, narrow)
 
 
-def _same_again(network: fx.GraphModule, node: fx.Node) -> tuple[nn.Module, Inputs]:
-    """A layer, and what it reads, that make the value of ``node``."""
-    if isinstance(layer_of(node), Add):
+def _same_again(network: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Another node, right after ``node``, that makes the same value."""
+    layer, name = layer_of(node), f"{node.name}_narrow"
+    if isinstance(layer, Add):
         # The other way round: onnxruntime makes one of two sums that are alike, and has no integer kernel for that.
-        return Add(), cast(Inputs, node.args[::-1])
+        return _after(network, node, Add(), node.args[::-1], name)
+    if is_clamp(node) and isinstance(layer_of(input_of(node)), Add) and len(input_of(node).users) == 1:
+        total = _after(network, node, Add(), input_of(node).args[::-1], f"{name}_sum")
+        return _after(network, total, copy.deepcopy(cast(nn.Module, layer)), (total,), name)
     device = next(parameter.device for parameter in network.parameters())
-    return ChannelAffine(shape_of(node)[1]).to(device), (node,)
+    return _after(network, node, ChannelAffine(shape_of(node)[1]).to(device), (node,), name)
+
+
+def _after(network: fx.GraphModule, node: fx.Node, layer: nn.Module, inputs: Any, name: str) -> fx.Node:
+    made = insert_layer(network, layer, inputs, name, node.next)
+    made.meta = dict(node.meta)
+    return made

@@ -23,17 +23,17 @@ from qface.data.images import Images, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError
-from qface.models.provenance import provenance_of
-from qface.models.tracing import example_input
-from qface.preprocessing import preprocessing_of
+from qface.graph.queries import is_shape_only, layer_of
+from qface.preprocessing import example_input, preprocessing_of
 from qface.progress import track
+from qface.provenance import provenance_of
 from qface.quantization.calibrate import quantizers
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
 from qface.quantization.fake_quantize import LSQFakeQuantize
 from qface.quantization.placement import Role, role_of
 from qface.quantization.prepare import is_quantized, quantize
 from qface.quantization.quantization_config import MAX_BITS, MIN_BITS, QuantizationConfig
-from qface.quantization.quantized_layers import WeightedLayer, is_shape_only, layer_of
+from qface.quantization.quantized_layers import WeightedLayer
 
 __all__ = ["BIT_WIDTHS", "SENSITIVITY_IMAGES", "LayerSensitivity", "Sensitivity", "read_sample", "sensitivity"]
 

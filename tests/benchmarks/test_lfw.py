@@ -8,7 +8,7 @@ import pytest
 from click.testing import Result
 
 import qface
-from qface.models.provenance import provenance_of
+from qface.provenance import provenance_of
 from tests.benchmarks.scripts import run, script
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from qface.distillation import distill
 from qface.errors import TrainingError
-from qface.models.provenance import provenance_of
+from qface.provenance import provenance_of
 from qface.quantization import LSQFakeQuantize, quantize, scale_parameters
 
 from .networks import CPU, Interrupted, face_images, same_weights, student_of

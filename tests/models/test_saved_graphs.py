@@ -274,7 +274,7 @@ def test_unknown_layers_functions_and_methods_are_named(tmp_path: Path) -> None:
 
 
 def test_a_registered_layer_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qface.models import graph_data
+    from qface.graph import graph_data
 
     monkeypatch.setattr(graph_data, "_LAYERS", dict(graph_data._LAYERS))
     monkeypatch.setattr(graph_data, "_LAYER_OF", dict(graph_data._LAYER_OF))

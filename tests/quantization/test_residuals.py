@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.ao.quantization import disable_fake_quant
 
-from qface.models import ChannelAffine
+from qface.graph import ChannelAffine
 from qface.quantization import LayerBits, LSQFakeQuantize, QuantizationConfig, QuantizedAdd, quantize
 from tests.deployment.networks import CHANNELS, Applied, Sum, calibrated, framed
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import fx, nn
 
 from qface.deployment.size.report import SizeEntry
-from qface.models import ChannelAffine
+from qface.graph import ChannelAffine
+from qface.graph.queries import layer_of
 from qface.quantization import (
     ImageFakeQuantize,
     LSQFakeQuantize,
@@ -21,7 +22,7 @@ from qface.quantization import (
     quantize,
 )
 from qface.quantization.placement import BIAS_BITS
-from qface.quantization.quantized_layers import AFFINE_BITS, SLOPE_BITS, layer_of
+from qface.quantization.quantized_layers import AFFINE_BITS, SLOPE_BITS
 
 __all__ = ["entries_of_network"]
 

@@ -15,8 +15,8 @@ from torch import nn
 from qface.errors import CheckpointError, one_line
 from qface.models.onnx_import.graph_import import GraphImport
 from qface.models.onnx_import.operators import OPERATORS
-from qface.models.provenance import with_provenance, written_provenance
 from qface.preprocessing import Preprocessing, written_preprocessing
+from qface.provenance import with_provenance, written_provenance
 
 __all__ = ["load_onnx"]
 

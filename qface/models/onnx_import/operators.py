@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor, fx, nn
 
-from qface.models.layers import Add, Concat, Multiply
+from qface.graph.layers import Add, Concat, Multiply
 from qface.models.onnx_import.graph_import import GraphImport, Node, Operator
 
 __all__ = ["OPERATORS"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qface.models.layers import ChannelAffine
+from qface.graph.layers import ChannelAffine
 
 __all__ = ["Scalable", "scale_inputs", "scale_outputs"]
 

@@ -1,12 +1,12 @@
 """A network as data: its FX graph in JSON over an allow-list, so that a file never runs code of its author.
 
-Only the modules, functions and methods named here can be written or read. Whoever adds a layer registers it with
+Only the layers and functions named here can be written or read. Whoever adds a layer registers it with
 :func:`register_layer`. Names and targets are checked on reading, because torch.fx pastes them into Python source.
 """
 
 from __future__ import annotations
 
-import importlib
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,21 @@ import torch
 from torch import fx, nn
 
 from qface.errors import CheckpointError, UnsupportedLayerError, one_line
-from qface.models.layers import Add, ChannelAffine, Concat, L2Normalize, Multiply
+from qface.graph.aten import FLOAT_FUNCTIONS
+from qface.graph.layers import (
+    Add,
+    ChannelAffine,
+    Concat,
+    L2Normalize,
+    Maximum,
+    Multiply,
+    Pad,
+    Permute,
+    Reshape,
+    Slice,
+    UpsampleNearest,
+)
+from qface.graph.queries import SYMBOLIC_FUNCTIONS
 
 __all__ = ["check_rebuilt", "graph_from_data", "graph_to_data", "on_rebuild", "register_layer", "registered_layers"]
 
@@ -53,7 +67,9 @@ _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Hardswish: ("inplace",),
     nn.Hardsigmoid: ("inplace",),
     nn.Hardtanh: ("min_val", "max_val", "inplace"),
+    nn.Mish: ("inplace",),
     nn.Sigmoid: (),
+    nn.Softplus: ("beta", "threshold"),
     nn.Tanh: (),
     nn.Softmax: ("dim",),
     nn.MaxPool2d: (*_POOL, "dilation", "ceil_mode"),
@@ -69,36 +85,17 @@ _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     Multiply: (),
     Concat: ("dim",),
     L2Normalize: (),
-    ChannelAffine: ("num_channels",),
+    Maximum: (),
+    Pad: ("padding", "mode"),
+    Permute: ("dims",),
+    Reshape: ("shape",),
+    Slice: ("dim", "start", "stop", "step"),
+    UpsampleNearest: ("scale",),
+    ChannelAffine: ("num_channels", "dim"),
 }
 
-_FUNCTION_NAMES = {
-    "operator": "add sub mul truediv floordiv neg pow getitem iadd isub imul itruediv matmul eq",
-    "torch": "add sub mul div neg pow sqrt rsqrt exp abs clamp mean sum cat stack chunk split flatten reshape squeeze "
-    "unsqueeze permute transpose matmul bmm relu sigmoid tanh softmax max min amax norm prelu flip",
-    "torch.nn.functional": "relu relu6 leaky_relu prelu elu gelu silu hardswish hardsigmoid hardtanh sigmoid tanh "
-    "softmax adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d max_pool2d dropout dropout2d normalize pad linear "
-    "interpolate batch_norm conv2d layer_norm",
-}
-_METHODS = frozenset(
-    "add add_ sub mul mul_ div neg pow sqrt rsqrt exp abs clamp clamp_ mean sum flatten view reshape squeeze unsqueeze "
-    "permute transpose contiguous size dim chunk split relu relu_ sigmoid tanh softmax max min amax norm float half to "
-    "expand expand_as type_as matmul bmm detach clone flip".split()
-)
-_TENSOR_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
-
-
-def _allowed_functions() -> dict[str, Callable[..., Any]]:
-    found: dict[str, Callable[..., Any]] = {"builtins.getattr": getattr}
-    for module_name, names in _FUNCTION_NAMES.items():
-        module = importlib.import_module(module_name)
-        found.update({f"{module_name}.{name}": getattr(module, name) for name in names.split()})
-    return found
-
-
-_FUNCTIONS = _allowed_functions()
-# Some functions have two names (torch.relu is not F.relu, but F.sigmoid may be torch.sigmoid): the first one wins.
-_FUNCTION_OF = {function: name for name, function in reversed(list(_FUNCTIONS.items()))}
+_SYMBOLIC = {f"symbolic.{function.__name__}": function for function in (*SYMBOLIC_FUNCTIONS, operator.getitem)}
+_NAME_OF_SYMBOLIC = {function: name for name, function in _SYMBOLIC.items()}
 _LAYER_OF = {layer.__name__: layer for layer in _LAYERS}
 
 _PATH = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -179,21 +176,25 @@ def _tensor_kind(model: nn.Module, path: str) -> str:
 
 
 def _target_to_data(node: fx.Node) -> str:
-    if node.op == "call_function":
-        name: str | None = _FUNCTION_OF.get(node.target) if callable(node.target) else None
-        if name is None:
-            raise UnsupportedLayerError(
-                f"node {node.name!r} calls {getattr(node.target, '__name__', node.target)}, which is not on the list "
-                "of functions that qface can save as data; use a standard torch function or layer"
-            )
-        return name
-    target = str(node.target)
-    if node.op == "call_method" and target not in _METHODS:
+    if node.op != "call_function":
+        return str(node.target)
+    symbolic = _NAME_OF_SYMBOLIC.get(node.target)  # type: ignore[arg-type]
+    name = symbolic or str(node.target)
+    if symbolic is None and _aten_function(name) is not node.target:
         raise UnsupportedLayerError(
-            f"node {node.name!r} calls the tensor method {target!r}, which is not on the list of methods that qface "
-            "can save as data; use a standard torch function or layer"
+            f"node {node.name!r} calls {getattr(node.target, '__name__', node.target)}, which is not on the list "
+            "of functions that qface can save as data; use a standard torch function or layer"
         )
-    return target
+    return name
+
+
+def _aten_function(name: str) -> Any:
+    """The operator ``aten.name.overload``, where it is on the list; else None."""
+    _, _, rest = name.partition("aten.")
+    operator_name, _, overload = rest.partition(".")
+    if operator_name not in FLOAT_FUNCTIONS or not overload.isidentifier():
+        return None
+    return getattr(getattr(torch.ops.aten, operator_name), overload, None)
 
 
 def _value_to_data(value: Any, where: object) -> Any:
@@ -328,23 +329,18 @@ def _node_from_data(graph: fx.Graph, entry: Mapping[str, Any], nodes: Mapping[st
     kwargs = _value_from_data(entry["kwargs"], nodes)
     if not all(key.isidentifier() for key in kwargs):
         raise ValueError(f"node {name!r} has a keyword that is no name")
-    return graph.create_node(op, _target_from_data(op, target, args), args, kwargs, name)
+    return graph.create_node(op, _target_from_data(op, target), args, kwargs, name)
 
 
-def _target_from_data(op: str, target: str, args: tuple[Any, ...]) -> Any:
+def _target_from_data(op: str, target: str) -> Any:
     if op == "call_function":
-        if target not in _FUNCTIONS:
+        function = _SYMBOLIC.get(target) or _aten_function(target)
+        if function is None:
             raise CheckpointError(
                 f"the file calls a function {target!r} that this version of qface does not know; update qface"
             )
-        if target == "builtins.getattr" and args[1] not in _TENSOR_ATTRIBUTES:
-            raise ValueError(f"the attribute {args[1]!r} may not be read")
-        return _FUNCTIONS[target]
-    if op == "call_method" and target not in _METHODS:
-        raise CheckpointError(
-            f"the file calls a method {target!r} that this version of qface does not know; update qface"
-        )
-    if op not in ("placeholder", "output", "call_module", "get_attr", "call_method"):
+        return function
+    if op not in ("placeholder", "output", "call_module", "get_attr"):
         raise ValueError(f"{op!r} is no kind of node")
     if not _PATH.fullmatch(target):
         raise ValueError(f"{target!r} is no target")

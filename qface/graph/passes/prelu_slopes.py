@@ -12,10 +12,20 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from qface.quantization.channel_factors import Scalable, scale_inputs, scale_outputs
-from qface.quantization.quantized_layers import layer_of
+from qface.graph.channel_factors import Scalable, scale_inputs, scale_outputs
+from qface.graph.queries import input_of, layer_of, shape_of
 
-__all__ = ["fold_steep_prelu_slopes", "one_slope_per_channel"]
+__all__ = ["fold_steep_prelu_slopes", "one_slope_per_channel", "prepare_prelu_slopes"]
+
+
+def prepare_prelu_slopes(graph_module: fx.GraphModule) -> None:
+    """Give every PReLU one slope per channel, and none above 1 where its neighbors allow it."""
+    for node in graph_module.graph.nodes:
+        layer = layer_of(node)
+        if isinstance(layer, nn.PReLU):
+            shape = shape_of(input_of(node))
+            one_slope_per_channel(layer, shape[1])
+            fold_steep_prelu_slopes(node, len(shape))
 
 
 def one_slope_per_channel(layer: nn.PReLU, channels: int) -> None:

@@ -1,0 +1,138 @@
+"""Float islands: the parts of a student without an integer form, which run between a dequantize and a quantize.
+
+torch's own exporter writes them, so whatever it can express in ONNX needs nothing here.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+import torch
+from torch import fx, nn
+
+from qface.errors import UnsupportedLayerError, one_line
+from qface.graph.queries import SYMBOLIC_FUNCTIONS
+
+__all__ = ["island_module", "to_onnx_graph"]
+
+_SIZE = torch.ops.aten.sym_size.int
+_AS_METHODS = {
+    torch.ops.aten.expand.default: "expand",
+    torch.ops.aten.view.default: "reshape",
+    torch.ops.aten.repeat.default: "repeat",
+}
+"""Functions whose sizes may depend on the number of images; torch's tracer sees that in methods only."""
+
+
+def island_module(
+    student: fx.GraphModule, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """A network of ``nodes`` alone, and the nodes outside whose values it reads, in the order of its inputs."""
+    builder = _IslandBuilder(student, set(nodes), outputs)
+    return builder.run(), builder.sources
+
+
+class _IslandBuilder:
+    def __init__(self, student: fx.GraphModule, nodes: set[fx.Node], outputs: Sequence[fx.Node]) -> None:
+        self.student = student
+        self.nodes = nodes
+        self.outputs = outputs
+        self.sources: list[fx.Node] = []
+        self._graph = fx.Graph()
+        self._copies: dict[fx.Node, fx.Node] = {}
+        self._root = nn.Module()
+
+    def run(self) -> fx.GraphModule:
+        needed = self._needed()
+        self.sources = [node for node in self.student.graph.nodes if node in needed and not self._is_inside(node)]
+        for number, source in enumerate(self.sources):
+            self._copies[source] = self._graph.placeholder(f"input_{number}")
+        for node in self.student.graph.nodes:
+            if node in needed and self._is_inside(node):
+                self._copies[node] = self._copy(node)
+        self._graph.output(tuple(self._copies[node] for node in self.outputs))
+        return fx.GraphModule(self._root, self._graph, class_name="FloatIsland").eval()
+
+    def _needed(self) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        waiting = list(self.outputs)
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += node.all_input_nodes if self._is_inside(node) else []
+        return found
+
+    def _is_inside(self, node: fx.Node) -> bool:
+        """True of the nodes of the island, and of numbers and constants, which every island has for itself."""
+        return node in self.nodes or node.op == "get_attr" or _is_number(node)
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        args: Any = fx.node.map_arg(node.args, self._copies.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, self._copies.__getitem__)
+        if node.op == "call_module":
+            name = f"layer_{len(self._copies)}"
+            self._root.add_module(name, copy.deepcopy(self.student.get_submodule(str(node.target))).cpu())
+            return self._graph.call_module(name, args, kwargs)
+        if node.op == "get_attr":
+            name = f"constant_{len(self._copies)}"
+            owner, _, attribute = str(node.target).rpartition(".")
+            tensor = getattr(self.student.get_submodule(owner), attribute).detach().cpu()
+            self._root.register_buffer(name, tensor)
+            return self._graph.get_attr(name)
+        if node.target is _SIZE:
+            return self._graph.call_method("size", args)
+        target: Any = node.target
+        if target in _AS_METHODS:
+            return self._graph.call_method(_AS_METHODS[target], (args[0], *args[1]))
+        return self._graph.call_function(target, args, kwargs)
+
+
+def _is_number(node: fx.Node) -> bool:
+    return node.op == "call_function" and (node.target is _SIZE or node.target in SYMBOLIC_FUNCTIONS)
+
+
+def to_onnx_graph(module: fx.GraphModule, shapes: Sequence[tuple[int, ...]], name: str, opset: int) -> onnx.GraphProto:
+    """The ONNX graph of ``module``, whose inputs have ``shapes`` for two images.
+
+    Raises:
+        UnsupportedLayerError: torch cannot express it.
+    """
+    inputs = tuple(torch.rand(shape) for shape in shapes)
+    names = [f"input_{number}" for number in range(len(inputs))]
+    outputs = [f"output_{number}" for number in range(_number_of_outputs(module))]
+    written = io.BytesIO()
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module,
+                inputs,
+                written,  # type: ignore[arg-type]
+                dynamo=False,
+                opset_version=opset,
+                input_names=names,
+                output_names=outputs,
+                dynamic_axes={each: {0: "batch"} for each in (*names, *outputs)},
+                do_constant_folding=True,
+            )
+    except Exception as error:  # torch raises whatever its exporter meets
+        raise UnsupportedLayerError(f"torch cannot write {name!r} as ONNX: {one_line(error, 300)}") from error
+    finally:
+        logger.setLevel(level)
+    return onnx.load_from_string(written.getvalue()).graph
+
+
+def _number_of_outputs(module: fx.GraphModule) -> int:
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    values: Any = output.args[0]
+    return len(values)

@@ -1,0 +1,785 @@
+"""The ATen operators that become layers, each by one rule; and those that stay functions, in float.
+
+``torch.export`` writes any network in some hundred operators, of which a few dozen make up nearly all of it. A rule
+returns what stands for the result: a node, several of them, or None where this use of the operator has no layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qface.graph.layers import (
+    Add,
+    ChannelAffine,
+    Concat,
+    Maximum,
+    Multiply,
+    Pad,
+    Permute,
+    Reshape,
+    Slice,
+    UpsampleNearest,
+)
+
+if TYPE_CHECKING:
+    from qface.graph.capture import Converter
+
+__all__ = ["FLOAT_FUNCTIONS", "LAYER_RULES", "Call", "Constant", "operator_name"]
+
+Shape = tuple[Any, ...]
+"""Sizes of a tensor; None where the batch counts."""
+
+FLOAT_FUNCTIONS = frozenset(
+    "abs adaptive_avg_pool1d add addmm amax amin arange arange_start_step argmax argmin atan2 avg_pool1d baddbmm "
+    "bitwise_and bitwise_not bmm cat ceil chunk clamp clamp_max clamp_min col2im constant_pad_nd conv1d conv2d "
+    "conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor floor_divide full "
+    "full_like gather ge gelu gt im2col index index_select instance_norm layer_norm le linalg_vector_norm linear "
+    "log log1p logical_and logical_not lt masked_fill matmul max maximum mean min minimum mm mul ne neg new_ones "
+    "new_zeros norm ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu reciprocal "
+    "reflection_pad2d relu remainder repeat replication_pad2d reshape reshape_as rms_norm roll round rsqrt rsub "
+    "scaled_dot_product_attention select sigmoid sign sin slice softmax softplus split sqrt square squeeze stack "
+    "std sub sum sym_size tanh to transpose unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d "
+    "upsample_nearest1d upsample_nearest2d var view where zeros zeros_like".split()
+)
+"""Operators that may stay functions: they read nothing but tensors and numbers, and change none of them."""
+
+
+_WEIGHT = re.compile(r"(^|\.)(weight(_orig|_g|_v)?|parametrizations\.weight\.\w+)$")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that does not depend on the images, with the name of the parameter or buffer that it was made of."""
+
+    tensor: Tensor
+    name: str
+
+
+def operator_name(target: Any) -> str:
+    """``add`` for any overload of ``aten::add`` and ``aten::add_``."""
+    schema = target._schema
+    name: str = schema.name.removeprefix("aten::")
+    return name.removesuffix("_") if schema.is_mutable else name
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an ATen operator.
+
+    Args:
+        node: of the exported program.
+        name: of the operator.
+        arguments: by the names of its schema: nodes of the new graph, constants, and plain values.
+        path: of the module that calls it, where that is a single layer of torch's or ours.
+    """
+
+    node: fx.Node
+    name: str
+    arguments: dict[str, Any]
+    path: str | None
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The argument ``name``, or ``default`` where this overload has none."""
+        return self.arguments.get(name, default)
+
+    @property
+    def layer_name(self) -> str:
+        """The name of a layer without parameters that stands for this call."""
+        return self.path or self.node.name
+
+    @property
+    def output(self) -> Shape:
+        """Shape of the result."""
+        return plain_shape(self.node.meta["val"])
+
+    def shape(self, name: str) -> Shape:
+        """Shape of the tensor that is given as ``name``."""
+        return shape_of_value(self.arguments[name])
+
+
+def plain_shape(value: Any) -> Shape:
+    """The shape of a tensor of the exported program."""
+    return tuple(int(size) if isinstance(size, int) else None for size in value.shape)
+
+
+def shape_of_value(value: Any) -> Shape:
+    """Shape of a node of the new graph, or of a constant."""
+    if isinstance(value, Constant):
+        return tuple(value.tensor.shape)
+    return value.meta["shape"] if isinstance(value, fx.Node) and "shape" in value.meta else ()
+
+
+def _is_tensor(value: Any) -> bool:
+    """True of a tensor that depends on the images."""
+    return isinstance(value, fx.Node) and "shape" in value.meta
+
+
+Rule = Callable[["Converter", Call], Any]
+
+
+# ---- layers with weights
+
+
+def _parameters(layer: nn.Module, weight: Constant, bias: Constant | None) -> nn.Module:
+    layer.register_parameter("weight", as_parameter(weight.tensor))
+    layer.register_parameter("bias", None if bias is None else as_parameter(bias.tensor))
+    return layer
+
+
+def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """``tensor`` itself where it is a parameter, so that a captured network shares those of its model."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
+
+
+def owner_of(weight: Constant) -> str:
+    """The layer whose ``weight`` this is."""
+    return _WEIGHT.sub("", weight.name) or "weight"
+
+
+def _weights_of(call: Call) -> bool:
+    return isinstance(call["weight"], Constant) and isinstance(call.get("bias"), (Constant, type(None)))
+
+
+def _convolution(run: Converter, call: Call) -> Any:
+    if not _weights_of(call):
+        return None
+    weight = call["weight"].tensor
+    x, padding = call["input"], call["padding"]
+    kernel, dilation = tuple(weight.shape[2:]), _pair(call["dilation"])
+    if padding == "same":
+        x, padding = _padded_to_same(run, call, kernel, dilation)
+    elif padding == "valid":
+        padding = (0, 0)
+    layer = nn.Conv2d(
+        weight.shape[1] * call["groups"],
+        weight.shape[0],
+        kernel,
+        _pair(call["stride"]),
+        _pair(padding),
+        dilation,
+        call["groups"],
+        bias=False,
+        device="meta",
+    )
+    return run.layer(_parameters(layer, call["weight"], call.get("bias")), (x,), owner_of(call["weight"]))
+
+
+def _padded_to_same(run: Converter, call: Call, kernel: Any, dilation: Any) -> tuple[fx.Node, tuple[int, int]]:
+    """Input and padding that keep the size; what is uneven is padded by a layer of its own, as torch does."""
+    totals = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+    top, left = (total // 2 for total in totals)
+    if not any(total % 2 for total in totals):
+        return call["input"], (top, left)
+    sides = (left, totals[1] - left, top, totals[0] - top)
+    return run.layer(Pad(sides), (call["input"],), f"{owner_of(call['weight'])}_pad"), (0, 0)
+
+
+def _convolution_1d(run: Converter, call: Call) -> Any:
+    """A convolution over the width of maps of height 1."""
+    if not _weights_of(call) or call["padding"] == "same":
+        return None
+    weight, name = call["weight"], owner_of(call["weight"])
+    channels, width = call.shape("input")[1:]
+    padding = 0 if call["padding"] == "valid" else _single(call["padding"])
+    layer = nn.Conv2d(
+        weight.tensor.shape[1] * call["groups"],
+        weight.tensor.shape[0],
+        (1, weight.tensor.shape[2]),
+        (1, _single(call["stride"])),
+        (0, padding),
+        (1, _single(call["dilation"])),
+        call["groups"],
+        bias=False,
+        device="meta",
+    )
+    as_map = Constant(as_parameter(weight.tensor.detach().unsqueeze(2)), weight.name)
+    x = run.layer(Reshape((-1, channels, 1, width)), (call["input"],), f"{name}_map")
+    y = run.layer(_parameters(layer, as_map, call.get("bias")), (x,), name)
+    return run.layer(Reshape((-1, *call.output[1:])), (y,), f"{name}_line")
+
+
+def _linear(run: Converter, call: Call) -> Any:
+    return _linear_layer(run, call["input"], call["weight"], call.get("bias"))
+
+
+def _linear_layer(run: Converter, x: Any, weight: Any, bias: Any) -> Any:
+    if not _is_tensor(x) or not isinstance(weight, Constant) or weight.tensor.ndim != 2:
+        return None
+    if bias is not None and not (isinstance(bias, Constant) and bias.tensor.shape == weight.tensor.shape[:1]):
+        return None
+    layer = nn.Linear(weight.tensor.shape[1], weight.tensor.shape[0], bias=False, device="meta")
+    return run.layer(_parameters(layer, weight, bias), (x,), owner_of(weight))
+
+
+def _matrix_product(run: Converter, call: Call) -> Any:
+    """A product with a constant matrix is a linear layer."""
+    left, right = (call[name] for name in call.arguments if name in ("self", "mat2", "other"))
+    if not isinstance(right, Constant):
+        return None
+    return _linear_layer(run, left, Constant(right.tensor.detach().T.contiguous(), right.name), None)
+
+
+def _biased_matrix_product(run: Converter, call: Call) -> Any:
+    right = call["mat2"]
+    if not isinstance(right, Constant) or (call["alpha"], call["beta"]) != (1, 1):
+        return None
+    return _linear_layer(run, call["mat1"], Constant(right.tensor.detach().T.contiguous(), right.name), call["self"])
+
+
+def _batch_norm(run: Converter, call: Call) -> Any:
+    name = next((owner_of(each) for each in (call["weight"], call["running_mean"]) if each is not None), "batch norm")
+    name = name.removesuffix(".running_mean")
+    mean, variance = call["running_mean"], call["running_var"]
+    if mean is None or call["training"]:
+        raise run.refusal(
+            call.node,
+            f"{name!r} is a BatchNorm without running statistics, which has no fixed form to quantize; build it with "
+            "track_running_stats=True and estimate them",
+        )
+    kind = nn.BatchNorm2d if len(call.output) == 4 else nn.BatchNorm1d
+    layer = kind(len(mean.tensor), call["eps"], call["momentum"], affine=call["weight"] is not None, device="meta")
+    if layer.affine:
+        bias = call["bias"]
+        layer.weight = as_parameter(call["weight"].tensor)
+        layer.bias = as_parameter(torch.zeros_like(call["weight"].tensor) if bias is None else bias.tensor)
+    layer.register_buffer("running_mean", mean.tensor)
+    layer.register_buffer("running_var", variance.tensor)
+    layer.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=mean.tensor.device))
+    return run.layer(layer, (call["input"],), name)
+
+
+def _prelu(run: Converter, call: Call) -> Any:
+    if not isinstance(call["weight"], Constant):
+        return None
+    layer = nn.PReLU(call["weight"].tensor.numel(), device="meta")
+    layer.weight = as_parameter(call["weight"].tensor)
+    return run.layer(layer, (call["self"],), owner_of(call["weight"]))
+
+
+def _layer_norm(run: Converter, call: Call) -> Any:
+    weight = call["weight"]
+    if not isinstance(weight, Constant) or call["bias"] is None:
+        return None
+    layer = nn.LayerNorm(tuple(call["normalized_shape"]), call["eps"], device="meta")
+    return run.layer(_parameters(layer, weight, call["bias"]), (call["input"],), owner_of(weight))
+
+
+def _group_norm(run: Converter, call: Call) -> Any:
+    weight = call["weight"]
+    if not isinstance(weight, Constant) or call["bias"] is None:
+        return None
+    layer = nn.GroupNorm(call["num_groups"], len(weight.tensor), call["eps"], device="meta")
+    return run.layer(_parameters(layer, weight, call["bias"]), (call["input"],), owner_of(weight))
+
+
+# ---- sums, products and what constants do
+
+
+def _add(run: Converter, call: Call) -> Any:
+    return _sum(run, call, call["self"], call["other"], call.get("alpha", 1))
+
+
+def _sub(run: Converter, call: Call) -> Any:
+    alpha = call.get("alpha", 1)
+    if _is_tensor(call["self"]) and _is_tensor(call["other"]):
+        return None
+    if _is_tensor(call["self"]):
+        return _sum(run, call, call["self"], call["other"], -alpha)
+    return _affine(run, call, call["other"], scale=-alpha, shift=call["self"])
+
+
+def _reversed_sub(run: Converter, call: Call) -> Any:
+    return _affine(run, call, call["self"], scale=-call.get("alpha", 1), shift=call["other"])
+
+
+def _sum(run: Converter, call: Call, left: Any, right: Any, alpha: float) -> Any:
+    if _is_tensor(left) and _is_tensor(right):
+        return run.layer(Add(), (left, right), call.layer_name) if alpha == 1 else None
+    if _is_tensor(left):
+        return _affine(run, call, left, scale=1, shift=_times(right, alpha))
+    return _affine(run, call, right, scale=alpha, shift=left)
+
+
+def _mul(run: Converter, call: Call) -> Any:
+    left, right = call["self"], call["other"]
+    if _is_tensor(left) and _is_tensor(right):
+        return run.layer(Multiply(), (left, right), call.layer_name)
+    if _is_tensor(left):
+        return _affine(run, call, left, scale=right, shift=0)
+    return _affine(run, call, right, scale=left, shift=0)
+
+
+def _div(run: Converter, call: Call) -> Any:
+    if not _is_tensor(call["self"]) or _is_tensor(call["other"]) or call.get("rounding_mode") is not None:
+        return None
+    other = call["other"]
+    if isinstance(other, Constant):
+        inverse: Any = Constant((1 / other.tensor.detach().double()).to(other.tensor.dtype), other.name)
+    elif isinstance(other, (int, float)):
+        inverse = 1 / other
+    else:
+        return None
+    return _affine(run, call, call["self"], scale=inverse, shift=0)
+
+
+def _neg(run: Converter, call: Call) -> Any:
+    return _affine(run, call, call["self"], scale=-1, shift=0)
+
+
+def _times(value: Any, factor: float) -> Any:
+    if isinstance(value, Constant):
+        return value if factor == 1 else Constant(value.tensor.detach() * factor, value.name)
+    return value * factor if isinstance(value, (int, float)) else value
+
+
+def _affine(run: Converter, call: Call, x: Any, scale: Any, shift: Any) -> Any:
+    """``scale * x + shift``, each one number or one for each index of one dimension; None where they are not."""
+    if not _is_tensor(x) or not call.node.meta["val"].is_floating_point():
+        return None
+    if call.output != x.meta["shape"]:
+        return None
+    rank = len(x.meta["shape"])
+    factor, summand = _along_one_dimension(scale, rank), _along_one_dimension(shift, rank)
+    if factor is None or summand is None:
+        return None
+    dims = {dim for dim, _ in (factor, summand) if dim is not None}
+    if len(dims) > 1 or 0 in dims:
+        return None
+    channels = max(len(values) for _, values in (factor, summand))
+    layer = ChannelAffine(channels, dim=dims.pop() if dims else 1)
+    parameter = run.example_parameter
+    layer.weight = nn.Parameter(factor[1].to(parameter).expand(channels).clone())
+    layer.bias = nn.Parameter(summand[1].to(parameter).expand(channels).clone())
+    named = next((value for value in (scale, shift) if isinstance(value, Constant)), None)
+    return run.layer(layer, (x,), named.name if named is not None and named.name else call.layer_name)
+
+
+def _along_one_dimension(value: Any, rank: int) -> tuple[int | None, Tensor] | None:
+    """The dimension of a tensor of ``rank`` along which ``value`` varies, None where it is one number; its values."""
+    if isinstance(value, (int, float)):
+        return None, torch.tensor([float(value)])
+    if not isinstance(value, Constant) or value.tensor.ndim > rank:
+        return None
+    shape = (1,) * (rank - value.tensor.ndim) + tuple(value.tensor.shape)
+    varying = [dim for dim, size in enumerate(shape) if size > 1]
+    if len(varying) > 1:
+        return None
+    return (varying[0] if varying else None), value.tensor.detach().flatten()
+
+
+# ---- functions of one value
+
+
+def _simple(make: Callable[[Call], nn.Module]) -> Rule:
+    """A layer without parameters of the first argument."""
+
+    def rule(run: Converter, call: Call) -> Any:
+        x = next(iter(call.arguments.values()))
+        return run.layer(make(call), (x,), call.layer_name) if _is_tensor(x) else None
+
+    return rule
+
+
+def _clamp(run: Converter, call: Call) -> Any:
+    low = call.get("min_val", call.get("min"))
+    high = call.get("max_val", call.get("max"))
+    if not all(isinstance(limit, (int, float, type(None))) for limit in (low, high)):
+        return None
+    return run.layer(clamp_layer(low, high), (call["self"],), call.layer_name)
+
+
+def clamp_layer(low: float | None, high: float | None) -> nn.Module:
+    """The layer that limits values to ``low`` .. ``high``; None is no limit."""
+    if low == 0 and high is None:
+        return nn.ReLU()
+    if (low, high) == (0, 6):
+        return nn.ReLU6()
+    return nn.Hardtanh(-math.inf if low is None else low, math.inf if high is None else high)
+
+
+def _elu(run: Converter, call: Call) -> Any:
+    if (call["scale"], call["input_scale"]) != (1, 1):
+        return None
+    return run.layer(nn.ELU(call["alpha"]), (call["self"],), call.layer_name)
+
+
+def _dropout(kind: type[nn.Dropout] | type[nn.Dropout2d]) -> Rule:
+    """Of a layer, which drops in training; a function that was told not to drop does nothing."""
+
+    def rule(run: Converter, call: Call) -> Any:
+        return run.layer(kind(call["p"]), (call["input"],), call.path) if call.path else call["input"]
+
+    return rule
+
+
+def _first(run: Converter, call: Call) -> Any:
+    """Nothing is done to the values."""
+    return next(iter(call.arguments.values()))
+
+
+def _cast(run: Converter, call: Call) -> Any:
+    """Another float type is none: a captured network computes in the type of its weights."""
+    x = call["self"]
+    kept = _is_tensor(x) and x.meta["float"] and call.node.meta["val"].is_floating_point()
+    return x if kept else None
+
+
+def _expand(run: Converter, call: Call) -> Any:
+    return call["self"] if call.shape("self") == call.output else None
+
+
+# ---- windows
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    return (values[0], values[0]) if len(values) == 1 else (int(values[0]), int(values[1]))
+
+
+def _single(value: Any) -> int:
+    return int(value if isinstance(value, int) else value[0])
+
+
+def _max_pool(run: Converter, call: Call) -> Any:
+    stride = call["stride"] or call["kernel_size"]
+    layer = nn.MaxPool2d(
+        _pair(call["kernel_size"]),
+        _pair(stride),
+        _pair(call["padding"]),
+        _pair(call["dilation"]),
+        ceil_mode=call["ceil_mode"],
+    )
+    return run.layer(layer, (call["self"],), call.layer_name)
+
+
+def _average_pool(run: Converter, call: Call) -> Any:
+    stride = call["stride"] or call["kernel_size"]
+    layer = nn.AvgPool2d(
+        _pair(call["kernel_size"]),
+        _pair(stride),
+        _pair(call["padding"]),
+        call["ceil_mode"],
+        call["count_include_pad"],
+        call["divisor_override"],
+    )
+    return run.layer(layer, (call["self"],), call.layer_name)
+
+
+def _adaptive_pool(average: bool) -> Rule:
+    def rule(run: Converter, call: Call) -> Any:
+        before, after = call.shape("self"), call.output
+        if len(before) != 4 or None in before[2:]:
+            return None
+        if before == after:
+            return call["self"]
+        kernel = (before[2] // after[2], before[3] // after[3])
+        whole = all(wanted * size == given for size, wanted, given in zip(kernel, after[2:], before[2:], strict=True))
+        if not average:
+            return run.layer(nn.MaxPool2d(kernel, kernel), (call["self"],), call.layer_name) if whole else None
+        if after[2:] == (1, 1):
+            return run.layer(nn.AdaptiveAvgPool2d(1), (call["self"],), call.layer_name)
+        return run.layer(nn.AvgPool2d(kernel, kernel), (call["self"],), call.layer_name) if whole else None
+
+    return rule
+
+
+def _mean(run: Converter, call: Call) -> Any:
+    return _over_map(run, call, nn.AdaptiveAvgPool2d(1))
+
+
+def _greatest(run: Converter, call: Call) -> Any:
+    if len(call.shape("self")) != 4:
+        return None
+    kernel = call.shape("self")[2:]
+    return _over_map(run, call, nn.MaxPool2d(kernel, kernel))
+
+
+def _over_map(run: Converter, call: Call, pool: nn.Module) -> Any:
+    """A reduction of height and width, which keeps both dimensions or drops them."""
+    before, dims = call.shape("self"), call.get("dim")
+    if len(before) != 4 or not isinstance(dims, (list, tuple)) or {dim % 4 for dim in dims} != {2, 3}:
+        return None
+    pooled = run.layer(pool, (call["self"],), call.layer_name)
+    return pooled if call.get("keepdim") else run.layer(nn.Flatten(1), (pooled,), f"{call.layer_name}_flatten")
+
+
+# ---- shapes
+
+
+def _reshape(run: Converter, call: Call) -> Any:
+    x = call["self"]
+    before, after = shape_of_value(x), call.output
+    if before == after:
+        return x
+    if None not in before or after.count(None) > 1:
+        return None
+    if len(after) == 2 and len(before) > 2 and before[0] is None and after[0] is None and _rows(before, after):
+        return run.layer(nn.Flatten(1), (x,), call.layer_name)
+    return run.layer(Reshape(tuple(-1 if size is None else size for size in after)), (x,), call.layer_name)
+
+
+def _rows(before: Shape, after: Shape) -> bool:
+    """True if each image becomes one row."""
+    return None not in before[1:] and after[1] == math.prod(before[1:])
+
+
+def _permute(run: Converter, call: Call) -> Any:
+    return _permuted(run, call, [dim % len(call.output) for dim in call["dims"]])
+
+
+def _transpose(run: Converter, call: Call) -> Any:
+    dims = list(range(len(call.output)))
+    first, second = (call[name] % len(dims) for name in ("dim0", "dim1"))
+    dims[first], dims[second] = second, first
+    return _permuted(run, call, dims)
+
+
+def _matrix_transpose(run: Converter, call: Call) -> Any:
+    return _permuted(run, call, [1, 0]) if len(call.output) == 2 else None
+
+
+def _permuted(run: Converter, call: Call, dims: list[int]) -> Any:
+    if dims == sorted(dims):
+        return call["self"]
+    return run.layer(Permute(tuple(dims)), (call["self"],), call.layer_name)
+
+
+def _slice(run: Converter, call: Call) -> Any:
+    dim = call["dim"] % len(call.output)
+    start = call.get("start") or 0
+    stop, step = call.get("end"), call.get("step", 1)
+    if call.shape("self") == call.output:
+        return call["self"]
+    size = call.shape("self")[dim]
+    if size is None or not all(isinstance(each, int) for each in (start, step)):
+        return None
+    start, stop, step = slice(start, stop, step).indices(size)
+    return _part(run, call, dim, start, stop, step)
+
+
+def _part(run: Converter, call: Call, dim: int, start: int, stop: int, step: int = 1) -> Any:
+    return None if dim == 0 else run.layer(Slice(dim, start, stop, step), (call["self"],), call.layer_name)
+
+
+def _narrow(run: Converter, call: Call) -> Any:
+    dim = call["dim"] % len(call.output)
+    if not isinstance(call["start"], int) or not isinstance(call["length"], int):
+        return None
+    return _part(run, call, dim, call["start"], call["start"] + call["length"])
+
+
+def _select(run: Converter, call: Call) -> Any:
+    return _without_dimension(run, call, call["dim"] % len(call.shape("self")), call["index"], call.output)
+
+
+def _without_dimension(run: Converter, call: Call, dim: int, index: Any, after: Shape) -> Any:
+    """One index of a dimension, which goes."""
+    size = call.shape("self")[dim]
+    if dim == 0 or size is None or not isinstance(index, int) or after.count(None) > 1:
+        return None
+    index %= size
+    part = run.layer(Slice(dim, index, index + 1), (call["self"],), call.layer_name)
+    shape = tuple(-1 if each is None else each for each in after)
+    return run.layer(Reshape(shape), (part,), f"{call.layer_name}_reshape")
+
+
+def _split(run: Converter, call: Call) -> Any:
+    """The parts of a dimension, of the sizes that the exported program knows."""
+    parts = [plain_shape(part) for part in call.node.meta["val"]]
+    dim = call.get("dim", 0) % len(parts[0])
+    if dim == 0 or any(part[dim] is None for part in parts):
+        return None
+    bounds = [0]
+    for part in parts:
+        bounds.append(bounds[-1] + part[dim])
+    return [_part(run, call, dim, start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def _unbind(run: Converter, call: Call) -> Any:
+    parts = [plain_shape(part) for part in call.node.meta["val"]]
+    dim = call.get("dim", 0) % len(call.shape("self"))
+    made = [_without_dimension(run, call, dim, index, part) for index, part in enumerate(parts)]
+    return None if None in made else made
+
+
+def _concat(run: Converter, call: Call) -> Any:
+    tensors = call["tensors"]
+    if not all(_is_tensor(tensor) for tensor in tensors):
+        return None
+    if len(tensors) == 1:
+        return tensors[0]
+    return run.layer(Concat(call.get("dim", 0) % len(call.output)), tuple(tensors), call.layer_name)
+
+
+def _maximum(run: Converter, call: Call) -> Any:
+    if not (_is_tensor(call["self"]) and _is_tensor(call.get("other"))):
+        return None
+    return run.layer(Maximum(), (call["self"], call["other"]), call.layer_name)
+
+
+_PAD_MODES = {"reflection_pad2d": "reflect", "replication_pad2d": "replicate"}
+
+
+def _pad(run: Converter, call: Call) -> Any:
+    padding = tuple(call.get("pad", call.get("padding")))
+    mode = {"reflection_pad2d": "reflect", "replication_pad2d": "replicate"}.get(
+        call.name, call.get("mode", "constant")
+    )
+    if len(call.output) != 4 or not all(isinstance(each, int) and each >= 0 for each in padding):
+        return None
+    if len(padding) > 4 and any(padding[4:]):
+        return None
+    if mode not in ("constant", "reflect", "replicate") or (mode == "constant" and call.get("value") not in (None, 0)):
+        return None
+    padding = (*padding[:4], *(0,) * (4 - len(padding)))
+    if not any(padding):
+        return call["self"]
+    return run.layer(Pad(padding, mode), (call["self"],), call.layer_name)
+
+
+def _upsample_nearest(run: Converter, call: Call) -> Any:
+    x = next(iter(call.arguments.values()))
+    before, after = shape_of_value(x)[2:], call.output[2:]
+    if None in (*before, *after) or any(high % low for low, high in zip(before, after, strict=True)):
+        return None
+    scale = tuple(high // low for low, high in zip(before, after, strict=True))
+    return run.layer(UpsampleNearest(scale), (x,), call.layer_name)
+
+
+def _channel_shuffle(run: Converter, call: Call) -> Any:
+    _, channels, *size = call.shape("self")
+    groups = call["groups"]
+    x = run.layer(Reshape((-1, groups, channels // groups, *size)), (call["self"],), f"{call.layer_name}_groups")
+    x = run.layer(Permute((0, 2, 1, *range(3, len(size) + 3))), (x,), call.layer_name)
+    return run.layer(Reshape((-1, channels, *size)), (x,), f"{call.layer_name}_channels")
+
+
+def _pixel_shuffle(run: Converter, call: Call) -> Any:
+    if len(call.output) != 4:
+        return None
+    factor = call["upscale_factor"]
+    _, channels, height, width = call.shape("self")
+    made = channels // factor**2
+    name = call.layer_name
+    x = run.layer(Reshape((-1, made, factor, factor, height, width)), (call["self"],), f"{name}_blocks")
+    x = run.layer(Permute((0, 1, 4, 2, 5, 3)), (x,), name)
+    return run.layer(Reshape((-1, *call.output[1:])), (x,), f"{name}_map")
+
+
+def _attention(run: Converter, call: Call) -> Any:
+    """A constant mask of booleans is one of numbers, as ONNX adds it; one that masks nothing goes."""
+    mask = call["attn_mask"]
+    if isinstance(mask, fx.Node) and mask.target is torch.ops.aten.expand.default:  # to the number of images
+        stored = run.stored_constant(mask.args[0])
+        mask = None if stored is None else Constant(stored, call.layer_name)
+    if not isinstance(mask, Constant) or mask.tensor.dtype != torch.bool:
+        return None
+    summand = torch.zeros(mask.tensor.shape).to(run.example_parameter).masked_fill(~mask.tensor, -math.inf)
+    given = None if bool(mask.tensor.all()) else run.constant(summand, mask.name)
+    kwargs = {"attn_mask": given, "is_causal": call["is_causal"], "scale": call["scale"]}
+    return run.function(call.node.target, (call["query"], call["key"], call["value"]), kwargs, call.node.name)
+
+
+LAYER_RULES: dict[str, Rule] = {
+    "_to_copy": _cast,
+    "_unsafe_view": _reshape,
+    "adaptive_avg_pool2d": _adaptive_pool(average=True),
+    "adaptive_max_pool2d": _adaptive_pool(average=False),
+    "add": _add,
+    "addmm": _biased_matrix_product,
+    "alias": _first,
+    "alpha_dropout": _first,
+    "amax": _greatest,
+    "avg_pool2d": _average_pool,
+    "batch_norm": _batch_norm,
+    "cat": _concat,
+    "channel_shuffle": _channel_shuffle,
+    "chunk": _split,
+    "clamp": _clamp,
+    "clamp_max": _clamp,
+    "clamp_min": _clamp,
+    "clone": _first,
+    "concat": _concat,
+    "constant_pad_nd": _pad,
+    "contiguous": _first,
+    "conv1d": _convolution_1d,
+    "conv2d": _convolution,
+    "detach": _first,
+    "div": _div,
+    "dropout": _dropout(nn.Dropout),
+    "elu": _elu,
+    "expand": _expand,
+    "expand_as": _expand,
+    "feature_alpha_dropout": _first,
+    "feature_dropout": _dropout(nn.Dropout2d),
+    "flatten": _reshape,
+    "gelu": _simple(lambda call: nn.GELU(call["approximate"])),
+    "group_norm": _group_norm,
+    "hardsigmoid": _simple(lambda call: nn.Hardsigmoid()),
+    "hardswish": _simple(lambda call: nn.Hardswish()),
+    "hardtanh": _clamp,
+    "layer_norm": _layer_norm,
+    "leaky_relu": _simple(lambda call: nn.LeakyReLU(call["negative_slope"])),
+    "lift_fresh_copy": _first,
+    "linear": _linear,
+    "matmul": _matrix_product,
+    "max": _maximum,
+    "max_pool2d": _max_pool,
+    "maximum": _maximum,
+    "mean": _mean,
+    "mish": _simple(lambda call: nn.Mish()),
+    "mm": _matrix_product,
+    "mul": _mul,
+    "multiply": _mul,
+    "narrow": _narrow,
+    "neg": _neg,
+    "numpy_T": _matrix_transpose,
+    "pad": _pad,
+    "permute": _permute,
+    "pixel_shuffle": _pixel_shuffle,
+    "prelu": _prelu,
+    "reflection_pad2d": _pad,
+    "relu": _simple(lambda call: nn.ReLU()),
+    "relu6": _simple(lambda call: nn.ReLU6()),
+    "replication_pad2d": _pad,
+    "reshape": _reshape,
+    "reshape_as": _reshape,
+    "rsub": _reversed_sub,
+    "scaled_dot_product_attention": _attention,
+    "select": _select,
+    "sigmoid": _simple(lambda call: nn.Sigmoid()),
+    "silu": _simple(lambda call: nn.SiLU()),
+    "slice": _slice,
+    "softmax": _simple(lambda call: nn.Softmax(call["dim"])),
+    "softplus": _simple(lambda call: nn.Softplus(call["beta"], call["threshold"])),
+    "split": _split,
+    "split_with_sizes": _split,
+    "squeeze": _reshape,
+    "sub": _sub,
+    "t": _matrix_transpose,
+    "tanh": _simple(lambda call: nn.Tanh()),
+    "tensor_split": _split,
+    "to": _cast,
+    "transpose": _transpose,
+    "type_as": _cast,
+    "unbind": _unbind,
+    "unflatten": _reshape,
+    "unsqueeze": _reshape,
+    "upsample_nearest2d": _upsample_nearest,
+    "view": _reshape,
+    "view_as": _reshape,
+}
+"""What becomes of each operator, in place or not."""

@@ -1,0 +1,382 @@
+"""``capture``: any network as a graph of named layers, through ``torch.export``.
+
+torch.export runs the network once on an example and records the ATen operators that it calls, whatever Python calls
+them. :mod:`qface.graph.aten` has the layer for each. What depends on parameters alone, such as weight normalization, is
+computed. What has no layer stays a function, in float.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from qface.errors import TraceError, UnsupportedLayerError, one_line
+from qface.graph.aten import FLOAT_FUNCTIONS, LAYER_RULES, Call, Constant, as_parameter, operator_name, plain_shape
+from qface.graph.layer_graph import LayerGraph
+from qface.graph.queries import SYMBOLIC_FUNCTIONS, is_layer_graph
+from qface.preprocessing import example_input
+from qface.provenance import carry
+from qface.training_mode import preserve_training_mode
+
+__all__ = ["Converter", "capture", "embedding_of"]
+
+_LOGGER = logging.getLogger("qface")
+
+_LEAF_MODULES = ("torch.nn.modules.", "qface.graph.layers.")
+_NO_VALUE = ("_assert", "sym_constrain")
+_ALL_OF = (torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled)
+"""Operators whose body is another graph; both only say how to compute what a captured network computes anyway."""
+
+
+def capture(model: nn.Module) -> fx.GraphModule:
+    """The layers of ``model`` in eval mode, by name; they share its parameters, and it is not changed.
+
+    Layers are named after their parameters, and those without any after their module or operator. A graph of such
+    layers is returned as it is.
+
+    Args:
+        model: a network from images [N, 3, H, W], of the size in its Preprocessing, to embeddings [N, D].
+
+    Raises:
+        TraceError: torch.export cannot follow the network; the message gives the place.
+        UnsupportedLayerError: it calls an operator that qface does not know, or returns no embedding.
+    """
+    if isinstance(model, fx.GraphModule) and is_layer_graph(model):
+        return model
+    program = _exported(model)
+    captured = Converter(program, example_input(model)).run(type(model).__name__)
+    return carry(model, captured)
+
+
+def _exported(model: nn.Module) -> ExportedProgram:
+    images = example_input(model)
+    with preserve_training_mode(model), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model.eval()
+        _check_runs(model, images)
+        try:
+            return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+        except Exception as error:  # any Python of the user's forward runs here
+            raise TraceError(
+                f"{type(model).__name__} cannot be captured{_place(error)}: {_first_line(error)}. "
+                "Its forward must take the same way whatever the images hold, and must not fix the number of images"
+            ) from error
+
+
+def _check_runs(model: nn.Module, images: Tensor) -> None:
+    try:
+        model(images)
+    except Exception as error:  # the user's own code
+        size = "x".join(str(side) for side in images.shape[1:])
+        raise TraceError(
+            f"the network does not run on an image of {size}: {one_line(error, 200)}; "
+            "attach the Preprocessing with the size it reads"
+        ) from error
+
+
+def _place(error: Exception) -> str:
+    """File and line of the innermost frame outside torch, where the user can change something."""
+    place = ""
+    frame = error.__traceback__
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename.replace("\\", "/")
+        if "/torch/" not in file and file != __file__ and not file.startswith("<"):
+            place = f" at {file}:{frame.tb_lineno} in {frame.tb_frame.f_code.co_name}"
+        frame = frame.tb_next
+    return place
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".") if text else type(error).__name__
+
+
+class Converter(LayerGraph):
+    """One exported program on its way to a graph of layers.
+
+    Args:
+        program: in inference or training IR.
+        images: what it was exported with.
+    """
+
+    def __init__(self, program: ExportedProgram, images: Tensor) -> None:
+        super().__init__()
+        self.program = program
+        self.example_parameter = images.new_zeros(())
+        self._values: dict[fx.Node, Any] = {}
+        self._aliases: dict[fx.Node, fx.Node] = {}
+        self._made: list[Any] = []  # constants that were computed, so that no other gets the id of one
+
+    def run(self, class_name: str) -> fx.GraphModule:
+        """The graph of layers.
+
+        Raises:
+            TraceError: the network changes its own buffers.
+            UnsupportedLayerError: it calls an operator that is not known, or returns no embedding.
+        """
+        self._read_inputs()
+        with torch.no_grad():
+            for node in self.program.graph.nodes:
+                if node.op not in ("placeholder", "output"):
+                    self._values[node] = self._convert(node, self.program.graph_module)
+        return self.finish(self._embedding(), class_name)
+
+    def refusal(self, node: fx.Node, message: str) -> UnsupportedLayerError:
+        """The error ``message`` with the place in the user's code that ``node`` comes from."""
+        return UnsupportedLayerError(f"{message}{_source_of(node)}")
+
+    # ---- inputs and outputs
+
+    def _read_inputs(self) -> None:
+        signature = self.program.graph_signature
+        tensors = {**dict(self.program.named_parameters()), **dict(self.program.named_buffers())}
+        nodes = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
+        for spec in signature.input_specs:
+            node = nodes[spec.arg.name]
+            if spec.kind.name == "USER_INPUT":
+                self._values[node] = self._with_shape(self.graph.placeholder("images"), node)
+                continue
+            target = spec.target or ""
+            tensor = tensors.get(target, self.program.constants.get(target))
+            if spec.kind.name == "PARAMETER" and tensor is not None and not isinstance(tensor, nn.Parameter):
+                tensor = as_parameter(tensor)
+            self._values[node] = Constant(tensor, target) if isinstance(tensor, Tensor) else None
+
+    def _embedding(self) -> fx.Node:
+        """The one output [N, D] that can be an embedding; a norm beside it [N, 1] is dropped."""
+        specs = self.program.graph_signature.output_specs
+        changed = [spec.target for spec in specs if spec.kind.name.endswith("MUTATION")]
+        if changed:
+            raise TraceError(f"the network changes its buffer {changed[0]!r} whenever it runs; let eval mode leave it")
+        (output,) = (node for node in self.program.graph.nodes if node.op == "output")
+        found = [self._value(node) for node in output.args[0] if isinstance(node, fx.Node)]
+        tensors = list(dict.fromkeys(value for value in found if isinstance(value, fx.Node) and "shape" in value.meta))
+        chosen = _position_of_embedding([each.meta["shape"] for each in tensors])
+        if len(tensors) > 1:
+            _LOGGER.warning(
+                "the network returns %d tensors; the one %s is the embedding",
+                len(tensors),
+                _written(tensors[chosen].meta["shape"]),
+            )
+        return tensors[chosen]
+
+    # ---- nodes
+
+    def _convert(self, node: fx.Node, owner: nn.Module) -> Any:
+        if node.op == "get_attr":
+            return self._attribute(node, owner)
+        if node.target is operator.getitem:
+            source, index = self._value(node.args[0]), cast(int, node.args[1])
+            return source[index] if isinstance(source, (list, tuple)) else self._function(node, (source, index), {})
+        if node.target in _ALL_OF:
+            return self._inlined(node, owner)
+        if node.target in SYMBOLIC_FUNCTIONS:
+            return self._function(node, self._values_of(node.args), {})
+        if not isinstance(node.target, torch._ops.OpOverload):
+            raise self.refusal(node, f"{node.name!r} calls {node.target}, which qface does not know")
+        name = operator_name(node.target)
+        return None if name.startswith(_NO_VALUE) else self._operator(node, name)
+
+    def _attribute(self, node: fx.Node, owner: nn.Module) -> Any:
+        at: Any = owner
+        for part in str(node.target).split("."):
+            at = getattr(at, part)
+        return Constant(at, str(node.target)) if isinstance(at, Tensor) else at
+
+    def _operator(self, node: fx.Node, name: str) -> Any:
+        call = Call(node, name, self._arguments(node), self._path(node))
+        if _is_computable(call.arguments):
+            return self._computed(node, call)
+        rule = LAYER_RULES.get(name)
+        made = rule(self, call) if rule is not None else None
+        if made is None:
+            made = self._float_function(node, name)
+        self._overwrite(node, made)
+        return self._with_shapes(made, node)
+
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        """All arguments by name, with the defaults of the operator."""
+        found: dict[str, Any] = {}
+        given = self._values_of(node.args)
+        kwargs = self._values_of(node.kwargs)
+        for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+            if position < len(given):
+                found[argument.name] = given[position]
+            elif argument.name in kwargs:
+                found[argument.name] = kwargs[argument.name]
+            else:
+                found[argument.name] = argument.default_value if argument.has_default_value() else None
+        return found
+
+    def _computed(self, node: fx.Node, call: Call) -> Any:
+        """What an operator makes of constants."""
+        names = [each.name for each in _constants(call.arguments) if each.name]
+        target: Any = node.target
+        if target._schema.is_mutable:
+            args = map_arg(list(node.args), lambda each: _bare_copy(self._value(each)))
+        else:
+            args = map_arg(list(node.args), lambda each: _bare(self._value(each)))
+        kwargs = map_arg(dict(node.kwargs), lambda each: _bare(self._value(each)))
+        result = target(*args, **kwargs)
+        self._made.append(result)
+        name = names[0] if names else node.name
+        if isinstance(result, Tensor):
+            made: Any = Constant(result, name)
+            self._overwrite(node, made)
+            return made
+        return [Constant(each, name) for each in result] if isinstance(result, (list, tuple)) else result
+
+    def _float_function(self, node: fx.Node, name: str) -> fx.Node:
+        target: Any = node.target
+        if name not in FLOAT_FUNCTIONS:
+            raise self.refusal(node, f"{node.name!r} calls the operator {name}, which qface does not know")
+        if target._schema.is_mutable:
+            target = _out_of_place(target)
+            if target is None:
+                raise self.refusal(node, f"{node.name!r} calls {name} in place, which qface does not know")
+        return self._function(node, self._values_of(node.args), self._values_of(node.kwargs), target)
+
+    def _function(self, node: fx.Node, args: Any, kwargs: Any, target: Any = None) -> fx.Node:
+        args, kwargs = (self._stored(each) for each in (args, kwargs))
+        made = self.function(target or node.target, tuple(args), dict(kwargs), node.name)
+        return self._with_shape(made, node) if isinstance(node.meta.get("val"), Tensor) else made
+
+    def _stored(self, value: Any) -> Any:
+        """``value`` with nodes for its constants."""
+        if isinstance(value, Constant):
+            return self.constant(value.tensor, value.name or "constant")
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._stored(each) for each in value)
+        return {name: self._stored(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+    def _inlined(self, node: fx.Node, owner: nn.Module) -> Any:
+        """The nodes of a body, which an operator is given after its own settings."""
+        settings = [each for each in node.args if isinstance(each, fx.Node) and each.op == "get_attr"]
+        body = self._value(settings[0])
+        inputs = list(node.args)[list(node.args).index(settings[0]) + 1 :]
+        placeholders = [each for each in body.graph.nodes if each.op == "placeholder"]
+        for placeholder, given in zip(placeholders, inputs, strict=True):
+            self._values[placeholder] = self._value(given)
+        for inner in body.graph.nodes:
+            if inner.op == "output":
+                return self._values_of(inner.args[0])
+            if inner.op != "placeholder":
+                self._values[inner] = self._convert(inner, body)
+        return None
+
+    # ---- values
+
+    def _value(self, argument: Any) -> Any:
+        return self._values[argument] if isinstance(argument, fx.Node) else argument
+
+    def _values_of(self, arguments: Any) -> Any:
+        return map_arg(arguments, self._value)
+
+    def _overwrite(self, node: fx.Node, made: Any) -> None:
+        """Let those that read a value after an operator in place overwrote it read the result."""
+        if node.target._schema.is_mutable and isinstance(node.args[0], fx.Node):  # type: ignore[union-attr]
+            overwritten = self._value(node.args[0])
+            for each, value in self._values.items():
+                if value is overwritten:
+                    self._values[each] = made
+
+    def _with_shapes(self, made: Any, node: fx.Node) -> Any:
+        if isinstance(made, fx.Node) and isinstance(node.meta.get("val"), Tensor) and "shape" not in made.meta:
+            return self._with_shape(made, node)
+        if isinstance(made, list):
+            for part, value in zip(made, node.meta["val"], strict=True):
+                if isinstance(part, fx.Node):
+                    part.meta |= {"shape": plain_shape(value), "float": value.is_floating_point()}
+        return made
+
+    @staticmethod
+    def _with_shape(made: fx.Node, node: fx.Node) -> fx.Node:
+        value = node.meta["val"]
+        made.meta |= {"shape": plain_shape(value), "float": value.is_floating_point()}
+        made.meta["source"] = _source_of(node)
+        return made
+
+    def _path(self, node: fx.Node) -> str | None:
+        """The path of the module that calls ``node``, where it is a single layer of torch's or ours."""
+        stack = node.meta.get("nn_module_stack")
+        if not stack:
+            return None
+        path, kind = list(stack.values())[-1]
+        kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        return path.partition("@")[0] if path and kind.startswith(_LEAF_MODULES) else None
+
+
+def embedding_of(outputs: Any) -> Tensor:
+    """The embedding [N, D] among what a network returns: a tensor, or several of them in a tuple, list or dict.
+
+    Raises:
+        UnsupportedLayerError: none of them, or several, can be one.
+    """
+    tensors = [each for each in tree_leaves(outputs) if isinstance(each, Tensor)]
+    return tensors[_position_of_embedding([tuple(each.shape) for each in tensors])]
+
+
+def _position_of_embedding(shapes: list[tuple[int | None, ...]]) -> int:
+    """Which of the outputs is [N, D]; a norm beside it is [N, 1] or [N]."""
+    rows = [position for position, shape in enumerate(shapes) if len(shape) == 2 and shape[1] != 1]
+    if len(rows) == 1:
+        return rows[0]
+    what = "several outputs [N, D]" if rows else "no output [N, D]"
+    returned = ", ".join(map(_written, shapes)) or "no tensor"
+    raise UnsupportedLayerError(
+        f"the network returns {returned}: {what}, where one embedding is needed; "
+        "wrap it in a module that returns the embedding alone"
+    )
+
+
+def _written(shape: tuple[int | None, ...]) -> str:
+    return "[" + ", ".join("N" if size is None else str(size) for size in shape) + "]"
+
+
+def _constants(arguments: Any) -> list[Constant]:
+    if isinstance(arguments, Constant):
+        return [arguments]
+    if isinstance(arguments, dict):
+        arguments = list(arguments.values())
+    return [found for each in arguments for found in _constants(each)] if isinstance(arguments, (list, tuple)) else []
+
+
+def _is_computable(arguments: Any) -> bool:
+    """True where nothing depends on the images, the size of their batch included."""
+    if isinstance(arguments, fx.Node):
+        return False
+    if isinstance(arguments, dict):
+        arguments = list(arguments.values())
+    return all(_is_computable(each) for each in arguments) if isinstance(arguments, (list, tuple)) else True
+
+
+def _bare(value: Any) -> Any:
+    return value.tensor.detach() if isinstance(value, Constant) else value
+
+
+def _bare_copy(value: Any) -> Any:
+    return value.tensor.detach().clone() if isinstance(value, Constant) else value
+
+
+def _out_of_place(target: Any) -> Any:
+    """The overload that makes a new tensor where ``target`` overwrites one."""
+    packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def _source_of(node: fx.Node) -> str:
+    """The line of the user's code that ``node`` comes from."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    places = [line for line in lines if line.startswith("File ") and "/torch/" not in line.replace("\\", "/")]
+    if not places:
+        return ""
+    file, _, rest = places[-1].removeprefix('File "').partition('", line ')
+    return f" ({file}:{rest.partition(',')[0]})"

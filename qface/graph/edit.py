@@ -1,0 +1,56 @@
+"""Changes of a graph of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+__all__ = ["add_layer", "bypass", "insert_layer", "propagate_shapes", "set_layer"]
+
+
+def add_layer(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> str:
+    """Put ``layer`` into ``graph_module`` under ``name``, or that with a number where it is taken; the name it got."""
+    free, number = name, 1
+    while _exists(graph_module, free):
+        number += 1
+        free = f"{name}_{number}"
+    graph_module.add_submodule(free, layer.train(graph_module.training))
+    return free
+
+
+def _exists(graph_module: fx.GraphModule, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    return hasattr(graph_module.get_submodule(owner), name)
+
+
+def set_layer(graph_module: fx.GraphModule, path: str, layer: nn.Module) -> None:
+    """Put ``layer`` in the place of the one at ``path``."""
+    graph_module.add_submodule(path, layer.train(graph_module.training))
+
+
+def insert_layer(
+    graph_module: fx.GraphModule, layer: nn.Module, inputs: Sequence[fx.Node], name: str, before: fx.Node
+) -> fx.Node:
+    """Call a new ``layer`` on ``inputs``, before the node ``before``, and take its result to be of the same shape."""
+    path = add_layer(graph_module, name, layer)
+    with graph_module.graph.inserting_before(before):
+        node = graph_module.graph.call_module(path, tuple(inputs))
+    node.meta = dict(before.meta)
+    return node
+
+
+def bypass(node: fx.Node, value: fx.Node) -> None:
+    """Let the readers of ``node`` read ``value``, and erase it."""
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+
+
+def propagate_shapes(graph_module: fx.GraphModule, images: Tensor) -> None:
+    """Run the network once on ``images``, two of them, so that ``shape_of`` knows the shape of each value."""
+    training = graph_module.training
+    with torch.no_grad():
+        ShapeProp(graph_module.eval()).propagate(images)
+    graph_module.train(training)

@@ -1,0 +1,83 @@
+"""A graph of named layers while it is built: what a front end writes into, whatever it reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+__all__ = ["LayerGraph"]
+
+
+class LayerGraph:
+    """Layers, functions and constants under names of their own, in the order in which they run."""
+
+    def __init__(self) -> None:
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+        self._constants: dict[int, tuple[Tensor, fx.Node]] = {}
+
+    def layer(self, layer: nn.Module, inputs: Sequence[fx.Node], name: str) -> fx.Node:
+        """Call ``layer`` on ``inputs``; it gets ``name``, or that with a number if the name is taken."""
+        path = self._free_path(name)
+        self._place(path, layer)
+        return self.graph.call_module(path, tuple(inputs))
+
+    def function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
+        """Call ``target``, a function without parameters of its own."""
+        return self.graph.create_node("call_function", target, args, kwargs, name)
+
+    def constant(self, tensor: Tensor, name: str) -> fx.Node:
+        """Read ``tensor``, which is stored under ``name`` once, however often it is read."""
+        if id(tensor) not in self._constants:
+            path = self._free_path(name)
+            owner, last = self._owner(path)
+            if isinstance(tensor, nn.Parameter):
+                owner.register_parameter(last, tensor)
+            else:
+                owner.register_buffer(last, tensor)
+            self._constants[id(tensor)] = tensor, self.graph.create_node("get_attr", path)
+        return self._constants[id(tensor)][1]
+
+    def stored_constant(self, node: Any) -> Tensor | None:
+        """The constant that ``node`` reads, None where it reads none."""
+        return next((tensor for tensor, found in self._constants.values() if found is node), None)
+
+    def finish(self, output: fx.Node, class_name: str) -> fx.GraphModule:
+        """The network that returns ``output``, in eval mode; what does not lead there is dropped."""
+        self.graph.output(output)
+        network = fx.GraphModule(self.root, self.graph, class_name=class_name).eval()
+        network.graph.eliminate_dead_code()
+        network.delete_all_unused_submodules()
+        network.recompile()
+        return network
+
+    def _place(self, path: str, layer: nn.Module) -> None:
+        owner, last = self._owner(path)
+        owner.add_module(last, layer)
+
+    def _owner(self, path: str) -> tuple[nn.Module, str]:
+        *folders, last = path.split(".")
+        owner = self.root
+        for folder in folders:
+            if not hasattr(owner, folder):
+                owner.add_module(folder, nn.Module())
+            owner = owner.get_submodule(folder)
+        return owner, last
+
+    def _free_path(self, name: str) -> str:
+        wanted = ".".join(re.sub(r"\W", "_", part) or "_" for part in name.split("."))
+        numbered = (wanted if number == 1 else f"{wanted}_{number}" for number in count(1))
+        return next(path for path in numbered if self._is_free(path))
+
+    def _is_free(self, path: str) -> bool:
+        """True if nothing has this path, and no layer or tensor has a part of it."""
+        at: Any = self.root
+        for part in path.split("."):
+            if not hasattr(at, part):
+                return type(at) is nn.Module  # a folder of layers, and no layer
+            at = getattr(at, part)
+        return False

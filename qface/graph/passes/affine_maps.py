@@ -1,0 +1,84 @@
+"""BatchNorms, and constant factors and shifts, as a part of the layer before them, or as a layer of their own."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from qface.graph.edit import bypass, set_layer
+from qface.graph.layers import ChannelAffine, batch_norm_affine
+from qface.graph.queries import input_of, layer_of, shape_of
+
+__all__ = ["fold_affine_maps"]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def fold_affine_maps(graph_module: fx.GraphModule) -> None:
+    """Multiply each BatchNorm and :class:`ChannelAffine` into the layer before it, where that takes it.
+
+    A BatchNorm after anything else becomes a ChannelAffine, and so does a factor that is one number.
+    """
+    for node in list(graph_module.graph.nodes):
+        layer = layer_of(node)
+        if not isinstance(layer, (*_NORMS, ChannelAffine)):
+            continue
+        producer = input_of(node)
+        scale, shift = _affine_of(layer)
+        if len(producer.users) == 1 and _takes(producer, layer):
+            _fold(layer_of(producer), scale, shift)
+            bypass(node, producer)
+        else:
+            _stand_alone(graph_module, node, layer)
+
+
+def _affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift in float64, of one value or one per channel."""
+    if isinstance(layer, _NORMS):
+        return batch_norm_affine(layer)
+    affine = cast(ChannelAffine, layer)
+    return affine.weight.detach().double(), affine.bias.detach().double()
+
+
+def _takes(producer: fx.Node, layer: nn.Module) -> bool:
+    """True if the channels that ``layer`` scales are those that the layer of ``producer`` makes."""
+    previous = layer_of(producer)
+    rank = len(shape_of(producer))
+    if isinstance(previous, nn.Conv2d):
+        channels = 1
+    elif isinstance(previous, nn.Linear):
+        channels = rank - 1
+    elif isinstance(previous, ChannelAffine):
+        return isinstance(layer, ChannelAffine) and (layer.dim == previous.dim or _is_one_number(layer))
+    else:
+        return False
+    return _is_one_number(layer) or getattr(layer, "dim", 1) % rank == channels
+
+
+def _is_one_number(layer: nn.Module) -> bool:
+    return isinstance(layer, ChannelAffine) and layer.num_channels == 1
+
+
+def _fold(layer: nn.Module | None, scale: Tensor, shift: Tensor) -> None:
+    """Multiply the map into the layer before it, in float64."""
+    assert isinstance(layer, (nn.Conv2d, nn.Linear, ChannelAffine))
+    weight = layer.weight.detach().double() * scale.view(-1, *(1,) * (layer.weight.ndim - 1))
+    bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
+    layer.weight = nn.Parameter(weight.to(layer.weight.dtype))
+    layer.bias = nn.Parameter(bias.expand(len(weight)).to(layer.weight.dtype).contiguous())
+    if isinstance(layer, ChannelAffine):
+        layer.num_channels = len(weight)
+
+
+def _stand_alone(graph_module: fx.GraphModule, node: fx.Node, layer: nn.Module) -> None:
+    if isinstance(layer, _NORMS):
+        device = cast(Tensor, layer.running_mean).device
+        set_layer(graph_module, str(node.target), ChannelAffine.from_batch_norm(layer).to(device))
+    elif isinstance(layer, ChannelAffine) and layer.num_channels == 1 and len(shape_of(node)) in (2, 4):
+        channels = shape_of(node)[1]
+        layer.num_channels = channels
+        with torch.no_grad():
+            layer.weight = nn.Parameter(layer.weight.expand(channels).clone())
+            layer.bias = nn.Parameter(layer.bias.expand(channels).clone())
