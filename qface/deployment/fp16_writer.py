@@ -163,19 +163,26 @@ class _Fp16Writer(NodeCollector):
         scale = self.constant(f"{name}_scale", along_channels(weight.scale, rank))
         factor = self._dequantized(self.constant(name, along_channels(weight.integers, rank)), scale)
         bias = self._bias(f"{operation.name}.bias", along_channels(operation.bias, rank), source, scale)
-        self._affine(operation, factor, bias)
+        self._affine(operation, factor, bias, operation.clamp)
+
+    @write.register
+    def _(self, operation: ir.ClampOp) -> None:
+        (x,) = self._fp16_inputs(operation)
+        self._keep(operation.output, self.clamped(x, operation.clamp))
 
     @write.register
     def _(self, operation: ir.FloatAffineOp) -> None:
         scale, shift = (
-            self._cast(self.constant(f"{operation.name}.{name}", along_channels(values, operation.rank)), _FP16)
+            self._cast(
+                self.constant(f"{operation.name}.{name}", along_channels(values, operation.rank_after_dim)), _FP16
+            )
             for name, values in (("scale", operation.scale), ("shift", operation.shift))
         )
         self._affine(operation, scale, shift)
 
-    def _affine(self, operation: ir.IntegerOp, factor: str, summand: str) -> None:
+    def _affine(self, operation: ir.IntegerOp, factor: str, summand: str, clamp: ir.Clamp | None = None) -> None:
         scaled = self.node("Mul", [*self._fp16_inputs(operation), factor])
-        self._keep(operation.output, self.node("Add", [scaled, summand]))
+        self._keep(operation.output, self.clamped(self.node("Add", [scaled, summand]), clamp))
 
     @write.register
     def _(self, operation: ir.ActivationOp) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "AddOp",
     "AffineOp",
     "AveragePoolOp",
+    "ClampOp",
     "ConcatOp",
     "ConvolutionOp",
     "FlattenOp",
@@ -52,7 +53,7 @@ Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 Pair = tuple[int, int]
 Channels = tuple[int, int, int]
-Clamp = tuple[float, float | None]
+Clamp = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -202,18 +203,37 @@ class AffineOp(_ChannelwiseOp):
 
     Args:
         weight: [channels].
+        clamp: as of a convolution.
     """
 
     weight: Weight
     bias: Int32
+    clamp: Clamp | None
+
+
+@dataclass(frozen=True)
+class ClampOp(IntegerOp):
+    """Values limited to those between the two of ``clamp``."""
+
+    clamp: Clamp
 
 
 @dataclass(frozen=True)
 class FloatAffineOp(_ChannelwiseOp):
-    """``scale[c] * x + shift[c]`` in float: a BatchNorm that does not fold, without a quantizer before or behind it."""
+    """``scale[c] * x + shift[c]`` in float: a BatchNorm that does not fold, without a quantizer before or behind it.
 
+    Args:
+        dim: the dimension of the channels.
+    """
+
+    dim: int
     scale: Float32
     shift: Float32
+
+    @property
+    def rank_after_dim(self) -> int:
+        """Rank of a tensor whose dimension 1 has as many after it as the channels have here."""
+        return self.rank - self.dim % self.rank + 1
 
 
 @dataclass(frozen=True)

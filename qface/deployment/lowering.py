@@ -14,7 +14,7 @@ from qface.deployment import integer_graph as ir
 from qface.deployment.float_islands import island_module
 from qface.errors import ConfigError, ExportError, UnsupportedLayerError
 from qface.graph import layers
-from qface.graph.queries import input_of, is_shape_only, layer_of, makes_rows
+from qface.graph.queries import input_of, is_clamp, is_shape_only, layer_of, limits_of, makes_rows
 from qface.preprocessing import example_input, preprocessing_of
 from qface.quantization import (
     ImageFakeQuantize,
@@ -30,8 +30,6 @@ from qface.quantization.placement import computes_in_float
 from qface.quantization.quantized_layers import AFFINE_BITS, Quantizer, is_quantizer
 
 __all__ = ["export_blocker", "lower", "value_name"]
-
-_CLAMPS: dict[type[nn.Module], ir.Clamp] = {nn.ReLU: (0.0, None), nn.ReLU6: (0.0, 6.0)}
 
 
 def lower(student: nn.Module) -> ir.IntegerGraph:
@@ -232,13 +230,13 @@ class _Lowering:
             "output": self._output(node, clamp),
             "weight": weight,
             "bias": bias,
-            "clamp": None if clamp is None else _CLAMPS[type(cast(nn.Module, layer_of(clamp)))],
+            "clamp": _limits(clamp),
         }
 
     def _clamp_behind(self, node: fx.Node) -> fx.Node | None:
         """The ReLU that directly follows and alone reads ``node``: it becomes part of the convolution."""
         users = list(node.users)
-        if len(users) == 1 and isinstance(layer_of(users[0]), tuple(_CLAMPS)):
+        if len(users) == 1 and is_clamp(users[0]):
             self._absorbed.add(users[0])
             return users[0]
         return None
@@ -249,12 +247,19 @@ class _Lowering:
         return ir.PReluOp(str(node.target), self._inputs(node), self._output(node), self._rank(node), slopes, scale)
 
     def affine(self, node: fx.Node, layer: QuantizedAffine) -> ir.IntegerOp:
-        name, inputs, output, rank = str(node.target), self._inputs(node), self._output(node), self._rank(node)
-        if inputs[0].qparams is None or output.qparams is None:
-            return ir.FloatAffineOp(name, inputs, output, rank, _float32(layer.weight), _float32(layer.bias))
+        name, inputs, rank = str(node.target), self._inputs(node), self._rank(node)
+        if not layer.quant_context.complete:
+            output = self._output(node)
+            return ir.FloatAffineOp(name, inputs, output, rank, layer.dim, _float32(layer.weight), _float32(layer.bias))
+        clamp = self._clamp_behind(node)
         integers, scale, bias = layer.integers()
         weight = ir.Weight(_int8(integers), _float32(scale), AFFINE_BITS)
-        return ir.AffineOp(name, inputs, output, rank, weight, bias.to(torch.int32).cpu().numpy())
+        integer_bias = bias.to(torch.int32).cpu().numpy()
+        return ir.AffineOp(name, inputs, self._output(node, clamp), rank, weight, integer_bias, _limits(clamp))
+
+    def clamp(self, node: fx.Node, layer: nn.Module) -> ir.IntegerOp:
+        """One that no layer before it takes over."""
+        return ir.ClampOp(str(node.target), self._inputs(node), self._output(node), limits_of(layer))
 
     def leaky_relu(self, node: fx.Node, layer: nn.LeakyReLU) -> ir.IntegerOp:
         return self._activation(node, "LeakyRelu", {"alpha": layer.negative_slope})
@@ -301,8 +306,7 @@ class _Lowering:
 
     def add(self, node: fx.Node, layer: QuantizedAdd) -> ir.IntegerOp:
         clamp = self._clamp_behind(node)
-        limits = None if clamp is None else _CLAMPS[type(cast(nn.Module, layer_of(clamp)))]
-        return ir.AddOp(str(node.target), self._inputs(node), self._output(node, clamp), limits)
+        return ir.AddOp(str(node.target), self._inputs(node), self._output(node, clamp), _limits(clamp))
 
     def maximum(self, node: fx.Node, layer: layers.Maximum) -> ir.IntegerOp:
         if is_shape_only(node):
@@ -354,13 +358,11 @@ _LOWERINGS: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.Integer
     QuantizedConv2d: _Lowering.convolution,
     QuantizedLinear: _Lowering.linear,
     QuantizedPReLU: _Lowering.prelu,
-    nn.ReLU: _activation("Relu"),
-    nn.ReLU6: _activation("Relu6"),
+    nn.ReLU: _Lowering.clamp,
+    nn.ReLU6: _Lowering.clamp,
+    nn.Hardtanh: _Lowering.clamp,
     nn.LeakyReLU: _Lowering.leaky_relu,
-    nn.Hardswish: _activation("HardSwish"),
-    nn.Hardsigmoid: _activation("HardSigmoid", alpha=1 / 6, beta=0.5),
     nn.Sigmoid: _activation("Sigmoid"),
-    nn.SiLU: _activation("Silu"),
     nn.AvgPool2d: _Lowering.average_pool,
     nn.AdaptiveAvgPool2d: _Lowering.global_average,
     nn.MaxPool2d: _Lowering.max_pool,
@@ -408,6 +410,10 @@ def _qparams_of(layer: Quantizer, node: fx.Node) -> ir.TensorQParams:
         raise ConfigError(f"the range of {node.name!r} was never set; call qface.calibrate(student, images) first")
     scale, zero_point, *_ = layer.qparams()
     return ir.TensorQParams(layer.bits, float(scale), int(zero_point))
+
+
+def _limits(clamp: fx.Node | None) -> ir.Clamp | None:
+    return None if clamp is None else limits_of(cast(nn.Module, layer_of(clamp)))
 
 
 def _int8(integers: Tensor) -> ir.Int8:

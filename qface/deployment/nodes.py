@@ -135,22 +135,15 @@ class NodeCollector:
 
     def activation(self, operation: ir.ActivationOp, x: str) -> str:
         """The activation function of ``x``."""
-        if operation.function == "Relu6":
-            return self.clip(x, 0.0, 6.0)
-        if operation.function == "Silu":
-            return self.node("Mul", [x, self.node("Sigmoid", [x])])
         return self.node(operation.function, [x], None, **operation.attributes)
 
     def clamped(self, x: str, clamp: ir.Clamp | None) -> str:
         """``x`` as far as ``clamp`` lets it pass."""
         if clamp is None:
             return x
-        low, high = clamp
-        return self.node("Relu", [x]) if high is None else self.clip(x, low, high)
-
-    def clip(self, x: str, low: float, high: float) -> str:
-        """``x`` within ``low`` .. ``high``."""
-        limits = [self.constant(f"limit_{limit:g}", self.number(limit)) for limit in (low, high)]
+        if clamp == (0.0, None):
+            return self.node("Relu", [x])
+        limits = ["" if limit is None else self.constant(f"limit_{limit:g}", self.number(limit)) for limit in clamp]
         return self.node("Clip", [x, *limits])
 
 

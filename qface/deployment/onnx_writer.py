@@ -204,7 +204,7 @@ class _Writer(NodeCollector):
             else self._sum_of_halves(operation, integers)
         )
         low = operation.output.qparams.quant_min
-        self._finish_map(operation, merged, low if table.result.min() < low else 0)
+        self._finish_map(operation, merged, (low if table.result.min() < low else 0, _HIGH))
 
     def _kept(self, operation: ir.PReluOp, integers: str) -> str:
         """``integers`` with the qparams of the output."""
@@ -241,9 +241,9 @@ class _Writer(NodeCollector):
         """``value``, or [N, channels, 1, 1] for rows [N, channels]."""
         return self.node("Unsqueeze", [value, self._map_axes()]) if rank == _ROWS else value
 
-    def _finish_map(self, operation: ir.PReluOp | ir.AffineOp, integers: str, low: int) -> None:
-        """Clip ``integers`` at ``low``, and give them the rank and name of the operation's output."""
-        limits = self._limits(low, _HIGH)
+    def _finish_map(self, operation: ir.PReluOp | ir.AffineOp, integers: str, between: tuple[int, int]) -> None:
+        """Clip ``integers``, and give them the rank and name of the operation's output."""
+        limits = self._limits(*between)
         if limits:
             integers = self.node("Clip", [integers, *limits])
         if operation.rank == _ROWS:
@@ -273,7 +273,8 @@ class _Writer(NodeCollector):
             self._bias(operation.name, operation.bias, source, scale),
         ]
         product = self.node("Conv", inputs, kernel_shape=(1, 1), group=channels)
-        self._finish_map(operation, self._quantize(product, operation.output), operation.output.qparams.quant_min)
+        between = _clamped_range(operation.output.qparams, operation.clamp)
+        self._finish_map(operation, self._quantize(product, operation.output), between)
 
     @write.register
     def _(self, operation: ir.ActivationOp) -> None:
@@ -281,10 +282,16 @@ class _Writer(NodeCollector):
         self._finish(operation.output, self.activation(operation, floats))
 
     @write.register
+    def _(self, operation: ir.ClampOp) -> None:
+        (source,) = operation.inputs
+        self._finish(operation.output, self.float_name(source), operation.clamp)
+
+    @write.register
     def _(self, operation: ir.FloatAffineOp) -> None:
         (floats,) = self._floats(operation)
-        scale = self.constant(f"{operation.name}.scale", along_channels(operation.scale, operation.rank))
-        shift = self.constant(f"{operation.name}.shift", along_channels(operation.shift, operation.rank))
+        rank = operation.rank_after_dim
+        scale = self.constant(f"{operation.name}.scale", along_channels(operation.scale, rank))
+        shift = self.constant(f"{operation.name}.shift", along_channels(operation.shift, rank))
         self._finish(operation.output, self.node("Add", [self.node("Mul", [floats, scale]), shift]))
 
     @write.register

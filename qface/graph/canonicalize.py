@@ -12,12 +12,13 @@ from qface.data.synthetic import synthetic_crops
 from qface.errors import TraceError
 from qface.graph.capture import capture, embedding_of
 from qface.graph.edit import propagate_shapes
+from qface.graph.passes.activations import activations_to_products, scales_before_clamps
 from qface.graph.passes.affine_maps import fold_affine_maps
 from qface.graph.passes.matrix_products import convolutions_to_linear_layers, tokens_to_rows
 from qface.graph.passes.no_operations import remove_no_operations
+from qface.graph.passes.normalization import recognize_normalization
 from qface.graph.passes.parameters import own_parameters
 from qface.graph.passes.prelu_slopes import prepare_prelu_slopes
-from qface.graph.passes.written_out import recognize_layers
 from qface.preprocessing import dtype_of, example_input, preprocessing_of
 from qface.provenance import carry
 from qface.training_mode import preserve_training_mode
@@ -34,7 +35,9 @@ _TOLERANCE_FLOAT32 = 1e-3  # of a network that computes in no other type
 PASSES = (
     own_parameters,
     remove_no_operations,
-    recognize_layers,
+    recognize_normalization,
+    activations_to_products,
+    scales_before_clamps,
     fold_affine_maps,
     convolutions_to_linear_layers,
     prepare_prelu_slopes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import cast
 
@@ -11,12 +12,15 @@ from torch import fx, nn
 from qface.graph.layers import Maximum, Pad, Permute, Reshape, Slice, UpsampleNearest
 
 __all__ = [
+    "CLAMPS",
     "SHAPE_ONLY",
     "SYMBOLIC_FUNCTIONS",
     "input_of",
+    "is_clamp",
     "is_layer_graph",
     "is_shape_only",
     "layer_of",
+    "limits_of",
     "makes_rows",
     "shape_of",
     "source_of_values",
@@ -73,6 +77,23 @@ def is_shape_only(node: fx.Node) -> bool:
     if isinstance(layer, Maximum):  # of parts of one tensor
         return len({source_of_values(each) for each in node.all_input_nodes}) == 1
     return isinstance(layer, SHAPE_ONLY)
+
+
+CLAMPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+
+
+def is_clamp(node: fx.Node) -> bool:
+    """True if ``node`` is an activation function that the rounding after it can apply."""
+    return isinstance(layer_of(node), CLAMPS)
+
+
+def limits_of(clamp: nn.Module) -> tuple[float | None, float | None]:
+    """Least and greatest value that ``clamp`` lets pass; None is no limit."""
+    if isinstance(clamp, nn.Hardtanh):  # ReLU6 is one
+        low, high = float(clamp.min_val), float(clamp.max_val)
+        return (None if math.isinf(low) else low), (None if math.isinf(high) else high)
+    assert isinstance(clamp, nn.ReLU)
+    return 0.0, None
 
 
 def source_of_values(node: fx.Node) -> fx.Node:

@@ -25,7 +25,7 @@ import enum
 from torch import fx, nn
 
 from qface.graph.layers import Concat, L2Normalize, Maximum, Multiply
-from qface.graph.queries import is_shape_only, layer_of
+from qface.graph.queries import CLAMPS, is_shape_only, layer_of
 from qface.quantization.quantization_config import QuantizationConfig
 from qface.quantization.quantized_layers import (
     QuantizedAdd,
@@ -68,12 +68,8 @@ INTEGER_LAYERS = (
     QuantizedPReLU,
     QuantizedAdd,
     QuantizedAffine,
-    nn.ReLU,
-    nn.ReLU6,
+    *CLAMPS,
     nn.LeakyReLU,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.SiLU,
     nn.Sigmoid,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qface.graph.layers import Add, ChannelAffine, along_channels
-from qface.graph.queries import layer_of, source_of_values
+from qface.graph.queries import is_clamp, layer_of, source_of_values
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
 from qface.quantization.kernels import accumulate, qlinear_add, requantize
 from qface.quantization.lsq import prelu
@@ -322,18 +322,12 @@ class QuantizedAffine(ChannelAffine):
 WeightedLayer = (QuantizedConv2d, QuantizedLinear)
 """Layers that multiply: what they read has ``activation_bits``."""
 
-_CLAMPS = (nn.ReLU, nn.ReLU6)
 _WITH_CONTEXT = (_QuantizedMatmul, QuantizedAdd, QuantizedAffine, QuantizedPReLU)
 
 
 def is_quantizer(node: fx.Node) -> bool:
     """Whether ``node`` rounds a value."""
     return isinstance(layer_of(node), Quantizer)
-
-
-def is_clamp(node: fx.Node) -> bool:
-    """Whether ``node`` is an activation function that the rounding behind it can apply."""
-    return isinstance(layer_of(node), _CLAMPS)
 
 
 def bind_quantizers(student: fx.GraphModule) -> None:

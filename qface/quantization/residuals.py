@@ -13,9 +13,8 @@ from torch import fx, nn
 
 from qface.graph.edit import insert_layer
 from qface.graph.layers import Add, ChannelAffine
-from qface.graph.queries import input_of, layer_of, shape_of
+from qface.graph.queries import input_of, is_clamp, layer_of, shape_of
 from qface.quantization.quantization_config import QuantizationConfig
-from qface.quantization.quantized_layers import is_clamp
 
 __all__ = ["widen_residuals"]
 

@@ -1,0 +1,86 @@
+"""Hard sigmoid, hard swish and SiLU as clamps, maps and products, which all have integer kernels.
+
+A clamp is part of the rounding of the layer before it, so a hard sigmoid after a convolution costs nothing. In
+onnxruntime a SiLU of two integer kernels takes less than half of the time that it takes in float.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import fx, nn
+
+from qface.graph.aten import clamp_layer
+from qface.graph.edit import bypass, insert_layer, set_layer
+from qface.graph.layers import ChannelAffine, Multiply
+from qface.graph.queries import input_of, is_clamp, layer_of, limits_of
+
+__all__ = ["activations_to_products", "scales_before_clamps"]
+
+
+def activations_to_products(graph_module: fx.GraphModule) -> None:
+    """Replace each hard sigmoid, hard swish and SiLU."""
+    for node in list(graph_module.graph.nodes):
+        layer = layer_of(node)
+        if isinstance(layer, nn.Hardsigmoid):
+            bypass(node, _hard_sigmoid(graph_module, node))
+        elif isinstance(layer, (nn.Hardswish, nn.SiLU)):
+            x = input_of(node)
+            if isinstance(layer, nn.SiLU):
+                gate = insert_layer(graph_module, nn.Sigmoid(), (x,), f"{node.name}_gate", node)
+            else:
+                gate = _hard_sigmoid(graph_module, node)
+            bypass(node, insert_layer(graph_module, Multiply(), (x, gate), node.name, node))
+
+
+def _hard_sigmoid(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """``clamp(x / 6 + 1 / 2, 0, 1)`` of what ``node`` reads."""
+    scaled = insert_layer(graph_module, _number(1 / 6, 1 / 2), (input_of(node),), f"{node.name}_map", node)
+    return insert_layer(graph_module, clamp_layer(0.0, 1.0), (scaled,), f"{node.name}_clamp", node)
+
+
+def _number(scale: float, shift: float) -> ChannelAffine:
+    """``scale * x + shift``."""
+    layer = ChannelAffine(1)
+    with torch.no_grad():
+        layer.weight.fill_(scale)
+        layer.bias.fill_(shift)
+    return layer
+
+
+def scales_before_clamps(graph_module: fx.GraphModule) -> None:
+    """Let ``relu6(x + 3) / 6`` be ``clamp(x / 6 + 1 / 2, 0, 1)``: the map can then be folded into what is before it.
+
+    A factor of a product with a clamp, as in ``x * relu6(x + 3) / 6``, is first one of the clamp.
+    """
+    for node in list(graph_module.graph.nodes):
+        layer = layer_of(node)
+        if not _is_positive_number(layer):
+            continue
+        clamp = _clamp_in(input_of(node), cast(ChannelAffine, layer))
+        if clamp is None:
+            continue
+        scale, shift = float(cast(ChannelAffine, layer).weight), float(cast(ChannelAffine, layer).bias)
+        limits = [
+            None if each is None else each * scale + shift for each in limits_of(cast(nn.Module, layer_of(clamp)))
+        ]
+        name = f"{clamp.name}_map"
+        clamp.args = (insert_layer(graph_module, _number(scale, shift), clamp.all_input_nodes, name, clamp),)
+        set_layer(graph_module, str(clamp.target), clamp_layer(*(None if each is None else each * scale + shift for each in limits)))
+        bypass(node, input_of(node))
+
+
+def _is_positive_number(layer: nn.Module | None) -> bool:
+    return isinstance(layer, ChannelAffine) and layer.num_channels == 1 and float(layer.weight) > 0
+
+
+def _clamp_in(node: fx.Node, layer: ChannelAffine) -> fx.Node | None:
+    """The clamp that ``node`` is, or that it multiplies by where ``layer`` only scales; None if others read it too."""
+    if len(node.users) > 1:
+        return None
+    if is_clamp(node):
+        return node
+    if isinstance(layer_of(node), Multiply) and float(layer.bias) == 0:
+        return next((each for each in node.all_input_nodes if is_clamp(each) and len(each.users) == 1), None)
+    return None
