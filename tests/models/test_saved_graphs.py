@@ -17,17 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qface.errors import CheckpointError, ExportError, TraceError, UnsupportedLayerError
+from qface.graph import capture, register_layer
 from qface.models import (
     IResNet,
     MobileFaceNet,
     load,
-    provenance_of,
-    record_step,
-    register_layer,
     save,
     store,
-    trace,
 )
+from qface.provenance import provenance_of, record_step
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.quantization import QuantizationConfig, calibrate, quantize
 from tests.networks import foreign_net, random_faces, tiny_face_net, with_statistics
@@ -69,7 +67,7 @@ def inputs() -> Tensor:
 def check_same(loaded: nn.Module, model: nn.Module) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(inputs()), model(inputs()))
-    expected = trace(model).state_dict()
+    expected = capture(model).state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
     assert preprocessing_of(loaded) == preprocessing_of(model)
@@ -170,7 +168,7 @@ def test_constants_slices_and_keywords_are_kept(tmp_path: Path) -> None:
 
 
 def test_layers_that_no_node_calls_are_left_out(tmp_path: Path) -> None:
-    graph = trace(float_tiny())
+    graph = capture(float_tiny())
     graph.add_submodule("unused", nn.Linear(3, 3))
     save(with_preprocessing(graph, PREPROCESSING), tmp_path / "m.safetensors")
     loaded = load(tmp_path / "m.safetensors")
@@ -249,7 +247,7 @@ class Strange(nn.Module):
 
 
 def strange_graph(scale: float = 3.0) -> torch.fx.GraphModule:
-    return trace(nn.Sequential(nn.Conv2d(3, 4, 1), Strange(scale), nn.Flatten()), (Strange,))
+    return capture(nn.Sequential(nn.Conv2d(3, 4, 1), Strange(scale), nn.Flatten()), (Strange,))
 
 
 def test_unknown_layers_functions_and_methods_are_named(tmp_path: Path) -> None:
@@ -354,7 +352,7 @@ Change = Callable[[dict[str, Any]], None]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = tmp_path_factory.mktemp("saved") / "m.safetensors"
-    model = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    model = capture(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     save(model, path)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import qface
 from qface.errors import ConfigError, ImagesError
-from qface.models import MobileFaceNet, iresnet, provenance_of
+from qface.models import MobileFaceNet, iresnet
+from qface.provenance import provenance_of
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.pruning import Budget, PruningConfig, cost_of, prune
 from tests.networks import foreign_net, random_faces, tiny_face_net, with_statistics

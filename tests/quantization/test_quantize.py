@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.errors import ConfigError, UnsupportedLayerError
-from qface.models import IResNet, MobileFaceNet, provenance_of
+from qface.models import IResNet, MobileFaceNet
+from qface.provenance import provenance_of
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.quantization import (
     ImageFakeQuantize,

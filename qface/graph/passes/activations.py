@@ -62,12 +62,11 @@ def scales_before_clamps(graph_module: fx.GraphModule) -> None:
         if clamp is None:
             continue
         scale, shift = float(cast(ChannelAffine, layer).weight), float(cast(ChannelAffine, layer).bias)
-        limits = [
-            None if each is None else each * scale + shift for each in limits_of(cast(nn.Module, layer_of(clamp)))
-        ]
+        limits = limits_of(cast(nn.Module, layer_of(clamp)))
         name = f"{clamp.name}_map"
         clamp.args = (insert_layer(graph_module, _number(scale, shift), clamp.all_input_nodes, name, clamp),)
-        set_layer(graph_module, str(clamp.target), clamp_layer(*(None if each is None else each * scale + shift for each in limits)))
+        low, high = (None if limit is None else limit * scale + shift for limit in limits)
+        set_layer(graph_module, str(clamp.target), clamp_layer(low, high))
         bypass(node, input_of(node))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from qface.quantization.canonical import canonicalize
+from qface.graph import canonicalize
 from tests.deployment.networks import CHANNELS, Sum, framed, prelu
 from tests.networks import random_faces
 
