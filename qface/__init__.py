@@ -22,7 +22,7 @@ from qface.evaluation import (
 from qface.models import load, save
 from qface.preprocessing import Preprocessing
 from qface.pruning import Budget, PruningConfig, prune
-from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
+from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
 from qface.quantization.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "PruningConfig",
     "QFaceError",
     "QuantizationConfig",
+    "QuantizationPlan",
     "Sensitivity",
     "SizeReport",
     "TemplateResult",
@@ -47,6 +48,7 @@ __all__ = [
     "evaluate",
     "evaluate_templates",
     "export",
+    "inspect",
     "load",
     "measure_size",
     "operating_thresholds",

@@ -46,6 +46,11 @@ LEAST_EQUAL = 0.999
 """Share of a layer's integers that must be equal; no other may be off by more than one step."""
 LEAST_MEAN_COSINE = 0.9999
 LEAST_COSINE = 0.999
+LEAST_MEAN_COSINE_WITH_FLOAT = 0.99
+LEAST_COSINE_WITH_FLOAT = 0.95
+"""Of networks with float islands. Torch and onnxruntime sum floats in another order; a difference of 1e-7 rounds one of
+every few thousand values the other way, and the layers after it spread that. Each layer alone must agree as elsewhere.
+"""
 
 LAYER_IMAGES = 8
 """Images on which layers are compared; each gives thousands of integers a layer."""
@@ -86,17 +91,30 @@ class Agreement:
     """What :func:`verify` found; cosines are between the embeddings of student and file, running free.
 
     A file for GPUs has no integer layers.
+
+    Args:
+        layers: with integer results, one by one.
+        images: whose embeddings were compared.
+        mean_cosine: of their embeddings.
+        least_cosine: likewise.
+        float_layers: names of the float islands, between which integers may differ by a rounding.
     """
 
     layers: tuple[LayerAgreement, ...]
     images: int
     mean_cosine: float
     least_cosine: float
+    float_layers: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
         """Whether every layer agrees, and the embeddings do."""
-        embeddings = self.mean_cosine >= LEAST_MEAN_COSINE and self.least_cosine >= LEAST_COSINE
+        mean, least = (
+            (LEAST_MEAN_COSINE_WITH_FLOAT, LEAST_COSINE_WITH_FLOAT)
+            if self.float_layers
+            else (LEAST_MEAN_COSINE, LEAST_COSINE)
+        )
+        embeddings = self.mean_cosine >= mean and self.least_cosine >= least
         return embeddings and all(layer.agrees for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,7 +166,9 @@ def compare_integers(
     first = next(batches)
     layers = compare_layers(student, graph, embedder.path, first[:LAYER_IMAGES])
     network = copy.deepcopy(student).cpu().eval()
-    return replace(compare_embeddings(network, embedder, chain([first], batches)), layers=layers)
+    islands = tuple(each.name for each in graph.operations if isinstance(each, ir.FloatIslandOp))
+    found = compare_embeddings(network, embedder, chain([first], batches))
+    return replace(found, layers=layers, float_layers=islands)
 
 
 def _batches(graph: ir.IntegerGraph, source: ImageSource) -> Iterator[Tensor]:

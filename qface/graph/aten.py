@@ -38,16 +38,16 @@ Shape = tuple[Any, ...]
 """Sizes of a tensor; None where the batch counts."""
 
 FLOAT_FUNCTIONS = frozenset(
-    "abs adaptive_avg_pool1d add addmm amax amin arange arange_start_step argmax argmin atan2 avg_pool1d baddbmm "
-    "bitwise_and bitwise_not bmm cat ceil chunk clamp clamp_max clamp_min col2im constant_pad_nd conv1d conv2d "
-    "conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor floor_divide full "
-    "full_like gather ge gelu gt im2col index index_select instance_norm layer_norm le linalg_vector_norm linear "
-    "log log1p logical_and logical_not lt masked_fill matmul max maximum mean min minimum mm mul ne neg new_ones "
-    "new_zeros norm ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu reciprocal "
-    "reflection_pad2d relu remainder repeat replication_pad2d reshape reshape_as rms_norm roll round rsqrt rsub "
-    "scaled_dot_product_attention select sigmoid sign sin slice softmax softplus split sqrt square squeeze stack "
-    "std sub sum sym_size tanh to transpose unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d "
-    "upsample_nearest1d upsample_nearest2d var view where zeros zeros_like".split()
+    "abs adaptive_avg_pool1d adaptive_avg_pool2d add addmm amax amin arange arange_start_step argmax argmin atan2 "
+    "avg_pool1d avg_pool2d baddbmm bitwise_and bitwise_not bmm cat ceil chunk clamp clamp_max clamp_min col2im "
+    "constant_pad_nd conv1d conv2d conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip "
+    "floor floor_divide full full_like gather ge gelu gt im2col index index_select instance_norm layer_norm le "
+    "linalg_vector_norm linear log log1p logical_and logical_not lt masked_fill matmul max maximum mean min "
+    "minimum mm mul ne neg new_ones new_zeros norm ones ones_like pad permute pixel_shuffle pixel_unshuffle pow "
+    "prelu reciprocal reflection_pad2d relu remainder repeat replication_pad2d reshape reshape_as rms_norm roll "
+    "round rsqrt rsub scaled_dot_product_attention select sigmoid sign sin slice softmax softplus split sqrt "
+    "square squeeze stack std sub sum sym_size tanh to transpose unflatten unfold unsqueeze upsample_bicubic2d "
+    "upsample_bilinear2d upsample_nearest1d upsample_nearest2d var view where zeros zeros_like".split()
 )
 """Operators that may stay functions: they read nothing but tensors and numbers, and change none of them."""
 
@@ -466,6 +466,10 @@ def _max_pool(run: Converter, call: Call) -> Any:
 
 
 def _average_pool(run: Converter, call: Call) -> Any:
+    """An average of the elements of a window; others have no integer kernel that averages as torch does."""
+    counts_padding = call["ceil_mode"] and call["count_include_pad"] and any(_pair(call["padding"]))
+    if call["divisor_override"] is not None or counts_padding:
+        return None
     stride = call["stride"] or call["kernel_size"]
     layer = nn.AvgPool2d(
         _pair(call["kernel_size"]),

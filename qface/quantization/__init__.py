@@ -10,7 +10,8 @@ from qface.quantization.observers import (
     RangeObserver,
 )
 from qface.quantization.placement import Role, activation_bits, role_of
-from qface.quantization.prepare import is_quantized, quantize
+from qface.quantization.plan import LayerPlan, QuantizationPlan
+from qface.quantization.prepare import inspect, is_quantized, quantize
 from qface.quantization.qparams import IntegerRange, QParams
 from qface.quantization.quantization_config import LayerBits, QuantizationConfig
 from qface.quantization.quantized_layers import (
@@ -26,12 +27,14 @@ __all__ = [
     "IntegerRange",
     "LSQFakeQuantize",
     "LayerBits",
+    "LayerPlan",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageObserver",
     "PercentileObserver",
     "QParams",
     "QuantizationConfig",
+    "QuantizationPlan",
     "QuantizedAdd",
     "QuantizedAffine",
     "QuantizedConv2d",
@@ -42,6 +45,7 @@ __all__ = [
     "SharedScaleFakeQuantize",
     "activation_bits",
     "calibrate",
+    "inspect",
     "is_quantized",
     "quantize",
     "role_of",

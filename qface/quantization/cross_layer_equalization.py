@@ -12,7 +12,7 @@ one scale; there activations and weights share what is to be evened out.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -72,13 +72,18 @@ def find_regions(student: fx.GraphModule) -> list[Region]:
                 regions.join(node, source)
             if isinstance(layer, LSQFakeQuantize):
                 regions.of(node).quantizers.append(layer)
-        elif isinstance(layer, Scalable) and (node in rows or not isinstance(layer, nn.Linear)):
+        elif _takes_factors(layer) and (node in rows or not isinstance(layer, nn.Linear)):
             regions.of(inputs[0]).sinks.append(layer)
             regions.of(node).sources.append(layer)
         else:
             for tensor in (node, *inputs):
                 regions.of(tensor).closed = False
     return [region for region in regions.all() if region.closed and region.sinks and _channels(region) == 1]
+
+
+def _takes_factors(layer: nn.Module | None) -> TypeGuard[Scalable]:
+    """True of quantized layers; one that stays in float keeps its weights."""
+    return isinstance(layer, WeightedLayer) or (isinstance(layer, ChannelAffine) and layer.dim == 1)
 
 
 def _channels(region: Region) -> int:

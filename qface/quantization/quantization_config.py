@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from qface.errors import ConfigError
@@ -54,6 +55,8 @@ class QuantizationConfig:
         percentile: share of the values, in percent, that ``"percentile"`` keeps inside the range.
         wide_residuals: let a sum read 8 bits of what a convolution beside it reads with fewer
             (:mod:`qface.quantization.residuals`); otherwise both read the same.
+        ignored_layers: convolutions and linear layers that stay in float, by name or by a pattern of file names
+            (``"layer4.*"``).
 
     Raises:
         ConfigError: a field is out of range.
@@ -66,6 +69,7 @@ class QuantizationConfig:
     activation_observer: str = "mse"
     percentile: float = 99.99
     wide_residuals: bool = True
+    ignored_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
@@ -77,8 +81,14 @@ class QuantizationConfig:
             raise ConfigError(f"weight_observer {self.weight_observer!r} is none of mse, minmax, percentile")
         if self.activation_observer not in OBSERVERS:
             raise ConfigError(f"activation_observer {self.activation_observer!r} is none of {', '.join(OBSERVERS)}")
+        if isinstance(self.ignored_layers, str):
+            raise ConfigError(f"ignored_layers is {self.ignored_layers!r}; it must be a tuple of names or patterns")
         if not 50 < self.percentile <= 100:
             raise ConfigError(f"percentile is {self.percentile}; it must be above 50 and at most 100")
+
+    def ignores(self, layer: str) -> bool:
+        """True if ``layer`` stays in float."""
+        return any(fnmatchcase(layer, pattern) for pattern in self.ignored_layers)
 
     def weight_bits_of(self, layer: str) -> int:
         """Bits of the weight of ``layer``."""

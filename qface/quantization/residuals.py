@@ -33,12 +33,16 @@ def widen_residuals(network: fx.GraphModule, config: QuantizationConfig, wide: i
         wide: bits of what a sum reads otherwise.
     """
     for node in list(network.graph.nodes):
-        readers = [user for user in node.users if isinstance(layer_of(user), (nn.Conv2d, nn.Linear))]
+        readers = [user for user in node.users if _multiplies_integers(user, config)]
         summed = any(isinstance(layer_of(user), Add) for user in node.users)
         narrow = any(config.activation_bits_of(str(reader.target)) < wide for reader in readers)
         if summed and narrow and _can_be_made_again(node):
             _read_apart(network, node, readers)
     network.recompile()
+
+
+def _multiplies_integers(node: fx.Node, config: QuantizationConfig) -> bool:
+    return isinstance(layer_of(node), (nn.Conv2d, nn.Linear)) and not config.ignores(str(node.target))
 
 
 def _can_be_made_again(node: fx.Node) -> bool:

@@ -35,10 +35,13 @@ def entries_of_network(model: nn.Module, bits: int | QuantizationConfig) -> Iter
     """
     student = model if is_quantized(model) else quantize(model, bits)
     assert isinstance(student, fx.GraphModule)
+    parameters = dict(student.named_parameters()) | dict(student.named_buffers())
     for node in student.graph.nodes:
         layer = layer_of(node)
         if layer is not None:
             yield from _layer_entries(str(node.target), layer)
+        elif node.op == "get_attr":
+            yield _words(str(node.target), "constant", parameters[str(node.target)].numel())
 
 
 def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
@@ -63,6 +66,11 @@ def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
     elif isinstance(layer, (ImageFakeQuantize, LSQFakeQuantize)):
         yield _words(f"{name}.scale", "scale", 1)
         yield SizeEntry(f"{name}.zero_point", "zero_point", 1, 1, 8)
+    else:  # it stays in float
+        multiplies = isinstance(layer, (nn.Conv2d, nn.Linear))
+        for kind, parameter in layer.named_parameters():
+            role = kind if multiplies else "affine"
+            yield _words(f"{name}.{kind}", role, parameter.numel())
 
 
 def _words(name: str, kind: str, elements: int, bits: int = 32) -> SizeEntry:

@@ -23,6 +23,8 @@ _ROLES: dict[str, dict[int, str]] = {
     "DequantizeLinear": {1: "scale", 2: "zero_point"},
     "PRelu": {1: "slope"},
     "BatchNormalization": {1: "affine", 2: "affine", 3: "affine", 4: "affine"},
+    "LayerNormalization": {1: "affine", 2: "affine"},
+    "InstanceNormalization": {1: "affine", 2: "affine"},
 }
 """Kinds of the tensors that operators read, by position."""
 _COMBINING = frozenset({"BitwiseOr", "BitwiseXor", "Concat", "Mul"})

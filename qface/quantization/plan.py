@@ -1,0 +1,126 @@
+"""Which layers of a student compute with integers, which in float, and how much of the work each does."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from qface.graph.aten import operator_name
+from qface.graph.edit import propagate_shapes
+from qface.graph.queries import SYMBOLIC_FUNCTIONS, input_of, is_shape_only, layer_of, shape_of
+from qface.preprocessing import example_input
+from qface.quantization.fake_quantize import LSQFakeQuantize
+from qface.quantization.placement import computes_in_float
+from qface.quantization.quantized_layers import QuantizedAffine, WeightedLayer, is_quantizer
+
+__all__ = ["LayerPlan", "QuantizationPlan", "plan_of"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer of a student.
+
+    Args:
+        name: in the network.
+        kind: class of the layer, or name of the operator.
+        integer: True if it computes with integers.
+        weight_bits: of its weight; None where it has none or keeps it in float.
+        multiply_adds: for one image.
+    """
+
+    name: str
+    kind: str
+    integer: bool
+    weight_bits: int | None
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """All layers of a student that make values of their own, in the order in which they run.
+
+    Example:
+        >>> import qface
+        >>> from qface.models import MobileFaceNet
+        >>> plan = qface.inspect(MobileFaceNet())
+        >>> plan.integer_share
+        1.0
+        >>> plan.float_layers
+        ()
+    """
+
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def float_layers(self) -> tuple[LayerPlan, ...]:
+        """Those that compute in float, between a dequantize and a quantize."""
+        return tuple(layer for layer in self.layers if not layer.integer)
+
+    @property
+    def integer_share(self) -> float:
+        """Share of the multiply-adds that integer kernels do, 0..1."""
+        total = sum(layer.multiply_adds for layer in self.layers)
+        return sum(layer.multiply_adds for layer in self.layers if layer.integer) / max(total, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"integer_share": self.integer_share, "layers": [asdict(layer) for layer in self.layers]}
+
+    def __str__(self) -> str:
+        """One line: how many layers, and what stays in float."""
+        total = len(self.layers)
+        kinds = Counter(layer.kind for layer in self.float_layers)
+        left = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        line = f"{total - len(self.float_layers)} of {total} layers and {self.integer_share:.1%} of the multiply-adds"
+        return f"{line} are integers; in float: {left or 'nothing'}"
+
+
+def plan_of(student: fx.GraphModule) -> QuantizationPlan:
+    """The plan of ``student``, calibrated or not; it is not changed.
+
+    Args:
+        student: the result of :func:`qface.quantize`.
+    """
+    trial = copy.deepcopy(student).eval()
+    for layer in trial.modules():
+        if isinstance(layer, LSQFakeQuantize):
+            layer.disable_fake_quant()
+    propagate_shapes(trial, example_input(student))
+    return QuantizationPlan(tuple(_layer_plan(node) for node in trial.graph.nodes if _makes_values(node)))
+
+
+def _makes_values(node: fx.Node) -> bool:
+    if node.op not in ("call_module", "call_function") or node.target in SYMBOLIC_FUNCTIONS:
+        return False
+    return not is_quantizer(node) and not is_shape_only(node) and bool(shape_of(node))
+
+
+def _layer_plan(node: fx.Node) -> LayerPlan:
+    layer = layer_of(node)
+    integer = not computes_in_float(node)
+    if isinstance(layer, QuantizedAffine):
+        integer = layer.quant_context.complete
+    kind = operator_name(node.target) if layer is None else type(layer).__name__.removeprefix("Quantized")
+    bits = layer.weight_bits if isinstance(layer, WeightedLayer) else None
+    name = node.name if layer is None else str(node.target)
+    return LayerPlan(name, kind, integer, bits, _multiply_adds(node, layer))
+
+
+def _multiply_adds(node: fx.Node, layer: nn.Module | None) -> int:
+    """For one of two images."""
+    values = math.prod(shape_of(node)) // 2
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return values * layer.weight[0].numel()
+    if node.op != "call_function":
+        return 0
+    name = operator_name(node.target)
+    if name in ("matmul", "bmm", "mm"):
+        return values * shape_of(input_of(node))[-1]
+    if name == "scaled_dot_product_attention":  # queries by keys, and their weights by values
+        return values * 2 * shape_of(node.all_input_nodes[1])[-2]
+    return 0
