@@ -194,7 +194,9 @@ def _aten_function(name: str) -> Any:
     operator_name, _, overload = rest.partition(".")
     if operator_name not in FLOAT_FUNCTIONS or not overload.isidentifier():
         return None
-    return getattr(getattr(torch.ops.aten, operator_name), overload, None)
+    found = getattr(getattr(torch.ops.aten, operator_name), overload, None)
+    known = isinstance(found, torch._ops.OpOverload) and not found._schema.is_mutable
+    return found if known else None
 
 
 def _value_to_data(value: Any, where: object) -> Any:

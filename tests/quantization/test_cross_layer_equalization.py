@@ -212,10 +212,10 @@ def test_a_map_that_is_spread_over_channels_is_left_alone() -> None:
 
 
 def dead(channels: int) -> nn.Module:
-    """The ReLU behind the norm lets nothing of the first ``channels`` through."""
-    model = framed(lambda: nn.Sequential(nn.LeakyReLU(), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)))
+    """The ReLU after the pool, which has bits of its own before it, lets nothing of the first ``channels`` through."""
+    model = framed(lambda: nn.Sequential(nn.BatchNorm2d(8), nn.AvgPool2d(1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)))
     with torch.no_grad():
-        model.body[1].bias[:channels] = -6.0
+        model.body[0].bias[:channels] = -6.0
     return model
 
 

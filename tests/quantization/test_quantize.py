@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from qface.errors import ConfigError, UnsupportedLayerError
+from qface.errors import ConfigError
+from qface.graph.queries import source_of_values
 from qface.models import IResNet, MobileFaceNet
-from qface.provenance import provenance_of
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+from qface.provenance import provenance_of
 from qface.quantization import (
     ImageFakeQuantize,
     LayerBits,
@@ -22,6 +23,7 @@ from qface.quantization import (
     QuantizedLinear,
     QuantizedPReLU,
     calibrate,
+    inspect,
     is_quantized,
     quantize,
 )
@@ -82,9 +84,7 @@ def called(student: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 def source_of(student: fx.GraphModule, node: fx.Node) -> fx.Node:
     """The node that made the values of ``node``, past what only moves them."""
-    while isinstance(called(student, node), (nn.Flatten, nn.MaxPool2d)):
-        (node,) = node.all_input_nodes
-    return node
+    return source_of_values(node)
 
 
 def bits_read(student: fx.GraphModule) -> dict[str, int | str]:
@@ -217,9 +217,22 @@ def test_overrides_of_unknown_layers_are_named() -> None:
         assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_layers_with_other_weights_are_named() -> None:
-    with pytest.raises(UnsupportedLayerError, match="'0'"):
-        quantize(with_preprocessing(nn.Sequential(nn.ConvTranspose2d(3, 4, 2)).eval(), SIZE))
+def test_layers_without_an_integer_form_stay_in_float() -> None:
+    layers = (nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2), nn.Conv2d(4, 4, 1), nn.Flatten())
+    student = quantize(with_preprocessing(nn.Sequential(*layers).eval(), SIZE))
+    assert [layer.kind for layer in inspect(student).float_layers] == ["conv_transpose2d"]
+    assert bits_read(student) == {"0": "image", "2": 6}
+
+
+def test_ignored_layers_stay_in_float() -> None:
+    student = quantize(tiny(), QuantizationConfig(ignored_layers=("block1.*", "fc")))
+    kept = {layer.name for layer in inspect(student).float_layers}
+    assert kept == {"block1.conv1", "block1.conv2", "fc"}
+    calibrate(student, random_faces(4))
+    with pytest.raises(ConfigError, match=r"'nothing\.\*' matches no convolution"):
+        quantize(tiny(), QuantizationConfig(ignored_layers=("nothing.*",)))
+    with pytest.raises(ConfigError, match="tuple of names"):
+        QuantizationConfig(ignored_layers="fc")  # type: ignore[arg-type]
 
 
 def test_a_student_without_ranges_says_what_to_do() -> None:

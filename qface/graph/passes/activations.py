@@ -61,7 +61,8 @@ def scales_before_clamps(graph_module: fx.GraphModule) -> None:
         clamp = _clamp_in(input_of(node), cast(ChannelAffine, layer))
         if clamp is None:
             continue
-        scale, shift = float(cast(ChannelAffine, layer).weight), float(cast(ChannelAffine, layer).bias)
+        affine = cast(ChannelAffine, layer)
+        scale, shift = float(affine.weight.detach()), float(affine.bias.detach())
         limits = limits_of(cast(nn.Module, layer_of(clamp)))
         name = f"{clamp.name}_map"
         clamp.args = (insert_layer(graph_module, _number(scale, shift), clamp.all_input_nodes, name, clamp),)
@@ -71,7 +72,7 @@ def scales_before_clamps(graph_module: fx.GraphModule) -> None:
 
 
 def _is_positive_number(layer: nn.Module | None) -> bool:
-    return isinstance(layer, ChannelAffine) and layer.num_channels == 1 and float(layer.weight) > 0
+    return isinstance(layer, ChannelAffine) and layer.num_channels == 1 and float(layer.weight.detach()) > 0
 
 
 def _clamp_in(node: fx.Node, layer: ChannelAffine) -> fx.Node | None:
@@ -80,6 +81,6 @@ def _clamp_in(node: fx.Node, layer: ChannelAffine) -> fx.Node | None:
         return None
     if is_clamp(node):
         return node
-    if isinstance(layer_of(node), Multiply) and float(layer.bias) == 0:
+    if isinstance(layer_of(node), Multiply) and float(layer.bias.detach()) == 0:
         return next((each for each in node.all_input_nodes if is_clamp(each) and len(each.users) == 1), None)
     return None

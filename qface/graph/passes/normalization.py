@@ -46,7 +46,7 @@ def _before_guard(node: fx.Node) -> fx.Node | None:
     if isinstance(layer, nn.Hardtanh) and layer.max_val == float("inf") and 0 <= layer.min_val < _SMALLEST_NORM:
         return input_of(node)
     if isinstance(layer, ChannelAffine) and layer.num_channels == 1:
-        added = float(layer.weight) == 1 and 0 <= float(layer.bias) < _SMALLEST_NORM
+        added = float(layer.weight.detach()) == 1 and 0 <= float(layer.bias.detach()) < _SMALLEST_NORM
         return input_of(node) if added else None
     return None
 
