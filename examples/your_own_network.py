@@ -1,4 +1,4 @@
-"""A network that qface does not know goes through the same verbs: anything that torch.fx can trace.
+"""A network that qface does not know goes through the same verbs: anything that torch.export can follow.
 
 python examples/your_own_network.py faces/
 """

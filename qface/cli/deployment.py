@@ -1,4 +1,4 @@
-"""Commands on ONNX files: export, verify, bench, size."""
+"""Commands on files: inspect, export, verify, bench, size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,21 @@ from qface.deployment.export import TARGETS
 from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
 from qface.files import check_folder
-from qface.reporting import agreement_table, latency_table
+from qface.models.resolve import resolve_model
+from qface.reporting import agreement_table, latency_table, plan_table
 from qface.reporting.tables import size_tables
 
-__all__ = ["bench", "export", "size", "verify"]
+__all__ = ["bench", "export", "inspect", "size", "verify"]
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.option("--bits", type=int, default=6, show_default=True, help="Bits that a float network would get, 2 to 8.")
+@json_option
+def inspect(model: str, bits: int, as_json: bool) -> None:
+    """Say which layers of MODEL integer kernels would compute, and which would stay in float."""
+    plan = qface.inspect(resolve_model(model), bits)
+    show(plan.to_dict(), plan_table(plan), as_json)
 
 
 @click.command(cls=Command)

@@ -44,6 +44,9 @@ __all__ = ["distill", "prune", "quantize"]
 @click.option(
     "--budget-mb", type=float, help="Maximum size of the exported file in MB (10^6 bytes); bits are chosen per weight."
 )
+@click.option(
+    "--ignored-layers", multiple=True, help="A layer that stays in float, or a pattern such as 'layer4.*'; repeatable."
+)
 @click.option("--distill/--no-distill", default=True, show_default=True, help="Fine-tune after calibration.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
 @training_options
@@ -56,6 +59,7 @@ def quantize(
     weight_bits: int | None,
     activation_bits: int | None,
     budget_mb: float | None,
+    ignored_layers: tuple[str, ...],
     distill: bool,
     output: Path,
     run_dir: Path | None,
@@ -66,7 +70,9 @@ def quantize(
     check_model_file(output)
     settings = distill_config(**training)
     config = qface.QuantizationConfig(
-        bits if weight_bits is None else weight_bits, bits if activation_bits is None else activation_bits
+        bits if weight_bits is None else weight_bits,
+        bits if activation_bits is None else activation_bits,
+        ignored_layers=ignored_layers,
     )
     if not distill:
         _refuse_run(run_dir, resume)
@@ -74,10 +80,13 @@ def quantize(
         raise ConfigError("--budget-mb chooses the bits of weights by itself; leave out --weight-bits")
     teacher = resolve_model(model, weights)
     student = qface.quantize(teacher, config)
+    click.echo(qface.inspect(student), err=True)
     check_savable(student)
     if distill:
         check_run(settings, run_dir, resume)
     if budget_mb is not None:
+        if ignored_layers:
+            raise ConfigError("--budget-mb chooses the bits of all layers; leave out --ignored-layers")
         config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits, progress=True)
         student = qface.quantize(teacher, config)
     _warn_export_blocker(student)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,17 +18,15 @@ import torch
 from torch import fx, nn
 
 from qface.errors import UnsupportedLayerError, one_line
+from qface.graph.aten import operator_name
 from qface.graph.queries import SYMBOLIC_FUNCTIONS
 
 __all__ = ["island_module", "to_onnx_graph"]
 
 _SIZE = torch.ops.aten.sym_size.int
-_AS_METHODS = {
-    torch.ops.aten.expand.default: "expand",
-    torch.ops.aten.view.default: "reshape",
-    torch.ops.aten.repeat.default: "repeat",
-}
-"""Functions whose sizes may depend on the number of images; torch's tracer sees that in methods only."""
+_METHODS = frozenset(("expand", "new_full", "new_ones", "new_zeros", "repeat", "reshape", "view"))
+_FACTORIES = {"arange": torch.arange, "full": torch.full, "ones": torch.ones, "zeros": torch.zeros}
+"""Functions whose sizes may depend on the number of images; torch's tracer sees that in Python's own calls only."""
 
 
 def island_module(
@@ -88,10 +87,20 @@ class _IslandBuilder:
             return self._graph.get_attr(name)
         if node.target is _SIZE:
             return self._graph.call_method("size", args)
+        name = operator_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+        if name in _METHODS:
+            return self._graph.call_method("reshape" if name == "view" else name, (args[0], *args[1:]), kwargs)
+        if name in _FACTORIES:
+            return self._graph.call_function(_FACTORIES[name], args, kwargs)
+        if name == "slice":
+            getitem: Any = operator.getitem
+            return self._graph.call_function(getitem, (args[0], _index(*args[1:])))
         target: Any = node.target
-        if target in _AS_METHODS:
-            return self._graph.call_method(_AS_METHODS[target], (args[0], *args[1]))
         return self._graph.call_function(target, args, kwargs)
+
+
+def _index(dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> tuple[slice, ...]:
+    return (*(slice(None),) * dim, slice(start, stop, step))
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -20,6 +20,14 @@ OPSET = 18
 IR_VERSION = 9  # onnx's own default is newer than what some runtimes read
 
 
+_KEPT_IN_FLOAT = frozenset(("Conv", "ConvTranspose", "Gemm", "Softmax"))
+"""Operators that onnxruntime would not compute in float between a dequantize and a quantize.
+
+It rounds weights of its own accord, and has a softmax of integers that rounds a sixth of all values otherwise. A maximum
+that changes nothing, before them, hides the dequantize.
+"""
+_MOVING = frozenset(("Flatten", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"))
+
 Direct = ir.MaxOp | ir.MultiplyOp | ir.ConcatOp | ir.GlobalAveragePoolOp | ir.AveragePoolOp
 """Operations that one node computes, whatever the type of its numbers."""
 
@@ -97,12 +105,16 @@ class NodeCollector:
         """The nodes of a float island, which read and make float32; the names of what it makes."""
         graph = to_onnx_graph(operation.module, operation.shapes, operation.name, OPSET)
         prefix = f"{operation.name}:"
-        names = {"": ""} | dict(zip((each.name for each in graph.input), inputs, strict=True))
+        # By name: the exporter leaves out inputs of which only the size is read.
+        names = {"": ""} | {f"input_{number}": name for number, name in enumerate(inputs)}
         for tensor in graph.initializer:
             names[tensor.name] = self._initializer(f"{prefix}{tensor.name}", tensor)
         made = list(outputs) if outputs is not None else [f"{prefix}{each.name}" for each in graph.output]
         names |= dict(zip((each.name for each in graph.output), made, strict=True))
+        moved = {each.name for each in graph.input}
         for node in graph.node:
+            if node.op_type in _MOVING and node.input[0] in moved:
+                moved.update(node.output)
             copied = onnx.NodeProto()
             copied.CopyFrom(node)
             copied.name = ""
@@ -111,6 +123,9 @@ class NodeCollector:
                     self._numbered += 1
                     names[name] = str(self._numbered)
             copied.input[:] = [names[name] for name in node.input]
+            if node.op_type in _KEPT_IN_FLOAT and node.input[0] in moved:
+                lowest = self.constant("lowest", np.finfo(np.float32).min)
+                copied.input[0] = self.node("Max", [copied.input[0], lowest])
             copied.output[:] = [names[name] for name in node.output]
             self.nodes.append(copied)
         return made

@@ -38,16 +38,15 @@ Shape = tuple[Any, ...]
 """Sizes of a tensor; None where the batch counts."""
 
 FLOAT_FUNCTIONS = frozenset(
-    "abs adaptive_avg_pool1d adaptive_avg_pool2d add addmm amax amin arange arange_start_step argmax argmin atan2 "
-    "avg_pool1d avg_pool2d baddbmm bitwise_and bitwise_not bmm cat ceil chunk clamp clamp_max clamp_min col2im "
-    "constant_pad_nd conv1d conv2d conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip "
-    "floor floor_divide full full_like gather ge gelu gt im2col index index_select instance_norm layer_norm le "
-    "linalg_vector_norm linear log log1p logical_and logical_not lt masked_fill matmul max maximum mean min "
-    "minimum mm mul ne neg new_ones new_zeros norm ones ones_like pad permute pixel_shuffle pixel_unshuffle pow "
-    "prelu reciprocal reflection_pad2d relu remainder repeat replication_pad2d reshape reshape_as rms_norm roll "
-    "round rsqrt rsub scaled_dot_product_attention select sigmoid sign sin slice softmax softplus split sqrt "
-    "square squeeze stack std sub sum sym_size tanh to transpose unflatten unfold unsqueeze upsample_bicubic2d "
-    "upsample_bilinear2d upsample_nearest1d upsample_nearest2d var view where zeros zeros_like".split()
+    "__and__ __or__ abs add addmm amax amin arange argmax argmin atan2 avg_pool1d baddbmm bitwise_and bitwise_not "
+    "bitwise_or bmm cat ceil chunk clamp clamp_max clamp_min col2im constant_pad_nd conv1d conv2d conv3d "
+    "conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor full full_like gather ge gelu "
+    "gt im2col index index_select instance_norm layer_norm le linalg_vector_norm linear log log1p logical_and "
+    "logical_not logical_or lt masked_fill matmul max mean min minimum mm mul ne new_ones new_zeros norm ones "
+    "ones_like pad pow prelu reciprocal remainder repeat reshape roll round rsqrt rsub "
+    "scaled_dot_product_attention select sigmoid sign sin slice softmax split sqrt square stack std sub sum "
+    "sym_size tanh to unfold upsample_bicubic2d upsample_bilinear2d upsample_nearest1d upsample_nearest2d var "
+    "where zeros zeros_like".split()
 )
 """Operators that may stay functions: they read nothing but tensors and numbers, and change none of them."""
 
@@ -123,6 +122,11 @@ def shape_of_value(value: Any) -> Shape:
 def _is_tensor(value: Any) -> bool:
     """True of a tensor that depends on the images."""
     return isinstance(value, fx.Node) and "shape" in value.meta
+
+
+def _are_floats(*values: Any) -> bool:
+    """True of tensors of floats that depend on the images."""
+    return all(_is_tensor(value) and value.meta["float"] for value in values)
 
 
 Rule = Callable[["Converter", Call], Any]
@@ -277,6 +281,24 @@ def _layer_norm(run: Converter, call: Call) -> Any:
     return run.layer(_parameters(layer, weight, call["bias"]), (call["input"],), owner_of(weight))
 
 
+def _rms_norm(run: Converter, call: Call) -> Any:
+    """In the operations that it consists of, since ONNX has it from opset 23 only."""
+    x, dims = call["input"], [-1 - dim for dim in range(len(call["normalized_shape"]))]
+    if not _are_floats(x):
+        return None
+    aten, name = torch.ops.aten, call.node.name
+    eps = torch.finfo(torch.float32).eps if call["eps"] is None else call["eps"]
+    squares = run.function(aten.square.default, (x,), {}, f"{name}_square")
+    mean = run.function(aten.mean.dim, (squares, dims, True), {}, f"{name}_mean")
+    shifted = run.function(aten.add.Tensor, (mean, eps), {}, f"{name}_eps")
+    inverse = run.function(aten.rsqrt.default, (shifted,), {}, f"{name}_rsqrt")
+    scaled = run.function(aten.mul.Tensor, (x, inverse), {}, f"{name}_scale")
+    if call["weight"] is None:
+        return scaled
+    weight = run.constant(call["weight"].tensor, call["weight"].name) if isinstance(call["weight"], Constant) else None
+    return None if weight is None else run.function(aten.mul.Tensor, (scaled, weight), {}, name)
+
+
 def _group_norm(run: Converter, call: Call) -> Any:
     weight = call["weight"]
     if not isinstance(weight, Constant) or call["bias"] is None:
@@ -307,7 +329,8 @@ def _reversed_sub(run: Converter, call: Call) -> Any:
 
 def _sum(run: Converter, call: Call, left: Any, right: Any, alpha: float) -> Any:
     if _is_tensor(left) and _is_tensor(right):
-        return run.layer(Add(), (left, right), call.layer_name) if alpha == 1 else None
+        summed = alpha == 1 and _are_floats(left, right)
+        return run.layer(Add(), (left, right), call.layer_name) if summed else None
     if _is_tensor(left):
         return _affine(run, call, left, scale=1, shift=_times(right, alpha))
     return _affine(run, call, right, scale=alpha, shift=left)
@@ -316,7 +339,7 @@ def _sum(run: Converter, call: Call, left: Any, right: Any, alpha: float) -> Any
 def _mul(run: Converter, call: Call) -> Any:
     left, right = call["self"], call["other"]
     if _is_tensor(left) and _is_tensor(right):
-        return run.layer(Multiply(), (left, right), call.layer_name)
+        return run.layer(Multiply(), (left, right), call.layer_name) if _are_floats(left, right) else None
     if _is_tensor(left):
         return _affine(run, call, left, scale=right, shift=0)
     return _affine(run, call, right, scale=left, shift=0)
@@ -347,7 +370,7 @@ def _times(value: Any, factor: float) -> Any:
 
 def _affine(run: Converter, call: Call, x: Any, scale: Any, shift: Any) -> Any:
     """``scale * x + shift``, each one number or one for each index of one dimension; None where they are not."""
-    if not _is_tensor(x) or not call.node.meta["val"].is_floating_point():
+    if not _are_floats(x):
         return None
     if call.output != x.meta["shape"]:
         return None
@@ -466,38 +489,72 @@ def _max_pool(run: Converter, call: Call) -> Any:
 
 
 def _average_pool(run: Converter, call: Call) -> Any:
-    """An average of the elements of a window; others have no integer kernel that averages as torch does."""
-    counts_padding = call["ceil_mode"] and call["count_include_pad"] and any(_pair(call["padding"]))
-    if call["divisor_override"] is not None or counts_padding:
+    kernel, padding = _pair(call["kernel_size"]), _pair(call["padding"])
+    stride = _pair(call["stride"] or call["kernel_size"])
+    if call["ceil_mode"] and any(padding) and (call["count_include_pad"] or call["divisor_override"] is not None):
+        raise run.refusal(
+            call.node,
+            f"{call.layer_name!r} rounds its size up and counts its padding, which onnxruntime averages otherwise; set "
+            "count_include_pad=False or ceil_mode=False",
+        )
+    counted = call["count_include_pad"] or call["divisor_override"] is not None
+    layer = nn.AvgPool2d(kernel, stride, padding, call["ceil_mode"], counted)
+    pooled = run.layer(layer, (call["self"],), call.layer_name)
+    if call["divisor_override"] is None:
+        return pooled
+    scale = ChannelAffine(1).to(run.example_parameter)
+    with torch.no_grad():
+        scale.weight.fill_(math.prod(kernel) / call["divisor_override"])
+    return run.layer(scale, (pooled,), f"{call.layer_name}_divisor")
+
+
+def _adaptive_average(run: Converter, call: Call) -> Any:
+    before, after = call.shape("self"), call.output
+    if None in before[1:]:
         return None
-    stride = call["stride"] or call["kernel_size"]
-    layer = nn.AvgPool2d(
-        _pair(call["kernel_size"]),
-        _pair(stride),
-        _pair(call["padding"]),
-        call["ceil_mode"],
-        call["count_include_pad"],
-        call["divisor_override"],
-    )
-    return run.layer(layer, (call["self"],), call.layer_name)
-
-
-def _adaptive_pool(average: bool) -> Rule:
-    def rule(run: Converter, call: Call) -> Any:
-        before, after = call.shape("self"), call.output
-        if len(before) != 4 or None in before[2:]:
-            return None
-        if before == after:
-            return call["self"]
+    if before == after:
+        return call["self"]
+    if len(before) == 4 and after[2:] == (1, 1):
+        return run.layer(nn.AdaptiveAvgPool2d(1), (call["self"],), call.layer_name)
+    if len(before) == 4 and _divides(before, after):
         kernel = (before[2] // after[2], before[3] // after[3])
-        whole = all(wanted * size == given for size, wanted, given in zip(kernel, after[2:], before[2:], strict=True))
-        if not average:
-            return run.layer(nn.MaxPool2d(kernel, kernel), (call["self"],), call.layer_name) if whole else None
-        if after[2:] == (1, 1):
-            return run.layer(nn.AdaptiveAvgPool2d(1), (call["self"],), call.layer_name)
-        return run.layer(nn.AvgPool2d(kernel, kernel), (call["self"],), call.layer_name) if whole else None
+        return run.layer(nn.AvgPool2d(kernel, kernel), (call["self"],), call.layer_name)
+    return _average_by_products(run, call, before, after)
 
-    return rule
+
+def _divides(before: Shape, after: Shape) -> bool:
+    return not any(size % wanted for size, wanted in zip(before[2:], after[2:], strict=True))
+
+
+def _average_by_products(run: Converter, call: Call, before: Shape, after: Shape) -> fx.Node:
+    """Windows of several sizes, which ONNX lacks: averages along each dimension are a product with a matrix."""
+    x, matmul, name = call["self"], torch.ops.aten.matmul.default, call.layer_name
+    columns = run.constant(
+        _averaging(before[-1], after[-1]).T.contiguous().to(run.example_parameter), f"{name}.columns"
+    )
+    x = run.function(matmul, (x, columns), {}, call.node.name)
+    x.meta |= {"shape": (*before[:-1], after[-1]), "float": True}
+    if len(before) == 4:
+        rows = run.constant(_averaging(before[2], after[2]).to(run.example_parameter), f"{name}.rows")
+        x = run.function(matmul, (rows, x), {}, f"{call.node.name}_rows")
+    return x
+
+
+def _averaging(size: int, wanted: int) -> Tensor:
+    """[wanted, size]: the weights of torch's adaptive pooling, whose windows overlap where ``wanted`` is no divisor."""
+    weights = torch.zeros(wanted, size)
+    for index in range(wanted):
+        start, stop = index * size // wanted, -(-(index + 1) * size // wanted)
+        weights[index, start:stop] = 1 / (stop - start)
+    return weights
+
+
+def _adaptive_maximum(run: Converter, call: Call) -> Any:
+    before, after = call.shape("self"), call.output
+    if len(before) != 4 or None in before[2:] or not _divides(before, after):
+        return None
+    kernel = (before[2] // after[2], before[3] // after[3])
+    return run.layer(nn.MaxPool2d(kernel, kernel), (call["self"],), call.layer_name)
 
 
 def _mean(run: Converter, call: Call) -> Any:
@@ -621,7 +678,7 @@ def _unbind(run: Converter, call: Call) -> Any:
 
 def _concat(run: Converter, call: Call) -> Any:
     tensors = call["tensors"]
-    if not all(_is_tensor(tensor) for tensor in tensors):
+    if not _are_floats(*tensors):
         return None
     if len(tensors) == 1:
         return tensors[0]
@@ -629,7 +686,7 @@ def _concat(run: Converter, call: Call) -> Any:
 
 
 def _maximum(run: Converter, call: Call) -> Any:
-    if not (_is_tensor(call["self"]) and _is_tensor(call.get("other"))):
+    if not _are_floats(call["self"], call.get("other")):
         return None
     return run.layer(Maximum(), (call["self"], call["other"]), call.layer_name)
 
@@ -700,8 +757,9 @@ def _attention(run: Converter, call: Call) -> Any:
 LAYER_RULES: dict[str, Rule] = {
     "_to_copy": _cast,
     "_unsafe_view": _reshape,
-    "adaptive_avg_pool2d": _adaptive_pool(average=True),
-    "adaptive_max_pool2d": _adaptive_pool(average=False),
+    "adaptive_avg_pool1d": _adaptive_average,
+    "adaptive_avg_pool2d": _adaptive_average,
+    "adaptive_max_pool2d": _adaptive_maximum,
     "add": _add,
     "addmm": _biased_matrix_product,
     "alias": _first,
@@ -761,6 +819,7 @@ LAYER_RULES: dict[str, Rule] = {
     "replication_pad2d": _pad,
     "reshape": _reshape,
     "reshape_as": _reshape,
+    "rms_norm": _rms_norm,
     "rsub": _reversed_sub,
     "scaled_dot_product_attention": _attention,
     "select": _select,

@@ -245,7 +245,7 @@ class Converter(LayerGraph):
         return self._function(node, self._values_of(node.args), self._values_of(node.kwargs), target)
 
     def _function(self, node: fx.Node, args: Any, kwargs: Any, target: Any = None) -> fx.Node:
-        args, kwargs = (self._stored(each) for each in (args, kwargs))
+        args, kwargs = self._stored(args), self._stored(_without_place(kwargs))
         made = self.function(target or node.target, tuple(args), dict(kwargs), node.name)
         return self._with_shape(made, node) if isinstance(node.meta.get("val"), Tensor) else made
 
@@ -356,6 +356,11 @@ def _is_computable(arguments: Any) -> bool:
     if isinstance(arguments, dict):
         arguments = list(arguments.values())
     return all(_is_computable(each) for each in arguments) if isinstance(arguments, (list, tuple)) else True
+
+
+def _without_place(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those that change values; a new tensor lies in the memory of the processor that runs the network."""
+    return {name: value for name, value in kwargs.items() if name not in ("device", "layout", "pin_memory")}
 
 
 def _bare(value: Any) -> Any:

@@ -15,6 +15,7 @@ from qface.deployment import Agreement, SizeReport
 from qface.deployment.latency import Latency
 from qface.evaluation import EvaluationResult, OperatingThresholds, Rates, TemplateResult
 from qface.pruning import Cost
+from qface.quantization import QuantizationPlan
 from qface.quantization.sensitivity import Sensitivity
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "demo_table",
     "evaluation_table",
     "latency_table",
+    "plan_table",
     "sensitivity_tables",
     "size_tables",
     "templates_table",
@@ -43,6 +45,19 @@ def evaluation_table(result: EvaluationResult) -> Table:
         figure = f"{percent(result.accuracy)} ± {100 * result.accuracy_std:.2f}"
         table.add_row(f"10-fold accuracy ({result.pairs} pairs, {result.pairs_dropped} dropped)", figure, "")
     _add_rates(table, result)
+    return table
+
+
+def plan_table(plan: QuantizationPlan) -> Table:
+    """The layers of a student, by kind: how many there are, and what they compute with."""
+    table = Table(title=str(plan), box=box.SIMPLE)
+    for name in ("layers", "number", "computes in", "multiply-adds"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    kinds = dict.fromkeys((layer.kind, layer.integer) for layer in plan.layers)
+    for kind, integer in kinds:
+        layers = [layer for layer in plan.layers if (layer.kind, layer.integer) == (kind, integer)]
+        work = sum(layer.multiply_adds for layer in layers)
+        table.add_row(kind, str(len(layers)), "integers" if integer else "float", f"{work:,}" if work else "")
     return table
 
 

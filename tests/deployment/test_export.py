@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 import qface
 from qface.deployment import OnnxEmbedder
 from qface.errors import ConfigError, ExportError, QFaceError, UnsupportedLayerError
-from qface.provenance import provenance_of
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+from qface.provenance import provenance_of
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.quantized_layers import WeightedLayer
 from tests.deployment.integers import assert_exact, optimized_operators, read_by_multiplications, session
