@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 
 import qface
 from qface.cli import export_alias, main
-from qface.provenance import provenance_of
 from qface.models.resolve import resolve_model
+from qface.provenance import provenance_of
 from tests.data.ijb import SmallIjb
 
 Crops = Callable[..., Path]

@@ -25,7 +25,7 @@ __all__ = ["island_module", "to_onnx_graph"]
 
 _SIZE = torch.ops.aten.sym_size.int
 _METHODS = frozenset(("expand", "new_full", "new_ones", "new_zeros", "repeat", "reshape", "view"))
-_FACTORIES = {"arange": torch.arange, "full": torch.full, "ones": torch.ones, "zeros": torch.zeros}
+_FACTORIES: dict[str, Any] = {"arange": torch.arange, "full": torch.full, "ones": torch.ones, "zeros": torch.zeros}
 """Functions whose sizes may depend on the number of images; torch's tracer sees that in Python's own calls only."""
 
 

@@ -23,8 +23,8 @@ IR_VERSION = 9  # onnx's own default is newer than what some runtimes read
 _KEPT_IN_FLOAT = frozenset(("Conv", "ConvTranspose", "Gemm", "Softmax"))
 """Operators that onnxruntime would not compute in float between a dequantize and a quantize.
 
-It rounds weights of its own accord, and has a softmax of integers that rounds a sixth of all values otherwise. A maximum
-that changes nothing, before them, hides the dequantize.
+It rounds weights of its own accord, and has a softmax of integers that rounds a sixth of all values otherwise. A
+maximum that changes nothing, before them, hides the dequantize.
 """
 _MOVING = frozenset(("Flatten", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"))
 

@@ -189,7 +189,8 @@ class ChannelAffine(nn.Module):
 
 def along_channels(values: Tensor, x: Tensor, dim: int = 1) -> Tensor:
     """``values`` [channels] in a shape that broadcasts along dimension ``dim`` of ``x``."""
-    return values.view(-1, *(1,) * (x.ndim - 1 - dim % x.ndim))
+    dim %= x.ndim
+    return values.view(*(1,) * dim, -1, *(1,) * (x.ndim - 1 - dim))
 
 
 def batch_norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

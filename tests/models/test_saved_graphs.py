@@ -261,7 +261,11 @@ def strange_graph(scale: float = 3.0) -> torch.fx.GraphModule:
 
 @pytest.mark.parametrize(
     ("function", "name"),
-    [(lambda x: torch.linalg.qr(x).Q, "linalg_qr"), (lambda x: torch.fft.fft(x).real, "fft"), (torch.nonzero, "nonzero")],
+    [
+        (lambda x: torch.linalg.qr(x).Q, "linalg_qr"),
+        (lambda x: torch.fft.fft(x).real, "fft"),
+        (torch.nonzero, "nonzero"),
+    ],
 )
 def test_unknown_operators_are_named_with_their_place(
     tmp_path: Path, function: Callable[[Tensor], Tensor], name: str

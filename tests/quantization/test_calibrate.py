@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qface.data.images import Images
 from qface.errors import ConfigError, ImagesError
-from qface.provenance import provenance_of
 from qface.preprocessing import Preprocessing, with_preprocessing
+from qface.provenance import provenance_of
 from qface.quantization import (
     LSQFakeQuantize,
     QuantizationConfig,

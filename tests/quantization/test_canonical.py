@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from qface.quantization.canonical import canonicalize
 from torch import Tensor, fx, nn
 
 from qface.errors import CheckpointError, TraceError, UnsupportedLayerError
 from qface.models import Add, ChannelAffine, Concat, IResNet, L2Normalize, Multiply, provenance_of, record_step
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
-from qface.quantization.canonical import canonicalize
 from tests.networks import foreign_net, tiny_face_net, with_statistics
 
 SMALL = Preprocessing(size=(16, 12))
