@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -478,22 +478,36 @@ def _average_pool(run: Converter, call: Call) -> Any:
     return run.layer(layer, (call["self"],), call.layer_name)
 
 
-def _adaptive_pool(average: bool) -> Rule:
-    def rule(run: Converter, call: Call) -> Any:
-        before, after = call.shape("self"), call.output
-        if len(before) != 4 or None in before[2:]:
-            return None
-        if before == after:
-            return call["self"]
-        kernel = (before[2] // after[2], before[3] // after[3])
-        whole = all(wanted * size == given for size, wanted, given in zip(kernel, after[2:], before[2:], strict=True))
-        if not average:
-            return run.layer(nn.MaxPool2d(kernel, kernel), (call["self"],), call.layer_name) if whole else None
-        if after[2:] == (1, 1):
-            return run.layer(nn.AdaptiveAvgPool2d(1), (call["self"],), call.layer_name)
-        return run.layer(nn.AvgPool2d(kernel, kernel), (call["self"],), call.layer_name) if whole else None
+def _adaptive_average(run: Converter, call: Call) -> Any:
+    before, after = call.shape("self"), call.output
+    if len(before) == 4 and after[2:] == (1, 1) and before != after:
+        return run.layer(nn.AdaptiveAvgPool2d(1), (call["self"],), call.layer_name)
+    return _adaptive_pool(run, call, nn.AvgPool2d, after)
 
-    return rule
+
+def _adaptive_maximum(run: Converter, call: Call) -> Any:
+    """The greatest values alone, without their places."""
+    if any(user.args[1] == 1 and user.users for user in call.node.users):
+        return None
+    pooled = _adaptive_pool(run, call, nn.MaxPool2d, plain_shape(call.node.meta["val"][0]))
+    return None if pooled is None else [pooled, None]
+
+
+def _adaptive_pool(
+    run: Converter, call: Call, kind: type[nn.AvgPool2d] | type[nn.MaxPool2d], after: Shape
+) -> fx.Node | None:
+    """A pool whose windows have one size and do not overlap."""
+    x, before = call["self"], call.shape("self")
+    if (
+        len(before) != 4
+        or None in before[2:]
+        or any(high % low for high, low in zip(before[2:], after[2:], strict=True))
+    ):
+        return None
+    if before == after:
+        return cast(fx.Node, x)
+    kernel = (before[2] // after[2], before[3] // after[3])
+    return run.layer(kind(kernel, kernel), (x,), call.layer_name)
 
 
 def _mean(run: Converter, call: Call) -> Any:
@@ -635,9 +649,7 @@ _PAD_MODES = {"reflection_pad2d": "reflect", "replication_pad2d": "replicate"}
 
 def _pad(run: Converter, call: Call) -> Any:
     padding = tuple(call.get("pad", call.get("padding")))
-    mode = {"reflection_pad2d": "reflect", "replication_pad2d": "replicate"}.get(
-        call.name, call.get("mode", "constant")
-    )
+    mode = _PAD_MODES.get(call.name, call.get("mode", "constant"))
     if len(call.output) != 4 or not all(isinstance(each, int) and each >= 0 for each in padding):
         return None
     if len(padding) > 4 and any(padding[4:]):
@@ -696,8 +708,8 @@ def _attention(run: Converter, call: Call) -> Any:
 LAYER_RULES: dict[str, Rule] = {
     "_to_copy": _cast,
     "_unsafe_view": _reshape,
-    "adaptive_avg_pool2d": _adaptive_pool(average=True),
-    "adaptive_max_pool2d": _adaptive_pool(average=False),
+    "adaptive_avg_pool2d": _adaptive_average,
+    "adaptive_max_pool2d": _adaptive_maximum,
     "add": _add,
     "addmm": _biased_matrix_product,
     "alias": _first,

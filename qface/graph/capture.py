@@ -112,7 +112,6 @@ class Converter(LayerGraph):
         self.program = program
         self.example_parameter = images.new_zeros(())
         self._values: dict[fx.Node, Any] = {}
-        self._aliases: dict[fx.Node, fx.Node] = {}
         self._made: list[Any] = []  # constants that were computed, so that no other gets the id of one
 
     def run(self, class_name: str) -> fx.GraphModule:
@@ -283,9 +282,9 @@ class Converter(LayerGraph):
     def _overwrite(self, node: fx.Node, made: Any) -> None:
         """Let those that read a value after an operator in place overwrote it read the result."""
         if node.target._schema.is_mutable and isinstance(node.args[0], fx.Node):  # type: ignore[union-attr]
-            overwritten = self._value(node.args[0])
+            overwritten = _without_dropout(self.root, self._value(node.args[0]))
             for each, value in self._values.items():
-                if value is overwritten:
+                if value is not None and _without_dropout(self.root, value) is overwritten:
                     self._values[each] = made
 
     def _with_shapes(self, made: Any, node: fx.Node) -> Any:
@@ -364,6 +363,15 @@ def _bare(value: Any) -> Any:
 
 def _bare_copy(value: Any) -> Any:
     return value.tensor.detach().clone() if isinstance(value, Constant) else value
+
+
+def _without_dropout(root: nn.Module, value: Any) -> Any:
+    """``value``, or what was given to the dropout that returned it: in eval mode it returns the same memory."""
+    while isinstance(value, fx.Node) and value.op == "call_module":
+        if not isinstance(root.get_submodule(str(value.target)), (nn.Dropout, nn.Dropout2d)):
+            break
+        value = value.args[0]
+    return value
 
 
 def _out_of_place(target: Any) -> Any:

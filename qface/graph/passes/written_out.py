@@ -38,7 +38,7 @@ def _is_affine(node: object, scale: float, shift: float) -> bool:
     layer = layer_of(node) if isinstance(node, fx.Node) else None
     if not isinstance(layer, ChannelAffine) or layer.num_channels != 1:
         return False
-    return abs(float(layer.weight) - scale) < 1e-6 and abs(float(layer.bias) - shift) < 1e-6
+    return abs(layer.weight.item() - scale) < 1e-6 and abs(layer.bias.item() - shift) < 1e-6
 
 
 def _only_for(node: fx.Node, user: fx.Node) -> bool:
@@ -102,7 +102,7 @@ def _before_guard(node: fx.Node) -> fx.Node | None:
     if isinstance(layer, nn.Hardtanh) and layer.max_val == float("inf") and 0 <= layer.min_val < _SMALLEST_NORM:
         return input_of(node)
     if isinstance(layer, ChannelAffine) and layer.num_channels == 1:
-        added = float(layer.weight) == 1 and 0 <= float(layer.bias) < _SMALLEST_NORM
+        added = layer.weight.item() == 1 and 0 <= layer.bias.item() < _SMALLEST_NORM
         return input_of(node) if added else None
     return None
 
