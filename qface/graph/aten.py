@@ -294,8 +294,6 @@ def _add(run: Converter, call: Call) -> Any:
 
 def _sub(run: Converter, call: Call) -> Any:
     alpha = call.get("alpha", 1)
-    if _is_tensor(call["self"]) and _is_tensor(call["other"]):
-        return None
     if _is_tensor(call["self"]):
         return _sum(run, call, call["self"], call["other"], -alpha)
     return _affine(run, call, call["other"], scale=-alpha, shift=call["self"])
@@ -307,7 +305,10 @@ def _reversed_sub(run: Converter, call: Call) -> Any:
 
 def _sum(run: Converter, call: Call, left: Any, right: Any, alpha: float) -> Any:
     if _is_tensor(left) and _is_tensor(right):
-        return run.layer(Add(), (left, right), call.layer_name) if alpha == 1 else None
+        if not _makes_floats(call) or not isinstance(alpha, (int, float)):
+            return None
+        scaled = right if alpha == 1 else _scaled(run, right, alpha, f"{call.layer_name}_scaled")
+        return run.layer(Add(), (left, scaled), call.layer_name)
     if _is_tensor(left):
         return _affine(run, call, left, scale=1, shift=_times(right, alpha))
     return _affine(run, call, right, scale=alpha, shift=left)
@@ -316,7 +317,7 @@ def _sum(run: Converter, call: Call, left: Any, right: Any, alpha: float) -> Any
 def _mul(run: Converter, call: Call) -> Any:
     left, right = call["self"], call["other"]
     if _is_tensor(left) and _is_tensor(right):
-        return run.layer(Multiply(), (left, right), call.layer_name)
+        return run.layer(Multiply(), (left, right), call.layer_name) if _makes_floats(call) else None
     if _is_tensor(left):
         return _affine(run, call, left, scale=right, shift=0)
     return _affine(run, call, right, scale=left, shift=0)
@@ -339,6 +340,17 @@ def _neg(run: Converter, call: Call) -> Any:
     return _affine(run, call, call["self"], scale=-1, shift=0)
 
 
+def _makes_floats(call: Call) -> bool:
+    return bool(call.node.meta["val"].is_floating_point())
+
+
+def _scaled(run: Converter, x: fx.Node, factor: float, name: str) -> fx.Node:
+    layer = ChannelAffine(1)
+    layer.weight = nn.Parameter(torch.tensor([float(factor)]).to(run.example_parameter))
+    layer.bias = nn.Parameter(torch.zeros(1).to(run.example_parameter))
+    return run.with_shape_of(run.layer(layer, (x,), name), x)
+
+
 def _times(value: Any, factor: float) -> Any:
     if isinstance(value, Constant):
         return value if factor == 1 else Constant(value.tensor.detach() * factor, value.name)
@@ -347,7 +359,7 @@ def _times(value: Any, factor: float) -> Any:
 
 def _affine(run: Converter, call: Call, x: Any, scale: Any, shift: Any) -> Any:
     """``scale * x + shift``, each one number or one for each index of one dimension; None where they are not."""
-    if not _is_tensor(x) or not call.node.meta["val"].is_floating_point():
+    if not _is_tensor(x) or not _makes_floats(call):
         return None
     if call.output != x.meta["shape"]:
         return None
@@ -437,8 +449,31 @@ def _cast(run: Converter, call: Call) -> Any:
     return x if kept else None
 
 
+_BROADCASTING = frozenset(("add", "div", "maximum", "mul", "multiply", "sub"))
+_EXPANDING = frozenset(("expand", "expand_as"))
+
+
 def _expand(run: Converter, call: Call) -> Any:
-    return call["self"] if call.shape("self") == call.output else None
+    """Nothing, where the size is as it was, or where all that read it broadcast."""
+    if not _is_tensor(call["self"]):
+        return None
+    before, after = call.shape("self"), call.output
+    broadcasts = len(before) == len(after) and all(_broadcasts(user, call.node) for user in call.node.users)
+    return call["self"] if before == after or broadcasts else None
+
+
+def _broadcasts(reader: fx.Node, expanded: fx.Node) -> bool:
+    """True if another operand of ``reader`` has the size to which a value was ``expanded``."""
+    others = [each for each in reader.all_input_nodes if each is not expanded]
+    if not isinstance(reader.target, torch._ops.OpOverload) or operator_name(reader.target) not in _BROADCASTING:
+        return False
+    if len(others) != 1 or _is_expansion(others[0]):
+        return False
+    return plain_shape(others[0].meta["val"]) == plain_shape(expanded.meta["val"])
+
+
+def _is_expansion(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and operator_name(node.target) in _EXPANDING
 
 
 # ---- windows
@@ -585,7 +620,9 @@ def _slice(run: Converter, call: Call) -> Any:
 
 
 def _part(run: Converter, call: Call, dim: int, start: int, stop: int, step: int = 1) -> Any:
-    return None if dim == 0 else run.layer(Slice(dim, start, stop, step), (call["self"],), call.layer_name)
+    if call.shape("self")[dim] is None:
+        return None
+    return run.layer(Slice(dim, start, stop, step), (call["self"],), call.layer_name)
 
 
 def _narrow(run: Converter, call: Call) -> Any:
@@ -602,7 +639,7 @@ def _select(run: Converter, call: Call) -> Any:
 def _without_dimension(run: Converter, call: Call, dim: int, index: Any, after: Shape) -> Any:
     """One index of a dimension, which goes."""
     size = call.shape("self")[dim]
-    if dim == 0 or size is None or not isinstance(index, int) or after.count(None) > 1:
+    if size is None or not isinstance(index, int) or after.count(None) != 1:
         return None
     index %= size
     part = run.layer(Slice(dim, index, index + 1), (call["self"],), call.layer_name)
@@ -614,7 +651,7 @@ def _split(run: Converter, call: Call) -> Any:
     """The parts of a dimension, of the sizes that the exported program knows."""
     parts = [plain_shape(part) for part in call.node.meta["val"]]
     dim = call.get("dim", 0) % len(parts[0])
-    if dim == 0 or any(part[dim] is None for part in parts):
+    if any(part[dim] is None for part in parts):
         return None
     bounds = [0]
     for part in parts:
@@ -631,7 +668,7 @@ def _unbind(run: Converter, call: Call) -> Any:
 
 def _concat(run: Converter, call: Call) -> Any:
     tensors = call["tensors"]
-    if not all(_is_tensor(tensor) for tensor in tensors):
+    if not all(_is_tensor(tensor) for tensor in tensors) or not _makes_floats(call):
         return None
     if len(tensors) == 1:
         return tensors[0]
@@ -639,9 +676,30 @@ def _concat(run: Converter, call: Call) -> Any:
 
 
 def _maximum(run: Converter, call: Call) -> Any:
-    if not (_is_tensor(call["self"]) and _is_tensor(call.get("other"))):
+    limited = _limited(run, call, is_low=True)
+    if limited is not None:
+        return limited
+    if not (_is_tensor(call["self"]) and _is_tensor(call.get("other")) and _makes_floats(call)):
         return None
     return run.layer(Maximum(), (call["self"], call["other"]), call.layer_name)
+
+
+def _minimum(run: Converter, call: Call) -> Any:
+    return _limited(run, call, is_low=False)
+
+
+def _limited(run: Converter, call: Call, is_low: bool) -> Any:
+    """The maximum or minimum of a tensor and one number."""
+    for x, limit in itertools.permutations((call["self"], call.get("other"))):
+        if (
+            _is_tensor(x)
+            and isinstance(limit, Constant)
+            and limit.tensor.numel() == 1
+            and x.meta["shape"] == call.output
+        ):
+            low, high = (limit.tensor.item(), None) if is_low else (None, limit.tensor.item())
+            return run.layer(clamp_layer(low, high), (x,), call.layer_name)
+    return None
 
 
 _PAD_MODES = {"reflection_pad2d": "reflect", "replication_pad2d": "replicate"}
@@ -689,6 +747,27 @@ def _pixel_shuffle(run: Converter, call: Call) -> Any:
     x = run.layer(Reshape((-1, made, factor, factor, height, width)), (call["self"],), f"{name}_blocks")
     x = run.layer(Permute((0, 1, 4, 2, 5, 3)), (x,), name)
     return run.layer(Reshape((-1, *call.output[1:])), (x,), f"{name}_map")
+
+
+def _pixel_unshuffle(run: Converter, call: Call) -> Any:
+    if len(call.output) != 4:
+        return None
+    factor = call["downscale_factor"]
+    _, channels, height, width = call.shape("self")
+    name, blocks = call.layer_name, (-1, channels, height // factor, factor, width // factor, factor)
+    x = run.layer(Reshape(blocks), (call["self"],), f"{name}_blocks")
+    x = run.layer(Permute((0, 1, 3, 5, 2, 4)), (x,), name)
+    return run.layer(Reshape((-1, *call.output[1:])), (x,), f"{name}_map")
+
+
+def _vector_norm(run: Converter, call: Call) -> Any:
+    """``torch.linalg.norm`` of vectors under the name of the one operator that computes it."""
+    dims = call["dim"]
+    if call["ord"] not in (None, 2) or dims is None or len(dims) != 1 or call["dtype"] is not None:
+        return None
+    return run.function(
+        torch.ops.aten.linalg_vector_norm.default, (call["self"], 2, dims, call["keepdim"]), {}, call.node.name
+    )
 
 
 def _attention(run: Converter, call: Call) -> Any:
@@ -746,11 +825,14 @@ LAYER_RULES: dict[str, Rule] = {
     "layer_norm": _layer_norm,
     "leaky_relu": _simple(lambda call: nn.LeakyReLU(call["negative_slope"])),
     "lift_fresh_copy": _first,
+    "linalg_norm": _vector_norm,
     "linear": _linear,
     "matmul": _matrix_product,
     "max": _maximum,
     "max_pool2d": _max_pool,
     "maximum": _maximum,
+    "min": _minimum,
+    "minimum": _minimum,
     "mean": _mean,
     "mish": _simple(lambda call: nn.Mish()),
     "mm": _matrix_product,
@@ -762,6 +844,7 @@ LAYER_RULES: dict[str, Rule] = {
     "pad": _pad,
     "permute": _permute,
     "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle,
     "prelu": _prelu,
     "reflection_pad2d": _pad,
     "relu": _simple(lambda call: nn.ReLU()),

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from qface.errors import TraceError, UnsupportedLayerError, one_line
 from qface.graph.aten import FLOAT_FUNCTIONS, LAYER_RULES, Call, Constant, as_parameter, operator_name, plain_shape
+from qface.graph.batch_sizes import EXPORTED_BATCHES, BatchDependent, BatchMultiple, compare_batches
 from qface.graph.layer_graph import LayerGraph
 from qface.graph.queries import SYMBOLIC_FUNCTIONS, is_layer_graph
 from qface.preprocessing import example_input
@@ -51,24 +52,45 @@ def capture(model: nn.Module) -> fx.GraphModule:
     """
     if isinstance(model, fx.GraphModule) and is_layer_graph(model):
         return model
-    program = _exported(model)
-    captured = Converter(program, example_input(model)).run(type(model).__name__)
+    program, batch_dependent = _exported(model)
+    captured = Converter(program, example_input(model), batch_dependent).run(type(model).__name__)
     return carry(model, captured)
 
 
-def _exported(model: nn.Module) -> ExportedProgram:
+def _exported(model: nn.Module) -> tuple[ExportedProgram, BatchDependent]:
+    """The program of ``model`` for any number of images, or else that for two and what of it depends on them."""
     images = example_input(model)
     with preserve_training_mode(model), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model.eval()
         _check_runs(model, images)
         try:
-            return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+            return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False), {}
         except Exception as error:  # any Python of the user's forward runs here
-            raise TraceError(
-                f"{type(model).__name__} cannot be captured{_place(error)}: {_first_line(error)}. "
-                "Its forward must take the same way whatever the images hold, and must not fix the number of images"
-            ) from error
+            if not _fixes_the_batch(error):
+                raise _refusal_of(model, error) from error
+        try:
+            programs = [torch.export.export(model, (_of(count, images),), strict=False) for count in EXPORTED_BATCHES]
+            return programs[0], compare_batches(*programs)
+        except Exception as error:
+            raise _refusal_of(model, error) from error
+
+
+def _fixes_the_batch(error: Exception) -> bool:
+    """True of errors about the number of images, and not about what they hold."""
+    text = f"{type(error).__name__} {error}"
+    return "batch" in text or "specializ" in text.lower()
+
+
+def _of(count: int, images: Tensor) -> Tensor:
+    return images[:1].expand(count, -1, -1, -1).contiguous()
+
+
+def _refusal_of(model: nn.Module, error: Exception) -> TraceError:
+    return TraceError(
+        f"{type(model).__name__} cannot be captured{_place(error)}: {_first_line(error)}. "
+        "Its forward must take the same way whatever the images hold, and must not fix the number of images"
+    )
 
 
 def _check_runs(model: nn.Module, images: Tensor) -> None:
@@ -105,11 +127,15 @@ class Converter(LayerGraph):
     Args:
         program: in inference or training IR.
         images: what it was exported with.
+        batch_dependent: arguments that depend on the number of images, in a program for a fixed one.
     """
 
-    def __init__(self, program: ExportedProgram, images: Tensor) -> None:
+    def __init__(self, program: ExportedProgram, images: Tensor, batch_dependent: BatchDependent) -> None:
         super().__init__()
         self.program = program
+        self._batch_dependent = batch_dependent
+        self._batch: fx.Node | None = None
+        self._multiples: dict[int, fx.Node] = {}
         self.example_parameter = images.new_zeros(())
         self._values: dict[fx.Node, Any] = {}
         self._made: list[Any] = []  # constants that were computed, so that no other gets the id of one
@@ -142,6 +168,8 @@ class Converter(LayerGraph):
             node = nodes[spec.arg.name]
             if spec.kind.name == "USER_INPUT":
                 self._values[node] = self._with_shape(self.graph.placeholder("images"), node)
+                if self._batch_dependent:
+                    self._batch = self.function(torch.ops.aten.sym_size.int, (self._values[node], 0), {}, "batch")
                 continue
             target = spec.target or ""
             tensor = tensors.get(target, self.program.constants.get(target))
@@ -167,6 +195,12 @@ class Converter(LayerGraph):
             )
         return tensors[chosen]
 
+    @staticmethod
+    def with_shape_of(made: fx.Node, like: fx.Node) -> fx.Node:
+        """``made``, which has the shape of ``like``."""
+        made.meta |= {name: like.meta[name] for name in ("shape", "float")}
+        return made
+
     # ---- nodes
 
     def _convert(self, node: fx.Node, owner: nn.Module) -> Any:
@@ -178,7 +212,7 @@ class Converter(LayerGraph):
         if node.target in _ALL_OF:
             return self._inlined(node, owner)
         if node.target in SYMBOLIC_FUNCTIONS:
-            return self._function(node, self._values_of(node.args), {})
+            return self._function(node, *self._given(node))
         if not isinstance(node.target, torch._ops.OpOverload):
             raise self.refusal(node, f"{node.name!r} calls {node.target}, which qface does not know")
         name = operator_name(node.target)
@@ -204,8 +238,7 @@ class Converter(LayerGraph):
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
         """All arguments by name, with the defaults of the operator."""
         found: dict[str, Any] = {}
-        given = self._values_of(node.args)
-        kwargs = self._values_of(node.kwargs)
+        given, kwargs = self._given(node)
         for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
             if position < len(given):
                 found[argument.name] = given[position]
@@ -241,12 +274,12 @@ class Converter(LayerGraph):
             target = _out_of_place(target)
             if target is None:
                 raise self.refusal(node, f"{node.name!r} calls {name} in place, which qface does not know")
-        return self._function(node, self._values_of(node.args), self._values_of(node.kwargs), target)
+        return self._function(node, *self._given(node), target)
 
     def _function(self, node: fx.Node, args: Any, kwargs: Any, target: Any = None) -> fx.Node:
         args, kwargs = (self._stored(each) for each in (args, kwargs))
         made = self.function(target or node.target, tuple(args), dict(kwargs), node.name)
-        return self._with_shape(made, node) if isinstance(node.meta.get("val"), Tensor) else made
+        return self._with_shape(made, node) if hasattr(node.meta.get("val"), "shape") else made
 
     def _stored(self, value: Any) -> Any:
         """``value`` with nodes for its constants."""
@@ -279,6 +312,25 @@ class Converter(LayerGraph):
     def _values_of(self, arguments: Any) -> Any:
         return map_arg(arguments, self._value)
 
+    def _given(self, node: fx.Node) -> tuple[Any, Any]:
+        """Arguments and keyword arguments of ``node``."""
+        args, kwargs = self._batch_dependent.get(node, (node.args, node.kwargs))
+        return self._with_multiples(self._values_of(args)), self._with_multiples(self._values_of(kwargs))
+
+    def _with_multiples(self, value: Any) -> Any:
+        """``value`` with nodes for its multiples of the number of images."""
+        if isinstance(value, BatchMultiple):
+            if value.factor not in self._multiples:
+                assert self._batch is not None
+                product = self.function(operator.mul, (self._batch, value.factor), {}, f"batch_{value.factor}")
+                self._multiples[value.factor] = self._batch if value.factor == 1 else product
+            return self._multiples[value.factor]
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._with_multiples(each) for each in value)
+        if isinstance(value, dict):
+            return {name: self._with_multiples(each) for name, each in value.items()}
+        return value
+
     def _overwrite(self, node: fx.Node, made: Any) -> None:
         """Let those that read a value after an operator in place overwrote it read the result."""
         if node.target._schema.is_mutable and isinstance(node.args[0], fx.Node):  # type: ignore[union-attr]
@@ -288,7 +340,7 @@ class Converter(LayerGraph):
                     self._values[each] = made
 
     def _with_shapes(self, made: Any, node: fx.Node) -> Any:
-        if isinstance(made, fx.Node) and isinstance(node.meta.get("val"), Tensor) and "shape" not in made.meta:
+        if isinstance(made, fx.Node) and hasattr(node.meta.get("val"), "shape") and "shape" not in made.meta:
             return self._with_shape(made, node)
         if isinstance(made, list):
             for part, value in zip(made, node.meta["val"], strict=True):

@@ -26,8 +26,9 @@ from qface.graph import (
 )
 from qface.graph.canonicalize import canonicalize
 from qface.models import IResNet
-from qface.provenance import provenance_of, record_step
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+from qface.provenance import provenance_of, record_step
+from tests.graph.kinds import kinds
 from tests.networks import foreign_net, tiny_face_net, with_statistics
 
 ATEN = torch.ops.aten
@@ -51,19 +52,6 @@ def check(model: nn.Module, x: Tensor | None = None) -> fx.GraphModule:
         expected = model.eval()(x)
         torch.testing.assert_close(canonical.eval()(x), expected, atol=1e-5, rtol=1e-4)
     return canonical
-
-
-def kinds(canonical: fx.GraphModule) -> list[Any]:
-    """What each node between image and output is: the type of its layer, or its function."""
-    found: list[Any] = []
-    for node in canonical.graph.nodes:
-        if node.op == "call_module":
-            found.append(type(canonical.get_submodule(node.target)))
-        elif node.op == "get_attr":
-            found.append(node.op)
-        elif node.op not in ("placeholder", "output"):
-            found.append(node.target)
-    return found
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -206,7 +194,10 @@ POOLED = [nn.AdaptiveAvgPool2d, nn.Flatten]
         (lambda x: x * 2 + 1, [ChannelAffine]),
         (lambda x: 1 - x / 2, [ChannelAffine]),
         (lambda x: -x, [ChannelAffine]),
-        (lambda x: torch.add(x, x, alpha=2), [ATEN.add.Tensor]),
+        (lambda x: torch.add(x, x, alpha=2), [ChannelAffine, Add]),
+        (lambda x: x.relu() - x, [nn.ReLU, ChannelAffine, Add]),
+        (lambda x: torch.maximum(x, torch.zeros(1)), [nn.ReLU]),
+        (lambda x: torch.minimum(torch.tensor(2.0), x), [nn.Hardtanh]),
         (lambda x: x.mean(1), [ATEN.mean.dim]),
         (lambda x: x.flatten(2), [Reshape]),
         (lambda x: x.permute(0, 2, 3, 1), [Permute]),
