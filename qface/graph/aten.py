@@ -38,16 +38,17 @@ Shape = tuple[Any, ...]
 """Sizes of a tensor; None where the batch counts."""
 
 FLOAT_FUNCTIONS = frozenset(
-    "abs adaptive_avg_pool1d add addmm amax amin arange arange_start_step argmax argmin atan2 avg_pool1d baddbmm "
-    "bitwise_and bitwise_not bmm cat ceil chunk clamp clamp_max clamp_min col2im constant_pad_nd conv1d conv2d "
-    "conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor floor_divide full "
-    "full_like gather ge gelu gt im2col index index_select instance_norm layer_norm le linalg_vector_norm linear "
-    "log log1p logical_and logical_not lt masked_fill matmul max maximum mean min minimum mm mul ne neg new_ones "
-    "new_zeros norm ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu reciprocal "
-    "reflection_pad2d relu remainder repeat replication_pad2d reshape reshape_as rms_norm roll round rsqrt rsub "
-    "scaled_dot_product_attention select sigmoid sign sin slice softmax softplus split sqrt square squeeze stack "
-    "std sub sum sym_size tanh to transpose unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d "
-    "upsample_nearest1d upsample_nearest2d var view where zeros zeros_like".split()
+    "abs adaptive_avg_pool1d add addmm amax amin arange argmax argmin atan2 avg_pool1d avg_pool3d baddbmm "
+    "bitwise_and bitwise_not bmm cat ceil celu chunk clamp clamp_max clamp_min col2im constant_pad_nd conv1d "
+    "conv2d conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor floor_divide "
+    "full full_like gather ge gelu glu gt im2col index index_select instance_norm layer_norm le "
+    "linalg_vector_norm linear log log1p log_sigmoid log_softmax logical_and logical_not logsumexp lt masked_fill "
+    "matmul max maximum mean min minimum mm mul ne neg new_ones new_zeros norm ones ones_like pad permute "
+    "pixel_shuffle pixel_unshuffle pow prelu prod reciprocal reflection_pad2d relu remainder repeat "
+    "repeat_interleave replication_pad2d reshape reshape_as rms_norm roll round rsqrt rsub "
+    "scaled_dot_product_attention select selu sigmoid sign sin slice softmax softplus split sqrt square squeeze "
+    "stack std sub sum sym_size tanh tile to transpose unflatten unfold unsqueeze upsample_bicubic2d "
+    "upsample_bilinear2d upsample_nearest1d upsample_nearest2d var view where zeros zeros_like".split()
 )
 """Operators that may stay functions: they read nothing but tensors and numbers, and change none of them."""
 
@@ -517,7 +518,28 @@ def _adaptive_average(run: Converter, call: Call) -> Any:
     before, after = call.shape("self"), call.output
     if len(before) == 4 and after[2:] == (1, 1) and before != after:
         return run.layer(nn.AdaptiveAvgPool2d(1), (call["self"],), call.layer_name)
-    return _adaptive_pool(run, call, nn.AvgPool2d, after)
+    pooled = _adaptive_pool(run, call, nn.AvgPool2d, after)
+    return _uneven_average(run, call) if pooled is None and len(before) == 4 else pooled
+
+
+def _uneven_average(run: Converter, call: Call) -> Any:
+    """Windows of different sizes, as products with two matrices, since ONNX has no such pool."""
+    sizes = list(zip(call.shape("self")[2:], call.output[2:], strict=True))
+    if any(None in each for each in sizes):
+        return None
+    rows, columns = (_averaging_matrix(*each).to(run.example_parameter) for each in sizes)
+    product, name = torch.ops.aten.matmul.default, call.node.name
+    x = run.function(product, (call["self"], run.constant(columns.T.contiguous(), f"{name}_columns")), {}, f"{name}_x")
+    return run.function(product, (run.constant(rows, f"{name}_rows"), x), {}, name)
+
+
+def _averaging_matrix(before: int, after: int) -> Tensor:
+    """[after, before], of which each row averages a window of adaptive pooling."""
+    matrix = torch.zeros(after, before)
+    for row in range(after):
+        start, stop = row * before // after, -(-(row + 1) * before // after)
+        matrix[row, start:stop] = 1 / (stop - start)
+    return matrix
 
 
 def _adaptive_maximum(run: Converter, call: Call) -> Any:
@@ -778,7 +800,9 @@ def _attention(run: Converter, call: Call) -> Any:
         mask = None if stored is None else Constant(stored, call.layer_name)
     if not isinstance(mask, Constant) or mask.tensor.dtype != torch.bool:
         return None
-    summand = torch.zeros(mask.tensor.shape).to(run.example_parameter).masked_fill(~mask.tensor, -math.inf)
+    allowed = mask.tensor.to(run.example_parameter.device)
+    least = torch.finfo(run.example_parameter.dtype).min / 2  # files hold no infinity
+    summand = run.example_parameter.new_zeros(allowed.shape).masked_fill(~allowed, least)
     given = None if bool(mask.tensor.all()) else run.constant(summand, mask.name)
     kwargs = {"attn_mask": given, "is_causal": call["is_causal"], "scale": call["scale"]}
     return run.function(call.node.target, (call["query"], call["key"], call["value"]), kwargs, call.node.name)

@@ -269,7 +269,9 @@ class Converter(LayerGraph):
     def _float_function(self, node: fx.Node, name: str) -> fx.Node:
         target: Any = node.target
         if name not in FLOAT_FUNCTIONS:
-            raise self.refusal(node, f"{node.name!r} calls the operator {name}, which qface does not know")
+            raise self.refusal(
+                node, f"{node.name!r} calls the operator {name}{_module_of(node)}, which qface does not know"
+            )
         if target._schema.is_mutable:
             target = _out_of_place(target)
             if target is None:
@@ -430,6 +432,13 @@ def _out_of_place(target: Any) -> Any:
     """The overload that makes a new tensor where ``target`` overwrites one."""
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def _module_of(node: fx.Node) -> str:
+    """The path of the user's module that calls ``node``."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].partition("@")[0] if stack else ""
+    return f" in {path!r}" if path else ""
 
 
 def _source_of(node: fx.Node) -> str:
