@@ -19,15 +19,22 @@ from torch import fx, nn
 from qface.errors import UnsupportedLayerError, one_line
 from qface.graph.queries import SYMBOLIC_FUNCTIONS
 
-__all__ = ["island_module", "to_onnx_graph"]
+__all__ = ["input_name", "island_module", "to_onnx_graph"]
 
 _SIZE = torch.ops.aten.sym_size.int
 _AS_METHODS = {
     torch.ops.aten.expand.default: "expand",
     torch.ops.aten.view.default: "reshape",
     torch.ops.aten.repeat.default: "repeat",
+    torch.ops.aten.new_full.default: "new_full",
+    torch.ops.aten.new_ones.default: "new_ones",
+    torch.ops.aten.new_zeros.default: "new_zeros",
 }
-"""Functions whose sizes may depend on the number of images; torch's tracer sees that in methods only."""
+_OF_PYTHON: dict[Any, Any] = {
+    torch.ops.aten.arange.default: torch.arange,
+    torch.ops.aten.arange.start: torch.arange,
+}
+"""Functions whose sizes may depend on the number of images; torch's tracer sees that in those of Python only."""
 
 
 def island_module(
@@ -90,7 +97,10 @@ class _IslandBuilder:
             return self._graph.call_method("size", args)
         target: Any = node.target
         if target in _AS_METHODS:
-            return self._graph.call_method(_AS_METHODS[target], (args[0], *args[1]))
+            return self._graph.call_method(_AS_METHODS[target], args, kwargs)
+        if target in _OF_PYTHON:
+            kept = {name: value for name, value in kwargs.items() if name == "dtype"}
+            return self._graph.call_function(_OF_PYTHON[target], args, kept)
         return self._graph.call_function(target, args, kwargs)
 
 
@@ -98,14 +108,21 @@ def _is_number(node: fx.Node) -> bool:
     return node.op == "call_function" and (node.target is _SIZE or node.target in SYMBOLIC_FUNCTIONS)
 
 
-def to_onnx_graph(module: fx.GraphModule, shapes: Sequence[tuple[int, ...]], name: str, opset: int) -> onnx.GraphProto:
-    """The ONNX graph of ``module``, whose inputs have ``shapes`` for two images.
+def input_name(number: int) -> str:
+    """The name of an input in what :func:`to_onnx_graph` writes, which lacks those that are not read."""
+    return f"input_{number}"
+
+
+def to_onnx_graph(
+    module: fx.GraphModule, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], name: str, opset: int
+) -> onnx.GraphProto:
+    """The ONNX graph of ``module``, whose inputs have ``shapes`` for two images, and ``dtypes``.
 
     Raises:
         UnsupportedLayerError: torch cannot express it.
     """
-    inputs = tuple(torch.rand(shape) for shape in shapes)
-    names = [f"input_{number}" for number in range(len(inputs))]
+    inputs = tuple(torch.rand(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    names = [input_name(number) for number in range(len(inputs))]
     outputs = [f"output_{number}" for number in range(_number_of_outputs(module))]
     written = io.BytesIO()
     logger = logging.getLogger("torch.onnx")

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qface.deployment import integer_graph as ir
-from qface.deployment.float_islands import to_onnx_graph
+from qface.deployment.float_islands import input_name, to_onnx_graph
 from qface.deployment.weight_formats import WeightFormat
 
 __all__ = ["IR_VERSION", "OPSET", "Direct", "NodeCollector", "along_channels", "assemble", "convolution", "window"]
@@ -95,9 +95,9 @@ class NodeCollector:
         self, operation: ir.FloatIslandOp, inputs: Sequence[str], outputs: Sequence[str] | None = None
     ) -> list[str]:
         """The nodes of a float island, which read and make float32; the names of what it makes."""
-        graph = to_onnx_graph(operation.module, operation.shapes, operation.name, OPSET)
+        graph = to_onnx_graph(operation.module, operation.shapes, operation.dtypes, operation.name, OPSET)
         prefix = f"{operation.name}:"
-        names = {"": ""} | dict(zip((each.name for each in graph.input), inputs, strict=True))
+        names = {"": ""} | {input_name(number): name for number, name in enumerate(inputs)}
         for tensor in graph.initializer:
             names[tensor.name] = self._initializer(f"{prefix}{tensor.name}", tensor)
         made = list(outputs) if outputs is not None else [f"{prefix}{each.name}" for each in graph.output]
@@ -112,7 +112,7 @@ class NodeCollector:
                     names[name] = str(self._numbered)
             copied.input[:] = [names[name] for name in node.input]
             copied.output[:] = [names[name] for name in node.output]
-            self.nodes.append(copied)
+            self.nodes += _without_integer_softmax(copied, inputs, made)
         return made
 
     def _initializer(self, name: str, tensor: onnx.TensorProto) -> str:
@@ -186,6 +186,18 @@ def assemble(
     model = helper.make_model(body, opset_imports=[opset], ir_version=IR_VERSION, producer_name="qface")
     helper.set_model_props(model, {"preprocessing": graph.preprocessing.to_json(), **metadata})
     return model
+
+
+def _without_integer_softmax(
+    node: onnx.NodeProto, inputs: Sequence[str], outputs: Sequence[str]
+) -> list[onnx.NodeProto]:
+    """``node``, or a softmax between two roundings in two steps: onnxruntime 1.27's integer kernel overflows."""
+    if node.op_type != "Softmax" or node.input[0] not in inputs or node.output[0] not in outputs:
+        return [node]
+    (logarithm,) = (f"{name}:logarithm" for name in node.output)
+    node.op_type = "LogSoftmax"
+    result, node.output[0] = node.output[0], logarithm
+    return [node, helper.make_node("Exp", [logarithm], [result])]
 
 
 def _operand_name(values: npt.NDArray[Any]) -> str:
