@@ -41,14 +41,14 @@ FLOAT_FUNCTIONS = frozenset(
     "abs adaptive_avg_pool1d add addmm amax amin arange argmax argmin atan2 avg_pool1d avg_pool3d baddbmm "
     "bitwise_and bitwise_not bmm cat ceil celu chunk clamp clamp_max clamp_min col2im constant_pad_nd conv1d "
     "conv2d conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor floor_divide "
-    "full full_like gather ge gelu glu gt im2col index index_select instance_norm layer_norm le "
-    "linalg_vector_norm linear log log1p log_sigmoid log_softmax logical_and logical_not logsumexp lt masked_fill "
-    "matmul max maximum mean min minimum mm mul ne neg new_ones new_zeros norm ones ones_like pad permute "
-    "pixel_shuffle pixel_unshuffle pow prelu prod reciprocal reflection_pad2d relu remainder repeat "
-    "repeat_interleave replication_pad2d reshape reshape_as rms_norm roll round rsqrt rsub "
-    "scaled_dot_product_attention select selu sigmoid sign sin slice softmax softplus split sqrt square squeeze "
-    "stack std sub sum sym_size tanh tile to transpose unflatten unfold unsqueeze upsample_bicubic2d "
-    "upsample_bilinear2d upsample_nearest1d upsample_nearest2d var view where zeros zeros_like".split()
+    "full_like gather ge gelu glu gt im2col index index_select instance_norm layer_norm le linalg_vector_norm "
+    "linear log log1p log_sigmoid log_softmax logical_and logical_not logsumexp lt masked_fill matmul max maximum "
+    "mean min minimum mm mul ne neg new_full new_ones new_zeros norm ones_like pad permute pixel_shuffle "
+    "pixel_unshuffle pow prelu prod reciprocal reflection_pad2d relu remainder repeat repeat_interleave "
+    "replication_pad2d reshape reshape_as rms_norm roll round rsqrt rsub scaled_dot_product_attention select selu "
+    "sigmoid sign sin slice softmax softplus split sqrt square squeeze stack std sub sum sym_size tanh tile to "
+    "transpose unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest1d "
+    "upsample_nearest2d var view where zeros_like".split()
 )
 """Operators that may stay functions: they read nothing but tensors and numbers, and change none of them."""
 
@@ -792,6 +792,40 @@ def _vector_norm(run: Converter, call: Call) -> Any:
     )
 
 
+def _filled(name: str) -> Rule:
+    """A tensor whose size depends on the number of images, on their device."""
+
+    def rule(run: Converter, call: Call) -> Any:
+        size = call["size"]
+        given = (run.images, size, call["fill_value"]) if "fill_value" in call.arguments else (run.images, size)
+        dtype = {} if call["dtype"] is None else {"dtype": call["dtype"]}
+        return run.function(getattr(torch.ops.aten, name).default, given, dtype, call.node.name)
+
+    return rule
+
+
+def _tile(run: Converter, call: Call) -> Any:
+    """``repeat``, which needs a number for each dimension."""
+    rank = len(call.shape("self"))
+    times = [*(1,) * (rank - len(call["dims"])), *call["dims"]]
+    return run.function(torch.ops.aten.repeat.default, (call["self"], times), {}, call.node.name)
+
+
+def _rms_norm(run: Converter, call: Call) -> Any:
+    """In steps, since torch's exporter does not know it."""
+    aten, x, name = torch.ops.aten, call["input"], call.node.name
+    eps = torch.finfo(run.example_parameter.dtype).eps if call["eps"] is None else call["eps"]
+    dims = list(range(-len(call["normalized_shape"]), 0))
+    squares = run.function(aten.pow.Tensor_Scalar, (x, 2), {}, f"{name}_squares")
+    mean = run.function(aten.mean.dim, (squares, dims, True), {}, f"{name}_mean")
+    inverse = run.function(aten.rsqrt.default, (run.function(aten.add.Scalar, (mean, eps), {}, name),), {}, name)
+    normalized = run.function(aten.mul.Tensor, (x, inverse), {}, name)
+    if not isinstance(call["weight"], Constant):
+        return normalized
+    weight = run.constant(call["weight"].tensor, call["weight"].name)
+    return run.function(aten.mul.Tensor, (normalized, weight), {}, f"{name}_scaled")
+
+
 def _attention(run: Converter, call: Call) -> Any:
     """A constant mask of booleans is one of numbers, as ONNX adds it; one that masks nothing goes."""
     mask = call["attn_mask"]
@@ -841,6 +875,7 @@ LAYER_RULES: dict[str, Rule] = {
     "feature_alpha_dropout": _first,
     "feature_dropout": _dropout(nn.Dropout2d),
     "flatten": _reshape,
+    "full": _filled("new_full"),
     "gelu": _simple(lambda call: nn.GELU(call["approximate"])),
     "group_norm": _group_norm,
     "hardsigmoid": _simple(lambda call: nn.Hardsigmoid()),
@@ -865,6 +900,7 @@ LAYER_RULES: dict[str, Rule] = {
     "narrow": _narrow,
     "neg": _neg,
     "numpy_T": _matrix_transpose,
+    "ones": _filled("new_ones"),
     "pad": _pad,
     "permute": _permute,
     "pixel_shuffle": _pixel_shuffle,
@@ -876,6 +912,7 @@ LAYER_RULES: dict[str, Rule] = {
     "replication_pad2d": _pad,
     "reshape": _reshape,
     "reshape_as": _reshape,
+    "rms_norm": _rms_norm,
     "rsub": _reversed_sub,
     "scaled_dot_product_attention": _attention,
     "select": _select,
@@ -891,6 +928,7 @@ LAYER_RULES: dict[str, Rule] = {
     "t": _matrix_transpose,
     "tanh": _simple(lambda call: nn.Tanh()),
     "tensor_split": _split,
+    "tile": _tile,
     "to": _cast,
     "transpose": _transpose,
     "type_as": _cast,
@@ -900,5 +938,6 @@ LAYER_RULES: dict[str, Rule] = {
     "upsample_nearest2d": _upsample_nearest,
     "view": _reshape,
     "view_as": _reshape,
+    "zeros": _filled("new_zeros"),
 }
 """What becomes of each operator, in place or not."""

@@ -32,6 +32,7 @@ __all__ = ["Converter", "capture", "embedding_of"]
 _LOGGER = logging.getLogger("qface")
 
 _LEAF_MODULES = ("torch.nn.modules.", "qface.graph.layers.")
+_WHERE = ("device", "layout", "pin_memory")  # as the images are
 _NO_VALUE = ("_assert", "sym_constrain")
 _ALL_OF = (torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled)
 """Operators whose body is another graph; both only say how to compute what a captured network computes anyway."""
@@ -137,6 +138,7 @@ class Converter(LayerGraph):
         self._batch: fx.Node | None = None
         self._multiples: dict[int, fx.Node] = {}
         self.example_parameter = images.new_zeros(())
+        self.images: fx.Node | None = None
         self._values: dict[fx.Node, Any] = {}
         self._made: list[Any] = []  # constants that were computed, so that no other gets the id of one
 
@@ -167,9 +169,9 @@ class Converter(LayerGraph):
         for spec in signature.input_specs:
             node = nodes[spec.arg.name]
             if spec.kind.name == "USER_INPUT":
-                self._values[node] = self._with_shape(self.graph.placeholder("images"), node)
+                self._values[node] = self.images = self._with_shape(self.graph.placeholder("images"), node)
                 if self._batch_dependent:
-                    self._batch = self.function(torch.ops.aten.sym_size.int, (self._values[node], 0), {}, "batch")
+                    self._batch = self.function(torch.ops.aten.sym_size.int, (self.images, 0), {}, "batch")
                 continue
             target = spec.target or ""
             tensor = tensors.get(target, self.program.constants.get(target))
@@ -276,7 +278,8 @@ class Converter(LayerGraph):
             target = _out_of_place(target)
             if target is None:
                 raise self.refusal(node, f"{node.name!r} calls {name} in place, which qface does not know")
-        return self._function(node, *self._given(node), target)
+        args, kwargs = self._given(node)
+        return self._function(node, args, {key: kwargs[key] for key in kwargs if key not in _WHERE}, target)
 
     def _function(self, node: fx.Node, args: Any, kwargs: Any, target: Any = None) -> fx.Node:
         args, kwargs = (self._stored(each) for each in (args, kwargs))

@@ -9,13 +9,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import Tensor, fx, nn
 
 import qface
 from qface.data.synthetic import synthetic_crops
 from qface.deployment.runtime import OnnxEmbedder
 from qface.graph import L2Normalize, canonicalize, embedding_of
-from qface.preprocessing import preprocessing_of
+from qface.preprocessing import preprocessing_of, with_preprocessing
 from qface.quantization.placement import computes_in_float
+from tests.graph.float_functions import FUNCTIONS, network
 from tests.graph.idioms import IDIOMS, Idiom, build
 from tests.graph.kinds import kind_of, kinds
 
@@ -31,26 +33,40 @@ def test_an_idiom_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     student = qface.quantize(model, 6)
     qface.calibrate(student, crops, num_images=8, progress=False)
     check_floats(idiom, student)
-    file = tmp_path / "student.onnx"
+    qface.save(student, tmp_path / "student.safetensors")
+    check_file(qface.load(tmp_path / "student.safetensors"), tmp_path / "student.onnx", crops)
+    check_student(model, student, crops)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_float_function_goes_the_whole_way(name: str, tmp_path: Path) -> None:
+    function = network(FUNCTIONS[name])
+    features = function(preprocessing_of(function)(synthetic_crops(1))).shape[1]
+    model = with_preprocessing(nn.Sequential(function, nn.Linear(features, 8)).eval(), preprocessing_of(function))
+    student = qface.quantize(model, 8)
+    qface.calibrate(student, synthetic_crops(8), num_images=8, progress=False)
+    check_file(student, tmp_path / "student.onnx", synthetic_crops(8))
+
+
+def check_file(student: nn.Module, file: Path, crops: Tensor) -> None:
     qface.export(student, file)
     agreement = qface.verify(student, file, crops)
     assert agreement.agrees
     assert [layer for layer in agreement.layers if layer.different and layer.operation != BEHIND_ISLANDS] == []
-    check_student(model, student, crops)
 
 
-def check_layers(idiom: Idiom, model: torch.nn.Module) -> None:
+def check_layers(idiom: Idiom, model: nn.Module) -> None:
     found = Counter(kinds(canonicalize(model)))
     assert found == idiom.common + Counter(idiom.layers)
 
 
-def check_floats(idiom: Idiom, student: torch.fx.GraphModule) -> None:
+def check_floats(idiom: Idiom, student: fx.GraphModule) -> None:
     """L2 normalization at the end is float in any network."""
     found = {kind_of(student, node) for node in student.graph.nodes if computes_in_float(node)}
     assert found - {L2Normalize} == idiom.floats - {L2Normalize}
 
 
-def check_student(model: torch.nn.Module, student: torch.nn.Module, crops: torch.Tensor) -> None:
+def check_student(model: nn.Module, student: nn.Module, crops: Tensor) -> None:
     """Its embeddings are those of the model, but for the rounding to 6 bits."""
     images = preprocessing_of(model)(crops)
     with torch.no_grad():
