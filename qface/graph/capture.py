@@ -137,6 +137,7 @@ class Converter(LayerGraph):
         self._batch_dependent = batch_dependent
         self._batch: fx.Node | None = None
         self._multiples: dict[int, fx.Node] = {}
+        self._stored_tensors: dict[str, Tensor] = {}
         self.example_parameter = images.new_zeros(())
         self.images: fx.Node | None = None
         self._values: dict[fx.Node, Any] = {}
@@ -164,7 +165,7 @@ class Converter(LayerGraph):
 
     def _read_inputs(self) -> None:
         signature = self.program.graph_signature
-        tensors = {**dict(self.program.named_parameters()), **dict(self.program.named_buffers())}
+        tensors = self._stored_tensors = dict((*self.program.named_parameters(), *self.program.named_buffers()))
         nodes = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
         for spec in signature.input_specs:
             node = nodes[spec.arg.name]
@@ -255,6 +256,7 @@ class Converter(LayerGraph):
         names = [each.name for each in _constants(call.arguments) if each.name]
         target: Any = node.target
         if target._schema.is_mutable:
+            self._check_changes(self._value(node.args[0]))
             args = map_arg(list(node.args), lambda each: _bare_copy(self._value(each)))
         else:
             args = map_arg(list(node.args), lambda each: _bare(self._value(each)))
@@ -267,6 +269,12 @@ class Converter(LayerGraph):
             self._overwrite(node, made)
             return made
         return [Constant(each, name) for each in result] if isinstance(result, (list, tuple)) else result
+
+    def _check_changes(self, value: Any) -> None:
+        """Refuse to overwrite ``value`` where it is a tensor of the model."""
+        changed = [name for name, tensor in self._stored_tensors.items() if tensor is getattr(value, "tensor", None)]
+        if changed:
+            raise TraceError(f"the network changes its buffer {changed[0]!r} whenever it runs; let eval mode leave it")
 
     def _float_function(self, node: fx.Node, name: str) -> fx.Node:
         target: Any = node.target
