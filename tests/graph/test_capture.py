@@ -206,9 +206,7 @@ def test_a_network_that_changes_its_buffers_is_refused() -> None:
 
 def test_an_operator_that_is_not_known_is_refused_with_module_and_line() -> None:
     message = refusal(nn.Sequential(nn.Identity(), Net(lambda x: torch.linalg.svdvals(x[:, None])[:, 0:1] * x)))
-    assert re.search(
-        r"linalg_svdvals in .1., which qface does not know \(.*test_capture\.py:\d+\)", message
-    )
+    assert re.search(r"linalg_svdvals in .1., which qface does not know \(.*test_capture\.py:\d+\)", message)
 
 
 def test_a_network_of_another_size_is_refused() -> None:
