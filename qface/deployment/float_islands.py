@@ -21,7 +21,7 @@ from qface.errors import UnsupportedLayerError, one_line
 from qface.graph.aten import operator_name
 from qface.graph.queries import SYMBOLIC_FUNCTIONS
 
-__all__ = ["island_module", "to_onnx_graph"]
+__all__ = ["input_name", "island_module", "to_onnx_graph"]
 
 _SIZE = torch.ops.aten.sym_size.int
 _METHODS = frozenset(("expand", "new_full", "new_ones", "new_zeros", "repeat", "reshape", "view"))
@@ -107,14 +107,21 @@ def _is_number(node: fx.Node) -> bool:
     return node.op == "call_function" and (node.target is _SIZE or node.target in SYMBOLIC_FUNCTIONS)
 
 
-def to_onnx_graph(module: fx.GraphModule, shapes: Sequence[tuple[int, ...]], name: str, opset: int) -> onnx.GraphProto:
-    """The ONNX graph of ``module``, whose inputs have ``shapes`` for two images.
+def input_name(number: int) -> str:
+    """The name of an input in what :func:`to_onnx_graph` writes, which lacks those that are not read."""
+    return f"input_{number}"
+
+
+def to_onnx_graph(
+    module: fx.GraphModule, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], name: str, opset: int
+) -> onnx.GraphProto:
+    """The ONNX graph of ``module``, whose inputs have ``shapes`` for two images, and ``dtypes``.
 
     Raises:
         UnsupportedLayerError: torch cannot express it.
     """
-    inputs = tuple(torch.rand(shape) for shape in shapes)
-    names = [f"input_{number}" for number in range(len(inputs))]
+    inputs = tuple(torch.rand(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    names = [input_name(number) for number in range(len(inputs))]
     outputs = [f"output_{number}" for number in range(_number_of_outputs(module))]
     written = io.BytesIO()
     logger = logging.getLogger("torch.onnx")

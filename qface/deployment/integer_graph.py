@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import fx
 
 from qface.preprocessing import Preprocessing
@@ -289,11 +290,13 @@ class FloatIslandOp(IntegerOp):
         outputs: all values that are made, float; ``output`` is the first of them.
         module: computes them, as a tuple, of the inputs.
         shapes: of the inputs, for two images.
+        dtypes: of the inputs; what one island makes for another may be integers or booleans.
     """
 
     outputs: tuple[Value, ...]
     module: fx.GraphModule
     shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
 
 
 @dataclass(frozen=True)

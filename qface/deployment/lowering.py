@@ -67,9 +67,10 @@ class _Lowering:
         self._absorbed: set[fx.Node] = set()
         self._island: list[fx.Node] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def run(self) -> ir.IntegerGraph:
-        self._shapes = self._shapes_of_nodes()
+        self._run_once()
         images = embedding = None
         dimensions = 0
         for node in self.student.graph.nodes:
@@ -87,8 +88,8 @@ class _Lowering:
         assert images is not None and embedding is not None
         return ir.IntegerGraph(images, tuple(self.operations), embedding, preprocessing_of(self.student), dimensions)
 
-    def _shapes_of_nodes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of what each node makes of two images, by the node's name."""
+    def _run_once(self) -> None:
+        """Note the shape and type of what each node makes of two images."""
         inputs = [node for node in self.student.graph.nodes if node.op == "placeholder"]
         if len(inputs) != 1:
             raise ExportError(f"the network has {len(inputs)} inputs; it must read images only")
@@ -96,7 +97,7 @@ class _Lowering:
         recorder = _ShapeRecorder(copy.deepcopy(self.student).eval())
         with torch.no_grad():
             recorder.run(example_input(self.student))
-        return recorder.shapes
+        self._shapes, self._dtypes = recorder.shapes, recorder.dtypes
 
     def _embedding(self, node: fx.Node) -> ir.Value:
         result = node.args[0]
@@ -133,7 +134,8 @@ class _Lowering:
         inputs = tuple(self.values[source] for source in sources)
         shapes = tuple(self._shapes[source.name] for source in sources)
         name = next((str(node.target) for node in nodes if node.op == "call_module"), outputs[0].name)
-        self.operations.append(ir.FloatIslandOp(name, inputs, made[0], made, module, shapes))
+        dtypes = tuple(self._dtypes[source.name] for source in sources)
+        self.operations.append(ir.FloatIslandOp(name, inputs, made[0], made, module, shapes, dtypes))
 
     def _is_tensor(self, node: fx.Node) -> bool:
         return node.op != "get_attr" and bool(self._shapes[node.name])
@@ -382,16 +384,18 @@ _LOWERINGS: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.Integer
 
 
 class _ShapeRecorder(fx.Interpreter):
-    """Runs a graph and keeps the shape of what each node makes, () where that is no tensor."""
+    """Runs a graph and keeps shape and type of what each node makes; a shape of () where that is no tensor."""
 
     def __init__(self, student: fx.GraphModule) -> None:
         super().__init__(student)
         self.extra_traceback = False  # else torch.fx appends lines to the messages of errors
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         self.shapes[n.name] = tuple(getattr(result, "shape", ()))
+        self.dtypes[n.name] = getattr(result, "dtype", torch.float32)
         return result
 
 

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qface.deployment import integer_graph as ir
-from qface.deployment.float_islands import to_onnx_graph
+from qface.deployment.float_islands import input_name, to_onnx_graph
 from qface.deployment.weight_formats import WeightFormat
 
 __all__ = ["IR_VERSION", "OPSET", "Direct", "NodeCollector", "along_channels", "assemble", "convolution", "window"]
@@ -103,10 +103,9 @@ class NodeCollector:
         self, operation: ir.FloatIslandOp, inputs: Sequence[str], outputs: Sequence[str] | None = None
     ) -> list[str]:
         """The nodes of a float island, which read and make float32; the names of what it makes."""
-        graph = to_onnx_graph(operation.module, operation.shapes, operation.name, OPSET)
+        graph = to_onnx_graph(operation.module, operation.shapes, operation.dtypes, operation.name, OPSET)
         prefix = f"{operation.name}:"
-        # By name: the exporter leaves out inputs of which only the size is read.
-        names = {"": ""} | {f"input_{number}": name for number, name in enumerate(inputs)}
+        names = {"": ""} | {input_name(number): name for number, name in enumerate(inputs)}
         for tensor in graph.initializer:
             names[tensor.name] = self._initializer(f"{prefix}{tensor.name}", tensor)
         made = list(outputs) if outputs is not None else [f"{prefix}{each.name}" for each in graph.output]

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,15 +38,16 @@ Shape = tuple[Any, ...]
 """Sizes of a tensor; None where the batch counts."""
 
 FLOAT_FUNCTIONS = frozenset(
-    "__and__ __or__ abs add addmm amax amin arange argmax argmin atan2 avg_pool1d baddbmm bitwise_and bitwise_not "
-    "bitwise_or bmm cat ceil chunk clamp clamp_max clamp_min col2im constant_pad_nd conv1d conv2d conv3d "
-    "conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor full full_like gather ge gelu "
-    "gt im2col index index_select instance_norm layer_norm le linalg_vector_norm linear log log1p logical_and "
-    "logical_not logical_or lt masked_fill matmul max mean min minimum mm mul ne new_ones new_zeros norm ones "
-    "ones_like pad pow prelu reciprocal remainder repeat reshape roll round rsqrt rsub "
-    "scaled_dot_product_attention select sigmoid sign sin slice softmax split sqrt square stack std sub sum "
-    "sym_size tanh to unfold upsample_bicubic2d upsample_bilinear2d upsample_nearest1d upsample_nearest2d var "
-    "where zeros zeros_like".split()
+    "__and__ __or__ abs add addmm amax amin arange argmax argmin atan2 avg_pool1d avg_pool3d baddbmm bitwise_and "
+    "bitwise_not bitwise_or bmm cat ceil celu chunk clamp clamp_max clamp_min col2im constant_pad_nd conv1d "
+    "conv2d conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor floor_divide "
+    "full full_like gather ge gelu glu gt im2col index index_select instance_norm layer_norm le "
+    "linalg_vector_norm linear log log1p log_sigmoid log_softmax logical_and logical_not logical_or logsumexp lt "
+    "masked_fill matmul max mean min minimum mm mul ne new_full new_ones new_zeros norm ones ones_like pad "
+    "pixel_unshuffle pow prelu prod reciprocal remainder repeat repeat_interleave reshape roll round rsqrt rsub "
+    "scaled_dot_product_attention select selu sigmoid sign sin slice softmax split sqrt square stack std sub sum "
+    "sym_size tanh tile to unfold upsample_bicubic2d upsample_bilinear2d upsample_nearest1d upsample_nearest2d "
+    "var where zeros zeros_like".split()
 )
 """Operators that may stay functions: they read nothing but tensors and numbers, and change none of them."""
 
@@ -122,11 +123,6 @@ def shape_of_value(value: Any) -> Shape:
 def _is_tensor(value: Any) -> bool:
     """True of a tensor that depends on the images."""
     return isinstance(value, fx.Node) and "shape" in value.meta
-
-
-def _are_floats(*values: Any) -> bool:
-    """True of tensors of floats that depend on the images."""
-    return all(_is_tensor(value) and value.meta["float"] for value in values)
 
 
 Rule = Callable[["Converter", Call], Any]
@@ -281,24 +277,6 @@ def _layer_norm(run: Converter, call: Call) -> Any:
     return run.layer(_parameters(layer, weight, call["bias"]), (call["input"],), owner_of(weight))
 
 
-def _rms_norm(run: Converter, call: Call) -> Any:
-    """In the operations that it consists of, since ONNX has it from opset 23 only."""
-    x, dims = call["input"], [-1 - dim for dim in range(len(call["normalized_shape"]))]
-    if not _are_floats(x):
-        return None
-    aten, name = torch.ops.aten, call.node.name
-    eps = torch.finfo(torch.float32).eps if call["eps"] is None else call["eps"]
-    squares = run.function(aten.square.default, (x,), {}, f"{name}_square")
-    mean = run.function(aten.mean.dim, (squares, dims, True), {}, f"{name}_mean")
-    shifted = run.function(aten.add.Tensor, (mean, eps), {}, f"{name}_eps")
-    inverse = run.function(aten.rsqrt.default, (shifted,), {}, f"{name}_rsqrt")
-    scaled = run.function(aten.mul.Tensor, (x, inverse), {}, f"{name}_scale")
-    if call["weight"] is None:
-        return scaled
-    weight = run.constant(call["weight"].tensor, call["weight"].name) if isinstance(call["weight"], Constant) else None
-    return None if weight is None else run.function(aten.mul.Tensor, (scaled, weight), {}, name)
-
-
 def _group_norm(run: Converter, call: Call) -> Any:
     weight = call["weight"]
     if not isinstance(weight, Constant) or call["bias"] is None:
@@ -316,8 +294,6 @@ def _add(run: Converter, call: Call) -> Any:
 
 def _sub(run: Converter, call: Call) -> Any:
     alpha = call.get("alpha", 1)
-    if _is_tensor(call["self"]) and _is_tensor(call["other"]):
-        return None
     if _is_tensor(call["self"]):
         return _sum(run, call, call["self"], call["other"], -alpha)
     return _affine(run, call, call["other"], scale=-alpha, shift=call["self"])
@@ -329,8 +305,10 @@ def _reversed_sub(run: Converter, call: Call) -> Any:
 
 def _sum(run: Converter, call: Call, left: Any, right: Any, alpha: float) -> Any:
     if _is_tensor(left) and _is_tensor(right):
-        summed = alpha == 1 and _are_floats(left, right)
-        return run.layer(Add(), (left, right), call.layer_name) if summed else None
+        if not _makes_floats(call) or not isinstance(alpha, (int, float)):
+            return None
+        scaled = right if alpha == 1 else _scaled(run, right, alpha, f"{call.layer_name}_scaled")
+        return run.layer(Add(), (left, scaled), call.layer_name)
     if _is_tensor(left):
         return _affine(run, call, left, scale=1, shift=_times(right, alpha))
     return _affine(run, call, right, scale=alpha, shift=left)
@@ -339,7 +317,7 @@ def _sum(run: Converter, call: Call, left: Any, right: Any, alpha: float) -> Any
 def _mul(run: Converter, call: Call) -> Any:
     left, right = call["self"], call["other"]
     if _is_tensor(left) and _is_tensor(right):
-        return run.layer(Multiply(), (left, right), call.layer_name) if _are_floats(left, right) else None
+        return run.layer(Multiply(), (left, right), call.layer_name) if _makes_floats(call) else None
     if _is_tensor(left):
         return _affine(run, call, left, scale=right, shift=0)
     return _affine(run, call, right, scale=left, shift=0)
@@ -362,6 +340,17 @@ def _neg(run: Converter, call: Call) -> Any:
     return _affine(run, call, call["self"], scale=-1, shift=0)
 
 
+def _makes_floats(call: Call) -> bool:
+    return bool(call.node.meta["val"].is_floating_point())
+
+
+def _scaled(run: Converter, x: fx.Node, factor: float, name: str) -> fx.Node:
+    layer = ChannelAffine(1)
+    layer.weight = nn.Parameter(torch.tensor([float(factor)]).to(run.example_parameter))
+    layer.bias = nn.Parameter(torch.zeros(1).to(run.example_parameter))
+    return run.with_shape_of(run.layer(layer, (x,), name), x)
+
+
 def _times(value: Any, factor: float) -> Any:
     if isinstance(value, Constant):
         return value if factor == 1 else Constant(value.tensor.detach() * factor, value.name)
@@ -370,7 +359,7 @@ def _times(value: Any, factor: float) -> Any:
 
 def _affine(run: Converter, call: Call, x: Any, scale: Any, shift: Any) -> Any:
     """``scale * x + shift``, each one number or one for each index of one dimension; None where they are not."""
-    if not _are_floats(x):
+    if not _is_tensor(x) or not _makes_floats(call):
         return None
     if call.output != x.meta["shape"]:
         return None
@@ -460,8 +449,31 @@ def _cast(run: Converter, call: Call) -> Any:
     return x if kept else None
 
 
+_BROADCASTING = frozenset(("add", "div", "maximum", "mul", "multiply", "sub"))
+_EXPANDING = frozenset(("expand", "expand_as"))
+
+
 def _expand(run: Converter, call: Call) -> Any:
-    return call["self"] if call.shape("self") == call.output else None
+    """Nothing, where the size is as it was, or where all that read it broadcast."""
+    if not _is_tensor(call["self"]):
+        return None
+    before, after = call.shape("self"), call.output
+    broadcasts = len(before) == len(after) and all(_broadcasts(user, call.node) for user in call.node.users)
+    return call["self"] if before == after or broadcasts else None
+
+
+def _broadcasts(reader: fx.Node, expanded: fx.Node) -> bool:
+    """True if another operand of ``reader`` has the size to which a value was ``expanded``."""
+    others = [each for each in reader.all_input_nodes if each is not expanded]
+    if not isinstance(reader.target, torch._ops.OpOverload) or operator_name(reader.target) not in _BROADCASTING:
+        return False
+    if len(others) != 1 or _is_expansion(others[0]):
+        return False
+    return plain_shape(others[0].meta["val"]) == plain_shape(expanded.meta["val"])
+
+
+def _is_expansion(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and operator_name(node.target) in _EXPANDING
 
 
 # ---- windows
@@ -510,51 +522,65 @@ def _average_pool(run: Converter, call: Call) -> Any:
 
 def _adaptive_average(run: Converter, call: Call) -> Any:
     before, after = call.shape("self"), call.output
-    if None in before[1:]:
-        return None
-    if before == after:
-        return call["self"]
-    if len(before) == 4 and after[2:] == (1, 1):
+    if len(before) == 4 and after[2:] == (1, 1) and before != after:
         return run.layer(nn.AdaptiveAvgPool2d(1), (call["self"],), call.layer_name)
-    if len(before) == 4 and _divides(before, after):
-        kernel = (before[2] // after[2], before[3] // after[3])
-        return run.layer(nn.AvgPool2d(kernel, kernel), (call["self"],), call.layer_name)
-    return _average_by_products(run, call, before, after)
+    if len(before) == 3:
+        return _product_with_averages(run, call, call["self"], before[2], after[2])
+    pooled = _adaptive_pool(run, call, nn.AvgPool2d, after)
+    return _uneven_average(run, call) if pooled is None and len(before) == 4 else pooled
 
 
-def _divides(before: Shape, after: Shape) -> bool:
-    return not any(size % wanted for size, wanted in zip(before[2:], after[2:], strict=True))
+def _product_with_averages(run: Converter, call: Call, x: Any, before: Any, after: int) -> Any:
+    """Averages along the last dimension."""
+    if before is None:
+        return None
+    columns = run.constant(_averaging_matrix(before, after).T.contiguous().to(run.example_parameter), call.layer_name)
+    return run.function(torch.ops.aten.matmul.default, (x, columns), {}, call.node.name)
 
 
-def _average_by_products(run: Converter, call: Call, before: Shape, after: Shape) -> fx.Node:
-    """Windows of several sizes, which ONNX lacks: averages along each dimension are a product with a matrix."""
-    x, matmul, name = call["self"], torch.ops.aten.matmul.default, call.layer_name
-    columns = run.constant(
-        _averaging(before[-1], after[-1]).T.contiguous().to(run.example_parameter), f"{name}.columns"
-    )
-    x = run.function(matmul, (x, columns), {}, call.node.name)
-    x.meta |= {"shape": (*before[:-1], after[-1]), "float": True}
-    if len(before) == 4:
-        rows = run.constant(_averaging(before[2], after[2]).to(run.example_parameter), f"{name}.rows")
-        x = run.function(matmul, (rows, x), {}, f"{call.node.name}_rows")
-    return x
+def _uneven_average(run: Converter, call: Call) -> Any:
+    """Windows of different sizes, as products with two matrices, since ONNX has no such pool."""
+    sizes = list(zip(call.shape("self")[2:], call.output[2:], strict=True))
+    if any(None in each for each in sizes):
+        return None
+    rows, columns = (_averaging_matrix(*each).to(run.example_parameter) for each in sizes)
+    product, name = torch.ops.aten.matmul.default, call.node.name
+    x = run.function(product, (call["self"], run.constant(columns.T.contiguous(), f"{name}_columns")), {}, f"{name}_x")
+    return run.function(product, (run.constant(rows, f"{name}_rows"), x), {}, name)
 
 
-def _averaging(size: int, wanted: int) -> Tensor:
-    """[wanted, size]: the weights of torch's adaptive pooling, whose windows overlap where ``wanted`` is no divisor."""
-    weights = torch.zeros(wanted, size)
-    for index in range(wanted):
-        start, stop = index * size // wanted, -(-(index + 1) * size // wanted)
-        weights[index, start:stop] = 1 / (stop - start)
-    return weights
+def _averaging_matrix(before: int, after: int) -> Tensor:
+    """[after, before], of which each row averages a window of adaptive pooling."""
+    matrix = torch.zeros(after, before)
+    for row in range(after):
+        start, stop = row * before // after, -(-(row + 1) * before // after)
+        matrix[row, start:stop] = 1 / (stop - start)
+    return matrix
 
 
 def _adaptive_maximum(run: Converter, call: Call) -> Any:
-    before, after = call.shape("self"), call.output
-    if len(before) != 4 or None in before[2:] or not _divides(before, after):
+    """The greatest values alone, without their places."""
+    if any(user.args[1] == 1 and user.users for user in call.node.users):
         return None
+    pooled = _adaptive_pool(run, call, nn.MaxPool2d, plain_shape(call.node.meta["val"][0]))
+    return None if pooled is None else [pooled, None]
+
+
+def _adaptive_pool(
+    run: Converter, call: Call, kind: type[nn.AvgPool2d] | type[nn.MaxPool2d], after: Shape
+) -> fx.Node | None:
+    """A pool whose windows have one size and do not overlap."""
+    x, before = call["self"], call.shape("self")
+    if (
+        len(before) != 4
+        or None in before[2:]
+        or any(high % low for high, low in zip(before[2:], after[2:], strict=True))
+    ):
+        return None
+    if before == after:
+        return cast(fx.Node, x)
     kernel = (before[2] // after[2], before[3] // after[3])
-    return run.layer(nn.MaxPool2d(kernel, kernel), (call["self"],), call.layer_name)
+    return run.layer(kind(kernel, kernel), (x,), call.layer_name)
 
 
 def _mean(run: Converter, call: Call) -> Any:
@@ -632,7 +658,9 @@ def _slice(run: Converter, call: Call) -> Any:
 
 
 def _part(run: Converter, call: Call, dim: int, start: int, stop: int, step: int = 1) -> Any:
-    return None if dim == 0 else run.layer(Slice(dim, start, stop, step), (call["self"],), call.layer_name)
+    if call.shape("self")[dim] is None:
+        return None
+    return run.layer(Slice(dim, start, stop, step), (call["self"],), call.layer_name)
 
 
 def _narrow(run: Converter, call: Call) -> Any:
@@ -649,7 +677,7 @@ def _select(run: Converter, call: Call) -> Any:
 def _without_dimension(run: Converter, call: Call, dim: int, index: Any, after: Shape) -> Any:
     """One index of a dimension, which goes."""
     size = call.shape("self")[dim]
-    if dim == 0 or size is None or not isinstance(index, int) or after.count(None) > 1:
+    if size is None or not isinstance(index, int) or after.count(None) != 1:
         return None
     index %= size
     part = run.layer(Slice(dim, index, index + 1), (call["self"],), call.layer_name)
@@ -661,7 +689,7 @@ def _split(run: Converter, call: Call) -> Any:
     """The parts of a dimension, of the sizes that the exported program knows."""
     parts = [plain_shape(part) for part in call.node.meta["val"]]
     dim = call.get("dim", 0) % len(parts[0])
-    if dim == 0 or any(part[dim] is None for part in parts):
+    if any(part[dim] is None for part in parts):
         return None
     bounds = [0]
     for part in parts:
@@ -678,7 +706,7 @@ def _unbind(run: Converter, call: Call) -> Any:
 
 def _concat(run: Converter, call: Call) -> Any:
     tensors = call["tensors"]
-    if not _are_floats(*tensors):
+    if not all(_is_tensor(tensor) for tensor in tensors) or not _makes_floats(call):
         return None
     if len(tensors) == 1:
         return tensors[0]
@@ -686,9 +714,30 @@ def _concat(run: Converter, call: Call) -> Any:
 
 
 def _maximum(run: Converter, call: Call) -> Any:
-    if not _are_floats(call["self"], call.get("other")):
+    limited = _limited(run, call, is_low=True)
+    if limited is not None:
+        return limited
+    if not (_is_tensor(call["self"]) and _is_tensor(call.get("other")) and _makes_floats(call)):
         return None
     return run.layer(Maximum(), (call["self"], call["other"]), call.layer_name)
+
+
+def _minimum(run: Converter, call: Call) -> Any:
+    return _limited(run, call, is_low=False)
+
+
+def _limited(run: Converter, call: Call, is_low: bool) -> Any:
+    """The maximum or minimum of a tensor and one number."""
+    for x, limit in itertools.permutations((call["self"], call.get("other"))):
+        if (
+            _is_tensor(x)
+            and isinstance(limit, Constant)
+            and limit.tensor.numel() == 1
+            and x.meta["shape"] == call.output
+        ):
+            low, high = (limit.tensor.item(), None) if is_low else (None, limit.tensor.item())
+            return run.layer(clamp_layer(low, high), (x,), call.layer_name)
+    return None
 
 
 _PAD_MODES = {"reflection_pad2d": "reflect", "replication_pad2d": "replicate"}
@@ -696,9 +745,7 @@ _PAD_MODES = {"reflection_pad2d": "reflect", "replication_pad2d": "replicate"}
 
 def _pad(run: Converter, call: Call) -> Any:
     padding = tuple(call.get("pad", call.get("padding")))
-    mode = {"reflection_pad2d": "reflect", "replication_pad2d": "replicate"}.get(
-        call.name, call.get("mode", "constant")
-    )
+    mode = _PAD_MODES.get(call.name, call.get("mode", "constant"))
     if len(call.output) != 4 or not all(isinstance(each, int) and each >= 0 for each in padding):
         return None
     if len(padding) > 4 and any(padding[4:]):
@@ -740,6 +787,61 @@ def _pixel_shuffle(run: Converter, call: Call) -> Any:
     return run.layer(Reshape((-1, *call.output[1:])), (x,), f"{name}_map")
 
 
+def _pixel_unshuffle(run: Converter, call: Call) -> Any:
+    if len(call.output) != 4:
+        return None
+    factor = call["downscale_factor"]
+    _, channels, height, width = call.shape("self")
+    name, blocks = call.layer_name, (-1, channels, height // factor, factor, width // factor, factor)
+    x = run.layer(Reshape(blocks), (call["self"],), f"{name}_blocks")
+    x = run.layer(Permute((0, 1, 3, 5, 2, 4)), (x,), name)
+    return run.layer(Reshape((-1, *call.output[1:])), (x,), f"{name}_map")
+
+
+def _vector_norm(run: Converter, call: Call) -> Any:
+    """``torch.linalg.norm`` of vectors under the name of the one operator that computes it."""
+    dims = call["dim"]
+    if call["ord"] not in (None, 2) or dims is None or len(dims) != 1 or call["dtype"] is not None:
+        return None
+    return run.function(
+        torch.ops.aten.linalg_vector_norm.default, (call["self"], 2, dims, call["keepdim"]), {}, call.node.name
+    )
+
+
+def _filled(name: str) -> Rule:
+    """A tensor whose size depends on the number of images, on their device."""
+
+    def rule(run: Converter, call: Call) -> Any:
+        size = call["size"]
+        given = (run.images, size, call["fill_value"]) if "fill_value" in call.arguments else (run.images, size)
+        dtype = {} if call["dtype"] is None else {"dtype": call["dtype"]}
+        return run.function(getattr(torch.ops.aten, name).default, given, dtype, call.node.name)
+
+    return rule
+
+
+def _tile(run: Converter, call: Call) -> Any:
+    """``repeat``, which needs a number for each dimension."""
+    rank = len(call.shape("self"))
+    times = [*(1,) * (rank - len(call["dims"])), *call["dims"]]
+    return run.function(torch.ops.aten.repeat.default, (call["self"], times), {}, call.node.name)
+
+
+def _rms_norm(run: Converter, call: Call) -> Any:
+    """In steps, since torch's exporter does not know it."""
+    aten, x, name = torch.ops.aten, call["input"], call.node.name
+    eps = torch.finfo(run.example_parameter.dtype).eps if call["eps"] is None else call["eps"]
+    dims = list(range(-len(call["normalized_shape"]), 0))
+    squares = run.function(aten.pow.Tensor_Scalar, (x, 2), {}, f"{name}_squares")
+    mean = run.function(aten.mean.dim, (squares, dims, True), {}, f"{name}_mean")
+    inverse = run.function(aten.rsqrt.default, (run.function(aten.add.Scalar, (mean, eps), {}, name),), {}, name)
+    normalized = run.function(aten.mul.Tensor, (x, inverse), {}, name)
+    if not isinstance(call["weight"], Constant):
+        return normalized
+    weight = run.constant(call["weight"].tensor, call["weight"].name)
+    return run.function(aten.mul.Tensor, (normalized, weight), {}, f"{name}_scaled")
+
+
 def _attention(run: Converter, call: Call) -> Any:
     """A constant mask of booleans is one of numbers, as ONNX adds it; one that masks nothing goes."""
     mask = call["attn_mask"]
@@ -748,7 +850,9 @@ def _attention(run: Converter, call: Call) -> Any:
         mask = None if stored is None else Constant(stored, call.layer_name)
     if not isinstance(mask, Constant) or mask.tensor.dtype != torch.bool:
         return None
-    summand = torch.zeros(mask.tensor.shape).to(run.example_parameter).masked_fill(~mask.tensor, -math.inf)
+    allowed = mask.tensor.to(run.example_parameter.device)
+    least = torch.finfo(run.example_parameter.dtype).min / 2  # files hold no infinity
+    summand = run.example_parameter.new_zeros(allowed.shape).masked_fill(~allowed, least)
     given = None if bool(mask.tensor.all()) else run.constant(summand, mask.name)
     kwargs = {"attn_mask": given, "is_causal": call["is_causal"], "scale": call["scale"]}
     return run.function(call.node.target, (call["query"], call["key"], call["value"]), kwargs, call.node.name)
@@ -788,6 +892,7 @@ LAYER_RULES: dict[str, Rule] = {
     "feature_alpha_dropout": _first,
     "feature_dropout": _dropout(nn.Dropout2d),
     "flatten": _reshape,
+    "full": _filled("new_full"),
     "gelu": _simple(lambda call: nn.GELU(call["approximate"])),
     "group_norm": _group_norm,
     "hardsigmoid": _simple(lambda call: nn.Hardsigmoid()),
@@ -796,11 +901,14 @@ LAYER_RULES: dict[str, Rule] = {
     "layer_norm": _layer_norm,
     "leaky_relu": _simple(lambda call: nn.LeakyReLU(call["negative_slope"])),
     "lift_fresh_copy": _first,
+    "linalg_norm": _vector_norm,
     "linear": _linear,
     "matmul": _matrix_product,
     "max": _maximum,
     "max_pool2d": _max_pool,
     "maximum": _maximum,
+    "min": _minimum,
+    "minimum": _minimum,
     "mean": _mean,
     "mish": _simple(lambda call: nn.Mish()),
     "mm": _matrix_product,
@@ -809,9 +917,11 @@ LAYER_RULES: dict[str, Rule] = {
     "narrow": _narrow,
     "neg": _neg,
     "numpy_T": _matrix_transpose,
+    "ones": _filled("new_ones"),
     "pad": _pad,
     "permute": _permute,
     "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle,
     "prelu": _prelu,
     "reflection_pad2d": _pad,
     "relu": _simple(lambda call: nn.ReLU()),
@@ -835,6 +945,7 @@ LAYER_RULES: dict[str, Rule] = {
     "t": _matrix_transpose,
     "tanh": _simple(lambda call: nn.Tanh()),
     "tensor_split": _split,
+    "tile": _tile,
     "to": _cast,
     "transpose": _transpose,
     "type_as": _cast,
@@ -844,5 +955,6 @@ LAYER_RULES: dict[str, Rule] = {
     "upsample_nearest2d": _upsample_nearest,
     "view": _reshape,
     "view_as": _reshape,
+    "zeros": _filled("new_zeros"),
 }
 """What becomes of each operator, in place or not."""

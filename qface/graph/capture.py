@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from qface.errors import TraceError, UnsupportedLayerError, one_line
 from qface.graph.aten import FLOAT_FUNCTIONS, LAYER_RULES, Call, Constant, as_parameter, operator_name, plain_shape
+from qface.graph.batch_sizes import EXPORTED_BATCHES, BatchDependent, BatchMultiple, compare_batches
 from qface.graph.layer_graph import LayerGraph
 from qface.graph.queries import SYMBOLIC_FUNCTIONS, is_layer_graph
 from qface.preprocessing import example_input
@@ -31,6 +32,7 @@ __all__ = ["Converter", "capture", "embedding_of"]
 _LOGGER = logging.getLogger("qface")
 
 _LEAF_MODULES = ("torch.nn.modules.", "qface.graph.layers.")
+_WHERE = ("device", "layout", "pin_memory")  # as the images are
 _NO_VALUE = ("_assert", "sym_constrain")
 _ALL_OF = (torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled)
 """Operators whose body is another graph; both only say how to compute what a captured network computes anyway."""
@@ -51,24 +53,45 @@ def capture(model: nn.Module) -> fx.GraphModule:
     """
     if isinstance(model, fx.GraphModule) and is_layer_graph(model):
         return model
-    program = _exported(model)
-    captured = Converter(program, example_input(model)).run(type(model).__name__)
+    program, batch_dependent = _exported(model)
+    captured = Converter(program, example_input(model), batch_dependent).run(type(model).__name__)
     return carry(model, captured)
 
 
-def _exported(model: nn.Module) -> ExportedProgram:
+def _exported(model: nn.Module) -> tuple[ExportedProgram, BatchDependent]:
+    """The program of ``model`` for any number of images, or else that for two and what of it depends on them."""
     images = example_input(model)
     with preserve_training_mode(model), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model.eval()
         _check_runs(model, images)
         try:
-            return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+            return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False), {}
         except Exception as error:  # any Python of the user's forward runs here
-            raise TraceError(
-                f"{type(model).__name__} cannot be captured{_place(error)}: {_first_line(error)}. "
-                "Its forward must take the same way whatever the images hold, and must not fix the number of images"
-            ) from error
+            if not _fixes_the_batch(error):
+                raise _refusal_of(model, error) from error
+        try:
+            programs = [torch.export.export(model, (_of(count, images),), strict=False) for count in EXPORTED_BATCHES]
+            return programs[0], compare_batches(*programs)
+        except Exception as error:
+            raise _refusal_of(model, error) from error
+
+
+def _fixes_the_batch(error: Exception) -> bool:
+    """True of errors about the number of images, and not about what they hold."""
+    text = f"{type(error).__name__} {error}"
+    return "batch" in text or "specializ" in text.lower()
+
+
+def _of(count: int, images: Tensor) -> Tensor:
+    return images[:1].expand(count, -1, -1, -1).contiguous()
+
+
+def _refusal_of(model: nn.Module, error: Exception) -> TraceError:
+    return TraceError(
+        f"{type(model).__name__} cannot be captured{_place(error)}: {_first_line(error)}. "
+        "Its forward must take the same way whatever the images hold, and must not fix the number of images"
+    )
 
 
 def _check_runs(model: nn.Module, images: Tensor) -> None:
@@ -105,14 +128,19 @@ class Converter(LayerGraph):
     Args:
         program: in inference or training IR.
         images: what it was exported with.
+        batch_dependent: arguments that depend on the number of images, in a program for a fixed one.
     """
 
-    def __init__(self, program: ExportedProgram, images: Tensor) -> None:
+    def __init__(self, program: ExportedProgram, images: Tensor, batch_dependent: BatchDependent) -> None:
         super().__init__()
         self.program = program
+        self._batch_dependent = batch_dependent
+        self._batch: fx.Node | None = None
+        self._multiples: dict[int, fx.Node] = {}
+        self._stored_tensors: dict[str, Tensor] = {}
         self.example_parameter = images.new_zeros(())
+        self.images: fx.Node | None = None
         self._values: dict[fx.Node, Any] = {}
-        self._aliases: dict[fx.Node, fx.Node] = {}
         self._made: list[Any] = []  # constants that were computed, so that no other gets the id of one
 
     def run(self, class_name: str) -> fx.GraphModule:
@@ -137,12 +165,14 @@ class Converter(LayerGraph):
 
     def _read_inputs(self) -> None:
         signature = self.program.graph_signature
-        tensors = {**dict(self.program.named_parameters()), **dict(self.program.named_buffers())}
+        tensors = self._stored_tensors = dict((*self.program.named_parameters(), *self.program.named_buffers()))
         nodes = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
         for spec in signature.input_specs:
             node = nodes[spec.arg.name]
             if spec.kind.name == "USER_INPUT":
-                self._values[node] = self._with_shape(self.graph.placeholder("images"), node)
+                self._values[node] = self.images = self._with_shape(self.graph.placeholder("images"), node)
+                if self._batch_dependent:
+                    self._batch = self.function(torch.ops.aten.sym_size.int, (self.images, 0), {}, "batch")
                 continue
             target = spec.target or ""
             tensor = tensors.get(target, self.program.constants.get(target))
@@ -168,6 +198,12 @@ class Converter(LayerGraph):
             )
         return tensors[chosen]
 
+    @staticmethod
+    def with_shape_of(made: fx.Node, like: fx.Node) -> fx.Node:
+        """``made``, which has the shape of ``like``."""
+        made.meta |= {name: like.meta[name] for name in ("shape", "float")}
+        return made
+
     # ---- nodes
 
     def _convert(self, node: fx.Node, owner: nn.Module) -> Any:
@@ -179,7 +215,7 @@ class Converter(LayerGraph):
         if node.target in _ALL_OF:
             return self._inlined(node, owner)
         if node.target in SYMBOLIC_FUNCTIONS:
-            return self._function(node, self._values_of(node.args), {})
+            return self._function(node, *self._given(node))
         if not isinstance(node.target, torch._ops.OpOverload):
             raise self.refusal(node, f"{node.name!r} calls {node.target}, which qface does not know")
         name = operator_name(node.target)
@@ -205,8 +241,7 @@ class Converter(LayerGraph):
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
         """All arguments by name, with the defaults of the operator."""
         found: dict[str, Any] = {}
-        given = self._values_of(node.args)
-        kwargs = self._values_of(node.kwargs)
+        given, kwargs = self._given(node)
         for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
             if position < len(given):
                 found[argument.name] = given[position]
@@ -221,6 +256,7 @@ class Converter(LayerGraph):
         names = [each.name for each in _constants(call.arguments) if each.name]
         target: Any = node.target
         if target._schema.is_mutable:
+            self._check_changes(self._value(node.args[0]))
             args = map_arg(list(node.args), lambda each: _bare_copy(self._value(each)))
         else:
             args = map_arg(list(node.args), lambda each: _bare(self._value(each)))
@@ -234,20 +270,29 @@ class Converter(LayerGraph):
             return made
         return [Constant(each, name) for each in result] if isinstance(result, (list, tuple)) else result
 
+    def _check_changes(self, value: Any) -> None:
+        """Refuse to overwrite ``value`` where it is a tensor of the model."""
+        changed = [name for name, tensor in self._stored_tensors.items() if tensor is getattr(value, "tensor", None)]
+        if changed:
+            raise TraceError(f"the network changes its buffer {changed[0]!r} whenever it runs; let eval mode leave it")
+
     def _float_function(self, node: fx.Node, name: str) -> fx.Node:
         target: Any = node.target
         if name not in FLOAT_FUNCTIONS:
-            raise self.refusal(node, f"{node.name!r} calls the operator {name}, which qface does not know")
+            raise self.refusal(
+                node, f"{node.name!r} calls the operator {name}{_module_of(node)}, which qface does not know"
+            )
         if target._schema.is_mutable:
             target = _out_of_place(target)
             if target is None:
                 raise self.refusal(node, f"{node.name!r} calls {name} in place, which qface does not know")
-        return self._function(node, self._values_of(node.args), self._values_of(node.kwargs), target)
+        args, kwargs = self._given(node)
+        return self._function(node, args, {key: kwargs[key] for key in kwargs if key not in _WHERE}, target)
 
     def _function(self, node: fx.Node, args: Any, kwargs: Any, target: Any = None) -> fx.Node:
-        args, kwargs = self._stored(args), self._stored(_without_place(kwargs))
+        args, kwargs = self._stored(args), self._stored(kwargs)
         made = self.function(target or node.target, tuple(args), dict(kwargs), node.name)
-        return self._with_shape(made, node) if isinstance(node.meta.get("val"), Tensor) else made
+        return self._with_shape(made, node) if hasattr(node.meta.get("val"), "shape") else made
 
     def _stored(self, value: Any) -> Any:
         """``value`` with nodes for its constants."""
@@ -280,16 +325,35 @@ class Converter(LayerGraph):
     def _values_of(self, arguments: Any) -> Any:
         return map_arg(arguments, self._value)
 
+    def _given(self, node: fx.Node) -> tuple[Any, Any]:
+        """Arguments and keyword arguments of ``node``."""
+        args, kwargs = self._batch_dependent.get(node, (node.args, node.kwargs))
+        return self._with_multiples(self._values_of(args)), self._with_multiples(self._values_of(kwargs))
+
+    def _with_multiples(self, value: Any) -> Any:
+        """``value`` with nodes for its multiples of the number of images."""
+        if isinstance(value, BatchMultiple):
+            if value.factor not in self._multiples:
+                assert self._batch is not None
+                product = self.function(operator.mul, (self._batch, value.factor), {}, f"batch_{value.factor}")
+                self._multiples[value.factor] = self._batch if value.factor == 1 else product
+            return self._multiples[value.factor]
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._with_multiples(each) for each in value)
+        if isinstance(value, dict):
+            return {name: self._with_multiples(each) for name, each in value.items()}
+        return value
+
     def _overwrite(self, node: fx.Node, made: Any) -> None:
         """Let those that read a value after an operator in place overwrote it read the result."""
         if node.target._schema.is_mutable and isinstance(node.args[0], fx.Node):  # type: ignore[union-attr]
-            overwritten = self._value(node.args[0])
+            overwritten = _without_dropout(self.root, self._value(node.args[0]))
             for each, value in self._values.items():
-                if value is overwritten:
+                if value is not None and _without_dropout(self.root, value) is overwritten:
                     self._values[each] = made
 
     def _with_shapes(self, made: Any, node: fx.Node) -> Any:
-        if isinstance(made, fx.Node) and isinstance(node.meta.get("val"), Tensor) and "shape" not in made.meta:
+        if isinstance(made, fx.Node) and hasattr(node.meta.get("val"), "shape") and "shape" not in made.meta:
             return self._with_shape(made, node)
         if isinstance(made, list):
             for part, value in zip(made, node.meta["val"], strict=True):
@@ -358,11 +422,6 @@ def _is_computable(arguments: Any) -> bool:
     return all(_is_computable(each) for each in arguments) if isinstance(arguments, (list, tuple)) else True
 
 
-def _without_place(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those that change values; a new tensor lies in the memory of the processor that runs the network."""
-    return {name: value for name, value in kwargs.items() if name not in ("device", "layout", "pin_memory")}
-
-
 def _bare(value: Any) -> Any:
     return value.tensor.detach() if isinstance(value, Constant) else value
 
@@ -371,10 +430,26 @@ def _bare_copy(value: Any) -> Any:
     return value.tensor.detach().clone() if isinstance(value, Constant) else value
 
 
+def _without_dropout(root: nn.Module, value: Any) -> Any:
+    """``value``, or what was given to the dropout that returned it: in eval mode it returns the same memory."""
+    while isinstance(value, fx.Node) and value.op == "call_module":
+        if not isinstance(root.get_submodule(str(value.target)), (nn.Dropout, nn.Dropout2d)):
+            break
+        value = value.args[0]
+    return value
+
+
 def _out_of_place(target: Any) -> Any:
     """The overload that makes a new tensor where ``target`` overwrites one."""
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def _module_of(node: fx.Node) -> str:
+    """The path of the user's module that calls ``node``."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].partition("@")[0] if stack else ""
+    return f" in {path!r}" if path else ""
 
 
 def _source_of(node: fx.Node) -> str:

@@ -106,7 +106,7 @@ class Slice(nn.Module):
     """A part of one dimension.
 
     Args:
-        dim: the dimension, 0 excepted, which is the batch.
+        dim: the dimension, not that of the batch.
         start: its first index.
         stop: one after its last index.
         step: distance of two indices.

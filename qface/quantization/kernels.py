@@ -67,4 +67,7 @@ def qlinear_add(
 
 def _fused_multiply_add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """``x * y + z`` with one rounding to float32; float64 holds the product of two float32 exactly."""
-    return (x.double() * y.double()).add_(z.double()).float()
+    product, summand = x.double() * y.double(), z.double()
+    if torch.broadcast_shapes(product.shape, summand.shape) != product.shape:  # type: ignore[no-untyped-call]
+        return (product + summand).float()
+    return product.add_(summand).float()

@@ -22,7 +22,7 @@ from qface.errors import ConfigError
 from qface.graph.canonicalize import canonicalize
 from qface.graph.graph_data import CONVOLUTION_ARGUMENTS, LINEAR_ARGUMENTS, on_rebuild, register_layer
 from qface.graph.layers import OWN_LAYERS, Add, ChannelAffine
-from qface.graph.queries import SHAPE_ONLY, layer_of
+from qface.graph.queries import SHAPE_ONLY, layer_of, shape_of
 from qface.preprocessing import example_input, preprocessing_of
 from qface.provenance import carry, record_step
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
@@ -140,8 +140,13 @@ def _swap_leaves(model: fx.GraphModule) -> None:
         layer = layer_of(node)
         if isinstance(layer, Add):
             model.add_submodule(str(node.target), QuantizedAdd.from_float(layer))
-        elif isinstance(layer, ChannelAffine):
+        elif isinstance(layer, ChannelAffine) and _has_integer_form(node, layer):
             model.add_submodule(str(node.target), QuantizedAffine.from_float(layer))
+
+
+def _has_integer_form(node: fx.Node, layer: ChannelAffine) -> bool:
+    """True of one along the channels of maps or rows, which is a depthwise convolution."""
+    return layer.dim == 1 and layer.num_channels > 1 and len(shape_of(node)) in (2, 4)
 
 
 def _check_overrides(model: fx.GraphModule, config: QuantizationConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from qface.graph.queries import input_of, layer_of, shape_of
 
 __all__ = ["recognize_normalization"]
 
-_SMALLEST_NORM = 1e-3  # limits and additions below it only keep a division by zero away
+_ATEN = torch.ops.aten
+_SMALLEST_NORM = 1e-3  # a lower limit up to it only keeps a division by zero away
+_SMALLEST_ADDITION = 1e-6  # and so does an addition
 
 
 def recognize_normalization(graph_module: fx.GraphModule) -> None:
@@ -27,36 +29,44 @@ def recognize_normalization(graph_module: fx.GraphModule) -> None:
 
 
 def _normalized(node: fx.Node) -> fx.Node | None:
-    """The rows that ``node`` divides by their norm."""
-    if node.op != "call_function" or node.target is not torch.ops.aten.div.Tensor:
+    """The rows that ``node`` divides by their norm, or multiplies by ``rsqrt(sum(x * x))``."""
+    if _is_function(node, _ATEN.div.Tensor):
+        value, norm = node.args[0], _without_guards(node.args[1])
+        found = any(matches(norm, value) for matches in (_is_vector_norm, _is_scalar_norm, _is_root_of_sum))
+        return _as_rows(value) if found else None
+    if not isinstance(layer_of(node), Multiply) or len(node.args) != 2:
         return None
-    value, norm = node.args[0], node.args[1]
-    if not isinstance(value, fx.Node) or not isinstance(norm, fx.Node) or len(shape_of(value)) != 2:
-        return None
-    while (before := _before_guard(norm)) is not None:
-        norm = before
-    return value if _is_norm_of(norm, value) else None
-
-
-def _before_guard(node: fx.Node) -> fx.Node | None:
-    """What an expansion, a lower limit or a small addition was made of."""
-    layer = layer_of(node)
-    if node.op == "call_function" and node.target in (torch.ops.aten.expand.default, torch.ops.aten.expand_as.default):
-        return input_of(node)
-    if isinstance(layer, nn.Hardtanh) and layer.max_val == float("inf") and 0 <= layer.min_val < _SMALLEST_NORM:
-        return input_of(node)
-    if isinstance(layer, ChannelAffine) and layer.num_channels == 1:
-        added = float(layer.weight.detach()) == 1 and 0 <= float(layer.bias.detach()) < _SMALLEST_NORM
-        return input_of(node) if added else None
+    for value, factor in (node.args, node.args[::-1]):
+        inverse = _without_guards(factor)
+        if _is_function(inverse, _ATEN.rsqrt.default) and _is_sum_of_squares(input_of(inverse), value):
+            return _as_rows(value)
     return None
 
 
-def _is_norm_of(node: fx.Node, value: fx.Node) -> bool:
-    return any(matches(node, value) for matches in _NORMS)
+def _as_rows(value: Any) -> fx.Node | None:
+    return value if isinstance(value, fx.Node) and len(shape_of(value)) == 2 else None
 
 
-def _is_function(node: fx.Node, target: Any) -> bool:
-    return node.op == "call_function" and node.target is target
+def _without_guards(node: Any) -> Any:
+    """What ``node`` was before expansions, lower limits and small additions."""
+    while isinstance(node, fx.Node) and _is_guard(node):
+        node = input_of(node)
+    return node
+
+
+def _is_guard(node: fx.Node) -> bool:
+    layer = layer_of(node)
+    if node.op == "call_function":
+        return node.target in (_ATEN.expand.default, _ATEN.expand_as.default)
+    if isinstance(layer, nn.Hardtanh):
+        return layer.max_val == math.inf and 0 <= layer.min_val <= _SMALLEST_NORM
+    if isinstance(layer, ChannelAffine) and layer.num_channels == 1:
+        return layer.weight.item() == 1 and 0 <= layer.bias.item() <= _SMALLEST_ADDITION
+    return False
+
+
+def _is_function(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -68,29 +78,30 @@ def _is_last_of_rows(dims: Any) -> bool:
     return isinstance(dims, (list, tuple)) and list(dims) in ([1], [-1])
 
 
-def _vector_norm(node: fx.Node, value: fx.Node) -> bool:
-    source, order, dims, *_ = _arguments(node)
-    is_norm = _is_function(node, torch.ops.aten.linalg_vector_norm.default)
-    return is_norm and source is value and order in (None, 2) and _is_last_of_rows(dims)
-
-
-def _scalar_norm(node: fx.Node, value: fx.Node) -> bool:
-    source, order, dims, *_ = _arguments(node)
-    is_norm = _is_function(node, torch.ops.aten.norm.ScalarOpt_dim)
-    return is_norm and source is value and order == 2 and _is_last_of_rows(dims)
-
-
-def _root_of_sum(node: fx.Node, value: fx.Node) -> bool:
-    """``sqrt(sum(x * x))`` or of ``x ** 2``."""
-    if not _is_function(node, torch.ops.aten.sqrt.default):
+def _is_vector_norm(node: Any, value: Any) -> bool:
+    if not _is_function(node, _ATEN.linalg_vector_norm.default):
         return False
-    total = input_of(node)
-    if not _is_function(total, torch.ops.aten.sum.dim_IntList) or not _is_last_of_rows(_arguments(total)[1]):
+    source, order, dims, *_ = _arguments(node)
+    return source is value and order in (None, 2) and _is_last_of_rows(dims)
+
+
+def _is_scalar_norm(node: Any, value: Any) -> bool:
+    if not _is_function(node, _ATEN.norm.ScalarOpt_dim):
+        return False
+    source, order, dims, *_ = _arguments(node)
+    return source is value and order == 2 and _is_last_of_rows(dims)
+
+
+def _is_root_of_sum(node: Any, value: Any) -> bool:
+    return _is_function(node, _ATEN.sqrt.default) and _is_sum_of_squares(input_of(node), value)
+
+
+def _is_sum_of_squares(node: fx.Node, value: Any) -> bool:
+    """True if ``node`` is ``sum(x * x)``, or of ``x ** 2``."""
+    total = _without_guards(node)
+    if not _is_function(total, _ATEN.sum.dim_IntList) or not _is_last_of_rows(_arguments(total)[1]):
         return False
     square = input_of(total)
-    if _is_function(square, torch.ops.aten.pow.Tensor_Scalar):
+    if _is_function(square, _ATEN.pow.Tensor_Scalar):
         return square.args == (value, 2)
     return isinstance(layer_of(square), Multiply) and square.args == (value, value)
-
-
-_NORMS: tuple[Callable[[fx.Node, fx.Node], bool], ...] = (_vector_norm, _scalar_norm, _root_of_sum)

@@ -1,0 +1,301 @@
+"""Networks that nobody here wrote, each the whole way: captured, quantized, calibrated, exported and verified.
+
+    python benchmarks/networks.py [--names resnet18 --names ViT] [--bits 8] [--runs 40] [--json] [-o FILE]
+
+The networks are those of pytorchcv and transformers (``pip install -e '.[networks]'``) in
+:mod:`foreign_networks`, with random weights, and one for each idiom of ``tests/graph/idioms.py`` with ``--idioms``.
+
+- "integers that differ": between student and file, layer by layer, on eight synthetic images; and those of them that
+  are not rounded right after a float operator.
+- "integer": share of the multiply-adds that convolutions and linear layers compute with integers; the rest is that of
+  float operators, which are named with their number.
+- "size": bytes of the file, over those of the float32 parameters x bits / 32.
+- "speed": time of one image on one thread against float32 in onnxruntime, both files in turns, median of ``--runs``
+  calls, in which 0.5 is twice as fast; ``--runs 0`` leaves it out.
+- "ONNX": whether :func:`qface.load` reads the network's float ONNX, and computes the same with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from foreign_networks import NETWORKS, ForeignNetwork, is_installed
+from harness.benchmark_command import BenchmarkCommand
+from harness.report_files import markdown_table, terminal_table, write_text
+from rich.console import Console
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import qface
+from qface.data.synthetic import synthetic_crops
+from qface.deployment import median_milliseconds
+from qface.errors import one_line
+from qface.graph import L2Normalize, canonicalize, embedding_of
+from qface.graph.queries import SYMBOLIC_FUNCTIONS, layer_of
+from qface.preprocessing import example_input, preprocessing_of
+from qface.progress import track
+from qface.quantization.placement import computes_in_float
+
+CROPS = 12
+T = TypeVar("T")
+
+
+@dataclass
+class Row:
+    """What became of one network.
+
+    Args:
+        name: of the network.
+        package: that it comes from.
+        parameters: their number.
+        refused: the step that failed, and why; None where all went well.
+        seconds: of each step.
+        agrees: whether the file computes what the student computes.
+        cosine: least of two embeddings, of student and file.
+        different: integers of all layers that differ between student and file.
+        different_elsewhere: those of them that are not rounded right after a float operator.
+        compared: integers of all layers.
+        float_operators: kinds of operators that compute in float, with their number.
+        integer_share: multiply-adds that are computed with integers, of all.
+        file_bytes: of the file.
+        size_ratio: of the file to float32 parameters x bits / 32.
+        speed_ratio: time of the file, over that of the float32 file.
+        onnx: ``"read"``, or why the float ONNX is not.
+    """
+
+    name: str
+    package: str
+    parameters: int = 0
+    refused: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    agrees: bool | None = None
+    cosine: float | None = None
+    different: int | None = None
+    different_elsewhere: int | None = None
+    compared: int | None = None
+    float_operators: dict[str, int] = field(default_factory=dict)
+    integer_share: float | None = None
+    file_bytes: int | None = None
+    size_ratio: float | None = None
+    speed_ratio: float | None = None
+    onnx: str | None = None
+
+
+class _RefusedError(Exception):
+    """A step failed, which the row tells."""
+
+
+class Measurement:
+    """Takes one network the whole way and fills its row.
+
+    Args:
+        network: which.
+        bits: of weights and activations.
+        runs: timed calls of each file; none with 0.
+        folder: for the files.
+    """
+
+    def __init__(self, network: ForeignNetwork, bits: int, runs: int, folder: Path) -> None:
+        self.network = network
+        self.bits = bits
+        self.runs = runs
+        self.file, self.float_file = folder / "student.onnx", folder / "float.onnx"
+        self.row = Row(network.name, network.package)
+
+    def run(self) -> Row:
+        """The row, filled as far as the network goes."""
+        with contextlib.suppress(_RefusedError):
+            self._measure(self.network.build())
+        return self.row
+
+    def _measure(self, model: nn.Module) -> None:
+        row, crops = self.row, synthetic_crops(CROPS)
+        row.parameters = sum(parameter.numel() for parameter in model.parameters())
+        row.onnx = self._read_onnx(model, crops)
+        canonical = self._step("capture", lambda: canonicalize(model))
+        row.integer_share = integer_share(canonical)
+        student = self._step("quantize", lambda: qface.quantize(model, self.bits))
+        row.float_operators = float_operators(student)
+        self._step("calibrate", lambda: qface.calibrate(student, crops, num_images=CROPS, progress=False))
+        self._step("export", lambda: qface.export(student, self.file))
+        agreement = self._step("verify", lambda: qface.verify(student, self.file, crops))
+        row.agrees, row.cosine = agreement.agrees, agreement.least_cosine
+        row.different = sum(layer.different for layer in agreement.layers)
+        row.different_elsewhere = sum(layer.different for layer in agreement.layers if layer.operation != "Quantize")
+        row.compared = sum(layer.elements for layer in agreement.layers)
+        row.file_bytes = self.file.stat().st_size
+        row.size_ratio = row.file_bytes / (4 * row.parameters * self.bits / 32)
+        if self.runs and self.float_file.exists():
+            before, after = median_milliseconds([self.float_file, self.file], runs=self.runs)
+            row.speed_ratio = after / before
+
+    def _step(self, name: str, act: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        try:
+            result = act()
+        except qface.QFaceError as error:
+            self.row.refused = f"{name}: {one_line(error, 300)}"
+            raise _RefusedError from error
+        self.row.seconds[name] = time.perf_counter() - start
+        return result
+
+    def _read_onnx(self, model: nn.Module, crops: Tensor) -> str:
+        """``"read"``, or what stands in the way of the network's float ONNX."""
+        try:
+            qface.export(model, self.float_file)
+        except qface.QFaceError as error:
+            return f"not written: {one_line(error, 200)}"
+        try:
+            loaded = qface.load(self.float_file)
+        except qface.QFaceError as error:
+            return f"refused: {one_line(error, 200)}"
+        images = preprocessing_of(model)(crops)
+        with torch.no_grad():
+            same = torch.allclose(loaded.eval()(images), embedding_of(model(images)), rtol=1e-3, atol=1e-4)
+        return "read" if same else "computes something else"
+
+
+def float_operators(student: fx.GraphModule) -> dict[str, int]:
+    """Kinds of layers and functions of ``student`` without integer form, with their number.
+
+    An L2 normalization at the end is none, and neither is what only computes with the number of images.
+    """
+    found: Counter[str] = Counter()
+    for node in student.graph.nodes:
+        layer = layer_of(node)
+        if computes_in_float(node) and not isinstance(layer, L2Normalize) and not _is_number(node):
+            found[type(layer).__name__ if layer is not None else str(node.target).split(".")[1]] += 1
+    return dict(found.most_common())
+
+
+def _is_number(node: fx.Node) -> bool:
+    return node.op == "get_attr" or node.target in (*SYMBOLIC_FUNCTIONS, torch.ops.aten.sym_size.int)
+
+
+class _Multiplications(fx.Interpreter):
+    """Counts multiply-adds by the kind of layer that makes them."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.integer = 0
+        self.all = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        self.all += counter.get_total_flops()
+        if isinstance(layer_of(n), (nn.Conv2d, nn.Linear)):
+            self.integer += counter.get_total_flops()
+        return result
+
+
+def integer_share(canonical: fx.GraphModule) -> float:
+    """Share of the multiply-adds of convolutions and linear layers, all of which have an integer form."""
+    counter = _Multiplications(copy.deepcopy(canonical).requires_grad_(False))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose products are counted
+        counter.run(example_input(canonical))
+    return counter.integer / max(counter.all, 1)
+
+
+@click.command(cls=BenchmarkCommand)
+@click.option("--names", multiple=True, help="Networks to measure; by default all of both packages.")
+@click.option("--idioms", is_flag=True, help="Also one network for each idiom.")
+@click.option("--bits", type=click.IntRange(2, 8), default=8, show_default=True, help="Of weights and activations.")
+@click.option("--runs", type=click.IntRange(0), default=40, show_default=True, help="Timed calls of each file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the table as Markdown.")
+def main(names: Sequence[str], idioms: bool, bits: int, runs: int, as_json: bool, output: Path | None) -> None:
+    """Take networks of other packages the whole way, and print what became of each."""
+    networks = chosen(names, idioms)
+    _silence()
+    rows = []
+    for network in track(networks, "networks", shown=not as_json, total=len(networks)):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(Measurement(network, bits, runs, Path(folder)).run())
+    if as_json:
+        click.echo(json.dumps({"bits": bits, "rows": [asdict(row) for row in rows]}))
+    else:
+        Console(width=max(Console().width, 180)).print(terminal_table("Networks", HEADINGS, map(cells, rows)))
+    if output is not None:
+        write_text(output, markdown_table(HEADINGS, map(cells, rows)))
+
+
+def chosen(names: Sequence[str], idioms: bool) -> list[ForeignNetwork]:
+    """The networks of these names, or all whose package is there.
+
+    Raises:
+        ConfigError: there is no such network, or its package is missing.
+    """
+    unknown = [name for name in names if name not in NETWORKS]
+    if unknown:
+        raise qface.errors.ConfigError(f"there is no network {unknown[0]!r}: choose among {', '.join(NETWORKS)}")
+    networks = [NETWORKS[name] for name in names] or [
+        network for network in NETWORKS.values() if idioms or network.package != "idiom"
+    ]
+    missing = sorted({network.package for network in networks if not is_installed(network.package)})
+    if missing and names:
+        raise qface.errors.ConfigError(f"{missing[0]} is missing: pip install -e '.[networks]'")
+    return [network for network in networks if network.package not in missing]
+
+
+def _silence() -> None:
+    """Leave the table alone: the packages warn about weights that nobody asked for."""
+    warnings.simplefilter("ignore")
+    for name in ("transformers", "qface"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+HEADINGS = (
+    "network",
+    "parameters (M)",
+    "capture, quantize, calibrate, export, verify (s)",
+    "agrees",
+    "integers that differ",
+    "of those not after float",
+    "float operators left",
+    "integer",
+    "size",
+    "speed",
+    "ONNX",
+)
+STEPS = ("capture", "quantize", "calibrate", "export", "verify")
+
+
+def cells(row: Row) -> list[str]:
+    """One line of the table."""
+    seconds = " ".join(f"{row.seconds[step]:.1f}" for step in STEPS if step in row.seconds)
+    onnx = (row.onnx or "-").partition(":")[0]
+    if row.refused is not None:
+        return [row.name, f"{row.parameters / 1e6:.2f}", seconds, f"refused at {row.refused}", *"-" * 6, onnx]
+    operators = ", ".join(f"{name} {count}" for name, count in row.float_operators.items())
+    return [
+        row.name,
+        f"{row.parameters / 1e6:.2f}",
+        seconds,
+        "yes" if row.agrees else "no",
+        f"{row.different} / {row.compared}",
+        str(row.different_elsewhere),
+        operators or "none",
+        f"{100 * (row.integer_share or 0):.1f} %",
+        f"{row.size_ratio:.2f}",
+        "-" if row.speed_ratio is None else f"{row.speed_ratio:.2f}",
+        onnx,
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Every idiom goes the whole way: captured, quantized, calibrated, exported, and the file computes what it should."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import qface
+from qface.data.synthetic import synthetic_crops
+from qface.deployment.runtime import OnnxEmbedder
+from qface.graph import L2Normalize, canonicalize, embedding_of
+from qface.preprocessing import preprocessing_of, with_preprocessing
+from qface.quantization.placement import computes_in_float
+from tests.graph.float_functions import FUNCTIONS, network
+from tests.graph.idioms import IDIOMS, Idiom, build
+from tests.graph.kinds import kind_of, kinds
+
+BEHIND_ISLANDS = "Quantize"
+"""The operation that rounds what a float island makes: torch and onnxruntime compute its floats a little otherwise."""
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_an_idiom_goes_the_whole_way(name: str, tmp_path: Path) -> None:
+    idiom, model = IDIOMS[name], build(IDIOMS[name])
+    crops = synthetic_crops(8)
+    check_layers(idiom, model)
+    student = qface.quantize(model, 6)
+    qface.calibrate(student, crops, num_images=8, progress=False)
+    check_floats(idiom, student)
+    qface.save(student, tmp_path / "student.safetensors")
+    check_file(qface.load(tmp_path / "student.safetensors"), tmp_path / "student.onnx", crops)
+    check_student(model, student, crops)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_float_function_goes_the_whole_way(name: str, tmp_path: Path) -> None:
+    function = network(FUNCTIONS[name])
+    features = function(preprocessing_of(function)(synthetic_crops(1))).shape[1]
+    model = with_preprocessing(nn.Sequential(function, nn.Linear(features, 8)).eval(), preprocessing_of(function))
+    student = qface.quantize(model, 8)
+    qface.calibrate(student, synthetic_crops(8), num_images=8, progress=False)
+    check_file(student, tmp_path / "student.onnx", synthetic_crops(8))
+
+
+def check_file(student: nn.Module, file: Path, crops: Tensor) -> None:
+    qface.export(student, file)
+    agreement = qface.verify(student, file, crops)
+    assert agreement.agrees
+    assert [layer for layer in agreement.layers if layer.different and layer.operation != BEHIND_ISLANDS] == []
+
+
+def check_layers(idiom: Idiom, model: nn.Module) -> None:
+    found = Counter(kinds(canonicalize(model)))
+    assert found == idiom.common + Counter(idiom.layers)
+
+
+def check_floats(idiom: Idiom, student: fx.GraphModule) -> None:
+    """L2 normalization at the end is float in any network."""
+    found = {kind_of(student, node) for node in student.graph.nodes if computes_in_float(node)}
+    assert found - {L2Normalize} == idiom.floats - {L2Normalize}
+
+
+def check_student(model: nn.Module, student: nn.Module, crops: Tensor) -> None:
+    """Its embeddings are those of the model, but for the rounding to 6 bits."""
+    images = preprocessing_of(model)(crops)
+    with torch.no_grad():
+        expected = embedding_of(model.eval()(images)).float()
+        found = student.eval()(images)
+    assert float(torch.cosine_similarity(expected, found).min()) > 0.99
+
+
+def exported(name: str, folder: Path) -> Path:
+    student = qface.quantize(build(IDIOMS[name]), 6)
+    qface.calibrate(student, synthetic_crops(8), num_images=8, progress=False)
+    file = folder / "student.onnx"
+    qface.export(student, file)
+    return file
+
+
+def optimized(file: Path, folder: Path) -> set[str]:
+    """The kinds of nodes that onnxruntime makes of ``file``."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return {node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node}
+
+
+@pytest.mark.parametrize("name", ["ReLU after a sum", "ReLU6 after a sum in place"])
+def test_the_clamp_after_a_sum_is_a_part_of_it(name: str, tmp_path: Path) -> None:
+    file = exported(name, tmp_path)
+    assert "Relu" not in {node.op_type for node in onnx.load(file).graph.node}
+    assert not {"DequantizeLinear", "Add", "Relu"} & optimized(file, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max feature map",
+        "channel shuffle",
+        "ECA",
+        "squeeze and excite by view",
+        "slices",
+        "reflect padding",
+        "nearest upsampling",
+        "linear layer on tokens",
+        "sum of a list",
+        "gamma * f(x) + x",
+    ],
+)
+def test_nothing_is_float_between_the_image_and_the_embedding(name: str, tmp_path: Path) -> None:
+    assert not {"DequantizeLinear", "Conv", "FusedConv", "Gemm"} & optimized(exported(name, tmp_path), tmp_path)
+
+
+def test_other_numbers_of_images_are_computed_too(tmp_path: Path) -> None:
+    """The windows of Swin, whose code counts the images in Python, for numbers that it was not exported with."""
+    embed = OnnxEmbedder(exported("Swin's windows", tmp_path), providers=["CPUExecutionProvider"])
+    images = embed.preprocessing(synthetic_crops(5))
+    torch.testing.assert_close(embed(images), torch.cat([embed(image[None]) for image in images]))
