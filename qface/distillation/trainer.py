@@ -33,7 +33,8 @@ from qface.distillation.parallel import Parallel, device_for, processes_for
 from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.distillation.student_mode import has_batch_norm, mode_changes, on_device, set_observers, set_student_mode
 from qface.distillation.training_bar import training_bar
-from qface.errors import ConfigError, TrainingError
+from qface.errors import ConfigError, TrainingError, UnsupportedLayerError
+from qface.graph.capture import embedding_of
 from qface.memory_format import fastest_memory_format
 from qface.preprocessing import dtype_of, preprocessing_of
 from qface.provenance import record_step
@@ -233,9 +234,11 @@ class _Trainer:
         """Embeddings [n, D] of ``images``, normalized for ``model``, sent ``through`` what stands for it."""
         images = normalize(images.to(self.parallel.device), preprocessing_of(model)).to(dtype_of(model))
         with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            embeddings = (through or model)(images)
-        if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
-            raise TrainingError(f"{type(model).__name__} does not map images to embeddings, one tensor [N, D]")
+            returned = (through or model)(images)
+        try:
+            embeddings = embedding_of(returned)
+        except UnsupportedLayerError as error:
+            raise TrainingError(f"{type(model).__name__} does not map images to embeddings: {error}") from error
         return embeddings.float() if embeddings.dtype in (torch.bfloat16, torch.float16) else embeddings
 
     def run(self, folder: RunFolder | None, state: dict[str, Any] | None, progress: bool) -> None:
