@@ -20,9 +20,11 @@ from qface.errors import CheckpointError, ExportError
 from qface.files import check_folder, replacing
 from qface.graph.capture import capture
 from qface.graph.graph_data import check_rebuilt, graph_from_data, graph_to_data
-from qface.models.checkpoints import fill, read_tensors, recognize, without_wrapper
+from qface.models.checkpoints import fill, read_tensors, recognize
+from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.models.iresnet import IRESNET_BLOCKS, iresnet
 from qface.models.mobilefacenet import MobileFaceNet
+from qface.models.state_dicts import network_tensors
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing, written_preprocessing
 from qface.provenance import provenance_of, with_provenance, written_provenance
 
@@ -32,7 +34,7 @@ FORMAT = "qface"
 FORMAT_VERSION = "3"
 _SUFFIX = ".safetensors"
 
-MODEL_NAMES = ("mobilefacenet", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
+MODEL_NAMES = ("mobilefacenet", "mbf", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
 """What :func:`load` takes instead of a path, for a network with fresh weights."""
 
 
@@ -78,6 +80,8 @@ def _from_onnx(path: str | Path, model: nn.Module | None, preprocessing: Preproc
 
 
 def _fresh(name: str) -> nn.Module:
+    if name == "mbf":
+        return InsightFaceMobileFaceNet()
     return MobileFaceNet() if name == "mobilefacenet" else iresnet(int(name.removeprefix("iresnet")))
 
 
@@ -85,13 +89,17 @@ def _fitting_network(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path, model: nn.Module | None
 ) -> tuple[nn.Module, Preprocessing]:
     if model is not None:
-        likely = preprocessing_of(model)
-    elif metadata.get("format") == FORMAT:
+        fill(model, network_tensors(tensors, _names_to_fill(model), path), path)
+        return model, preprocessing_of(model)
+    if metadata.get("format") == FORMAT:
         return _from_own_format(tensors, metadata, path), Preprocessing()
-    else:
-        model, likely = recognize(without_wrapper(tensors), path)
-    fill(model, without_wrapper(tensors), path)
-    return model, likely
+    recognized, likely, own = recognize(tensors, path)
+    fill(recognized, own, path)
+    return recognized, likely
+
+
+def _names_to_fill(model: nn.Module) -> list[str]:
+    return [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
 
 
 def _from_own_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path) -> nn.Module:
