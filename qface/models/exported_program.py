@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,8 @@ class ExportedNetwork(nn.Module):
     It has the program's parameters and modules under their names, and is no ``GraphModule``, so that it is captured.
     """
 
+    _forward: Callable[[Tensor], Any]
+
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
         module = program.module(check_guards=False).requires_grad_(True)
@@ -267,11 +269,11 @@ class ExportedNetwork(nn.Module):
         module._forward_pre_hooks_with_kwargs.clear()
         for each in ("_parameters", "_buffers", "_modules"):
             self.__dict__[each] = getattr(module, each)  # shared, so that whoever swaps a parameter does so in both
-        self.__dict__["_program"] = module
+        self.__dict__["_forward"] = module.forward
 
     def forward(self, images: Tensor) -> Any:
         """What the program returns for ``images``."""
-        return self._program(images)
+        return self._forward(images)
 
 
 @torch.no_grad()
@@ -282,7 +284,7 @@ def _check_agreement(
     images = preprocessing(synthetic_crops(2 * count))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wanted = torch.cat([embedding_of(module(part)) for part in images.split(count)])
+        wanted = torch.cat([embedding_of(module(part)) for part in torch.split(images, count)])
     cosine = -1.0
     with contextlib.suppress(RuntimeError):  # sizes that do not fit
         cosine = float(torch.cosine_similarity(wanted, network(images)).min())

@@ -23,7 +23,7 @@ from qface.distillation.parallel import Parallel, SingleProcess
 from qface.errors import CheckpointError, ConfigError, ExportError, ImagesError, TrainingError
 from qface.preprocessing import Preprocessing, with_preprocessing
 
-from .networks import CPU, Interrupted, face_images, log, same_weights, tiny_network, weights
+from .networks import CPU, WIDE, Interrupted, face_images, log, same_weights, tiny_network, weights
 
 
 def distill(*arguments: Any, **options: Any) -> nn.Module:
@@ -111,6 +111,7 @@ class Seen(nn.Module):
     def __init__(self, across: bool) -> None:
         super().__init__()
         self.across, self.linear, self.formats = across, nn.Linear(192, 8), list[bool]()
+        with_preprocessing(self, WIDE)
 
     def forward(self, images: Tensor) -> Tensor:
         self.formats.append(images.is_contiguous(memory_format=torch.channels_last))
@@ -331,7 +332,7 @@ def test_a_frozen_student_and_a_student_that_is_its_own_teacher_are_refused() ->
     with pytest.raises(TrainingError, match="nothing to train"):
         distill(student.requires_grad_(False), tiny_network(1), face_images(), CPU)
     with pytest.raises(TrainingError, match="one tensor"):
-        distill(tiny_network(0)[:2], tiny_network(1), face_images(), CPU)
+        distill(with_preprocessing(tiny_network(0)[:2], WIDE), tiny_network(1), face_images(), CPU)
 
 
 @pytest.mark.parametrize("broken", ["student", "teacher"])
@@ -618,7 +619,7 @@ def test_a_loader_that_runs_dry_is_an_error() -> None:
 
 
 def test_a_last_batch_of_one_image_is_passed_over(tmp_path: Path) -> None:
-    student = nn.Sequential(*tiny_network(0), nn.BatchNorm1d(8))
+    student = with_preprocessing(nn.Sequential(*tiny_network(0), nn.BatchNorm1d(8)), WIDE)
     images = face_images().images
     distill(student, tiny_network(1), [images[:8], images[8:16], images[16:17]], CPU, tmp_path)
     assert len(log(tmp_path)) == 3 * CPU.epochs
@@ -632,6 +633,7 @@ class Dropping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.network = tiny_network(0)
+        with_preprocessing(self, WIDE)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(self.network(x), 0.5, self.training)

@@ -87,20 +87,20 @@ def test_first_image_of_a_pair_is_the_probe(crops, pairs):
 
 
 def test_labeled_tensors_can_be_evaluated():
-    images = TensorImages(torch.rand(6, 3, 8, 8), torch.tensor([7, 7, 9, 9, 9, 2]))
+    images = TensorImages(2 * torch.rand(6, 3, 8, 8) - 1, torch.tensor([7, 7, 9, 9, 9, 2]))
     result = evaluate(Pooled(), images)
     assert (result.identities, result.genuine_pairs, result.impostor_pairs) == (3, 4, 11)
 
 
 def test_images_without_labels_are_refused(crops):
     flat = crops({"Ann": 2}) / "Ann"
-    for images in (flat, torch.rand(4, 3, 8, 8), [torch.rand(4, 3, 8, 8)]):
+    for images in (flat, 2 * torch.rand(4, 3, 8, 8) - 1, [2 * torch.rand(4, 3, 8, 8) - 1]):
         with pytest.raises(ImagesError, match="who is who"):
             evaluate(Pooled(), images)
 
 
 def test_pairs_need_a_folder(pairs):
-    images = TensorImages(torch.rand(3, 3, 8, 8), torch.tensor([0, 0, 1]))
+    images = TensorImages(2 * torch.rand(3, 3, 8, 8) - 1, torch.tensor([0, 0, 1]))
     with pytest.raises(PairsError, match="pass the folder"):
         evaluate(Pooled(), images, pairs=pairs)
 
