@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import posixpath
 from collections.abc import Callable, Collection, Iterator
@@ -11,16 +12,18 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from qface.data.alignment import Landmarks, align_face
+from qface.data.alignment import Landmarks, align_face, landmark_fault
 from qface.data.decoding import UNREADABLE, opened, upright
 from qface.data.detection import Detector, default_detector, main_face
 from qface.data.folders import EXTENSIONS
-from qface.data.landmarks import read_landmarks
+from qface.data.landmarks import check_landmarks, read_landmarks
 from qface.errors import ExportError, ImagesError
 from qface.files import make_folder, replacing
 from qface.progress import track
 
 __all__ = ["AlignmentReport", "align"]
+
+_LOGGER = logging.getLogger("qface")
 
 Locate = Callable[[str, Image.Image], Landmarks | None]
 """From a photo's name and pixels to the landmarks of its face."""
@@ -36,6 +39,8 @@ class AlignmentReport:
         present: crops that were there already.
         faceless: photos without a face, or, where landmarks were given, without a line, or with a line that names one
             place five times.
+        misplaced: photos whose landmarks are of no face in them, each with the reason
+            (:func:`qface.data.alignment.landmark_fault`).
         unreadable: files that are damaged, hold 16-bit gray, or are no JPEG, PNG, BMP, WebP or GIF inside.
     """
 
@@ -43,6 +48,7 @@ class AlignmentReport:
     aligned: int
     present: int
     faceless: tuple[str, ...]
+    misplaced: tuple[str, ...]
     unreadable: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +78,7 @@ def align(
 
     Raises:
         ImagesError: there are no photos, a folder of theirs or the landmarks cannot be read, or the landmarks are of
-            other photos.
+            other photos, or most lines are of no face in their photo.
         ExportError: two photos would give one crop, or crops cannot be written, or would lie among the photos.
         DependencyError: there is nothing to look for faces with.
     """
@@ -83,7 +89,9 @@ def align(
     targets = _targets(names, crops)
     missing = {name: target for name, target in targets.items() if not os.path.exists(target)}
     locate = _locator(names, landmarks, detector) if missing else None
-    faceless, unreadable = [], []
+    faceless: list[str] = []
+    misplaced: list[str] = []
+    unreadable: list[str] = []
     for name, target in track(missing.items(), "align", progress, len(missing)):
         assert locate is not None
         try:
@@ -92,13 +100,18 @@ def align(
         except UNREADABLE:
             unreadable.append(name)
             continue
-        crop = _crop(photo, locate(name, photo))
-        if crop is None:
+        points = locate(name, photo)
+        crop = _crop(photo, points)
+        if points is None or crop is None:
             faceless.append(name)
+        elif reason := landmark_fault(points, photo.size):
+            _LOGGER.warning("%s is not aligned: its landmarks are of no face in it, since %s", name, reason)
+            misplaced.append(f"{name}: {reason}")
         else:
             _write(crop, target)
-    aligned = len(missing) - len(faceless) - len(unreadable)
-    return AlignmentReport(len(names), aligned, len(names) - len(missing), tuple(faceless), tuple(unreadable))
+    aligned = len(missing) - len(faceless) - len(misplaced) - len(unreadable)
+    present = len(names) - len(missing)
+    return AlignmentReport(len(names), aligned, present, tuple(faceless), tuple(misplaced), tuple(unreadable))
 
 
 def _crop(photo: Image.Image, points: Landmarks | None) -> Image.Image | None:
@@ -185,6 +198,7 @@ def _points_of(names: list[str], landmarks: str | Path) -> dict[str, Landmarks]:
             f"no line of {landmarks} is of a photo (first line: {faces[0].file}, first photo: {names[0]}): "
             "name photos as they lie below their folder"
         )
+    check_landmarks(landmarks, known)
     return known
 
 

@@ -77,6 +77,7 @@ def alignment_table(report: AlignmentReport) -> Table:
     table.add_row("aligned now", str(report.aligned), "")
     table.add_row("aligned before", str(report.present), "")
     table.add_row("without a face", str(len(report.faceless)), _first_of(report.faceless))
+    table.add_row("landmarks of no face", str(len(report.misplaced)), _first_of(report.misplaced))
     table.add_row("no images", str(len(report.unreadable)), _first_of(report.unreadable))
     return table
 
