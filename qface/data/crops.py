@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import posixpath
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +15,8 @@ from PIL import Image
 from qface.data.alignment import Landmarks, align_face, landmark_fault
 from qface.data.decoding import UNREADABLE, opened, upright
 from qface.data.detection import Detector, default_detector, main_face
-from qface.data.folders import EXTENSIONS
+from qface.data.folders import EXTENSIONS, warn_of_others
+from qface.data.identities import composed
 from qface.data.landmarks import check_landmarks, read_landmarks
 from qface.errors import ExportError, ImagesError
 from qface.files import make_folder, replacing
@@ -126,11 +127,11 @@ def _photos(root: Path, crops: Path) -> list[str]:
     """Names of all images below ``root``, relative to it, sorted; without those below ``crops``."""
     if not os.path.isdir(root):  # unlike Path.is_dir, False for names that no folder can have
         raise ImagesError(f"{root} is no folder: pass a folder of photos")
-    names = sorted(
-        path.relative_to(root).as_posix() for path in _files(root, crops) if path.suffix.lower() in EXTENSIONS
-    )
+    files = list(_files(root, crops))
+    names = sorted(path.relative_to(root).as_posix() for path in files if path.suffix.lower() in EXTENSIONS)
     if not names:
         raise ImagesError(f"{root} holds no photos: expected files that end in {', '.join(sorted(EXTENSIONS))}")
+    warn_of_others(root, [path for path in files if path.suffix.lower() not in EXTENSIONS])
     return names
 
 
@@ -190,7 +191,7 @@ def _locator(names: list[str], landmarks: str | Path | None, detector: Detector 
 
 def _points_of(names: list[str], landmarks: str | Path) -> dict[str, Landmarks]:
     """The landmarks of each photo that has a line."""
-    photos = set(names)
+    photos = {composed(name): name for name in names}
     faces = read_landmarks(landmarks)
     known = {name: face.points for face in faces if (name := _photo_of(face.file, photos)) is not None}
     if not known:
@@ -202,10 +203,14 @@ def _points_of(names: list[str], landmarks: str | Path) -> dict[str, Landmarks]:
     return known
 
 
-def _photo_of(file: str, photos: Collection[str]) -> str | None:
-    """Which of ``photos`` a line means by ``file``; as it stands goes first, since names may hold backslashes."""
+def _photo_of(file: str, photos: Mapping[str, str]) -> str | None:
+    """Which of ``photos``, by their composed names, a line means by ``file``.
+
+    As it stands goes first, since names may hold backslashes.
+    """
+    file = composed(file)
     spellings = (file, posixpath.normpath(file), posixpath.normpath(file.replace("\\", "/")))
-    return next((name for name in spellings if name in photos), None)
+    return next((photos[name] for name in spellings if name in photos), None)
 
 
 def _write(crop: Image.Image, target: Path) -> None:

@@ -70,8 +70,7 @@ def check_landmarks(path: str | Path, faces: Mapping[str, Landmarks]) -> None:
     if 2 * len(faults) > len(apart):
         raise ImagesError(
             f"{len(faults)} of {len(apart)} lines in {path} are of no face (first: {name}, since {reason}): write "
-            "'file x1 y1 ... x5 y5' in pixels of the photo: both eyes, the nose, both corners of the mouth, the viewer's "
-            "left first"
+            "'file x1 y1 ... x5 y5' in pixels of the photo: eyes, nose, corners of the mouth, the viewer's left first"
         )
     _LOGGER.warning(
         "%s: %d of %d lines are of no face (first: %s, since %s)", path, len(faults), len(apart), name, reason

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qface.data.folders import ImageFolder
+from qface.data.identities import composed
 from qface.data.images import IndexedImages
 from qface.data.text_lines import numbered_lines, whole_number
 from qface.errors import PairsError
@@ -186,8 +187,8 @@ def resolve_pairs(pairs: PairList, folder: ImageFolder) -> ResolvedPairs:
     """
     _check_layout(pairs, folder)
     index = _by_stem(folder)
-    both = list(zip(pairs.first, pairs.second, strict=True))
-    selected = set(folder.names)
+    both = list(zip(map(composed, pairs.first), map(composed, pairs.second), strict=True))
+    selected = set(map(composed, folder.names))
     _check_on_disk(pairs.path, both, folder, index)
     kept = np.array([all(_person(image) in selected or not selected for image in pair) for pair in both], np.bool_)
     remaining = [pair for pair, keep in zip(both, kept, strict=True) if keep]
@@ -204,7 +205,7 @@ def _by_stem(folder: ImageFolder) -> dict[str, int]:
     """The number of each image by its name without ending."""
     index: dict[str, int] = {}
     for number, path in enumerate(folder.paths):
-        stem = path.relative_to(folder.root).with_suffix("").as_posix()
+        stem = composed(path.relative_to(folder.root).with_suffix("").as_posix())
         if stem in index:
             raise PairsError(f"{folder.paths[index[stem]]} and {path} have one name in a list of pairs: move one away")
         index[stem] = number
@@ -222,7 +223,7 @@ def _check_layout(pairs: PairList, folder: ImageFolder) -> None:
 
 
 def _check_on_disk(path: Path, both: Sequence[tuple[str, str]], folder: ImageFolder, index: dict[str, int]) -> None:
-    on_disk, selected = set(folder.all_names), set(folder.names)
+    on_disk, selected = set(map(composed, folder.all_names)), set(map(composed, folder.names))
 
     def is_missing(image: str) -> bool:
         # The images of people who are not selected are not listed: only the people can be looked up.

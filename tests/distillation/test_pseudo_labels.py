@@ -77,9 +77,8 @@ def test_real_faces(faces: Path) -> None:
 
 # ---- training
 
-TEACHER = with_preprocessing(
-    nn.Flatten(), WIDE
-)  # whose embedding is the image, so that images of one person lie close to each other
+# Its embedding is the image, so that images of one person lie close to each other.
+TEACHER = with_preprocessing(nn.Flatten(), WIDE)
 
 
 def trained(images: qface.data.TensorImages | Tensor, config: DistillConfig = SETTINGS) -> nn.Module:
