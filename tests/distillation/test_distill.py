@@ -4,7 +4,7 @@ import copy
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,6 +363,37 @@ def test_a_resumed_run_ends_with_the_same_weights(reads: int, options: dict[str,
     distill(resumed, tiny_network(1), face_images(), config, tmp_path / "stopped", resume=True)
     assert same_weights(straight, resumed)
     assert log(tmp_path / "straight") == log(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("reads", [3, None])
+def test_a_run_goes_on_with_more_epochs_than_it_was_begun_with(
+    reads: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Finished or stopped; with a constant rate it ends where a long run ends."""
+    constant = replace(CPU, schedule="constant")
+    longer = replace(constant, epochs=CPU.epochs + 2)
+    straight, resumed = tiny_network(0), tiny_network(0)
+    distill(straight, tiny_network(1), face_images(), longer, tmp_path / "straight")
+    images = face_images() if reads is None else Interrupted(face_images(), reads)
+    with nullcontext() if reads is None else pytest.raises(KeyboardInterrupt):
+        distill(resumed, tiny_network(1), images, constant, tmp_path / "short")
+    resumed = tiny_network(0)
+    distill(resumed, tiny_network(1), face_images(), longer, tmp_path / "short", resume=True)
+    assert same_weights(straight, resumed)
+    assert log(tmp_path / "straight") == log(tmp_path / "short")
+    assert reads is not None or any("goes on to epochs=5" in message for message in caplog.messages)
+
+
+def test_a_cosine_goes_on_at_the_rates_of_the_longer_schedule(tmp_path: Path) -> None:
+    longer = replace(CPU, epochs=CPU.epochs + 1)
+    distill(tiny_network(0), tiny_network(1), face_images(), longer, tmp_path / "straight")
+    distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path / "short")
+    short = len(log(tmp_path / "short"))
+    distill(tiny_network(0), tiny_network(1), face_images(), longer, tmp_path / "short", resume=True)
+    rates = [[line["learning_rate"] for line in log(tmp_path / run)] for run in ("straight", "short")]
+    assert len(rates[0]) == len(rates[1]) and rates[0][short:] == rates[1][short:] != []
+    with pytest.raises(ConfigError, match=r"epochs=4.*epochs=3.*more epochs are allowed"):
+        distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path / "short", resume=True)
 
 
 def test_a_resumed_loader_goes_on_where_it_was(tmp_path: Path) -> None:
