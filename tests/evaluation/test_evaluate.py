@@ -134,10 +134,11 @@ def test_errors_come_before_any_embedding(crops, pairs, tmp_path):
         evaluate(model, crops({"Ann": 2}))
     with pytest.raises(PairsError, match="not in"):
         evaluate(model, crops({"Ann": 2, "Bob": 1}, folder="other"), pairs=pairs)
-    view1 = tmp_path / "view1.txt"
-    view1.write_text("1\nAnn\t1\t2\nAnn\t1\tBob\t1\n")
+    view1, people = tmp_path / "view1.txt", tmp_path / "people.txt"
+    people.write_text("Ann\nBob\n")
+    view1.write_text("2\t1\nAnn\t1\t2\nAnn\t1\tBob\t1\nAnn\t1\t2\nAnn\t1\tCem\t1\n")
     with pytest.raises(PairsError, match="but two are needed"):
-        evaluate(model, crops({"Ann": 2, "Bob": 1}, folder="few"), pairs=view1)
+        evaluate(model, crops({"Ann": 2, "Bob": 1, "Cem": 1}, folder="few"), pairs=view1, identities=people)
     with pytest.raises(CheckpointError, match="does not exist"):
         evaluate(model, crops({"Ann": 2, "Bob": 1}, folder="two"), gallery="none.onnx")
 
