@@ -28,7 +28,7 @@ __all__ = ["evaluate", "ijb", "sensitivity", "thresholds"]
 @click.argument("model")
 @images_option
 @people_option
-@click.option("--pairs", type=FilePath, help="Pair list in LFW's format, for ten-fold accuracy.")
+@click.option("--pairs", type=FilePath, help="Pair list, of LFW for ten-fold accuracy or lines path,path,flag.")
 @click.option("--gallery", help="Another model that embeds the gallery, while MODEL embeds the probes.")
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @json_option

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import posixpath
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from PIL import Image
 
-from qface.data.alignment import Landmarks, align_face
+from qface.data.alignment import Landmarks, align_face, landmark_fault
 from qface.data.decoding import UNREADABLE, opened, upright
 from qface.data.detection import Detector, default_detector, main_face
-from qface.data.folders import EXTENSIONS
-from qface.data.landmarks import read_landmarks
+from qface.data.folders import EXTENSIONS, warn_of_others
+from qface.data.identities import composed
+from qface.data.landmarks import check_landmarks, read_landmarks
 from qface.errors import ExportError, ImagesError
 from qface.files import make_folder, replacing
 from qface.progress import track
 
 __all__ = ["AlignmentReport", "align"]
+
+_LOGGER = logging.getLogger("qface")
 
 Locate = Callable[[str, Image.Image], Landmarks | None]
 """From a photo's name and pixels to the landmarks of its face."""
@@ -36,6 +40,8 @@ class AlignmentReport:
         present: crops that were there already.
         faceless: photos without a face, or, where landmarks were given, without a line, or with a line that names one
             place five times.
+        misplaced: photos whose landmarks are of no face in them, each with the reason
+            (:func:`qface.data.alignment.landmark_fault`).
         unreadable: files that are damaged, hold 16-bit gray, or are no JPEG, PNG, BMP, WebP or GIF inside.
     """
 
@@ -43,6 +49,7 @@ class AlignmentReport:
     aligned: int
     present: int
     faceless: tuple[str, ...]
+    misplaced: tuple[str, ...]
     unreadable: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +79,7 @@ def align(
 
     Raises:
         ImagesError: there are no photos, a folder of theirs or the landmarks cannot be read, or the landmarks are of
-            other photos.
+            other photos, or most lines are of no face in their photo.
         ExportError: two photos would give one crop, or crops cannot be written, or would lie among the photos.
         DependencyError: there is nothing to look for faces with.
     """
@@ -83,7 +90,9 @@ def align(
     targets = _targets(names, crops)
     missing = {name: target for name, target in targets.items() if not os.path.exists(target)}
     locate = _locator(names, landmarks, detector) if missing else None
-    faceless, unreadable = [], []
+    faceless: list[str] = []
+    misplaced: list[str] = []
+    unreadable: list[str] = []
     for name, target in track(missing.items(), "align", progress, len(missing)):
         assert locate is not None
         try:
@@ -92,13 +101,18 @@ def align(
         except UNREADABLE:
             unreadable.append(name)
             continue
-        crop = _crop(photo, locate(name, photo))
-        if crop is None:
+        points = locate(name, photo)
+        crop = _crop(photo, points)
+        if points is None or crop is None:
             faceless.append(name)
+        elif reason := landmark_fault(points, photo.size):
+            _LOGGER.warning("%s is not aligned: its landmarks are of no face in it, since %s", name, reason)
+            misplaced.append(f"{name}: {reason}")
         else:
             _write(crop, target)
-    aligned = len(missing) - len(faceless) - len(unreadable)
-    return AlignmentReport(len(names), aligned, len(names) - len(missing), tuple(faceless), tuple(unreadable))
+    aligned = len(missing) - len(faceless) - len(misplaced) - len(unreadable)
+    present = len(names) - len(missing)
+    return AlignmentReport(len(names), aligned, present, tuple(faceless), tuple(misplaced), tuple(unreadable))
 
 
 def _crop(photo: Image.Image, points: Landmarks | None) -> Image.Image | None:
@@ -113,11 +127,11 @@ def _photos(root: Path, crops: Path) -> list[str]:
     """Names of all images below ``root``, relative to it, sorted; without those below ``crops``."""
     if not os.path.isdir(root):  # unlike Path.is_dir, False for names that no folder can have
         raise ImagesError(f"{root} is no folder: pass a folder of photos")
-    names = sorted(
-        path.relative_to(root).as_posix() for path in _files(root, crops) if path.suffix.lower() in EXTENSIONS
-    )
+    files = list(_files(root, crops))
+    names = sorted(path.relative_to(root).as_posix() for path in files if path.suffix.lower() in EXTENSIONS)
     if not names:
         raise ImagesError(f"{root} holds no photos: expected files that end in {', '.join(sorted(EXTENSIONS))}")
+    warn_of_others(root, [path for path in files if path.suffix.lower() not in EXTENSIONS])
     return names
 
 
@@ -177,7 +191,7 @@ def _locator(names: list[str], landmarks: str | Path | None, detector: Detector 
 
 def _points_of(names: list[str], landmarks: str | Path) -> dict[str, Landmarks]:
     """The landmarks of each photo that has a line."""
-    photos = set(names)
+    photos = {composed(name): name for name in names}
     faces = read_landmarks(landmarks)
     known = {name: face.points for face in faces if (name := _photo_of(face.file, photos)) is not None}
     if not known:
@@ -185,13 +199,18 @@ def _points_of(names: list[str], landmarks: str | Path) -> dict[str, Landmarks]:
             f"no line of {landmarks} is of a photo (first line: {faces[0].file}, first photo: {names[0]}): "
             "name photos as they lie below their folder"
         )
+    check_landmarks(landmarks, known)
     return known
 
 
-def _photo_of(file: str, photos: Collection[str]) -> str | None:
-    """Which of ``photos`` a line means by ``file``; as it stands goes first, since names may hold backslashes."""
+def _photo_of(file: str, photos: Mapping[str, str]) -> str | None:
+    """Which of ``photos``, by their composed names, a line means by ``file``.
+
+    As it stands goes first, since names may hold backslashes.
+    """
+    file = composed(file)
     spellings = (file, posixpath.normpath(file), posixpath.normpath(file.replace("\\", "/")))
-    return next((name for name in spellings if name in photos), None)
+    return next((photos[name] for name in spellings if name in photos), None)
 
 
 def _write(crop: Image.Image, target: Path) -> None:

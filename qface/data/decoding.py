@@ -80,13 +80,20 @@ def _orientation(image: Image.Image) -> Any:
         return None
 
 
-def decode(content: Path | bytes) -> npt.NDArray[np.uint8]:
+def decode(content: Path | bytes, resize: bool = False) -> npt.NDArray[np.uint8]:
     """The pixels of a 112x112 crop, uint8 [112, 112, 3] in RGB, turned as its camera says.
+
+    Args:
+        content: the encoded image.
+        resize: bring squares of another size to 112x112, bilinearly.
 
     Raises:
         ValueError: it is of another size, or 16-bit gray. Damage and other formats raise what :data:`UNREADABLE` lists.
     """
     with opened(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        if resize and image.width == image.height != CROP_SIZE:
+            smaller = upright(image).resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BILINEAR)
+            return np.asarray(smaller, dtype=np.uint8)
         if image.size != (CROP_SIZE, CROP_SIZE):
             raise ValueError(f"it is {image.size[0]}x{image.size[1]}, not {CROP_SIZE}x{CROP_SIZE}")
         return np.asarray(upright(image), dtype=np.uint8)

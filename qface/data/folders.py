@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from qface.data.decoding import UNREADABLE, decode, size_of
-from qface.data.identities import select_identities
+from qface.data.identities import composed, select_identities
 from qface.data.images import IndexedImages
 from qface.errors import ImagesError
 from qface.preprocessing import CROP_SIZE
 
-__all__ = ["EXTENSIONS", "ImageFolder", "not_allowed"]
+__all__ = ["EXTENSIONS", "ImageFolder", "not_allowed", "warn_of_others"]
+
+_LOGGER = logging.getLogger("qface")
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 """File name endings that count as images, in lower case; letter case does not matter."""
@@ -28,8 +31,9 @@ ResultT = TypeVar("ResultT")
 class ImageFolder(IndexedImages):
     """A folder of 112x112 crops: ``root/<Person>/*`` with labels, or ``root/*`` without.
 
-    Files that begin with a dot or do not end in :data:`EXTENSIONS` are no images. Every header is checked
-    here, so that a wrong folder fails at once; damage further inside a file shows when it is read.
+    Files that begin with a dot or do not end in :data:`EXTENSIONS` are no images; a warning counts the latter and
+    tells of people who have no other files. Every header is checked here, so that a wrong folder fails at once; damage
+    further inside a file shows when it is read.
 
     Args:
         root: the folder.
@@ -52,7 +56,7 @@ class ImageFolder(IndexedImages):
         loose, persons = _scan(self.root)
         if identities is not None and not persons:
             raise ImagesError(f"people cannot be selected from {self.root}: it is flat, so its images carry no names")
-        self.all_names = sorted(persons)
+        self.all_names = sorted(persons, key=composed)
         self.names = select_identities(self.all_names, identities) if persons else []
         self.paths = loose or [path for name in self.names for path in persons[name]]
         self.labels = _labels([len(persons[name]) for name in self.names]) if persons else None
@@ -115,10 +119,13 @@ def _scan(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     try:
         with os.scandir(root) as entries:
             folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-        loose = _images_in(root)
-        persons = {name: images for name in folders if (images := _images_in(root / name))}
+        loose, others = _images_in(root)
+        found = {name: _images_in(root / name) for name in folders}
     except OSError as error:
         raise not_allowed(error) from error
+    persons = {name: images for name, (images, _) in found.items() if images}
+    others += [path for _, passed_over in found.values() for path in passed_over]
+    gone = sorted(name for name, (images, passed_over) in found.items() if passed_over and not images)
     if loose and persons:
         raise ImagesError(
             f"{root} holds {len(loose)} loose images beside {len(persons)} folders of people "
@@ -128,7 +135,22 @@ def _scan(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
         raise ImagesError(
             f"{root} holds no images: expected <Person>/<image> or <image>, ending in {', '.join(sorted(EXTENSIONS))}"
         )
+    warn_of_others(root, others, gone)
     return loose, persons
+
+
+def warn_of_others(root: Path, others: Sequence[Path], gone: Sequence[str] = ()) -> None:
+    """Say in one line which files below ``root`` are passed over, and which people have no others."""
+    if not others:
+        return
+    people = f"; {len(gone)} people have no image and are left out (first: {gone[0]})" if gone else ""
+    _LOGGER.warning(
+        "%s: %d files are no images that are read, and are passed over (first: %s)%s: convert them to JPEG or PNG",
+        root,
+        len(others),
+        min(path.relative_to(root).as_posix() for path in others),
+        people,
+    )
 
 
 def not_allowed(error: OSError) -> ImagesError:
@@ -136,14 +158,12 @@ def not_allowed(error: OSError) -> ImagesError:
     return ImagesError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to")
 
 
-def _images_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images of ``folder``, sorted, and its other files."""
     with os.scandir(folder) as entries:
-        return sorted(folder / entry.name for entry in entries if _is_image(entry))
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    ending = os.path.splitext(entry.name)[1].lower()
-    return ending in EXTENSIONS and not entry.name.startswith(".") and entry.is_file()
+        files = [folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    images = [file for file in files if file.suffix.lower() in EXTENSIONS]
+    return sorted(images, key=lambda path: composed(path.name)), [file for file in files if file not in set(images)]
 
 
 def _labels(counts: Sequence[int]) -> Tensor:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from qface.errors import ImagesError
 
-__all__ = ["FIRST_HALF", "SECOND_HALF", "select_identities"]
+__all__ = ["FIRST_HALF", "SECOND_HALF", "composed", "select_identities"]
 
 FIRST_HALF = "first-half"
 SECOND_HALF = "second-half"
+
+
+def composed(name: str) -> str:
+    """``name`` in Unicode's form NFC: file systems of macOS give names in NFD, and others as they were written."""
+    return unicodedata.normalize("NFC", name)
 
 
 def select_identities(names: Sequence[str], identities: str | Path | None) -> list[str]:
@@ -20,16 +26,18 @@ def select_identities(names: Sequence[str], identities: str | Path | None) -> li
     Args:
         names: all identities.
         identities: ``None`` for all of them; ``"first-half"`` for the first ceil(n / 2) in the order of the
-            SHA-256 of their UTF-8 names, ``"second-half"`` for the rest; otherwise a text file with one name
-            a line.
+            SHA-256 of their names in UTF-8 and NFC, ``"second-half"`` for the rest; otherwise a text file with one
+            name a line.
 
     Returns:
-        The names that are picked, sorted.
+        The names that are picked, as they are in ``names``, sorted by their form NFC.
 
     Raises:
-        ImagesError: the file cannot be read or names somebody who is not in ``names``, or nobody is picked.
+        ImagesError: the file cannot be read or names somebody who is not in ``names``, nobody is picked, or two names
+            differ in their Unicode form alone.
     """
-    selected = sorted(_select(sorted(set(names)), identities))
+    _check_forms(set(names))
+    selected = sorted(_select(sorted(set(names), key=composed), identities), key=composed)
     if not selected:
         raise ImagesError(f"no identity is left of {len(names)} (people: {identities}): select at least one")
     return selected
@@ -45,19 +53,27 @@ def _select(names: list[str], identities: str | Path | None) -> list[str]:
     return _listed(names, Path(identities))
 
 
+def _check_forms(names: set[str]) -> None:
+    of_form: dict[str, str] = {}
+    for name in sorted(names):
+        if of_form.setdefault(composed(name), name) != name:
+            raise ImagesError(f"two people are called {name}, in two forms of Unicode: rename or join their folders")
+
+
 def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(composed(name).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _listed(names: list[str], path: Path) -> list[str]:
     wanted = _read_names(path)
-    unknown = sorted(wanted - set(names))
+    on_disk = {composed(name): name for name in names}
+    unknown = sorted(wanted - set(on_disk))
     if unknown:
         raise ImagesError(
             f"{len(unknown)} of {len(wanted)} names in {path} have no images in the folder "
             f"(first: {unknown[0]}): correct the list or the folder"
         )
-    return list(wanted)
+    return [on_disk[name] for name in wanted]
 
 
 def _read_names(path: Path) -> set[str]:
@@ -69,4 +85,4 @@ def _read_names(path: Path) -> set[str]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ImagesError(f"the list of people {path} cannot be read as text: {error}") from error
-    return {line.strip() for line in lines if line.strip()}
+    return {composed(line.strip()) for line in lines if line.strip()}

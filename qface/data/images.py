@@ -27,6 +27,7 @@ __all__ = [
     "LoaderImages",
     "TensorImages",
     "batch_of",
+    "check_normalized",
     "identity_labels",
     "labels_of",
     "length_of",
@@ -159,5 +160,47 @@ def length_of(loader: Iterable[Any]) -> int | None:
 
 
 def normalize(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """What a model with ``preprocessing`` reads, float32: bytes are normalized for it, floats pass."""
-    return preprocessing(batch) if batch.dtype == torch.uint8 else batch.float()
+    """Images as a model with ``preprocessing`` reads them, float32: bytes are normalized for it, floats pass.
+
+    Raises:
+        ImagesError: floats were not normalized by ``preprocessing``; see :func:`check_normalized`.
+    """
+    if batch.dtype == torch.uint8:
+        return preprocessing(batch)
+    check_normalized(batch, preprocessing)
+    return batch.float()
+
+
+def check_normalized(batch: Tensor, preprocessing: Preprocessing) -> None:
+    """Refuse floats that ``preprocessing`` makes of no byte, or that look like images of 0..1 where it means others.
+
+    Bytes become the range from (0 - mean) / std to (255 - mean) / std of each channel; one gray level beyond it is
+    taken for rounding. Several images that all lie within 0..1, where that range reaches below 0, were only divided
+    by 255.
+
+    Args:
+        batch: [N, 3, height, width], bytes (which are never refused) or floats.
+        preprocessing: that of the network that reads them.
+
+    Raises:
+        ImagesError: they are such floats; the message names both ranges.
+    """
+    if not batch.is_floating_point() or not batch.numel():
+        return
+    mean, std = (batch.new_tensor(values, dtype=torch.float32) for values in (preprocessing.mean, preprocessing.std))
+    least, greatest, level = -mean / std, (255 - mean) / std, 1 / std
+    low, high = (extreme.float() for extreme in torch.aminmax(batch.transpose(0, 1).reshape(3, -1), dim=1))
+    outside = bool((low < least - level).any() or (high > greatest + level).any())
+    lowest, highest = float(low.min()), float(high.max())
+    within_one = len(batch) > 1 and 0 <= lowest < highest <= 1 and bool((least < 0).all())
+    if not outside and not within_one:
+        return
+    looks = _LOOKS[0] if lowest >= 0 and highest <= 1 else _LOOKS[1] if lowest >= 0 and highest <= 256 else ""
+    raise ImagesError(
+        f"these images reach from {lowest:.3g} to {highest:.3g}{looks}, and this network's Preprocessing says "
+        f"{float(least.min()):.3g} to {float(greatest.max()):.3g}: attach the one by which they were normalized, or "
+        "pass bytes (uint8, RGB)"
+    )
+
+
+_LOOKS = (" as if only divided by 255", " as bytes do")

@@ -5,17 +5,22 @@ This is the format of ``ijbc_name_5pts_score.txt`` of IJB-B and IJB-C.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from qface.data.alignment import Landmarks
+from qface.data.alignment import Landmarks, landmark_fault
 from qface.data.text_lines import numbered_lines
 from qface.errors import ImagesError
 
-__all__ = ["FaceLandmarks", "read_landmarks"]
+__all__ = ["FaceLandmarks", "check_landmarks", "read_landmarks"]
+
+_LOGGER = logging.getLogger("qface")
+_LOOKED_AT = 1000  # lines at least, spread evenly: IJB-C has half a million
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +49,32 @@ def read_landmarks(path: str | Path) -> list[FaceLandmarks]:
     if not faces:
         raise ImagesError(f"{path} holds no landmarks: expected lines 'file x1 y1 ... x5 y5'")
     return faces
+
+
+def check_landmarks(path: str | Path, faces: Mapping[str, Landmarks]) -> None:
+    """Refuse a file of which most lines are of no face, in whatever photo; of fewer lines a warning says how many.
+
+    Args:
+        path: the file, for messages.
+        faces: its landmarks by photo.
+
+    Raises:
+        ImagesError: more than half of the lines are of no face; the first is named with the reason.
+    """
+    names = [name for name, points in faces.items() if np.ptp(points, axis=0).any()]
+    apart = {name: faces[name] for name in names[:: max(1, len(names) // _LOOKED_AT)]}
+    faults = {name: reason for name, points in apart.items() if (reason := landmark_fault(points))}
+    if not faults:
+        return
+    name, reason = next(iter(faults.items()))
+    if 2 * len(faults) > len(apart):
+        raise ImagesError(
+            f"{len(faults)} of {len(apart)} lines in {path} are of no face (first: {name}, since {reason}): write "
+            "'file x1 y1 ... x5 y5' in pixels of the photo: eyes, nose, corners of the mouth, the viewer's left first"
+        )
+    _LOGGER.warning(
+        "%s: %d of %d lines are of no face (first: %s, since %s)", path, len(faults), len(apart), name, reason
+    )
 
 
 def _face(path: Path, number: int, line: str) -> FaceLandmarks:

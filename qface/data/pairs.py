@@ -1,12 +1,18 @@
-"""Lists of verification pairs in the text formats of LFW, SLLFW, CALFW and CPLFW.
+"""Lists of verification pairs: CSV, and the text formats of LFW, SLLFW, CALFW and CPLFW.
 
 LFW's (http://vis-www.cs.umass.edu/lfw/#views) has a header and names people and numbers; the others have no header,
 name files, and spend two lines on a pair: SLLFW's ``Ann/Ann_0001.jpg``, of one person where the folders are equal, and
 CALFW's and CPLFW's ``Ann_0001.jpg 3``, of one person where the number is not 0.
+
+A CSV has a line ``path,path,flag`` for each pair, in any order, and a header or none; commas, semicolons, tabs or
+blanks part the fields. The flag, in any of the three columns, is 1 for one person, and 0 or -1 for two. All pairs are
+one fold.
 """
 
 from __future__ import annotations
 
+import csv
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +22,24 @@ import numpy as np
 import numpy.typing as npt
 
 from qface.data.folders import ImageFolder
+from qface.data.identities import composed
 from qface.data.images import IndexedImages
 from qface.data.text_lines import numbered_lines, whole_number
 from qface.errors import PairsError
 
-__all__ = ["PairList", "PairedImages", "ResolvedPairs", "read_lfw_pairs", "read_pairs", "resolve_pairs"]
+__all__ = [
+    "PairList",
+    "PairedImages",
+    "ResolvedPairs",
+    "folds_of_each_kind",
+    "read_lfw_pairs",
+    "read_pairs",
+    "resolve_pairs",
+]
 
 _FOLDS = 10  # where a format has none of its own
+
+_FLAGS = {"1": True, "0": False, "-1": False, "1.0": True, "0.0": False, "true": True, "false": False}
 
 LineT = TypeVar("LineT")
 
@@ -91,9 +108,41 @@ def read_pairs(path: str | Path) -> PairList:
     """
     path = Path(path)
     _, first = next(numbered_lines(path, PairsError), (1, ""))
+    delimiter = next((each for each in ",;\t" if each in first), None)
+    if len(_fields(first, delimiter)) == 3 or delimiter in (",", ";"):
+        return _read_flagged_pairs(path, delimiter)
     if "." not in first:
         return read_lfw_pairs(path)
     return _read_sllfw_pairs(path) if "/" in first else _read_calfw_pairs(path)
+
+
+def _fields(line: str, delimiter: str | None) -> list[str]:
+    """The fields of a line; blanks part them where ``delimiter`` is None, and quotes may enclose them otherwise."""
+    fields = line.split() if delimiter is None else next(csv.reader([line.strip()], delimiter=delimiter), [])
+    return [field.strip() for field in fields]
+
+
+def _read_flagged_pairs(path: Path, delimiter: str | None) -> PairList:
+    """A line ``path path flag`` for each pair; the first line may name the columns."""
+    rows = [(number, line, _fields(line, delimiter)) for number, line in numbered_lines(path, PairsError)]
+    if not any(field.lower() in _FLAGS for field in rows[0][2]):
+        rows = rows[1:]
+    if not rows:
+        raise PairsError(f"{path} holds no pairs: expected lines 'path,path,flag' with a flag of 0 or 1")
+    columns = [at for at in (2, 0, 1) if all(len(row) == 3 and row[at].lower() in _FLAGS for _, _, row in rows)]
+    if not columns:
+        number, line, _ = next(
+            (each for each in rows if len(each[2]) != 3 or each[2][2].lower() not in _FLAGS), rows[0]
+        )
+        raise PairsError(
+            f"{path}, line {number}: expected 'path,path,flag' with a flag of 0 or 1, not {line.strip()!r}"
+        )
+    names = [[field for at, field in enumerate(row) if at != columns[0]] for _, _, row in rows]
+    first, second = (
+        [_stem(posixpath.normpath(name.replace("\\", "/"))) for name in side] for side in zip(*names, strict=True)
+    )
+    same = np.array([_FLAGS[row[columns[0]].lower()] for _, _, row in rows], np.bool_)
+    return PairList(path, first, second, same, np.zeros(len(rows), np.int64))
 
 
 def _read_sllfw_pairs(path: Path) -> PairList:
@@ -132,11 +181,16 @@ def _of_files(path: Path, files: Sequence[str], same: Sequence[bool]) -> PairLis
     """Two of ``files`` for each pair; folds are ten runs of the pairs of one person, and of those of two."""
     stems = [_stem(file) for file in files]
     kinds = np.array(same, np.bool_)
-    fold = np.zeros(len(kinds), np.int64)
-    for kind in (kinds, ~kinds):
+    return PairList(path, stems[::2], stems[1::2], kinds, folds_of_each_kind(kinds))
+
+
+def folds_of_each_kind(same: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Ten folds, int64 [pairs]: ten runs of the pairs of one person, and of those of two, wherever they stand."""
+    fold = np.zeros(len(same), np.int64)
+    for kind in (same, ~same):
         count = int(np.count_nonzero(kind))
         fold[kind] = np.arange(count) * _FOLDS // max(count, 1)
-    return PairList(path, stems[::2], stems[1::2], kinds, fold)
+    return fold
 
 
 def _stem(file: str) -> str:
@@ -186,8 +240,8 @@ def resolve_pairs(pairs: PairList, folder: ImageFolder) -> ResolvedPairs:
     """
     _check_layout(pairs, folder)
     index = _by_stem(folder)
-    both = list(zip(pairs.first, pairs.second, strict=True))
-    selected = set(folder.names)
+    both = list(zip(map(composed, pairs.first), map(composed, pairs.second), strict=True))
+    selected = set(map(composed, folder.names))
     _check_on_disk(pairs.path, both, folder, index)
     kept = np.array([all(_person(image) in selected or not selected for image in pair) for pair in both], np.bool_)
     remaining = [pair for pair, keep in zip(both, kept, strict=True) if keep]
@@ -204,7 +258,7 @@ def _by_stem(folder: ImageFolder) -> dict[str, int]:
     """The number of each image by its name without ending."""
     index: dict[str, int] = {}
     for number, path in enumerate(folder.paths):
-        stem = path.relative_to(folder.root).with_suffix("").as_posix()
+        stem = composed(path.relative_to(folder.root).with_suffix("").as_posix())
         if stem in index:
             raise PairsError(f"{folder.paths[index[stem]]} and {path} have one name in a list of pairs: move one away")
         index[stem] = number
@@ -222,7 +276,7 @@ def _check_layout(pairs: PairList, folder: ImageFolder) -> None:
 
 
 def _check_on_disk(path: Path, both: Sequence[tuple[str, str]], folder: ImageFolder, index: dict[str, int]) -> None:
-    on_disk, selected = set(folder.all_names), set(folder.names)
+    on_disk, selected = set(map(composed, folder.all_names)), set(map(composed, folder.names))
 
     def is_missing(image: str) -> bool:
         # The images of people who are not selected are not listed: only the people can be looked up.

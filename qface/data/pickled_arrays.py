@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from qface.pickles import check_pickle
 
-__all__ = ["PickledArray", "read_pickle"]
+__all__ = ["ArrayUnpickler", "PickledArray", "read_pickle"]
 
 _OBJECT = re.compile(r"O\d?")
 _PLAIN = re.compile(r"b1|[ui][1248]|f[48]|S\d{1,9}")
@@ -30,7 +30,7 @@ def read_pickle(file: IO[bytes]) -> Any:
         pickle.UnpicklingError: it asks for more than bytes, numbers and arrays. Damage may raise anything.
     """
     check_pickle(file)
-    return _Unpickler(file, encoding="bytes").load()
+    return ArrayUnpickler(file, encoding="bytes").load()
 
 
 class PickledArray:
@@ -101,10 +101,15 @@ class _Type:
         return np.dtype(self.order + self.code)
 
 
-class _Unpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle.Unpickler):
     """One that knows how bytes and arrays are rebuilt, and no other function or class."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """What stands for ``module.name``.
+
+        Raises:
+            pickle.UnpicklingError: it is no part of bytes and arrays.
+        """
         # Methods of this object: a pickle may set attributes of whatever it is given, which methods do not allow.
         known: dict[str, Callable[..., Any] | type] = {
             "dtype": _Type,

@@ -14,7 +14,9 @@ have their own labels. Without such a record 0 all records are images, with thei
 
 from __future__ import annotations
 
+import logging
 import mmap
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +32,8 @@ from qface.errors import ImagesError, one_line
 
 __all__ = ["RecordImages"]
 
+_LOGGER = logging.getLogger("qface")
+
 _MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", _MAGIC)
 _WORDS = struct.Struct("<II")
@@ -44,7 +48,9 @@ Bytes = bytes | memoryview
 
 
 class RecordImages(IndexedImages):
-    """The 112x112 crops of a ``.rec`` file, with its ``.idx`` beside it; images are read when they are asked for.
+    """The 112x112 crops of a ``.rec`` file; images are read when they are asked for.
+
+    Where there is no ``.idx`` beside it, the file is walked through once, and its records count in their order.
 
     Args:
         path: the ``.rec`` file.
@@ -60,7 +66,8 @@ class RecordImages(IndexedImages):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._data = memoryview(_mapped(self.path))
-        self._offsets = _read_index(_index_of(self.path))
+        index = _index_of(self.path)
+        self._offsets = _read_index(index) if os.path.exists(index) else self._walk()
         header = self._header()
         self._keys = sorted(self._offsets) if header is None else self._image_keys(header)
         if not self._keys:
@@ -86,6 +93,18 @@ class RecordImages(IndexedImages):
             return decode(bytes(self._content(key)[1]))
         except UNREADABLE as error:
             raise self._damaged(key, one_line(error)) from error
+
+    def _walk(self) -> dict[int, int]:
+        """Where each record begins, numbered in the order of the file."""
+        offsets: list[int] = []
+        offset, whole = 0, True
+        while offset < len(self._data):
+            if whole:
+                offsets.append(offset)
+            kind, _, offset = self._part(len(offsets) - 1, offset)
+            whole = kind in (_WHOLE, _LAST)
+        _LOGGER.warning("%s has no .idx beside it: its %d records count in their order", self.path, len(offsets))
+        return dict(enumerate(offsets))
 
     def _header(self) -> RecordLabels | None:
         """The labels of record 0, where it is no image."""
@@ -190,9 +209,7 @@ def _mapped(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise ImagesError(
-            f"{path} cannot be opened ({one_line(error)}): pass a .rec file with its .idx beside it"
-        ) from error
+        raise ImagesError(f"{path} cannot be opened ({one_line(error)}): pass a .rec file of InsightFace") from error
 
 
 def _read_index(path: Path) -> dict[int, int]:

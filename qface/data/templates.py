@@ -13,6 +13,7 @@ The first two name the same images in the same order.
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,16 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from qface.data.alignment import align_face
+from qface.data.alignment import align_face, landmark_fault
 from qface.data.decoding import UNREADABLE, opened, stack_crops, upright
 from qface.data.images import IndexedImages
-from qface.data.landmarks import FaceLandmarks, read_landmarks
+from qface.data.landmarks import FaceLandmarks, check_landmarks, read_landmarks
 from qface.data.text_lines import numbered_lines, whole_number
 from qface.errors import ImagesError, PairsError, one_line
 
 __all__ = ["LooseCrops", "TemplateSet", "read_templates"]
 
+_LOGGER = logging.getLogger("qface")
 _FILES = {"faces": "*_face_tid_mid.txt", "landmarks": "*_name_5pts_score.txt", "pairs": "*_template_pair_label.txt"}
 
 
@@ -60,7 +62,10 @@ class LooseCrops(IndexedImages):
         path = self.root / face.file
         try:
             with opened(path) as photo:
-                return np.asarray(align_face(upright(photo), face.points))
+                turned = upright(photo)
+            if reason := landmark_fault(face.points, turned.size):
+                _LOGGER.warning("%s: its landmarks are of no face in it, since %s", path, reason)
+            return np.asarray(align_face(turned, face.points))
         except (*UNREADABLE, ImagesError) as error:
             raise ImagesError(f"{path} cannot be read as a face ({one_line(error)}): restore it") from error
 
@@ -94,12 +99,14 @@ def read_templates(root: str | Path) -> TemplateSet:
     """Read the folder ``root`` of IJB-B or IJB-C; photos are opened only when they are embedded.
 
     Raises:
-        ImagesError: a file is missing or malformed, or two files do not name the same images.
+        ImagesError: a file is missing or malformed, two files do not name the same images, or most landmarks are of no
+            face.
         PairsError: the list of pairs is malformed, or names templates without images.
     """
     root = Path(root)
     files = {what: _the_one(root / "meta", pattern) for what, pattern in _FILES.items()}
     faces = read_landmarks(files["landmarks"])
+    check_landmarks(files["landmarks"], {face.file: face.points for face in faces})
     names, media = _read_faces(files["faces"], faces)
     templates, positions = np.unique(names, return_inverse=True)
     first, second, same = _read_pairs(files["pairs"], templates)

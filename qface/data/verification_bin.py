@@ -2,11 +2,14 @@
 
 Each is a pickle of two lists: encoded images, two for each pair, and whether the two show one person. It is read
 without running what a pickle may ask for (:mod:`qface.data.pickled_arrays`).
-Folds are as InsightFace's: ten runs of pairs in the order of the file.
+Folds are as InsightFace's: ten runs of pairs in the order of the file. Where a run would hold one kind of pairs alone,
+as in files that list all pairs of one person first, they are ten runs of each kind.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +18,23 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from qface.data.decoding import UNREADABLE, decode, stack_crops
-from qface.data.pairs import PairedImages, ResolvedPairs
+from qface.data.decoding import UNREADABLE, decode, opened, stack_crops
+from qface.data.pairs import PairedImages, ResolvedPairs, folds_of_each_kind
 from qface.data.pickled_arrays import PickledArray, read_pickle
 from qface.errors import ImagesError, PairsError, one_line
+from qface.preprocessing import CROP_SIZE
 
 __all__ = ["VerificationBin"]
+
+_LOGGER = logging.getLogger("qface")
 
 _FOLDS = 10
 
 
 class VerificationBin(PairedImages):
     """The 112x112 crops of a ``.bin`` file, two for each of its pairs; who they show is not known.
+
+    Square images of another size are resized, with a warning.
 
     Args:
         path: the file.
@@ -48,7 +56,8 @@ class VerificationBin(PairedImages):
                 f"{self.path} holds {len(self._images)} images for {len(same)} pairs, not two for each: fetch it again"
             )
         first = 2 * np.arange(len(same), dtype=np.int64)
-        self.pairs = ResolvedPairs(first, first + 1, same, _folds(len(same)), dropped=0)
+        self.pairs = ResolvedPairs(first, first + 1, same, _folds(same), dropped=0)
+        self._say_size()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -57,22 +66,37 @@ class VerificationBin(PairedImages):
         """Decode the images at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
 
         Raises:
-            ImagesError: one of them is damaged or not 112x112; its number is named.
+            ImagesError: one of them is damaged or not square; its number is named.
         """
         crops = [self._decode(index) for index in indices]
         return stack_crops(crops)
 
+    def _say_size(self) -> None:
+        try:
+            with opened(io.BytesIO(self._images[0])) as image:
+                width, height = image.size
+        except UNREADABLE:  # it is named when it is read
+            return
+        if width == height != CROP_SIZE:
+            _LOGGER.warning(
+                "%s holds images of %dx%d, which are resized to %dx%d: they should show what ArcFace crops show",
+                *(self.path, width, height, CROP_SIZE, CROP_SIZE),
+            )
+
     def _decode(self, index: int) -> npt.NDArray[np.uint8]:
         try:
-            return decode(self._images[index])
+            return decode(self._images[index], resize=True)
         except UNREADABLE as error:
             raise ImagesError(f"image {index} of {self.path} cannot be read: {one_line(error)}") from error
 
 
-def _folds(pairs: int) -> npt.NDArray[np.int64]:
-    """Ten runs, of which the first are one longer where they do not come out even."""
-    sizes = [pairs // _FOLDS + (fold < pairs % _FOLDS) for fold in range(_FOLDS)]
-    return np.repeat(np.arange(_FOLDS, dtype=np.int64), sizes)
+def _folds(same: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Ten runs, of which the first are one longer where they do not come out even; or ten runs of each kind."""
+    sizes = [len(same) // _FOLDS + (fold < len(same) % _FOLDS) for fold in range(_FOLDS)]
+    runs = np.repeat(np.arange(_FOLDS, dtype=np.int64), sizes)
+    mixed = all(len(np.unique(same[runs == fold])) == 2 for fold in range(_FOLDS))
+    enough = min(np.count_nonzero(same), np.count_nonzero(~same)) >= _FOLDS
+    return folds_of_each_kind(same) if enough and not mixed else runs
 
 
 def _read(path: Path) -> tuple[list[bytes], npt.NDArray[np.bool_]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -24,9 +25,12 @@ from qface.files import check_folder, make_folder, replacing
 
 __all__ = ["RunFolder", "check_run_folder", "digest_of_images", "digest_of_structure", "digest_of_values"]
 
+_LOGGER = logging.getLogger("qface")
+
 _CHECKPOINT = "checkpoint.pt"
 _LOG = "log.jsonl"
 _LOOKED_AT = 8  # images, to tell others from these
+_LENGTH = ("epochs", "max_steps")  # which may grow
 _FREE_TO_CHANGE = ("checkpoint_every", "device")
 _PARTS = ("config", "inputs", "state")
 _PLAIN = (int, float, str, type(None))
@@ -61,6 +65,9 @@ class RunFolder:
         inputs: a word for each thing the run starts from (student, teacher, images), by its name.
         writes: whether this process is the one that writes.
 
+    Attributes:
+        is_longer: True once a checkpoint is loaded whose run was begun with fewer epochs or steps.
+
     Raises:
         ExportError: the folder cannot be made.
     """
@@ -71,6 +78,7 @@ class RunFolder:
         self._config = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
         self._inputs = dict(inputs)
         self._writes = writes
+        self.is_longer = False
         if writes:
             make_folder(path)
 
@@ -88,6 +96,14 @@ class RunFolder:
         self._require_same_config(saved["config"])
         self._require_same_inputs(saved["inputs"])
         state: dict[str, Any] = saved["state"]
+        self.is_longer = any(saved["config"].get(name) != self._config[name] for name in _LENGTH)
+        if self.is_longer:
+            was, now = (", ".join(f"{name}={of[name]}" for name in _LENGTH) for of in (saved["config"], self._config))
+            _LOGGER.warning(
+                "%s was begun with %s and goes on to %s: from step %d the learning rate is that of the longer "
+                "schedule, and what it was before stays",
+                *(self._checkpoint, was, now, state["step"]),
+            )
         return state
 
     def _read(self) -> dict[str, Any]:
@@ -113,12 +129,16 @@ class RunFolder:
             raise CheckpointError(f"{self._checkpoint} is damaged: delete it to start over") from error
 
     def _require_same_config(self, saved: dict[str, Any]) -> None:
-        differing = [name for name in self._config if saved.get(name) != self._config[name]]
+        longer = _is_longer(saved, self._config)
+        differing = [
+            name for name in self._config if saved.get(name) != self._config[name] and not (longer and name in _LENGTH)
+        ]
         if differing:
             was = ", ".join(f"{name}={saved.get(name)!r}" for name in differing)
             now = ", ".join(f"{name}={self._config[name]!r}" for name in differing)
             raise ConfigError(
-                f"{self._checkpoint} was made with {was}, not {now}: repeat that, or choose another folder"
+                f"{self._checkpoint} was made with {was}, not {now}: repeat that (more epochs are allowed), or choose "
+                "another folder"
             )
 
     def _require_same_inputs(self, saved: dict[str, str]) -> None:
@@ -169,6 +189,13 @@ class RunFolder:
             raise ExportError(
                 f"cannot write {self._log}: {error.strerror or error}; make room, or choose another run folder"
             ) from error
+
+
+def _is_longer(saved: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """True if ``config`` trains at least as long as ``saved``, by epochs and by steps; None are any number of these."""
+    if not all(isinstance(saved.get(name), int | None) for name in _LENGTH):
+        return False
+    return all(config[name] is None or (saved[name] is not None and config[name] >= saved[name]) for name in _LENGTH)
 
 
 def _check_sums(path: Path) -> None:

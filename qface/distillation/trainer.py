@@ -94,7 +94,8 @@ def distill(
             norm); None writes nothing.
         resume: go on from the checkpoint in ``run_dir``, or start there where it holds none. A run that was
             killed ends with the weights it would have had, bit for bit on a CPU with as many threads, and of a loader
-            only if its order repeats; a finished one returns at once.
+            only if its order repeats; a finished one returns at once. With more epochs than it was begun with it goes
+            on, from there at the learning rates of the longer schedule.
         identities: for a folder, which identities to keep.
         progress: show a progress bar on stderr.
 
@@ -118,7 +119,8 @@ def distill(
     folder = None if run_dir is None else _run_folder(Path(run_dir), student, teacher, source, config, parallel)
     state = None if folder is None else folder.load()
     with memory_kept(), on_device(parallel.device, student, teacher), _released(student):
-        if folder is not None and state is not None and state["step"] == state["total"]:
+        finished = state is not None and state["step"] == state["total"]
+        if folder is not None and state is not None and finished and not folder.is_longer:
             with folder.restoring():
                 student.load_state_dict(state["student"])
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from qface.evaluation.verification import (
     OperatingPoint,
     count_pairs,
     ranks_of,
+    single_fold_accuracy,
     ten_fold_accuracy,
     tpr_at_fpr,
     usable_folds,
@@ -27,14 +29,17 @@ from qface.evaluation.verification import (
 
 __all__ = ["EvaluationResult", "evaluate"]
 
+_LOGGER = logging.getLogger("qface")
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
     """What :func:`evaluate` measured; shares are fractions, 0..1.
 
     Args:
-        accuracy: mean over the folds of the pair list; None without pairs.
-        accuracy_std: its standard deviation over the folds.
+        accuracy: mean over the folds of the pair list; of a list of one fold, at the threshold that is best on its own
+            pairs; None without pairs.
+        accuracy_std: its standard deviation over the folds; None of a list of one fold.
         tpr_at_fpr: true-positive rate at each false-positive rate over all pairs of images; None where there
             are too few impostor pairs to measure it.
         thresholds: the cosine above which a pair is accepted, for the same rates.
@@ -102,7 +107,7 @@ def evaluate(
     genuine, impostors = _counts(labels, listed, ordered=gallery is not None)
     ranks_of(FPRS, impostors)  # complains, as the next does, before the images take their time
     if listed is not None:
-        usable_folds(listed.same, listed.fold)
+        _check_folds(listed)
     prober = as_embedder(model)
     galleries = None if gallery is None else as_embedder(gallery)
 
@@ -163,10 +168,28 @@ def _points(probes: Embeddings, labels: Labels | None, mates: Embeddings | None)
     return tpr_at_fpr(probes, labels, gallery=mates)
 
 
-def _accuracy(
-    pairs: ResolvedPairs | None, probes: Embeddings, mates: Embeddings
-) -> tuple[float, float] | tuple[None, None]:
+def _accuracy(pairs: ResolvedPairs | None, probes: Embeddings, mates: Embeddings) -> tuple[float | None, float | None]:
     if pairs is None:
         return None, None
     cosines = np.sum(probes[pairs.first] * mates[pairs.second], axis=1)
+    if _is_one_fold(pairs):
+        return single_fold_accuracy(cosines, pairs.same), None
     return ten_fold_accuracy(cosines, pairs.same, pairs.fold)
+
+
+def _is_one_fold(pairs: ResolvedPairs) -> bool:
+    return len(np.unique(pairs.fold)) == 1 and pairs.dropped == 0
+
+
+def _check_folds(pairs: ResolvedPairs) -> None:
+    """Complain before the images take their time of pairs that give no accuracy, and say how one fold is judged."""
+    if not _is_one_fold(pairs):
+        usable_folds(pairs.same, pairs.fold)
+        return
+    if len(np.unique(pairs.same)) < 2:
+        raise PairsError("verification needs pairs of one person and pairs of two: restore the list")
+    _LOGGER.warning(
+        "the %d pairs are one fold: accuracy is that at the threshold which is best on these same pairs, so more than "
+        "ten folds would say",
+        len(pairs),
+    )

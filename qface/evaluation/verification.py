@@ -22,6 +22,7 @@ __all__ = [
     "count_pairs",
     "ranks_of",
     "rates_at",
+    "single_fold_accuracy",
     "ten_fold_accuracy",
     "tpr_at_fpr",
     "tpr_at_fpr_of_scores",
@@ -325,6 +326,26 @@ def ten_fold_accuracy(scores: npt.ArrayLike, same: npt.ArrayLike, fold: npt.Arra
         threshold = _best_threshold(scores[~held_out], same[~held_out])
         accuracies.append(_balanced_accuracy(scores[held_out] > threshold, same[held_out]))
     return float(np.mean(accuracies)), float(np.std(accuracies))
+
+
+def single_fold_accuracy(scores: npt.ArrayLike, same: npt.ArrayLike) -> float:
+    """Accuracy over a pair list of one fold, at the threshold that is best on its own pairs.
+
+    No pairs are left to choose it on, so this is an upper bound of what :func:`ten_fold_accuracy` would say.
+
+    Args:
+        scores: [pairs], cosines.
+        same: bool [pairs], whether both images show one person.
+
+    Raises:
+        PairsError: there are pairs of one kind alone.
+        QFaceError: a score is not finite.
+    """
+    scores, same = np.asarray(scores, np.float64), np.asarray(same, np.bool_)
+    _check_scores(scores)
+    if len(np.unique(same)) < 2:
+        raise PairsError("verification needs pairs of one person and pairs of two: restore the list")
+    return _balanced_accuracy(scores > _best_threshold(scores, same), same)
 
 
 def usable_folds(same: npt.ArrayLike, fold: npt.ArrayLike) -> list[int]:

@@ -28,7 +28,8 @@ def scale_outputs(layer: Scalable, factor: Tensor) -> None:
 def scale_inputs(layer: Scalable, factor: Tensor) -> None:
     """Let ``layer`` multiply what it reads by ``factor`` [input channels], in place."""
     if isinstance(layer, nn.Conv2d):
-        # [groups, outputs, inputs, height, width]
-        layer.weight.view(layer.groups, -1, *layer.weight.shape[1:]).mul_(factor.view(layer.groups, 1, -1, 1, 1))
+        # Of each output channel those of its group: no view of the weight, which may lie in channels_last.
+        of_groups = factor.view(layer.groups, -1).repeat_interleave(len(layer.weight) // layer.groups, 0)
+        layer.weight.mul_(of_groups[:, :, None, None])
     else:
         layer.weight.mul_(factor)

@@ -15,22 +15,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qface.errors import CheckpointError
+from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.models.iresnet import IRESNET_BLOCKS, IResNet
 from qface.models.mobilefacenet import MobileFaceNet
-from qface.models.pickled_modules import read_pickled_module
+from qface.models.pickled_modules import read_pickled
+from qface.models.state_dicts import network_tensors, state_dict_of
 from qface.preprocessing import CROP_SIZE, Preprocessing
 
-__all__ = ["fill", "read_tensors", "recognize", "without_wrapper"]
+__all__ = ["fill", "preprocessing_for", "read_tensors", "recognize"]
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "backbone")
 _IRESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a ``.safetensors`` or torch file by name, and its metadata.
 
-    Torch files are read with ``weights_only=True``: nothing in them is executed. Of a whole pickled module, parameters
-    and buffers are taken, likewise without running its code (:mod:`qface.models.pickled_modules`).
+    Torch files are read with ``weights_only=True``: nothing in them is executed. What torch refuses so, such as whole
+    pickled modules, arrays of numpy and settings beside the tensors, is read by :mod:`qface.models.pickled_modules`,
+    likewise without running code; of several entries the network's is taken (:mod:`qface.models.state_dicts`).
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else than tensors.
@@ -41,14 +43,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, metadata = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else (_read_torch(path), {})
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; is it a model file?")
+    unprintable = next((name for name in tensors if not name.isprintable()), None)
+    if unprintable is not None:
+        raise CheckpointError(f"{path} is damaged: a tensor is called {unprintable[:50]!r}; fetch it again")
     return tensors, metadata
-
-
-def without_wrapper(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """With the names that a network has which is in no ``DataParallel``: without ``module.`` before each of them."""
-    if not all(name.startswith("module.") for name in tensors):
-        return tensors
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -60,41 +58,56 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
+    if is_torchscript(path):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, which holds code, and qface does not run code from files; "
+            "export the network to .onnx, or save the state_dict() of torch.jit.load of it"
+        )
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path):
-            return read_pickled_module(path)
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, and qface does not run code from files; "
-            "save its state_dict() and load that"
-        ) from error
+    except pickle.UnpicklingError:
+        content = read_pickled(path)
     except Exception as error:  # torch checks little, so damaged bytes may raise anything
         raise CheckpointError(f"{path} is no complete torch file; fetch it again") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} does not hold a state_dict of tensors; save model.state_dict() and load that")
-    return {str(name): value for name, value in content.items()}
+    return state_dict_of(content, path)
 
 
-def recognize(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:
-    """The network that a bare checkpoint belongs to, not yet filled, and what it most likely reads.
+def is_torchscript(path: Path) -> bool:
+    """Whether ``torch.jit.save`` wrote the file at ``path``: a zip archive with code beside its constants."""
+    names = _names_in(path)
+    return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
+
+
+def _names_in(path: Path) -> list[str]:
+    """The names in a zip archive; none where it is no complete one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return []
+
+
+_MOBILEFACENET = ("linear7.conv.weight", "linear1.conv.weight")
+_IRESNET = ("fc.weight", "features.weight", "layer4.0.conv1.weight")
+_MBF = ("features.layers.2.weight", "conv_sep.layers.0.weight", "layers.0.layers.0.weight")
+
+
+def recognize(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing, Mapping[str, Tensor]]:
+    """The network that a bare checkpoint belongs to, not yet filled, what it most likely reads, and its own tensors.
 
     Raises:
-        CheckpointError: it is neither an IResNet nor a MobileFaceNet.
+        CheckpointError: it is of no network that is known by its keys, or of one of another size.
     """
-    if "linear7.conv.weight" in tensors and "linear1.conv.weight" in tensors:
-        _check_dimensions(tensors, {"linear7.conv.weight": 4, "linear1.conv.weight": 4}, path)
-        return _mobilefacenet(tensors)
-    if "fc.weight" in tensors and "layer4.0.conv1.weight" in tensors and "features.weight" in tensors:
-        _check_dimensions(tensors, {"fc.weight": 2}, path)
-        return _iresnet(tensors, path)
+    for markers, network_of in _NETWORKS.items():
+        own = network_tensors(tensors, markers, path)
+        if all(name in own for name in markers):
+            return *network_of(own, path), own
+    looked_for = "; ".join(f"{_NAMES[markers]} by {', '.join(markers)}" for markers in _NETWORKS)
     names = ", ".join(list(tensors)[:3])
     raise CheckpointError(
-        f"{path} holds neither an IResNet nor a MobileFaceNet (its first tensors: {names}); "
-        "pass the network itself as model="
+        f"{path} holds no network that is known by its keys ({looked_for}); its {len(tensors)} tensors begin with "
+        f"{names}: pass the network itself as model= (--model package.module:factory --weights FILE), or export it "
+        "to .onnx"
     )
 
 
@@ -106,14 +119,21 @@ def _check_dimensions(tensors: Mapping[str, Tensor], wanted: Mapping[str, int], 
             raise CheckpointError(f"{path}: {name} has the shape {shape}, and needs {dimensions} dimensions")
 
 
-def _mobilefacenet(tensors: Mapping[str, Tensor]) -> tuple[nn.Module, Preprocessing]:
+def _mobilefacenet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:
+    _check_dimensions(tensors, {"linear7.conv.weight": 4, "linear1.conv.weight": 4}, path)
     height, width = (16 * side for side in tensors["linear7.conv.weight"].shape[2:])
-    margin = max(0, CROP_SIZE - width) // 2
     model = MobileFaceNet(len(tensors["linear1.conv.weight"]), (height, width))
-    return model, Preprocessing(crop=(0, margin, CROP_SIZE, CROP_SIZE - margin), size=(height, width))
+    return model, preprocessing_for(height, width)
+
+
+def preprocessing_for(height: int, width: int) -> Preprocessing:
+    """What a network of images of this size most likely reads: all of the crop, or 112x96 in its middle."""
+    margin = max(0, CROP_SIZE - width) // 2 if height == CROP_SIZE else 0
+    return Preprocessing(crop=(0, margin, CROP_SIZE, CROP_SIZE - margin), size=(height, width))
 
 
 def _iresnet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:
+    _check_dimensions(tensors, {"fc.weight": 2}, path)
     counts = [0, 0, 0, 0]
     for name in tensors:
         match = _IRESNET_BLOCK.fullmatch(name)
@@ -126,6 +146,25 @@ def _iresnet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module
             f"{path} is an IResNet with {blocks} blocks, none of depth {', '.join(map(str, IRESNET_BLOCKS))}"
         )
     return IResNet(blocks, len(tensors["fc.weight"])), Preprocessing()
+
+
+def _mbf(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:
+    _check_dimensions(tensors, {"features.layers.2.weight": 2, "layers.0.layers.0.weight": 4}, path)
+    first, second, third, fourth = (len(_blocks_of_mbf(tensors, layer)) for layer in (1, 3, 5, 7))
+    features, scale = len(tensors["features.layers.2.weight"]), len(tensors["layers.0.layers.0.weight"]) // 64
+    if scale < 1:
+        raise CheckpointError(f"{path}: layers.0.layers.0.weight has fewer than 64 channels, and is of no mbf")
+    return InsightFaceMobileFaceNet(features, (first or 1, second, third, fourth), scale), Preprocessing()
+
+
+def _blocks_of_mbf(tensors: Mapping[str, Tensor], layer: int) -> set[str]:
+    """The numbers of the bottlenecks in a sequence of mbf; none where the layer is a convolution."""
+    pattern = re.compile(rf"layers\.{layer}\.layers\.(\d+)\.layers\.0\.layers\.0\.weight")
+    return {match[1] for name in tensors if (match := pattern.fullmatch(name))}
+
+
+_NETWORKS = {_MOBILEFACENET: _mobilefacenet, _IRESNET: _iresnet, _MBF: _mbf}
+_NAMES = {_MOBILEFACENET: "MobileFaceNet", _IRESNET: "IResNet", _MBF: "InsightFace's mbf"}
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:

@@ -1,8 +1,11 @@
-"""Tensors out of files that hold a whole pickled module, without running anything that such a file asks for.
+"""Tensors out of torch files that hold more than tensors, without running anything that such a file asks for.
 
-``torch.save(model)`` writes a zip archive: ``data.pkl`` names classes and functions of its author, and ``data/0``,
-``data/1``, ... are the bytes of tensors. Here every class is a shell that keeps what it is given, and of all functions
-only those that rebuild tensors are known; parameters and buffers are then read off the shells.
+``torch.save`` writes a zip archive: ``data.pkl`` names classes and functions of its author, and ``data/0``,
+``data/1``, ... are the bytes of tensors. Before torch 1.6 it wrote five pickles (a magic number, a version, the
+machine, the object, the numbers of its storages), and the storages after them.
+
+Here every class is a shell that keeps what it is given, and of all functions only those that rebuild tensors and
+numpy's arrays are known; of a whole module, parameters and buffers are then read off the shells.
 """
 
 from __future__ import annotations
@@ -11,18 +14,20 @@ import collections
 import io
 import math
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from qface.data.pickled_arrays import ArrayUnpickler
 from qface.errors import CheckpointError, one_line
 from qface.pickles import check_pickle
 
-__all__ = ["read_pickled_module"]
+__all__ = ["is_pickled_module", "module_tensors", "read_pickled", "read_pickled_module"]
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -38,6 +43,23 @@ _STORAGES = {
 }
 _DEEPEST = 64  # levels of modules in modules
 _MOST = 100_000  # modules: those within two others count twice, and in many levels without end
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_COUNT = struct.Struct("<q")
+
+
+def read_pickled(path: str | Path) -> Any:
+    """The object in the torch file ``path``, with a shell in the place of whatever is no tensor, array or plain value.
+
+    Raises:
+        CheckpointError: it is no such file, or is damaged.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return _read_legacy(path)
+        with zipfile.ZipFile(path) as archive:
+            return _Unpickler.of(archive).load()
+    except Exception as error:  # damaged bytes may make zipfile, pickle and torch raise anything
+        raise CheckpointError(f"{path} is no complete torch file ({one_line(error, 200)}); fetch it again") from error
 
 
 def read_pickled_module(path: str | Path) -> dict[str, Tensor]:
@@ -46,16 +68,26 @@ def read_pickled_module(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is no such file, is damaged, or holds no module.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            root = _Unpickler.of(archive).load()
-    except Exception as error:  # damaged bytes may make zipfile, pickle and torch raise anything
-        raise CheckpointError(f"{path} is no complete torch file ({one_line(error, 200)}); fetch it again") from error
-    if not isinstance(root, _Shell):
+    root = read_pickled(path)
+    if not is_pickled_module(root):
         raise CheckpointError(
             f"{path} holds more than tensors and is no module either, and qface does not run code from files; "
             "save its state_dict() and load that"
         )
+    return module_tensors(root, path)
+
+
+def is_pickled_module(value: Any) -> bool:
+    """True of what stands for a module, with its parameters or those of modules within it."""
+    return isinstance(value, _Shell) and isinstance(value.state.get("_modules"), dict)
+
+
+def module_tensors(root: Any, path: str | Path) -> dict[str, Tensor]:
+    """Parameters and buffers of what stands for a module, by their names in its ``state_dict``.
+
+    Raises:
+        CheckpointError: it holds tensors of an unknown kind, or more modules than any network.
+    """
     tensors: dict[str, Tensor] = {}
     for number, (prefix, shell) in enumerate(_modules(root, "", 0)):
         if number == _MOST:
@@ -83,8 +115,22 @@ class _Shell:
     __setitem__ = append = extend = add = _ignore
 
 
-class _Unpickler(pickle.Unpickler):
+class _TensorUnpickler(ArrayUnpickler):
     """One that knows how tensors are rebuilt, and gives a shell for whatever else is named."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        try:
+            return super().find_class(module, name)
+        except pickle.UnpicklingError:
+            return _Shell
+
+
+class _Unpickler(_TensorUnpickler):
+    """The object of a zip archive."""
 
     @classmethod
     def of(cls, archive: zipfile.ZipFile) -> _Unpickler:
@@ -104,11 +150,6 @@ class _Unpickler(pickle.Unpickler):
     _folder: str
     _storages: dict[tuple[str, torch.dtype], Tensor]
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        return _KNOWN.get((module, name), _Shell)
-
     def persistent_load(self, pid: Any) -> Any:
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isdecimal():
@@ -125,6 +166,59 @@ class _Unpickler(pickle.Unpickler):
             values = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
             self._storages[key, dtype] = values
         return self._storages[key, dtype]
+
+
+class _LegacyUnpickler(_TensorUnpickler):
+    """The object of a file as torch wrote it before 1.6, whose storages are filled after it is read."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._size = size
+        self.storages: dict[str, Tensor] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "module":  # a class with its source code
+            return pid[1]
+        kind, dtype, key, _, count, view = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
+            raise pickle.UnpicklingError(f"it names {kind!r} where a storage is expected")
+        if not 0 <= count * dtype.itemsize <= self._size:
+            raise pickle.UnpicklingError(f"storage {key} is longer than the file")
+        storage = self.storages.setdefault(str(key), torch.zeros(count, dtype=dtype))
+        if len(storage) != count or storage.dtype != dtype:
+            raise pickle.UnpicklingError(f"storage {key} is of two kinds")
+        return storage
+
+
+def _read_legacy(path: str | Path) -> Any:
+    size = Path(path).stat().st_size
+    with Path(path).open("rb") as file:
+        if _plain(file, size) != _LEGACY_MAGIC:
+            raise ValueError("it begins with no magic number of torch's")
+        _, machine = _plain(file, size), _plain(file, size)
+        if not machine.get("little_endian"):
+            raise ValueError("its numbers are big-endian")
+        check_pickle(file)
+        unpickler = _LegacyUnpickler(file, size)
+        content = unpickler.load()
+        for key in _plain(file, size):
+            _fill(unpickler.storages[str(key)], file, key)
+    return content
+
+
+def _plain(file: IO[bytes], size: int) -> Any:
+    """The next pickle of plain values."""
+    check_pickle(file)
+    return _LegacyUnpickler(file, size).load()
+
+
+def _fill(storage: Tensor, file: IO[bytes], key: str) -> None:
+    (count,) = _COUNT.unpack(file.read(_COUNT.size))
+    content = bytearray(file.read(len(storage) * storage.dtype.itemsize))
+    if count != len(storage) or len(content) != len(storage) * storage.dtype.itemsize:
+        raise ValueError(f"storage {key} holds {count} numbers, not {len(storage)}")
+    if content:
+        storage.copy_(torch.frombuffer(content, dtype=storage.dtype))
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:

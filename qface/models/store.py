@@ -20,9 +20,12 @@ from qface.errors import CheckpointError, ExportError
 from qface.files import check_folder, replacing
 from qface.graph.capture import capture
 from qface.graph.graph_data import check_rebuilt, graph_from_data, graph_to_data
-from qface.models.checkpoints import fill, read_tensors, recognize, without_wrapper
+from qface.models.checkpoints import fill, read_tensors, recognize
+from qface.models.exported_program import is_exported_program, load_exported_program
+from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.models.iresnet import IRESNET_BLOCKS, iresnet
 from qface.models.mobilefacenet import MobileFaceNet
+from qface.models.state_dicts import network_tensors
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing, written_preprocessing
 from qface.provenance import provenance_of, with_provenance, written_provenance
 
@@ -32,7 +35,7 @@ FORMAT = "qface"
 FORMAT_VERSION = "3"
 _SUFFIX = ".safetensors"
 
-MODEL_NAMES = ("mobilefacenet", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
+MODEL_NAMES = ("mobilefacenet", "mbf", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
 """What :func:`load` takes instead of a path, for a network with fresh weights."""
 
 
@@ -42,9 +45,11 @@ def load(
     """Load a model in eval mode, on the CPU, with its :class:`Preprocessing` attached.
 
     Args:
-        path_or_name: a file that :func:`save` wrote; a checkpoint of an InsightFace IResNet or of a MobileFaceNet
-            (safetensors, or torch: tensors, or a whole pickled module, of which only tensors are taken; fp16 becomes
-            fp32); a float ``.onnx`` file (:mod:`qface.models.onnx_import`); or one of :data:`MODEL_NAMES`.
+        path_or_name: a file that :func:`save` wrote; a checkpoint of an InsightFace IResNet or mbf or of a
+            MobileFaceNet (safetensors, or torch: tensors, or a whole pickled module, of which only tensors are taken;
+            fp16 becomes fp32); a ``.pt2`` file of ``torch.export.save``, of which nothing is unpickled
+            (:mod:`qface.models.exported_program`); a float ``.onnx`` file (:mod:`qface.models.onnx_import`); or one of
+            :data:`MODEL_NAMES`.
         model: a network of your own, into which the weights of the file are loaded, in place.
         preprocessing: what the network reads, where the file does not say or says it wrongly.
 
@@ -57,6 +62,8 @@ def load(
     if model is None and str(path_or_name) in MODEL_NAMES and not Path(path_or_name).exists():
         fresh = _fresh(str(path_or_name))
         return with_preprocessing(fresh, preprocessing or Preprocessing()).eval()
+    if is_exported_program(path_or_name):
+        return _from_exported_program(path_or_name, model, preprocessing)
     tensors, metadata = read_tensors(path_or_name)
     check_finite(tensors, path_or_name)
     loaded, likely = _fitting_network(tensors, metadata, path_or_name, model)
@@ -77,7 +84,17 @@ def _from_onnx(path: str | Path, model: nn.Module | None, preprocessing: Preproc
     return with_preprocessing(network, preprocessing or likely)
 
 
+def _from_exported_program(path: str | Path, model: nn.Module | None, preprocessing: Preprocessing | None) -> nn.Module:
+    if model is not None:
+        raise CheckpointError(f"{path} brings its own network: leave out model=, or load weights from another file")
+    network, likely = load_exported_program(path)
+    check_finite(network.state_dict(), path)
+    return with_preprocessing(network, preprocessing or likely)
+
+
 def _fresh(name: str) -> nn.Module:
+    if name == "mbf":
+        return InsightFaceMobileFaceNet()
     return MobileFaceNet() if name == "mobilefacenet" else iresnet(int(name.removeprefix("iresnet")))
 
 
@@ -85,13 +102,17 @@ def _fitting_network(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path, model: nn.Module | None
 ) -> tuple[nn.Module, Preprocessing]:
     if model is not None:
-        likely = preprocessing_of(model)
-    elif metadata.get("format") == FORMAT:
+        fill(model, network_tensors(tensors, _names_to_fill(model), path), path)
+        return model, preprocessing_of(model)
+    if metadata.get("format") == FORMAT:
         return _from_own_format(tensors, metadata, path), Preprocessing()
-    else:
-        model, likely = recognize(without_wrapper(tensors), path)
-    fill(model, without_wrapper(tensors), path)
-    return model, likely
+    recognized, likely, own = recognize(tensors, path)
+    fill(recognized, own, path)
+    return recognized, likely
+
+
+def _names_to_fill(model: nn.Module) -> list[str]:
+    return [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
 
 
 def _from_own_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path) -> nn.Module:

@@ -24,7 +24,7 @@ from qface.pruning.budget import Budget, count_parameters
 from qface.pruning.importance import Gradients, estimator, gradients
 from qface.pruning.pruning_config import PruningConfig
 from qface.pruning.repair import Kept, repair
-from qface.pruning.structure import WEIGHTED, Structure, structure_of
+from qface.pruning.structure import WEIGHTED, Structure, is_depthwise, structure_of
 from qface.training_mode import preserve_training_mode
 
 __all__ = ["prune"]
@@ -70,6 +70,7 @@ def prune(
     _check(model, ratio, images, config)
     sample = None if images is None else _sample(images, identities, model, config)
     structure = structure_of(model)
+    _check_shared_slopes(model)
     share = _share_for(model, ratio, sample, config, structure) if isinstance(ratio, Budget) else float(ratio)
     pruned = copy.deepcopy(model).eval()
     rounds = _Rounds(pruned, share, config, structure)
@@ -105,6 +106,28 @@ def _check(model: nn.Module, ratio: float | Budget, images: Images | None, confi
         weighted = [name for name, layer in layers.items() if isinstance(layer, WEIGHTED)]
         raise ConfigError(
             f"no layer to ignore is called {unknown[0]!r}; there are {', '.join(weighted[:5])} and others"
+        )
+
+
+def _check_shared_slopes(model: nn.Module) -> None:
+    """Refuse a PReLU of one slope behind layers of several widths: torch-pruning knows one number of its channels."""
+    widths: dict[str, set[int]] = {}
+
+    def count(layer: nn.Module, inputs: Any, output: Any) -> None:
+        widths.setdefault(names[layer], set()).add(output.shape[1])
+
+    names: dict[nn.Module, str] = {layer: name for name, layer in model.named_modules() if isinstance(layer, nn.PReLU)}
+    hooks = [layer.register_forward_hook(count) for layer in names]
+    try:
+        _check_runs(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shared = [name for name, found in widths.items() if len(found) > 1]
+    if shared:
+        raise UnsupportedLayerError(
+            f"{type(model).__name__} cannot be pruned: the PReLU {shared[0]!r} is called on "
+            f"{' and on '.join(map(str, sorted(widths[shared[0]])))} channels; give each place a PReLU of its own"
         )
 
 
@@ -221,7 +244,7 @@ def _pruner(model: nn.Module, share: float, config: PruningConfig, structure: St
     names = (*config.ignored_layers, *structure.reordered)
     if config.keep_embedding:
         names += structure.embedding
-    return import_module("torch_pruning").pruner.algorithms.BasePruner(
+    pruner = import_module("torch_pruning").pruner.algorithms.BasePruner(
         model,
         example_input(model, 1),
         importance=estimator(config),
@@ -233,6 +256,10 @@ def _pruner(model: nn.Module, share: float, config: PruningConfig, structure: St
         pruning_ratio_dict=None if config.global_pruning else _max_pruning_ratios(model, share, config),
         iterative_steps=config.iterative_steps,
     )
+    # torch-pruning takes the first layer of a group for its root, and follows no flatten from a depthwise one.
+    nodes = pruner.DG.module2node
+    pruner.DG.module2node = dict(sorted(nodes.items(), key=lambda item: is_depthwise(item[0])))
+    return pruner
 
 
 def _max_pruning_ratios(model: nn.Module, share: float, config: PruningConfig) -> dict[nn.Module, float]:

@@ -12,7 +12,7 @@ from qface.graph.capture import capture
 from qface.graph.layers import Concat, Permute
 from qface.graph.queries import layer_of
 
-__all__ = ["WEIGHTED", "Structure", "structure_of"]
+__all__ = ["WEIGHTED", "Structure", "is_depthwise", "structure_of"]
 
 WEIGHTED = (nn.Conv2d, nn.Linear)
 
@@ -42,7 +42,7 @@ def structure_of(model: nn.Module) -> Structure:
     graph = capture(model).graph
     layers = {node: model.get_submodule(str(node.target)) for node in graph.nodes if _has_layer(model, node)}
     weighted = {node: layer for node, layer in layers.items() if isinstance(layer, WEIGHTED)}
-    found = {node: str(node.target) for node, layer in weighted.items() if not _is_depthwise(layer)}
+    found = {node: str(node.target) for node, layer in weighted.items() if not is_depthwise(layer)}
     (output,) = (node for node in graph.nodes if node.op == "output")
     reordering = [node for node in graph.nodes if isinstance(layer_of(node), _REORDERING)]
     return Structure(
@@ -76,6 +76,6 @@ def _names_before(names: dict[fx.Node, str], node: fx.Node, seen: set[fx.Node]) 
             yield from _names_before(names, source, seen)
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
-    """Whether each of its outputs is made of one input, and goes with it."""
+def is_depthwise(layer: nn.Module) -> bool:
+    """True if each output of ``layer`` is made of one input, and goes with it."""
     return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1

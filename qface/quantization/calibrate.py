@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from qface.data.images import Images, normalize
+from qface.data.images import Images, check_normalized, normalize
 from qface.data.sample import evenly, sample_batches
 from qface.data.sources import as_image_source
-from qface.errors import ConfigError, ImagesError
+from qface.errors import ConfigError
 from qface.preprocessing import preprocessing_of
 from qface.progress import track
 from qface.provenance import record_step
 from qface.quantization.bias_correction import channel_means
 from qface.quantization.bias_correction import correct_biases as correct_channel_means
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
-from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize
+from qface.quantization.fake_quantize import LSQFakeQuantize
 from qface.quantization.gptq import HessianCollector
 from qface.quantization.gptq import gptq as gptq_weights
 from qface.quantization.quantized_layers import MAX_BIAS, WeightedLayer
@@ -91,8 +91,9 @@ def calibrate(
         raise ConfigError("this network is not quantized; calibrate what qface.quantize returned")
     new = not any(quantizer.calibrated for quantizer in found)
     batches = sample_batches(as_image_source(images, identities), num_images, batch_size)
-    _check_normalized(student, batches)
     preprocessing = preprocessing_of(student)
+    for batch in batches:
+        check_normalized(batch, preprocessing)
     device = found[0].scale.device
     for quantizer in found:
         quantizer.activation_post_process.reset()
@@ -117,21 +118,6 @@ def calibrate(
     parts = {"equalize": equalize, "gptq": gptq, "correct_biases": correct_biases}
     settings = {"images": num_images, **{name: new and wanted for name, wanted in parts.items()}}
     return record_step(student, "calibrate", settings)
-
-
-def _check_normalized(student: fx.GraphModule, batches: list[Tensor]) -> None:
-    """Refuse floats that the student's :class:`Preprocessing` makes of no byte, which its quantizer would clamp."""
-    if not batches[0].is_floating_point():
-        return
-    low, high = min(float(batch.min()) for batch in batches), max(float(batch.max()) for batch in batches)
-    for layer in student.modules():
-        if isinstance(layer, ImageFakeQuantize):
-            least, greatest = layer.range
-            if low < least - layer.scale or high > greatest + layer.scale:
-                raise ImagesError(
-                    f"these images reach from {low:.3g} to {high:.3g}, and this network's Preprocessing says "
-                    f"{least:.3g} to {greatest:.3g}: attach the one by which they were normalized, or pass bytes"
-                )
 
 
 def _spread(images: Tensor) -> list[Tensor]:

@@ -237,7 +237,7 @@ def _importance(region: Region) -> Tensor:
 def _squared_weights(layer: Scalable) -> Tensor:
     squares = layer.weight.detach().square()
     if isinstance(layer, nn.Conv2d):
-        return squares.view(layer.groups, -1, *squares.shape[1:]).sum((1, 3, 4)).flatten()
+        return squares.reshape(layer.groups, -1, *squares.shape[1:]).sum((1, 3, 4)).flatten()
     return squares.sum(0) if isinstance(layer, nn.Linear) else squares
 
 
@@ -258,7 +258,9 @@ def _weight_ranges(layer: Scalable) -> Tensor:
     """How large the weights of each input channel are, in parts of the greatest of their output, on average."""
     weight = layer.weight.detach()
     if isinstance(layer, nn.Conv2d):
-        weight = weight.view(layer.groups, -1, *weight.shape[1:]).flatten(3).abs().amax(3)  # [groups, outputs, inputs]
+        weight = (
+            weight.reshape(layer.groups, -1, *weight.shape[1:]).flatten(3).abs().amax(3)
+        )  # [groups, outputs, inputs]
     else:
         weight = weight.abs().unsqueeze(0)
     greatest = weight.amax(2, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)

@@ -70,7 +70,7 @@ class HessianCollector:
         positions = Positions.drawn(len(output), height, width, _POSITIONS, self._generator)
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         found = patches(cast(Layer, layer), inputs[0].detach().cpu(), positions)
-        values = found.view(len(found), groups, -1).transpose(0, 1)  # [groups, M, weights]
+        values = found.reshape(len(found), groups, -1).transpose(0, 1)  # [groups, M, weights]
         count, sums, products = self._sums.get(layer, (0, torch.zeros(()), torch.zeros(())))
         # Of one batch in float32, which is twice as fast; over all batches in float64.
         new = (count + values.shape[1], sums + values.sum(1).double(), products + (values.mT @ values).double())
@@ -96,7 +96,7 @@ def gptq(hessians: HessianCollector) -> None:
 def _round(layer: Any, hessian: Tensor) -> None:
     quantizer = layer.weight_fake_quant
     groups, size = hessian.shape[:2]
-    weight = layer.weight.detach().cpu().double().view(groups, -1, size)
+    weight = layer.weight.detach().cpu().double().reshape(groups, -1, size)
     scale = quantizer.scale.detach().cpu().double().view(groups, -1)
     factor = _inverse_factor(hessian)
     rounded, errors = torch.empty_like(weight), torch.empty_like(weight)

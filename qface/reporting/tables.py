@@ -41,6 +41,9 @@ def percent(value: float | None) -> str:
 def evaluation_table(result: EvaluationResult) -> Table:
     """One evaluation: counts in the title, a row a figure."""
     table = _figures(f"{result.images} images of {result.identities} people, {result.runtime}")
+    if result.accuracy is not None and result.accuracy_std is None:
+        row = f"accuracy ({result.pairs} pairs, threshold chosen on them)"
+        table.add_row(row, percent(result.accuracy), "")
     if result.accuracy is not None and result.accuracy_std is not None:
         figure = f"{percent(result.accuracy)} ± {100 * result.accuracy_std:.2f}"
         table.add_row(f"10-fold accuracy ({result.pairs} pairs, {result.pairs_dropped} dropped)", figure, "")
@@ -92,6 +95,7 @@ def alignment_table(report: AlignmentReport) -> Table:
     table.add_row("aligned now", str(report.aligned), "")
     table.add_row("aligned before", str(report.present), "")
     table.add_row("without a face", str(len(report.faceless)), _first_of(report.faceless))
+    table.add_row("landmarks of no face", str(len(report.misplaced)), _first_of(report.misplaced))
     table.add_row("no images", str(len(report.unreadable)), _first_of(report.unreadable))
     return table
 

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import qface
 from qface.data import ARCFACE_LANDMARKS, ImageFolder, align
+from qface.data.alignment import landmark_fault
 from qface.errors import DependencyError, ExportError, ImagesError
 
 SHIFT = np.array([40.0, 25.0])
@@ -238,3 +241,62 @@ def test_weights_that_cannot_be_fetched_are_one_line(error, photos: Path, tmp_pa
     monkeypatch.setitem(sys.modules, "uniface", types.SimpleNamespace(RetinaFace=fail))
     with pytest.raises(DependencyError, match=r"cannot be fetched \(the hash does not match\): give the landmarks"):
         align(photos, tmp_path / "crops")
+
+
+ORDERS = {
+    "as MTCNN gives them": lambda points: points.T,
+    "y before x": lambda points: points[:, ::-1],
+    "the right eye first": lambda points: points[[1, 0, 2, 3, 4]],
+    "the right corner of the mouth first": lambda points: points[[0, 1, 2, 4, 3]],
+    "the viewer's right before the left": lambda points: points[[1, 0, 2, 4, 3]],
+    "the mouth before the eyes": lambda points: points[[3, 4, 2, 0, 1]],
+    "the eyes lie below the mouth": lambda points: points[[4, 3, 2, 1, 0]],
+    "within 0..1": lambda points: points / 200,
+    "in a photo of 200x180": lambda points: points * 4,
+}
+
+
+@pytest.mark.parametrize("reason", list(ORDERS))
+def test_landmarks_of_no_face_in_the_photo_are_named(reason: str, photos: Path, tmp_path: Path, caplog) -> None:
+    wrong = ORDERS[reason](ARCFACE_LANDMARKS + SHIFT).ravel()
+    lines = ["Ann/1.png " + " ".join(map(str, wrong)) + "\n", line("Ann/2.png"), line("Bob/1.png")]
+    (tmp_path / "points.txt").write_text("".join(lines))
+    report = align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
+    assert report.aligned == 2 and not (tmp_path / "crops" / "Ann" / "1.png").exists()
+    (named,) = report.misplaced
+    assert named.startswith("Ann/1.png: ") and reason in named
+    assert any("Ann/1.png is not aligned" in message for message in caplog.messages)
+
+
+def test_a_file_in_another_order_is_refused(photos: Path, tmp_path: Path) -> None:
+    wrong = " ".join(map(str, (ARCFACE_LANDMARKS + SHIFT).T.ravel()))
+    (tmp_path / "points.txt").write_text(f"Ann/1.png {wrong}\nBob/1.png {wrong}\n")
+    with pytest.raises(
+        ImagesError, match=r"2 of 2 lines in .* are of no face \(first: Ann/1.png, since they look like"
+    ):
+        align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
+
+
+def turned(yaw: float, pitch: float, roll: float) -> np.ndarray:
+    """The landmarks of a rigid face, in degrees; the nose stands out of the plane of the eyes, the mouth a little."""
+    depth = np.array([-4.0, -4.0, 18.0, 4.0, 4.0])
+    face = np.column_stack([ARCFACE_LANDMARKS - ARCFACE_LANDMARKS.mean(0), depth - depth.mean()])
+    y, p, r = np.radians([yaw, pitch, roll])
+    about_y = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
+    about_x = np.array([[1, 0, 0], [0, np.cos(p), -np.sin(p)], [0, np.sin(p), np.cos(p)]])
+    about_z = np.array([[np.cos(r), -np.sin(r), 0], [np.sin(r), np.cos(r), 0], [0, 0, 1]])
+    return (face @ (about_z @ about_x @ about_y).T)[:, :2]
+
+
+@settings(max_examples=300)
+@given(
+    yaw=st.floats(-90, 90),
+    pitch=st.floats(-30, 30),
+    roll=st.floats(-60, 60),
+    size=st.floats(0.3, 20),
+    seed=st.integers(0, 10**6),
+)
+def test_faces_turned_as_far_as_profiles_pass(yaw: float, pitch: float, roll: float, size: float, seed: int) -> None:
+    noise = np.random.default_rng(seed).uniform(-1.5, 1.5, (5, 2))
+    points = 2000 + size * (turned(yaw, pitch, roll) + noise)
+    assert landmark_fault(points, (4000, 4000)) is None

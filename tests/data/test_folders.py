@@ -1,6 +1,9 @@
 import os
 import pickle
+import shutil
 import struct
+import sys
+import unicodedata
 import zlib
 
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from qface.data import ImageFolder
+from qface.data import ImageFolder, select_identities
 from qface.errors import ImagesError
 
 
@@ -207,3 +210,37 @@ def test_lfw_opens_with_all_its_faces(faces):
     assert (len(folder), folder.num_identities) == (13233, 5749)
     assert len(ImageFolder(faces / "data" / "lfw", "first-half")) == 6715
     assert len(ImageFolder(faces / "data" / "lfw", "second-half")) == 6518
+
+
+def test_files_that_are_not_read_are_counted_and_people_who_vanish_are_told(crops, caplog):
+    root = crops({"Ann": 2})
+    for name in ("Ann/1.heic", "Bob/1.tif", "Bob/2.tif", "Ann/.hidden"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"")
+    assert ImageFolder(root).names == ["Ann"]
+    (message,) = caplog.messages
+    assert "3 files are no images" in message and "1 people have no image and are left out (first: Bob)" in message
+    caplog.clear()
+    (root / "Ann" / "1.heic").unlink()
+    shutil.rmtree(root / "Bob")
+    ImageFolder(root)
+    assert not caplog.messages
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="one form of names")
+def test_names_in_either_form_of_unicode_are_one_person(crops, tmp_path):
+    names = ["Zoë", "Ann", "Bob", "José"]
+    halves = []
+    for form in ("NFC", "NFD"):
+        root = crops({unicodedata.normalize(form, name): 1 for name in names}, folder=form)
+        folder = ImageFolder(root, "first-half")
+        halves.append([unicodedata.normalize("NFC", name) for name in folder.names])
+        assert set(folder.names) <= set(folder.all_names) and len(folder) == 2
+        (tmp_path / "people.txt").write_text("Zoë\nJose\u0301\n", encoding="utf-8")
+        assert len(ImageFolder(root, tmp_path / "people.txt")) == 2
+    assert halves[0] == halves[1]
+
+
+def test_two_forms_of_one_name_are_refused():
+    with pytest.raises(ImagesError, match="two forms of Unicode"):
+        select_identities(["Zo\u00eb", "Zoe\u0308"], None)

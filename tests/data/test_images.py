@@ -1,9 +1,18 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+import qface
 from qface.data import LoaderImages, TensorImages, normalize
 from qface.errors import ImagesError
 from qface.preprocessing import Preprocessing
+from tests.networks import random_faces, tiny_face_net
 
 
 @pytest.mark.parametrize(
@@ -69,3 +78,67 @@ def test_normalize_touches_bytes_only():
     assert normalize(floats, Preprocessing()) is floats
     white = torch.full((1, 3, 112, 112), 255, dtype=torch.uint8)
     assert torch.equal(normalize(white, Preprocessing()), torch.ones(1, 3, 112, 112))
+
+
+CROPS = random_faces(8)
+WRONG = {"0..255": CROPS.float(), "0..1": CROPS / 255, "another mean": Preprocessing()(CROPS) + 0.5}
+
+
+def student() -> Any:
+    return qface.calibrate(qface.quantize(tiny_face_net()), CROPS)
+
+
+def evaluated(images: Tensor, folder: Path) -> None:
+    qface.evaluate(tiny_face_net(), TensorImages(images, torch.arange(8) // 2))
+
+
+def distilled(images: Tensor, folder: Path) -> None:
+    qface.distill(student(), tiny_face_net(), images, qface.DistillConfig(max_steps=1, batch_size=4), progress=False)
+
+
+def verified(images: Tensor, folder: Path) -> None:
+    made = student()
+    qface.verify(made, qface.export(made, folder / "s.onnx"), images)
+
+
+VERBS: dict[str, Callable[[Tensor, Path], Any]] = {
+    "calibrate": lambda images, folder: qface.calibrate(qface.quantize(tiny_face_net()), images),
+    "evaluate": evaluated,
+    "distill": distilled,
+    "prune": lambda images, folder: qface.prune(tiny_face_net(), 0.5, images),
+    "sensitivity": lambda images, folder: qface.sensitivity(tiny_face_net(), images, weight_bits=(4,)),
+    "export": lambda images, folder: qface.export(tiny_face_net(), folder / "m.onnx", images=images),
+    "verify": verified,
+}
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_verb_refuses_floats_that_were_not_normalized_for_its_network(verb: str, tmp_path: Path) -> None:
+    for images in WRONG.values():
+        with pytest.raises(ImagesError, match=r"and this network's Preprocessing says -1 to 1: attach the one"):
+            VERBS[verb](images, tmp_path)
+
+
+def test_what_floats_look_like_is_said() -> None:
+    for images, looks in ((CROPS / 255, "only divided by 255"), (CROPS.float(), "as bytes do")):
+        with pytest.raises(ImagesError, match=looks):
+            normalize(images, Preprocessing())
+
+
+def test_floats_within_a_gray_level_of_the_range_pass() -> None:
+    images = Preprocessing()(CROPS)
+    for shift in (0.0, 0.9 / 127.5, -0.9 / 127.5):
+        assert torch.equal(normalize(images + shift, Preprocessing()), images + shift)
+    assert len(normalize(images.half(), Preprocessing())) == 8
+    one = torch.rand(1, 3, 8, 8)  # of one image alone it cannot be told
+    assert torch.equal(normalize(one, Preprocessing()), one)
+    divided = Preprocessing(mean=(0.0,) * 3, std=(255.0,) * 3)
+    assert torch.equal(normalize(CROPS / 255, divided), CROPS / 255)
+
+
+def test_each_channel_has_its_own_range() -> None:
+    preprocessing = Preprocessing(mean=(0.0, 127.5, 255.0), std=(255.0,) * 3)
+    images = preprocessing(CROPS)
+    assert torch.equal(normalize(images, preprocessing), images)
+    with pytest.raises(ImagesError, match="Preprocessing says -1 to 1"):
+        normalize(images.flip(1), preprocessing)

@@ -220,3 +220,37 @@ def test_lfw_protocol_resolves(faces, identities, kept):
     resolved = resolve_pairs(pairs, ImageFolder(faces / "data" / "lfw", identities))
     assert (len(resolved), resolved.dropped) == (kept, 6000 - kept)
     assert np.unique(resolved.fold).tolist() == list(range(10))
+
+
+# CSV
+
+FLAGGED = [("Ann/Ann_0001.jpg", "Ann/Ann_0002.jpg", "1"), ("Ann/Ann_0001.jpg", "Bob/Bob_0001.jpg", "0")]
+
+
+@pytest.mark.parametrize("different", ["0", "-1"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", " ", ", "])
+@pytest.mark.parametrize("header", ["", "path1{0}path2{0}same\n"])
+@pytest.mark.parametrize("flag_at", [0, 2])
+def test_paths_and_a_flag(write, crops, header, delimiter, different, flag_at):
+    rows = []
+    for first, second, flag in FLAGGED:
+        row = [first, second]
+        row.insert(flag_at, flag if flag == "1" else different)
+        rows.append(delimiter.join(row))
+    pairs = read_pairs(write(header.format(delimiter) + "\n".join(rows) + "\n"))
+    assert pairs.first == ["Ann/Ann_0001"] * 2 and pairs.second == ["Ann/Ann_0002", "Bob/Bob_0001"]
+    assert pairs.same.tolist() == [True, False] and pairs.fold.tolist() == [0, 0]
+    folder = ImageFolder(crops({"Ann": 2, "Bob": 1}))
+    assert resolve_pairs(pairs, folder).second.tolist() == [1, 2]
+
+
+def test_names_of_files_may_hold_blanks_and_quotes_in_a_csv(write):
+    pairs = read_pairs(write('"a, b/1.png",./c d/2.png,1\nx\\y.png,z/3.png,-1\n'))
+    assert pairs.first == ["a, b/1", "x/y"] and pairs.second == ["c d/2", "z/3"]
+
+
+@pytest.mark.parametrize("text", ["a,b,1\nc,d,2\n", "a,b,1\nc,d\n", "a,b,same\n", "a.png b.png 1\nc.png 1\n"])
+def test_malformed_csvs_are_named(write, text):
+    with pytest.raises(PairsError, match="path,path,flag") as error:
+        read_pairs(write(text))
+    assert "\n" not in str(error.value)

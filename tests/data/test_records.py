@@ -161,9 +161,6 @@ def test_damage_is_named(tmp_path: Path) -> None:
             RecordImages(path)
     path.with_suffix(".idx").write_text(index)
     assert len(RecordImages(path)) == 3
-    path.with_suffix(".idx").unlink()
-    with pytest.raises(ImagesError, match=r"train\.idx"):
-        RecordImages(path)
     with pytest.raises(ImagesError, match=r"nothing\.rec"):
         as_image_source(tmp_path / "nothing.rec")
 
@@ -184,3 +181,25 @@ def test_any_bytes_are_refused_in_one_line(tmp_path_factory: pytest.TempPathFact
     (folder / "train.idx").write_text("0\t0\n1\t24\n")
     with pytest.raises(ImagesError):
         RecordImages(folder / "train.rec").read([0])
+
+
+def test_without_an_index_the_file_is_walked_through(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, training_set((2, 3, 1)))
+    wanted = RecordImages(path)
+    path.with_suffix(".idx").unlink()
+    found = RecordImages(path)
+    assert torch.equal(found.labels, wanted.labels)
+    assert torch.equal(found.read(range(6)), wanted.read(range(6)))
+    assert any("has no .idx beside it" in message for message in caplog.messages)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ImagesError, match="beyond the end of the file"):
+        RecordImages(path)
+
+
+def test_walking_does_not_stop_at_the_magic_number_in_data(tmp_path: Path) -> None:
+    magic = struct.pack("<I", 0xCED7230A)
+    parts = part(1, header([3.0], 0) + b"abcd") + part(2, b"efgh") + part(3, b"ijkl")
+    (tmp_path / "a.rec").write_bytes(parts + record(header([4.0], 1) + png(crop(1))))
+    images = RecordImages(tmp_path / "a.rec")
+    assert len(images) == 2 and images._content(0)[1] == b"abcd" + magic + b"efgh" + magic + b"ijkl"
+    assert torch.equal(images.read([1])[0], torch.from_numpy(crop(1)).permute(2, 0, 1))

@@ -15,6 +15,9 @@ from qface.distillation import DistillConfig
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import calibrate, quantize
 
+WIDE = Preprocessing(size=(8, 8), std=(20.0,) * 3)
+"""That of all networks here: its floats reach from -6.4 to 6.4, as far as :func:`face_images`."""
+
 CPU = DistillConfig(
     batch_size=16,
     epochs=3,
@@ -33,7 +36,7 @@ def tiny_network(seed: int, size: int = 8) -> nn.Module:
     """A convolution, a batch norm, a dropout and an embedding of ``size`` values, of a [N, 3, 8, 8] image."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(
+        network = nn.Sequential(
             nn.Conv2d(3, 8, 3, stride=2),
             nn.BatchNorm2d(8),
             nn.PReLU(8),
@@ -41,10 +44,11 @@ def tiny_network(seed: int, size: int = 8) -> nn.Module:
             nn.Dropout(0.5),
             nn.Linear(72, size),
         )
+    return with_preprocessing(network, WIDE)
 
 
 def tiny_teacher() -> nn.Module:
-    return with_preprocessing(tiny_network(1), Preprocessing(size=(8, 8), std=(20.0,) * 3))
+    return tiny_network(1)
 
 
 class Residual(nn.Module):
@@ -67,7 +71,7 @@ class Residual(nn.Module):
 def residual_network(seed: int = 1, width: int = 8) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return with_preprocessing(Residual(width), Preprocessing(size=(8, 8), std=(20.0,) * 3))
+        return with_preprocessing(Residual(width), WIDE)
 
 
 def face_images(people: int = 8, each: int = 4, seed: int = 0, **options: Any) -> TensorImages:

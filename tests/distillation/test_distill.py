@@ -4,7 +4,7 @@ import copy
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from qface.distillation.parallel import Parallel, SingleProcess
 from qface.errors import CheckpointError, ConfigError, ExportError, ImagesError, TrainingError
 from qface.preprocessing import Preprocessing, with_preprocessing
 
-from .networks import CPU, Interrupted, face_images, log, same_weights, tiny_network, weights
+from .networks import CPU, WIDE, Interrupted, face_images, log, same_weights, tiny_network, weights
 
 
 def distill(*arguments: Any, **options: Any) -> nn.Module:
@@ -111,6 +111,7 @@ class Seen(nn.Module):
     def __init__(self, across: bool) -> None:
         super().__init__()
         self.across, self.linear, self.formats = across, nn.Linear(192, 8), list[bool]()
+        with_preprocessing(self, WIDE)
 
     def forward(self, images: Tensor) -> Tensor:
         self.formats.append(images.is_contiguous(memory_format=torch.channels_last))
@@ -331,7 +332,7 @@ def test_a_frozen_student_and_a_student_that_is_its_own_teacher_are_refused() ->
     with pytest.raises(TrainingError, match="nothing to train"):
         distill(student.requires_grad_(False), tiny_network(1), face_images(), CPU)
     with pytest.raises(TrainingError, match="one tensor"):
-        distill(tiny_network(0)[:2], tiny_network(1), face_images(), CPU)
+        distill(with_preprocessing(tiny_network(0)[:2], WIDE), tiny_network(1), face_images(), CPU)
 
 
 @pytest.mark.parametrize("broken", ["student", "teacher"])
@@ -362,6 +363,37 @@ def test_a_resumed_run_ends_with_the_same_weights(reads: int, options: dict[str,
     distill(resumed, tiny_network(1), face_images(), config, tmp_path / "stopped", resume=True)
     assert same_weights(straight, resumed)
     assert log(tmp_path / "straight") == log(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("reads", [3, None])
+def test_a_run_goes_on_with_more_epochs_than_it_was_begun_with(
+    reads: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Finished or stopped; with a constant rate it ends where a long run ends."""
+    constant = replace(CPU, schedule="constant")
+    longer = replace(constant, epochs=CPU.epochs + 2)
+    straight, resumed = tiny_network(0), tiny_network(0)
+    distill(straight, tiny_network(1), face_images(), longer, tmp_path / "straight")
+    images = face_images() if reads is None else Interrupted(face_images(), reads)
+    with nullcontext() if reads is None else pytest.raises(KeyboardInterrupt):
+        distill(resumed, tiny_network(1), images, constant, tmp_path / "short")
+    resumed = tiny_network(0)
+    distill(resumed, tiny_network(1), face_images(), longer, tmp_path / "short", resume=True)
+    assert same_weights(straight, resumed)
+    assert log(tmp_path / "straight") == log(tmp_path / "short")
+    assert reads is not None or any("goes on to epochs=5" in message for message in caplog.messages)
+
+
+def test_a_cosine_goes_on_at_the_rates_of_the_longer_schedule(tmp_path: Path) -> None:
+    longer = replace(CPU, epochs=CPU.epochs + 1)
+    distill(tiny_network(0), tiny_network(1), face_images(), longer, tmp_path / "straight")
+    distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path / "short")
+    short = len(log(tmp_path / "short"))
+    distill(tiny_network(0), tiny_network(1), face_images(), longer, tmp_path / "short", resume=True)
+    rates = [[line["learning_rate"] for line in log(tmp_path / run)] for run in ("straight", "short")]
+    assert len(rates[0]) == len(rates[1]) and rates[0][short:] == rates[1][short:] != []
+    with pytest.raises(ConfigError, match=r"epochs=4.*epochs=3.*more epochs are allowed"):
+        distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path / "short", resume=True)
 
 
 def test_a_resumed_loader_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -618,7 +650,7 @@ def test_a_loader_that_runs_dry_is_an_error() -> None:
 
 
 def test_a_last_batch_of_one_image_is_passed_over(tmp_path: Path) -> None:
-    student = nn.Sequential(*tiny_network(0), nn.BatchNorm1d(8))
+    student = with_preprocessing(nn.Sequential(*tiny_network(0), nn.BatchNorm1d(8)), WIDE)
     images = face_images().images
     distill(student, tiny_network(1), [images[:8], images[8:16], images[16:17]], CPU, tmp_path)
     assert len(log(tmp_path)) == 3 * CPU.epochs
@@ -632,6 +664,7 @@ class Dropping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.network = tiny_network(0)
+        with_preprocessing(self, WIDE)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(self.network(x), 0.5, self.training)

@@ -17,7 +17,17 @@ from qface.distillation import DistillConfig, distill
 from qface.distillation.feature_taps import FeatureLoss
 from qface.preprocessing import Preprocessing, with_preprocessing
 
-from .networks import Interrupted, Residual, face_images, log, residual_network, same_weights, student_of, tiny_teacher
+from .networks import (
+    WIDE,
+    Interrupted,
+    Residual,
+    face_images,
+    log,
+    residual_network,
+    same_weights,
+    student_of,
+    tiny_teacher,
+)
 
 CONFIG = DistillConfig(
     batch_size=16,
@@ -134,6 +144,7 @@ def test_a_teacher_that_cannot_be_traced_teaches_its_embedding_alone(tmp_path: P
         def __init__(self) -> None:
             super().__init__()
             self.network = residual_network()
+            with_preprocessing(self, WIDE)
 
         def forward(self, images: Tensor) -> Tensor:
             return self.network(images) if images.sum() > -1e9 else images

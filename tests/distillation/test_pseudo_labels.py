@@ -17,7 +17,8 @@ from qface.distillation import DistillConfig, distill
 from qface.distillation.pseudo_labels import pseudo_labels
 from qface.errors import ConfigError
 from qface.evaluation import embed
-from tests.distillation.networks import face_images, same_weights, tiny_network
+from qface.preprocessing import with_preprocessing
+from tests.distillation.networks import WIDE, face_images, same_weights, tiny_network
 
 SETTINGS = DistillConfig(
     device="cpu", batch_size=8, max_steps=3, embedding_loss=None, ekd_weight=1.0, learning_rate=0.002
@@ -76,7 +77,8 @@ def test_real_faces(faces: Path) -> None:
 
 # ---- training
 
-TEACHER = nn.Flatten()  # whose embedding is the image, so that images of one person lie close to each other
+# Its embedding is the image, so that images of one person lie close to each other.
+TEACHER = with_preprocessing(nn.Flatten(), WIDE)
 
 
 def trained(images: qface.data.TensorImages | Tensor, config: DistillConfig = SETTINGS) -> nn.Module:

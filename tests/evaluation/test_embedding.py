@@ -44,7 +44,7 @@ def unit(rows):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-FLOATS = torch.rand(5, 3, 8, 8)
+FLOATS = 2 * torch.rand(5, 3, 8, 8) - 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
@@ -95,7 +95,8 @@ def test_observers_see_nothing_and_stay_on(make):
     quantizer = make()
     quantizer(torch.linspace(-1, 1, 9).view(1, 1, 1, 9))
     state = {name: value.clone() for name, value in quantizer.state_dict().items()}
-    embed(nn.Sequential(quantizer, Pixels()), TensorImages(100 + FLOATS))
+    wide = with_preprocessing(nn.Sequential(quantizer, Pixels()), Preprocessing(std=(20.0,) * 3))
+    embed(wide, TensorImages(4 + FLOATS))
     assert quantizer.observer_enabled.item() == 1
     assert all(torch.equal(value, state[name]) for name, value in quantizer.state_dict().items())
 

@@ -9,6 +9,7 @@ from torch import nn
 from qface.data import ImageFolder, TensorImages
 from qface.errors import CheckpointError, ImagesError, PairsError, QFaceError
 from qface.evaluation import FPRS, embed, evaluate, ten_fold_accuracy, tpr_at_fpr
+from qface.evaluation.verification import single_fold_accuracy
 from qface.models import load
 
 PAIRS = "2\t1\nAnn\t1\t2\nAnn\t2\tBob\t1\nBob\t1\t2\nBob\t2\tCem\t1\n"
@@ -87,20 +88,20 @@ def test_first_image_of_a_pair_is_the_probe(crops, pairs):
 
 
 def test_labeled_tensors_can_be_evaluated():
-    images = TensorImages(torch.rand(6, 3, 8, 8), torch.tensor([7, 7, 9, 9, 9, 2]))
+    images = TensorImages(2 * torch.rand(6, 3, 8, 8) - 1, torch.tensor([7, 7, 9, 9, 9, 2]))
     result = evaluate(Pooled(), images)
     assert (result.identities, result.genuine_pairs, result.impostor_pairs) == (3, 4, 11)
 
 
 def test_images_without_labels_are_refused(crops):
     flat = crops({"Ann": 2}) / "Ann"
-    for images in (flat, torch.rand(4, 3, 8, 8), [torch.rand(4, 3, 8, 8)]):
+    for images in (flat, 2 * torch.rand(4, 3, 8, 8) - 1, [2 * torch.rand(4, 3, 8, 8) - 1]):
         with pytest.raises(ImagesError, match="who is who"):
             evaluate(Pooled(), images)
 
 
 def test_pairs_need_a_folder(pairs):
-    images = TensorImages(torch.rand(3, 3, 8, 8), torch.tensor([0, 0, 1]))
+    images = TensorImages(2 * torch.rand(3, 3, 8, 8) - 1, torch.tensor([0, 0, 1]))
     with pytest.raises(PairsError, match="pass the folder"):
         evaluate(Pooled(), images, pairs=pairs)
 
@@ -133,10 +134,11 @@ def test_errors_come_before_any_embedding(crops, pairs, tmp_path):
         evaluate(model, crops({"Ann": 2}))
     with pytest.raises(PairsError, match="not in"):
         evaluate(model, crops({"Ann": 2, "Bob": 1}, folder="other"), pairs=pairs)
-    view1 = tmp_path / "view1.txt"
-    view1.write_text("1\nAnn\t1\t2\nAnn\t1\tBob\t1\n")
+    view1, people = tmp_path / "view1.txt", tmp_path / "people.txt"
+    people.write_text("Ann\nBob\n")
+    view1.write_text("2\t1\nAnn\t1\t2\nAnn\t1\tBob\t1\nAnn\t1\t2\nAnn\t1\tCem\t1\n")
     with pytest.raises(PairsError, match="but two are needed"):
-        evaluate(model, crops({"Ann": 2, "Bob": 1}, folder="few"), pairs=view1)
+        evaluate(model, crops({"Ann": 2, "Bob": 1, "Cem": 1}, folder="few"), pairs=view1, identities=people)
     with pytest.raises(CheckpointError, match="does not exist"):
         evaluate(model, crops({"Ann": 2, "Bob": 1}, folder="two"), gallery="none.onnx")
 
@@ -157,3 +159,23 @@ def test_pretrained_network_knows_faces(faces, tmp_path):
     assert result.tpr_at_fpr["1e-3"] > 0.9
     against = evaluate(load(path), root, identities=tmp_path / "people.txt", gallery=path)
     assert against.tpr_at_fpr["1e-3"] == pytest.approx(result.tpr_at_fpr["1e-3"], abs=0.01)
+
+
+def test_pairs_of_one_fold_are_judged_on_themselves_and_that_is_said(crops, tmp_path, caplog):
+    folder = ImageFolder(crops(PEOPLE))
+    rows = ["Ann/Ann_0001,Ann/Ann_0002,1", "Bob/Bob_0001,Bob/Bob_0003,1", "Ann/Ann_0001,Bob/Bob_0001,0"]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    result = evaluate(Pooled(), folder, pairs=tmp_path / "pairs.csv")
+    rows = embed(Pooled(), folder)
+    scores = [float(rows[i] @ rows[j]) for i, j in ((0, 1), (3, 5), (0, 3))]
+    assert result.accuracy == single_fold_accuracy(scores, [True, True, False])
+    assert result.accuracy_std is None and result.pairs == 3
+    assert any("one fold" in message for message in caplog.messages)
+    (tmp_path / "pairs.csv").write_text("Ann/Ann_0001,Ann/Ann_0002,1")
+    with pytest.raises(PairsError, match="pairs of one person and pairs of two"):
+        evaluate(Pooled(), folder, pairs=tmp_path / "pairs.csv")
+
+
+def test_the_accuracy_of_one_fold_is_that_of_its_best_threshold():
+    assert single_fold_accuracy([0.9, 0.8, 0.3, 0.1], [True, True, False, False]) == 1.0
+    assert single_fold_accuracy([0.9, 0.2, 0.3, 0.1], [True, True, False, False]) == 0.75

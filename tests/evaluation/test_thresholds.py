@@ -20,7 +20,7 @@ class Corner(nn.Module):
     def __init__(self, noise: float = 0.0) -> None:
         super().__init__()
         self.noise = noise
-        self.preprocessing = Preprocessing()
+        self.preprocessing = Preprocessing(std=(12.0,) * 3)
 
     def forward(self, x: Tensor) -> Tensor:
         corner, other = x[:, :, :2, :4].flatten(1), x[:, :, 2:4, :4].flatten(1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from qface.errors import CheckpointError
 from qface.models import IResNet, MobileFaceNet, iresnet, load
+from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from tests.networks import ForeignNet, TinyFaceNet, foreign_net, random_faces, tiny_face_net, with_statistics
 
@@ -47,6 +51,11 @@ def mobile_output(mobile: MobileFaceNet) -> Tensor:
 
 def tensors_of(model: nn.Module) -> Tensors:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def tensors_equal(model: nn.Module, other: nn.Module) -> bool:
+    found, wanted = model.state_dict(), other.state_dict()
+    return found.keys() == wanted.keys() and all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
 def write_safetensors(path: Path, tensors: Tensors) -> Path:
@@ -83,6 +92,127 @@ def test_mobilefacenet_in_any_wrapping(
     assert preprocessing_of(loaded) == Preprocessing(crop=(0, 8, 112, 104), size=(112, 96))
     with torch.no_grad():
         assert torch.equal(loaded(torch.linspace(-1, 1, 3 * 112 * 96).view(1, 3, 112, 96)), mobile_output)
+
+
+class Recipe:
+    """Settings with a class of their own."""
+
+    def __init__(self) -> None:
+        self.lr = 0.1
+
+
+PREFIXES = ["model.", "net.", "backbone.", "_orig_mod.", "module.module.", "encoder.", "module._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_any_prefix_of_all_names_is_left_out_and_said(
+    tmp_path: Path, mobile: MobileFaceNet, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "qface")
+    path = write_torch(tmp_path / "m", {prefix + name: value for name, value in tensors_of(mobile).items()})
+    assert tensors_equal(load(path), mobile)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages and all("without their prefix" in message and "\n" not in message for message in messages)
+    assert tensors_equal(load(path, model=MobileFaceNet(8, (112, 96))), mobile)
+
+
+def test_a_name_that_compiling_added_within_others(tmp_path: Path, mobile: MobileFaceNet) -> None:
+    tensors = {name.replace("blocks.", "blocks._orig_mod."): value for name, value in tensors_of(mobile).items()}
+    assert tensors_equal(load(write_torch(tmp_path / "m", tensors)), mobile)
+
+
+def test_weights_without_a_prefix_for_a_network_that_has_one(tmp_path: Path, mobile: MobileFaceNet) -> None:
+    wrapped = nn.DataParallel(MobileFaceNet(8, (112, 96)))
+    assert tensors_equal(load(write_torch(tmp_path / "m", tensors_of(mobile)), model=wrapped).module, mobile)
+
+
+def as_lightning(tensors: Tensors) -> dict[str, Any]:
+    return {
+        "epoch": 3,
+        "pytorch-lightning_version": "2.0.0",
+        "state_dict": {f"model.{name}": value for name, value in tensors.items()} | {"loss.weight": torch.zeros(9, 8)},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
+        "hyper_parameters": argparse.Namespace(lr=0.1, recipe=Recipe()),
+    }
+
+
+CHECKPOINTS: dict[str, Callable[[Tensors], Any]] = {
+    "state_dict": lambda tensors: {"state_dict": tensors, "best": torch.tensor(0.9), "args": argparse.Namespace(lr=1)},
+    "arcface_torch": lambda tensors: {
+        "epoch": 3,
+        "state_dict_backbone": tensors,
+        "state_dict_softmax_fc": {"weight": torch.zeros(9, 8)},
+        "state_optimizer": {"state": {0: {"momentum": torch.zeros(3)}}},
+    },
+    "net_state_dict": lambda tensors: {"iters": 3, "net_state_dict": tensors},
+    "a name of its own": lambda tensors: {"student": tensors, "optimizer": {"a": torch.zeros(1)}, "args": Recipe()},
+    "two wrappers": lambda tensors: {"model": {"state_dict": tensors}},
+    "numpy": lambda tensors: {name: value.numpy() for name, value in tensors.items()},
+    "plain values beside": lambda tensors: tensors | {"epoch": 3, "best": np.float64(0.5), "recipe": Recipe()},
+    "Lightning": as_lightning,
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", list(CHECKPOINTS))
+def test_checkpoints_as_training_scripts_save_them(
+    tmp_path: Path, mobile: MobileFaceNet, kind: str, legacy: bool
+) -> None:
+    content = CHECKPOINTS[kind](tensors_of(mobile))
+    torch.save(content, tmp_path / "c.ckpt", _use_new_zipfile_serialization=not legacy)
+    assert tensors_equal(load(tmp_path / "c.ckpt"), mobile)
+
+
+def test_a_module_in_a_checkpoint(tmp_path: Path, mobile: MobileFaceNet) -> None:
+    torch.save({"epoch": 3, "model": mobile}, tmp_path / "c.pt")
+    assert tensors_equal(load(tmp_path / "c.pt"), mobile)
+
+
+def test_what_lies_beside_the_network_is_left_out_and_said(
+    tmp_path: Path, mobile: MobileFaceNet, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(as_lightning(tensors_of(mobile)), tmp_path / "c.ckpt")
+    load(tmp_path / "c.ckpt")
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert "1 other tensors are left out (first: loss.weight)" in warning
+
+
+def test_two_networks_in_one_file_are_refused(tmp_path: Path, mobile: MobileFaceNet) -> None:
+    both = {prefix + name: value for prefix in ("student.", "teacher.") for name, value in tensors_of(mobile).items()}
+    assert "'student.', 'teacher.'" in refused(write_torch(tmp_path / "m", both))
+    torch.save({"a": tensors_of(mobile), "b": tensors_of(mobile)}, tmp_path / "two.pth")
+    assert "2 sets of tensors ('a', 'b')" in refused(tmp_path / "two.pth")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_called_what_it_is(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(tiny_face_net(), torch.zeros(1, 3, 112, 112)), tmp_path / "script.pt")
+    message = refused(tmp_path / "script.pt")
+    assert "TorchScript" in message and ".onnx" in message
+
+
+@pytest.mark.parametrize(("blocks", "scale"), [((1, 4, 6, 2), 2), ((2, 8, 12, 4), 4), ((1, 1, 1, 1), 1)])
+def test_mobilefacenet_of_insightface(tmp_path: Path, blocks: tuple[int, int, int, int], scale: int) -> None:
+    torch.manual_seed(0)
+    model = with_statistics(InsightFaceMobileFaceNet(16, blocks, scale)).eval()
+    loaded = load(write_torch(tmp_path / "mbf", tensors_of(model)))
+    assert isinstance(loaded, InsightFaceMobileFaceNet) and preprocessing_of(loaded) == Preprocessing()
+    x = Preprocessing()(random_faces(2))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_keys_of_insightfaces_mbf() -> None:
+    """Names and sizes as in ``backbones/mobilefacenet.py`` of InsightFace's arcface_torch."""
+    shapes = {name: list(value.shape) for name, value in load("mbf").state_dict().items()}
+    assert shapes["layers.0.layers.0.weight"] == [128, 3, 3, 3]
+    assert shapes["layers.1.layers.0.weight"] == [128, 2, 3, 3]
+    assert shapes["layers.2.layers.1.layers.0.weight"] == [128, 1, 3, 3]
+    assert shapes["layers.5.layers.5.layers.2.layers.0.weight"] == [256, 256, 1, 1]
+    assert shapes["layers.6.layers.1.layers.2.weight"] == [512]
+    assert shapes["conv_sep.layers.0.weight"] == [512, 256, 1, 1]
+    assert shapes["features.layers.0.layers.0.weight"] == [512, 1, 7, 7]
+    assert shapes["features.layers.2.weight"] == [512, 512] and shapes["features.layers.3.weight"] == [512]
 
 
 def test_half_precision_becomes_single(tmp_path: Path, mobile: MobileFaceNet) -> None:
@@ -155,7 +285,9 @@ def test_weights_of_a_foreign_network(tmp_path: Path) -> None:
 
 
 def test_weights_of_an_unknown_network_need_it(tmp_path: Path) -> None:
-    assert "model=" in refused(write_torch(tmp_path / "f", tensors_of(foreign_net())))
+    message = refused(write_torch(tmp_path / "f", tensors_of(foreign_net())))
+    for part in ("model=", "IResNet by fc.weight", "linear7.conv.weight", "conv_sep.layers.0.weight"):
+        assert part in message
 
 
 def test_weights_of_another_network_are_refused_and_change_nothing(tmp_path: Path) -> None:

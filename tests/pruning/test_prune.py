@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import qface
-from qface.errors import ConfigError, ImagesError
+from qface.errors import ConfigError, ImagesError, UnsupportedLayerError
 from qface.models import MobileFaceNet, iresnet
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.provenance import provenance_of
@@ -394,3 +394,40 @@ def test_a_share_that_removes_nothing_is_an_error() -> None:
 def test_other_shares_are_refused(ratio) -> None:
     with pytest.raises(ConfigError, match="share of channels"):
         prune(tiny(), ratio)
+
+
+class BeforeDepthwise(nn.Module):
+    """Convolutions with PReLUs of one slope before a depthwise one, whose 2x2 outputs are flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.prelu = nn.PReLU()
+        self.second = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+        self.other = nn.PReLU()
+        self.depthwise = nn.Conv2d(16, 16, 7, stride=7, groups=16, bias=False)
+        self.linear = nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.other(self.second(self.prelu(self.first(x))))
+        return self.linear(self.depthwise(x).flatten(1))
+
+
+@pytest.mark.parametrize("global_pruning", [False, True])
+def test_convolutions_before_a_flattened_depthwise_layer_and_slopes_for_all_channels(global_pruning: bool) -> None:
+    torch.manual_seed(0)
+    model = with_preprocessing(BeforeDepthwise().eval(), Preprocessing(size=(28, 28)))
+    images = random_faces(8)
+    pruned = prune(model, 0.5, images, config=PruningConfig(global_pruning=global_pruning))
+    assert pruned.second.out_channels == pruned.depthwise.groups < 16
+    assert pruned.linear.in_features == 4 * pruned.second.out_channels
+    x = Preprocessing(size=(28, 28))(images)
+    with torch.no_grad():
+        assert torch.cosine_similarity(pruned(x), model(x)).min() > 0.9
+
+
+def test_one_slope_behind_layers_of_two_widths_is_named() -> None:
+    model = with_preprocessing(BeforeDepthwise().eval(), Preprocessing(size=(28, 28)))
+    model.other = model.prelu
+    with pytest.raises(UnsupportedLayerError, match="the PReLU 'prelu' is called on 8 and on 16 channels"):
+        prune(model, 0.5)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,16 @@ def test_a_network_in_another_type_becomes_a_student_in_float32(dtype: torch.dty
         cosines = torch.cosine_similarity(made.eval()(SIZE(FACES)), network.eval()(SIZE(FACES).to(dtype)).float())
     assert cosines.min() > 0.98
     assert next(network.parameters()).dtype is dtype
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_channels_last_weights_calibrate_to_the_same_student(when: str) -> None:
+    """Before or after they become a student; a grouped convolution is among the layers."""
+    network = with_preprocessing(tiny_face_net(size=SIZE.size), SIZE)
+    network.block1.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+    wanted = calibrate(quantize(network), FACES).state_dict()
+    if when == "before":
+        found = quantize(copy.deepcopy(network).to(memory_format=torch.channels_last))
+    else:
+        found = quantize(network).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(calibrate(found, FACES).state_dict(), wanted, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,14 @@ from qface.reporting import alignment_table
 
 
 def test_names_that_are_no_utf8_are_shown_with_escapes() -> None:
-    report = AlignmentReport(3, 1, 0, faceless=("caf\udce9.png", "Zoë.png"), unreadable=("[b]\udcff.png",))
+    report = AlignmentReport(
+        3,
+        1,
+        0,
+        faceless=("caf\udce9.png", "Zoë.png"),
+        misplaced=("d.png: they look like y before x",),
+        unreadable=("[b]\udcff.png",),
+    )
     written = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
     Console(file=written, width=100).print(alignment_table(report))
     written.seek(0)

@@ -1,0 +1,295 @@
+"""Networks out of ``.pt2`` files, as ``torch.export.save`` writes them, without running code of the file's author.
+
+``torch.export.load`` trusts its file: it unpickles example inputs, subclasses of tensors and custom objects, evaluates
+the expressions of sizes and the guards as Python, looks operators up anywhere in torch, and pastes names into source.
+So the file is read twice: here, where whatever could be code is dropped (example inputs, guards, traces of the source)
+or refused, and by torch, which is given what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from qface.data.synthetic import synthetic_crops
+from qface.errors import CheckpointError, QFaceError, one_line
+from qface.graph.capture import capture, embedding_of
+from qface.models.checkpoints import preprocessing_for
+from qface.preprocessing import Preprocessing, with_preprocessing
+
+__all__ = ["is_exported_program", "load_exported_program"]
+
+_FORMAT = "archive_format"
+_OLD_GRAPH = "serialized_exported_program.json"  # of torch before 2.7
+_NAME = re.compile(r"[\w.+]*")
+_SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=(True|False))*\)")
+_EXPRESSION = re.compile(r"(\d+(\.\d+)?|[\s+\-*/%(),<>=]|\b[A-Za-z_]\w*\b)*")
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+_SIZE = re.compile(r"[su]\d+")
+_FUNCTIONS = frozenset({"Max", "Min", "Mod", "PythonMod", "FloorDiv", "CeilDiv", "Eq", "Ne", "Ge", "Gt", "Le", "Lt"})
+_OPERATORS = frozenset(
+    {"getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le"}
+) | {
+    "gt",
+    "ge",
+}
+_HIGHER_ORDER = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+_SPECS = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict"})
+_LEAST_COSINE = 0.9999
+
+
+def is_exported_program(path: str | Path) -> bool:
+    """Whether ``torch.export.save`` wrote the file at ``path``, whatever its name."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+    return any(name.rpartition("/")[2] in (_FORMAT, _OLD_GRAPH) for name in names)
+
+
+def load_exported_program(path: str | Path) -> tuple[fx.GraphModule, Preprocessing]:
+    """The network in the ``.pt2`` file at ``path`` as a graph of layers in eval mode, and what it most likely reads.
+
+    Raises:
+        CheckpointError: the file is damaged, holds what would have to be run as code, or a network of other inputs than
+            images; or the layers compute something else than the file.
+        TraceError: the network cannot be captured.
+        UnsupportedLayerError: it calls an operator that qface does not know.
+    """
+    program = _program(path)
+    preprocessing, count = _images_of(program, path)
+    module = ExportedNetwork(program).float()
+    try:
+        network = capture(with_preprocessing(module, preprocessing))
+    except QFaceError as error:
+        fixed = f" (it was exported for exactly {count} images; export it with a dynamic batch)" if count else ""
+        raise type(error)(f"{path}: {error}{fixed}") from error
+    _check_agreement(module, network, preprocessing, count or 1, path)
+    return network.eval(), preprocessing
+
+
+def _program(path: str | Path) -> ExportedProgram:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            content = _without_code(archive)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.load(content)
+    except _RefusedError as error:
+        raise CheckpointError(
+            f"{path} {error}, and qface does not run code from files; export the network to .onnx, or save its "
+            "state_dict()"
+        ) from None
+    except Exception as error:  # damaged bytes may raise anything
+        raise CheckpointError(
+            f"{path} cannot be read as an exported program ({one_line(error, 200)}); export it again with torch "
+            f"{torch.__version__.partition('+')[0]}"
+        ) from error
+
+
+class _RefusedError(Exception):
+    """A file asks for something to be run."""
+
+
+def _without_code(archive: zipfile.ZipFile) -> io.BytesIO:
+    """The archive again, without what torch would run or unpickle.
+
+    Raises:
+        _RefusedError: what is needed of it cannot be read without.
+    """
+    names = archive.namelist()
+    if _OLD_GRAPH in names:
+        raise ValueError("it was written by torch before 2.7")
+    (root,) = {name.removesuffix(_FORMAT) for name in names if name.rpartition("/")[2] == _FORMAT}
+    if sum(name.startswith(f"{root}models/") for name in names) != 1:
+        raise ValueError("it does not hold one network")
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as clean:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("its parts are compressed, as torch never writes them")
+            name = info.filename.removeprefix(root)
+            if not name.startswith("extra/"):
+                clean.writestr(info.filename, _clean_part(name, archive, root))
+    content.seek(0)
+    return content
+
+
+def _clean_part(name: str, archive: zipfile.ZipFile, root: str) -> bytes:
+    """What torch may read of the part ``name``."""
+    content = b"" if name.startswith("data/sample_inputs/") else archive.read(root + name)
+    if name.startswith("models/"):
+        return json.dumps(_clean_graph(json.loads(content))).encode()
+    if name.startswith("data/aotinductor/"):
+        raise _RefusedError("holds compiled code")
+    if name.startswith(("data/weights/", "data/constants/")):
+        if name.endswith(".json"):
+            _check_payloads(json.loads(content), archive, f"{root}{name.rpartition('/')[0]}/")
+        elif name.endswith(".pt"):
+            raise _RefusedError("holds pickled tensors")
+    return content
+
+
+def _check_payloads(listed: dict[str, Any], archive: zipfile.ZipFile, folder: str) -> None:
+    """Make sure that weights or constants are bytes of plain tensors, and no larger than these."""
+    for name, payload in listed["config"].items():
+        file, meta = payload["path_name"], payload["tensor_meta"]
+        if payload["use_pickle"] or meta is None or not file.startswith(("weight_", "tensor_")):
+            raise _RefusedError(f"holds {name!r} as a pickled object")
+        sizes = [size["as_int"] for size in meta["sizes"]]
+        if math.prod(sizes) > archive.getinfo(folder + file).file_size:
+            raise ValueError(f"{name} of {sizes} has more numbers than its bytes")
+        _check_names(payload)
+
+
+def _clean_graph(model: dict[str, Any]) -> dict[str, Any]:
+    model["guards_code"] = []
+    graph_module = model["graph_module"]
+    graph_module["metadata"] = {}
+    graph_module["treespec_namedtuple_fields"] = {}
+    _drop_traces(graph_module)
+    _check_names(model)
+    return model
+
+
+def _drop_traces(value: Any) -> None:
+    """Keep of each node's metadata only which module calls it."""
+    for each in _dicts(value):
+        if isinstance(each.get("metadata"), dict):
+            stack = each["metadata"].get("nn_module_stack")
+            each["metadata"] = {} if stack is None else {"nn_module_stack": str(stack)}
+        if each.get("custom_obj_values"):
+            raise _RefusedError("holds custom objects")
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    for each in value if isinstance(value, list) else ():
+        yield from _dicts(each)
+
+
+def _check_names(value: Any, key: str = "") -> None:
+    """Refuse strings that torch could take for code, at whatever depth of the graph."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _check_text(name, "name")
+            _check_names(each, name)
+    elif isinstance(value, list):
+        for each in value:
+            _check_names(each, key)
+    elif isinstance(value, str):
+        _check_text(value, key)
+
+
+def _check_text(text: str, key: str) -> None:
+    checks = {"target": _is_operator, "as_operator": _is_operator, "expr_str": _is_expression}
+    checks |= {"in_spec": _is_plain_spec, "out_spec": _is_plain_spec, "as_string": _anything}
+    checks |= {"nn_module_stack": _anything}  # which is only split
+    if not checks.get(key, _is_name)(text):
+        raise _RefusedError(f"holds {text[:60]!r} as {key!r}, which could be code")
+
+
+def _anything(text: str) -> bool:
+    return True
+
+
+def _is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None
+
+
+def _is_operator(text: str) -> bool:
+    """True of the operators of a network; not of those that write files, nor of any other function in torch."""
+    if text.startswith("torch.ops.aten.") and text.count(".") == 4 and _is_name(text):
+        name, overload = text.split(".")[3:]
+        operator = getattr(getattr(torch.ops.aten, name, None), overload, None)
+        if not isinstance(operator, torch._ops.OpOverload):
+            return False
+        return all(argument.name != "filename" for argument in operator._schema.arguments)
+    module, _, name = text.rpartition(".")
+    allowed = {"_operator": _OPERATORS, "torch.ops.higher_order": _HIGHER_ORDER, "torch": ("sym_max", "sym_min")}
+    return name in allowed.get(module, ())
+
+
+def _is_expression(text: str) -> bool:
+    """True of arithmetic on sizes."""
+    plain = _SYMBOL.sub("s0", text)
+    names = _IDENTIFIER.findall(plain)
+    known = all(name in _FUNCTIONS or _SIZE.fullmatch(name) for name in names)
+    return known and len(plain) <= 200 and "**" not in plain and _EXPRESSION.fullmatch(plain) is not None
+
+
+def _is_plain_spec(text: str) -> bool:
+    """True of nested tuples, lists and dictionaries with plain keys."""
+    return all(
+        each.get("type") in _SPECS and "__enum__" not in str(each.get("context"))
+        for each in _dicts(json.loads(text))
+        if "children_spec" in each
+    )
+
+
+def _images_of(program: ExportedProgram, path: str | Path) -> tuple[Preprocessing, int | None]:
+    """What the network most likely reads, and the number of images where it is fixed."""
+    inputs = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    values = [node.meta.get("val") for node in program.graph.nodes if node.name in inputs]
+    if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].ndim != 4:
+        raise CheckpointError(f"{path} holds a network of {len(values)} inputs, not of images [N, 3, height, width]")
+    count, channels, height, width = values[0].shape
+    if channels != 3 or not isinstance(height, int) or not isinstance(width, int):
+        raise CheckpointError(f"{path} holds a network of images {list(values[0].shape)}, not [N, 3, height, width]")
+    return preprocessing_for(height, width), count if isinstance(count, int) else None
+
+
+class ExportedNetwork(nn.Module):
+    """A program as a network of any number of images that can be put into eval mode; torch's own module forbids both.
+
+    It has the program's parameters and modules under their names, and is no ``GraphModule``, so that it is captured.
+    """
+
+    _forward: Callable[[Tensor], Any]
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        module = program.module(check_guards=False).requires_grad_(True)
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks_with_kwargs.clear()
+        for each in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[each] = getattr(module, each)  # shared, so that whoever swaps a parameter does so in both
+        self.__dict__["_forward"] = module.forward
+
+    def forward(self, images: Tensor) -> Any:
+        """What the program returns for ``images``."""
+        return self._forward(images)
+
+
+@torch.no_grad()
+def _check_agreement(
+    module: nn.Module, network: nn.Module, preprocessing: Preprocessing, count: int, path: str | Path
+) -> None:
+    """Compare the layers with the program, and one batch with one twice as large."""
+    images = preprocessing(synthetic_crops(2 * count))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = torch.cat([embedding_of(module(part)) for part in torch.split(images, count)])
+    cosine = -1.0
+    with contextlib.suppress(RuntimeError):  # sizes that do not fit
+        cosine = float(torch.cosine_similarity(wanted, network(images)).min())
+    if not cosine >= _LEAST_COSINE:
+        raise CheckpointError(
+            f"{path}: its layers compute something else than the file on {2 * count} images (least cosine "
+            f"{cosine:.4f}); export it with dynamic_shapes=({{0: Dim('batch')}},), in eval mode"
+        )
