@@ -20,7 +20,7 @@ from qface.evaluation import (
     operating_thresholds,
 )
 from qface.models import load, save
-from qface.preprocessing import Preprocessing
+from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.pruning import Budget, PruningConfig, prune
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.sensitivity import Sensitivity, sensitivity
@@ -55,4 +55,5 @@ __all__ = [
     "save",
     "sensitivity",
     "verify",
+    "with_preprocessing",
 ]

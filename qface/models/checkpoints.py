@@ -18,7 +18,7 @@ from qface.errors import CheckpointError
 from qface.models.iresnet import IRESNET_BLOCKS, IResNet
 from qface.models.mobilefacenet import MobileFaceNet
 from qface.models.pickled_modules import read_pickled_module
-from qface.preprocessing import CROP_SIZE, Preprocessing
+from qface.preprocessing import Preprocessing, crop_for
 
 __all__ = ["fill", "read_tensors", "recognize", "without_wrapper"]
 
@@ -108,9 +108,9 @@ def _check_dimensions(tensors: Mapping[str, Tensor], wanted: Mapping[str, int], 
 
 def _mobilefacenet(tensors: Mapping[str, Tensor]) -> tuple[nn.Module, Preprocessing]:
     height, width = (16 * side for side in tensors["linear7.conv.weight"].shape[2:])
-    margin = max(0, CROP_SIZE - width) // 2
-    model = MobileFaceNet(len(tensors["linear1.conv.weight"]), (height, width))
-    return model, Preprocessing(crop=(0, margin, CROP_SIZE, CROP_SIZE - margin), size=(height, width))
+    size = (height, width)
+    model = MobileFaceNet(len(tensors["linear1.conv.weight"]), size)
+    return model, Preprocessing(crop=crop_for(size), size=size, source="default")
 
 
 def _iresnet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:
@@ -125,7 +125,7 @@ def _iresnet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module
         raise CheckpointError(
             f"{path} is an IResNet with {blocks} blocks, none of depth {', '.join(map(str, IRESNET_BLOCKS))}"
         )
-    return IResNet(blocks, len(tensors["fc.weight"])), Preprocessing()
+    return IResNet(blocks, len(tensors["fc.weight"])), Preprocessing(source="default")
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:

@@ -23,7 +23,15 @@ from qface.graph.graph_data import check_rebuilt, graph_from_data, graph_to_data
 from qface.models.checkpoints import fill, read_tensors, recognize, without_wrapper
 from qface.models.iresnet import IRESNET_BLOCKS, iresnet
 from qface.models.mobilefacenet import MobileFaceNet
-from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing, written_preprocessing
+from qface.preprocessing import (
+    Preprocessing,
+    PreprocessingOverride,
+    overridden,
+    preprocessing_of,
+    warn_of_default,
+    with_preprocessing,
+    written_preprocessing,
+)
 from qface.provenance import provenance_of, with_provenance, written_provenance
 
 __all__ = ["MODEL_NAMES", "check_model_file", "load", "save"]
@@ -37,7 +45,7 @@ MODEL_NAMES = ("mobilefacenet", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS)
 
 
 def load(
-    path_or_name: str | Path, model: nn.Module | None = None, preprocessing: Preprocessing | None = None
+    path_or_name: str | Path, model: nn.Module | None = None, preprocessing: PreprocessingOverride | None = None
 ) -> nn.Module:
     """Load a model in eval mode, on the CPU, with its :class:`Preprocessing` attached.
 
@@ -46,17 +54,20 @@ def load(
             (safetensors, or torch: tensors, or a whole pickled module, of which only tensors are taken; fp16 becomes
             fp32); a float ``.onnx`` file (:mod:`qface.models.onnx_import`); or one of :data:`MODEL_NAMES`.
         model: a network of your own, into which the weights of the file are loaded, in place.
-        preprocessing: what the network reads, where the file does not say or says it wrongly.
+        preprocessing: what the file reads, where it does not say or says it wrongly: a :class:`Preprocessing`, or a
+            mapping of those of its fields that differ from what is found. Of an ``.onnx`` file it is what goes into
+            the graph; what the graph then does to the image first becomes part of the network's Preprocessing.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another network, or holds NaN.
         UnsupportedLayerError: an ``.onnx`` file holds an operation that cannot be imported.
+        ConfigError: ``preprocessing`` names no field, or a value out of range.
     """
     if Path(path_or_name).suffix.lower() == ".onnx":
         return _from_onnx(path_or_name, model, preprocessing)
     if model is None and str(path_or_name) in MODEL_NAMES and not Path(path_or_name).exists():
         fresh = _fresh(str(path_or_name))
-        return with_preprocessing(fresh, preprocessing or Preprocessing()).eval()
+        return with_preprocessing(fresh, overridden(Preprocessing(source="default"), preprocessing)).eval()
     tensors, metadata = read_tensors(path_or_name)
     check_finite(tensors, path_or_name)
     loaded, likely = _fitting_network(tensors, metadata, path_or_name, model)
@@ -64,17 +75,19 @@ def load(
         with_provenance(loaded, written_provenance(metadata.get("provenance", ""), path_or_name))
     if "preprocessing" in metadata:
         likely = written_preprocessing(metadata["preprocessing"], path_or_name)
-    return with_preprocessing(loaded, preprocessing or likely).eval()
+    reads = overridden(likely, preprocessing)
+    warn_of_default(reads, path_or_name)
+    return with_preprocessing(loaded, reads).eval()
 
 
-def _from_onnx(path: str | Path, model: nn.Module | None, preprocessing: Preprocessing | None) -> nn.Module:
+def _from_onnx(path: str | Path, model: nn.Module | None, preprocessing: PreprocessingOverride | None) -> nn.Module:
     if model is not None:
         raise CheckpointError(f"{path} brings its own network: leave out model=, or load weights from another file")
     from qface.models.onnx_import import load_onnx  # only here, so that other files need no onnx
 
-    network, likely = load_onnx(path)
+    network, reads = load_onnx(path, preprocessing)
     check_finite(network.state_dict(), path)
-    return with_preprocessing(network, preprocessing or likely)
+    return with_preprocessing(network, reads)
 
 
 def _fresh(name: str) -> nn.Module:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import qface
 from qface.errors import CheckpointError, UnsupportedLayerError
-from qface.models import MobileFaceNet, provenance_of, record_step
+from qface.models import MobileFaceNet
+from qface.provenance import provenance_of, record_step
 from qface.models.iresnet import IResNet
 from qface.preprocessing import preprocessing_of
 from tests.networks import foreign_net, random_faces, with_statistics
