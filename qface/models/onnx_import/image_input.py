@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from qface.errors import CheckpointError
-from qface.models.onnx_import.constants import COMPUTED
+from qface.models.onnx_import.constants import COMPUTED, ConstantFolder
 from qface.models.onnx_import.onnx_file import Array, Node, OnnxFile
 from qface.preprocessing import (
     CROP_SIZE,
@@ -314,29 +314,58 @@ class _Prefix:
     def _run(self, nodes: Sequence[Node], value: str, pixels: Array) -> Array | None:
         given = np.moveaxis(pixels, 1, 3) if self._channels_last else pixels
         given = given.astype(np.uint8) if self._dtype == torch.uint8 else given
-        constant = self._constant_names()
-        needed = [node for node in self._file.nodes if constant.issuperset(node.outputs)]
-        graph = helper.make_graph(
-            [*(node.proto for node in needed), *map(_in_float64, nodes)],
-            "prefix",
-            [helper.make_tensor_value_info(self._file.image.name, helper.np_dtype_to_tensor_dtype(given.dtype), None)],
-            [helper.make_empty_tensor_value_info(value)],
-        )
-        read = {name for node in (*needed, *nodes) for name in node.inputs}
-        graph.initializer.extend(each for each in self._file.model.graph.initializer if each.name in read)
-        model = helper.make_model(graph, opset_imports=self._file.model.opset_import)
+        image = self._file.image.name
         try:
-            (result,) = ReferenceEvaluator(model).run([value], {self._file.image.name: given})
+            constants = self._constants_of(nodes)
+            written_out = [each for node in nodes for each in _in_float64(node, constants)]
+            graph = helper.make_graph(
+                written_out,
+                "prefix",
+                [helper.make_tensor_value_info(image, helper.np_dtype_to_tensor_dtype(given.dtype), None)],
+                [helper.make_empty_tensor_value_info(value)],
+                [numpy_helper.from_array(array, name) for name, array in constants.items()],
+            )
+            model = helper.make_model(graph, opset_imports=self._file.model.opset_import)
+            (result,) = ReferenceEvaluator(model).run([value], {image: given})
         except Exception:  # of whatever kind; then it is no normalization, and whoever imports the node complains
             return None
         return np.asarray(result)
 
+    def _constants_of(self, nodes: Sequence[Node]) -> dict[str, Array]:
+        """What ``nodes`` read beside the image, in float64."""
+        constant, folder = self._constant_names(), ConstantFolder(self._file)
+        wanted = {name for node in nodes for name in node.inputs if name in constant and name}
+        makers = [node for node in self._file.nodes if constant.issuperset(node.outputs)]
+        for node in reversed(makers):
+            if wanted.intersection(node.outputs):
+                wanted.update(name for name in node.inputs if name)
+        known = {name: array for name, array in self._file.constants.items() if name in wanted}
+        for node in makers:
+            if wanted.intersection(node.outputs):
+                made = folder.compute(node, {name: known[name] for name in node.inputs if name})
+                known.update(zip((name for name in node.outputs if name), made, strict=True))
+        return {name: each.astype(np.float64) if each.dtype == np.float32 else each for name, each in known.items()}
 
-def _in_float64(node: Node) -> onnx.NodeProto:
-    """A cast to float32 would round what is to be told apart."""
-    if node.op != "Cast" or node.get("to") != TensorProto.FLOAT:
-        return node.proto
-    return helper.make_node("Cast", list(node.inputs), list(node.outputs), to=TensorProto.DOUBLE)
+
+def _in_float64(node: Node, constants: dict[str, Array]) -> list[onnx.NodeProto]:
+    """``node`` without what would round; a BatchNorm as a product and a sum, whose constants are added.
+
+    The reference of opsets before 14 takes a BatchNorm for one that is being trained.
+    """
+    if node.op == "Cast" and node.get("to") == TensorProto.FLOAT:
+        return [helper.make_node("Cast", list(node.inputs), list(node.outputs), to=TensorProto.DOUBLE)]
+    if node.op != "BatchNormalization":
+        return [node.proto]
+    weight, bias, mean, variance = (constants[name] for name in node.inputs[1:5])
+    factor = weight / np.sqrt(variance + node.get("epsilon", 1e-5))
+    names = [f"{node.outputs[0]}/{part}" for part in ("factor", "shift", "product")]
+    constants[names[0]], constants[names[1]] = (
+        each.reshape(1, -1, 1, 1) for each in (factor, bias - mean * factor)
+    )
+    return [
+        helper.make_node("Mul", [node.inputs[0], names[0]], [names[2]]),
+        helper.make_node("Add", [names[2], names[1]], [node.outputs[0]]),
+    ]
 
 
 _GREATEST_MISFIT = 6.5  # a mean alone makes 4.9 of bytes, a factor of 255 alone 5.9 of images of 0..1
@@ -373,7 +402,7 @@ def _line(x: Array, y: Array) -> tuple[float, float] | None:
     rest = np.abs(y - y_mean - slope * (x - x_mean)).max()
     if not slope > 0 or not rest <= 1e-5 * max(np.abs(y).max(), slope):
         return None
-    return _snapped(x_mean - y_mean / slope), _snapped(1 / slope)
+    return _snapped(float(x_mean - y_mean / slope)), _snapped(float(1 / slope))
 
 
 def _same(one: _Map | None, other: _Map | None) -> bool:
