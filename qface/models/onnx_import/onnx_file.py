@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from onnx import TensorProto, helper, inliner, numpy_helper
 from qface.errors import CheckpointError, UnsupportedLayerError, one_line
 
 __all__ = ["Array", "Node", "OnnxFile", "choose_embedding", "needed_nodes", "read_onnx"]
+
+_LOGGER = logging.getLogger("qface")
 
 Array = npt.NDArray[Any]
 Dimensions = Sequence[Any]
@@ -189,6 +192,8 @@ def choose_embedding(names: Sequence[str], shapes: Sequence[Dimensions | None], 
         if shape is None or (len(shape) == 2 and shape[1] != 1)
     ]
     if len(rows) == 1:
+        shape = shapes[list(names).index(rows[0])]
+        _LOGGER.warning("%s has %d outputs; %s %s is the embedding", path, len(names), rows[0], _written(shape))
         return rows[0]
     found = "several of its outputs" if rows else "none of its outputs"
     written = ", ".join(f"{name} {_written(shape)}" for name, shape in zip(names, shapes, strict=True))
