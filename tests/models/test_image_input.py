@@ -14,8 +14,8 @@ from onnx import TensorProto
 from torch import Tensor
 
 import qface
-from qface.deployment.runtime import OnnxEmbedder
 from qface.data.sources import as_image_source
+from qface.deployment.runtime import OnnxEmbedder
 from qface.evaluation.embedding import Embeddings, Model
 from qface.evaluation.embedding import embed as embed_source
 from qface.preprocessing import Preprocessing, preprocessing_of
@@ -245,7 +245,9 @@ def test_a_default_is_named_once_and_what_is_said_is_not(tmp_path: Path, caplog:
     assert OnnxEmbedder(said).preprocessing == Preprocessing(color="BGR") == preprocessing_of(qface.load(said))
 
 
-@pytest.mark.parametrize("given", [{"color": "BGR"}, {"mean": (0.0,) * 3, "std": (255.0,) * 3}, {"crop": (8, 8, 104, 104)}])
+@pytest.mark.parametrize(
+    "given", [{"color": "BGR"}, {"mean": (0.0,) * 3, "std": (255.0,) * 3}, {"crop": (8, 8, 104, 104)}]
+)
 @pytest.mark.parametrize("way", [nothing, mxnet, gather_of_colors, batch_norm], ids=lambda way: way.__name__)
 def test_what_the_user_says_goes_into_the_graph(way: Callable[[Graph], None], given: dict, tmp_path: Path) -> None:
     graph = Graph()

@@ -36,7 +36,7 @@ class ConstantFolder:
 
     def __init__(self, file: OnnxFile) -> None:
         self._file = file
-        self._left = max(_SMALLEST_LIMIT, sum(each.nbytes for each in file.constants.values()))
+        self._left: float = max(_SMALLEST_LIMIT, sum(each.nbytes for each in file.constants.values()))
 
     def compute(self, node: Node, inputs: dict[str, Array]) -> list[Array]:
         """The outputs of ``node`` for ``inputs`` by name.
@@ -106,7 +106,7 @@ def _expanded(node: Node, given: list[Array]) -> float:
 
 
 def _tiled(node: Node, given: list[Array]) -> float:
-    return given[0].size * _product(given[1].tolist())
+    return float(given[0].size * _product(given[1].tolist()))
 
 
 def _counted(node: Node, given: list[Array]) -> float:
@@ -121,12 +121,12 @@ def _padded(node: Node, given: list[Array]) -> float:
 
 def _multiplied(node: Node, given: list[Array]) -> float:
     left, right = given[:2]
-    return left.size / min(left.shape) * right.size / min(right.shape)
+    return float(left.size / min(left.shape) * right.size / min(right.shape))
 
 
 def _gathered(node: Node, given: list[Array]) -> float:
     data, indices = given
-    return data.size / data.shape[node.get("axis", 0)] * indices.size
+    return float(data.size / data.shape[node.get("axis", 0)] * indices.size)
 
 
 def _found(node: Node, given: list[Array]) -> float:

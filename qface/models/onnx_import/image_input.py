@@ -38,7 +38,7 @@ __all__ = ["ImageInput", "described_input", "find_image_input"]
 Three = tuple[float, float, float]
 
 _RGB, _BGR = (0, 1, 2), (2, 1, 0)
-_DTYPES = {
+_DTYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.DOUBLE: torch.float64,
@@ -135,7 +135,9 @@ def _declared(file: OnnxFile) -> tuple[torch.dtype, bool, tuple[int, int]]:
     original = _DTYPES.get(file.image_type)
     if len(sizes) != 4 or original is None or (sizes[1] not in (0, 3) and sizes[3] != 3):
         kind = TensorProto.DataType.Name(file.image_type).lower()
-        raise CheckpointError(f"{file.path} reads {kind} {sizes}, and no images [N, 3, height, width] of float or uint8")
+        raise CheckpointError(
+            f"{file.path} reads {kind} {sizes}, and no images [N, 3, height, width] of float or uint8"
+        )
     channels_last = sizes[3] == 3 and sizes[1] != 3
     height, width = sizes[1:3] if channels_last else sizes[2:]
     return original, channels_last, (height or CROP_SIZE, width or CROP_SIZE)
@@ -155,12 +157,10 @@ def _composed(given: Preprocessing, inside: ImageInput) -> Preprocessing:
     """What the network proper reads where the graph is given images as ``given`` says."""
     if (inside.mean, inside.std, inside.swaps_colors) == (_ZEROS, _ONES, False):
         return given
-    order = slice(None, None, -1 if inside.swaps_colors else 1)
-    outer = zip(given.mean[order], given.std[order], strict=True)
-    means, stds = [], []
-    for (mean, std), inner_mean, inner_std in zip(outer, inside.mean, inside.std, strict=True):
-        means.append(_snapped(mean + std * inner_mean))
-        stds.append(_snapped(std * inner_std))
+    order = _BGR if inside.swaps_colors else _RGB
+    outer_mean, outer_std = ([values[channel] for channel in order] for values in (given.mean, given.std))
+    means = [_snapped(mean + std * inner) for mean, std, inner in zip(outer_mean, outer_std, inside.mean, strict=True)]
+    stds = [_snapped(std * inner) for std, inner in zip(outer_std, inside.std, strict=True)]
     color = {"RGB": "BGR", "BGR": "RGB"}[given.color] if inside.swaps_colors else given.color
     return replace(given, color=color, mean=_three(means), std=_three(stds))
 
@@ -303,7 +303,9 @@ class _Prefix:
     def _map(self, nodes: Sequence[Node], value: str) -> _Map | None:
         """What ``nodes`` do to pixels, where it is a factor and a shift per channel."""
         pixels = np.random.default_rng(0).integers(0, 256, (2, 3, *self._size)).astype(np.float64)
-        probes = [pixels] if self._dtype == torch.uint8 else [pixels, -pixels, pixels / 255]  # limits show on the others
+        probes = (
+            [pixels] if self._dtype == torch.uint8 else [pixels, -pixels, pixels / 255]
+        )  # limits show on the others
         made = [self._run(nodes, value, probe) for probe in probes]
         fits = [_fit(probe, result) for probe, result in zip(probes, made, strict=True) if result is not None]
         if len(fits) < len(probes) or fits[0] is None:
@@ -359,9 +361,7 @@ def _in_float64(node: Node, constants: dict[str, Array]) -> list[onnx.NodeProto]
     weight, bias, mean, variance = (constants[name] for name in node.inputs[1:5])
     factor = weight / np.sqrt(variance + node.get("epsilon", 1e-5))
     names = [f"{node.outputs[0]}/{part}" for part in ("factor", "shift", "product")]
-    constants[names[0]], constants[names[1]] = (
-        each.reshape(1, -1, 1, 1) for each in (factor, bias - mean * factor)
-    )
+    constants[names[0]], constants[names[1]] = (each.reshape(1, -1, 1, 1) for each in (factor, bias - mean * factor))
     return [
         helper.make_node("Mul", [node.inputs[0], names[0]], [names[2]]),
         helper.make_node("Add", [names[2], names[1]], [node.outputs[0]]),

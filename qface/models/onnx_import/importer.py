@@ -178,9 +178,12 @@ class Importer(LayerGraph):
         if not node.has(position):
             return None
         name = node.inputs[position]
+        if name not in self._constants and name not in self._values:
+            raise CheckpointError(f"{self.file.path}: nothing makes {name} of {node.op} {node.name}; fetch it again")
         if name not in self._constants:
             raise UnsupportedLayerError(
-                f"{self.file.path}: {node.op} {node.name} computes its input {name} as it runs, which cannot be imported"
+                f"{self.file.path}: {node.op} {node.name} computes its input {name} as it runs, which cannot be "
+                "imported"
             )
         if node.op not in _SIZES and self._counts_images(name):
             raise self.refuse(node, "an input that depends on the number of images")
@@ -216,7 +219,9 @@ class Importer(LayerGraph):
         if name in self._constants:
             raise self.refuse(node, f"a constant input {name} where a tensor is needed")
         if name not in self._values:
-            raise CheckpointError(f"{self.file.path}: nothing makes {name or 'an input'} of {node.op} {node.name}")
+            raise CheckpointError(
+                f"{self.file.path}: nothing makes {name or 'an input'} of {node.op} {node.name}; fetch it again"
+            )
         return self._values[name]
 
     def tensor(self, node: Node, position: int) -> fx.Node:
@@ -277,6 +282,10 @@ class Importer(LayerGraph):
         """Let rules read ``value`` under a name that is not in the file."""
         self._values[name] = value
 
+    def named_value(self, name: str) -> fx.Node:
+        """What :meth:`name_value` has named last."""
+        return self._values[name]
+
     @staticmethod
     def sizes(node: fx.Node) -> tuple[int, ...]:
         """Shape of a value of the new graph."""
@@ -315,6 +324,28 @@ class Importer(LayerGraph):
         node = super().function(target, args, kwargs, re.sub(r"\W", "_", name))
         values = fx.map_arg((args, kwargs), lambda each: each.meta["value"])
         return self._with_value(node, lambda: target(*values[0], **values[1]))
+
+    def before_permutation(self, x: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
+        """What ``x`` permutes and how; itself, in its order, where it permutes nothing."""
+        layer = self.layer_of(x)
+        if isinstance(layer, Permute):
+            return x.all_input_nodes[0], layer.dims
+        return x, tuple(range(len(self.sizes(x))))
+
+    def permuted(self, x: fx.Node, dims: Sequence[int], name: str) -> fx.Node:
+        """``x`` in another order of dimensions; two of them after each other are one, or none."""
+        x, before = self.before_permutation(x)
+        dims = [before[dim] for dim in dims]
+        return x if dims == sorted(dims) else self.layer(Permute(tuple(dims)), (x,), name)
+
+    def elementwise(self, layer: nn.Module, x: fx.Node, name: str) -> fx.Node:
+        """Call ``layer``, to which all elements are alike, before a permutation, so that this may meet its inverse."""
+        x, dims = self.before_permutation(x)
+        return self.permuted(self.layer(layer, (x,), name), dims, f"{name}_permuted")
+
+    def layer_of(self, x: fx.Node) -> nn.Module | None:
+        """The layer that makes ``x``."""
+        return self.root.get_submodule(str(x.target)) if x.op == "call_module" else None
 
     def call(self, node: Node, layer: nn.Module, suffix: str = "") -> fx.Node:
         """Call ``layer`` on the first input of ``node``."""

@@ -91,6 +91,8 @@ def _from_onnxruntime(file: OnnxFile, image: ImageInput, images: Tensor) -> Tens
 
 
 def _compare(found: Tensor, expected: Tensor, file: OnnxFile) -> None:
+    if len(found) == 1 and expected.shape == found.shape[1:]:
+        expected = expected[None]  # a file that squeezes drops the batch with all other sizes of 1
     difference = float((found - expected).abs().max()) if found.shape == expected.shape else np.inf
     if not difference <= _TOLERANCE * float(expected.norm(dim=-1).max()):
         raise CheckpointError(

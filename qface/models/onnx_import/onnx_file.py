@@ -158,7 +158,8 @@ def _image(graph: onnx.GraphProto, path: Path) -> onnx.ValueInfoProto:
     if len(images) != 1:
         names = ", ".join(each.name for each in images) or "none"
         raise CheckpointError(f"{path} has {len(images)} inputs ({names}); a face network has one, the images")
-    return images[0]
+    image: onnx.ValueInfoProto = images[0]
+    return image
 
 
 def _outputs(model: onnx.ModelProto) -> tuple[list[str], list[Dimensions | None]]:
@@ -187,9 +188,7 @@ def choose_embedding(names: Sequence[str], shapes: Sequence[Dimensions | None], 
     if len(names) == 1:
         return names[0]
     rows = [
-        name
-        for name, shape in zip(names, shapes, strict=True)
-        if shape is None or (len(shape) == 2 and shape[1] != 1)
+        name for name, shape in zip(names, shapes, strict=True) if shape is None or (len(shape) == 2 and shape[1] != 1)
     ]
     if len(rows) == 1:
         shape = shapes[list(names).index(rows[0])]
@@ -204,7 +203,9 @@ def choose_embedding(names: Sequence[str], shapes: Sequence[Dimensions | None], 
 
 
 def _written(shape: Dimensions | None) -> str:
-    return "[?]" if shape is None else f"[{', '.join('N' if size is None else str(size) for size in shape)}]"
+    if shape is None:
+        return "[?]"
+    return f"[{', '.join(str(size) if isinstance(size, int) else 'N' for size in shape)}]"
 
 
 def needed_nodes(nodes: Sequence[Node], output: str, start: str = "") -> tuple[Node, ...]:

@@ -5,8 +5,10 @@ The table has the shape of :data:`qface.graph.aten.LAYER_RULES`, and makes the s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.graph.aten import Constant, along_one_dimension, clamp_layer
-from qface.graph.layers import Add, ChannelAffine, Concat, L2Normalize, Maximum, Multiply, Permute, Slice
+from qface.graph.layers import Add, ChannelAffine, Concat, L2Normalize, Maximum, Multiply, Slice
 from qface.models.onnx_import.importer import Importer, Rule
 from qface.models.onnx_import.onnx_file import Node
 from qface.models.onnx_import.spatial_operators import SPATIAL_RULES
@@ -142,8 +144,10 @@ def _add(run: Importer, node: Node) -> Any:
     left, right = _pair(run, node)
     if not left and not right:
         return run.layer(Add(), (run.value(node), run.value(node, 1)), run.name_of(node))
-    return _as_bias(run, node, right) or _affine(run, node, 0 if right else 1, 1, 1 if right else 0) or _binary(
-        run, node, aten.add.Tensor
+    return (
+        _as_bias(run, node, right)
+        or _affine(run, node, 0 if right else 1, 1, 1 if right else 0)
+        or _binary(run, node, aten.add.Tensor)
     )
 
 
@@ -151,13 +155,17 @@ def _as_bias(run: Importer, node: Node, right: bool) -> Any:
     """The sum as the bias of the convolution or linear layer before it, as Keras and ``x @ W + b`` write it."""
     tensor, constant = (0, 1) if right else (1, 0)
     value = run.value(node, tensor)
-    layer = run.root.get_submodule(str(value.target)) if value.op == "call_module" else None
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer.bias is not None or run.readers(node.inputs[tensor]) > 1:
+    maker, dims = run.before_permutation(value)
+    layer = run.layer_of(maker)
+    is_free = len(maker.users) == (maker is not value) and run.readers(node.inputs[tensor]) == 1
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer.bias is not None or not is_free:
         return None
-    rank, bias = len(run.sizes(value)), run.required(node, constant)
-    along = along_one_dimension(Constant(bias, ""), rank)
-    channels = 1 if isinstance(layer, nn.Conv2d) else rank - 1
-    if along is None or along[0] not in (None, channels) or bias.numel() not in (1, len(layer.weight)):
+    bias = run.required(node, constant)
+    along = along_one_dimension(Constant(bias, ""), len(dims))
+    channels = 1 if isinstance(layer, nn.Conv2d) else len(dims) - 1
+    if along is None or bias.numel() not in (1, len(layer.weight)):
+        return None
+    if along[0] is not None and dims[along[0]] != channels:
         return None
     layer.bias = nn.Parameter(along[1].expand(len(layer.weight)).clone())
     return value
@@ -182,8 +190,7 @@ def _mul(run: Importer, node: Node) -> Any:
 
 
 def _div(run: Importer, node: Node) -> Any:
-    left, right = _pair(run, node)
-    if right:
+    if run.is_constant(node, 1):
         inverse = (1 / run.required(node, 1).double()).float()
         return _scaled(run, node, 0, inverse) or _binary(run, node, aten.div.Tensor)
     return _binary(run, node, aten.div.Tensor)
@@ -220,10 +227,11 @@ def _affine_layer(run: Importer, node: Node, tensor: int, factor: Tensor, shift:
 
 def _channel_affine(run: Importer, x: fx.Node, factors: Tensor, shifts: Tensor, dim: int, name: str) -> fx.Node:
     channels = max(len(factors), len(shifts))
-    layer = ChannelAffine(channels, dim)
+    source, dims = run.before_permutation(x)
+    layer = ChannelAffine(channels, dims[dim] if channels > 1 else 1)
     layer.weight = nn.Parameter(factors.expand(channels).clone())
     layer.bias = nn.Parameter(shifts.expand(channels).clone())
-    return run.layer(layer, (x,), name)
+    return run.permuted(run.layer(layer, (source,), name), dims, f"{name}_permuted")
 
 
 def _one_number(run: Importer, x: fx.Node, factor: float, shift: float, name: str) -> fx.Node:
@@ -238,25 +246,23 @@ def _comparison(target: Any) -> Rule:
     return lambda run, node: _binary(run, node, target)
 
 
-def _all_of(combine: Rule) -> Rule:
+def _all_of(combine: Callable[[Importer, Node], Any]) -> Rule:
     """An operator of any number of inputs, two at a time."""
 
     def rule(run: Importer, node: Node) -> Any:
         if len(node.inputs) == 1:
             return run.value(node)
-        made, pair = None, node
+        first, so_far = node.inputs[0], f"{node.outputs[0]}/so far"
         for name in node.inputs[1:]:
-            first = node.inputs[0] if made is None else f"{node.outputs[0]}/so far"
-            pair = Node(node.op, node.name, (first, name), node.outputs, node.attributes, node.proto)
-            made = combine(run, pair)
-            run.name_value(f"{node.outputs[0]}/so far", made)
-        return made
+            run.name_value(so_far, combine(run, replace(node, inputs=(first, name))))
+            first = so_far
+        return run.named_value(so_far)
 
     return rule
 
 
 def _mean_of_all(run: Importer, node: Node) -> Any:
-    total = _all_of(_add)(run, node)
+    total: Any = _all_of(_add)(run, node)
     return _one_number(run, total, 1 / len(node.inputs), 0.0, run.name_of(node))
 
 
@@ -277,8 +283,7 @@ def _limit(kind: str) -> Rule:
 
 
 def _power(run: Importer, node: Node) -> Any:
-    left, right = _pair(run, node)
-    if right and math.prod(run.shape_of(node, 1)) == 1:
+    if run.is_constant(node, 1) and math.prod(run.shape_of(node, 1)) == 1:
         exponent = float(run.required(node, 1))
         whole = int(exponent) if exponent.is_integer() else exponent
         return run.function(aten.pow.Tensor_Scalar, (run.value(node), whole), {}, run.name_of(node))
@@ -294,8 +299,8 @@ def _where(run: Importer, node: Node) -> Any:
 
 
 def _simple(make: Callable[[Node], nn.Module]) -> Rule:
-    """A layer without parameters of the first input."""
-    return lambda run, node: run.call(node, make(node))
+    """A layer without parameters, of each element of the first input."""
+    return lambda run, node: run.elementwise(make(node), run.value(node), run.name_of(node))
 
 
 def _function(target: Any) -> Rule:
@@ -311,7 +316,7 @@ def _same(run: Importer, node: Node) -> Any:
 def _cast(run: Importer, node: Node) -> Any:
     """Another float type is none: an imported network computes in float32."""
     x = run.value(node)
-    dtype = _TORCH_TYPES.get(node.get("to", 1), None)
+    dtype = _TORCH_TYPES.get(node.get("to", 1))
     if dtype is None:
         raise run.refuse(node, f"the type {node.get('to')}")
     if x.meta["value"].dtype == dtype:
@@ -391,7 +396,7 @@ def _axes(run: Importer, node: Node, position: int = 1) -> list[int] | None:
             return None
         axes = list(range(rank))
     found = sorted({axis % rank for axis in axes})
-    if 0 in found:
+    if any(run.counts(run.shape_of(node)[axis]) for axis in found):
         raise run.refuse(node, "the axis of the batch")
     return found
 
@@ -497,9 +502,7 @@ def _squeeze(run: Importer, node: Node) -> Any:
     shape = run.shape_of(node)
     axes = run.integers(node, 1, "axes")
     gone = {axis % len(shape) for axis in axes} if axes else {n for n, size in enumerate(shape) if size == 1}
-    return run.reshape(
-        run.value(node), [size for n, size in enumerate(shape) if n not in gone], run.name_of(node)
-    )
+    return run.reshape(run.value(node), [size for n, size in enumerate(shape) if n not in gone], run.name_of(node))
 
 
 def _unsqueeze(run: Importer, node: Node) -> Any:
@@ -512,14 +515,8 @@ def _unsqueeze(run: Importer, node: Node) -> Any:
 
 
 def _transpose(run: Importer, node: Node) -> Any:
-    """One order of dimensions; two of them after each other are one, or none, as in files of NHWC."""
     x = run.value(node)
-    dims = list(node.get("perm", reversed(range(len(run.sizes(x))))))
-    before = run.root.get_submodule(str(x.target)) if x.op == "call_module" else None
-    if isinstance(before, Permute):
-        dims = [before.dims[dim] for dim in dims]
-        x = x.all_input_nodes[0]
-    return x if dims == sorted(dims) else run.layer(Permute(tuple(dims)), (x,), run.name_of(node))
+    return run.permuted(x, node.get("perm", range(len(run.sizes(x)))[::-1]), run.name_of(node))
 
 
 def _slice(run: Importer, node: Node) -> Any:
@@ -537,8 +534,10 @@ def _part(run: Importer, node: Node, x: fx.Node, dim: int, start: int, end: int,
     indices = range(*slice(start, end if step > 0 or end >= -size else None, step).indices(size))
     if len(indices) == size and step == 1:
         return x
-    if dim == 0:
+    if run.counts(size):
         raise run.refuse(node, "a part of the batch")
+    if step > 0 and dim == 0:
+        return run.function(aten.slice.Tensor, (x, dim, indices.start, indices.stop, step), {}, name)
     if step > 0:
         return run.layer(Slice(dim, indices.start, indices.stop, step), (x,), name)
     if len(indices) == size:
@@ -560,14 +559,14 @@ def _split(run: Importer, node: Node) -> Any:
         size = -(-shape[dim] // count)
         parts = [min(size, shape[dim] - size * number) for number in range(count)]
     bounds = np.cumsum([0, *parts]).tolist()
-    return [_part(run, node, x, dim, *each, 1) for each in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [_part(run, node, x, dim, *each, 1) for each in itertools.pairwise(bounds)]
 
 
 def _gather(run: Importer, node: Node) -> Any:
     x, shape, name = run.value(node), run.shape_of(node), run.name_of(node)
     dim = node.get("axis", 0) % len(shape)
     indices = run.array(node, 1)
-    if indices is None or dim == 0:
+    if indices is None or run.counts(shape[dim]):
         raise run.refuse(node, "indices of the batch")
     chosen = [int(each) % shape[dim] for each in indices.flatten()]
     if chosen == list(range(chosen[0], chosen[0] + len(chosen))):
@@ -578,26 +577,27 @@ def _gather(run: Importer, node: Node) -> Any:
 
 
 def _concat(run: Importer, node: Node) -> Any:
-    tensors = [run.repeated(node, position) for position in range(len(node.inputs))]
+    tensors = [_for_each_image(run, node, position) for position in range(len(node.inputs))]
     if len(tensors) == 1:
         return tensors[0]
-    rank = len(run.sizes(tensors[0]))
-    dim = node.get("axis", 1) % rank
-    if dim == 0:
+    dim = node.get("axis", 1) % len(run.sizes(tensors[0]))
+    if any(run.counts(run.sizes(tensor)[dim]) for tensor in tensors):
         raise run.refuse(node, "the axis of the batch")
-    batched = [_for_each_image(run, node, tensor) for tensor in tensors]
-    return run.layer(Concat(dim), tuple(batched), run.name_of(node))
+    if dim == 0:
+        return run.function(aten.cat.default, (tensors,), {}, run.name_of(node))
+    return run.layer(Concat(dim), tuple(tensors), run.name_of(node))
 
 
-def _for_each_image(run: Importer, node: Node, tensor: fx.Node) -> fx.Node:
-    """A constant of a file for a fixed batch is repeated for each image."""
-    shape = run.sizes(tensor)
-    if run.counts(shape[0]):
-        return tensor
+def _for_each_image(run: Importer, node: Node, position: int) -> fx.Node:
+    """Input ``position``; a constant of one image is repeated for each."""
+    made = run.repeated(node, position)
+    shape = run.sizes(made)
+    if not run.is_constant(node, position) or run.counts(shape[0]) or node.get("axis", 1) % len(shape) == 0:
+        return made
     if shape[0] != 1:
         raise run.refuse(node, f"a constant part for {shape[0]} images")
     sizes = [run.count_of_images(), *shape[1:]]
-    return run.function(aten.expand.default, (tensor, sizes), {}, f"{run.name_of(node)}_repeated")
+    return run.function(aten.expand.default, (made, sizes), {}, f"{run.name_of(node)}_repeated")
 
 
 def _expand(run: Importer, node: Node) -> Any:

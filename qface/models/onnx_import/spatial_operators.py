@@ -151,7 +151,7 @@ def _pool_window(run: Importer, node: Node) -> tuple[Any, Any, list[tuple[int, i
 
 def _max_pool(run: Importer, node: Node) -> Any:
     kernel, strides, pads = _pool_window(run, node)
-    x, name, padding = run.value(node), run.name_of(node), tuple(before for before, _ in pads)
+    x, name, padding = run.value(node), run.name_of(node), (pads[0][0], pads[1][0])
     if not _is_even(pads) or any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
         arguments = (x, list(_for_torch(pads)), -math.inf)
         x, padding = run.function(aten.constant_pad_nd.default, arguments, {}, f"{name}_pad"), (0, 0)
@@ -165,7 +165,7 @@ def _average_pool(run: Importer, node: Node) -> Any:
     if set(_window(node, "dilations", 2)) != {1}:
         raise run.refuse(node, f"dilations {node.get('dilations')}")
     ceil, whole = bool(node.get("ceil_mode", 0)), bool(node.get("count_include_pad", 0))
-    x, name, padding = run.value(node), run.name_of(node), tuple(before for before, _ in pads)
+    x, name, padding = run.value(node), run.name_of(node), (pads[0][0], pads[1][0])
     if _is_even(pads) and all(2 * pad <= size for pad, size in zip(padding, kernel, strict=True)):
         return run.layer(nn.AvgPool2d(kernel, strides, padding, ceil, whole), (x,), name)
     if ceil:
@@ -205,14 +205,18 @@ def _pad(run: Importer, node: Node) -> Any:
         return x
     if any(pads[0]):
         raise run.refuse(node, "padding of the batch")
+    if mode not in _PAD_MODES:
+        raise run.refuse(node, f"the mode {mode}")
     on_map = len(shape) == 4 and not any(pads[1]) and min(map(min, pads)) >= 0
     if on_map and (mode in ("reflect", "edge") or value == 0):
-        torch_mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}[mode]
-        return run.layer(Pad(_for_torch(pads[2:]), torch_mode), (x,), name)
+        return run.layer(Pad(_for_torch(pads[2:]), _PAD_MODES[mode]), (x,), name)
     if mode != "constant":
         raise run.refuse(node, f"the mode {mode} and pads {pads}")
     last_first = [pixels for pair in reversed(pads) for pixels in pair]
     return run.function(aten.constant_pad_nd.default, (x, last_first, value), {}, name)
+
+
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}  # as torch calls them
 
 
 def _pads_of_dimensions(run: Importer, node: Node, rank: int) -> list[tuple[int, int]]:
@@ -268,7 +272,7 @@ def _scale_input(run: Importer, node: Node) -> Array | None:
 def _nearest(run: Importer, node: Node, x: fx.Node, after: Sequence[int], scales: Sequence[float]) -> fx.Node:
     name, before = run.name_of(node), run.sizes(x)[2:]
     chosen = [_nearest_indices(run, node, *each) for each in zip(before, after, scales, strict=True)]
-    factors = tuple(high // low for low, high in zip(before, after, strict=True))
+    factors = (after[0] // before[0], after[1] // before[1])
     repeats = [
         np.array_equal(indices, np.arange(size).repeat(factor))
         for indices, size, factor in zip(chosen, before, factors, strict=True)
