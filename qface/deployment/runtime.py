@@ -76,7 +76,7 @@ class OnnxEmbedder:
         self._session = _open(self.path, providers, threads)
         self._name, self.input, dtype, self._batch = _image_input(self.path, self._session)
         metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        if preprocessing is None and _OF_OURS.issubset(metadata):
+        if not preprocessing and _OF_OURS.issubset(metadata):
             written = written_preprocessing(metadata["preprocessing"], self.path)
             self._graph_input: ImageInput = described_input(written, dtype)
             self._output: str = self._session.get_outputs()[0].name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx import TensorProto
 from torch import Tensor
 
 import qface
+from qface.cli import main
 from qface.data.sources import as_image_source
 from qface.deployment.runtime import OnnxEmbedder
 from qface.evaluation.embedding import Embeddings, Model
@@ -287,3 +290,56 @@ def test_half_precision(tmp_path: Path) -> None:
     path = graph.save(tmp_path / "half.onnx")
     found = check(path, FACES.half())
     assert (found.mean, found.std) == ((127.5,) * 3, (128.0,) * 3)
+
+
+# ---- on the command line
+
+
+def shown(path: Path, *options: str) -> dict:
+    """What ``bench`` says of a file, as JSON."""
+    result = CliRunner().invoke(main, ["bench", str(path), "--runs", "1", "--json", *options])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["rows"][0]
+
+
+def test_options_say_what_a_file_reads(tmp_path: Path) -> None:
+    graph = Graph()
+    network(graph)
+    path = graph.save(tmp_path / "net.onnx")
+    assert shown(path)["preprocessing"] == "RGB 112x112, mean 127.5, std 127.5 (default)"
+    options = ("--color", "BGR", "--mean", "0", "--std", "255,254,253", "--crop", "8,8,104,104", "--size", "112x112")
+    expected = "BGR 112x112 of the crop 8,8,104,104, mean 0, std 255,254,253 (given)"
+    assert shown(path, *options)["preprocessing"] == expected
+
+
+@pytest.mark.parametrize("options", [("--mean", "1,2"), ("--std", "0"), ("--crop", "1"), ("--size", "112x112x3")])
+def test_options_out_of_range_are_one_line(options: tuple[str, str], tmp_path: Path) -> None:
+    graph = Graph()
+    network(graph)
+    path = graph.save(tmp_path / "net.onnx")
+    result = CliRunner().invoke(main, ["bench", str(path), *options])
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["evaluate", "ijb", "thresholds", "sensitivity", "quantize", "prune", "distill"])
+def test_every_command_that_takes_a_model_has_them(command: str) -> None:
+    text = CliRunner().invoke(main, [command, "--help"]).output
+    assert all(option in text for option in ("--color", "--mean", "--std", "--crop", "--size"))
+
+
+@pytest.mark.parametrize("way", [nothing, mxnet, centered_unit], ids=lambda way: way.__name__)
+def test_evaluate_says_what_was_read(way: Callable[[Graph], None], tmp_path: Path, crops: Callable[..., Path]) -> None:
+    graph = Graph()
+    way(graph)
+    network(graph)
+    path = graph.save(tmp_path / "net.onnx")
+    folder = crops({"Ann": 3, "Bob": 3})
+    by_onnxruntime, by_torch = (qface.evaluate(model, folder) for model in (path, qface.load(path)))
+    assert by_onnxruntime.preprocessing == by_torch.preprocessing == OnnxEmbedder(path).preprocessing.describe()
+    assert by_onnxruntime.tpr_at_fpr == by_torch.tpr_at_fpr
+    thresholds = [by_onnxruntime.thresholds[fpr] for fpr in by_torch.thresholds if by_torch.thresholds[fpr] is not None]
+    expected = [value for value in by_torch.thresholds.values() if value is not None]
+    np.testing.assert_allclose(thresholds, expected, atol=1e-4)
+    result = CliRunner().invoke(main, ["evaluate", str(path), "--images", str(folder), "--json", "--color", "BGR"])
+    assert "(given)" in json.loads(result.stdout.splitlines()[-1])["preprocessing"]

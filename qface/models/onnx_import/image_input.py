@@ -115,7 +115,7 @@ def find_image_input(file: OnnxFile, override: PreprocessingOverride | None = No
     dtype, channels_last, size = _declared(file)
     found = _Prefix(file, channels_last, size, dtype).find()
     written = file.metadata.get("preprocessing")
-    if written is not None and dtype == torch.uint8 and override is None:
+    if written is not None and dtype == torch.uint8 and not override:
         return _of_described_bytes(found, written_preprocessing(written, file.path), file)
     shown = found.range
     if written is not None and dtype != torch.uint8:
