@@ -21,6 +21,7 @@ from qface.data.sources import as_image_source
 from qface.deployment.runtime import OnnxEmbedder
 from qface.evaluation.embedding import Embeddings, Model
 from qface.evaluation.embedding import embed as embed_source
+from qface.models.onnx_import import find_image_input, read_onnx
 from qface.preprocessing import Preprocessing, preprocessing_of
 from tests.models.onnx_graphs import Graph, network
 from tests.networks import random_faces
@@ -290,6 +291,15 @@ def test_half_precision(tmp_path: Path) -> None:
     path = graph.save(tmp_path / "half.onnx")
     found = check(path, FACES.half())
     assert (found.mean, found.std) == ((127.5,) * 3, (128.0,) * 3)
+
+
+def test_a_prefix_that_grows_without_end_is_no_normalization(tmp_path: Path) -> None:
+    graph = Graph()
+    for _ in range(40):
+        graph.add("Concat", graph.last, axis=3)
+    graph.add("Slice", *(graph.constant(value=np.array([each])) for each in (0, 112, 3)))
+    network(graph)
+    assert find_image_input(read_onnx(graph.save(tmp_path / "net.onnx"))).preprocessing.source == "default"
 
 
 # ---- on the command line

@@ -39,6 +39,10 @@ class ConstantFolder:
         self._left: float = max(_SMALLEST_LIMIT, sum(each.nbytes for each in file.constants.values()))
 
     def compute(self, node: Node, inputs: dict[str, Array]) -> list[Array]:
+        """The outputs of ``node`` for ``inputs`` by name, with all floats as float32; see :meth:`evaluate`."""
+        return [_in_float32(each) for each in self.evaluate(node, inputs)]
+
+    def evaluate(self, node: Node, inputs: dict[str, Array]) -> list[Array]:
         """The outputs of ``node`` for ``inputs`` by name.
 
         Raises:
@@ -51,7 +55,7 @@ class ConstantFolder:
         self._spend(node, _bytes_made(node, inputs))
         if node.op == "Identity":
             return list(inputs.values())
-        return [_in_float32(each) for each in self._run(node, inputs)]
+        return self._run(node, inputs)
 
     def _spend(self, node: Node, size: float) -> None:
         self._left -= size

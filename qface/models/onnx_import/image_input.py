@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from qface.errors import CheckpointError
@@ -316,22 +315,16 @@ class _Prefix:
     def _run(self, nodes: Sequence[Node], value: str, pixels: Array) -> Array | None:
         given = np.moveaxis(pixels, 1, 3) if self._channels_last else pixels
         given = given.astype(np.uint8) if self._dtype == torch.uint8 else given
-        image = self._file.image.name
+        folder = ConstantFolder(self._file)  # which limits what a file can make it compute
         try:
-            constants = self._constants_of(nodes)
-            written_out = [each for node in nodes for each in _in_float64(node, constants)]
-            graph = helper.make_graph(
-                written_out,
-                "prefix",
-                [helper.make_tensor_value_info(image, helper.np_dtype_to_tensor_dtype(given.dtype), None)],
-                [helper.make_empty_tensor_value_info(value)],
-                [numpy_helper.from_array(array, name) for name, array in constants.items()],
-            )
-            model = helper.make_model(graph, opset_imports=self._file.model.opset_import)
-            (result,) = ReferenceEvaluator(model).run([value], {image: given})
+            values = {**self._constants_of(nodes), self._file.image.name: given}
+            for proto in [each for node in nodes for each in _in_float64(node, values)]:
+                node = Node.of(proto)
+                made = folder.evaluate(node, {name: values[name] for name in node.inputs if name})
+                values.update(zip((name for name in node.outputs if name), made, strict=True))
         except Exception:  # of whatever kind; then it is no normalization, and whoever imports the node complains
             return None
-        return np.asarray(result)
+        return values[value]
 
     def _constants_of(self, nodes: Sequence[Node]) -> dict[str, Array]:
         """What ``nodes`` read beside the image, in float64."""
@@ -356,6 +349,8 @@ def _in_float64(node: Node, constants: dict[str, Array]) -> list[onnx.NodeProto]
     """
     if node.op == "Cast" and node.get("to") == TensorProto.FLOAT:
         return [helper.make_node("Cast", list(node.inputs), list(node.outputs), to=TensorProto.DOUBLE)]
+    if node.op == "Dropout":
+        return [helper.make_node("Identity", [node.inputs[0]], [node.outputs[0]])]
     if node.op != "BatchNormalization":
         return [node.proto]
     weight, bias, mean, variance = (constants[name] for name in node.inputs[1:5])
