@@ -20,7 +20,7 @@ from qface.evaluation import (
     operating_thresholds,
 )
 from qface.models import load, save
-from qface.preprocessing import Preprocessing
+from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.pruning import Budget, PruningConfig, prune
 from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
 from qface.quantization.sensitivity import Sensitivity, sensitivity
@@ -57,4 +57,5 @@ __all__ = [
     "save",
     "sensitivity",
     "verify",
+    "with_preprocessing",
 ]

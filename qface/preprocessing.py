@@ -7,9 +7,10 @@ writes, so that nobody has to remember which network wants which mean.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +24,14 @@ from qface.errors import CheckpointError, ConfigError
 __all__ = [
     "CROP_SIZE",
     "Preprocessing",
+    "PreprocessingOverride",
     "attach",
+    "crop_for",
     "dtype_of",
     "example_input",
+    "overridden",
     "preprocessing_of",
+    "warn_of_default",
     "with_preprocessing",
     "written_preprocessing",
 ]
@@ -34,6 +39,7 @@ __all__ = [
 CROP_SIZE = 112
 """Side of the aligned face crop in pixels (the ArcFace template)."""
 
+_LOGGER = logging.getLogger("qface")
 _ATTRIBUTE = "preprocessing"
 _KEPT = "_user_preserved_attributes"  # torch.fx's name
 _COLORS = ("RGB", "BGR")
@@ -51,6 +57,8 @@ class Preprocessing:
         color: channel order that the network reads, ``"RGB"`` or ``"BGR"``.
         mean: per channel in the order of ``color``, in bytes (0..255).
         std: likewise; the network reads ``(x - mean) / std``.
+        source: who says so: ``"given"`` by the user, ``"file"`` for its metadata, ``"graph"`` for the operators at the
+            start of an ONNX graph, ``"default"`` where nobody does. It is not compared and not written.
 
     Raises:
         ConfigError: a field is out of range.
@@ -61,6 +69,7 @@ class Preprocessing:
     color: str = "RGB"
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
     std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    source: str = field(default="given", compare=False)
 
     def __post_init__(self) -> None:
         if not _numbers(self.crop, 4, Integral) or not _inside_template(*self.crop):
@@ -99,6 +108,13 @@ class Preprocessing:
     @staticmethod
     def _per_channel(values: tuple[float, float, float], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, 3, 1, 1)
+
+    def describe(self) -> str:
+        """One line for reports: what the network reads, and who says so."""
+        height, width = self.size
+        crop = "" if self.crop == (0, 0, CROP_SIZE, CROP_SIZE) else f" of the crop {','.join(map(str, self.crop))}"
+        mean, std = (_short(values) for values in (self.mean, self.std))
+        return f"{self.color} {height}x{width}{crop}, mean {mean}, std {std} ({self.source})"
 
     def to_json(self) -> str:
         """One line of JSON, as it lies in file metadata."""
@@ -139,9 +155,57 @@ def written_preprocessing(text: str, path: str | Path) -> Preprocessing:
         CheckpointError: they cannot be read.
     """
     try:
-        return Preprocessing.from_json(text)
+        return replace(Preprocessing.from_json(text), source="file")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+PreprocessingOverride = Preprocessing | Mapping[str, Any]
+"""A whole :class:`Preprocessing`, or only those of its fields that take the place of what was found."""
+
+_FIELDS = tuple(each.name for each in fields(Preprocessing) if each.compare)
+
+
+def overridden(found: Preprocessing, given: PreprocessingOverride | None) -> Preprocessing:
+    """``found`` with what the user says in its place; a size that is given alone brings its crop.
+
+    Raises:
+        ConfigError: there is no such field, or it is out of range.
+    """
+    if given is None or isinstance(given, Preprocessing):
+        return given or found
+    changes = dict(given)
+    unknown = sorted(set(changes) - set(_FIELDS))
+    if unknown:
+        raise ConfigError(f"a Preprocessing has no {unknown[0]!r}; its fields are {', '.join(_FIELDS)}")
+    if not changes:
+        return found
+    if "size" in changes and "crop" not in changes:
+        changes["crop"] = crop_for(changes["size"])
+    return replace(found, **changes, source="given")
+
+
+def crop_for(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The part of the 112x112 crop that a network of this size reads: a width of 96 means columns 8 to 104."""
+    if size == (CROP_SIZE, 96):
+        return (0, 8, CROP_SIZE, 104)
+    return (0, 0, CROP_SIZE, CROP_SIZE)
+
+
+def warn_of_default(preprocessing: Preprocessing, path: str | Path) -> None:
+    """Name the default in one line where neither the user nor the file at ``path`` says what it reads."""
+    if preprocessing.source == "default":
+        _LOGGER.warning(
+            "%s does not say what it reads; taken is %s. Set it with --color, --mean, --std, --crop and --size, or "
+            "preprocessing= in Python",
+            path,
+            preprocessing.describe(),
+        )
+
+
+def _short(values: tuple[float, float, float]) -> str:
+    """One number where all are equal."""
+    return ",".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
 def _numbers(values: Any, count: int, kind: Any) -> bool:
@@ -165,7 +229,7 @@ def _three(value: Any) -> tuple[float, float, float]:
 def preprocessing_of(model: nn.Module) -> Preprocessing:
     """The preprocessing that ``model`` carries, or the default where it carries none."""
     carried = getattr(model, _ATTRIBUTE, None)
-    return carried if isinstance(carried, Preprocessing) else Preprocessing()
+    return carried if isinstance(carried, Preprocessing) else Preprocessing(source="default")
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

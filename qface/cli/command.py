@@ -8,10 +8,12 @@ from typing import Any
 
 import click
 from rich.console import Console
-from torch import nn
 
 from qface.errors import QFaceError
+from qface.evaluation import as_embedder
+from qface.evaluation.embedding import Embedder
 from qface.models.resolve import resolve_model
+from qface.preprocessing import PreprocessingOverride
 
 __all__ = ["Command", "embedder", "show"]
 
@@ -28,9 +30,11 @@ class Command(click.Command):
             ctx.exit(2)
 
 
-def embedder(text: str) -> nn.Module | Path:
-    """A file for onnxruntime, or a network for torch."""
-    return Path(text) if text.endswith(".onnx") else resolve_model(text)
+def embedder(text: str, preprocessing: PreprocessingOverride | None = None) -> Embedder:
+    """A file in onnxruntime, or a network in torch; see :func:`resolve_model`."""
+    if text.lower().endswith(".onnx"):
+        return as_embedder(Path(text), preprocessing)
+    return as_embedder(resolve_model(text, preprocessing=preprocessing))
 
 
 def show(record: dict[str, Any], table: Any, as_json: bool) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 import qface
-from qface.cli.command import Command, embedder, show
-from qface.cli.options import FilePath, images_option, json_option, people_option
+from qface.cli.command import Command, show
+from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
 from qface.deployment.export import TARGETS
 from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
+from qface.errors import ConfigError
 from qface.files import check_folder
 from qface.models.resolve import resolve_model
 from qface.reporting import agreement_table, latency_table, plan_table
@@ -56,10 +58,20 @@ def inspect(model: str, bits: int, as_json: bool) -> None:
     show_default=True,
     help="Where a student's file runs: with integers on CPUs, or in fp16 on GPUs.",
 )
-def export(student: Path, output: Path, weight_format: str, images: Path | None, input_type: str, target: str) -> None:
+@preprocessing_options
+def export(
+    student: Path,
+    output: Path,
+    weight_format: str,
+    images: Path | None,
+    input_type: str,
+    target: str,
+    preprocessing: dict[str, Any],
+) -> None:
     """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
     check_folder(output)
-    qface.export(qface.load(student), output, weight_format, images, input_type, target)
+    network = qface.load(student, preprocessing=preprocessing)
+    qface.export(network, output, weight_format, images, input_type, target)
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
 
 
@@ -68,10 +80,13 @@ def export(student: Path, output: Path, weight_format: str, images: Path | None,
 @click.argument("file", type=FilePath)
 @images_option
 @people_option
+@preprocessing_options
 @json_option
-def verify(student: Path, file: Path, images: Path, identities: str | None, as_json: bool) -> None:
+def verify(
+    student: Path, file: Path, images: Path, identities: str | None, preprocessing: dict[str, Any], as_json: bool
+) -> None:
     """Prove that FILE computes what STUDENT computes, layer by layer and from end to end."""
-    agreement = qface.verify(qface.load(student), file, images, identities)
+    agreement = qface.verify(qface.load(student, preprocessing=preprocessing), file, images, identities)
     show(agreement.to_dict(), agreement_table(agreement), as_json)
     if not agreement.agrees:
         raise click.exceptions.Exit(1)
@@ -82,18 +97,28 @@ def verify(student: Path, file: Path, images: Path, identities: str | None, as_j
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads within an operation.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Images a call.")
 @click.option("--runs", type=int, default=40, show_default=True, help="Timed calls of each file.")
+@preprocessing_options
 @json_option
-def bench(files: tuple[Path, ...], threads: int, batch: int, runs: int, as_json: bool) -> None:
+def bench(
+    files: tuple[Path, ...], threads: int, batch: int, runs: int, preprocessing: dict[str, Any], as_json: bool
+) -> None:
     """Time ONNX files in turns; the first is what the others are measured by."""
-    rows = compare([open_file(file, threads) for file in files], threads, batch, runs)
+    rows = compare([open_file(file, threads, preprocessing=preprocessing) for file in files], threads, batch, runs)
     show({"rows": [row.to_dict() for row in rows]}, latency_table(rows, f"{runs} calls of each, in turns"), as_json)
 
 
 @click.command(cls=Command)
 @click.argument("model")
 @click.option("--bits", type=int, default=6, show_default=True, help="Bits that a float network would get, 2 to 8.")
+@preprocessing_options
 @json_option
-def size(model: str, bits: int, as_json: bool) -> None:
+def size(model: str, bits: int, preprocessing: dict[str, Any], as_json: bool) -> None:
     """Say what each byte is spent on; MODEL is an .onnx file, or a network whose packed file is predicted."""
-    report = qface.measure_size(embedder(model), bits)
+    is_file = model.lower().endswith(".onnx")
+    if is_file and preprocessing:
+        raise ConfigError(
+            f"the size of {model} does not depend on what it reads; leave out --{next(iter(preprocessing))}"
+        )
+    measured = Path(model) if is_file else resolve_model(model, preprocessing=preprocessing)
+    report = qface.measure_size(measured, bits)
     show(report.to_dict(), size_tables(report), as_json)

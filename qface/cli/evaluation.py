@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
 import qface
 from qface.cli.command import Command, embedder, show
-from qface.cli.options import FilePath, images_option, json_option, people_option
+from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
 from qface.evaluation import TemplateProtocol
 from qface.models.resolve import resolve_model
 from qface.reporting import (
@@ -31,13 +31,21 @@ __all__ = ["evaluate", "ijb", "sensitivity", "thresholds"]
 @click.option("--pairs", type=FilePath, help="Pair list, of LFW for ten-fold accuracy or lines path,path,flag.")
 @click.option("--gallery", help="Another model that embeds the gallery, while MODEL embeds the probes.")
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
+@preprocessing_options
 @json_option
 def evaluate(
-    model: str, images: Path, identities: str | None, pairs: Path | None, gallery: str | None, flip: bool, as_json: bool
+    model: str,
+    images: Path,
+    identities: str | None,
+    pairs: Path | None,
+    gallery: str | None,
+    flip: bool,
+    preprocessing: dict[str, Any],
+    as_json: bool,
 ) -> None:
     """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
     result = qface.evaluate(
-        embedder(model),
+        embedder(model, preprocessing),
         images,
         pairs=pairs,
         identities=identities,
@@ -61,6 +69,7 @@ def evaluate(
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @click.option("--detector-score", is_flag=True, help="Weight images by the detector's score.")
 @click.option("--run-dir", type=FilePath, help="Folder to keep embeddings in; a run that was stopped goes on there.")
+@preprocessing_options
 @json_option
 def ijb(
     model: str,
@@ -69,10 +78,12 @@ def ijb(
     flip: bool,
     detector_score: bool,
     run_dir: Path | None,
+    preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Measure 1:1 verification of templates on IJB-B or IJB-C; MODEL as for evaluate."""
-    result = qface.evaluate_templates(embedder(model), data, protocol, flip, detector_score, run_dir, progress=True)
+    chosen = embedder(model, preprocessing)
+    result = qface.evaluate_templates(chosen, data, protocol, flip, detector_score, run_dir, progress=True)
     show(result.to_dict(), templates_table(result), as_json)
 
 
@@ -83,6 +94,7 @@ def ijb(
 @click.option("--people", "identities", help="Whom to set thresholds on, as for other commands.  [default: all]")
 @click.option("--eval-people", "eval_identities", help="Whom to measure them on.  [default: the same]")
 @click.option("--fpr", default="1e-4", show_default=True, help="Share of impostors that may be accepted.")
+@preprocessing_options
 @json_option
 def thresholds(
     teacher: str,
@@ -91,10 +103,11 @@ def thresholds(
     identities: str | None,
     eval_identities: str | None,
     fpr: str,
+    preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Set the cosine to accept where float meets float, quantized quantized, and quantized a float gallery."""
-    models = (embedder(teacher), embedder(student))
+    models = (embedder(teacher, preprocessing), embedder(student))
     result = qface.operating_thresholds(*models, images, fpr, identities, eval_identities, progress=True)
     show(result.to_dict(), thresholds_table(result), as_json)
 
@@ -104,12 +117,21 @@ def thresholds(
 @images_option
 @people_option
 @click.option("--figure", type=FilePath, help="Also draw the losses here (.png, .svg or .pdf).")
+@preprocessing_options
 @json_option
-def sensitivity(model: str, images: Path, identities: str | None, figure: Path | None, as_json: bool) -> None:
+def sensitivity(
+    model: str,
+    images: Path,
+    identities: str | None,
+    figure: Path | None,
+    preprocessing: dict[str, Any],
+    as_json: bool,
+) -> None:
     """Measure what quantizing each layer alone costs, its weight and what it reads, at 2 to 8 bits."""
     if figure is not None:
         check_figure(figure)
-    result = qface.sensitivity(resolve_model(model), images, identities, progress=True)
+    network = resolve_model(model, preprocessing=preprocessing)
+    result = qface.sensitivity(network, images, identities, progress=True)
     if figure is not None:
         sensitivity_figure(result, figure)
     show(result.to_dict(), sensitivity_tables(result), as_json)

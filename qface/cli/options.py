@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = [
     "images_option",
     "json_option",
     "people_option",
+    "preprocessing_options",
     "pruning_options",
     "training_options",
     "weights_option",
@@ -53,6 +55,77 @@ people_option = click.option(
 )
 weights_option = click.option("--weights", type=FilePath, help="A file of weights for the network that --model makes.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+
+
+class _Numbers(click.ParamType[Any]):
+    """So many numbers with commas between them; one of them may stand for all.
+
+    Args:
+        name: for messages and help.
+        kind: of the numbers.
+        count: how many there are.
+        separator: between them.
+        repeats: True if a single number stands for all.
+    """
+
+    def __init__(self, name: str, kind: type[int] | type[float], count: int, separator: str, repeats: bool) -> None:
+        self.name = name
+        self._kind, self._count, self._separator, self._repeats = kind, count, separator, repeats
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The numbers of ``value``."""
+        parts = str(value).split(self._separator)
+        try:
+            numbers = tuple(self._kind(part) for part in parts)
+        except ValueError:
+            self.fail(f"{value!r} is not {self.name}", param, ctx)
+        if len(numbers) == 1 and self._repeats:
+            return numbers * self._count
+        if len(numbers) != self._count:
+            self.fail(f"{value!r} is not {self.name}", param, ctx)
+        return numbers
+
+
+_PREPROCESSING = _options(
+    click.option("--color", type=click.Choice(["RGB", "BGR"]), help="Color order the model reads.  [default: found]"),
+    click.option(
+        "--mean",
+        type=_Numbers("NUMBER or R,G,B", float, 3, ",", repeats=True),
+        help="Mean in 0..255 that is subtracted from the pixels before they reach the model.  [default: found]",
+    ),
+    click.option(
+        "--std",
+        type=_Numbers("NUMBER or R,G,B", float, 3, ",", repeats=True),
+        help="What the pixels are divided by after that: 1 for a model that reads bytes.  [default: found]",
+    ),
+    click.option(
+        "--crop",
+        type=_Numbers("TOP,LEFT,BOTTOM,RIGHT", int, 4, ",", repeats=False),
+        help="Part of the 112x112 crop that the model reads.  [default: found]",
+    ),
+    click.option(
+        "--size",
+        type=_Numbers("HEIGHTxWIDTH", int, 2, "x", repeats=True),
+        help="Size that the model reads; 112x96 is columns 8 to 104.  [default: found]",
+    ),
+)
+
+
+def preprocessing_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for what a model reads, in place of what its file says; given as the mapping ``preprocessing``.
+
+    Of two models they are for the first one, the teacher.
+    """
+
+    @functools.wraps(function)
+    def collected(color: str | None, mean: Any, std: Any, crop: Any, size: Any, **others: Any) -> Any:
+        fields = {"color": color, "mean": mean, "std": std, "crop": crop, "size": size}
+        given = {name: value for name, value in fields.items() if value is not None}
+        return function(preprocessing=given, **others)
+
+    return _PREPROCESSING(collected)
+
+
 training_options = _options(
     click.option("--epochs", type=int, default=1, show_default=True, help="Rounds of as many images as there are."),
     click.option("--batch-size", type=int, help="Images a step.  [default: the recipe's]"),

@@ -18,6 +18,7 @@ from qface.cli.options import (
     images_option,
     json_option,
     people_option,
+    preprocessing_options,
     pruning_options,
     training_options,
     weights_option,
@@ -49,6 +50,7 @@ __all__ = ["distill", "prune", "quantize"]
 )
 @click.option("--distill/--no-distill", default=True, show_default=True, help="Fine-tune after calibration.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
+@preprocessing_options
 @training_options
 def quantize(
     model: str,
@@ -64,6 +66,7 @@ def quantize(
     output: Path,
     run_dir: Path | None,
     resume: bool,
+    preprocessing: dict[str, Any],
     **training: Any,
 ) -> None:
     """Quantize a network, calibrate it on faces, and distill it."""
@@ -78,7 +81,7 @@ def quantize(
         _refuse_run(run_dir, resume)
     if budget_mb is not None and weight_bits is not None:
         raise ConfigError("--budget-mb chooses the bits of weights by itself; leave out --weight-bits")
-    teacher = resolve_model(model, weights)
+    teacher = resolve_model(model, weights, preprocessing)
     student = qface.quantize(teacher, config)
     click.echo(qface.inspect(student), err=True)
     check_savable(student)
@@ -125,6 +128,7 @@ def _warn_export_blocker(student: nn.Module) -> None:
 @click.option("--distill/--no-distill", default=False, show_default=True, help="Fine-tune on --images after each step.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Network file to write (.safetensors).")
 @json_option
+@preprocessing_options
 @training_options
 def prune(
     model: str,
@@ -140,6 +144,7 @@ def prune(
     as_json: bool,
     run_dir: Path | None,
     resume: bool,
+    preprocessing: dict[str, Any],
     **options: Any,
 ) -> None:
     """Remove whole channels of a network."""
@@ -151,7 +156,7 @@ def prune(
     wanted = _share_or_budget(ratio, parameters=parameters, macs=macs, mb=mb)
     config = qface.PruningConfig(seed=options["seed"], **{name: options.pop(name) for name in PRUNING_FIELDS})
     training = distill_config(**options)
-    teacher = resolve_model(model, weights)
+    teacher = resolve_model(model, weights, preprocessing)
     check_savable(teacher)
     folders = {
         step: None if run_dir is None else run_dir / f"step-{step}" for step in range(1, config.iterative_steps + 1)
@@ -186,6 +191,7 @@ def _share_or_budget(ratio: float | None, **budgets: float | None) -> float | qf
 @images_option
 @people_option
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
+@preprocessing_options
 @training_options
 def distill(
     student: Path,
@@ -195,12 +201,13 @@ def distill(
     output: Path,
     run_dir: Path | None,
     resume: bool,
+    preprocessing: dict[str, Any],
     **training: Any,
 ) -> None:
     """Fine-tune a student to embed faces as its teacher does."""
     check_model_file(output)
     settings = distill_config(**training)
-    learner, known = qface.load(student), resolve_model(teacher)
+    learner, known = qface.load(student), resolve_model(teacher, preprocessing=preprocessing)
     qface.distill(learner, known, images, settings, run_dir, resume, identities=identities)
     qface.save(learner, output)
     click.echo(f"wrote {output}")

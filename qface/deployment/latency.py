@@ -17,7 +17,7 @@ from torch import Tensor
 from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError
-from qface.preprocessing import Preprocessing
+from qface.preprocessing import Preprocessing, PreprocessingOverride
 
 __all__ = ["Candidate", "Latency", "compare", "median_milliseconds", "open_file"]
 
@@ -39,6 +39,7 @@ class Candidate:
         bytes: on disk.
         load_seconds: that opening took, once.
         input: what it reads, one of :data:`qface.deployment.inputs.INPUTS`.
+        preprocessing: how images are normalized for it, in words.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Candidate:
     bytes: int
     load_seconds: float
     input: str = FLOAT_INPUT
+    preprocessing: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Latency:
         ratio: the median as a multiple of the first candidate's.
         bytes: on disk.
         load_seconds: that opening took, once.
+        preprocessing: how images are normalized for it, in words.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Latency:
     ratio: float
     bytes: int
     load_seconds: float
+    preprocessing: str = ""
 
     @property
     def megabytes(self) -> float:
@@ -103,11 +107,16 @@ class Latency:
             "MB": self.megabytes,
             "MiB": self.mebibytes,
             "load_s": self.load_seconds,
+            "preprocessing": self.preprocessing,
         }
 
 
 def open_file(
-    path: str | Path, threads: int = 1, name: str | None = None, providers: Sequence[str] | None = None
+    path: str | Path,
+    threads: int = 1,
+    name: str | None = None,
+    providers: Sequence[str] | None = None,
+    preprocessing: PreprocessingOverride | None = None,
 ) -> Candidate:
     """Open an ONNX file that embeds images.
 
@@ -116,6 +125,7 @@ def open_file(
         threads: that onnxruntime may use within an operation.
         name: for the row; by default the path.
         providers: onnxruntime's execution providers in order of preference, as in :class:`OnnxEmbedder`.
+        preprocessing: what the file reads, or some fields of that, as in :class:`OnnxEmbedder`.
 
     Raises:
         CheckpointError: the file is missing or damaged, or is no network from images to embeddings.
@@ -124,7 +134,7 @@ def open_file(
     _check_counts(threads=threads)
     import_module("onnxruntime")  # half a second, which is not the file's
     start = time.perf_counter()
-    embedder = OnnxEmbedder(path, providers, threads)
+    embedder = OnnxEmbedder(path, providers, threads, preprocessing)
     seconds = time.perf_counter() - start
     return Candidate(
         name or str(path),
@@ -134,6 +144,7 @@ def open_file(
         embedder.path.stat().st_size,
         seconds,
         embedder.input,
+        embedder.preprocessing.describe(),
     )
 
 
@@ -165,6 +176,7 @@ def compare(candidates: Sequence[Candidate], threads: int = 1, batch: int = 1, r
             median / medians[0],
             candidate.bytes,
             candidate.load_seconds,
+            candidate.preprocessing,
         )
         for candidate, measured, median in zip(candidates, times, medians, strict=True)
     ]

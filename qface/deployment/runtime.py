@@ -20,7 +20,9 @@ from torch import Tensor
 
 from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
 from qface.errors import CheckpointError, ConfigError, QFaceError, one_line
-from qface.preprocessing import Preprocessing, written_preprocessing
+from qface.models.onnx_import.image_input import ImageInput, described_input, find_image_input
+from qface.models.onnx_import.onnx_file import read_onnx
+from qface.preprocessing import PreprocessingOverride, written_preprocessing
 
 __all__ = ["WEIGHT_BITS", "OnnxEmbedder", "cpu_session"]
 
@@ -28,7 +30,13 @@ WEIGHT_BITS = "weight_bits"  # the metadata's key for the most bits of weights t
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
-_INPUTS = {"tensor(float)": FLOAT_INPUT, "tensor(uint8)": UINT8_INPUT}
+_INPUTS = {
+    "tensor(float)": (FLOAT_INPUT, torch.float32),
+    "tensor(float16)": (FLOAT_INPUT, torch.float16),
+    "tensor(double)": (FLOAT_INPUT, torch.float64),
+    "tensor(uint8)": (UINT8_INPUT, torch.uint8),
+}
+_OF_OURS = {"qface", "preprocessing", "input"}  # what the metadata of a file hold that says all about its input
 _WARNING, _ERROR, _FATAL = 2, 3, 4
 
 
@@ -36,14 +44,16 @@ class OnnxEmbedder:
     """A face-recognition network in an ONNX file, run by onnxruntime.
 
     Args:
-        path: the file; its metadata may hold the :class:`Preprocessing` as JSON under ``preprocessing``.
+        path: the file; its metadata may hold the :class:`Preprocessing` as JSON under ``preprocessing``. Where they do
+            not, its graph is looked at as :func:`qface.load` does.
         providers: onnxruntime's execution providers in order of preference; by default CUDA where it works,
             else the CPU.
         threads: threads inside an operation; by default onnxruntime's choice.
+        preprocessing: what goes into the graph, or some fields of that, where the file does not say or says it wrongly.
 
     Attributes:
         path: the file.
-        preprocessing: what the network wants to see; the default where the file does not tell.
+        preprocessing: what the network reads after the normalization that is in the graph, as of :func:`qface.load`.
         input: what the file reads, one of :data:`qface.deployment.inputs.INPUTS`: normalized floats, or RGB bytes.
         target: the processor that it is written for, ``"cpu"`` where the file does not tell.
         provider: the execution provider that is really used.
@@ -51,15 +61,29 @@ class OnnxEmbedder:
 
     Raises:
         CheckpointError: the file is missing or damaged, or is no network from images to embeddings.
-        ConfigError: a provider is unknown to the installed onnxruntime.
+        UnsupportedLayerError: several of its outputs may be the embedding, or none.
+        ConfigError: a provider is unknown to the installed onnxruntime, or a field of the preprocessing is wrong.
     """
 
-    def __init__(self, path: str | Path, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        preprocessing: PreprocessingOverride | None = None,
+    ) -> None:
         self.path = Path(path)
         self._session = _open(self.path, providers, threads)
-        self._name, self.input, self._batch = _image_input(self.path, self._session)
+        self._name, self.input, dtype, self._batch = _image_input(self.path, self._session)
         metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        self.preprocessing = _preprocessing(self.path, metadata)
+        if not preprocessing and _OF_OURS.issubset(metadata):
+            written = written_preprocessing(metadata["preprocessing"], self.path)
+            self._graph_input: ImageInput = described_input(written, dtype)
+            self._output: str = self._session.get_outputs()[0].name
+        else:
+            file = read_onnx(self.path)
+            self._graph_input, self._output = find_image_input(file, preprocessing), file.output
+        self.preprocessing = self._graph_input.preprocessing
         self.target = metadata.get("target", "cpu")
         self.provider: str = self._session.get_providers()[0]
         self.runtime = f"onnxruntime {self.provider}"
@@ -71,8 +95,8 @@ class OnnxEmbedder:
         A network with a fixed batch size gets pieces of that size, the last one filled up with zeros.
 
         Args:
-            batch: [N, 3, height, width], normalized floats or RGB bytes of this size. Whichever the file does not read
-                becomes what it reads: bytes are normalized, and floats are rounded to bytes.
+            batch: [N, 3, height, width], floats that are normalized for ``preprocessing``, or RGB bytes of this size.
+                Either becomes what the graph takes; for a graph that takes bytes, floats are rounded.
 
         Raises:
             QFaceError: the network does not take images of this size.
@@ -84,19 +108,19 @@ class OnnxEmbedder:
         return torch.cat([self._run(_filled(piece, self._batch))[: len(piece)] for piece in pieces])
 
     def _as_read(self, images: Tensor) -> Tensor:
-        if self.input == UINT8_INPUT:
-            return images if images.dtype == torch.uint8 else self.preprocessing.to_bytes(images.float())
-        return self.preprocessing.normalize(images) if images.dtype == torch.uint8 else images.float()
+        floats = self.preprocessing.normalize(images) if images.dtype == torch.uint8 else images.float()
+        return self._graph_input.to_graph(floats)
 
     def _run(self, images: Tensor) -> Tensor:
         try:
-            outputs = self._session.run(None, {self._name: images.contiguous().numpy()})
+            outputs = self._session.run([self._output], {self._name: images.contiguous().numpy()})
         except Exception as error:  # onnxruntime's errors share no base class
             raise QFaceError(f"{self.path} cannot embed images {list(images.shape)}: {one_line(error)}") from error
         return torch.from_numpy(outputs[0]).float()
 
     def _check_size(self) -> None:
-        wanted = tuple(self._session.get_inputs()[0].shape[2:])
+        shape = self._session.get_inputs()[0].shape
+        wanted = tuple(shape[1:3] if self._graph_input.channels_last else shape[2:])
         given = self.preprocessing.size
         if any(isinstance(w, int) and w != g for w, g in zip(wanted, given, strict=True)):
             raise CheckpointError(
@@ -172,8 +196,8 @@ def _silenced() -> Iterator[None]:
         _onnxruntime().set_default_logger_severity(_WARNING)
 
 
-def _image_input(path: Path, session: Any) -> tuple[str, str, int | None]:
-    """Name of the only input, what it reads, and its batch size where that is fixed."""
+def _image_input(path: Path, session: Any) -> tuple[str, str, torch.dtype, int | None]:
+    """Name of the only input, what it reads, its type, and its batch size where that is fixed."""
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in _INPUTS or len(inputs[0].shape) != 4:
         found = ", ".join(f"{node.name}: {node.type} {node.shape}" for node in inputs)
@@ -181,12 +205,8 @@ def _image_input(path: Path, session: Any) -> tuple[str, str, int | None]:
             f"{path} reads ({found}): pass a network with one float or uint8 input [batch, 3, height, width]"
         )
     batch = inputs[0].shape[0]
-    return inputs[0].name, _INPUTS[inputs[0].type], batch if isinstance(batch, int) else None
-
-
-def _preprocessing(path: Path, metadata: dict[str, str]) -> Preprocessing:
-    record = metadata.get("preprocessing")
-    return Preprocessing() if record is None else written_preprocessing(record, path)
+    kind, dtype = _INPUTS[inputs[0].type]
+    return inputs[0].name, kind, dtype, batch if isinstance(batch, int) else None
 
 
 def _filled(piece: Tensor, length: int) -> Tensor:

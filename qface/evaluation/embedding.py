@@ -19,7 +19,7 @@ from qface.data.prefetch import prefetched
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, ImagesError, QFaceError, one_line
 from qface.memory_format import fastest_memory_format
-from qface.preprocessing import Preprocessing, dtype_of, preprocessing_of
+from qface.preprocessing import Preprocessing, PreprocessingOverride, dtype_of, preprocessing_of
 from qface.progress import track
 from qface.training_mode import preserve_training_mode
 
@@ -98,10 +98,14 @@ def _is_observing(module: Any) -> bool:
     return hasattr(module, "enable_observer") and bool(module.observer_enabled)
 
 
-def as_embedder(model: Model) -> Embedder:
+def as_embedder(model: Model, preprocessing: PreprocessingOverride | None = None) -> Embedder:
     """Turn a module, a file or an :class:`Embedder` into an :class:`Embedder`.
 
     A path that ends in ``.onnx`` goes to onnxruntime, any other to :func:`qface.models.load`.
+
+    Args:
+        model: what embeds.
+        preprocessing: of a file, what it reads, or some fields of that, in place of what is found.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -110,18 +114,18 @@ def as_embedder(model: Model) -> Embedder:
     if isinstance(model, nn.Module):
         return TorchEmbedder(model)
     if isinstance(model, (str, Path)):
-        return _from_file(model)
+        return _from_file(model, preprocessing)
     if isinstance(model, Embedder):
         return model
     raise ConfigError(f"a model is an nn.Module, a path or an Embedder, not {type(model).__name__}")
 
 
-def _from_file(path: str | Path) -> Embedder:
+def _from_file(path: str | Path, preprocessing: PreprocessingOverride | None) -> Embedder:
     if Path(path).suffix.lower() == ".onnx":
-        return OnnxEmbedder(path)
+        return OnnxEmbedder(path, preprocessing=preprocessing)
     from qface.models import load  # only here, so that ONNX files need no networks
 
-    return TorchEmbedder(load(path))
+    return TorchEmbedder(load(path, preprocessing=preprocessing))
 
 
 def embed(

@@ -51,6 +51,8 @@ class EvaluationResult:
         impostor_pairs: pairs of images of two people, likewise.
         runtime: what computed the embeddings, such as ``"torch cpu"``.
         seconds: time to read and embed the images, the gallery's included.
+        preprocessing: what the model reads and who says so, in words.
+        gallery_preprocessing: that of the gallery's model; None without one.
     """
 
     accuracy: float | None
@@ -65,6 +67,8 @@ class EvaluationResult:
     impostor_pairs: int
     runtime: str
     seconds: float
+    preprocessing: str = ""
+    gallery_preprocessing: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -131,6 +135,8 @@ def evaluate(
         impostor_pairs=impostors,
         runtime=str(getattr(prober, "runtime", type(prober).__name__)),
         seconds=seconds,
+        preprocessing=prober.preprocessing.describe(),
+        gallery_preprocessing=None if galleries is None else galleries.preprocessing.describe(),
     )
 
 

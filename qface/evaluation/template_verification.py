@@ -49,6 +49,7 @@ class TemplateResult:
         impostor_pairs: listed pairs of two people.
         runtime: what computed the embeddings, such as ``"torch cpu"``.
         seconds: time for all of it in this process.
+        preprocessing: what the model reads and who says so, in words.
     """
 
     protocol: TemplateProtocol
@@ -62,6 +63,7 @@ class TemplateResult:
     impostor_pairs: int
     runtime: str
     seconds: float
+    preprocessing: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -132,6 +134,7 @@ def evaluate_templates(
         impostor_pairs=len(templates.same) - genuine,
         runtime=str(getattr(embedder, "runtime", type(embedder).__name__)),
         seconds=time.perf_counter() - start,
+        preprocessing=embedder.preprocessing.describe(),
     )
 
 

@@ -42,12 +42,14 @@ class OperatingThresholds:
         identities: the people that thresholds were set on, as they were named; None for all.
         eval_identities: the people that rates were measured on.
         pairings: float, quantized and mixed.
+        preprocessing: what the teacher and the student read and who says so, in words.
     """
 
     fpr: str
     identities: str | None
     eval_identities: str | None
     pairings: tuple[PairingThreshold, ...]
+    preprocessing: tuple[str, str] = ("", "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -93,7 +95,11 @@ def operating_thresholds(
         for name, threshold in thresholds.items()
     )
     return OperatingThresholds(
-        fpr, _name(identities), _name(identities if eval_identities is None else eval_identities), tuple(rows)
+        fpr,
+        _name(identities),
+        _name(identities if eval_identities is None else eval_identities),
+        tuple(rows),
+        (models[0].preprocessing.describe(), models[1].preprocessing.describe()),
     )
 
 

@@ -32,7 +32,7 @@ from qface.graph.layers import (
 if TYPE_CHECKING:
     from qface.graph.capture import Converter
 
-__all__ = ["FLOAT_FUNCTIONS", "LAYER_RULES", "Call", "Constant", "operator_name"]
+__all__ = ["FLOAT_FUNCTIONS", "LAYER_RULES", "Call", "Constant", "along_one_dimension", "clamp_layer", "operator_name"]
 
 Shape = tuple[Any, ...]
 """Sizes of a tensor; None where the batch counts."""
@@ -364,7 +364,7 @@ def _affine(run: Converter, call: Call, x: Any, scale: Any, shift: Any) -> Any:
     if call.output != x.meta["shape"]:
         return None
     rank = len(x.meta["shape"])
-    factor, summand = _along_one_dimension(scale, rank), _along_one_dimension(shift, rank)
+    factor, summand = along_one_dimension(scale, rank), along_one_dimension(shift, rank)
     if factor is None or summand is None:
         return None
     dims = {dim for dim, _ in (factor, summand) if dim is not None}
@@ -379,7 +379,7 @@ def _affine(run: Converter, call: Call, x: Any, scale: Any, shift: Any) -> Any:
     return run.layer(layer, (x,), named.name if named is not None and named.name else call.layer_name)
 
 
-def _along_one_dimension(value: Any, rank: int) -> tuple[int | None, Tensor] | None:
+def along_one_dimension(value: Any, rank: int) -> tuple[int | None, Tensor] | None:
     """The dimension of a tensor of ``rank`` along which ``value`` varies, None where it is one number; its values."""
     if isinstance(value, (int, float)):
         return None, torch.tensor([float(value)])

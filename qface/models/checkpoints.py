@@ -20,7 +20,7 @@ from qface.models.iresnet import IRESNET_BLOCKS, IResNet
 from qface.models.mobilefacenet import MobileFaceNet
 from qface.models.pickled_modules import read_pickled
 from qface.models.state_dicts import network_tensors, state_dict_of
-from qface.preprocessing import CROP_SIZE, Preprocessing
+from qface.preprocessing import Preprocessing, crop_for
 
 __all__ = ["fill", "preprocessing_for", "read_tensors", "recognize"]
 
@@ -127,9 +127,9 @@ def _mobilefacenet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.
 
 
 def preprocessing_for(height: int, width: int) -> Preprocessing:
-    """What a network of images of this size most likely reads: all of the crop, or 112x96 in its middle."""
-    margin = max(0, CROP_SIZE - width) // 2 if height == CROP_SIZE else 0
-    return Preprocessing(crop=(0, margin, CROP_SIZE, CROP_SIZE - margin), size=(height, width))
+    """The default of a network of images of this size: all of the crop, or 112x96 in its middle."""
+    size = (height, width)
+    return Preprocessing(crop=crop_for(size), size=size, source="default")
 
 
 def _iresnet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:
@@ -145,7 +145,7 @@ def _iresnet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module
         raise CheckpointError(
             f"{path} is an IResNet with {blocks} blocks, none of depth {', '.join(map(str, IRESNET_BLOCKS))}"
         )
-    return IResNet(blocks, len(tensors["fc.weight"])), Preprocessing()
+    return IResNet(blocks, len(tensors["fc.weight"])), Preprocessing(source="default")
 
 
 def _mbf(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:
@@ -154,7 +154,9 @@ def _mbf(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Pr
     features, scale = len(tensors["features.layers.2.weight"]), len(tensors["layers.0.layers.0.weight"]) // 64
     if scale < 1:
         raise CheckpointError(f"{path}: layers.0.layers.0.weight has fewer than 64 channels, and is of no mbf")
-    return InsightFaceMobileFaceNet(features, (first or 1, second, third, fourth), scale), Preprocessing()
+    return InsightFaceMobileFaceNet(features, (first or 1, second, third, fourth), scale), Preprocessing(
+        source="default"
+    )
 
 
 def _blocks_of_mbf(tensors: Mapping[str, Tensor], layer: int) -> set[str]:

@@ -26,7 +26,15 @@ from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.models.iresnet import IRESNET_BLOCKS, iresnet
 from qface.models.mobilefacenet import MobileFaceNet
 from qface.models.state_dicts import network_tensors
-from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing, written_preprocessing
+from qface.preprocessing import (
+    Preprocessing,
+    PreprocessingOverride,
+    overridden,
+    preprocessing_of,
+    warn_of_default,
+    with_preprocessing,
+    written_preprocessing,
+)
 from qface.provenance import provenance_of, with_provenance, written_provenance
 
 __all__ = ["MODEL_NAMES", "check_model_file", "load", "save"]
@@ -40,7 +48,7 @@ MODEL_NAMES = ("mobilefacenet", "mbf", *(f"iresnet{depth}" for depth in IRESNET_
 
 
 def load(
-    path_or_name: str | Path, model: nn.Module | None = None, preprocessing: Preprocessing | None = None
+    path_or_name: str | Path, model: nn.Module | None = None, preprocessing: PreprocessingOverride | None = None
 ) -> nn.Module:
     """Load a model in eval mode, on the CPU, with its :class:`Preprocessing` attached.
 
@@ -51,17 +59,20 @@ def load(
             (:mod:`qface.models.exported_program`); a float ``.onnx`` file (:mod:`qface.models.onnx_import`); or one of
             :data:`MODEL_NAMES`.
         model: a network of your own, into which the weights of the file are loaded, in place.
-        preprocessing: what the network reads, where the file does not say or says it wrongly.
+        preprocessing: what the file reads, where it does not say or says it wrongly: a :class:`Preprocessing`, or a
+            mapping of those of its fields that differ from what is found. Of an ``.onnx`` file it is what goes into
+            the graph; what the graph then does to the image first becomes part of the network's Preprocessing.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another network, or holds NaN.
         UnsupportedLayerError: an ``.onnx`` file holds an operation that cannot be imported.
+        ConfigError: ``preprocessing`` names no field, or a value out of range.
     """
     if Path(path_or_name).suffix.lower() == ".onnx":
         return _from_onnx(path_or_name, model, preprocessing)
     if model is None and str(path_or_name) in MODEL_NAMES and not Path(path_or_name).exists():
         fresh = _fresh(str(path_or_name))
-        return with_preprocessing(fresh, preprocessing or Preprocessing()).eval()
+        return with_preprocessing(fresh, overridden(Preprocessing(source="default"), preprocessing)).eval()
     if is_exported_program(path_or_name):
         return _from_exported_program(path_or_name, model, preprocessing)
     tensors, metadata = read_tensors(path_or_name)
@@ -71,25 +82,29 @@ def load(
         with_provenance(loaded, written_provenance(metadata.get("provenance", ""), path_or_name))
     if "preprocessing" in metadata:
         likely = written_preprocessing(metadata["preprocessing"], path_or_name)
-    return with_preprocessing(loaded, preprocessing or likely).eval()
+    reads = overridden(likely, preprocessing)
+    warn_of_default(reads, path_or_name)
+    return with_preprocessing(loaded, reads).eval()
 
 
-def _from_onnx(path: str | Path, model: nn.Module | None, preprocessing: Preprocessing | None) -> nn.Module:
+def _from_onnx(path: str | Path, model: nn.Module | None, preprocessing: PreprocessingOverride | None) -> nn.Module:
     if model is not None:
         raise CheckpointError(f"{path} brings its own network: leave out model=, or load weights from another file")
     from qface.models.onnx_import import load_onnx  # only here, so that other files need no onnx
 
-    network, likely = load_onnx(path)
+    network, reads = load_onnx(path, preprocessing)
     check_finite(network.state_dict(), path)
-    return with_preprocessing(network, preprocessing or likely)
+    return with_preprocessing(network, reads)
 
 
-def _from_exported_program(path: str | Path, model: nn.Module | None, preprocessing: Preprocessing | None) -> nn.Module:
+def _from_exported_program(
+    path: str | Path, model: nn.Module | None, preprocessing: PreprocessingOverride | None
+) -> nn.Module:
     if model is not None:
         raise CheckpointError(f"{path} brings its own network: leave out model=, or load weights from another file")
     network, likely = load_exported_program(path)
     check_finite(network.state_dict(), path)
-    return with_preprocessing(network, preprocessing or likely)
+    return with_preprocessing(network, overridden(likely, preprocessing))
 
 
 def _fresh(name: str) -> nn.Module:

@@ -48,6 +48,7 @@ def evaluation_table(result: EvaluationResult) -> Table:
         figure = f"{percent(result.accuracy)} ± {100 * result.accuracy_std:.2f}"
         table.add_row(f"10-fold accuracy ({result.pairs} pairs, {result.pairs_dropped} dropped)", figure, "")
     _add_rates(table, result)
+    table.caption = escape(f"reads {result.preprocessing}") if result.preprocessing else None
     return table
 
 
@@ -70,6 +71,7 @@ def templates_table(result: TemplateResult) -> Table:
     how = f"protocol {result.protocol}, " + (" and ".join(added) if added else "neither flip nor detector score")
     table = _figures(f"{how}: {result.images} images, {result.templates} templates, {result.runtime}")
     _add_rates(table, result)
+    table.caption = escape(f"reads {result.preprocessing}") if result.preprocessing else None
     return table
 
 

@@ -92,7 +92,7 @@ def test_provider_is_the_one_that_is_used(write):
 
 
 def test_default_provider_falls_back_quietly(write, capfd):
-    embedder = OnnxEmbedder(write())
+    embedder = OnnxEmbedder(write(preprocessing=PREPROCESSING.to_json(), shape=("N", 3, 112, 96)))
     assert embedder.provider in ("CPUExecutionProvider", "CUDAExecutionProvider")
     assert capfd.readouterr() == ("", "")
 
@@ -115,7 +115,7 @@ def test_other_inputs_are_errors(write):
 
 
 def test_preprocessing_that_does_not_fit_is_an_error(write):
-    assert "reads images of 112x96" in message(write(("N", 3, 112, 96)))
+    assert "reads images of 112x96" in message(write(("N", 3, 112, 96), Preprocessing().to_json()))
     assert "preprocessing record" in message(write(preprocessing="{"))
 
 

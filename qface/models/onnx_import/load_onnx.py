@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from qface.data.synthetic import synthetic_crops
 from qface.errors import CheckpointError, one_line
-from qface.models.onnx_import.graph_import import GraphImport
-from qface.models.onnx_import.operators import OPERATORS
-from qface.preprocessing import Preprocessing, written_preprocessing
+from qface.models.onnx_import.image_input import ImageInput, find_image_input
+from qface.models.onnx_import.importer import Importer
+from qface.models.onnx_import.onnx_file import OnnxFile, read_onnx
+from qface.models.onnx_import.operators import OPERATOR_RULES
+from qface.preprocessing import Preprocessing, PreprocessingOverride
 from qface.provenance import with_provenance, written_provenance
 
 __all__ = ["load_onnx"]
@@ -24,67 +25,77 @@ _TOLERANCE = 1e-3
 """Greatest difference to onnxruntime, in parts of the embedding's length; the order of sums makes a hundredth of it."""
 
 
-def load_onnx(path: str | Path) -> tuple[nn.Module, Preprocessing]:
-    """The network in an ONNX file, in eval mode, and what it reads: as a file of ours says, or as the graph shows.
+def load_onnx(path: str | Path, override: PreprocessingOverride | None = None) -> tuple[nn.Module, Preprocessing]:
+    """The network in an ONNX file, in eval mode, and what it reads.
 
-    A file of ours also says which steps made the network.
+    The normalization at the start of the graph becomes part of the preprocessing. A file of ours also says which steps
+    made the network.
 
-    A subtraction and a scaling of the input at the start of the graph, as older InsightFace files have them, become
-    part of the preprocessing.
+    Args:
+        path: the file.
+        override: what goes into the graph, in place of what is found; see :func:`find_image_input`.
 
     Raises:
         CheckpointError: the file is missing or damaged, or the network computes something else than the file.
         UnsupportedLayerError: the graph holds an operation that has no counterpart here; it is named.
     """
-    path = Path(path)
-    model = _read(path)
-    found = GraphImport(model, path, OPERATORS)
-    network, likely = found.network()
-    written = {entry.key: entry.value for entry in model.metadata_props}
-    preprocessing = written_preprocessing(written["preprocessing"], path) if "preprocessing" in written else likely
-    with_provenance(network, written_provenance(written.get("provenance", "[]"), path))
-    network.eval()
-    _check(network, preprocessing, path, reads_bytes=found.normalizes)
-    return network, preprocessing
+    file = read_onnx(path)
+    image = find_image_input(file, override)
+    network = Importer(file, image, OPERATOR_RULES).network()
+    with_provenance(network, written_provenance(file.metadata.get("provenance", "[]"), file.path))
+    _check(network, file, image)
+    return network, image.preprocessing
 
 
-def _read(path: Path) -> onnx.ModelProto:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"there is no file {path}; check the path")
-    try:
-        return onnx.load(path)
-    except Exception as error:  # protobuf's own errors, which differ between its versions
-        raise CheckpointError(f"{path} is no complete ONNX file ({one_line(error, 200)}); fetch it again") from error
-
-
-def _check(network: nn.Module, preprocessing: Preprocessing, path: Path, reads_bytes: bool) -> None:
-    """Compare with onnxruntime on random images.
+def _check(network: nn.Module, file: OnnxFile, image: ImageInput) -> None:
+    """Compare with onnxruntime on synthetic faces.
 
     Raises:
         CheckpointError: the two differ.
     """
+    declared = file.image.type.tensor_type.shape.dim[0].dim_value
+    for count in (declared,) if declared else (1, 2):
+        images = image.preprocessing(synthetic_crops(count))
+        images = images if image.dtype != torch.uint8 else _rounded(images, image.preprocessing)
+        _compare(_from_torch(network, images, file), _from_onnxruntime(file, image, images), file)
+
+
+def _rounded(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    return preprocessing.normalize(preprocessing.to_bytes(images))
+
+
+def _from_torch(network: nn.Module, images: Tensor, file: OnnxFile) -> Tensor:
+    try:
+        with torch.no_grad():
+            embeddings: Tensor = network(images)
+    except RuntimeError as error:  # torch's own
+        raise CheckpointError(
+            f"{file.path} was not understood: torch cannot run it ({one_line(error, 200)}); please report its graph"
+        ) from error
+    return embeddings
+
+
+def _from_onnxruntime(file: OnnxFile, image: ImageInput, images: Tensor) -> Tensor:
     onnxruntime: Any = import_module("onnxruntime")  # it has no types
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    pixels = torch.randint(0, 256, (1, 3, *preprocessing.size), generator=torch.Generator().manual_seed(0)).float()
-    mean, std = preprocessing.mean[0], preprocessing.std[0]
-    normalized = (pixels - mean) / std
+    model = file.model.SerializeToString() if file.is_converted else str(file.path)
+    given = image.to_graph(images)
+    given = given.float() if file.is_converted and given.is_floating_point() else given
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        given = pixels if reads_bytes else normalized
-        (expected,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        (expected,) = session.run([file.output], {file.image.name: given.contiguous().numpy()})
     except Exception as error:  # onnxruntime's errors have no common base
-        raise CheckpointError(f"onnxruntime cannot run {path}: {one_line(error, 200)}") from error
-    try:
-        with torch.no_grad():
-            found = network(normalized)
-    except RuntimeError as error:  # torch's own
+        raise CheckpointError(f"onnxruntime cannot run {file.path}: {one_line(error, 200)}") from error
+    return torch.from_numpy(expected)
+
+
+def _compare(found: Tensor, expected: Tensor, file: OnnxFile) -> None:
+    if len(found) == 1 and expected.shape == found.shape[1:]:
+        expected = expected[None]  # a file that squeezes drops the batch with all other sizes of 1
+    difference = float((found - expected).abs().max()) if found.shape == expected.shape else np.inf
+    if not difference <= _TOLERANCE * float(expected.norm(dim=-1).max()):
         raise CheckpointError(
-            f"{path} was not understood: torch cannot run it ({one_line(error, 200)}); please report its graph"
-        ) from error
-    difference = float((found - torch.from_numpy(expected)).abs().max()) if found.shape == expected.shape else np.inf
-    if not difference <= _TOLERANCE * float(np.linalg.norm(expected)):
-        raise CheckpointError(
-            f"{path} was not understood: torch makes {list(found.shape)} of an image and onnxruntime "
+            f"{file.path} was not understood: torch makes {list(found.shape)} of the images and onnxruntime "
             f"{list(expected.shape)}, {difference:.3g} apart; please report its graph"
         )

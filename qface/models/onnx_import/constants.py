@@ -1,0 +1,155 @@
+"""What operators make of constants alone: by ONNX's reference, for a list of operators and up to a size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
+
+from qface.errors import UnsupportedLayerError, one_line
+from qface.models.onnx_import.onnx_file import Array, Node, OnnxFile
+
+__all__ = ["COMPUTED", "ConstantFolder"]
+
+COMPUTED = frozenset(
+    "Abs Add And Cast Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div Equal Erf Exp Expand Flatten Floor "
+    "Gather GatherElements Gemm Greater GreaterOrEqual Identity Less LessOrEqual Log MatMul Max Min Mod Mul Neg "
+    "NonZero Not Or Pad Pow Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
+    "ReduceSumSquare Relu Reshape Round ScatterND Shape Sigmoid Sign Sin Size Slice Split Sqrt Squeeze Sub Sum Tanh "
+    "Tile Transpose Trilu Unsqueeze Where".split()
+)
+"""Operators that may be computed while a file is read; none of them runs a body of its own."""
+
+_SMALLEST_LIMIT = 2**28
+"""Bytes that may be made of constants; a file that is larger may make as many as it has."""
+
+
+class ConstantFolder:
+    """Computes nodes whose inputs are constants.
+
+    Args:
+        file: for opsets and messages.
+    """
+
+    def __init__(self, file: OnnxFile) -> None:
+        self._file = file
+        self._left: float = max(_SMALLEST_LIMIT, sum(each.nbytes for each in file.constants.values()))
+
+    def compute(self, node: Node, inputs: dict[str, Array]) -> list[Array]:
+        """The outputs of ``node`` for ``inputs`` by name, with all floats as float32; see :meth:`evaluate`."""
+        return [_in_float32(each) for each in self.evaluate(node, inputs)]
+
+    def evaluate(self, node: Node, inputs: dict[str, Array]) -> list[Array]:
+        """The outputs of ``node`` for ``inputs`` by name.
+
+        Raises:
+            UnsupportedLayerError: its operator is not on the list, it makes too much, or it cannot be computed.
+        """
+        if node.op not in COMPUTED:
+            raise UnsupportedLayerError(
+                f"{self._file.path}: node {node.name} is a {node.op}, which cannot be computed on constants"
+            )
+        self._spend(node, _bytes_made(node, inputs))
+        if node.op == "Identity":
+            return list(inputs.values())
+        return self._run(node, inputs)
+
+    def _spend(self, node: Node, size: float) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise UnsupportedLayerError(
+                f"{self._file.path}: the constant {node.name} ({node.op}) makes more than {_SMALLEST_LIMIT} bytes; "
+                "simplify the file first"
+            )
+
+    def _run(self, node: Node, inputs: dict[str, Array]) -> list[Array]:
+        given = [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), None)
+            for name, value in inputs.items()
+        ]
+        names = [name for name in node.outputs if name]
+        outputs = [helper.make_empty_tensor_value_info(name) for name in names]
+        graph = helper.make_graph([node.proto], "constant", given, outputs)
+        model = helper.make_model(graph, opset_imports=self._file.model.opset_import)
+        try:
+            return [np.asarray(each) for each in ReferenceEvaluator(model).run(names, inputs)]
+        except Exception as error:  # of whatever kind the node's own implementation raises
+            raise UnsupportedLayerError(
+                f"{self._file.path}: the constant {node.name} ({node.op}) cannot be computed: {one_line(error, 200)}"
+            ) from error
+
+
+def _in_float32(value: Array) -> Array:
+    return value.astype(np.float32) if value.dtype in (np.float16, np.float64) else value
+
+
+def _bytes_made(node: Node, inputs: dict[str, Array]) -> float:
+    """Upper bound of what ``node`` makes, in bytes of eight an element."""
+    given = [inputs[name] for name in node.inputs if name]
+    estimate = _ELEMENTS.get(node.op)
+    try:
+        elements = _broadcast(node, given) if estimate is None else estimate(node, given)
+    except (ValueError, IndexError, ArithmeticError):  # inputs that do not fit, which the reference complains of
+        elements = 0.0
+    return 8 * max(elements, float(sum(each.size for each in given)))
+
+
+def _broadcast(node: Node, given: list[Array]) -> float:
+    return _product(np.broadcast_shapes(*(each.shape for each in given)))
+
+
+def _filled(node: Node, given: list[Array]) -> float:
+    return _product(given[0].tolist())
+
+
+def _expanded(node: Node, given: list[Array]) -> float:
+    return _product(np.broadcast_shapes(given[0].shape, tuple(given[1].tolist())))
+
+
+def _tiled(node: Node, given: list[Array]) -> float:
+    return float(given[0].size * _product(given[1].tolist()))
+
+
+def _counted(node: Node, given: list[Array]) -> float:
+    start, stop, step = (float(each.item()) for each in given)
+    return abs((stop - start) / step)
+
+
+def _padded(node: Node, given: list[Array]) -> float:
+    pads = given[1].tolist() if len(given) > 1 else list(node.get("pads", []))
+    return _product([size + sum(map(abs, pads)) for size in given[0].shape])
+
+
+def _multiplied(node: Node, given: list[Array]) -> float:
+    left, right = given[:2]
+    return float(left.size / min(left.shape) * right.size / min(right.shape))
+
+
+def _gathered(node: Node, given: list[Array]) -> float:
+    data, indices = given
+    return float(data.size / data.shape[node.get("axis", 0)] * indices.size)
+
+
+def _found(node: Node, given: list[Array]) -> float:
+    return float(given[0].ndim * given[0].size)
+
+
+def _product(sizes: Sequence[float]) -> float:
+    return math.prod(max(abs(float(size)), 1.0) for size in sizes)
+
+
+_ELEMENTS: dict[str, Callable[[Node, list[Array]], float]] = {
+    "ConstantOfShape": _filled,
+    "Expand": _expanded,
+    "Gather": _gathered,
+    "Gemm": _multiplied,
+    "MatMul": _multiplied,
+    "NonZero": _found,
+    "Pad": _padded,
+    "Range": _counted,
+    "Tile": _tiled,
+}
+"""Upper bounds of the elements an operator makes, where that is not the shape of its broadcast inputs."""

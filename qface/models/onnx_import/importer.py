@@ -1,0 +1,406 @@
+"""The walk over an ONNX graph: constants are computed, and each other node becomes layers by its operator's rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qface.errors import CheckpointError, UnsupportedLayerError, one_line
+from qface.graph.layer_graph import LayerGraph
+from qface.graph.layers import Permute, Reshape
+from qface.models.onnx_import.constants import ConstantFolder
+from qface.models.onnx_import.image_input import ImageInput
+from qface.models.onnx_import.onnx_file import Array, Node, OnnxFile, needed_nodes
+
+__all__ = ["Importer", "Rule"]
+
+_BATCH, _OTHER_BATCH = 100003, 100019
+"""The number of images while shapes are worked out: a prime, so that what counts images is a multiple of it.
+
+With the other one a constant is computed again, to tell what else depends on the number of images.
+"""
+
+_SIZES = frozenset("ConstantOfShape Expand Range Reshape Resize Slice Split Tile Upsample".split())
+"""Operators that read sizes, which may count the images."""
+
+
+class Importer(LayerGraph):
+    """One graph on its way to layers.
+
+    Args:
+        file: what to import.
+        image: what its input takes, and where the network proper starts.
+        rules: what becomes of each operator.
+    """
+
+    def __init__(self, file: OnnxFile, image: ImageInput, rules: Mapping[str, Rule]) -> None:
+        super().__init__()
+        self.file = file
+        self.opset = file.opset
+        self._image = image
+        self._rules = rules
+        self._folder = ConstantFolder(file)
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._constants: dict[str, Array] = dict(file.constants)  # type: ignore[assignment]
+        self._stored: dict[str, Tensor] = {}
+        self._origins: dict[str, str] = {}
+        self._counts: set[str] = set()
+        self._batched: set[str] = set()
+        self._values: dict[str, fx.Node] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._node: Node | None = None
+
+    # ---- the walk
+
+    def network(self) -> fx.GraphModule:
+        """The network from images [N, 3, height, width] to embeddings [N, D]."""
+        self.file.check_importable()
+        self._start()
+        for node in needed_nodes(self.file.nodes, self.file.output, self._image.start):
+            self._convert(node)
+        output = self.file.output
+        if output not in self._values:
+            raise CheckpointError(f"{self.file.path}: nothing makes its output {output} of the image; fetch it again")
+        self._check_embedding(self.shape(output))
+        return self.finish(self._values[output], "ImportedNetwork")
+
+    def _start(self) -> None:
+        height, width = self._image.preprocessing.size
+        images = self._with_value(self.graph.placeholder("images"), lambda: torch.empty(_BATCH, 3, height, width))
+        self._shapes[self.file.image.name] = (
+            (_BATCH, height, width, 3) if self._image.channels_last else (_BATCH, 3, height, width)
+        )
+        if self._image.starts_channels_last:
+            images = self.layer(Permute((0, 2, 3, 1)), (images,), "channels_last")
+        self._values[self._image.start] = images
+
+    def _check_embedding(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2 or shape[0] != _BATCH:
+            written = ", ".join("N" if size % _BATCH == 0 else str(size) for size in shape)
+            raise UnsupportedLayerError(
+                f"{self.file.path} returns {self.file.output} [{written}], and no embedding [N, D] of each image"
+            )
+
+    def _convert(self, node: Node) -> None:
+        self._node = node
+        if node.op in ("Shape", "Size") and node.inputs[0] not in self._constants:
+            self._read_shape(node)
+        elif all(name in self._constants for name in node.inputs if name):
+            self._compute(node)
+        elif node.op not in self._rules:
+            raise UnsupportedLayerError(
+                f"{self.file.path}: node {node.name} is a {node.op}, which cannot be imported; "
+                f"known are {', '.join(sorted(self._rules))}"
+            )
+        else:
+            made = self._rules[node.op](self, node)
+            if made is None:
+                raise self.file.refusal(node, "settings without a counterpart")
+            results = made if isinstance(made, list) else [made]
+            self._values.update(zip((name for name in node.outputs), results, strict=False))
+
+    # ---- constants, and sizes
+
+    def _read_shape(self, node: Node) -> None:
+        shape = np.array(self.shape(node.inputs[0]), np.int64)
+        if node.op == "Size":
+            shape = np.array(shape.prod())
+        else:
+            shape = shape[node.get("start", 0) : node.get("end")]
+        self._add_constant(node.outputs[0], shape, counts=True)
+
+    def _compute(self, node: Node) -> None:
+        given = {name: self._constants[name] for name in node.inputs if name}
+        counts = any(self._counts_images(name) for name in given)
+        if counts and node.op in ("ConstantOfShape", "Expand"):
+            results = self._folder.compute(node, self._of_one_image(node, given))
+        else:
+            results = self._folder.compute(node, given)
+            if counts:
+                self._check_counts(node, given, results)
+        for name, value in zip((each for each in node.outputs if each), results, strict=True):
+            if node.inputs:
+                self._origins[name] = self._origins.get(node.inputs[0], node.inputs[0])
+            self._add_constant(name, value, counts)
+            if any(each in self._batched for each in given):
+                self._batched.add(name)
+
+    def _check_counts(self, node: Node, given: dict[str, Array], results: list[Array]) -> None:
+        """Refuse a node whose results neither stay nor grow with the number of images."""
+        others = self._folder.compute(node, {name: self._for_other_batch(name) for name in given})
+        for one, other in zip(results, others, strict=True):
+            if one.shape != other.shape or not bool(((one == other) | (_in_other_batch(one) == other)).all()):
+                raise self.refuse(node, "a constant that depends on the number of images")
+
+    def _for_other_batch(self, name: str) -> Array:
+        value = self._constants[name]
+        return _in_other_batch(value) if self._counts_images(name) else value
+
+    def _of_one_image(self, node: Node, given: dict[str, Array]) -> dict[str, Array]:
+        """The sizes for one image; what reads the result repeats it for each."""
+        name = node.inputs[-1]
+        sizes = given[name]
+        if sizes[0] != _BATCH or any(size % _BATCH == 0 and size for size in sizes[1:]):
+            raise self.refuse(node, "a size that depends on the number of images")
+        self._batched.add(node.outputs[0])
+        return {**given, name: np.array([1, *sizes[1:]], sizes.dtype)}
+
+    def _add_constant(self, name: str, value: Array, counts: bool) -> None:
+        self._constants[name] = value
+        if counts:
+            self._counts.add(name)
+
+    def _counts_images(self, name: str) -> bool:
+        """True if an element of a constant is a multiple of the number of images."""
+        value = self._constants.get(name)
+        if name not in self._counts or value is None:
+            return False
+        return value.dtype != np.bool_ and bool(((value != 0) & (value % _BATCH == 0)).any())
+
+    # ---- what rules ask for
+
+    def is_constant(self, node: Node, position: int) -> bool:
+        """True if input ``position`` is given and does not depend on the images."""
+        return node.has(position) and node.inputs[position] in self._constants
+
+    def array(self, node: Node, position: int) -> Array | None:
+        """Input ``position``, a constant; None where it is left out.
+
+        Raises:
+            UnsupportedLayerError: it is computed from the images.
+        """
+        if not node.has(position):
+            return None
+        name = node.inputs[position]
+        if name not in self._constants and name not in self._values:
+            raise CheckpointError(f"{self.file.path}: nothing makes {name} of {node.op} {node.name}; fetch it again")
+        if name not in self._constants:
+            raise UnsupportedLayerError(
+                f"{self.file.path}: {node.op} {node.name} computes its input {name} as it runs, which cannot be "
+                "imported"
+            )
+        if node.op not in _SIZES and self._counts_images(name):
+            raise self.refuse(node, "an input that depends on the number of images")
+        return self._constants[name]
+
+    def weights(self, node: Node, position: int) -> Tensor | None:
+        """Input ``position``, a constant, as a float32 tensor; None where it is left out."""
+        found = self.array(node, position)
+        return None if found is None else torch.from_numpy(np.array(found, np.float32))
+
+    def required(self, node: Node, position: int) -> Tensor:
+        """Input ``position``, a constant without which ``node`` cannot be."""
+        found = self.weights(node, position)
+        if found is None:
+            raise CheckpointError(f"{self.file.path}: {node.op} {node.name} lacks input {position}; fetch it again")
+        return found
+
+    def integers(self, node: Node, position: int, attribute: str | None = None) -> list[int] | None:
+        """Sizes, axes or indices, from an attribute of older opsets or an input of newer ones."""
+        if attribute is not None and attribute in node.attributes:
+            value = node.attributes[attribute]
+            return list(value) if isinstance(value, (list, tuple)) else [int(value)]
+        found = self.array(node, position)
+        return None if found is None else [int(each) for each in found.flatten()]
+
+    def value(self, node: Node, position: int = 0) -> fx.Node:
+        """Input ``position``, which depends on the images.
+
+        Raises:
+            UnsupportedLayerError: it does not, or nothing makes it.
+        """
+        name = node.inputs[position] if node.has(position) else ""
+        if name in self._constants:
+            raise self.refuse(node, f"a constant input {name} where a tensor is needed")
+        if name not in self._values:
+            raise CheckpointError(
+                f"{self.file.path}: nothing makes {name or 'an input'} of {node.op} {node.name}; fetch it again"
+            )
+        return self._values[name]
+
+    def tensor(self, node: Node, position: int) -> fx.Node:
+        """Input ``position`` of any kind, a constant as it is stored."""
+        return self.stored(node, position) if self.is_constant(node, position) else self.value(node, position)
+
+    def stored(self, node: Node, position: int) -> fx.Node:
+        """Input ``position``, a constant, as a value of the graph."""
+        name = node.inputs[position]
+        self.array(node, position)
+        if name not in self._stored:
+            self._stored[name] = torch.from_numpy(np.array(self._constants[name]))
+        return self.keep(self._stored[name], self._origins.get(name, name))
+
+    def keep(self, tensor: Tensor, name: str) -> fx.Node:
+        """A constant as a value of the graph."""
+        node = self.constant(tensor, _plain(name) or "constant")
+        return node if "value" in node.meta else self._with_value(node, lambda: tensor)
+
+    def repeated(self, node: Node, position: int) -> fx.Node:
+        """Input ``position``; a constant of one image is repeated for each image."""
+        made = self.tensor(node, position)
+        if node.inputs[position] not in self._batched:
+            return made
+        sizes = [self.count_of_images(), *made.meta["value"].shape[1:]]
+        return self.function(torch.ops.aten.expand.default, (made, sizes), {}, f"{self.name_of(node)}_repeated")
+
+    def count_of_images(self) -> fx.Node:
+        """The number of images, as the network runs."""
+        (images,) = (each for each in self.graph.nodes if each.op == "placeholder")
+        return self.function(torch.ops.aten.sym_size.int, (images, 0), {}, "count")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a value that depends on the images, with the prime number for their count."""
+        if name in self._values:
+            return self.sizes(self._values[name])
+        if name not in self._shapes:
+            raise CheckpointError(f"{self.file.path}: nothing makes {name}; fetch it again")
+        return self._shapes[name]
+
+    def shape_of(self, node: Node, position: int = 0) -> tuple[int, ...]:
+        """Shape of input ``position``."""
+        if self.is_constant(node, position):
+            return tuple(self._constants[node.inputs[position]].shape)
+        return self.sizes(self.value(node, position))
+
+    @property
+    def batch(self) -> int:
+        """The number of images that shapes are worked out for."""
+        return _BATCH
+
+    @property
+    def declared_batch(self) -> int:
+        """The number of images that the file is for; 0 where that is open."""
+        return int(self.file.image.type.tensor_type.shape.dim[0].dim_value)
+
+    def name_value(self, name: str, value: fx.Node) -> None:
+        """Let rules read ``value`` under a name that is not in the file."""
+        self._values[name] = value
+
+    def named_value(self, name: str) -> fx.Node:
+        """What :meth:`name_value` has named last."""
+        return self._values[name]
+
+    @staticmethod
+    def sizes(node: fx.Node) -> tuple[int, ...]:
+        """Shape of a value of the new graph."""
+        return tuple(node.meta["value"].shape)
+
+    @staticmethod
+    def counts(size: int) -> bool:
+        """True of a size that is a multiple of the number of images."""
+        return size != 0 and size % _BATCH == 0
+
+    def refuse(self, node: Node, what: str) -> UnsupportedLayerError:
+        """The error for a node that is known, used in a way that is not."""
+        return self.file.refusal(node, what)
+
+    def name_of(self, node: Node) -> str:
+        """That of its weight, as torch's exporter writes it, else its own."""
+        if len(node.inputs) > 1:
+            weight = self._origins.get(node.inputs[1], node.inputs[1])
+            if weight.endswith(".weight") and node.inputs[1] in self._constants:
+                return weight.removesuffix(".weight")
+        return _plain(node.name)
+
+    def readers(self, name: str) -> int:
+        """Number of inputs that read the value ``name``, the file's output counted as one."""
+        return sum(node.inputs.count(name) for node in self.file.nodes) + (name == self.file.output)
+
+    # ---- what rules make
+
+    def layer(self, layer: nn.Module, inputs: Sequence[fx.Node], name: str) -> fx.Node:
+        """Call ``layer`` on ``inputs``, and work out the shape of the result."""
+        node = super().layer(layer.eval(), inputs, name)
+        return self._with_value(node, lambda: layer(*(each.meta["value"] for each in inputs)))
+
+    def function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
+        """Call ``target``, a function without parameters, and work out the shape of the result."""
+        node = super().function(target, args, kwargs, re.sub(r"\W", "_", name))
+        values = fx.map_arg((args, kwargs), lambda each: each.meta["value"])
+        return self._with_value(node, lambda: target(*values[0], **values[1]))
+
+    def before_permutation(self, x: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
+        """What ``x`` permutes and how; itself, in its order, where it permutes nothing."""
+        layer = self.layer_of(x)
+        if isinstance(layer, Permute):
+            return x.all_input_nodes[0], layer.dims
+        return x, tuple(range(len(self.sizes(x))))
+
+    def permuted(self, x: fx.Node, dims: Sequence[int], name: str) -> fx.Node:
+        """``x`` in another order of dimensions; two of them after each other are one, or none."""
+        x, before = self.before_permutation(x)
+        dims = [before[dim] for dim in dims]
+        return x if dims == sorted(dims) else self.layer(Permute(tuple(dims)), (x,), name)
+
+    def elementwise(self, layer: nn.Module, x: fx.Node, name: str) -> fx.Node:
+        """Call ``layer``, to which all elements are alike, before a permutation, so that this may meet its inverse."""
+        x, dims = self.before_permutation(x)
+        return self.permuted(self.layer(layer, (x,), name), dims, f"{name}_permuted")
+
+    def layer_of(self, x: fx.Node) -> nn.Module | None:
+        """The layer that makes ``x``."""
+        return self.root.get_submodule(str(x.target)) if x.op == "call_module" else None
+
+    def call(self, node: Node, layer: nn.Module, suffix: str = "") -> fx.Node:
+        """Call ``layer`` on the first input of ``node``."""
+        return self.layer(layer, (self.value(node),), self.name_of(node) + suffix)
+
+    def reshape(self, x: fx.Node, shape: Sequence[int], name: str) -> fx.Node:
+        """``x`` in another shape, in which at most one size counts images."""
+        before, after = self.sizes(x), tuple(shape)
+        if before == after:
+            return x
+        assert self._node is not None
+        counting = [size for size in after if self.counts(size)]
+        if len(counting) != 1 or int(np.prod(before, dtype=object)) != int(np.prod(after, dtype=object)):
+            raise self.refuse(self._node, f"the shape {_written(after)} for {_written(before)}")
+        if len(after) == 2 and len(before) > 2 and before[0] == after[0] == _BATCH:
+            return self.layer(nn.Flatten(1), (x,), name)
+        return self.layer(Reshape(tuple(-1 if self.counts(size) else size for size in after)), (x,), name)
+
+    def per_image(self, sizes: Sequence[int], before: Sequence[int]) -> list[int]:
+        """``sizes`` of a reshape that were written for the file's own number of images, for any number."""
+        declared = self.declared_batch
+        total = int(np.prod(before, dtype=object))
+        if declared and sizes and sizes[0] % declared == 0:
+            scaled = [sizes[0] // declared * _BATCH, *sizes[1:]]
+            if int(np.prod(scaled, dtype=object)) == total:
+                return scaled
+        return list(sizes)
+
+    def _with_value(self, node: fx.Node, compute: Callable[[], Any]) -> fx.Node:
+        try:
+            with self._fake, torch.no_grad():
+                node.meta["value"] = compute()
+        except Exception as error:  # torch's own, of whatever kind
+            where = f"{self._node.op} {self._node.name}" if self._node is not None else "the image"
+            raise UnsupportedLayerError(
+                f"{self.file.path}: {where} cannot be imported, torch says: {one_line(error, 200)}"
+            ) from error
+        return node
+
+
+def _in_other_batch(value: Array) -> Array:
+    if value.dtype == np.bool_:
+        return value
+    return np.where(value % _BATCH == 0, value // _BATCH * _OTHER_BATCH, value).astype(value.dtype)
+
+
+def _plain(name: str) -> str:
+    """A name of a file as that of one layer."""
+    return re.sub(r"\W+", "_", name.strip("/")).strip("_")
+
+
+def _written(shape: Sequence[int]) -> str:
+    sizes = ("N" if size == _BATCH else f"{size // _BATCH}N" if size and size % _BATCH == 0 else size for size in shape)
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+Rule = Callable[[Importer, Node], "fx.Node | list[fx.Node] | None"]
+"""Adds layers for a node; returns its results, or None where this use of the operator has no layer."""
