@@ -34,7 +34,7 @@ def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: 
         bias: integers that broadcast against the result.
     """
     low, high = x.aminmax()
-    bound = weight.abs().flatten(1).sum(1).max() * torch.maximum(-low, high)
+    bound = weight.abs().reshape(len(weight), -1).sum(1).max() * torch.maximum(-low, high)
     if bias is not None:
         bound = bound + bias.abs().max()
     dtype = torch.float32 if bound < _EXACT_FLOAT32 else torch.float64
