@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from qface.errors import TraceError
+from qface.graph.places import place_of
 
 __all__ = ["EXPORTED_BATCHES", "BatchDependent", "BatchMultiple", "compare_batches"]
 
@@ -127,5 +128,5 @@ def _described(one: Any, other: Any, node: fx.Node) -> Any:
 
 
 def _different(node: fx.Node | None) -> TraceError:
-    where = "" if node is None else f" from {node.name!r} on"
-    return TraceError(f"for two and for three images it computes differently{where}")
+    where = "" if node is None else f", from {node.name!r} on{place_of(node)}"
+    return TraceError(f"it computes otherwise for two images than for three{where}")

@@ -7,9 +7,12 @@ computed. What has no layer stays a function, in float.
 
 from __future__ import annotations
 
+import io
 import logging
 import operator
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any, cast
 
 import torch
@@ -22,6 +25,7 @@ from qface.errors import TraceError, UnsupportedLayerError, one_line
 from qface.graph.aten import FLOAT_FUNCTIONS, LAYER_RULES, Call, Constant, as_parameter, operator_name, plain_shape
 from qface.graph.batch_sizes import EXPORTED_BATCHES, BatchDependent, BatchMultiple, compare_batches
 from qface.graph.layer_graph import LayerGraph
+from qface.graph.places import module_of, place_of, place_of_error
 from qface.graph.queries import SYMBOLIC_FUNCTIONS, is_layer_graph
 from qface.preprocessing import example_input
 from qface.provenance import carry
@@ -61,8 +65,7 @@ def capture(model: nn.Module) -> fx.GraphModule:
 def _exported(model: nn.Module) -> tuple[ExportedProgram, BatchDependent]:
     """The program of ``model`` for any number of images, or else that for two and what of it depends on them."""
     images = example_input(model)
-    with preserve_training_mode(model), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with preserve_training_mode(model), _quiet(), torch.no_grad():
         model.eval()
         _check_runs(model, images)
         try:
@@ -77,6 +80,14 @@ def _exported(model: nn.Module) -> tuple[ExportedProgram, BatchDependent]:
             raise _refusal_of(model, error) from error
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from warning, and from printing whole programs beside its errors."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _fixes_the_batch(error: Exception) -> bool:
     """True of errors about the number of images, and not about what they hold."""
     text = f"{type(error).__name__} {error}"
@@ -89,7 +100,7 @@ def _of(count: int, images: Tensor) -> Tensor:
 
 def _refusal_of(model: nn.Module, error: Exception) -> TraceError:
     return TraceError(
-        f"{type(model).__name__} cannot be captured{_place(error)}: {_first_line(error)}. "
+        f"{type(model).__name__} cannot be captured{place_of_error(error)}: {_first_line(error)}. "
         "Its forward must take the same way whatever the images hold, and must not fix the number of images"
     )
 
@@ -103,18 +114,6 @@ def _check_runs(model: nn.Module, images: Tensor) -> None:
             f"the network does not run on an image of {size}: {one_line(error, 200)}; "
             "attach the Preprocessing with the size it reads"
         ) from error
-
-
-def _place(error: Exception) -> str:
-    """File and line of the innermost frame outside torch, where the user can change something."""
-    place = ""
-    frame = error.__traceback__
-    while frame is not None:
-        file = frame.tb_frame.f_code.co_filename.replace("\\", "/")
-        if "/torch/" not in file and file != __file__ and not file.startswith("<"):
-            place = f" at {file}:{frame.tb_lineno} in {frame.tb_frame.f_code.co_name}"
-        frame = frame.tb_next
-    return place
 
 
 def _first_line(error: Exception) -> str:
@@ -159,7 +158,7 @@ class Converter(LayerGraph):
 
     def refusal(self, node: fx.Node, message: str) -> UnsupportedLayerError:
         """The error ``message`` with the place in the user's code that ``node`` comes from."""
-        return UnsupportedLayerError(f"{message}{_source_of(node)}")
+        return UnsupportedLayerError(f"{message}{place_of(node)}")
 
     # ---- inputs and outputs
 
@@ -280,7 +279,7 @@ class Converter(LayerGraph):
         target: Any = node.target
         if name not in FLOAT_FUNCTIONS:
             raise self.refusal(
-                node, f"{node.name!r} calls the operator {name}{_module_of(node)}, which qface does not know"
+                node, f"{node.name!r} calls the operator {name}{module_of(node)}, which qface does not know"
             )
         if target._schema.is_mutable:
             target = _out_of_place(target)
@@ -365,7 +364,7 @@ class Converter(LayerGraph):
     def _with_shape(made: fx.Node, node: fx.Node) -> fx.Node:
         value = node.meta["val"]
         made.meta |= {"shape": plain_shape(value), "float": value.is_floating_point()}
-        made.meta["source"] = _source_of(node)
+        made.meta["source"] = place_of(node)
         return made
 
     def _path(self, node: fx.Node) -> str | None:
@@ -443,20 +442,3 @@ def _out_of_place(target: Any) -> Any:
     """The overload that makes a new tensor where ``target`` overwrites one."""
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     return getattr(packet, target._overloadname, None) if packet is not None else None
-
-
-def _module_of(node: fx.Node) -> str:
-    """The path of the user's module that calls ``node``."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = stack[-1][0].partition("@")[0] if stack else ""
-    return f" in {path!r}" if path else ""
-
-
-def _source_of(node: fx.Node) -> str:
-    """The line of the user's code that ``node`` comes from."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    places = [line for line in lines if line.startswith("File ") and "/torch/" not in line.replace("\\", "/")]
-    if not places:
-        return ""
-    file, _, rest = places[-1].removeprefix('File "').partition('", line ')
-    return f" ({file}:{rest.partition(',')[0]})"

@@ -461,3 +461,29 @@ def test_options_keep_their_defaults() -> None:
     canonical = check(small(WithOptions()))
     assert kinds(canonical) == [nn.Conv2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
     assert sum(node.op == "placeholder" for node in canonical.graph.nodes) == 1
+
+
+class FlatTokens(nn.Module):
+    """A BatchNorm of tokens that are laid in one row each, as LeViT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.fc = nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6 * 48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.linear(x.flatten(1).reshape(len(x), 48, 12))
+        return self.fc(self.norm(tokens.flatten(0, 1)).reshape_as(tokens).flatten(1))
+
+
+def test_a_norm_is_folded_into_a_linear_layer_before_a_reshape() -> None:
+    assert ChannelAffine not in kinds(check(small(FlatTokens())))
+
+
+def test_a_factor_is_folded_into_a_convolution_before_a_flatten() -> None:
+    model = small(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), Function(lambda x: 0.5 * x - 1)))
+    assert kinds(check(model)) == [nn.Conv2d, nn.Flatten]
+
+
+def test_a_norm_of_flattened_maps_is_not_folded() -> None:
+    model = small(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.BatchNorm1d(4 * 14 * 10)))
+    assert kinds(check(model)) == [nn.Conv2d, nn.Flatten, ChannelAffine]

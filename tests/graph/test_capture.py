@@ -170,6 +170,11 @@ def test_control_flow_by_what_the_images_hold_is_refused_with_its_place() -> Non
     assert re.search(r"Net cannot be captured at .*test_capture\.py:\d+ in end: ", refusal(Net(end), TraceError))
 
 
+def test_a_refusal_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    refusal(Net(lambda x: x * float(x.max())), TraceError)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_numbers_of_what_the_images_hold_are_refused_with_their_place() -> None:
     message = refusal(Net(lambda x: x * float(x.max())), TraceError)
     assert re.search(r"at .*test_capture\.py:\d+ in <lambda>: ", message)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.graph.edit import bypass, set_layer
-from qface.graph.layers import ChannelAffine, batch_norm_affine
+from qface.graph.layers import ChannelAffine, Reshape, batch_norm_affine
 from qface.graph.queries import input_of, layer_of, shape_of
 
 __all__ = ["fold_affine_maps"]
@@ -25,11 +25,11 @@ def fold_affine_maps(graph_module: fx.GraphModule) -> None:
         layer = layer_of(node)
         if not isinstance(layer, (*_NORMS, ChannelAffine)):
             continue
-        producer = input_of(node)
+        producer = _maker(node, layer)
         scale, shift = _affine_of(layer)
-        if len(producer.users) == 1 and _takes(producer, layer):
+        if len(producer.users) == 1 and _takes(producer, node, layer):
             _fold(layer_of(producer), scale, shift)
-            bypass(node, producer)
+            bypass(node, input_of(node))
         else:
             _stand_alone(graph_module, node, layer)
 
@@ -42,7 +42,29 @@ def _affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return affine.weight.detach().double(), affine.bias.detach().double()
 
 
-def _takes(producer: fx.Node, layer: nn.Module) -> bool:
+def _maker(node: fx.Node, layer: nn.Module) -> fx.Node:
+    """What made the values that ``layer`` scales, before reshapes that keep its channels apart."""
+    producer = input_of(node)
+    while isinstance(layer_of(producer), (Reshape, nn.Flatten)) and len(producer.users) == 1:
+        source = input_of(producer)
+        if not _is_one_number(layer) and not _keeps_last(source, producer, _channels_of(node, layer)):
+            break
+        producer = source
+    return producer
+
+
+def _keeps_last(source: fx.Node, reshaped: fx.Node, channels: int) -> bool:
+    """True if ``channels`` is the last dimension before and after a reshape."""
+    before, after = shape_of(source), shape_of(reshaped)
+    return channels == len(after) - 1 and before[-1:] == after[-1:]
+
+
+def _channels_of(node: fx.Node, layer: nn.Module) -> int:
+    """The dimension along which ``layer`` scales."""
+    return int(getattr(layer, "dim", 1)) % len(shape_of(node))
+
+
+def _takes(producer: fx.Node, node: fx.Node, layer: nn.Module) -> bool:
     """True if the channels that ``layer`` scales are those that the layer of ``producer`` makes."""
     previous = layer_of(producer)
     rank = len(shape_of(producer))
@@ -51,10 +73,15 @@ def _takes(producer: fx.Node, layer: nn.Module) -> bool:
     elif isinstance(previous, nn.Linear):
         channels = rank - 1
     elif isinstance(previous, ChannelAffine):
-        return isinstance(layer, ChannelAffine) and (layer.dim == previous.dim or _is_one_number(layer))
+        same = producer is input_of(node) and _channels_of(node, layer) == previous.dim
+        return isinstance(layer, ChannelAffine) and (same or _is_one_number(layer))
     else:
         return False
-    return _is_one_number(layer) or getattr(layer, "dim", 1) % rank == channels
+    if _is_one_number(layer):
+        return True
+    if producer is not input_of(node):
+        return channels == rank - 1
+    return _channels_of(node, layer) == channels
 
 
 def _is_one_number(layer: nn.Module) -> bool:
