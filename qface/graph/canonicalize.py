@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from qface.checks import check_finite
 from qface.data.synthetic import synthetic_crops
 from qface.errors import TraceError
-from qface.graph.capture import capture, embedding_of
+from qface.graph.capture import capture, embedding_of, unwrapped
 from qface.graph.edit import propagate_shapes
 from qface.graph.passes.activations import activations_to_products, scales_before_clamps
 from qface.graph.passes.affine_maps import fold_affine_maps
@@ -82,6 +82,7 @@ def _in_float32(model: nn.Module) -> nn.Module:
 def _check_equal(model: nn.Module, canonical: fx.GraphModule) -> None:
     """Compare both on images with the colors of faces; in float64, where a difference is no matter of rounding."""
     images = preprocessing_of(model)(synthetic_crops()).to(example_input(model).device)
+    model = unwrapped(model)
     with preserve_training_mode(model), preserve_training_mode(canonical), torch.no_grad():
         try:
             wanted, found = _outputs(copy.deepcopy(model).double(), canonical, images.double())

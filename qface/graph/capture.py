@@ -7,6 +7,7 @@ computed. What has no layer stays a function, in float.
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import operator
@@ -31,7 +32,7 @@ from qface.preprocessing import example_input
 from qface.provenance import carry
 from qface.training_mode import preserve_training_mode
 
-__all__ = ["Converter", "capture", "embedding_of"]
+__all__ = ["Converter", "capture", "embedding_of", "unwrapped"]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -57,19 +58,26 @@ def capture(model: nn.Module) -> fx.GraphModule:
     """
     if isinstance(model, fx.GraphModule) and is_layer_graph(model):
         return model
-    program, batch_dependent = _exported(model)
-    captured = Converter(program, example_input(model), batch_dependent).run(type(model).__name__)
+    images, network = example_input(model), unwrapped(model)
+    program, batch_dependent = _exported(network, images)
+    captured = Converter(program, images, batch_dependent).run(type(network).__name__)
     return carry(model, captured)
 
 
-def _exported(model: nn.Module) -> tuple[ExportedProgram, BatchDependent]:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network within DataParallel and torch.compile."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        model = cast(nn.Module, model._orig_mod if hasattr(model, "_orig_mod") else model.module)
+    return model
+
+
+def _exported(model: nn.Module, images: Tensor) -> tuple[ExportedProgram, BatchDependent]:
     """The program of ``model`` for any number of images, or else that for two and what of it depends on them."""
-    images = example_input(model)
     with preserve_training_mode(model), _quiet(), torch.no_grad():
         model.eval()
         _check_runs(model, images)
         try:
-            return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False), {}
+            return torch.export.export(model, (images,), dynamic_shapes=_any_number(model), strict=False), {}
         except Exception as error:  # any Python of the user's forward runs here
             if not _fixes_the_batch(error):
                 raise _refusal_of(model, error) from error
@@ -78,6 +86,13 @@ def _exported(model: nn.Module) -> tuple[ExportedProgram, BatchDependent]:
             return programs[0], compare_batches(*programs)
         except Exception as error:
             raise _refusal_of(model, error) from error
+
+
+def _any_number(model: nn.Module) -> Any:
+    """The first dimension of the images free, in the form of the arguments of the network's forward."""
+    free = ({0: Dim("batch")},)
+    first = next(iter(inspect.signature(model.forward).parameters.values()))
+    return (free,) if first.kind is inspect.Parameter.VAR_POSITIONAL else free
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qface.errors import TraceError, UnsupportedLayerError
 from qface.graph import Add, canonicalize, capture, embedding_of
@@ -80,6 +81,36 @@ def test_a_traced_network_is_captured_as_any_other() -> None:
     model = small(Net(lambda x: F.relu(x) + x))
     traced = with_preprocessing(torch.fx.symbolic_trace(model), SMALL)
     assert kinds(capture(traced)) == kinds(capture(model))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapper_is_taken_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = small(Net(F.relu))
+    wrapped = with_preprocessing(wrap(model), SMALL)
+    captured = capture(wrapped)
+    assert kinds(captured) == kinds(capture(model))
+    assert captured.get_submodule("conv").weight is model.conv.weight
+    assert kinds(canonicalize(wrapped)) == kinds(canonicalize(model))
+
+
+def test_a_forward_may_take_any_number_of_arguments() -> None:
+    class Forwarding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net(F.relu)
+
+        def forward(self, *args: Tensor) -> Tensor:
+            return self.net(*args)
+
+    assert kinds(capture(small(Forwarding()))) == kinds(capture(small(Net(F.relu))))
+
+
+def test_a_checkpointed_network_is_captured() -> None:
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    assert kinds(capture(small(Checkpointed(F.relu)))) == kinds(capture(small(Net(F.relu))))
 
 
 def test_what_a_model_carries_is_carried_on() -> None:
