@@ -64,8 +64,9 @@ def _randomize_statistics(model: nn.Module) -> None:
 
 def _pytorchcv(name: str) -> nn.Module:
     model = importlib.import_module("pytorchcv.model_provider").get_model(name)
-    if isinstance(getattr(model.features, "final_pool", None), nn.AvgPool2d):
-        model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # that of 224 pixels is too large for faces
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "final_pool", None), nn.AvgPool2d):
+            module.final_pool = nn.AdaptiveAvgPool2d(1)  # that of 224 pixels is too large for faces
     return model
 
 

@@ -487,3 +487,26 @@ def test_a_factor_is_folded_into_a_convolution_before_a_flatten() -> None:
 def test_a_norm_of_flattened_maps_is_not_folded() -> None:
     model = small(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.BatchNorm1d(4 * 14 * 10)))
     assert kinds(check(model)) == [nn.Conv2d, nn.Flatten, ChannelAffine]
+
+
+class Amplifying(nn.Module):
+    """Subtracts most of what a convolution makes, so that the rounding of its weights counts a thousand times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.right.load_state_dict(self.left.state_dict())
+        self.right.weight.data *= 1 + 1e-4
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = (norm(each(x)) for norm, each in zip(self.norms, (self.left, self.right), strict=True))
+        return (left - right).flatten(1)
+
+
+def test_a_network_that_amplifies_rounding_is_no_other_network() -> None:
+    torch.manual_seed(0)
+    model = Amplifying()
+    with_statistics(model)
+    model.norms[1].load_state_dict(model.norms[0].state_dict())
+    canonicalize(with_preprocessing(model.eval(), SMALL))
