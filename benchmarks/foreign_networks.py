@@ -128,7 +128,6 @@ _PYTORCHCV = (
     "hardnet39ds",
     "dla34",
     "sknet18",
-    "regnety002",
     "dpn68",
     "hrnetv2_w18_small_v1",
     "cbamresnet18",

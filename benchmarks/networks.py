@@ -119,8 +119,15 @@ class Measurement:
     def run(self) -> Row:
         """The row, filled as far as the network goes."""
         with contextlib.suppress(_RefusedError):
-            self._measure(self.network.build())
+            self._measure(self._built())
         return self.row
+
+    def _built(self) -> nn.Module:
+        try:
+            return self.network.build()
+        except Exception as error:  # a package of others, with whatever it needs
+            self.row.refused = f"build: {type(error).__name__}: {one_line(error, 200)}"
+            raise _RefusedError from error
 
     def _measure(self, model: nn.Module) -> None:
         row, crops = self.row, synthetic_crops(CROPS)

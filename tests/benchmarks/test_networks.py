@@ -10,7 +10,7 @@ import pytest
 
 from tests.benchmarks.scripts import run, script
 
-PYTORCHCV = ("mobilenetv3_small_w1", "shufflenetv2_w1", "squeezenet_v1_1", "regnety002", "menet108_8x1_g3", "peleenet")
+PYTORCHCV = ("mobilenetv3_small_w1", "shufflenetv2_w1", "squeezenet_v1_1", "menet108_8x1_g3", "peleenet")
 TRANSFORMERS = ("ViT", "DeiT", "Swin", "ConvNeXt", "PoolFormer", "RegNet")
 
 
@@ -55,6 +55,12 @@ def test_a_network_that_is_refused_says_at_which_step(tmp_path: Path) -> None:
     row = networks.Measurement(broken, 8, 0, tmp_path).run()
     assert row.refused.startswith("capture: the network returns [N, 8, 16, 16]")
     assert len(networks.cells(row)) == len(networks.HEADINGS)
+
+
+def test_a_network_that_its_package_cannot_build_says_so(tmp_path: Path) -> None:
+    networks = script("networks")
+    row = networks.Measurement(networks.ForeignNetwork("broken", "idiom", lambda: 1 / 0, 32), 8, 0, tmp_path).run()
+    assert row.refused == "build: ZeroDivisionError: division by zero"
 
 
 def test_an_unknown_network_is_refused() -> None:
