@@ -1,4 +1,4 @@
-"""Small networks of other packages, each the whole way, as ``benchmarks/networks.py`` measures it."""
+"""Small networks of other packages go the whole way in ``benchmarks/networks.py``, and its table tells how it ended."""
 
 from __future__ import annotations
 
