@@ -128,9 +128,8 @@ _PYTORCHCV = (
     "hardnet39ds",
     "dla34",
     "sknet18",
-    "dpn68",
-    "hrnetv2_w18_small_v1",
-    "cbamresnet18",
+    "hrnet_w18_small_v1",
+    "cbam_resnet18",
     "bninception",
 )
 _VIT = {
