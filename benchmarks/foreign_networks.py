@@ -127,7 +127,6 @@ _PYTORCHCV = (
     "vovnet27s",
     "hardnet39ds",
     "dla34",
-    "sknet18",
     "hrnet_w18_small_v1",
     "cbam_resnet18",
     "bninception",
