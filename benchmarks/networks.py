@@ -25,7 +25,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -229,10 +229,9 @@ def integer_share(canonical: fx.GraphModule) -> float:
 def main(names: Sequence[str], idioms: bool, bits: int, runs: int, as_json: bool, output: Path | None) -> None:
     """Take networks of other packages the whole way, and print what became of each."""
     networks = chosen(names, idioms)
-    _silence()
     rows = []
     for network in track(networks, "networks", shown=not as_json, total=len(networks)):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _silence():
             rows.append(Measurement(network, bits, runs, Path(folder)).run())
     if as_json:
         click.echo(json.dumps({"bits": bits, "rows": [asdict(row) for row in rows]}))
@@ -260,11 +259,20 @@ def chosen(names: Sequence[str], idioms: bool) -> list[ForeignNetwork]:
     return [network for network in networks if network.package not in missing]
 
 
-def _silence() -> None:
-    """Leave the table alone: the packages warn about weights that nobody asked for."""
-    warnings.simplefilter("ignore")
-    for name in ("transformers", "qface"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the packages from warning about weights that nobody asked for."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "qface")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 HEADINGS = (

@@ -40,14 +40,13 @@ Shape = tuple[Any, ...]
 FLOAT_FUNCTIONS = frozenset(
     "__and__ __or__ abs add addmm amax amin arange argmax argmin atan2 avg_pool1d avg_pool3d baddbmm bitwise_and "
     "bitwise_not bitwise_or bmm cat ceil celu chunk clamp clamp_max clamp_min col2im constant_pad_nd conv1d "
-    "conv2d conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor floor_divide "
-    "full full_like gather ge gelu glu gt im2col index index_select instance_norm layer_norm le "
-    "linalg_vector_norm linear log log1p log_sigmoid log_softmax logical_and logical_not logical_or logsumexp lt "
-    "masked_fill matmul max mean min minimum mm mul ne new_full new_ones new_zeros norm ones ones_like pad "
-    "pixel_unshuffle pow prelu prod reciprocal remainder repeat repeat_interleave reshape roll round rsqrt rsub "
-    "scaled_dot_product_attention select selu sigmoid sign sin slice softmax split sqrt square stack std sub sum "
-    "sym_size tanh tile to unfold upsample_bicubic2d upsample_bilinear2d upsample_nearest1d upsample_nearest2d "
-    "var where zeros zeros_like".split()
+    "conv2d conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor full full_like "
+    "gather ge gelu glu gt im2col index index_select instance_norm layer_norm le linalg_vector_norm linear log "
+    "log1p log_sigmoid log_softmax logical_and logical_not logical_or logsumexp lt masked_fill matmul max mean "
+    "min minimum mm mul ne new_full new_ones new_zeros norm ones ones_like pad pixel_unshuffle pow prelu prod "
+    "reciprocal remainder repeat repeat_interleave reshape roll round rsqrt rsub scaled_dot_product_attention "
+    "select selu sigmoid sign sin slice softmax split sqrt square stack std sub sum sym_size tanh tile to unfold "
+    "upsample_bicubic2d upsample_bilinear2d upsample_nearest1d upsample_nearest2d var where zeros zeros_like".split()
 )
 """Operators that may stay functions: they read nothing but tensors and numbers, and change none of them."""
 
@@ -305,7 +304,7 @@ def _reversed_sub(run: Converter, call: Call) -> Any:
 
 def _sum(run: Converter, call: Call, left: Any, right: Any, alpha: float) -> Any:
     if _is_tensor(left) and _is_tensor(right):
-        if not _makes_floats(call) or not isinstance(alpha, (int, float)):
+        if not _are_floats(left, right) or not isinstance(alpha, (int, float)):
             return None
         scaled = right if alpha == 1 else _scaled(run, right, alpha, f"{call.layer_name}_scaled")
         return run.layer(Add(), (left, scaled), call.layer_name)
@@ -317,14 +316,16 @@ def _sum(run: Converter, call: Call, left: Any, right: Any, alpha: float) -> Any
 def _mul(run: Converter, call: Call) -> Any:
     left, right = call["self"], call["other"]
     if _is_tensor(left) and _is_tensor(right):
-        return run.layer(Multiply(), (left, right), call.layer_name) if _makes_floats(call) else None
+        return run.layer(Multiply(), (left, right), call.layer_name) if _are_floats(left, right) else None
     if _is_tensor(left):
         return _affine(run, call, left, scale=right, shift=0)
     return _affine(run, call, right, scale=left, shift=0)
 
 
 def _div(run: Converter, call: Call) -> Any:
-    if not _is_tensor(call["self"]) or _is_tensor(call["other"]) or call.get("rounding_mode") is not None:
+    if call.get("rounding_mode") is not None:
+        return _rounded_quotient(run, call, call["rounding_mode"])
+    if not _is_tensor(call["self"]) or _is_tensor(call["other"]):
         return None
     other = call["other"]
     if isinstance(other, Constant):
@@ -336,8 +337,29 @@ def _div(run: Converter, call: Call) -> Any:
     return _affine(run, call, call["self"], scale=inverse, shift=0)
 
 
+def _floor_divide(run: Converter, call: Call) -> Any:
+    return _rounded_quotient(run, call, "floor")
+
+
+def _rounded_quotient(run: Converter, call: Call, mode: str) -> Any:
+    """In two steps: torch's exporter writes a quotient that is rounded at once as another one."""
+    if mode != "floor":
+        raise run.refusal(
+            call.node, f"{call.node.name!r} divides with rounding_mode={mode!r}, which qface does not know"
+        )
+    aten, given = torch.ops.aten, [call["self"], call["other"]]
+    inputs = tuple(run.constant(each.tensor, each.name) if isinstance(each, Constant) else each for each in given)
+    quotient = run.function(aten.div.Tensor, inputs, {}, f"{call.node.name}_quotient")
+    return run.function(aten.floor.default, (quotient,), {}, call.node.name)
+
+
 def _neg(run: Converter, call: Call) -> Any:
     return _affine(run, call, call["self"], scale=-1, shift=0)
+
+
+def _are_floats(*values: Any) -> bool:
+    """True of tensors of floats that depend on the images."""
+    return all(_is_tensor(value) and value.meta["float"] for value in values)
 
 
 def _makes_floats(call: Call) -> bool:
@@ -359,7 +381,7 @@ def _times(value: Any, factor: float) -> Any:
 
 def _affine(run: Converter, call: Call, x: Any, scale: Any, shift: Any) -> Any:
     """``scale * x + shift``, each one number or one for each index of one dimension; None where they are not."""
-    if not _is_tensor(x) or not _makes_floats(call):
+    if not _are_floats(x) or not _makes_floats(call):
         return None
     if call.output != x.meta["shape"]:
         return None
@@ -706,7 +728,7 @@ def _unbind(run: Converter, call: Call) -> Any:
 
 def _concat(run: Converter, call: Call) -> Any:
     tensors = call["tensors"]
-    if not all(_is_tensor(tensor) for tensor in tensors) or not _makes_floats(call):
+    if not _are_floats(*tensors):
         return None
     if len(tensors) == 1:
         return tensors[0]
@@ -717,7 +739,7 @@ def _maximum(run: Converter, call: Call) -> Any:
     limited = _limited(run, call, is_low=True)
     if limited is not None:
         return limited
-    if not (_is_tensor(call["self"]) and _is_tensor(call.get("other")) and _makes_floats(call)):
+    if not _are_floats(call["self"], call.get("other")):
         return None
     return run.layer(Maximum(), (call["self"], call["other"]), call.layer_name)
 
@@ -893,6 +915,7 @@ LAYER_RULES: dict[str, Rule] = {
     "feature_dropout": _dropout(nn.Dropout2d),
     "flatten": _reshape,
     "full": _filled("new_full"),
+    "floor_divide": _floor_divide,
     "gelu": _simple(lambda call: nn.GELU(call["approximate"])),
     "group_norm": _group_norm,
     "hardsigmoid": _simple(lambda call: nn.Hardsigmoid()),

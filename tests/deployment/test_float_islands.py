@@ -35,7 +35,6 @@ FUNCTIONS: dict[str, Function] = {
     "atan2": lambda x: torch.atan2(x, x.abs() + 1),
     "avg_pool3d": lambda x: F.avg_pool3d(x[:, None], 2),
     "celu": F.celu,
-    "floor_divide": lambda x: torch.floor_divide(x, 0.3),
     "glu": lambda x: F.glu(x, 1),
     "log_sigmoid": F.logsigmoid,
     "log_softmax": lambda x: x.log_softmax(1),
@@ -149,6 +148,8 @@ FUNCTIONS: dict[str, Function] = {
 
 
 MORE_FUNCTIONS: dict[str, Function] = {
+    "quotient rounded down": lambda x: torch.floor_divide(x, 0.3),
+    "quotient of maps rounded down": lambda x: torch.div(x, x.abs() + 0.3, rounding_mode="floor"),
     "adaptive pool in one dimension": lambda x: F.adaptive_avg_pool1d(x.flatten(2), 5),
     "adaptive pool with windows that overlap": lambda x: F.adaptive_avg_pool2d(x, (3, 5)),
     "average with a divisor": lambda x: F.avg_pool2d(x, 2, padding=1, divisor_override=3),

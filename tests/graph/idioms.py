@@ -329,6 +329,7 @@ def _float(layer: Any, **layers: int) -> dict[str, Any]:
 
 
 CONV = {nn.Conv2d: 1}
+HARD_SWISH = {ChannelAffine: 1, nn.Hardtanh: 1, Multiply: 1}
 NORMALIZED = {L2Normalize: 1}
 GATE = {nn.AdaptiveAvgPool2d: 1, nn.Linear: 2, nn.Flatten: 1, nn.ReLU: 1, Reshape: 1, Multiply: 1}
 ATEN = torch.ops.aten
@@ -354,19 +355,17 @@ IDIOMS: dict[str, Idiom] = {
     "(f(x) - 0.5) / 2": Idiom(of_conv(lambda y: (y - 0.5) / 2), CONV),
     "1 - f(x)": Idiom(of_conv(lambda y: 1 - y), CONV),
     # activation functions
-    "relu6(x + 3) / 6": Idiom(of_conv(lambda y: F.relu6(y + 3) / 6), CONV | {nn.Hardsigmoid: 1}),
-    "x * relu6(x + 3) / 6": Idiom(of_conv(lambda y: y * F.relu6(y + 3) / 6), CONV | {nn.Hardswish: 1}),
-    "x * (relu6(x + 3) / 6)": Idiom(of_conv(lambda y: y * (F.relu6(y + 3) / 6)), CONV | {nn.Hardswish: 1}),
-    "x * relu6(x + 3) * (1 / 6)": Idiom(of_conv(lambda y: F.relu6(y + 3.0) * y * (1 / 6)), CONV | {nn.Hardswish: 1}),
-    "x * clamp(x + 3, 0, 6) / 6": Idiom(of_conv(lambda y: y * (y + 3).clamp(0, 6) / 6), CONV | {nn.Hardswish: 1}),
-    "x * clamp(x / 6 + 0.5, 0, 1)": Idiom(of_conv(lambda y: y * (y / 6 + 0.5).clamp(0, 1)), CONV | {nn.Hardswish: 1}),
-    "clamp(0.2 x + 0.5, 0, 1)": Idiom(
-        of_conv(lambda y: (0.2 * y + 0.5).clamp(0, 1)), CONV | {nn.Hardtanh: 1}, frozenset([nn.Hardtanh])
-    ),
-    "x * sigmoid(x)": Idiom(of_conv(lambda y: y * y.sigmoid()), CONV | {nn.SiLU: 1}),
+    "relu6(x + 3) / 6": Idiom(of_conv(lambda y: F.relu6(y + 3) / 6), CONV | {nn.Hardtanh: 1}),
+    "x * relu6(x + 3) / 6": Idiom(of_conv(lambda y: y * F.relu6(y + 3) / 6), CONV | HARD_SWISH),
+    "x * (relu6(x + 3) / 6)": Idiom(of_conv(lambda y: y * (F.relu6(y + 3) / 6)), CONV | HARD_SWISH),
+    "x * relu6(x + 3) * (1 / 6)": Idiom(of_conv(lambda y: F.relu6(y + 3.0) * y * (1 / 6)), CONV | HARD_SWISH),
+    "x * clamp(x + 3, 0, 6) / 6": Idiom(of_conv(lambda y: y * (y + 3).clamp(0, 6) / 6), CONV | HARD_SWISH),
+    "x * clamp(x / 6 + 0.5, 0, 1)": Idiom(of_conv(lambda y: y * (y / 6 + 0.5).clamp(0, 1)), CONV | HARD_SWISH),
+    "clamp(0.2 x + 0.5, 0, 1)": Idiom(of_conv(lambda y: (0.2 * y + 0.5).clamp(0, 1)), CONV | {nn.Hardtanh: 1}),
+    "x * sigmoid(x)": Idiom(of_conv(lambda y: y * y.sigmoid()), CONV | {nn.Sigmoid: 1, Multiply: 1}),
     "clamp(min=0)": Idiom(of_conv(lambda y: y.clamp(min=0)), CONV | {nn.ReLU: 1}),
     "clamp(0, 6)": Idiom(of_conv(lambda y: torch.clamp(y, 0, 6)), CONV | {nn.ReLU6: 1}),
-    "clamp(-1, 1)": Idiom(of_conv(lambda y: y.clamp(-1, 1)), **_float(nn.Hardtanh)),
+    "clamp(-1, 1)": Idiom(of_conv(lambda y: y.clamp(-1, 1)), CONV | {nn.Hardtanh: 1}),
     "maximum(x, 0)": Idiom(of_conv(lambda y: torch.maximum(y, torch.zeros(1))), CONV | {nn.ReLU: 1}),
     "PReLU of one slope": Idiom(after_conv(nn.PReLU()), CONV | {nn.PReLU: 1}),
     "ELU": Idiom(after_conv(nn.ELU()), **_float(nn.ELU)),
@@ -376,7 +375,7 @@ IDIOMS: dict[str, Idiom] = {
     # attention to channels
     "squeeze and excite by view": Idiom(lambda: FaceNet(SqueezeExcite()), GATE | {nn.Sigmoid: 1}),
     "squeeze and excite, hard": Idiom(
-        lambda: FaceNet(SqueezeExcite(lambda y: F.relu6(y + 3) / 6)), GATE | {nn.Hardsigmoid: 1}
+        lambda: FaceNet(SqueezeExcite(lambda y: F.relu6(y + 3) / 6)), GATE | {nn.Hardtanh: 1}
     ),
     "ECA": Idiom(
         lambda: FaceNet(ECA()),

@@ -168,9 +168,9 @@ POOLED = [nn.AdaptiveAvgPool2d, nn.Flatten]
         (lambda x: F.relu6(x), [nn.ReLU6]),
         (lambda x: F.leaky_relu(x, 0.3), [nn.LeakyReLU]),
         (lambda x: F.leaky_relu(x, negative_slope=0.4), [nn.LeakyReLU]),
-        (lambda x: F.hardswish(x), [nn.Hardswish]),
-        (lambda x: F.hardsigmoid(x), [nn.Hardsigmoid]),
-        (lambda x: F.silu(x), [nn.SiLU]),
+        (lambda x: F.hardswish(x), [ChannelAffine, nn.Hardtanh, Multiply]),
+        (lambda x: F.hardsigmoid(x), [ChannelAffine, nn.Hardtanh]),
+        (lambda x: F.silu(x), [nn.Sigmoid, Multiply]),
         (lambda x: x.sigmoid(), [nn.Sigmoid]),
         (lambda x: torch.sigmoid(x), [nn.Sigmoid]),
         (lambda x: x.flatten(1), [nn.Flatten]),
@@ -375,7 +375,8 @@ def test_a_sum_in_place_that_changes_a_view_is_right_or_refused() -> None:
 
 
 def test_an_average_pool_may_have_its_own_divisor() -> None:
-    assert kinds(check(small(Function(lambda x: F.avg_pool2d(x, 2, divisor_override=1))))) == [nn.AvgPool2d, nn.Flatten]
+    model = small(Function(lambda x: F.avg_pool2d(x, 2, divisor_override=1)))
+    assert kinds(check(model)) == [nn.AvgPool2d, ChannelAffine, nn.Flatten]
 
 
 def test_parts_may_be_joined_in_another_order() -> None:
