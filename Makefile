@@ -1,5 +1,5 @@
 # make demo    sets up .venv and does the whole job on real faces
-# make test    sets up .venv and runs the tests
+# make test    sets up .venv and runs the tests, one process per core
 # make check   sets up .venv and runs ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ demo: $(VENV)/installed-demo
 	$(BIN)/qface demo
 
 test: $(VENV)/installed-test
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
