@@ -33,8 +33,13 @@ def make():
     return model
 
 
+class Unknown(nn.Module):
+    def forward(self, x):
+        return x + torch.linalg.qr(x)[0].sum()
+
+
 def make_unsavable():
-    return nn.Sequential(make()[0], nn.Mish(), *make()[3:])
+    return nn.Sequential(make()[0], Unknown(), *make()[3:])
 
 
 def make_smooth():
@@ -126,16 +131,19 @@ def test_what_cannot_be_saved_is_refused_before_it_is_trained(workplace: Path) -
     common = ("--model", "my_networks:make_unsavable", "--images", "crops", "-o", "student.safetensors")
     for command in (("quantize", "--batch-size", "8"), ("prune",)):
         result = run(*command, *common)
-        assert "is a Mish" in refusal(result)
+        assert "linalg_qr" in refusal(result)
 
 
-def test_what_cannot_be_exported_is_noted_before_it_is_trained(workplace: Path) -> None:
+def test_what_stays_in_float_is_told(workplace: Path) -> None:
     common = ("--images", "crops", "--no-distill", "-o", "student.safetensors")
     result = run("quantize", "--model", "my_networks:make_smooth", *common)
     assert result.exit_code == 0, result.output
-    (note,) = [line for line in result.stderr.splitlines() if line.startswith("Note: ")]
-    assert "qface export will refuse it: node '_1' (GELU) has no integer form" in note
-    assert "Note" not in run("quantize", "--model", "my_networks:make", *common).stderr
+    assert "in float: 1 GELU" in result.stderr
+    result = run("quantize", "--model", "my_networks:make", "--ignored-layers", "0", *common)
+    assert result.exit_code == 0, result.output
+    plan = json.loads(run("inspect", "student.safetensors", "--json").stdout)
+    assert [layer["name"] for layer in plan["layers"] if not layer["integer"]] == ["0"]
+    assert "nothing" in run("inspect", "my_networks:make").output
 
 
 def test_evaluate_prints_a_table_and_accepts_a_gallery(student: Path) -> None:

@@ -7,7 +7,7 @@ from qface.data.images import TensorImages
 from qface.evaluation import embed
 from qface.memory_format import fastest_memory_format
 
-IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def across_channels(images: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from qface.cli.options import (
     training_options,
     weights_option,
 )
-from qface.deployment.lowering import export_blocker
 from qface.distillation import check_run
 from qface.errors import ConfigError
 from qface.models.resolve import resolve_model
@@ -83,7 +82,6 @@ def quantize(
         raise ConfigError("--budget-mb chooses the bits of weights by itself; leave out --weight-bits")
     teacher = resolve_model(model, weights, preprocessing)
     student = qface.quantize(teacher, config)
-    click.echo(qface.inspect(student), err=True)
     check_savable(student)
     if distill:
         check_run(settings, run_dir, resume)
@@ -92,8 +90,8 @@ def quantize(
             raise ConfigError("--budget-mb chooses the bits of all layers; leave out --ignored-layers")
         config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits, progress=True)
         student = qface.quantize(teacher, config)
-    _warn_export_blocker(student)
     qface.calibrate(student, images, identities=identities, progress=True)
+    click.echo(qface.inspect(student), err=True)
     if distill:
         qface.distill(student, teacher, images, settings, run_dir, resume, identities=identities)
     qface.save(student, output)
@@ -104,15 +102,6 @@ def _refuse_run(run_dir: Path | None, resume: bool) -> None:
     """Of a command that is not to train."""
     if resume or run_dir is not None:
         raise ConfigError("--run-dir and --resume are of the fine-tuning: give --distill as well, or leave them out")
-
-
-def _warn_export_blocker(student: nn.Module) -> None:
-    """Say what will keep a student from being exported before it is trained for long."""
-    found = export_blocker(student)
-    if found is not None:
-        click.echo(
-            f"Note: this student can be trained and evaluated, but qface export will refuse it: {found}", err=True
-        )
 
 
 @click.command(cls=Command)

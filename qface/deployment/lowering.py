@@ -29,7 +29,7 @@ from qface.quantization import (
 from qface.quantization.placement import computes_in_float
 from qface.quantization.quantized_layers import AFFINE_BITS, Quantizer, is_quantizer
 
-__all__ = ["export_blocker", "lower", "value_name"]
+__all__ = ["lower", "value_name"]
 
 
 def lower(student: nn.Module) -> ir.IntegerGraph:
@@ -42,19 +42,6 @@ def lower(student: nn.Module) -> ir.IntegerGraph:
     if not isinstance(student, fx.GraphModule) or not is_quantized(student):
         raise ConfigError("this network is not quantized; pass what qface.quantize and qface.calibrate returned")
     return _Lowering(student).run()
-
-
-def export_blocker(student: nn.Module) -> str | None:
-    """Why a student, calibrated or not, can have no integer graph, in one line; None where nothing is in the way."""
-    trial = copy.deepcopy(student)
-    for layer in trial.modules():
-        if isinstance(layer, LSQFakeQuantize):
-            layer.set_qparams(torch.ones_like(layer.scale), torch.zeros_like(layer.zero_point))
-    try:
-        lower(trial)
-    except (ExportError, UnsupportedLayerError) as error:
-        return str(error)
-    return None
 
 
 class _Lowering:

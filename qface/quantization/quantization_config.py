@@ -83,6 +83,7 @@ class QuantizationConfig:
             raise ConfigError(f"activation_observer {self.activation_observer!r} is none of {', '.join(OBSERVERS)}")
         if isinstance(self.ignored_layers, str):
             raise ConfigError(f"ignored_layers is {self.ignored_layers!r}; it must be a tuple of names or patterns")
+        object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))  # JSON gives a list
         if not 50 < self.percentile <= 100:
             raise ConfigError(f"percentile is {self.percentile}; it must be above 50 and at most 100")
 

@@ -15,9 +15,8 @@ import qface
 from qface.data.synthetic import synthetic_crops
 from qface.deployment.runtime import OnnxEmbedder
 from qface.graph import L2Normalize, canonicalize, embedding_of
-from qface.preprocessing import preprocessing_of, with_preprocessing
+from qface.preprocessing import preprocessing_of
 from qface.quantization.placement import computes_in_float
-from tests.graph.float_functions import FUNCTIONS, network
 from tests.graph.idioms import IDIOMS, Idiom, build
 from tests.graph.kinds import kind_of, kinds
 
@@ -36,16 +35,6 @@ def test_an_idiom_goes_the_whole_way(name: str, tmp_path: Path) -> None:
     qface.save(student, tmp_path / "student.safetensors")
     check_file(qface.load(tmp_path / "student.safetensors"), tmp_path / "student.onnx", crops)
     check_student(model, student, crops)
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_float_function_goes_the_whole_way(name: str, tmp_path: Path) -> None:
-    function = network(FUNCTIONS[name])
-    features = function(preprocessing_of(function)(synthetic_crops(1))).shape[1]
-    model = with_preprocessing(nn.Sequential(function, nn.Linear(features, 8)).eval(), preprocessing_of(function))
-    student = qface.quantize(model, 8)
-    qface.calibrate(student, synthetic_crops(8), num_images=8, progress=False)
-    check_file(student, tmp_path / "student.onnx", synthetic_crops(8))
 
 
 def check_file(student: nn.Module, file: Path, crops: Tensor) -> None:
