@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 @dataclass
 class Row:
-    """What became of one network.
+    """The result for one network.
 
     Args:
         name: of the network.

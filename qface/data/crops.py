@@ -204,7 +204,7 @@ def _points_of(names: list[str], landmarks: str | Path) -> dict[str, Landmarks]:
 
 
 def _photo_of(file: str, photos: Mapping[str, str]) -> str | None:
-    """Which of ``photos``, by their composed names, a line means by ``file``.
+    """The one of ``photos``, by their composed names, that a line calls ``file``.
 
     As it stands goes first, since names may hold backslashes.
     """

@@ -105,7 +105,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """One that knows how bytes and arrays are rebuilt, and no other function or class."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for ``module.name``.
+        """The stand-in for ``module.name``.
 
         Raises:
             pickle.UnpicklingError: it is no part of bytes and arrays.

@@ -451,7 +451,7 @@ def _elu(run: Converter, call: Call) -> Any:
 
 
 def _dropout(kind: type[nn.Dropout] | type[nn.Dropout2d]) -> Rule:
-    """Of a layer, which drops in training; a function that was told not to drop does nothing."""
+    """A dropout layer, which drops in training; a function that was told not to drop does nothing."""
 
     def rule(run: Converter, call: Call) -> Any:
         return run.layer(kind(call["p"]), (call["input"],), call.path) if call.path else call["input"]
@@ -980,4 +980,4 @@ LAYER_RULES: dict[str, Rule] = {
     "view_as": _reshape,
     "zeros": _filled("new_zeros"),
 }
-"""What becomes of each operator, in place or not."""
+"""The rule of each operator, in place or not."""

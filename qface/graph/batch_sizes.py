@@ -46,7 +46,7 @@ class _Described:
 
 
 def compare_batches(first: ExportedProgram, second: ExportedProgram) -> BatchDependent:
-    """What depends on the number of images in ``first``, for two of them, found by ``second``, for three.
+    """The arguments in ``first``, for two images, that depend on their number, found by ``second``, for three.
 
     The shapes that ``first`` notes for its values get None for sizes that depend on it, as in a program for any number.
 

@@ -266,7 +266,7 @@ class Converter(LayerGraph):
         return found
 
     def _computed(self, node: fx.Node, call: Call) -> Any:
-        """What an operator makes of constants."""
+        """The result of an operator on constants."""
         names = [each.name for each in _constants(call.arguments) if each.name]
         target: Any = node.target
         if target._schema.is_mutable:
@@ -403,7 +403,7 @@ def embedding_of(outputs: Any) -> Tensor:
 
 
 def _position_of_embedding(shapes: list[tuple[int | None, ...]]) -> int:
-    """Which of the outputs is [N, D]; a norm beside it is [N, 1] or [N]."""
+    """The position of the output [N, D]; a norm beside it is [N, 1] or [N]."""
     rows = [position for position, shape in enumerate(shapes) if len(shape) == 2 and shape[1] != 1]
     if len(rows) == 1:
         return rows[0]

@@ -50,7 +50,7 @@ SYMBOLIC_FUNCTIONS = frozenset(
         torch.sym_min,
     )
 )
-"""What a network computes with the number of images."""
+"""Functions by which a network computes with the number of images."""
 
 
 def layer_of(node: fx.Node) -> nn.Module | None:

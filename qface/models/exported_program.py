@@ -129,7 +129,7 @@ def _without_code(archive: zipfile.ZipFile) -> io.BytesIO:
 
 
 def _clean_part(name: str, archive: zipfile.ZipFile, root: str) -> bytes:
-    """What torch may read of the part ``name``."""
+    """The content of the part ``name`` that torch may read."""
     content = b"" if name.startswith("data/sample_inputs/") else archive.read(root + name)
     if name.startswith("models/"):
         return json.dumps(_clean_graph(json.loads(content))).encode()
@@ -243,7 +243,7 @@ def _is_plain_spec(text: str) -> bool:
 
 
 def _images_of(program: ExportedProgram, path: str | Path) -> tuple[Preprocessing, int | None]:
-    """What the network most likely reads, and the number of images where it is fixed."""
+    """The likely Preprocessing of the network, and the number of images where it is fixed."""
     inputs = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     values = [node.meta.get("val") for node in program.graph.nodes if node.name in inputs]
     if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].ndim != 4:
@@ -272,7 +272,7 @@ class ExportedNetwork(nn.Module):
         self.__dict__["_forward"] = module.forward
 
     def forward(self, images: Tensor) -> Any:
-        """What the program returns for ``images``."""
+        """The output of the program for ``images``."""
         return self._forward(images)
 
 

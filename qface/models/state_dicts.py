@@ -154,7 +154,7 @@ def _without_compiled(tensors: Mapping[str, Tensor], path: str | Path) -> Mappin
 
 
 def _prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> list[str]:
-    """What can stand before all ``wanted`` names, so that each is there."""
+    """The prefixes that can stand before all ``wanted`` names, so that each is there."""
     some = next(iter(wanted))
     candidates = [name.removesuffix(some) for name in tensors if name == some or name.endswith(f".{some}")]
     return [prefix for prefix in candidates if all(prefix + name in tensors for name in wanted)]

@@ -1,4 +1,4 @@
-"""Which layers of a network run, and where their outputs go."""
+"""The layers of a network that run, and where their outputs go."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHTED = (nn.Conv2d, nn.Linear)
 
 @dataclass(frozen=True)
 class Structure:
-    """What a network does with its convolutions and linear layers, by their names; pruning changes none of it.
+    """Convolutions and linear layers of a network, by their names and uses; pruning changes neither.
 
     Args:
         weighted: all of them that run.

@@ -27,7 +27,7 @@ _NAME = "activation_post_process"  # torch.ao's
 
 
 def activation_quantizer(bits: int, config: QuantizationConfig) -> Any:
-    """What makes quantizers of ``bits`` bits."""
+    """The factory of quantizers of ``bits`` bits."""
     return partial(LSQFakeQuantize, bits=bits, observer=config.activation_observer, percentile=config.percentile)
 
 

@@ -1,4 +1,4 @@
-"""Which layers of a student compute with integers, which in float, and how much of the work each does."""
+"""The layers of a student that compute with integers, those in float, and how much of the work each does."""
 
 from __future__ import annotations
 

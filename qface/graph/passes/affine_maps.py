@@ -43,7 +43,7 @@ def _affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _maker(node: fx.Node, layer: nn.Module) -> fx.Node:
-    """What made the values that ``layer`` scales, before reshapes that keep its channels apart."""
+    """The node that made the values that ``layer`` scales, before reshapes that keep its channels apart."""
     producer = input_of(node)
     while isinstance(layer_of(producer), (Reshape, nn.Flatten)) and len(producer.users) == 1:
         source = input_of(producer)

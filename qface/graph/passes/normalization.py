@@ -48,7 +48,7 @@ def _as_rows(value: Any) -> fx.Node | None:
 
 
 def _without_guards(node: Any) -> Any:
-    """What ``node`` was before expansions, lower limits and small additions."""
+    """The node before expansions, lower limits and small additions."""
     while isinstance(node, fx.Node) and _is_guard(node):
         node = input_of(node)
     return node

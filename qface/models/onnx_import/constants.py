@@ -1,4 +1,4 @@
-"""What operators make of constants alone: by ONNX's reference, for a list of operators and up to a size."""
+"""Results of operators on constants alone: by ONNX's reference, for a list of operators and up to a size."""
 
 from __future__ import annotations
 

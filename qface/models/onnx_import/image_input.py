@@ -1,4 +1,4 @@
-"""What the image input of an ONNX graph takes: found once, for everyone who runs such a file or imports it.
+"""The images that an ONNX graph takes: found once, for everyone who runs such a file or imports it.
 
 Many files normalize inside: their first operators subtract a mean, divide, swap the colors or move the channels. This
 prefix is run once on random pixels; where it turns out to be one factor and shift per channel, it tells whether the
@@ -56,7 +56,7 @@ _DEFAULT = Preprocessing(source="default")
 
 @dataclass(frozen=True)
 class ImageInput:
-    """What a graph takes, and what it does to the image before the network proper.
+    """The images that a graph takes, and the normalization before the network proper.
 
     Attributes:
         dtype: of the input.
@@ -79,7 +79,7 @@ class ImageInput:
     preprocessing: Preprocessing
 
     def to_graph(self, images: Tensor) -> Tensor:
-        """What to feed for ``images``, float [N, 3, height, width] as the network proper reads them."""
+        """The input of the graph for ``images``, float [N, 3, height, width] as the network proper reads them."""
         if (self.mean, self.std) != (_ZEROS, _ONES):
             mean, std = (torch.tensor(each, dtype=images.dtype).view(1, 3, 1, 1) for each in (self.mean, self.std))
             images = images * std + mean
@@ -102,7 +102,7 @@ def described_input(written: Preprocessing, dtype: torch.dtype) -> ImageInput:
 
 
 def find_image_input(file: OnnxFile, override: PreprocessingOverride | None = None) -> ImageInput:
-    """What ``file`` takes: as the user says, as its metadata say, as the graph shows, or else the default.
+    """The images that ``file`` takes: as the user says, as its metadata say, as the graph shows, or else the default.
 
     Args:
         file: with floats as float32.
@@ -153,7 +153,7 @@ def _check_size(file: OnnxFile, given: Preprocessing) -> None:
 
 
 def _composed(given: Preprocessing, inside: ImageInput) -> Preprocessing:
-    """What the network proper reads where the graph is given images as ``given`` says."""
+    """The Preprocessing of the network proper where the graph is given images as ``given`` says."""
     if (inside.mean, inside.std, inside.swaps_colors) == (_ZEROS, _ONES, False):
         return given
     order = _BGR if inside.swaps_colors else _RGB
@@ -190,7 +190,7 @@ def _snapped(value: float) -> float:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a prefix does, and the images that it shows to be its input."""
+    """The map that a prefix of the graph computes, and the images that it shows to be its input."""
 
     input: ImageInput
     range: Preprocessing
@@ -261,7 +261,7 @@ class _Prefix:
         return _Found(graph_input, shown)
 
     def _range_of(self, found: _Map) -> Preprocessing | None:
-        """Which images a normalization is for: those that it brings to around zero, or to 0..1."""
+        """The images that a normalization is for: those that it brings to around zero, or to 0..1."""
         if self._dtype == torch.uint8:
             return _BYTES
         is_scale_alone = found.mean == _ZEROS
@@ -300,7 +300,7 @@ class _Prefix:
         return names
 
     def _map(self, nodes: Sequence[Node], value: str) -> _Map | None:
-        """What ``nodes`` do to pixels, where it is a factor and a shift per channel."""
+        """The factor and shift per channel by which ``nodes`` change pixels, None where they do something else."""
         pixels = np.random.default_rng(0).integers(0, 256, (2, 3, *self._size)).astype(np.float64)
         probes = (
             [pixels] if self._dtype == torch.uint8 else [pixels, -pixels, pixels / 255]
@@ -327,7 +327,7 @@ class _Prefix:
         return values[value]
 
     def _constants_of(self, nodes: Sequence[Node]) -> dict[str, Array]:
-        """What ``nodes`` read beside the image, in float64."""
+        """The constants that ``nodes`` read, in float64."""
         constant, folder = self._constant_names(), ConstantFolder(self._file)
         wanted = {name for node in nodes for name in node.inputs if name in constant and name}
         makers = [node for node in self._file.nodes if constant.issuperset(node.outputs)]
@@ -367,7 +367,7 @@ _GREATEST_MISFIT = 6.5  # a mean alone makes 4.9 of bytes, a factor of 255 alone
 
 
 def _misfit(low: float, high: float, mean: float, std: float) -> float:
-    """How far from -1..1 pixels of ``low`` .. ``high`` are normalized: off center, and too wide or narrow."""
+    """The distance from -1..1 of normalized pixels of ``low`` .. ``high``: off center, and too wide or narrow."""
     if std <= 0:
         return math.inf
     first, last = (low - mean) / std, (high - mean) / std

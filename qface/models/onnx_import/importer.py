@@ -283,7 +283,7 @@ class Importer(LayerGraph):
         self._values[name] = value
 
     def named_value(self, name: str) -> fx.Node:
-        """What :meth:`name_value` has named last."""
+        """The value that :meth:`name_value` has named last."""
         return self._values[name]
 
     @staticmethod
@@ -326,7 +326,7 @@ class Importer(LayerGraph):
         return self._with_value(node, lambda: target(*values[0], **values[1]))
 
     def before_permutation(self, x: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
-        """What ``x`` permutes and how; itself, in its order, where it permutes nothing."""
+        """The value that ``x`` permutes, and the order; itself, in its order, where it permutes nothing."""
         layer = self.layer_of(x)
         if isinstance(layer, Permute):
             return x.all_input_nodes[0], layer.dims

@@ -114,7 +114,7 @@ class OnnxFile:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the file says beside its graph."""
+        """The metadata of the file."""
         return {entry.key: entry.value for entry in self.model.metadata_props}
 
     def refusal(self, node: Node, what: str) -> UnsupportedLayerError:

@@ -705,4 +705,4 @@ OPERATOR_RULES: dict[str, Rule] = {
     "Where": _where,
     **SPATIAL_RULES,
 }
-"""What becomes of each operator."""
+"""The rule of each operator."""

@@ -286,7 +286,7 @@ def _nearest(run: Importer, node: Node, x: fx.Node, after: Sequence[int], scales
 
 
 def _nearest_indices(run: Importer, node: Node, before: int, after: int, scale: float) -> Array:
-    """Which pixel each pixel of the result is."""
+    """The pixel of the input that each pixel of the result is."""
     modern = node.op == "Resize" and run.opset >= 11
     transform = node.get("coordinate_transformation_mode", "half_pixel") if modern else "asymmetric"
     places = _places(run, node, transform, before, after, scale)
