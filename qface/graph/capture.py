@@ -97,10 +97,15 @@ def _any_number(model: nn.Module) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from warning, and from printing whole programs beside its errors."""
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    """Keep torch from warning, and from printing and logging whole programs beside its errors."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # torch's handlers keep the stderr of the time when they were made
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _fixes_the_batch(error: Exception) -> bool:
