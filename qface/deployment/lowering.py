@@ -112,7 +112,8 @@ class _Lowering:
     def _finish_island(self) -> None:
         """Make one operation of the float layers since the last integer one."""
         nodes, self._island = self._island, []
-        outputs = [node for node in nodes if any(user not in nodes for user in node.users) and self._is_tensor(node)]
+        inside = set(nodes)
+        outputs = [node for node in nodes if not inside.issuperset(node.users) and self._is_tensor(node)]
         if not outputs:
             return  # numbers of images, which islands that need them compute again
         module, sources = island_module(self.student, nodes, outputs)

@@ -43,11 +43,12 @@ def place_quantizers(student: fx.GraphModule, config: QuantizationConfig, prepro
         bits = None if node.op == "output" or is_shape_only(node) else _bits(node, config)
         if bits is None or _feeds_only_a_clamp(node):
             continue
-        quantizer: nn.Module = activation_quantizer(bits, config)()
         if node.op == "placeholder" and image_quantizer is not None:
-            quantizer = image_quantizer
+            quantizer: nn.Module = image_quantizer
         elif _shares_the_scale_of_a_prelu(node, config):
             quantizer = SharedScaleFakeQuantize()
+        else:
+            quantizer = activation_quantizer(bits, config)()
         _insert(student, node, quantizer, placed.get(node))
 
 
