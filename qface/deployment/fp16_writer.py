@@ -185,11 +185,6 @@ class _Fp16Writer(NodeCollector):
         self._keep(operation.output, self.clamped(self.node("Add", [scaled, summand]), clamp))
 
     @write.register
-    def _(self, operation: ir.ActivationOp) -> None:
-        (x,) = self._fp16_inputs(operation)
-        self._keep(operation.output, self.activation(operation, x))
-
-    @write.register
     def _(self, operation: ir.AddOp) -> None:
         total = self.node("Add", self._fp16_inputs(operation))
         self._keep(operation.output, self.clamped(total, operation.clamp))

@@ -19,7 +19,6 @@ from qface.preprocessing import Preprocessing
 from qface.quantization.qparams import QUINT8_MAX
 
 __all__ = [
-    "ActivationOp",
     "AddOp",
     "AffineOp",
     "AveragePoolOp",
@@ -43,6 +42,7 @@ __all__ = [
     "PadOp",
     "QuantizeImageOp",
     "QuantizeOp",
+    "SigmoidOp",
     "TensorQParams",
     "Uint8InputOp",
     "Value",
@@ -191,11 +191,8 @@ class PReluOp(_ChannelwiseOp):
 
 
 @dataclass(frozen=True)
-class ActivationOp(IntegerOp):
-    """An activation function by its ONNX name, with its attributes."""
-
-    function: str
-    attributes: dict[str, float] = field(default_factory=dict)
+class SigmoidOp(IntegerOp):
+    """``1 / (1 + exp(-x))``."""
 
 
 @dataclass(frozen=True)

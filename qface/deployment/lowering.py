@@ -19,9 +19,9 @@ from qface.preprocessing import example_input, preprocessing_of
 from qface.quantization import (
     ImageFakeQuantize,
     LSQFakeQuantize,
-    QuantizedAdd,
     QuantizedAffine,
     QuantizedConv2d,
+    QuantizedGlobalAveragePool,
     QuantizedLinear,
     QuantizedPReLU,
     is_quantized,
@@ -251,21 +251,8 @@ class _Lowering:
         """One that no layer before it takes over."""
         return ir.ClampOp(str(node.target), self._inputs(node), self._output(node), limits_of(layer))
 
-    def leaky_relu(self, node: fx.Node, layer: nn.LeakyReLU) -> ir.IntegerOp:
-        return self._activation(node, "LeakyRelu", {"alpha": layer.negative_slope})
-
-    def _activation(self, node: fx.Node, function: str, attributes: dict[str, float]) -> ir.IntegerOp:
-        return ir.ActivationOp(str(node.target), self._inputs(node), self._output(node), function, attributes)
-
     def concat(self, node: fx.Node, layer: layers.Concat) -> ir.IntegerOp:
         return ir.ConcatOp(str(node.target), self._inputs(node), self._output(node), layer.dim)
-
-    def global_average(self, node: fx.Node, layer: nn.AdaptiveAvgPool2d) -> ir.IntegerOp:
-        if layer.output_size not in (1, (1, 1), [1, 1]):
-            raise UnsupportedLayerError(
-                f"layer {node.target!r} pools to {layer.output_size}; only a global average (1, 1) can be exported"
-            )
-        return ir.GlobalAveragePoolOp(str(node.target), self._inputs(node), self._output(node))
 
     def average_pool(self, node: fx.Node, layer: nn.AvgPool2d) -> ir.IntegerOp:
         if layer.divisor_override is not None:
@@ -294,7 +281,7 @@ class _Lowering:
             dilation=_pair(layer.dilation),
         )
 
-    def add(self, node: fx.Node, layer: QuantizedAdd) -> ir.IntegerOp:
+    def add(self, node: fx.Node, layer: layers.Add) -> ir.IntegerOp:
         clamp = self._clamp_behind(node)
         return ir.AddOp(str(node.target), self._inputs(node), self._output(node, clamp), _limits(clamp))
 
@@ -340,10 +327,6 @@ def _plain(kind: type[ir.IntegerOp]) -> Callable[[_Lowering, fx.Node, Any], ir.I
     return lambda lowering, node, layer: kind(str(node.target), lowering._inputs(node), lowering._output(node))
 
 
-def _activation(function: str, **attributes: float) -> Callable[[_Lowering, fx.Node, Any], ir.IntegerOp]:
-    return lambda lowering, node, layer: lowering._activation(node, function, attributes)
-
-
 _LOWERINGS: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.IntegerOp]] = {
     QuantizedConv2d: _Lowering.convolution,
     QuantizedLinear: _Lowering.linear,
@@ -351,13 +334,12 @@ _LOWERINGS: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.Integer
     nn.ReLU: _Lowering.clamp,
     nn.ReLU6: _Lowering.clamp,
     nn.Hardtanh: _Lowering.clamp,
-    nn.LeakyReLU: _Lowering.leaky_relu,
-    nn.Sigmoid: _activation("Sigmoid"),
+    nn.Sigmoid: _plain(ir.SigmoidOp),
     nn.AvgPool2d: _Lowering.average_pool,
-    nn.AdaptiveAvgPool2d: _Lowering.global_average,
+    QuantizedGlobalAveragePool: _plain(ir.GlobalAveragePoolOp),
     nn.MaxPool2d: _Lowering.max_pool,
     nn.Flatten: _Lowering.flatten,
-    QuantizedAdd: _Lowering.add,
+    layers.Add: _Lowering.add,
     layers.Maximum: _Lowering.maximum,
     layers.Pad: _Lowering.pad,
     layers.Permute: _Lowering.permute,

@@ -28,7 +28,7 @@ maximum that changes nothing, before them, hides the dequantize.
 """
 _MOVING = frozenset(("Flatten", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"))
 
-Direct = ir.MaxOp | ir.MultiplyOp | ir.ConcatOp | ir.GlobalAveragePoolOp | ir.AveragePoolOp
+Direct = ir.SigmoidOp | ir.MaxOp | ir.MultiplyOp | ir.ConcatOp | ir.GlobalAveragePoolOp | ir.AveragePoolOp
 """Operations that one node computes, whatever the type of its numbers."""
 
 
@@ -146,10 +146,6 @@ class NodeCollector:
             count_include_pad = int(operation.count_include_pad)
             return self.node("AveragePool", inputs, **window(operation), count_include_pad=count_include_pad)
         return self.node("Mul" if isinstance(operation, ir.MultiplyOp) else operation.kind, inputs)
-
-    def activation(self, operation: ir.ActivationOp, x: str) -> str:
-        """The activation function of ``x``."""
-        return self.node(operation.function, [x], None, **operation.attributes)
 
     def clamped(self, x: str, clamp: ir.Clamp | None) -> str:
         """``x`` as far as ``clamp`` lets it pass."""

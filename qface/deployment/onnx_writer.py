@@ -277,11 +277,6 @@ class _Writer(NodeCollector):
         self._finish_map(operation, self._quantize(product, operation.output), between)
 
     @write.register
-    def _(self, operation: ir.ActivationOp) -> None:
-        (floats,) = self._floats(operation)
-        self._finish(operation.output, self.activation(operation, floats))
-
-    @write.register
     def _(self, operation: ir.ClampOp) -> None:
         (source,) = operation.inputs
         self._finish(operation.output, self.float_name(source), operation.clamp)

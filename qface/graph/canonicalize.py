@@ -12,7 +12,7 @@ from qface.data.synthetic import synthetic_crops
 from qface.errors import TraceError
 from qface.graph.capture import capture, embedding_of, unwrapped
 from qface.graph.edit import propagate_shapes
-from qface.graph.passes.activations import activations_to_products, scales_before_clamps
+from qface.graph.passes.activations import activations_to_products, leaky_relu_to_prelu, scales_before_clamps
 from qface.graph.passes.affine_maps import fold_affine_maps
 from qface.graph.passes.matrix_products import convolutions_to_linear_layers, tokens_to_rows
 from qface.graph.passes.no_operations import remove_no_operations
@@ -40,6 +40,7 @@ PASSES = (
     remove_no_operations,
     recognize_normalization,
     activations_to_products,
+    leaky_relu_to_prelu,
     scales_before_clamps,
     fold_affine_maps,
     convolutions_to_linear_layers,

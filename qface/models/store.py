@@ -40,7 +40,7 @@ from qface.provenance import provenance_of, with_provenance, written_provenance
 __all__ = ["MODEL_NAMES", "check_model_file", "load", "save"]
 
 FORMAT = "qface"
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 _SUFFIX = ".safetensors"
 
 MODEL_NAMES = ("mobilefacenet", "mbf", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))

@@ -15,9 +15,9 @@ from qface.quantization.prepare import inspect, is_quantized, quantize
 from qface.quantization.qparams import IntegerRange, QParams
 from qface.quantization.quantization_config import LayerBits, QuantizationConfig
 from qface.quantization.quantized_layers import (
-    QuantizedAdd,
     QuantizedAffine,
     QuantizedConv2d,
+    QuantizedGlobalAveragePool,
     QuantizedLinear,
     QuantizedPReLU,
 )
@@ -35,9 +35,9 @@ __all__ = [
     "QParams",
     "QuantizationConfig",
     "QuantizationPlan",
-    "QuantizedAdd",
     "QuantizedAffine",
     "QuantizedConv2d",
+    "QuantizedGlobalAveragePool",
     "QuantizedLinear",
     "QuantizedPReLU",
     "RangeObserver",

@@ -37,7 +37,7 @@ _ZERO_POINTS = torch.linspace(0, 0.6, 13)
 _SHARE_OF_ACTIVATIONS = 0.8
 """Of the evening out where weights share a scale and are as wide; see :func:`_share_of_activations`."""
 
-_PASSES_FACTORS = (nn.PReLU, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, Add)
+_PASSES_FACTORS = (nn.PReLU, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, Add)
 
 
 @dataclass

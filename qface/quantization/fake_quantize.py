@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from qface.errors import ConfigError
+from qface.quantization.exact_scales import ExactScale
 from qface.quantization.kernels import quantize_affine
 from qface.quantization.lsq import lsq_fake_quantize, lsq_fake_quantize_prelu
 from qface.quantization.observers import make_observer
@@ -61,6 +62,8 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
     scale: nn.Parameter
     zero_point: Tensor
     calibrated: Tensor
+    scale_rule: ExactScale | None = None
+    """How the scale that rounds follows from ``scale``, where kernels of other processors could round otherwise."""
 
     def __init__(
         self, bits: int, num_channels: int | None = None, observer: str = "mse", percentile: float = 99.99
@@ -118,13 +121,25 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
 
     def prelu(self, x: Tensor, slopes: Tensor) -> Tensor:
         """The PReLU of ``x`` [N, C, ...], rounded before it to all integers of a byte, and behind it to its own."""
-        bounds = (-self._zero, self.quant_min - self._zero, self.quant_max - self._zero)
-        return lsq_fake_quantize_prelu(x, slopes, self._learned_scale(), *bounds, self._grad_factor(x))
+        return lsq_fake_quantize_prelu(
+            x, slopes, self._learned_scale(), -self._zero, *self.bounds, self._grad_factor(x)
+        )
 
     def _learned_scale(self) -> Tensor:
         # Through ``data``, since whoever shares the scale may have used it for its own gradient already.
         self.scale.data.clamp_(min=_MIN_SCALE)
-        return self.scale
+        if self.scale_rule is None:
+            return self.scale
+        return self.scale + (self.exact_scale() - self.scale).detach()
+
+    def exact_scale(self) -> Tensor:
+        """The scale that rounds, [channels] or [1], without gradient."""
+        return self.scale.detach() if self.scale_rule is None else self.scale_rule()
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Least and greatest integer, counted from the zero point."""
+        return self.quant_min - self._zero, self.quant_max - self._zero
 
     def _grad_factor(self, x: Tensor) -> float:
         """LSQ's: one over the root of (values that share the scale, in one image) x (greatest integer)."""
@@ -164,17 +179,18 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
 
     def qparams(self) -> QParams:
         """Scale, zero point and integers, without gradient."""
-        return QParams(self.scale.detach(), self.zero_point, self.quant_min, self.quant_max)
+        return QParams(self.exact_scale(), self.zero_point, self.quant_min, self.quant_max)
 
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
         """The integers that stand for ``x``, as floats of its shape."""
         shape = self._shape(x)
-        return quantize_affine(x, self.scale.view(shape), self.zero_point.view(shape), self.quant_min, self.quant_max)
+        scale, zero_point, low, high = self.qparams()
+        return quantize_affine(x, scale.view(shape), zero_point.view(shape), low, high)
 
     def _deployed(self, x: Tensor) -> Tensor:
         shape = self._shape(x)
-        return self.integers(x).sub_(self.zero_point.view(shape)).mul_(self.scale.detach().view(shape))
+        return self.integers(x).sub_(self.zero_point.view(shape)).mul_(self.exact_scale().view(shape))
 
 
 class SharedScaleFakeQuantize(nn.Module):
@@ -196,22 +212,27 @@ class SharedScaleFakeQuantize(nn.Module):
         quantizer.behind_prelu = True
 
     @property
+    def owner(self) -> LSQFakeQuantize:
+        """The quantizer whose scale this shares."""
+        return self._owner[0]
+
+    @property
     def quantizing(self) -> bool:
         """Whether it rounds."""
         return any(quantizer.quantizing for quantizer in self._owner)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` rounded, in its own shape."""
-        if not self.quantizing or self._owner[0].rounds_within_prelu:
+        if not self.quantizing or self.owner.rounds_within_prelu:
             return x
         if self.training:
-            return self._owner[0].fake_quantize(x, 0, QUINT8_MAX)
+            return self.owner.fake_quantize(x, 0, QUINT8_MAX)
         qparams = self.qparams()
         return quantize_affine(x, *qparams).sub_(qparams.zero_point).mul_(qparams.scale)
 
     def qparams(self) -> QParams:
         """Scale, zero point and integers, without gradient."""
-        return self._owner[0].qparams()._replace(quant_min=0, quant_max=QUINT8_MAX)
+        return self.owner.qparams()._replace(quant_min=0, quant_max=QUINT8_MAX)
 
 
 class ImageFakeQuantize(_SwitchedFakeQuantize):
@@ -252,11 +273,19 @@ class ImageFakeQuantize(_SwitchedFakeQuantize):
         low, high = (self.scale * (byte - self.zero_point) + self.offset for byte in (0, QUINT8_MAX))
         return low, high
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Least and greatest integer, counted from the zero point."""
+        return self.quant_min - self.zero_point, self.quant_max - self.zero_point
+
+    def exact_scale(self) -> Tensor:
+        """One gray level, [1]."""
+        return torch.tensor([self.scale], device=self.fake_quant_enabled.device)
+
     def qparams(self) -> QParams:
         """Scale, zero point and integers."""
-        device = self.fake_quant_enabled.device
-        scale = torch.tensor([self.scale], device=device)
-        return QParams(scale, torch.tensor([self.zero_point], device=device), self.quant_min, self.quant_max)
+        zero_point = torch.tensor([self.zero_point], device=self.fake_quant_enabled.device)
+        return QParams(self.exact_scale(), zero_point, self.quant_min, self.quant_max)
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Its fixed scale and zero point."""

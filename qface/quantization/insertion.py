@@ -8,13 +8,13 @@ from typing import Any
 from torch import fx, nn
 
 from qface.graph.edit import add_layer, bypass
+from qface.graph.layers import Add
 from qface.graph.queries import input_of, is_clamp, is_shape_only, layer_of
 from qface.preprocessing import Preprocessing
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
 from qface.quantization.placement import OTHER_BITS, activation_bits, computes_in_float
 from qface.quantization.quantization_config import QuantizationConfig
 from qface.quantization.quantized_layers import (
-    QuantizedAdd,
     QuantizedAffine,
     QuantizedPReLU,
     WeightedLayer,
@@ -93,7 +93,7 @@ def _leads_to_float_only(node: fx.Node) -> bool:
 
 def _feeds_only_a_clamp(node: fx.Node) -> bool:
     """ReLU and ReLU6 are part of the rounding that follows them, so nothing is rounded in between."""
-    if not isinstance(layer_of(node), (*WeightedLayer, QuantizedAdd, QuantizedAffine)):
+    if not isinstance(layer_of(node), (*WeightedLayer, Add, QuantizedAffine)):
         return False
     return len(node.users) == 1 and all(is_clamp(user) for user in node.users)
 

@@ -11,9 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qface.quantization.qparams import QParams
-
-__all__ = ["accumulate", "qlinear_add", "quantize_affine", "requantize"]
+__all__ = ["accumulate", "quantize_affine", "requantize"]
 
 # float32 holds every integer below.
 _EXACT_FLOAT32 = 2**24
@@ -45,29 +43,3 @@ def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: 
 def requantize(sums: Tensor, input_scale: Tensor, weight_scale: Tensor, output_scale: Tensor) -> Tensor:
     """``sums``, overwritten, in steps of ``output_scale``, rounded half to even; the scales broadcast against them."""
     return sums.mul_(input_scale * weight_scale / output_scale).round_()
-
-
-def qlinear_add(
-    left: Tensor, right: Tensor, left_qparams: QParams, right_qparams: QParams, output_qparams: QParams
-) -> Tensor:
-    """Integers of the sum of two quantized tensors, zero point included, not clamped: QLinearAdd's fused multiply-adds.
-
-    Args:
-        left: integers, zero point included.
-        right: integers, zero point included.
-        left_qparams: scale and zero point of ``left``.
-        right_qparams: scale and zero point of ``right``.
-        output_qparams: scale and zero point of the result.
-    """
-    a, b, c = left_qparams, right_qparams, output_qparams
-    left_ratio, right_ratio = a.scale / c.scale, b.scale / c.scale
-    shift = c.zero_point - _fused_multiply_add(left_ratio, a.zero_point, right_ratio * b.zero_point)
-    return _fused_multiply_add(left, left_ratio, _fused_multiply_add(right, right_ratio, shift)).round_()
-
-
-def _fused_multiply_add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """``x * y + z`` with one rounding to float32; float64 holds the product of two float32 exactly."""
-    product, summand = x.double() * y.double(), z.double()
-    if torch.broadcast_shapes(product.shape, summand.shape) != product.shape:  # type: ignore[no-untyped-call]
-        return (product + summand).float()
-    return product.add_(summand).float()

@@ -24,13 +24,13 @@ import enum
 
 from torch import fx, nn
 
-from qface.graph.layers import Concat, L2Normalize, Maximum, Multiply
+from qface.graph.layers import Add, Concat, L2Normalize, Maximum, Multiply
 from qface.graph.queries import CLAMPS, is_shape_only, layer_of
 from qface.quantization.quantization_config import QuantizationConfig
 from qface.quantization.quantized_layers import (
-    QuantizedAdd,
     QuantizedAffine,
     QuantizedConv2d,
+    QuantizedGlobalAveragePool,
     QuantizedLinear,
     QuantizedPReLU,
     WeightedLayer,
@@ -66,13 +66,12 @@ INTEGER_LAYERS = (
     QuantizedConv2d,
     QuantizedLinear,
     QuantizedPReLU,
-    QuantizedAdd,
     QuantizedAffine,
+    QuantizedGlobalAveragePool,
     *CLAMPS,
-    nn.LeakyReLU,
     nn.Sigmoid,
     nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
+    Add,
     Multiply,
     Concat,
     Maximum,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -20,23 +21,24 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 from qface.errors import ConfigError
 from qface.graph.canonicalize import canonicalize
+from qface.graph.edit import set_layer
 from qface.graph.graph_data import CONVOLUTION_ARGUMENTS, LINEAR_ARGUMENTS, on_rebuild, register_layer
-from qface.graph.layers import OWN_LAYERS, Add, ChannelAffine
-from qface.graph.queries import SHAPE_ONLY, layer_of, shape_of
+from qface.graph.layers import OWN_LAYERS, ChannelAffine
+from qface.graph.queries import SHAPE_ONLY, input_of, layer_of, shape_of
 from qface.preprocessing import example_input, preprocessing_of
 from qface.provenance import carry, record_step
+from qface.quantization.binding import bind_quantizers
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
 from qface.quantization.insertion import activation_quantizer, place_quantizers
 from qface.quantization.placement import INTEGER_LAYERS, OTHER_BITS
 from qface.quantization.plan import QuantizationPlan, plan_of
 from qface.quantization.quantization_config import QuantizationConfig, as_config
 from qface.quantization.quantized_layers import (
-    QuantizedAdd,
     QuantizedAffine,
     QuantizedConv2d,
+    QuantizedGlobalAveragePool,
     QuantizedLinear,
     QuantizedPReLU,
-    bind_quantizers,
 )
 from qface.quantization.residuals import widen_residuals
 
@@ -47,7 +49,7 @@ on_rebuild(bind_quantizers)
 register_layer(QuantizedConv2d, (*CONVOLUTION_ARGUMENTS, *_WEIGHT_ARGUMENTS))
 register_layer(QuantizedLinear, (*LINEAR_ARGUMENTS, *_WEIGHT_ARGUMENTS))
 register_layer(QuantizedPReLU, ("num_parameters",))
-register_layer(QuantizedAdd, ())
+register_layer(QuantizedGlobalAveragePool, ("num_values",))
 register_layer(QuantizedAffine, ("num_channels", "dim"))
 register_layer(LSQFakeQuantize, ("bits", "num_channels", "observer", "percentile"))
 register_layer(SharedScaleFakeQuantize, ())
@@ -62,7 +64,7 @@ _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
     nn.PReLU: QuantizedPReLU,
 }
 _OBSERVED = (*_SWAPPED, *INTEGER_LAYERS)  # torch.ao swaps first and matches afterwards
-_LEAVES = (*OWN_LAYERS, QuantizedAdd, QuantizedAffine)
+_LEAVES = (*OWN_LAYERS, QuantizedAffine, QuantizedGlobalAveragePool)
 
 
 def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphModule:
@@ -138,15 +140,24 @@ def _swap_leaves(model: fx.GraphModule) -> None:
     """Swap what torch.ao does not: layers that are not traced get no qconfig, and without one it leaves them alone."""
     for node in model.graph.nodes:
         layer = layer_of(node)
-        if isinstance(layer, Add):
-            model.add_submodule(str(node.target), QuantizedAdd.from_float(layer))
-        elif isinstance(layer, ChannelAffine) and _has_integer_form(node, layer):
-            model.add_submodule(str(node.target), QuantizedAffine.from_float(layer))
+        if isinstance(layer, ChannelAffine) and _has_integer_form(node, layer):
+            set_layer(model, str(node.target), QuantizedAffine.from_float(layer))
+        elif layer is not None and _averages_the_map(node, layer):
+            set_layer(model, str(node.target), QuantizedGlobalAveragePool(math.prod(shape_of(input_of(node))[2:])))
 
 
 def _has_integer_form(node: fx.Node, layer: ChannelAffine) -> bool:
     """True of one along the channels of maps or rows, which is a depthwise convolution."""
     return layer.dim == 1 and layer.num_channels > 1 and len(shape_of(node)) in (2, 4)
+
+
+def _averages_the_map(node: fx.Node, layer: nn.Module) -> bool:
+    if isinstance(layer, nn.AdaptiveAvgPool2d):
+        return layer.output_size in (1, (1, 1), [1, 1])
+    if not isinstance(layer, nn.AvgPool2d):
+        return False
+    whole = layer.kernel_size in (shape_of(input_of(node))[2:], list(shape_of(input_of(node))[2:]))
+    return whole and layer.padding in (0, (0, 0))
 
 
 def _check_overrides(model: fx.GraphModule, config: QuantizationConfig) -> None:

@@ -2,8 +2,8 @@
 
 In training mode a convolution multiplies rounded floats, differentiably. In eval mode it multiplies the
 integers, as onnxruntime does (:mod:`qface.quantization.kernels`). For that a layer must know the qparams of what it
-reads and of what it makes, which torch.ao keeps in neighboring modules: :func:`bind_quantizers` tells every layer its
-quantizers.
+reads and of what it makes, which torch.ao keeps in neighboring modules: :mod:`qface.quantization.binding` tells every
+layer its quantizers.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qface.graph.layers import Add, ChannelAffine, along_channels
-from qface.graph.queries import is_clamp, layer_of, source_of_values
+from qface.graph.layers import ChannelAffine, along_channels
+from qface.graph.queries import layer_of
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
-from qface.quantization.kernels import accumulate, qlinear_add, requantize
+from qface.quantization.kernels import accumulate, requantize
 from qface.quantization.lsq import prelu
 
 __all__ = [
     "MAX_BIAS",
     "QuantContext",
-    "QuantizedAdd",
     "QuantizedAffine",
     "QuantizedConv2d",
+    "QuantizedGlobalAveragePool",
     "QuantizedLinear",
     "QuantizedPReLU",
     "WeightedLayer",
-    "bind_quantizers",
+    "is_quantizer",
 ]
 
 SLOPE_BITS = 8
@@ -259,26 +259,22 @@ class QuantizedPReLU(nn.PReLU):
         return _take_weights(target, layer, target.weight_fake_quant)
 
 
-class QuantizedAdd(Add):
-    """Sum of two quantized tensors; in eval mode it rounds as onnxruntime's integer sum does."""
+class QuantizedGlobalAveragePool(nn.AdaptiveAvgPool2d):
+    """Mean over height and width, which become 1; in eval mode no sum is rounded, however large the map.
 
-    quant_context = QuantContext()
+    Args:
+        num_values: height x width of the map.
+    """
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """Broadcasting sum."""
-        if self.training or len(self.quant_context.inputs) != 2 or not self.quant_context.rounding:
-            return left + right
-        a, b, c = (cast(Quantizer, q).qparams() for q in (*self.quant_context.inputs, self.quant_context.output))
-        with torch.no_grad():
-            integers = qlinear_add(
-                (left / a.scale).round_() + a.zero_point, (right / b.scale).round_() + b.zero_point, a, b, c
-            )
-            return (integers - c.zero_point) * c.scale
+    def __init__(self, num_values: int) -> None:
+        super().__init__(1)
+        self.num_values = num_values
 
-    @classmethod
-    def from_float(cls, layer: Add) -> QuantizedAdd:
-        """The same sum, which will know its quantizers."""
-        return cls().train(layer.training)
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C, 1, 1]."""
+        if self.training:
+            return super().forward(input)
+        return super().forward(input.double()).to(input.dtype)
 
 
 class QuantizedAffine(ChannelAffine):
@@ -322,35 +318,9 @@ class QuantizedAffine(ChannelAffine):
 WeightedLayer = (QuantizedConv2d, QuantizedLinear)
 """Layers that multiply: what they read has ``activation_bits``."""
 
-_WITH_CONTEXT = (_QuantizedMatmul, QuantizedAdd, QuantizedAffine, QuantizedPReLU)
+_WITH_CONTEXT = (_QuantizedMatmul, QuantizedAffine, QuantizedPReLU)
 
 
 def is_quantizer(node: fx.Node) -> bool:
     """Whether ``node`` rounds a value."""
     return isinstance(layer_of(node), Quantizer)
-
-
-def bind_quantizers(student: fx.GraphModule) -> None:
-    """Tell every layer of ``student`` the quantizers at both its ends; after any change of the graph, do it again."""
-    for node in student.graph.nodes:
-        layer = layer_of(node)
-        if isinstance(layer, _WITH_CONTEXT):
-            inputs = tuple(_quantizer_before(arg) for arg in node.args if isinstance(arg, fx.Node))
-            layer.quant_context = QuantContext(inputs, _quantizer_after(node))
-        elif isinstance(layer, SharedScaleFakeQuantize):
-            (activation,) = node.users
-            layer.share_scale_of(cast(LSQFakeQuantize, _quantizer_after(activation)))
-
-
-def _quantizer_before(node: fx.Node) -> Quantizer | None:
-    node = source_of_values(node)
-    return cast(Quantizer, layer_of(node)) if is_quantizer(node) else None
-
-
-def _quantizer_after(node: fx.Node) -> Quantizer | None:
-    users = list(node.users)
-    while len(users) == 1 and is_clamp(users[0]):
-        users = list(users[0].users)
-    if len(users) != 1 or not is_quantizer(users[0]):
-        return None
-    return cast(Quantizer, layer_of(users[0]))

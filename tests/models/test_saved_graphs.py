@@ -458,7 +458,7 @@ def test_strings_in_arguments_stay_strings(
 @pytest.mark.parametrize(
     "entries",
     [
-        {"format_version": "4"},
+        {"format_version": "5"},
         {"format_version": ""},
         {"graph": "no json"},
         {"graph": "[" * 100_000},

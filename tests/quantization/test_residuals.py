@@ -11,7 +11,8 @@ from torch import fx, nn
 from torch.ao.quantization import disable_fake_quant
 
 from qface.graph import ChannelAffine
-from qface.quantization import LayerBits, LSQFakeQuantize, QuantizationConfig, QuantizedAdd, quantize
+from qface.graph.layers import Add
+from qface.quantization import LayerBits, LSQFakeQuantize, QuantizationConfig, quantize
 from tests.deployment.networks import CHANNELS, Applied, Sum, calibrated, framed
 
 
@@ -50,7 +51,7 @@ def bit_widths(student: fx.GraphModule, kinds: tuple[type[nn.Module], ...]) -> s
 @pytest.mark.parametrize("bits", [2, 6])
 def test_sums_read_bytes_and_convolutions_their_own_bits(body: str, bits: int) -> None:
     student = quantize(framed(BODIES[body]), bits)
-    assert bit_widths(student, (QuantizedAdd,)) == {8}
+    assert bit_widths(student, (Add,)) == {8}
     assert bit_widths(student, (nn.Conv2d,)) == {bits}
 
 
@@ -65,7 +66,7 @@ def test_the_float_network_computes_what_it_did(body: str) -> None:
 
 def test_both_read_the_same_where_that_is_wanted() -> None:
     student = quantize(framed(chain), QuantizationConfig(4, 4, wide_residuals=False))
-    assert 4 in bit_widths(student, (QuantizedAdd,))
+    assert 4 in bit_widths(student, (Add,))
     assert not any(isinstance(layer, ChannelAffine) for layer in student.modules())
 
 
@@ -78,9 +79,9 @@ def test_nothing_is_made_twice_where_convolutions_read_bytes() -> None:
 def test_one_narrow_layer_is_read_apart_alone() -> None:
     config = QuantizationConfig(8, 8, overrides={"body.1.left": LayerBits(activation=3)})
     student = quantize(framed(chain), config)
-    assert bit_widths(student, (QuantizedAdd,)) == {8}
+    assert bit_widths(student, (Add,)) == {8}
     assert bit_widths(student, (nn.Conv2d,)) == {3, 8}
-    assert sum(isinstance(layer, QuantizedAdd) for layer in student.modules()) == 4
+    assert sum(isinstance(layer, Add) for layer in student.modules()) == 4
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -1,0 +1,147 @@
+"""Which quantizers belong to a layer, and which scales depend on each other: read off the graph of a student."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+from torch import fx, nn
+
+from qface.graph.layers import Add, Concat, Maximum, Multiply
+from qface.graph.queries import is_clamp, is_shape_only, layer_of, source_of_values
+from qface.quantization.exact_scales import ExactScale, FunctionValues, Scaled, ScaleGroup, ScaleRatio, pin_ratios
+from qface.quantization.fake_quantize import LSQFakeQuantize, SharedScaleFakeQuantize
+from qface.quantization.quantized_layers import (
+    QuantContext,
+    QuantizedAffine,
+    QuantizedGlobalAveragePool,
+    QuantizedPReLU,
+    Quantizer,
+    WeightedLayer,
+    is_quantizer,
+)
+
+__all__ = ["bind_quantizers"]
+
+_WITH_CONTEXT = (*WeightedLayer, QuantizedAffine, QuantizedPReLU)
+_LINKING = (Add, Concat, Maximum)
+# To float32 on the way to a result, in torch or in the kernel that has most of them.
+_PRODUCT_ROUNDINGS = 6
+_GLOBAL_AVERAGE_ROUNDINGS = 5
+_AVERAGE_ROUNDINGS = 6
+
+_log = logging.getLogger("qface")
+
+
+def bind_quantizers(student: fx.GraphModule) -> None:
+    """Tell layers of ``student`` their quantizers, and quantizers their rule; after a change of the graph, again."""
+    for node in student.graph.nodes:
+        layer = layer_of(node)
+        if isinstance(layer, _WITH_CONTEXT):
+            layer.quant_context = QuantContext(tuple(_inputs(node)), _quantizer_after(node))
+        elif isinstance(layer, SharedScaleFakeQuantize):
+            (activation,) = node.users
+            layer.share_scale_of(cast(LSQFakeQuantize, _quantizer_after(activation)))
+    _bind_scales([node for node in student.graph.nodes if _rounds(node)])
+
+
+def _inputs(node: fx.Node) -> Iterator[Quantizer | None]:
+    return (_quantizer_before(each) for each in node.args if isinstance(each, fx.Node))
+
+
+def _quantizer_before(node: fx.Node) -> Quantizer | None:
+    """The quantizer of the values of ``node``, which may have been moved since."""
+    node = source_of_values(node)
+    return cast(Quantizer, layer_of(node)) if is_quantizer(node) else None
+
+
+def _quantizer_after(node: fx.Node) -> Quantizer | None:
+    """The quantizer of what ``node`` makes, which may be clamped before."""
+    users = list(node.users)
+    while len(users) == 1 and is_clamp(users[0]):
+        users = list(users[0].users)
+    if len(users) != 1 or not is_quantizer(users[0]):
+        return None
+    return cast(Quantizer, layer_of(users[0]))
+
+
+# ---- scales
+
+
+def _rounds(node: fx.Node) -> bool:
+    """True if ``node`` reads quantized values only, and a quantizer rounds what it makes.
+
+    A clamp right after the layer that it belongs to reads what is not rounded yet.
+    """
+    if node.op != "call_module" or is_quantizer(node) or is_shape_only(node):
+        return False
+    return None not in (*_inputs(node), _quantizer_after(node))
+
+
+def _bind_scales(nodes: list[fx.Node]) -> None:
+    groups = _groups(nodes)
+    functions = {_output(node): _function(node) for node in nodes if isinstance(layer_of(node), nn.Sigmoid)}
+    sources: dict[Scaled, Scaled] = {quantizer: function.source for quantizer, function in functions.items()}
+    left = pin_ratios([ratio for node in nodes for ratio in _ratios(node)], groups, sources)
+    if left:
+        _log.warning("%d operations may be rounded differently on processors of another kind", len(left))
+    for quantizer, group in groups.items():
+        if isinstance(quantizer, LSQFakeQuantize):
+            values = functions.get(quantizer)
+            free = len(group.members) == 1 and group.ratio is None and values is None
+            quantizer.scale_rule = None if free else ExactScale(quantizer, group, values)
+
+
+def _groups(nodes: Iterable[fx.Node]) -> dict[Scaled, ScaleGroup]:
+    """The group of each quantizer that one of ``nodes`` reads or makes values of."""
+    groups: dict[Scaled, ScaleGroup] = {}
+    for node in nodes:
+        scaled: list[Scaled] = list(dict.fromkeys((*_scales_read(node), _output(node))))
+        for each in scaled:
+            groups.setdefault(each, ScaleGroup([each]))
+        if isinstance(layer_of(node), _LINKING) or is_clamp(node):
+            joined = ScaleGroup(list(dict.fromkeys(member for each in scaled for member in groups[each].members)))
+            groups.update(dict.fromkeys(joined.members, joined))
+    return groups
+
+
+def _ratios(node: fx.Node) -> Iterator[ScaleRatio]:
+    layer, read, made = layer_of(node), _scales_read(node), _output(node)
+    if isinstance(layer, Multiply):
+        yield ScaleRatio(read, made, 1, _PRODUCT_ROUNDINGS)
+    elif isinstance(layer, QuantizedGlobalAveragePool):
+        yield ScaleRatio(read, made, layer.num_values, _GLOBAL_AVERAGE_ROUNDINGS)
+    elif isinstance(layer, nn.AvgPool2d):
+        yield ScaleRatio(read, made, _common_count(layer), _AVERAGE_ROUNDINGS, math.prod(_pair(layer.kernel_size)))
+
+
+def _common_count(layer: nn.AvgPool2d) -> int:
+    """The least common multiple of the numbers of values that ``layer`` averages, fewer of them at an edge."""
+    kernel, padding = _pair(layer.kernel_size), _pair(layer.padding)
+    if layer.count_include_pad and not layer.ceil_mode:
+        return math.prod(kernel)
+    least = (1, 1) if layer.ceil_mode else (kernel[0] - padding[0], kernel[1] - padding[1])
+    return math.prod(math.lcm(*range(low, high + 1)) for low, high in zip(least, kernel, strict=True))
+
+
+def _function(node: fx.Node) -> FunctionValues:
+    (source,) = _scales_read(node)
+    return FunctionValues(cast(nn.Module, layer_of(node)), source)
+
+
+def _scales_read(node: fx.Node) -> tuple[Scaled, ...]:
+    return tuple(_scaled(cast(Quantizer, each)) for each in _inputs(node))
+
+
+def _output(node: fx.Node) -> LSQFakeQuantize:
+    return cast(LSQFakeQuantize, _scaled(cast(Quantizer, _quantizer_after(node))))
+
+
+def _scaled(quantizer: Quantizer) -> Scaled:
+    return quantizer.owner if isinstance(quantizer, SharedScaleFakeQuantize) else quantizer
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
