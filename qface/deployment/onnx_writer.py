@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import singledispatchmethod
 
 import numpy as np
@@ -278,8 +279,14 @@ class _Writer(NodeCollector):
 
     @write.register
     def _(self, operation: ir.ClampOp) -> None:
+        """Bytes are clipped before they change their scale, or onnxruntime would make one of two roundings."""
         (source,) = operation.inputs
-        self._finish(operation.output, self.float_name(source), operation.clamp)
+        if source.qparams is None:
+            self._finish(operation.output, source.name, operation.clamp)
+            return
+        low, high = _clamped_range(replace(source.qparams, bits=_BYTE), operation.clamp)
+        clipped = self.node("Clip", [source.name, self._byte(max(low - 1, 0)), self._byte(min(high + 1, _HIGH))])
+        self._finish(operation.output, self._dequantize(clipped, source), operation.clamp)
 
     @write.register
     def _(self, operation: ir.FloatAffineOp) -> None:
