@@ -10,6 +10,7 @@ import click
 import qface
 from qface.cli.command import Command, show
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
+from qface.deployment.agreement import RUNTIMES
 from qface.deployment.export import TARGETS
 from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
@@ -80,13 +81,26 @@ def export(
 @click.argument("file", type=FilePath)
 @images_option
 @people_option
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the file; OpenVINO (qface[bench]) is compared from end to end only.",
+)
 @preprocessing_options
 @json_option
 def verify(
-    student: Path, file: Path, images: Path, identities: str | None, preprocessing: dict[str, Any], as_json: bool
+    student: Path,
+    file: Path,
+    images: Path,
+    identities: str | None,
+    runtime: str,
+    preprocessing: dict[str, Any],
+    as_json: bool,
 ) -> None:
     """Prove that FILE computes what STUDENT computes, layer by layer and from end to end."""
-    agreement = qface.verify(qface.load(student, preprocessing=preprocessing), file, images, identities)
+    agreement = qface.verify(qface.load(student, preprocessing=preprocessing), file, images, identities, runtime)
     show(agreement.to_dict(), agreement_table(agreement), as_json)
     if not agreement.agrees:
         raise click.exceptions.Exit(1)

@@ -2,7 +2,8 @@
 
 Layer by layer the file is cut open: every layer gets the student's integers as input, so that a difference stays where
 it arises. From end to end nothing is given but images, and the embeddings are compared. A file for GPUs rounds weights
-only; it is compared from end to end with a student that does the same.
+only; it is compared from end to end with a student that does the same. So is a file that OpenVINO runs: it does not
+show its integers without computing others.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from qface.data.sources import as_image_source
 from qface.deployment import integer_graph as ir
 from qface.deployment.inputs import as_model_sees, to_file_input, with_input_dtype
 from qface.deployment.lowering import lower, value_name
+from qface.deployment.openvino_runtime import OpenVinoEmbedder
 from qface.deployment.runtime import OnnxEmbedder, cpu_session
-from qface.errors import ExportError, ImagesError
+from qface.errors import ConfigError, ExportError, ImagesError
 from qface.graph.queries import layer_of
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
 from qface.quantization.quantized_layers import Quantizer, WeightedLayer
 
 __all__ = [
     "LAYER_IMAGES",
+    "RUNTIMES",
     "Agreement",
     "LayerAgreement",
     "compare_embeddings",
@@ -41,6 +44,8 @@ __all__ = [
     "verify",
     "without_rounded_activations",
 ]
+
+RUNTIMES = ("onnxruntime", "openvino")
 
 LEAST_EQUAL = 0.999
 """Share of a layer's integers that must be equal; no other may be off by more than one step."""
@@ -50,6 +55,7 @@ LEAST_MEAN_COSINE_WITH_FLOAT = 0.99
 LEAST_COSINE_WITH_FLOAT = 0.95
 """Of networks with float islands. Torch and onnxruntime sum floats in another order; a difference of 1e-7 rounds one of
 every few thousand values the other way, and the layers after it spread that. Each layer alone must agree as elsewhere.
+Likewise of OpenVINO, which adds the zero point before it rounds.
 """
 
 LAYER_IMAGES = 8
@@ -90,7 +96,7 @@ class LayerAgreement:
 class Agreement:
     """What :func:`verify` found; cosines are between the embeddings of student and file, running free.
 
-    A file for GPUs has no integer layers.
+    A file for GPUs has no integer layers, and those of OpenVINO are not seen.
 
     Args:
         layers: with integer results, one by one.
@@ -98,6 +104,7 @@ class Agreement:
         mean_cosine: of their embeddings.
         least_cosine: likewise.
         float_layers: names of the float islands, between which integers may differ by a rounding.
+        runtime: that ran the file, one of :data:`RUNTIMES`.
     """
 
     layers: tuple[LayerAgreement, ...]
@@ -105,13 +112,14 @@ class Agreement:
     mean_cosine: float
     least_cosine: float
     float_layers: tuple[str, ...] = ()
+    runtime: str = "onnxruntime"
 
     @property
     def agrees(self) -> bool:
         """Whether every layer agrees, and the embeddings do."""
         mean, least = (
             (LEAST_MEAN_COSINE_WITH_FLOAT, LEAST_COSINE_WITH_FLOAT)
-            if self.float_layers
+            if self.float_layers or self.runtime != "onnxruntime"
             else (LEAST_MEAN_COSINE, LEAST_COSINE)
         )
         embeddings = self.mean_cosine >= mean and self.least_cosine >= least
@@ -122,7 +130,13 @@ class Agreement:
         return {"agrees": self.agrees, **asdict(self)}
 
 
-def verify(student: nn.Module, file: str | Path, images: Images, identities: str | Path | None = None) -> Agreement:
+def verify(
+    student: nn.Module,
+    file: str | Path,
+    images: Images,
+    identities: str | Path | None = None,
+    runtime: str = "onnxruntime",
+) -> Agreement:
     """Compare ``student`` in eval mode with ``file``, which was exported from it.
 
     A file for GPUs runs on one where there is one.
@@ -132,20 +146,31 @@ def verify(student: nn.Module, file: str | Path, images: Images, identities: str
         file: the ONNX file.
         images: faces; the first eight serve for the layers, all of them from end to end.
         identities: of a folder, which identities.
+        runtime: that runs the file: ``"onnxruntime"``, or ``"openvino"``, from end to end only.
 
     Raises:
-        ConfigError: the student is not calibrated.
+        ConfigError: the student is not calibrated, or there is no such runtime.
+        DependencyError: OpenVINO is wanted and not installed.
         ExportError: the file was not exported from this network.
         CheckpointError: the file is missing or damaged.
         ImagesError: the images cannot be used.
+
+    Example:
+        >>> qface.verify(student, "student.onnx", "faces/", runtime="openvino").least_cosine
     """
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
     graph = lower(student)
-    embedder = OnnxEmbedder(file, providers=["CPUExecutionProvider"])
+    on_openvino = runtime == "openvino"
+    embedder = OpenVinoEmbedder(file) if on_openvino else OnnxEmbedder(file, providers=["CPUExecutionProvider"])
     graph = with_input_dtype(embedder.input, graph)
     batches = _batches(graph, as_image_source(images, identities))
-    if embedder.target == "cuda":
-        return compare_embeddings(without_rounded_activations(student), OnnxEmbedder(file), batches)
-    return compare_integers(student, graph, embedder, batches)
+    for_gpus = embedder.target == "cuda"
+    if not (for_gpus or on_openvino):
+        return compare_integers(student, graph, embedder, batches)
+    network = without_rounded_activations(student) if for_gpus else copy.deepcopy(student).cpu().eval()
+    found = compare_embeddings(network, embedder if on_openvino else OnnxEmbedder(file), batches)
+    return replace(found, runtime=runtime)
 
 
 def compare_integers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import singledispatchmethod
 
@@ -38,7 +39,7 @@ def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], weight_format: str
     """
     weights = make_weight_format(weight_format)
     bits = graph.weight_bits
-    writer = _Writer(weights, shared_zeros=bits < _BYTE)
+    writer = _Writer(weights, shared_zeros=bits < _BYTE, only_summed=_only_summed(graph))
     for operation in graph.operations:
         writer.write(operation)
     writer.node("Identity", [writer.float_name(graph.embedding)], "embedding")
@@ -52,12 +53,14 @@ class _Writer(NodeCollector):
         weights: how they lie in the file.
         shared_zeros: let weights share their zero points, which takes less room. Where onnxruntime has to shift weights
             to unsigned bytes (:mod:`qface.deployment.runtime`), it fails on shared ones.
+        only_summed: what :func:`_only_summed` returned.
     """
 
-    def __init__(self, weights: WeightFormat, shared_zeros: bool) -> None:
+    def __init__(self, weights: WeightFormat, shared_zeros: bool, only_summed: frozenset[str]) -> None:
         super().__init__()
         self.weights = weights
         self._shared_zeros = shared_zeros
+        self._only_summed = only_summed
         self._dequantized: dict[str, str] = {}
         self._images: set[str] = set()
         self._named: dict[tuple[float, int], str] = {}
@@ -298,7 +301,17 @@ class _Writer(NodeCollector):
 
     @write.register
     def _(self, operation: ir.AddOp) -> None:
-        self._finish(operation.output, self.node("Add", self._floats(operation)), operation.clamp)
+        summands = [self._summand(value) for value in operation.inputs]
+        self._finish(operation.output, self.node("Add", summands), operation.clamp)
+
+    def _summand(self, value: ir.Value) -> str:
+        """The floats of ``value``, with two readers of its integers where a single one lets OpenVINO skip rounding it.
+
+        It computes a convolution and a sum that alone reads it in one kernel, which adds before it rounds.
+        """
+        if value.name not in self._only_summed:
+            return self.float_name(value)
+        return self._dequantize(self.node("Max", [value.name, value.name]), value)
 
     @write.register
     def _(self, operation: ir.QuantizeOp) -> None:
@@ -336,6 +349,19 @@ class _Writer(NodeCollector):
     @write.register
     def _(self, operation: ir.L2NormalizeOp) -> None:
         self._finish(operation.output, self.node("LpNormalization", self._floats(operation), axis=1, p=2))
+
+
+def _only_summed(graph: ir.IntegerGraph) -> frozenset[str]:
+    """Names of the integers that a convolution makes and one sum reads, and nothing else."""
+    readers = Counter(value.name for operation in graph.operations for value in operation.inputs)
+    made = {each.output.name for each in graph.operations if isinstance(each, (ir.ConvolutionOp, ir.AffineOp))}
+    sums = [operation for operation in graph.operations if isinstance(operation, ir.AddOp)]
+    return frozenset(
+        value.name
+        for operation in sums
+        for value in operation.inputs
+        if value.qparams is not None and value.name in made and readers[value.name] == 1
+    )
 
 
 def _takes_three_channels(operation: ir.ConvolutionOp | ir.LinearOp) -> bool:

@@ -73,6 +73,7 @@ class PackedFormat:
         return initializers, [node for unpacker in unpackers for node in unpacker.nodes]
 
 
+_BYTE = 8
 _Weight = tuple[str, Int8]
 _BUFFER = 1 << 23
 """Integers that lie in one buffer at most, unless a single layer has more."""
@@ -95,7 +96,10 @@ def _buffers(weights: list[_Weight]) -> list[list[_Weight]]:
 class _Unpacker:
     """Initializers and nodes for the weights of one buffer.
 
-    No result lies beyond its type's range, where onnxruntime would wrap and others, OpenVINO for one, saturate.
+    Bits are moved by arithmetic that OpenVINO folds too, which it does not with shifts, bitwise operators, and products
+    and quotients of bytes; nor with a product behind a cast, which it takes for a dequantization. What it does not fold
+    it computes anew for every image, and a matrix product with such a weight wrongly. No result lies beyond its type's
+    range, where onnxruntime would wrap and others saturate.
     """
 
     def __init__(self, prefix: str, bits: int, weights: list[_Weight]) -> None:
@@ -109,28 +113,35 @@ class _Unpacker:
         self._split(self._signed(self._node("Concat", runs, axis=0), bits), len(runs) * planes.shape[1], weights)
 
     def _run(self, planes: list[str], place: Place, bits: int) -> str:
-        """The integers of one run, uint8, with bits of others above them."""
-        run = planes[place.plane]
-        if place.shift:
-            run = self._shifted(run, place.shift, "RIGHT")
+        """The integers of one run, uint8."""
+        width = min(bits, _BYTE - place.shift)
+        run = self._shifted_right(planes[place.plane], place.shift)
         if place.straddles:
-            below = 8 - place.shift
-            above = self._masked(planes[place.plane + 1], bits - below)
-            run = self._node("BitwiseOr", [run, self._shifted(above, below, "LEFT")])
-        return run
+            above = self._lowest(planes[place.plane + 1], bits - width)
+            return self._node("Add", [run, self._shifted_left(above, width)])
+        return self._lowest(run, width) if place.shift + width < _BYTE else run
 
-    def _shifted(self, plane: str, shift: int, direction: str) -> str:
-        by = self._constant(f"shift{shift}", np.array([shift], np.uint8))
-        return self._node("BitShift", [plane, by], direction=direction)
-
-    def _masked(self, value: str, width: int) -> str:
+    def _lowest(self, integers: str, width: int) -> str:
         """The lowest ``width`` bits."""
-        mask = self._constant(f"mask{width}", np.array([(1 << width) - 1], np.uint8))
-        return self._node("BitwiseAnd", [value, mask])
+        return self._node("Mod", [integers, self._constant(f"mod{1 << width}", np.array([1 << width], np.uint8))])
+
+    def _shifted_right(self, integers: str, shift: int) -> str:
+        if not shift:
+            return integers
+        by = self._constant(f"div{1 << shift}", np.array([1 << shift], np.int32))
+        quotient = self._node("Div", [self._node("Cast", [integers], to=TensorProto.INT32), by])
+        return self._node("Cast", [quotient], to=TensorProto.UINT8)
+
+    def _shifted_left(self, integers: str, shift: int) -> str:
+        for _ in range(shift):
+            integers = self._node("Add", [integers, integers])
+        return integers
 
     def _signed(self, runs: str, bits: int) -> str:
-        """int8, without the bits of others and without the offset."""
-        signed = self._node("Cast", [self._masked(runs, bits)], to=TensorProto.INT8)
+        """int8, without the offset."""
+        signed = self._node("Cast", [runs], to=TensorProto.INT8)
+        if not offset(bits):
+            return signed
         return self._node("Sub", [signed, self._constant("offset", np.array([offset(bits)], np.int8))])
 
     def _split(self, signed: str, count: int, weights: list[_Weight]) -> None:
