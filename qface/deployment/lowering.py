@@ -210,7 +210,7 @@ class _Lowering:
         if source.qparams is None:
             raise ExportError(f"layer {node.target!r} reads a float tensor, so it cannot run on integers")
         quantizer = layer.weight_fake_quant
-        weight = ir.Weight(_int8(quantizer.integers(layer.weight)), _float32(quantizer.scale), quantizer.bits)
+        weight = ir.Weight(_int8(quantizer.integers(layer.weight)), _float32(quantizer.exact_scale()), quantizer.bits)
         integers = layer.bias_integers()
         bias = None if integers is None else integers.to(torch.int32).cpu().numpy()
         clamp = self._clamp_behind(node)
@@ -233,7 +233,7 @@ class _Lowering:
 
     def prelu(self, node: fx.Node, layer: QuantizedPReLU) -> ir.IntegerOp:
         slopes = _int8(layer.slope_integers())
-        scale = float(layer.weight_fake_quant.scale.detach())
+        scale = float(layer.weight_fake_quant.exact_scale())
         return ir.PReluOp(str(node.target), self._inputs(node), self._output(node), self._rank(node), slopes, scale)
 
     def affine(self, node: fx.Node, layer: QuantizedAffine) -> ir.IntegerOp:

@@ -11,7 +11,16 @@ from torch import fx, nn
 
 from qface.graph.layers import Add, Concat, Maximum, Multiply
 from qface.graph.queries import is_clamp, is_shape_only, layer_of, source_of_values
-from qface.quantization.exact_scales import ExactScale, FunctionValues, Scaled, ScaleGroup, ScaleRatio, pin_ratios
+from qface.quantization.exact_scales import (
+    PRODUCT_ROUNDINGS,
+    ExactScale,
+    ExactWeightScale,
+    FunctionValues,
+    Scaled,
+    ScaleGroup,
+    ScaleRatio,
+    pin_ratios,
+)
 from qface.quantization.fake_quantize import LSQFakeQuantize, SharedScaleFakeQuantize
 from qface.quantization.quantized_layers import (
     QuantContext,
@@ -28,7 +37,6 @@ __all__ = ["bind_quantizers"]
 _WITH_CONTEXT = (*WeightedLayer, QuantizedAffine, QuantizedPReLU)
 _LINKING = (Add, Concat, Maximum)
 # To float32 on the way to a result, in torch or in the kernel that has most of them.
-_PRODUCT_ROUNDINGS = 6
 _GLOBAL_AVERAGE_ROUNDINGS = 5
 _AVERAGE_ROUNDINGS = 6
 
@@ -44,7 +52,9 @@ def bind_quantizers(student: fx.GraphModule) -> None:
         elif isinstance(layer, SharedScaleFakeQuantize):
             (activation,) = node.users
             layer.share_scale_of(cast(LSQFakeQuantize, _quantizer_after(activation)))
-    _bind_scales([node for node in student.graph.nodes if _rounds(node)])
+    nodes = [node for node in student.graph.nodes if _rounds(node)]
+    _bind_scales(nodes)
+    _bind_weight_scales(nodes)
 
 
 def _inputs(node: fx.Node) -> Iterator[Quantizer | None]:
@@ -94,6 +104,15 @@ def _bind_scales(nodes: list[fx.Node]) -> None:
             quantizer.scale_rule = None if free else ExactScale(quantizer, group, values)
 
 
+def _bind_weight_scales(nodes: list[fx.Node]) -> None:
+    for node in nodes:
+        layer = layer_of(node)
+        if isinstance(layer, (*WeightedLayer, QuantizedPReLU)):
+            (source,) = _scales_read(node)
+            quantizer = layer.weight_fake_quant
+            quantizer.scale_rule = ExactWeightScale(quantizer, source, cast(Scaled, _quantizer_after(node)))
+
+
 def _groups(nodes: Iterable[fx.Node]) -> dict[Scaled, ScaleGroup]:
     """The group of each quantizer that one of ``nodes`` reads or makes values of."""
     groups: dict[Scaled, ScaleGroup] = {}
@@ -109,8 +128,8 @@ def _groups(nodes: Iterable[fx.Node]) -> dict[Scaled, ScaleGroup]:
 
 def _ratios(node: fx.Node) -> Iterator[ScaleRatio]:
     layer, read, made = layer_of(node), _scales_read(node), _output(node)
-    if isinstance(layer, Multiply):
-        yield ScaleRatio(read, made, 1, _PRODUCT_ROUNDINGS)
+    if isinstance(layer, Multiply) or (isinstance(layer, QuantizedPReLU) and read != (made,)):
+        yield ScaleRatio(read, made, 1, PRODUCT_ROUNDINGS)
     elif isinstance(layer, QuantizedGlobalAveragePool):
         yield ScaleRatio(read, made, layer.num_values, _GLOBAL_AVERAGE_ROUNDINGS)
     elif isinstance(layer, nn.AvgPool2d):

@@ -17,8 +17,20 @@ from torch import Tensor, nn
 
 from qface.quantization.qparams import QParams
 
-__all__ = ["ExactScale", "FunctionValues", "ScaleGroup", "ScaleRatio", "Scaled", "pin_ratios"]
+__all__ = [
+    "PRODUCT_ROUNDINGS",
+    "ExactScale",
+    "ExactWeightScale",
+    "FunctionValues",
+    "ScaleGroup",
+    "ScaleRatio",
+    "Scaled",
+    "exact_weight_scale",
+    "pin_ratios",
+]
 
+PRODUCT_ROUNDINGS = 6
+"""To float32 from scales to result: the moved scale, the ratio (two), the sum, its product, the zero point added."""
 MULTIPLE_BITS = 10
 """Bits of the odd multiples in a group. With 10, a sum is further from a tie than the fixed point of ARM errs."""
 _BYTE = 256.0  # above every value that is rounded, zero point included
@@ -43,6 +55,30 @@ class Scaled(Protocol):
 
     def qparams(self) -> QParams:
         """With that scale."""
+
+
+def nearest_fraction(ratio: Tensor, error: Tensor | float) -> Tensor:
+    """The nearest k / q with an odd q of at most 1 / (2 error), so that k / q times an integer keeps off ties by that.
+
+    A ratio below 2 error is 1 / q with a greater q.
+
+    Args:
+        ratio: float64, any shape.
+        error: how much kernels err, in steps of the output; a number, or float64 of that shape.
+    """
+    numerator = torch.floor(ratio / (2 * error)).clamp(min=1)
+    return numerator / _odd(numerator / ratio)
+
+
+def error_of_kernels(bounds: tuple[int, int], roundings: int) -> float:
+    """How much so many roundings to float32 err at most, in steps of the output.
+
+    Args:
+        bounds: least and greatest integer of the output, counted from its zero point; what is clamped does not count.
+        roundings: the last of them with the zero point added, which makes a value below 256.
+    """
+    low, high = bounds
+    return _HALF_ULP * ((roundings - 1) * (high - low + 1) + _BYTE)
 
 
 def _odd(values: Tensor) -> Tensor:
@@ -123,15 +159,9 @@ class ScaleRatio:
         for quantizer in self.inputs:
             ratio = ratio * self._scale(quantizer, group, unit)
         ratio = ratio / self._scale(self.output, group, unit)
-        numerator = torch.floor(ratio / (2 * self._error(ratio))).clamp(min=1)
-        fraction = numerator / _odd(numerator / ratio)
+        error = error_of_kernels(self.output.bounds, self.roundings)
+        fraction = nearest_fraction(ratio, error + _HALF_ULP * self.terms * _BYTE * self.count * ratio)
         return unit * (ratio / fraction if self.output in group.members else fraction / ratio)
-
-    def _error(self, ratio: Tensor) -> Tensor:
-        """How much a kernel errs at most, in steps of the output; results that are clamped do not count."""
-        low, high = self.output.bounds
-        term = _BYTE * self.count * ratio
-        return _HALF_ULP * ((self.roundings - 1) * (high - low + 1) + self.terms * term + _BYTE)
 
     def _scale(self, quantizer: Scaled, group: ScaleGroup, unit: Tensor) -> Tensor:
         if quantizer in group.members:
@@ -188,6 +218,43 @@ class ExactScale:
         steps = (values / candidates.double()[:, None]).clamp(low, high)
         distances = (steps - steps.floor() - 0.5).abs().amin(1)
         return candidates[(distances > _LOOKUP_DISTANCE).int().argmax().reshape(1)]
+
+
+@dataclass(eq=False)
+class ExactWeightScale:
+    """How the scales of a weight follow from those that were learned.
+
+    onnxruntime multiplies an int32 sum by one float32 ratio on every processor. OpenVINO adds the zero point before it
+    rounds, so that ratio is k / q too.
+
+    Args:
+        quantizer: of the weight, whose scale is [channels] or [1].
+        source: of what the layer reads.
+        output: of what it makes.
+    """
+
+    quantizer: Scaled
+    source: Scaled
+    output: Scaled
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """The scales nearest to the learned ones, float32, of their shape."""
+        raw = _raw(self.quantizer)
+        return exact_weight_scale(raw, self.source.exact_scale(), self.output.exact_scale(), self.output.bounds).float()
+
+
+def exact_weight_scale(raw: Tensor, source_scale: Tensor, output_scale: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """The scales, float64, nearest to ``raw`` with which ``source_scale * scale / output_scale`` is k / q.
+
+    Args:
+        raw: any shape.
+        source_scale: [1], of what a layer reads.
+        output_scale: [1], of what it makes.
+        bounds: least and greatest integer of that, counted from its zero point.
+    """
+    ratio = raw.double() * (source_scale.double() / output_scale.double())
+    return raw * (nearest_fraction(ratio, error_of_kernels(bounds, PRODUCT_ROUNDINGS)) / ratio)
 
 
 def _raw(quantizer: Scaled) -> Tensor:

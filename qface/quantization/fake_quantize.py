@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from qface.errors import ConfigError
-from qface.quantization.exact_scales import ExactScale
+from qface.quantization.exact_scales import ExactScale, ExactWeightScale
 from qface.quantization.kernels import quantize_affine
 from qface.quantization.lsq import lsq_fake_quantize, lsq_fake_quantize_prelu
 from qface.quantization.observers import make_observer
@@ -62,7 +62,7 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
     scale: nn.Parameter
     zero_point: Tensor
     calibrated: Tensor
-    scale_rule: ExactScale | None = None
+    scale_rule: ExactScale | ExactWeightScale | None = None
     """How the scale that rounds follows from ``scale``, where kernels of other processors could round otherwise."""
 
     def __init__(
@@ -215,6 +215,11 @@ class SharedScaleFakeQuantize(nn.Module):
     def owner(self) -> LSQFakeQuantize:
         """The quantizer whose scale this shares."""
         return self._owner[0]
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Least and greatest integer, counted from the zero point."""
+        return -self.owner._zero, QUINT8_MAX - self.owner._zero
 
     @property
     def quantizing(self) -> bool:

@@ -97,7 +97,7 @@ def _round(layer: Any, hessian: Tensor) -> None:
     quantizer = layer.weight_fake_quant
     groups, size = hessian.shape[:2]
     weight = layer.weight.detach().cpu().double().reshape(groups, -1, size)
-    scale = quantizer.scale.detach().cpu().double().view(groups, -1)
+    scale = quantizer.exact_scale().cpu().double().view(groups, -1)
     factor = _inverse_factor(hessian)
     rounded, errors = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, size, _BLOCK):

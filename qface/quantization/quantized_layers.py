@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from qface.graph.layers import ChannelAffine, along_channels
 from qface.graph.queries import layer_of
+from qface.quantization.exact_scales import exact_weight_scale
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
 from qface.quantization.kernels import accumulate, requantize
 from qface.quantization.lsq import prelu
@@ -131,7 +132,7 @@ class _QuantizedMatmul(nn.Module):
     def _step(self) -> Tensor:
         (quantizer,) = self.quant_context.inputs
         assert quantizer is not None
-        return quantizer.qparams().scale * self.weight_fake_quant.scale
+        return quantizer.qparams().scale * self.weight_fake_quant.exact_scale()
 
     def _deployed(self, x: Tensor, quantizer: Quantizer) -> Tensor:
         weight = self.weight_fake_quant.integers(self.weight)
@@ -139,7 +140,7 @@ class _QuantizedMatmul(nn.Module):
         scale = quantizer.qparams().scale
         shape = (-1,) + (1,) * (self.weight.ndim - 2)
         sums = accumulate(self.multiply, (x / scale).round_(), weight, None if bias is None else bias.view(shape))
-        weight_scale = self.weight_fake_quant.scale.view(shape)
+        weight_scale = self.weight_fake_quant.exact_scale().view(shape)
         output = self.quant_context.output
         if output is None or not output.quantizing:
             return sums * (scale * weight_scale)
@@ -248,7 +249,7 @@ class QuantizedPReLU(nn.PReLU):
     def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
         integers = (x / scale).round_()
         slopes = along_channels(self.slope_integers(), x)
-        scaled = requantize(integers * slopes, scale, self.weight_fake_quant.scale, output_scale)
+        scaled = requantize(integers * slopes, scale, self.weight_fake_quant.exact_scale(), output_scale)
         kept = requantize(integers.clone(), scale, torch.ones_like(scale), output_scale)
         return torch.where(integers > 0, kept, scaled).mul_(output_scale)
 
@@ -295,11 +296,13 @@ class QuantizedAffine(ChannelAffine):
     @torch.no_grad()
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, their scales, and biases in units of input scale x weight scale, each [channels], as floats."""
-        input_scale, _ = self.quant_context.scales()
+        input_scale, output_scale = self.quant_context.scales()
         greatest = (1 << (AFFINE_BITS - 1)) - 1
         # A channel that is next to nothing but shift gets a step in which the shift fits its integer.
         step = torch.maximum(self.weight.abs() / greatest, self.bias.abs() / (input_scale * MAX_BIAS / 2))
         step = step.clamp(min=torch.finfo(step.dtype).tiny)
+        assert self.quant_context.output is not None
+        step = exact_weight_scale(step, input_scale, output_scale, self.quant_context.output.bounds).to(step.dtype)
         return (self.weight / step).round(), step, (self.bias / (input_scale * step)).round()
 
     def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
