@@ -257,13 +257,9 @@ class SelfTest:
 
     def __str__(self) -> str:
         """The verdict in one line."""
-        if not self.agrees:
-            return (
-                f"DIFFERS from what was trained: {self.different} of {self.images} embeddings, least cosine "
-                f"{self.least_cosine:.6f} (of {self.cosines}), {self.runtime}"
-            )
-        how = "equal" if self.tolerance == EQUAL else f"within a cosine of {self.tolerance:g}"
-        return f"computes what was trained: {self.images} of {self.images} embeddings {how}, {self.runtime}"
+        verdict = "computes what was trained" if self.agrees else "DIFFERS from what was trained"
+        cosines = f"least cosine of the first {self.cosines} is {self.least_cosine:.6f}"
+        return f"{verdict}: {self.different} of {self.images} embeddings differ, {cosines}, {self.runtime}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
