@@ -5,6 +5,11 @@ import { open, selftest } from './qface.mjs';
 
 const [file, runtime = 'onnxruntime-web'] = process.argv.slice(2);
 const ort = await import(runtime);
-const { agrees, words } = await selftest(await open(ort.default ?? ort, await readFile(file)));
+const model = await open(ort.default ?? ort, await readFile(file));
+if (!model.metadata.golden) {
+  console.error(`${file} holds no golden values: export it again`);
+  process.exit(2);
+}
+const { agrees, words } = await selftest(model);
 console.log(`${words}, ${runtime}`);
 process.exit(agrees ? 0 : 1);

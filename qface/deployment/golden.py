@@ -61,8 +61,8 @@ Tolerance = Literal["equal"] | float
 Embeddings = npt.NDArray[np.float32]
 
 _CELL = 16  # pixels between two points of the coarse grid
-_BYTE = 0xFF
 _WORD = 0xFFFFFFFF
+_FACTOR, _ADDEND = 1664525, 1013904223  # of the random bytes
 
 
 def golden_image(number: int, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -83,27 +83,26 @@ def golden_image(number: int, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
         [155, 0, 0]
     """
     height, width = size
-    noise = _RandomBytes((number + 1) * 2654435761)
+    rows, columns = height // _CELL + 2, width // _CELL + 2
     image = np.empty((3, height, width), np.uint8)
-    for channel in image:
-        grid = noise.draw((height // _CELL + 2, width // _CELL + 2))
+    for channel, drawn in zip(image, _random_bytes(number, rows * columns + height * width), strict=True):
+        grid, noise = drawn[: rows * columns].reshape(rows, columns), drawn[rows * columns :].reshape(height, width)
         smooth = _interpolated(_interpolated(grid, height).T, width).T  # 0..255 * 256
-        channel[:] = (15 * smooth >> 12) + (noise.draw((height, width)) >> 4)
+        channel[:] = (15 * smooth >> 12) + (noise >> 4)
     return image
 
 
-class _RandomBytes:
-    def __init__(self, seed: int) -> None:
-        self._state = seed & _WORD
+def _random_bytes(number: int, count: int) -> npt.NDArray[np.int64]:
+    """The bytes of the three channels of image ``number``, int64 [3, count].
 
-    def draw(self, shape: tuple[int, int]) -> npt.NDArray[np.int64]:
-        """The next bytes, row by row, as int64 of ``shape``."""
-        rows, columns = shape
-        return np.array([[self._next() for _ in range(columns)] for _ in range(rows)], np.int64)
-
-    def _next(self) -> int:
-        self._state = (self._state * 1664525 + 1013904223) & _WORD
-        return self._state >> 24
+    The last ``n`` states of the generator become the next ``n`` by one product and one sum, those of ``n`` steps.
+    """
+    factor, addend = _FACTOR, _ADDEND
+    states = np.array([((number + 1) * 2654435761 * factor + addend) & _WORD], np.uint64)
+    while len(states) < 3 * count:
+        states = np.concatenate([states, (states * np.uint64(factor) + np.uint64(addend)) & np.uint64(_WORD)])
+        factor, addend = factor * factor & _WORD, (factor + 1) * addend & _WORD
+    return (states[: 3 * count] >> np.uint64(24)).astype(np.int64).reshape(3, count)
 
 
 def _interpolated(rows: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
