@@ -115,6 +115,8 @@ def thresholds(
     as_json: bool,
 ) -> None:
     """Set the cosine to accept where float meets float, quantized quantized, and quantized a float gallery."""
+    if file is not None:
+        qface.thresholds_of(file)  # a file that cannot be read is told before any work
     models = (embedder(teacher, preprocessing), embedder(student))
     result = qface.operating_thresholds(*models, images, fpr, identities, eval_identities, progress=True)
     show(result.to_dict(), thresholds_table(result), as_json)

@@ -80,7 +80,7 @@ def golden_image(number: int, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
 
     Example:
         >>> golden_image(0, (112, 112))[:, 0, 0].tolist()
-        [155, 0, 0]
+        [62, 228, 95]
     """
     height, width = size
     rows, columns = height // _CELL + 2, width // _CELL + 2
@@ -206,6 +206,10 @@ class GoldenValues:
         Args:
             embeddings: float32 [images, dimensions], of all :attr:`images`.
             runtime: what computed them, in words.
+
+        Example:
+            >>> GoldenValues("equal", np.eye(2, dtype=np.float32)).compare(np.eye(2, dtype=np.float32), "numpy").agrees
+            True
         """
         whole = len(self.embeddings)
         pairs = list(zip(self.embeddings, embeddings[:whole], strict=True))
@@ -300,6 +304,10 @@ def measure_golden(embedder: OnnxEmbedder, tolerance: Tolerance) -> GoldenValues
 
     Raises:
         ExportError: an embedding has a number that is not finite, so that nothing could be compared with it.
+
+    Example:
+        >>> measure_golden(OnnxEmbedder("student.onnx"), "equal").images  # doctest: +SKIP
+        16
     """
     count = NUM_EMBEDDINGS + (NUM_DIGESTS if tolerance == EQUAL else 0)
     embeddings = _embedded(embedder, count)
@@ -318,9 +326,17 @@ def _embedded(embedder: OnnxEmbedder, count: int) -> Embeddings:
 def write_golden(path: str | Path, golden: GoldenValues) -> None:
     """Write ``golden`` into the metadata of the file at ``path``.
 
+    Args:
+        path: the ONNX file; it is replaced as a whole or not at all.
+        golden: measured with this file.
+
     Raises:
         CheckpointError: the file is missing or damaged.
         ExportError: it cannot be replaced.
+
+    Example:
+        >>> embedder = OnnxEmbedder("student.onnx")  # doctest: +SKIP
+        >>> write_golden("student.onnx", measure_golden(embedder, "equal"))  # doctest: +SKIP
     """
     add_metadata(path, {GOLDEN: golden.to_json()})
 
@@ -328,8 +344,15 @@ def write_golden(path: str | Path, golden: GoldenValues) -> None:
 def read_golden(path: str | Path) -> GoldenValues:
     """The golden values in the metadata of the file at ``path``.
 
+    Args:
+        path: the ONNX file.
+
     Raises:
         CheckpointError: the file is missing or damaged, or holds none.
+
+    Example:
+        >>> read_golden("student.onnx").tolerance  # doctest: +SKIP
+        'equal'
     """
     text = read_metadata(path).get(GOLDEN)
     if text is None:

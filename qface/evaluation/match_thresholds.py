@@ -136,7 +136,8 @@ def thresholds_of(file: str | Path) -> MatchThresholds | None:
         return None
     try:
         record: dict[str, Any] = json.loads(text)
-        by_fpr = {str(fpr): float(threshold) for fpr, threshold in record.pop("by_fpr").items()}
-        return MatchThresholds(by_fpr, **record)
+        by_fpr = {str(fpr): float(threshold) for fpr, threshold in record["by_fpr"].items()}
+        images, identities, impostors = (int(record[key]) for key in ("images", "identities", "impostor_pairs"))
+        return MatchThresholds(by_fpr, images, identities, impostors, record["people"])
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: its thresholds cannot be read ({error}); write them again") from error
