@@ -1,23 +1,28 @@
 """Makes face-recognition networks small and fast without losing what they know.
 
 One verb a stage, each working alone: ``load``, ``quantize``, ``calibrate``, ``distill``, ``export``, ``evaluate``,
-``save``, and ``verify``, which proves that a file computes what was trained. ``sensitivity`` says what each layer loses
+``save``, and ``verify``, which proves that a file computes what was trained; ``selftest`` proves it on any machine from
+the file alone. ``sensitivity`` says what each layer loses
 at each number of bits, ``allocate_bits`` chooses bits for a budget, and ``operating_thresholds`` the cosines to accept.
 """
 
 from qface._version import __version__
 from qface.data.crops import AlignmentReport, align
-from qface.deployment import SizeReport, export, measure_size, verify
+from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
 from qface.deployment.mixed_precision import allocate_bits
 from qface.distillation import DistillConfig, distill
 from qface.errors import QFaceError
 from qface.evaluation import (
     EvaluationResult,
+    MatchThresholds,
     OperatingThresholds,
     TemplateResult,
     evaluate,
     evaluate_templates,
+    match_thresholds,
     operating_thresholds,
+    thresholds_of,
+    write_thresholds,
 )
 from qface.models import load, save
 from qface.preprocessing import Preprocessing, with_preprocessing
@@ -31,12 +36,14 @@ __all__ = [
     "DistillConfig",
     "EvaluationResult",
     "LayerBits",
+    "MatchThresholds",
     "OperatingThresholds",
     "Preprocessing",
     "PruningConfig",
     "QFaceError",
     "QuantizationConfig",
     "QuantizationPlan",
+    "SelfTest",
     "Sensitivity",
     "SizeReport",
     "TemplateResult",
@@ -50,12 +57,16 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "match_thresholds",
     "measure_size",
     "operating_thresholds",
     "prune",
     "quantize",
     "save",
+    "selftest",
     "sensitivity",
+    "thresholds_of",
     "verify",
     "with_preprocessing",
+    "write_thresholds",
 ]

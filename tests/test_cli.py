@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
 import qface
 from qface.cli import export_alias, main
+from qface.deployment.metadata import add_metadata, read_metadata
 from qface.models.resolve import resolve_model
 from qface.provenance import provenance_of
 from tests.data.ijb import SmallIjb
@@ -163,6 +165,46 @@ def test_thresholds_of_float_quantized_and_mixed(student: Path) -> None:
     assert table.exit_code == 0, table.output
     assert "mixed" in table.stdout
     assert "fpr" in refusal(run(*arguments[:-1], "often")).lower() or "rate" in refusal(run(*arguments[:-1], "often"))
+
+
+def test_a_file_proves_itself_and_knows_its_thresholds(student: Path) -> None:
+    assert run("export", student, "-o", "student.onnx").exit_code == 0
+    result = run("selftest", "student.onnx")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("computes what was trained: 0 of 16 embeddings differ")
+    assert json.loads(run("selftest", "student.onnx", "--json").stdout)["thresholds"] is None
+
+    faces = ("my_networks:make", "student.onnx", "--images", "crops", "--fpr", "0.2")
+    result = run("thresholds", *faces, "--people", "first-half", "--write", "student.onnx")
+    assert result.exit_code == 0, result.output
+    assert "wrote into student.onnx: two faces match above" in result.stderr
+    record = json.loads(run("selftest", "student.onnx", "--json").stdout)
+    assert (record["agrees"], record["different"], record["tolerance"]) == (True, 0, "equal")
+    assert record["thresholds"]["by_fpr"].keys() == {"0.2"}
+    assert (record["thresholds"]["images"], record["thresholds"]["people"]) == (16, "first-half")
+    assert "two faces match above a cosine of" in run("selftest", "student.onnx").stdout
+    assert "no NoSuchProvider here" in refusal(run("selftest", "student.onnx", "--provider", "NoSuchProvider"))
+
+
+def test_a_file_that_differs_or_cannot_tell_is_named(student: Path) -> None:
+    qface.export(qface.load(student), "student.onnx")
+    golden = json.loads(read_metadata("student.onnx")["golden"])
+    golden["embeddings"].reverse()
+    add_metadata("student.onnx", {"golden": json.dumps(golden)})
+    result = run("selftest", "student.onnx")
+    assert result.exit_code == 1
+    assert result.stdout.startswith("DIFFERS from what was trained: 4 of 16 embeddings differ, least cosine")
+    assert json.loads(run("selftest", "student.onnx", "--json").stdout)["agrees"] is False
+    kept = {key: value for key, value in read_metadata("student.onnx").items() if key != "golden"}
+    model = onnx.load("student.onnx")
+    onnx.helper.set_model_props(model, kept)
+    onnx.save(model, "student.onnx")
+    assert "no golden values" in refusal(run("selftest", "student.onnx"))
+
+
+def test_thresholds_are_not_measured_for_a_file_that_is_missing(student: Path) -> None:
+    faces = ("thresholds", "my_networks:make", student, "--images", "crops", "--fpr", "0.2")
+    assert "missing.onnx" in refusal(run(*faces, "--write", "missing.onnx"))
 
 
 def test_quantize_prints_figures_with_pairs(student: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import qface
-from qface.cli.deployment import bench, export, inspect, size, verify
+from qface.cli.deployment import bench, export, inspect, selftest, size, verify
 from qface.cli.evaluation import evaluate, ijb, sensitivity, thresholds
 from qface.cli.faces import align, demo
 from qface.cli.training import distill, prune, quantize
@@ -22,7 +22,7 @@ def main() -> None:
 for _each in (
     *(quantize, prune, distill),
     *(evaluate, ijb, thresholds, sensitivity),
-    *(inspect, export, verify, bench, size),
+    *(inspect, export, verify, selftest, bench, size),
     *(align, demo),
 ):
     main.add_command(_each)

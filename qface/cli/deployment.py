@@ -1,7 +1,8 @@
-"""Commands on files: inspect, export, verify, bench, size."""
+"""Commands on files: inspect, export, verify, selftest, bench, size."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qface.models.resolve import resolve_model
 from qface.reporting import agreement_table, latency_table, plan_table
 from qface.reporting.tables import size_tables
 
-__all__ = ["bench", "export", "inspect", "size", "verify"]
+__all__ = ["bench", "export", "inspect", "selftest", "size", "verify"]
 
 
 @click.command(cls=Command)
@@ -103,6 +104,22 @@ def verify(
     agreement = qface.verify(qface.load(student, preprocessing=preprocessing), file, images, identities, runtime)
     show(agreement.to_dict(), agreement_table(agreement), as_json)
     if not agreement.agrees:
+        raise click.exceptions.Exit(1)
+
+
+@click.command(cls=Command)
+@click.argument("file", type=FilePath)
+@click.option("--provider", help="onnxruntime's execution provider.  [default: the CPU; CUDA for a file for GPUs]")
+@json_option
+def selftest(file: Path, provider: str | None, as_json: bool) -> None:
+    """Prove from FILE alone that onnxruntime computes here what was trained."""
+    found = qface.selftest(file, None if provider is None else [provider])
+    thresholds = qface.thresholds_of(file)
+    if as_json:
+        click.echo(json.dumps({**found.to_dict(), "thresholds": thresholds and thresholds.to_dict()}))
+    else:
+        click.echo("\n".join(str(each) for each in (found, thresholds) if each is not None))
+    if not found.agrees:
         raise click.exceptions.Exit(1)
 
 

@@ -11,6 +11,7 @@ import qface
 from qface.cli.command import Command, embedder, show
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
 from qface.evaluation import TemplateProtocol
+from qface.evaluation.match_thresholds import DEVICE_FPRS
 from qface.models.resolve import resolve_model
 from qface.reporting import (
     evaluation_table,
@@ -94,6 +95,12 @@ def ijb(
 @click.option("--people", "identities", help="Whom to set thresholds on, as for other commands.  [default: all]")
 @click.option("--eval-people", "eval_identities", help="Whom to measure them on.  [default: the same]")
 @click.option("--fpr", default="1e-4", show_default=True, help="Share of impostors that may be accepted.")
+@click.option(
+    "--write",
+    "file",
+    type=FilePath,
+    help="Also measure this .onnx file against itself, at several rates, and write its thresholds into it.",
+)
 @preprocessing_options
 @json_option
 def thresholds(
@@ -103,13 +110,25 @@ def thresholds(
     identities: str | None,
     eval_identities: str | None,
     fpr: str,
+    file: Path | None,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Set the cosine to accept where float meets float, quantized quantized, and quantized a float gallery."""
+    if file is not None:
+        qface.thresholds_of(file)  # a file that cannot be read is told before any work
     models = (embedder(teacher, preprocessing), embedder(student))
     result = qface.operating_thresholds(*models, images, fpr, identities, eval_identities, progress=True)
     show(result.to_dict(), thresholds_table(result), as_json)
+    if file is not None:
+        _write_thresholds(file, images, fpr, identities)
+
+
+def _write_thresholds(file: Path, images: Path, fpr: str, identities: str | None) -> None:
+    fprs = tuple(dict.fromkeys((fpr, *DEVICE_FPRS)))
+    measured = qface.match_thresholds(file, images, fprs, identities, progress=True)
+    qface.write_thresholds(file, measured)
+    click.echo(f"wrote into {file}: {measured}", err=True)
 
 
 @click.command(cls=Command)

@@ -2,6 +2,7 @@
 
 from qface.deployment.agreement import Agreement, LayerAgreement, verify
 from qface.deployment.export import export
+from qface.deployment.golden import SelfTest, selftest
 from qface.deployment.integer_graph import IntegerGraph
 from qface.deployment.latency import median_milliseconds
 from qface.deployment.lowering import lower
@@ -13,11 +14,13 @@ __all__ = [
     "IntegerGraph",
     "LayerAgreement",
     "OnnxEmbedder",
+    "SelfTest",
     "SizeEntry",
     "SizeReport",
     "export",
     "lower",
     "measure_size",
     "median_milliseconds",
+    "selftest",
     "verify",
 ]

@@ -24,6 +24,7 @@ from qface.deployment.agreement import (
     without_rounded_activations,
 )
 from qface.deployment.fp16_writer import to_fp16_onnx
+from qface.deployment.golden import golden_images, golden_tolerance, measure_golden, write_golden
 from qface.deployment.inputs import (
     FLOAT_INPUT,
     UINT8_INPUT,
@@ -60,6 +61,8 @@ def export(
     target: str = "cpu",
 ) -> Path:
     """Write ``model`` as an ONNX model with a dynamic batch, its preprocessing and provenance in the metadata.
+
+    The metadata also hold golden values, by which :func:`qface.selftest` and any device tell what they compute.
 
     A calibrated student becomes an integer graph that qface writes itself; a float network becomes float32 ONNX. Input
     ``images`` [batch, 3, height, width]; output ``embedding`` float32 [batch, dimensions].
@@ -102,12 +105,16 @@ def export(
             write, check = (to_onnx, _check_layers) if target == "cpu" else (to_fp16_onnx, _check_embeddings)
             onnx.save(write(graph, metadata, weight_format), temporary)
             _check(temporary)
-            check(model, graph, temporary, as_model_sees(graph, normalize(crops, graph.preprocessing)))
+            check(model, graph, temporary, as_model_sees(graph, _compared(crops, graph.preprocessing)))
+            tolerance = golden_tolerance(graph, target)
         else:
             network = copy.deepcopy(model).cpu().float().eval()  # that of a GPU in fp16 is checked on a CPU
             _export_float(network, temporary, metadata)
             _check(temporary)
-            _check_float(network, temporary, normalize(crops, preprocessing_of(network)))
+            _check_float(network, temporary, _compared(crops, preprocessing_of(network)))
+            tolerance = golden_tolerance(None, target)
+        providers = ["CPUExecutionProvider"] if target == "cpu" else None
+        write_golden(temporary, measure_golden(OnnxEmbedder(temporary, providers), tolerance))
     return path
 
 
@@ -130,6 +137,11 @@ def _verification_images(images: Images | None) -> tuple[Tensor, str]:
         raise ImagesError("there are no images to compare the file on: pass at least one")
     crops = batch[:LAYER_IMAGES]
     return crops, f"{len(crops)} given images"
+
+
+def _compared(crops: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """``crops`` and the test images that golden values are of, normalized."""
+    return torch.cat([normalize(crops, preprocessing), preprocessing.normalize(golden_images(preprocessing.size))])
 
 
 def _check_layers(student: nn.Module, graph: IntegerGraph, file: Path, inputs: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from qface.evaluation.embedding import Embedder, TorchEmbedder, as_embedder, embed
 from qface.evaluation.evaluate import EvaluationResult, evaluate
+from qface.evaluation.match_thresholds import MatchThresholds, match_thresholds, thresholds_of, write_thresholds
 from qface.evaluation.template_verification import TemplateProtocol, TemplateResult, evaluate_templates
 from qface.evaluation.thresholds import OperatingThresholds, PairingThreshold, operating_thresholds
 from qface.evaluation.verification import (
@@ -19,6 +20,7 @@ __all__ = [
     "FPRS",
     "Embedder",
     "EvaluationResult",
+    "MatchThresholds",
     "OperatingPoint",
     "OperatingThresholds",
     "PairingThreshold",
@@ -31,9 +33,12 @@ __all__ = [
     "embed",
     "evaluate",
     "evaluate_templates",
+    "match_thresholds",
     "operating_thresholds",
     "rates_at",
     "ten_fold_accuracy",
+    "thresholds_of",
     "tpr_at_fpr",
     "tpr_at_fpr_of_scores",
+    "write_thresholds",
 ]
