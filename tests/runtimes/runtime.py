@@ -1,4 +1,4 @@
-"""Other runtimes and processors, each as a function from uint8 images to embeddings."""
+"""Other runtimes and processors, each as a function from images to embeddings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.runtimes.parts import part_folder, reason_missing
 
 __all__ = ["HOST", "RUNTIMES", "Runtime", "RuntimeFailedError"]
 
-Images = npt.NDArray[np.uint8]
+Images = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 Embeddings = npt.NDArray[np.float32]
 
 HOST = "host"
@@ -116,7 +116,7 @@ class Runtime:
         return next((reason for reason in reasons if reason), None)
 
     def embed(self, path: str | Path, images: Images) -> Embeddings:
-        """Embed ``images``, uint8 [N, 3, height, width], by the file ``path``, to float32 [N, D].
+        """Embed ``images``, uint8 or float32 [N, 3, height, width] as the file ``path`` reads, to float32 [N, D].
 
         Raises:
             RuntimeFailedError: the runtime is missing, or cannot run the file.
@@ -149,7 +149,10 @@ class Runtime:
             raise RuntimeFailedError(reason)
         for number, (_, images) in enumerate(files):
             images.tofile(folder / f"{number}.in")
-        models = [{"path": str(Path(path).resolve()), "shape": images.shape} for path, images in files]
+        models = [
+            {"path": str(Path(path).resolve()), "dtype": images.dtype.name, "shape": images.shape}
+            for path, images in files
+        ]
         (folder / "request.json").write_text(json.dumps({"models": models, "runs": runs}))
         command = [*self.environment.interpreter(), _WORKERS / self.environment.worker, folder]
         done = subprocess.run(command, env=self._variables(), capture_output=True, text=True)

@@ -9,7 +9,7 @@ async function open(model) {
   const session = await ort.InferenceSession.create(fs.readFileSync(model.path), { executionProviders: ['wasm'] })
   const shape = [1, ...model.shape.slice(1)]
   return async (image) => {
-    const outputs = await session.run({ [session.inputNames[0]]: new ort.Tensor('uint8', image, shape) })
+    const outputs = await session.run({ [session.inputNames[0]]: new ort.Tensor(model.dtype, image, shape) })
     return outputs[session.outputNames[0]].data
   }
 }
@@ -26,10 +26,11 @@ async function takeTurns(models, images, runs) {
   return times.map((measured) => measured.slice(WARM_UP))
 }
 
-function readImages(file, shape) {
+function readImages(file, { dtype, shape }) {
   const bytes = new Uint8Array(fs.readFileSync(file))
+  const values = dtype === 'uint8' ? bytes : new Float32Array(bytes.buffer)
   const size = shape[1] * shape[2] * shape[3]
-  return Array.from({ length: shape[0] }, (_, place) => bytes.slice(place * size, (place + 1) * size))
+  return Array.from({ length: shape[0] }, (_, place) => values.slice(place * size, (place + 1) * size))
 }
 
 async function main(folder) {
@@ -37,7 +38,7 @@ async function main(folder) {
   const request = JSON.parse(fs.readFileSync(path.join(folder, 'request.json'), 'utf8'))
   const models = []
   for (const model of request.models) models.push(await open(model))
-  const images = request.models.map((model, number) => readImages(path.join(folder, `${number}.in`), model.shape))
+  const images = request.models.map((model, number) => readImages(path.join(folder, `${number}.in`), model))
   let milliseconds = []
   if (request.runs) {
     milliseconds = await takeTurns(models, images, request.runs)

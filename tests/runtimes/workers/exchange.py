@@ -1,6 +1,6 @@
 """What the workers have in common. A worker is a script that gets a folder and runs ONNX files on images.
 
-The folder holds ``request.json``, ``{"models": [{"path", "shape"}], "runs"}``, and for model ``i`` the images as bytes
+The folder holds ``request.json``, ``{"models": [{"path", "dtype", "shape"}], "runs"}``, and for model ``i`` the images
 in ``i.in``. With 0 runs the embeddings go to ``i.out`` as float32; else one image is timed. ``response.json`` tells
 ``{"version", "milliseconds"}``.
 """
@@ -25,7 +25,7 @@ def serve(open_model: Callable[[str, list[int]], Model], version: str) -> None:
     """Do what the folder in the command line asks for.
 
     Args:
-        open_model: gets a path and the shape of one image [1, 3, height, width]; returns a function from that uint8
+        open_model: gets a path and the shape of one image [1, 3, height, width]; returns a function from that
             image to its embedding [1, D].
         version: of the runtime.
     """
@@ -33,7 +33,7 @@ def serve(open_model: Callable[[str, list[int]], Model], version: str) -> None:
     request = json.loads((folder / "request.json").read_text())
     models = [open_model(model["path"], [1, *model["shape"][1:]]) for model in request["models"]]
     inputs = [
-        np.fromfile(folder / f"{number}.in", np.uint8).reshape(model["shape"])
+        np.fromfile(folder / f"{number}.in", model["dtype"]).reshape(model["shape"])
         for number, model in enumerate(request["models"])
     ]
     times: list[list[float]] = []
