@@ -12,7 +12,6 @@ from torch import fx, nn
 from qface.graph.layers import Add, Concat, Maximum, Multiply
 from qface.graph.queries import is_clamp, is_shape_only, layer_of, source_of_values
 from qface.quantization.exact_scales import (
-    PRODUCT_ROUNDINGS,
     ExactScale,
     ExactWeightScale,
     FunctionValues,
@@ -37,6 +36,7 @@ __all__ = ["bind_quantizers"]
 _WITH_CONTEXT = (*WeightedLayer, QuantizedAffine, QuantizedPReLU)
 _LINKING = (Add, Concat, Maximum)
 # To float32 on the way to a result, in torch or in the kernel that has most of them.
+_PRODUCT_ROUNDINGS = 6
 _GLOBAL_AVERAGE_ROUNDINGS = 5
 _AVERAGE_ROUNDINGS = 6
 
@@ -129,7 +129,7 @@ def _groups(nodes: Iterable[fx.Node]) -> dict[Scaled, ScaleGroup]:
 def _ratios(node: fx.Node) -> Iterator[ScaleRatio]:
     layer, read, made = layer_of(node), _scales_read(node), _output(node)
     if isinstance(layer, Multiply) or (isinstance(layer, QuantizedPReLU) and read != (made,)):
-        yield ScaleRatio(read, made, 1, PRODUCT_ROUNDINGS)
+        yield ScaleRatio(read, made, 1, _PRODUCT_ROUNDINGS)
     elif isinstance(layer, QuantizedGlobalAveragePool):
         yield ScaleRatio(read, made, layer.num_values, _GLOBAL_AVERAGE_ROUNDINGS)
     elif isinstance(layer, nn.AvgPool2d):

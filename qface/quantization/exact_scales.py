@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from qface.quantization.qparams import QParams
 
 __all__ = [
-    "PRODUCT_ROUNDINGS",
     "ExactScale",
     "ExactWeightScale",
     "FunctionValues",
@@ -29,8 +28,11 @@ __all__ = [
     "pin_ratios",
 ]
 
-PRODUCT_ROUNDINGS = 6
-"""To float32 from scales to result: the moved scale, the ratio (two), the sum, its product, the zero point added."""
+_PRODUCT_DISTANCE = 2.0**-13
+"""Distance from a tie, in steps, that products with weights keep.
+
+OpenVINO adds bias and zero point in float32 before it rounds; values nearer than 2e-5 were seen to be rounded otherwise.
+"""
 MULTIPLE_BITS = 10
 """Bits of the odd multiples in a group. With 10, a sum is further from a tie than the fixed point of ARM errs."""
 _BYTE = 256.0  # above every value that is rounded, zero point included
@@ -243,20 +245,19 @@ class ExactWeightScale:
     def __call__(self) -> Tensor:
         """The scales nearest to the learned ones, float32, of their shape."""
         raw = _raw(self.quantizer)
-        return exact_weight_scale(raw, self.source.exact_scale(), self.output.exact_scale(), self.output.bounds).float()
+        return exact_weight_scale(raw, self.source.exact_scale(), self.output.exact_scale()).float()
 
 
-def exact_weight_scale(raw: Tensor, source_scale: Tensor, output_scale: Tensor, bounds: tuple[int, int]) -> Tensor:
+def exact_weight_scale(raw: Tensor, source_scale: Tensor, output_scale: Tensor) -> Tensor:
     """The scales, float64, nearest to ``raw`` with which ``source_scale * scale / output_scale`` is k / q.
 
     Args:
         raw: any shape.
         source_scale: [1], of what a layer reads.
         output_scale: [1], of what it makes.
-        bounds: least and greatest integer of that, counted from its zero point.
     """
     ratio = raw.double() * (source_scale.double() / output_scale.double())
-    return raw * (nearest_fraction(ratio, error_of_kernels(bounds, PRODUCT_ROUNDINGS)) / ratio)
+    return raw * (nearest_fraction(ratio, _PRODUCT_DISTANCE) / ratio)
 
 
 def _raw(quantizer: Scaled) -> Tensor:

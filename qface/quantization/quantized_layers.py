@@ -301,8 +301,7 @@ class QuantizedAffine(ChannelAffine):
         # A channel that is next to nothing but shift gets a step in which the shift fits its integer.
         step = torch.maximum(self.weight.abs() / greatest, self.bias.abs() / (input_scale * MAX_BIAS / 2))
         step = step.clamp(min=torch.finfo(step.dtype).tiny)
-        assert self.quant_context.output is not None
-        step = exact_weight_scale(step, input_scale, output_scale, self.quant_context.output.bounds).to(step.dtype)
+        step = exact_weight_scale(step, input_scale, output_scale).to(step.dtype)
         return (self.weight / step).round(), step, (self.bias / (input_scale * step)).round()
 
     def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
