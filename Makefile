@@ -1,17 +1,21 @@
 # make demo    sets up .venv and does the whole job on real faces
 # make test    sets up .venv and runs the tests, one process per core
+# make runtimes  installs other runtimes and processors for the tests, into QFACE_RUNTIMES or .runtimes
 # make check   sets up .venv and runs ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test runtimes check format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/qface demo
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
+
+runtimes:
+	$(PYTHON) -m tests.runtimes.setup
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
