@@ -1,14 +1,13 @@
 """``examples/on_device``: what devices run without qface says the same as ``qface.selftest``.
 
-JavaScript runs where Node is and ``QFACE_RUNTIMES`` names a folder with node_modules/onnxruntime-web; C++ is compiled
-where there is a g++, without onnxruntime.
+JavaScript runs where ``make runtimes`` has installed onnxruntime-web; C++ is compiled where there is a g++, without
+onnxruntime.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ from qface.deployment.golden import GoldenValues, golden_image, read_golden, wri
 from qface.preprocessing import Preprocessing, with_preprocessing
 from tests.deployment.networks import calibrated
 from tests.networks import random_faces, tiny_face_net
+from tests.runtimes.parts import part_folder, reason_missing
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "on_device"
@@ -53,9 +53,9 @@ def spoken(*command: str | Path) -> tuple[int, str]:
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
     """A folder with the JavaScript examples, in which Node finds onnxruntime-web."""
-    modules = Path(os.environ.get("QFACE_RUNTIMES", "")) / "node_modules"
-    if shutil.which("node") is None or not (modules / "onnxruntime-web").is_dir():
-        pytest.skip("needs Node, and onnxruntime-web in node_modules of the folder QFACE_RUNTIMES")
+    if reason := reason_missing("web"):
+        pytest.skip(reason)
+    modules = part_folder("web") / "node_modules"
     folder = tmp_path / "node"
     folder.mkdir()
     for script in EXAMPLES.glob("*.mjs"):
@@ -174,7 +174,7 @@ def test_python_needs_neither_qface_nor_torch() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_javascript_says_what_qface_says(kind: str, runtime: str, node: Path, files: dict[str, Path]) -> None:
     if not (node / "node_modules" / runtime).is_dir():
-        pytest.skip(f"needs {runtime} in node_modules of the folder QFACE_RUNTIMES")
+        pytest.skip(f"{runtime} is not installed beside onnxruntime-web")
     assert_says_as_qface(lambda file: spoken("node", node / "selftest.mjs", file, runtime), files, kind)
 
 

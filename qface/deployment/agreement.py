@@ -55,7 +55,6 @@ LEAST_MEAN_COSINE_WITH_FLOAT = 0.99
 LEAST_COSINE_WITH_FLOAT = 0.95
 """Of networks with float islands. Torch and onnxruntime sum floats in another order; a difference of 1e-7 rounds one of
 every few thousand values the other way, and the layers after it spread that. Each layer alone must agree as elsewhere.
-Likewise of OpenVINO, which adds the zero point before it rounds.
 """
 
 LAYER_IMAGES = 8
@@ -119,7 +118,7 @@ class Agreement:
         """Whether every layer agrees, and the embeddings do."""
         mean, least = (
             (LEAST_MEAN_COSINE_WITH_FLOAT, LEAST_COSINE_WITH_FLOAT)
-            if self.float_layers or self.runtime != "onnxruntime"
+            if self.float_layers
             else (LEAST_MEAN_COSINE, LEAST_COSINE)
         )
         embeddings = self.mean_cosine >= mean and self.least_cosine >= least

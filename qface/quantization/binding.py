@@ -110,7 +110,7 @@ def _bind_weight_scales(nodes: list[fx.Node]) -> None:
         if isinstance(layer, (*WeightedLayer, QuantizedPReLU)):
             (source,) = _scales_read(node)
             quantizer = layer.weight_fake_quant
-            quantizer.scale_rule = ExactWeightScale(quantizer, source, cast(Scaled, _quantizer_after(node)))
+            quantizer.scale_rule = ExactWeightScale(quantizer, source, cast(Quantizer, _quantizer_after(node)))
 
 
 def _groups(nodes: Iterable[fx.Node]) -> dict[Scaled, ScaleGroup]:

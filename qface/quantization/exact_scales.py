@@ -42,9 +42,11 @@ _STEP = 2.0**-10  # relative
 
 
 class Scaled(Protocol):
-    """A quantizer of activations, whose ``scale`` is a parameter that was learned, or the number that an image has."""
+    """A quantizer of activations."""
 
-    scale: Any
+    @property
+    def scale(self) -> Any:
+        """The parameter that was learned, or the number that an image has."""
 
     @property
     def bounds(self) -> tuple[int, int]:

@@ -217,6 +217,15 @@ class SharedScaleFakeQuantize(nn.Module):
         return self._owner[0]
 
     @property
+    def scale(self) -> nn.Parameter:
+        """Of the owner, as it was learned."""
+        return self.owner.scale
+
+    def exact_scale(self) -> Tensor:
+        """The scale that rounds, [1], without gradient."""
+        return self.owner.exact_scale()
+
+    @property
     def bounds(self) -> tuple[int, int]:
         """Least and greatest integer, counted from the zero point."""
         return -self.owner._zero, QUINT8_MAX - self.owner._zero

@@ -19,7 +19,7 @@ import qface
 from qface.deployment import integer_graph as ir
 from qface.deployment import lower
 from qface.quantization import LSQFakeQuantize
-from tests.deployment.networks import CHANNELS, Applied, Gate, Joined, Sum, calibrated, framed
+from tests.deployment.networks import CHANNELS, Applied, Gate, Joined, Sum, calibrated, framed, prelu
 
 Floats = npt.NDArray[np.float64]
 
@@ -40,6 +40,7 @@ BODIES: dict[str, Callable[[], nn.Module]] = {
     ),
     "concatenation": lambda: nn.Sequential(Joined(conv(1), Joined(conv(1), nn.Identity())), nn.Conv2d(24, 8, 1)),
     "maximum": lambda: nn.Sequential(Applied(lambda x: torch.maximum(x, F.leaky_relu(x, 0.1) + x)), conv(1)),
+    "PReLU": lambda: nn.Sequential(conv(1), prelu(0.2, 0.7), conv(1), prelu(0.4)),
     "clamps": lambda: nn.Sequential(Sum(nn.ReLU(), nn.ReLU6()), conv(1)),
     "average pools": lambda: nn.Sequential(nn.AvgPool2d(2), conv(1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
     "global average": lambda: nn.Sequential(conv(1), nn.AvgPool2d(12)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tests.runtimes.conftest import CASES, Exported
 from tests.runtimes.runtime import HOST, RUNTIMES, Runtime
 
 EXACT = [name for name, environment in RUNTIMES.items() if environment.exact and name != HOST]
-LEAST_COSINE = 0.95  # of OpenVINO, whose kernels round otherwise
+LEAST_COSINE = 0.99999  # of OpenVINO, which rounds floats otherwise: the last product, and nothing before it
 
 pytestmark = [pytest.mark.runtimes, pytest.mark.faces]
 
@@ -36,6 +37,8 @@ def test_every_embedding_is_that_of_the_host(case: str, runtime: str, exported: 
 @pytest.mark.parametrize("case", CASES)
 def test_openvino_is_near(case: str, exported: Callable[[str], Exported]) -> None:
     other = available("openvino")
+    if CASES[case].weight_bits == 8 and "vnni" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("without VNNI, OpenVINO's sums of weights of 8 bits saturate on this processor")
     network = exported(case)
     cosines = cosines_of(other.embed(network.file, network.images), network.embeddings)
     assert cosines.min() >= LEAST_COSINE

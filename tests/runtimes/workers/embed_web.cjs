@@ -3,7 +3,7 @@ const fs = require('fs')
 const path = require('path')
 const ort = require('onnxruntime-web')
 
-const WARM_UP = 5
+const WARM_UP = 50 // V8 compiles a function a second time, for speed, only after many calls
 
 async function open(model) {
   const session = await ort.InferenceSession.create(fs.readFileSync(model.path), { executionProviders: ['wasm'] })
