@@ -95,10 +95,10 @@ async function similarityBy(model) {
 }
 
 async function compare() {
-  say('float-cosine', '');
   if (!models.student) return;
-  if (models.float && !faces.some(({ isTest }) => isTest))
-    say('float-cosine', `The float32 file finds a cosine of ${(await similarityBy(models.float)).toFixed(4)}.`);
+  if (faces.some(({ isTest }) => isTest)) say('remark', 'Test images are not faces, and look alike to a network: choose two faces.');
+  else if (models.float) say('remark', `The float32 file finds a cosine of ${(await similarityBy(models.float)).toFixed(4)}.`);
+  else say('remark', '');
   const similarity = await similarityBy(models.student), found = thresholds(), rate = find('fpr').value;
   say('cosine', similarity.toFixed(4));
   mark('cosine', similarity);

@@ -156,11 +156,12 @@ def test_files_beside_the_page_are_compared(
     for name, path in exported.items():
         assert text(page, f"{name}-verdict") == str(qface.selftest(path)).rpartition(", ")[0]
     assert float(text(page, "cosine")) == pytest.approx(cosine(exported["student"], samples()), abs=1e-4)
+    assert text(page, "remark").startswith("Test images are not faces")
 
     page.choose("#face-file-0", *crops)
     wait(page, "document.getElementById('face-name-1').textContent === 'face_1.png'")
     assert float(text(page, "cosine")) == pytest.approx(expected, abs=1e-4)
-    found = re.fullmatch(r"The float32 file finds a cosine of (.*)\.", text(page, "float-cosine"))
+    found = re.fullmatch(r"The float32 file finds a cosine of (.*)\.", text(page, "remark"))
     assert found is not None and float(found[1]) == pytest.approx(cosine(exported["float"], faces), abs=1e-4)
     assert text(page, "verdict") == "no match"
     assert "0.01 % of pairs of two people exceed it, measured on 1,234 images of 56 people" in text(page, "threshold")
