@@ -1,12 +1,13 @@
 # make demo    sets up .venv and does the whole job on real faces
 # make test    sets up .venv and runs the tests, one process per core
 # make runtimes  installs other runtimes and processors for the tests, into QFACE_RUNTIMES or .runtimes
+# make browser  puts the page of examples/browser and onnxruntime-web into build/browser
 # make check   sets up .venv and runs ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test runtimes check format clean
+.PHONY: demo test runtimes browser check format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/qface demo
@@ -16,6 +17,9 @@ test: $(VENV)/installed-test
 
 runtimes:
 	$(PYTHON) -m tests.runtimes.setup
+
+browser:
+	$(PYTHON) examples/browser/build.py build/browser
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -99,6 +99,12 @@ def _install_web(folder: Path) -> None:
     _output("npm", "install", "--prefix", folder, "--ignore-scripts", "--no-audit", "--no-fund", "onnxruntime-web")
 
 
+def _install_chromium(folder: Path) -> None:
+    _unpack_debian(
+        ["chromium-headless-shell", "fonts-dejavu-core"], _output("dpkg", "--print-architecture").strip(), folder
+    )
+
+
 def _install_python(folder: Path, *requirements: str, options: Sequence[str] = ()) -> None:
     # Without dependencies: onnxruntime and OpenVINO need only numpy to run a file.
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:")
@@ -143,6 +149,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "qemu": _install_qemu,
     "aarch64": _install_aarch64,
     "web": _install_web,
+    "chromium": _install_chromium,
     "onnxruntime-1.24": lambda folder: _install_python(folder, "onnxruntime==1.24.*", "numpy"),
     "onnxruntime-newest": lambda folder: _install_python(folder, "onnxruntime", "numpy"),
     "openvino": lambda folder: _install_python(folder, "openvino", "numpy"),

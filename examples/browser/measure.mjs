@@ -1,0 +1,37 @@
+// Latency of files in turns, so that load on the device affects all of them equally, and which file to take.
+
+const CALLS = 50, MILLISECONDS = 4000, LEAST = 5;  // a file that is slow gets fewer calls
+
+export async function measure(runs, onProgress) {  // functions to their median milliseconds
+  await takeTurns(runs, 1, (share) => onProgress(share / 2));  // browsers compile a function again after many calls
+  const times = await takeTurns(runs, LEAST, (share) => onProgress((1 + share) / 2));
+  return { medians: times.map(median), calls: times[0].length };
+}
+
+async function takeTurns(runs, least, onProgress) {
+  const times = runs.map(() => []), start = performance.now();
+  for (let turn = 0; turn < least || (turn < CALLS && performance.now() - start < MILLISECONDS); turn++) {
+    for (const [place, run] of runs.entries()) {
+      const before = performance.now();
+      await run();
+      times[place].push(performance.now() - before);
+    }
+    onProgress(Math.max(turn / CALLS, Math.min(1, (performance.now() - start) / MILLISECONDS)));
+    await new Promise((resume) => setTimeout(resume));  // the page stays responsive
+  }
+  return times;
+}
+
+function median(values) {
+  const sorted = values.toSorted((a, b) => a - b), half = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
+}
+
+export function advice(sizeRatio, latencyRatio) {  // packed / float32
+  if (sizeRatio >= 1) return 'The packed file is not smaller than the float32 file: are they the right way round?';
+  const size = `the packed file is ${(1 / sizeRatio).toFixed(1)} x smaller`;
+  if (latencyRatio > 1.1)
+    return `Here ${size}, but takes ${latencyRatio.toFixed(2)} x as long: take it where the download counts, and the float32 file where time does.`;
+  const speed = latencyRatio < 0.9 ? `${(1 / latencyRatio).toFixed(2)} x faster` : 'about as fast';
+  return `Here ${size} and ${speed}: take the packed file.`;
+}
