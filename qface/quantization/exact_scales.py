@@ -31,7 +31,8 @@ __all__ = [
 _PRODUCT_DISTANCE = 2.0**-13
 """Distance from a tie, in steps, that products with weights keep.
 
-OpenVINO adds bias and zero point in float32 before it rounds; values nearer than 2e-5 were seen to be rounded otherwise.
+OpenVINO adds bias and zero point in float32 before it rounds; values nearer than 2e-5 were seen to be rounded
+otherwise.
 """
 MULTIPLE_BITS = 10
 """Bits of the odd multiples in a group. With 10, a sum is further from a tie than the fixed point of ARM errs."""
