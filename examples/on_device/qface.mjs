@@ -7,7 +7,7 @@ function* fields(bytes) {  // of a protobuf message: number and bytes of those t
     for (let value = 0, scale = 1; ; scale *= 128) {
       const byte = bytes[at++];
       value += (byte & 127) * scale;
-      if (byte < 128) return value;
+      if (!(byte >= 128)) return value;  // also where the file ends
     }
   };
   while (at < bytes.length) {
