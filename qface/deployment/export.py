@@ -7,11 +7,11 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qface._version import __version__
 from qface.data.images import Images, normalize
@@ -44,11 +44,13 @@ from qface.files import replacing
 from qface.preprocessing import Preprocessing, example_input, preprocessing_of
 from qface.provenance import provenance_of
 from qface.quantization import is_quantized
+from qface.quantization.binding import layers_near_ties
 
 __all__ = ["TARGETS", "export"]
 
 TARGETS = ("cpu", "cuda")
 
+_log = logging.getLogger("qface")
 _QUOTED = 300  # characters of an error of torch or onnx, which can fill a page
 
 
@@ -102,6 +104,7 @@ def export(
     with replacing(path) as temporary:
         if is_quantized(model):
             graph = with_input_dtype(input, lower(model))
+            _name_layers_near_ties(model)
             write, check = (to_onnx, _check_layers) if target == "cpu" else (to_fp16_onnx, _check_embeddings)
             onnx.save(write(graph, metadata, weight_format), temporary)
             _check(temporary)
@@ -116,6 +119,16 @@ def export(
         providers = ["CPUExecutionProvider"] if target == "cpu" else None
         write_golden(temporary, measure_golden(OnnxEmbedder(temporary, providers), tolerance))
     return path
+
+
+def _name_layers_near_ties(student: nn.Module) -> None:
+    near = layers_near_ties(cast(fx.GraphModule, student))
+    if near:
+        _log.warning(
+            "%d layers may round otherwise on processors of another kind, the first is %r (docs/exactness.md)",
+            len(near),
+            near[0],
+        )
 
 
 def _check_target(target: str, model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from typing import cast
@@ -31,7 +30,7 @@ from qface.quantization.quantized_layers import (
     is_quantizer,
 )
 
-__all__ = ["bind_quantizers"]
+__all__ = ["bind_quantizers", "layers_near_ties"]
 
 _WITH_CONTEXT = (*WeightedLayer, QuantizedAffine, QuantizedPReLU)
 _LINKING = (Add, Concat, Maximum)
@@ -39,8 +38,6 @@ _LINKING = (Add, Concat, Maximum)
 _PRODUCT_ROUNDINGS = 6
 _GLOBAL_AVERAGE_ROUNDINGS = 5
 _AVERAGE_ROUNDINGS = 6
-
-_log = logging.getLogger("qface")
 
 
 def bind_quantizers(student: fx.GraphModule) -> None:
@@ -55,6 +52,18 @@ def bind_quantizers(student: fx.GraphModule) -> None:
     nodes = [node for node in student.graph.nodes if _rounds(node)]
     _bind_scales(nodes)
     _bind_weight_scales(nodes)
+
+
+def layers_near_ties(student: fx.GraphModule) -> tuple[str, ...]:
+    """Names of the products and averages whose results may lie so near to a tie that processors round them differently.
+
+    The scales of such a layer all suit other layers, or it averages too many values.
+
+    Args:
+        student: calibrated.
+    """
+    nodes = [node for node in student.graph.nodes if _rounds(node)]
+    return tuple(str(node.target) for node in nodes for ratio in _ratios(node) if not ratio.keeps_distance())
 
 
 def _inputs(node: fx.Node) -> Iterator[Quantizer | None]:
@@ -94,9 +103,7 @@ def _bind_scales(nodes: list[fx.Node]) -> None:
     groups = _groups(nodes)
     functions = {_output(node): _function(node) for node in nodes if isinstance(layer_of(node), nn.Sigmoid)}
     sources: dict[Scaled, Scaled] = {quantizer: function.source for quantizer, function in functions.items()}
-    left = pin_ratios([ratio for node in nodes for ratio in _ratios(node)], groups, sources)
-    if left:
-        _log.warning("%d operations may be rounded differently on processors of another kind", len(left))
+    pin_ratios([ratio for node in nodes for ratio in _ratios(node)], groups, sources)
     for quantizer, group in groups.items():
         if isinstance(quantizer, LSQFakeQuantize):
             values = functions.get(quantizer)

@@ -8,6 +8,8 @@ errs. docs/exactness.md has the proof and the bound of each kernel.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,6 +42,7 @@ _BYTE = 256.0  # above every value that is rounded, zero point included
 _HALF_ULP = 2.0**-24  # the most by which rounding to float32 errs, relative
 _LOOKUP_DISTANCE = 2.0**-11
 """Distance from a tie, in steps, that a function of one byte keeps: more than 255 times the error of any sigmoid."""
+_ROUNDED_SCALES = 2.0**-21  # relative; a ratio of three float32 scales is nearer than that to what it was meant to be
 _STEPS = (0, *(sign * step for step in range(1, 17) for sign in (1, -1)))
 _STEP = 2.0**-10  # relative
 
@@ -73,17 +76,6 @@ def nearest_fraction(ratio: Tensor, error: Tensor | float) -> Tensor:
     """
     numerator = torch.floor(ratio / (2 * error)).clamp(min=1)
     return numerator / _odd(numerator / ratio)
-
-
-def error_of_kernels(bounds: tuple[int, int], roundings: int) -> float:
-    """How much so many roundings to float32 err at most, in steps of the output.
-
-    Args:
-        bounds: least and greatest integer of the output, counted from its zero point; what is clamped does not count.
-        roundings: the last of them with the zero point added, which makes a value below 256.
-    """
-    low, high = bounds
-    return _HALF_ULP * ((roundings - 1) * (high - low + 1) + _BYTE)
 
 
 def _odd(values: Tensor) -> Tensor:
@@ -144,7 +136,8 @@ class ScaleRatio:
         inputs: quantizers of the factors.
         output: quantizer of the result.
         count: what the product is divided by: values of an average.
-        roundings: to float32 of the result, in the kernel that has most of them; the last adds the zero point.
+        roundings: to float32 of the result, in the kernel that has most of them; the last adds the zero point, which
+            makes a value below 256. A result that is clamped does not count.
         terms: dequantized values that a kernel adds in float32 before that.
     """
 
@@ -160,13 +153,27 @@ class ScaleRatio:
 
     def settled(self, group: ScaleGroup, unit: Tensor) -> Tensor:
         """The unit of ``group`` nearest to ``unit`` that makes the ratio k / q."""
-        ratio = torch.ones_like(unit) / self.count
-        for quantizer in self.inputs:
-            ratio = ratio * self._scale(quantizer, group, unit)
-        ratio = ratio / self._scale(self.output, group, unit)
-        error = error_of_kernels(self.output.bounds, self.roundings)
-        fraction = nearest_fraction(ratio, error + _HALF_ULP * self.terms * _BYTE * self.count * ratio)
+        inputs = [self._scale(quantizer, group, unit) for quantizer in self.inputs]
+        ratio = self._value(inputs, self._scale(self.output, group, unit))
+        fraction = nearest_fraction(ratio, self._error(ratio))
         return unit * (ratio / fraction if self.output in group.members else fraction / ratio)
+
+    def keeps_distance(self) -> bool:
+        """True if the ratio is k / q, and q is small enough."""
+        inputs = [quantizer.exact_scale().double() for quantizer in self.inputs]
+        ratio = self._value(inputs, self.output.exact_scale().double())
+        error = self._error(ratio)
+        off = nearest_fraction(ratio, error) / ratio - 1
+        return bool(ratio >= 2 * error) and bool(off.abs() < _ROUNDED_SCALES)
+
+    def _value(self, inputs: Sequence[Tensor], output: Tensor) -> Tensor:
+        return math.prod(inputs, start=torch.ones_like(output)) / (self.count * output)
+
+    def _error(self, ratio: Tensor) -> Tensor:
+        """How much a kernel errs at most, in steps of the output."""
+        low, high = self.output.bounds
+        of_result = (self.roundings - 1) * (high - low + 1) + _BYTE
+        return _HALF_ULP * (of_result + self.terms * _BYTE * self.count * ratio)
 
     def _scale(self, quantizer: Scaled, group: ScaleGroup, unit: Tensor) -> Tensor:
         if quantizer in group.members:
@@ -269,40 +276,40 @@ def _raw(quantizer: Scaled) -> Tensor:
 
 def pin_ratios(
     ratios: Sequence[ScaleRatio], groups: Mapping[Scaled, ScaleGroup], sources: Mapping[Scaled, Scaled]
-) -> list[ScaleRatio]:
+) -> None:
     """Give each ratio a group of its own that suits it, so that no scale depends on itself.
+
+    A ratio for which no group is left has none.
 
     Args:
         ratios: all of a network.
         groups: of each quantizer.
         sources: what a function of one byte reads, by what it makes, whose scale depends on that.
-
-    Returns:
-        The ratios for which no group is left.
     """
     depends = {group: {groups[sources[each]] for each in group.members if each in sources} for group in groups.values()}
+    readers = Counter(group for ratio in ratios for group in ratio.groups(groups))
     open_ratios = list(ratios)
     while True:
-        choices = ((ratio, group) for ratio in open_ratios for group in _free(ratio, open_ratios, groups))
+        choices = ((ratio, group) for ratio in open_ratios for group in _free(ratio, readers, groups))
         found = next((choice for choice in choices if not _depends_on_itself(*choice, groups, depends)), None)
         if found is None:
-            return open_ratios
+            return
         ratio, group = found
         group.ratio = ratio
         depends[group] |= ratio.groups(groups) - {group}
+        readers.subtract(ratio.groups(groups))
         open_ratios.remove(ratio)
 
 
 def _free(
-    ratio: ScaleRatio, open_ratios: Sequence[ScaleRatio], groups: Mapping[Scaled, ScaleGroup]
+    ratio: ScaleRatio, readers: Mapping[ScaleGroup, int], groups: Mapping[Scaled, ScaleGroup]
 ) -> list[ScaleGroup]:
     """Groups that may suit ``ratio``: no other open ratio reads them; those of one member, and the output, first."""
-    others = {group for other in open_ratios if other is not ratio for group in other.groups(groups)}
     used = [groups[each] for each in (ratio.output, *ratio.inputs)]
     free = [
         group
         for group in dict.fromkeys(used)
-        if used.count(group) == 1 and group not in others and group.ratio is None and group.fixed is None
+        if used.count(group) == 1 and readers[group] == 1 and group.ratio is None and group.fixed is None
     ]
     return sorted(free, key=lambda group: len(group.members) > 1)
 

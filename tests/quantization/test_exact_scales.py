@@ -19,6 +19,7 @@ import qface
 from qface.deployment import integer_graph as ir
 from qface.deployment import lower
 from qface.quantization import LSQFakeQuantize
+from qface.quantization.binding import layers_near_ties
 from tests.deployment.networks import CHANNELS, Applied, Gate, Joined, Sum, calibrated, framed, prelu
 
 Floats = npt.NDArray[np.float64]
@@ -146,6 +147,16 @@ def test_scales_move_little(body: str) -> None:
         for quantizer in with_scales(body, 8, seed).modules():
             if isinstance(quantizer, LSQFakeQuantize):
                 assert quantizer.exact_scale() == pytest.approx(quantizer.scale.detach(), rel=0.05)
+
+
+def test_layers_that_no_scale_suits_are_named() -> None:
+    assert layers_near_ties(student("gated block", 8)) == ()
+    wide = framed(lambda: nn.Sequential(conv(1), nn.Upsample(scale_factor=8), nn.AdaptiveAvgPool2d(1)))
+    of_many = calibrated(wide, 8)
+    for quantizer in of_many.modules():
+        if isinstance(quantizer, LSQFakeQuantize) and quantizer.num_channels is None:
+            quantizer.set_qparams(torch.tensor([0.1]), torch.tensor([128]))
+    assert layers_near_ties(of_many) == ("body.2",)
 
 
 def test_scales_still_learn() -> None:
