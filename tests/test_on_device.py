@@ -88,7 +88,7 @@ def python_example() -> ModuleType:
     return module
 
 
-KINDS = ("6 uint8", "6 float32", "8 uint8", "fp16", "float network")
+KINDS = ("6 uint8", "6 float32", "8 uint8", "fp16", "float32", "float network")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     students = {bits: calibrated(network(), bits) for bits in (6, 8)}
     files = {
         "fp16": qface.export(students[6], folder / "fp16.onnx", target="cuda"),
+        "float32": qface.export(students[6], folder / "float32.onnx", target="float32"),
         "float network": qface.export(network(), folder / "float.onnx"),
     }
     for bits, dtype in ((6, "uint8"), (6, "float32"), (8, "uint8")):

@@ -58,7 +58,7 @@ def inspect(model: str, bits: int, as_json: bool) -> None:
     type=click.Choice(TARGETS),
     default="cpu",
     show_default=True,
-    help="Where a student's file runs: with integers on CPUs, or in fp16 on GPUs.",
+    help="What a student's file is for: integers on CPUs, fp16 on GPUs, or float32 (fastest in browsers).",
 )
 @preprocessing_options
 def export(

@@ -1,9 +1,9 @@
 """``verify``: does an exported file compute what its student computes, layer by layer and from end to end?
 
 Layer by layer the file is cut open: every layer gets the student's integers as input, so that a difference stays where
-it arises. From end to end nothing is given but images, and the embeddings are compared. A file for GPUs rounds weights
-only; it is compared from end to end with a student that does the same. So is a file that OpenVINO runs: it does not
-show its integers without computing others.
+it arises. From end to end nothing is given but images, and the embeddings are compared. A file that computes in floats
+rounds weights only; it is compared from end to end with a student that does the same. A file that OpenVINO runs is
+compared from end to end too: it does not show its integers without computing others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qface.deployment import integer_graph as ir
 from qface.deployment.inputs import as_model_sees, to_file_input, with_input_dtype
 from qface.deployment.lowering import lower, value_name
 from qface.deployment.openvino_runtime import OpenVinoEmbedder
-from qface.deployment.runtime import OnnxEmbedder, cpu_session
+from qface.deployment.runtime import OnnxEmbedder, cpu_session, providers_for
 from qface.errors import ConfigError, ExportError, ImagesError
 from qface.graph.queries import layer_of
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
@@ -95,7 +95,7 @@ class LayerAgreement:
 class Agreement:
     """What :func:`verify` found; cosines are between the embeddings of student and file, running free.
 
-    A file for GPUs has no integer layers, and those of OpenVINO are not seen.
+    A file that computes in floats has no integer layers, and those of OpenVINO are not seen.
 
     Args:
         layers: with integer results, one by one.
@@ -138,7 +138,7 @@ def verify(
 ) -> Agreement:
     """Compare ``student`` in eval mode with ``file``, which was exported from it.
 
-    A file for GPUs runs on one where there is one.
+    A file for GPUs (``target="cuda"``) runs on one where there is one, all others on the CPU.
 
     Args:
         student: calibrated; its mode is not changed.
@@ -164,18 +164,19 @@ def verify(
     embedder = OpenVinoEmbedder(file) if on_openvino else OnnxEmbedder(file, providers=["CPUExecutionProvider"])
     graph = with_input_dtype(embedder.input, graph)
     batches = _batches(graph, as_image_source(images, identities))
-    for_gpus = embedder.target == "cuda"
-    if not (for_gpus or on_openvino):
+    in_floats = embedder.target != "cpu"
+    if not (in_floats or on_openvino):
         return compare_integers(student, graph, embedder, batches)
-    network = without_rounded_activations(student) if for_gpus else copy.deepcopy(student).cpu().eval()
-    found = compare_embeddings(network, embedder if on_openvino else OnnxEmbedder(file), batches)
-    return replace(found, runtime=runtime)
+    if not on_openvino:
+        embedder = OnnxEmbedder(file, providers_for(embedder.target))
+    network = without_rounded_activations(student) if in_floats else copy.deepcopy(student).cpu().eval()
+    return replace(compare_embeddings(network, embedder, batches), runtime=runtime)
 
 
 def compare_integers(
     student: nn.Module, graph: ir.IntegerGraph, embedder: OnnxEmbedder, batches: Iterator[Tensor]
 ) -> Agreement:
-    """Compare ``student`` with a file for CPUs, layer by layer on the same integers, and from end to end.
+    """Compare ``student`` with a file of integers, layer by layer on the same integers, and from end to end.
 
     Args:
         student: calibrated, on any device; it is not changed.

@@ -23,7 +23,7 @@ from qface.deployment.agreement import (
     compare_integers,
     without_rounded_activations,
 )
-from qface.deployment.fp16_writer import to_fp16_onnx
+from qface.deployment.float_writer import FLOAT_TARGETS, to_float_onnx
 from qface.deployment.golden import golden_images, golden_tolerance, measure_golden, write_golden
 from qface.deployment.inputs import (
     FLOAT_INPUT,
@@ -35,9 +35,10 @@ from qface.deployment.inputs import (
 )
 from qface.deployment.integer_graph import IntegerGraph
 from qface.deployment.lowering import lower
+from qface.deployment.metadata import read_metadata
 from qface.deployment.nodes import OPSET
 from qface.deployment.onnx_writer import to_onnx
-from qface.deployment.runtime import OnnxEmbedder
+from qface.deployment.runtime import OnnxEmbedder, providers_for
 from qface.deployment.weight_formats import check_weight_format
 from qface.errors import ConfigError, ExportError, ImagesError, one_line
 from qface.files import replacing
@@ -48,7 +49,7 @@ from qface.quantization.binding import layers_near_ties
 
 __all__ = ["TARGETS", "export"]
 
-TARGETS = ("cpu", "cuda")
+TARGETS = ("cpu", *FLOAT_TARGETS)
 
 _log = logging.getLogger("qface")
 _QUOTED = 300  # characters of an error of torch or onnx, which can fill a page
@@ -78,8 +79,10 @@ def export(
             synthetic ones. The metadata say which.
         input: what the file reads: ``"float32"``, normalized, or ``"uint8"``, the RGB bytes of the part and size that
             the preprocessing names. Whoever resizes for it rounds to whole gray levels.
-        target: the processor that a student's file is for: ``"cpu"`` computes with integers; ``"cuda"`` keeps the
-            integers of the weights but computes in fp16, since onnxruntime has no integer convolution there.
+        target: what a student's file is for: ``"cpu"`` computes with integers, the same on every processor. The others
+            keep the integers of the weights but do not round activations: ``"cuda"`` computes in fp16, since
+            onnxruntime has no integer convolution there, and ``"float32"`` in float32, for browsers, where that is
+            faster than integers.
 
     Returns:
         The path.
@@ -104,10 +107,11 @@ def export(
     with replacing(path) as temporary:
         if is_quantized(model):
             graph = with_input_dtype(input, lower(model))
-            _name_layers_near_ties(model)
-            write, check = (to_onnx, _check_layers) if target == "cpu" else (to_fp16_onnx, _check_embeddings)
-            onnx.save(write(graph, metadata, weight_format), temporary)
+            if target not in FLOAT_TARGETS:
+                _name_layers_near_ties(model)
+            onnx.save(_written(graph, metadata, weight_format, target), temporary)
             _check(temporary)
+            check = _check_embeddings if target in FLOAT_TARGETS else _check_layers
             check(model, graph, temporary, as_model_sees(graph, _compared(crops, graph.preprocessing)))
             tolerance = golden_tolerance(graph, target)
         else:
@@ -116,8 +120,7 @@ def export(
             _check(temporary)
             _check_float(network, temporary, _compared(crops, preprocessing_of(network)))
             tolerance = golden_tolerance(None, target)
-        providers = ["CPUExecutionProvider"] if target == "cpu" else None
-        write_golden(temporary, measure_golden(OnnxEmbedder(temporary, providers), tolerance))
+        write_golden(temporary, measure_golden(OnnxEmbedder(temporary, providers_for(target)), tolerance))
     return path
 
 
@@ -129,6 +132,12 @@ def _name_layers_near_ties(student: nn.Module) -> None:
             len(near),
             near[0],
         )
+
+
+def _written(graph: IntegerGraph, metadata: dict[str, str], weight_format: str, target: str) -> onnx.ModelProto:
+    if target in FLOAT_TARGETS:
+        return to_float_onnx(graph, metadata, weight_format, FLOAT_TARGETS[target])
+    return to_onnx(graph, metadata, weight_format)
 
 
 def _check_target(target: str, model: nn.Module) -> None:
@@ -176,12 +185,14 @@ def _check_layers(student: nn.Module, graph: IntegerGraph, file: Path, inputs: T
 
 
 def _check_embeddings(student: nn.Module, graph: IntegerGraph, file: Path, inputs: Tensor) -> None:
-    agreement = compare_embeddings(without_rounded_activations(student), OnnxEmbedder(file), [inputs])
+    target = read_metadata(file)["target"]
+    embedder = OnnxEmbedder(file, providers_for(target))
+    agreement = compare_embeddings(without_rounded_activations(student), embedder, [inputs])
     if not agreement.agrees:
         raise ExportError(
-            "in fp16 onnxruntime computes something else than the student with unrounded activations: the cosines of "
-            f"{agreement.images} embeddings are {agreement.mean_cosine:.6f} on average, {agreement.least_cosine:.6f} "
-            "at the least; nothing was written, export this network for the target cpu"
+            f"for the target {target} onnxruntime computes something else than the student with unrounded activations: "
+            f"the cosines of {agreement.images} embeddings are {agreement.mean_cosine:.6f} on average, "
+            f"{agreement.least_cosine:.6f} at the least; nothing was written, export this network for the target cpu"
         )
 
 

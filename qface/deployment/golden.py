@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qface.deployment import integer_graph as ir
 from qface.deployment.metadata import add_metadata, read_metadata
-from qface.deployment.runtime import OnnxEmbedder
+from qface.deployment.runtime import OnnxEmbedder, providers_for
 from qface.errors import CheckpointError, ExportError
 
 __all__ = [
@@ -276,7 +276,7 @@ def golden_tolerance(graph: ir.IntegerGraph | None, target: str) -> Tolerance:
 
     Args:
         graph: of a student; None of a float network.
-        target: the processor that the file is for, ``"cpu"`` or ``"cuda"``.
+        target: as of :func:`qface.export`; all but ``"cpu"`` compute in floats.
 
     Example:
         >>> golden_tolerance(None, "cpu")
@@ -378,7 +378,7 @@ def selftest(file: str | Path, providers: Sequence[str] | None = None) -> SelfTe
         True
     """
     golden = read_golden(file)
-    if providers is None and read_metadata(file).get("target") != "cuda":
-        providers = ["CPUExecutionProvider"]
+    if providers is None:
+        providers = providers_for(read_metadata(file).get("target", "cpu"))
     embedder = OnnxEmbedder(file, providers=providers)
     return golden.compare(_embedded(embedder, golden.images), embedder.runtime)

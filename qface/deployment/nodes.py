@@ -37,12 +37,13 @@ class NodeCollector:
 
     Constants are called after their layers; what lies between two values gets a number, because names would take a
     twelfth of a small network's file.
+
+    Args:
+        number: type of the floats that operations compute with.
     """
 
-    number: type[np.floating[Any]] = np.float32
-    """Type of the floats that operations compute with."""
-
-    def __init__(self) -> None:
+    def __init__(self, number: type[np.floating[Any]] = np.float32) -> None:
+        self.number = number
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self._constants: set[str] = set()

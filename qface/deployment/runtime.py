@@ -24,7 +24,7 @@ from qface.models.onnx_import.image_input import ImageInput, described_input, fi
 from qface.models.onnx_import.onnx_file import read_onnx
 from qface.preprocessing import PreprocessingOverride, written_preprocessing
 
-__all__ = ["WEIGHT_BITS", "OnnxEmbedder", "cpu_session"]
+__all__ = ["WEIGHT_BITS", "OnnxEmbedder", "cpu_session", "providers_for"]
 
 WEIGHT_BITS = "weight_bits"  # the metadata's key for the most bits of weights that are multiplied
 
@@ -55,7 +55,7 @@ class OnnxEmbedder:
         path: the file.
         preprocessing: what the network reads after the normalization that is in the graph, as of :func:`qface.load`.
         input: what the file reads, one of :data:`qface.deployment.inputs.INPUTS`: normalized floats, or RGB bytes.
-        target: the processor that it is written for, ``"cpu"`` where the file does not tell.
+        target: what it is written for, as of :func:`qface.export`; ``"cpu"`` where the file does not tell.
         provider: the execution provider that is really used.
         runtime: the same in words, for reports.
 
@@ -150,6 +150,19 @@ def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> A
         raise CheckpointError(
             f"onnxruntime cannot open {path}: {one_line(error)}; restore the file or export it again"
         ) from error
+
+
+def providers_for(target: str) -> list[str] | None:
+    """Execution providers on which a file is compared, as :class:`OnnxEmbedder` takes them.
+
+    Args:
+        target: of the file; None, the default, is for files for GPUs only.
+
+    Example:
+        >>> providers_for("float32")
+        ['CPUExecutionProvider']
+    """
+    return None if target == "cuda" else [_CPU]
 
 
 def cpu_session(model: bytes) -> Any:

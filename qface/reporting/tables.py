@@ -147,7 +147,7 @@ def agreement_table(agreement: Agreement) -> Table:
     table.add_column("result", justify="right")
     table.add_row("embeddings, mean cosine", f"{agreement.mean_cosine:.7f}")
     table.add_row("embeddings, least cosine", f"{agreement.least_cosine:.7f}")
-    if agreement.layers:  # a file for GPUs has no layers of integers, and OpenVINO shows none
+    if agreement.layers:  # a file in floats has no layers of integers, and OpenVINO shows none
         different = sum(layer.different for layer in agreement.layers)
         table.add_row("integers that differ", f"{different} of {sum(layer.elements for layer in agreement.layers)}")
     for layer in agreement.layers:

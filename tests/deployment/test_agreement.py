@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import qface
 from qface.cli import main
+from qface.deployment.export import TARGETS
 from qface.errors import ExportError, ImagesError
 from qface.preprocessing import Preprocessing, with_preprocessing
 from tests.deployment.networks import calibrated, framed
@@ -107,7 +108,7 @@ def test_the_file_says_on_which_images_it_was_checked(student: fx.GraphModule, t
     assert said == {"default": "4 synthetic images", "given": "3 given images"}
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_no_images_are_an_error(target: str, student: fx.GraphModule, tmp_path: Path) -> None:
     path = qface.export(student, tmp_path / "net.onnx", target=target)
     with pytest.raises(ImagesError, match="no images"):

@@ -133,6 +133,7 @@ FLOATS: dict[str, tuple[Callable[[], nn.Module], dict[str, str], float]] = {
     "float network": (network, {}, 0.999),
     "float network of bytes": (network, {"input": "uint8"}, 0.999),
     "fp16": (lambda: calibrated(network(), 6), {"target": "cuda"}, 0.999),
+    "float32": (lambda: calibrated(network(), 6), {"target": "float32"}, 0.999),
     "float island": (lambda: calibrated(framed(lambda: Applied(F.gelu)), 8), {}, 0.95),
     "length": (lambda: calibrated(with_preprocessing(Normalized().eval(), PREPROCESSING), 6), {}, 0.999999),
 }

@@ -1,8 +1,8 @@
-"""Writes an :class:`IntegerGraph` as an ONNX model that computes in fp16, for GPUs.
+"""Writes an :class:`IntegerGraph` as an ONNX model that computes in floats: fp16 for GPUs, float32 for browsers.
 
-onnxruntime's CUDA provider has no integer convolution. So here the weights are integers only in the file: Cast and Mul,
-which onnxruntime computes when it opens the file (it would keep DequantizeLinear), make them fp16. Activations are fp16
-and are not rounded.
+onnxruntime's CUDA provider has no integer convolution, and its integer kernels in WebAssembly are slower than those of
+float32. So here the weights are integers only in the file: Cast and Mul, which onnxruntime computes when it opens the
+file (it would keep DequantizeLinear), make them floats. Activations are not rounded.
 """
 
 from __future__ import annotations
@@ -12,19 +12,27 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from qface.deployment import integer_graph as ir
 from qface.deployment.nodes import Direct, NodeCollector, along_channels, assemble, convolution, window
 from qface.deployment.weight_formats import WeightFormat, make_weight_format
 
-__all__ = ["to_fp16_onnx"]
+__all__ = ["FLOAT_TARGETS", "to_float_onnx"]
 
-_FP16, _FP32 = TensorProto.FLOAT16, TensorProto.FLOAT
+FLOAT_TARGETS: dict[str, type[np.floating[Any]]] = {"cuda": np.float16, "float32": np.float32}
+"""Type of the numbers that files for a target compute with, by the target's name."""
+
+_FP32 = TensorProto.FLOAT
 
 
-def to_fp16_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], weight_format: str = "packed") -> onnx.ModelProto:
-    """The fp16 model of ``graph``, from ``images`` [batch, 3, height, width] to ``embedding`` [batch, D].
+def to_float_onnx(
+    graph: ir.IntegerGraph,
+    metadata: dict[str, str],
+    weight_format: str = "packed",
+    number: type[np.floating[Any]] = np.float32,
+) -> onnx.ModelProto:
+    """The model of ``graph`` in floats, from ``images`` [batch, 3, height, width] to ``embedding`` [batch, D].
 
     Images are float32, or uint8 where they are quantized; embeddings are float32.
 
@@ -32,26 +40,29 @@ def to_fp16_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], weight_format
         graph: what :func:`qface.deployment.lowering.lower` returned, or that reading bytes.
         metadata: written into the model beside the preprocessing.
         weight_format: how weights lie in the file, ``"packed"`` to their bits or as ``"int8"``.
+        number: what it computes with, ``np.float16`` or ``np.float32``.
 
     Raises:
         ConfigError: there is no such weight_format.
+
+    Example:
+        >>> model = to_float_onnx(lower(student), {}, number=np.float16)  # doctest: +SKIP
     """
     weights = make_weight_format(weight_format)
-    writer = _Fp16Writer(weights, graph.images)
+    writer = _FloatWriter(weights, graph.images, number)
     for operation in graph.operations:
         writer.write(operation)
     writer.node("Identity", [writer.fp32(graph.embedding)], "embedding")
     return assemble(graph, weights, writer.nodes, writer.initializers, metadata)
 
 
-class _Fp16Writer(NodeCollector):
+class _FloatWriter(NodeCollector):
     """Holds every value in the type it was made in, and in others once they are asked for."""
 
-    number = np.float16
-
-    def __init__(self, weights: WeightFormat, images: ir.Value) -> None:
-        super().__init__()
+    def __init__(self, weights: WeightFormat, images: ir.Value, number: type[np.floating[Any]]) -> None:
+        super().__init__(number)
         self.weights = weights
+        self._number_type = helper.np_dtype_to_tensor_dtype(np.dtype(number))
         self._tensors: dict[str, dict[int, str]] = {}
         self._keep(images, images.name, _FP32 if images.qparams is None else TensorProto.UINT8)
 
@@ -66,9 +77,9 @@ class _Fp16Writer(NodeCollector):
         """Name of ``value`` as float32."""
         return self._typed(value, _FP32)
 
-    def fp16(self, value: ir.Value) -> str:
-        """Name of ``value`` as fp16."""
-        return self._typed(value, _FP16)
+    def as_number(self, value: ir.Value) -> str:
+        """Name of ``value`` in the type that operations compute with."""
+        return self._typed(value, self._number_type)
 
     def _typed(self, value: ir.Value, kind: int) -> str:
         tensors = self._tensors[value.name]
@@ -77,25 +88,29 @@ class _Fp16Writer(NodeCollector):
             tensors[kind] = self._cast(made, kind)
         return tensors[kind]
 
-    def _keep(self, value: ir.Value, tensor: str, kind: int = _FP16) -> None:
-        """Note that ``tensor`` of type ``kind`` holds ``value``."""
-        self._tensors[value.name] = {kind: tensor}
+    def _keep(self, value: ir.Value, tensor: str, kind: int | None = None) -> None:
+        """Note that ``tensor`` of type ``kind``, by default the one to compute with, holds ``value``."""
+        self._tensors[value.name] = {kind or self._number_type: tensor}
 
     def _cast(self, tensor: str, kind: int) -> str:
         return self.node("Cast", [tensor], to=kind)
 
-    def _fp16_inputs(self, operation: ir.IntegerOp) -> list[str]:
-        return [self.fp16(value) for value in operation.inputs]
+    def _narrowed(self, tensor: str) -> str:
+        """Name of the float32 ``tensor`` in the type to compute with."""
+        return tensor if self._number_type == _FP32 else self._cast(tensor, self._number_type)
+
+    def _inputs(self, operation: ir.IntegerOp) -> list[str]:
+        return [self.as_number(value) for value in operation.inputs]
 
     def _elementwise(self, operation: ir.IntegerOp, kind: str, **attributes: Any) -> None:
-        """One node of type ``kind`` that reads fp16 and makes fp16."""
-        self._keep(operation.output, self.node(kind, self._fp16_inputs(operation), **attributes))
+        """One node of type ``kind`` that reads numbers and makes numbers."""
+        self._keep(operation.output, self.node(kind, self._inputs(operation), **attributes))
 
     # ---- integers of the file
 
     def _dequantized(self, integers: str, scale: str) -> str:
-        """``integers * scale``, multiplied in float32 and then rounded to fp16, when the file is opened."""
-        return self._cast(self.node("Mul", [self._cast(integers, _FP32), scale]), _FP16)
+        """``integers * scale``, multiplied in float32 when the file is opened, and then as operations read it."""
+        return self._narrowed(self.node("Mul", [self._cast(integers, _FP32), scale]))
 
     def _matmul_inputs(self, operation: ir.ConvolutionOp | ir.LinearOp) -> list[str]:
         """Input, weight and bias."""
@@ -105,7 +120,7 @@ class _Fp16Writer(NodeCollector):
         self.weights.add(name, weight.integers, weight.bits)
         scale = self.constant(f"{name}_scale", weight.scale)
         column = self.constant(f"column_{rank}", np.array([-1, *(1,) * (rank - 1)]))
-        inputs = [self.fp16(source), self._dequantized(name, self.node("Reshape", [scale, column]))]
+        inputs = [self.as_number(source), self._dequantized(name, self.node("Reshape", [scale, column]))]
         if operation.bias is not None:
             inputs.append(self._bias(f"{operation.name}.bias", operation.bias, source, scale))
         return inputs
@@ -152,9 +167,7 @@ class _Fp16Writer(NodeCollector):
     def _(self, operation: ir.PReluOp) -> None:
         integers = self.constant(f"{operation.name}.slope", along_channels(operation.slopes, operation.rank))
         scale = self.constant(f"{integers}_scale", np.float32(operation.slope_scale))
-        self._keep(
-            operation.output, self.node("PRelu", [*self._fp16_inputs(operation), self._dequantized(integers, scale)])
-        )
+        self._keep(operation.output, self.node("PRelu", [*self._inputs(operation), self._dequantized(integers, scale)]))
 
     @write.register
     def _(self, operation: ir.AffineOp) -> None:
@@ -167,39 +180,38 @@ class _Fp16Writer(NodeCollector):
 
     @write.register
     def _(self, operation: ir.ClampOp) -> None:
-        (x,) = self._fp16_inputs(operation)
+        (x,) = self._inputs(operation)
         self._keep(operation.output, self.clamped(x, operation.clamp))
 
     @write.register
     def _(self, operation: ir.FloatAffineOp) -> None:
         scale, shift = (
-            self._cast(
-                self.constant(f"{operation.name}.{name}", along_channels(values, operation.rank_after_dim)), _FP16
-            )
+            self._narrowed(self.constant(f"{operation.name}.{name}", along_channels(values, operation.rank_after_dim)))
             for name, values in (("scale", operation.scale), ("shift", operation.shift))
         )
         self._affine(operation, scale, shift)
 
     def _affine(self, operation: ir.IntegerOp, factor: str, summand: str, clamp: ir.Clamp | None = None) -> None:
-        scaled = self.node("Mul", [*self._fp16_inputs(operation), factor])
+        scaled = self.node("Mul", [*self._inputs(operation), factor])
         self._keep(operation.output, self.clamped(self.node("Add", [scaled, summand]), clamp))
 
     @write.register
     def _(self, operation: ir.AddOp) -> None:
-        total = self.node("Add", self._fp16_inputs(operation))
+        # Where a student rounds a sum twice, to different bits, both are alike here, and onnxruntime computes one.
+        total = self.node("Add", sorted(self._inputs(operation)))
         self._keep(operation.output, self.clamped(total, operation.clamp))
 
     @write.register
     def _(self, operation: ir.QuantizeOp) -> None:
-        self._keep(operation.output, self.fp16(operation.inputs[0]))
+        self._keep(operation.output, self.as_number(operation.inputs[0]))
 
     @write.register
     def _(self, operation: ir.MoveOp) -> None:
-        self._keep(operation.output, self.moved(operation, self._fp16_inputs(operation)))
+        self._keep(operation.output, self.moved(operation, self._inputs(operation)))
 
     @write.register
     def _(self, operation: ir.PadOp) -> None:
-        self._keep(operation.output, self.padded(operation, self.fp16(operation.inputs[0]), ""))
+        self._keep(operation.output, self.padded(operation, self.as_number(operation.inputs[0]), ""))
 
     @write.register
     def _(self, operation: ir.FloatIslandOp) -> None:
@@ -210,7 +222,7 @@ class _Fp16Writer(NodeCollector):
 
     @write.register
     def _(self, operation: Direct) -> None:
-        self._keep(operation.output, self.direct(operation, self._fp16_inputs(operation)))
+        self._keep(operation.output, self.direct(operation, self._inputs(operation)))
 
     @write.register
     def _(self, operation: ir.MaxPoolOp) -> None:
