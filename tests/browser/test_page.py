@@ -20,12 +20,16 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 import qface
 from qface.data import TensorImages
 from qface.deployment.golden import GoldenValues, golden_images, read_golden, write_golden
+from qface.deployment.metadata import read_metadata
 from qface.evaluation.match_thresholds import MatchThresholds
 from qface.preprocessing import Preprocessing, with_preprocessing
 from tests.browser.devtools import Page
@@ -104,10 +108,25 @@ def crops(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def cosine(file: Path, faces: object) -> float:
-    """By the onnxruntime of this Python."""
-    one, other = qface.evaluation.embed(file, TensorImages(faces))
+def cosine(file: Path, faces: Tensor) -> float:
+    """By the onnxruntime of this Python.
+
+    A file that reads bytes is given bytes: many pixels lie half way between two of them once they were resized, and
+    those of normalized floats would be rounded either way.
+    """
+    if read_metadata(file)["input"] == "uint8":
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        one, other = session.run(None, {"images": resized_to_bytes(faces).numpy()})[0]
+    else:
+        one, other = qface.evaluation.embed(file, TensorImages(faces))
     return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+
+
+def resized_to_bytes(faces: Tensor) -> Tensor:
+    """Faces as PREPROCESSING crops and resizes them, rounded half to even."""
+    top, left, bottom, right = PREPROCESSING.crop
+    crops = faces[:, :, top:bottom, left:right].double()
+    return F.interpolate(crops, SIZE, mode="bilinear", align_corners=False).float().round().byte()
 
 
 def wait(page: Page, condition: str = "true") -> None:
@@ -184,7 +203,7 @@ def test_files_beside_the_page_are_compared(
     assert hosts(page) == {"localhost"}
 
 
-def samples() -> object:
+def samples() -> Tensor:
     """The images that the page draws."""
     return golden_images((112, 112), 2)
 

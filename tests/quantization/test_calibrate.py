@@ -237,4 +237,8 @@ def test_channels_last_weights_calibrate_to_the_same_student(when: str) -> None:
         found = quantize(copy.deepcopy(network).to(memory_format=torch.channels_last))
     else:
         found = quantize(network).to(memory_format=torch.channels_last)
-    torch.testing.assert_close(calibrate(found, FACES).state_dict(), wanted, rtol=1e-4, atol=1e-5)
+    found = calibrate(found, FACES).state_dict()
+    scales = [name for name in wanted if name.endswith("scale")]
+    torch.testing.assert_close({name: found[name] for name in scales}, {name: wanted[name] for name in scales})
+    # The last bit of a learned scale may decide which fraction is nearest, and weights and biases follow that.
+    torch.testing.assert_close(found, wanted, rtol=2.0**-10, atol=2.0**-10)

@@ -124,7 +124,7 @@ def error_of_sums(operation: ir.AddOp) -> float:
 
 
 @pytest.mark.parametrize("body", BODIES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(bits=st.sampled_from([4, 8]), seed=st.integers(0, 2**32 - 1))
 def test_results_keep_their_distance_from_ties(body: str, bits: int, seed: int) -> None:
     checked = 0

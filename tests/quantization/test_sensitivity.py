@@ -81,7 +81,8 @@ def test_ranges_at_other_bits_are_chosen_as_calibrate_does() -> None:
     chosen = sensitivity(calibrated(8), FACES, weight_bits=(3,), activation_bits=(3,))
     own = sensitivity(calibrated(3), FACES, weight_bits=(3,), activation_bits=(3,))
     for one, other in zip(chosen.layers, own.layers, strict=True):
-        assert one.weight == pytest.approx(other.weight, rel=1e-4)
+        # The scales of a student of these bits are moved to fractions, those tried here are not.
+        assert one.weight == pytest.approx(other.weight, rel=5e-3)
         # Calibration sees the image in bytes, half a gray level darker.
         assert one.activation == pytest.approx(other.activation, rel=0.3)
 

@@ -26,7 +26,7 @@ class Case:
     network: str
     weight_bits: int
     activation_bits: int
-    images: int = 16
+    images: int
 
     def teacher(self, faces: Path) -> nn.Module:
         weights = faces / "weights" / f"{self.network}.safetensors"
@@ -34,11 +34,11 @@ class Case:
 
 
 CASES = {
-    "mobilefacenet-w6a6": Case("mobilefacenet_112x96", 6, 6),
-    "mobilefacenet-w4a8": Case("mobilefacenet_112x96", 4, 8, images=8),
-    "mobilefacenet-w8a8": Case("mobilefacenet_112x96", 8, 8, images=8),
-    "iresnet18-w6a6": Case("iresnet18", 6, 6, images=2),
-    "mobilenetv3-w8a8": Case("mobilenetv3_small_w1", 8, 8, images=8),
+    "mobilefacenet-w6a6": Case("mobilefacenet_112x96", 6, 6, images=8),
+    "mobilefacenet-w4a8": Case("mobilefacenet_112x96", 4, 8, images=4),
+    "mobilefacenet-w8a8": Case("mobilefacenet_112x96", 8, 8, images=4),
+    "iresnet18-w6a6": Case("iresnet18", 6, 6, images=1),
+    "mobilenetv3-w8a8": Case("mobilenetv3_small_w1", 8, 8, images=4),
 }
 
 
