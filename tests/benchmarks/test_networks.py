@@ -10,8 +10,8 @@ import pytest
 
 from tests.benchmarks.scripts import run, script
 
-PYTORCHCV = ("mobilenetv3_small_w1", "shufflenetv2_w1", "squeezenet_v1_1", "peleenet")
-TRANSFORMERS = ("ViT", "DeiT", "Swin", "ConvNeXt", "PoolFormer", "RegNet")
+PYTORCHCV = ("mobilenetv3_small_w1", "shufflenetv2_w1", "peleenet")
+TRANSFORMERS = ("ViT", "Swin", "ConvNeXt", "PoolFormer", "RegNet")
 
 
 def measure(*arguments: str) -> dict[str, Any]:

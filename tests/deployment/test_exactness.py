@@ -39,7 +39,7 @@ SMALL = Preprocessing(size=(32, 32))
 FRAME = Preprocessing(size=(SIDE, SIDE))
 
 
-BITS = [2, 4, 6, 8]
+BITS = [2, 6, 8]
 
 
 def conv(*args: object, **kwargs: object) -> nn.Conv2d:
