@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,9 +38,8 @@ def test_every_embedding_is_that_of_the_host(runtime: str, exported: Callable[[s
 
 
 def test_openvino_computes_the_same_integers(exported: Callable[[str], Exported]) -> None:
-    # Its sums of weights of 8 bits saturate on processors without VNNI.
-    exact = "vnni" in Path("/proc/cpuinfo").read_text()
-    cases = [case for case in CASES if exact or CASES[case].weight_bits < 8]
+    # Its sums of weights of 8 bits saturate on processors without VNNI; those with it were not tried.
+    cases = [case for case in CASES if CASES[case].weight_bits < 8]
     least = {case: cosines_of(*both).min() for case, both in embedded("openvino", cases, exported).items()}
     assert min(least.values()) >= LEAST_COSINE, least
 
