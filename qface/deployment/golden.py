@@ -42,7 +42,7 @@ __all__ = [
 GOLDEN = "golden"
 """The metadata's key."""
 VERSION = 1
-"""Of the images and of the JSON; raised when either changes."""
+"""Version of the images and of the JSON; raised when either changes."""
 EQUAL: Literal["equal"] = "equal"
 NUM_EMBEDDINGS = 4
 """Embeddings that are stored whole, 4 bytes a number."""
@@ -150,7 +150,7 @@ def embedding_digest(embedding: Embeddings) -> int:
 
 @dataclass(frozen=True)
 class GoldenValues:
-    """What a file computes of the test images.
+    """The embeddings that a file gives for the test images.
 
     Args:
         tolerance: ``"equal"`` where every runtime must give the same bits, or the least cosine.
@@ -164,7 +164,7 @@ class GoldenValues:
 
     @property
     def images(self) -> int:
-        """How many test images there are values of."""
+        """Number of test images that there are values of."""
         return len(self.embeddings) + len(self.digests)
 
     def to_json(self) -> str:
@@ -235,7 +235,7 @@ def _cosine(one: Embeddings, other: Embeddings) -> float:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What :func:`selftest` found.
+    """The result of :func:`selftest`.
 
     Args:
         runtime: what computed the embeddings, in words.
@@ -270,7 +270,7 @@ class SelfTest:
 
 
 def golden_tolerance(graph: ir.IntegerGraph | None, target: str) -> Tolerance:
-    """How near another runtime must come to a file's golden values.
+    """The tolerance within which another runtime must reach a file's golden values.
 
     Integers are the same everywhere; sums of floats depend on their order.
 

@@ -14,7 +14,7 @@ from qface.deployment import integer_graph as ir
 from qface.deployment.float_islands import island_module
 from qface.errors import ConfigError, ExportError, UnsupportedLayerError
 from qface.graph import layers
-from qface.graph.queries import input_of, is_clamp, is_shape_only, layer_of, limits_of, makes_rows
+from qface.graph.queries import input_of, is_clamp, is_shape_only, layer_of, limits_of, makes_rows, pair_of
 from qface.preprocessing import example_input, preprocessing_of
 from qface.quantization import (
     ImageFakeQuantize,
@@ -192,9 +192,9 @@ class _Lowering:
             )
         return ir.ConvolutionOp(
             **self._matmul(node, layer),
-            stride=_pair(layer.stride),
-            padding=_pair(layer.padding),
-            dilation=_pair(layer.dilation),
+            stride=pair_of(layer.stride),
+            padding=pair_of(layer.padding),
+            dilation=pair_of(layer.dilation),
             groups=layer.groups,
         )
 
@@ -259,7 +259,7 @@ class _Lowering:
             raise UnsupportedLayerError(
                 f"layer {node.target!r} has a divisor of its own; only plain averages can be exported"
             )
-        if layer.ceil_mode and layer.count_include_pad and any(_pair(layer.padding)):
+        if layer.ceil_mode and layer.count_include_pad and any(pair_of(layer.padding)):
             raise UnsupportedLayerError(
                 f"layer {node.target!r} rounds its size up and counts its padding, which onnxruntime's integer kernel "
                 "averages otherwise; set count_include_pad=False or ceil_mode=False"
@@ -278,7 +278,7 @@ class _Lowering:
             self._inputs(node),
             self._with_qparams_of_input(node),
             **_window(layer),
-            dilation=_pair(layer.dilation),
+            dilation=pair_of(layer.dilation),
         )
 
     def add(self, node: fx.Node, layer: layers.Add) -> ir.IntegerOp:
@@ -400,13 +400,8 @@ def _float32(tensor: Tensor) -> ir.Float32:
 
 def _window(layer: nn.AvgPool2d | nn.MaxPool2d) -> dict[str, Any]:
     return {
-        "kernel": _pair(layer.kernel_size),
-        "stride": _pair(layer.stride),
-        "padding": _pair(layer.padding),
+        "kernel": pair_of(layer.kernel_size),
+        "stride": pair_of(layer.stride),
+        "padding": pair_of(layer.padding),
         "ceil_mode": layer.ceil_mode,
     }
-
-
-def _pair(value: Any) -> ir.Pair:
-    first, second = (value, value) if isinstance(value, int) else value
-    return int(first), int(second)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "layer_of",
     "limits_of",
     "makes_rows",
+    "pair_of",
     "shape_of",
     "source_of_values",
 ]
@@ -107,6 +109,12 @@ def makes_rows(node: fx.Node) -> bool:
     """True if ``node`` flattens what an image becomes to [N, features]."""
     layer = layer_of(node)
     return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+
+
+def pair_of(size: int | Sequence[int]) -> tuple[int, int]:
+    """A setting for height and width, such as a kernel size, which torch also takes as one number."""
+    first, second = (size, size) if isinstance(size, int) else size
+    return int(first), int(second)
 
 
 def is_layer_graph(model: nn.Module) -> bool:

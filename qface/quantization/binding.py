@@ -1,4 +1,4 @@
-"""Which quantizers belong to a layer, and which scales depend on each other: read off the graph of a student."""
+"""Bind layers to their quantizers, and scales to those that they depend on, by the graph of a student."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import cast
 from torch import fx, nn
 
 from qface.graph.layers import Add, Concat, Maximum, Multiply
-from qface.graph.queries import is_clamp, is_shape_only, layer_of, source_of_values
+from qface.graph.queries import is_clamp, is_shape_only, layer_of, pair_of, source_of_values
 from qface.quantization.exact_scales import (
     ExactScale,
     ExactWeightScale,
@@ -140,12 +140,12 @@ def _ratios(node: fx.Node) -> Iterator[ScaleRatio]:
     elif isinstance(layer, QuantizedGlobalAveragePool):
         yield ScaleRatio(read, made, layer.num_values, _GLOBAL_AVERAGE_ROUNDINGS)
     elif isinstance(layer, nn.AvgPool2d):
-        yield ScaleRatio(read, made, _common_count(layer), _AVERAGE_ROUNDINGS, math.prod(_pair(layer.kernel_size)))
+        yield ScaleRatio(read, made, _common_count(layer), _AVERAGE_ROUNDINGS, math.prod(pair_of(layer.kernel_size)))
 
 
 def _common_count(layer: nn.AvgPool2d) -> int:
     """The least common multiple of the numbers of values that ``layer`` averages, fewer of them at an edge."""
-    kernel, padding = _pair(layer.kernel_size), _pair(layer.padding)
+    kernel, padding = pair_of(layer.kernel_size), pair_of(layer.padding)
     if layer.count_include_pad and not layer.ceil_mode:
         return math.prod(kernel)
     least = (1, 1) if layer.ceil_mode else (kernel[0] - padding[0], kernel[1] - padding[1])
@@ -167,7 +167,3 @@ def _output(node: fx.Node) -> LSQFakeQuantize:
 
 def _scaled(quantizer: Quantizer) -> Scaled:
     return quantizer.owner if isinstance(quantizer, SharedScaleFakeQuantize) else quantizer
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value

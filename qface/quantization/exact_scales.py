@@ -111,7 +111,7 @@ class ScaleGroup:
         return (_odd(raw / base) + 2 * steps).clamp(min=1) * self._settled(base)
 
     def multiple(self, member: Scaled) -> Tensor | float:
-        """Of the unit, for ``member``."""
+        """The odd number by which the scale of ``member`` is a multiple of the unit."""
         return 1.0 if len(self.members) == 1 else _odd(_raw(member) / self._base())
 
     def _base(self) -> Tensor:
@@ -170,7 +170,7 @@ class ScaleRatio:
         return math.prod(inputs, start=torch.ones_like(output)) / (self.count * output)
 
     def _error(self, ratio: Tensor) -> Tensor:
-        """How much a kernel errs at most, in steps of the output."""
+        """The error of a kernel at most, in steps of the output."""
         low, high = self.output.bounds
         of_result = (self.roundings - 1) * (high - low + 1) + _BYTE
         return _HALF_ULP * (of_result + self.terms * _BYTE * self.count * ratio)
@@ -203,7 +203,7 @@ class FunctionValues:
 
 @dataclass(eq=False)
 class ExactScale:
-    """How the scale of one quantizer follows from those that were learned.
+    """The rule for the scale of one quantizer.
 
     Args:
         quantizer: whose scale it is.
@@ -234,7 +234,7 @@ class ExactScale:
 
 @dataclass(eq=False)
 class ExactWeightScale:
-    """How the scales of a weight follow from those that were learned.
+    """The rule for the scales of a weight.
 
     onnxruntime multiplies an int32 sum by one float32 ratio on every processor. OpenVINO adds the zero point before it
     rounds, so that ratio is k / q too.

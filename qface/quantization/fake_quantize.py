@@ -63,7 +63,7 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
     zero_point: Tensor
     calibrated: Tensor
     scale_rule: ExactScale | ExactWeightScale | None = None
-    """How the scale that rounds follows from ``scale``, where kernels of other processors could round otherwise."""
+    """The rule by which the scale that rounds follows from ``scale``; None where it is ``scale`` itself."""
 
     def __init__(
         self, bits: int, num_channels: int | None = None, observer: str = "mse", percentile: float = 99.99
@@ -184,13 +184,17 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
         """The integers that stand for ``x``, as floats of its shape."""
-        shape = self._shape(x)
-        scale, zero_point, low, high = self.qparams()
-        return quantize_affine(x, scale.view(shape), zero_point.view(shape), low, high)
+        return quantize_affine(x, *self._qparams_along(x))
 
+    @torch.no_grad()
     def _deployed(self, x: Tensor) -> Tensor:
-        shape = self._shape(x)
-        return self.integers(x).sub_(self.zero_point.view(shape)).mul_(self.exact_scale().view(shape))
+        qparams = self._qparams_along(x)
+        return quantize_affine(x, *qparams).sub_(qparams.zero_point).mul_(qparams.scale)
+
+    def _qparams_along(self, x: Tensor) -> QParams:
+        """In a shape that broadcasts against ``x``."""
+        qparams, shape = self.qparams(), self._shape(x)
+        return qparams._replace(scale=qparams.scale.view(shape), zero_point=qparams.zero_point.view(shape))
 
 
 class SharedScaleFakeQuantize(nn.Module):
@@ -218,7 +222,7 @@ class SharedScaleFakeQuantize(nn.Module):
 
     @property
     def scale(self) -> nn.Parameter:
-        """Of the owner, as it was learned."""
+        """The owner's scale, as it was learned."""
         return self.owner.scale
 
     def exact_scale(self) -> Tensor:

@@ -320,8 +320,6 @@ class QuantizedAffine(ChannelAffine):
 WeightedLayer = (QuantizedConv2d, QuantizedLinear)
 """Layers that multiply: what they read has ``activation_bits``."""
 
-_WITH_CONTEXT = (_QuantizedMatmul, QuantizedAffine, QuantizedPReLU)
-
 
 def is_quantizer(node: fx.Node) -> bool:
     """Whether ``node`` rounds a value."""

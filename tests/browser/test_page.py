@@ -287,7 +287,7 @@ def test_colors_can_be_read(scheme: int) -> None:
 
 
 def luminance(digits: str) -> float:
-    """Of a color of three or six hexadecimal digits, by WCAG 2."""
+    """Relative luminance of a color of three or six hexadecimal digits, by WCAG 2."""
     six = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
     channels = np.array([int(six[at : at + 2], 16) for at in (0, 2, 4)]) / 255
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)

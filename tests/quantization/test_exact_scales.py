@@ -65,7 +65,7 @@ def with_scales(body: str, bits: int, seed: int) -> fx.GraphModule:
 
 
 def values(value: ir.Value) -> Floats:
-    """What each integer stands for; exact, since a scale has 24 bits."""
+    """The value of each integer; exact, since a scale has 24 bits."""
     assert value.qparams is not None
     return value.qparams.scale * (np.arange(256.0) - value.qparams.zero_point)
 

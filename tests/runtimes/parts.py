@@ -154,4 +154,4 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "onnxruntime-newest": lambda folder: _install_python(folder, "onnxruntime", "numpy"),
     "openvino": lambda folder: _install_python(folder, "openvino", "numpy"),
 }
-"""How each part is installed into an empty folder."""
+"""The function that installs each part into an empty folder."""

@@ -33,7 +33,7 @@ class RuntimeFailedError(Exception):
 
 @dataclass(frozen=True)
 class Environment:
-    """How a worker is started in a runtime.
+    """The settings with which a worker is started in a runtime.
 
     Args:
         parts: that must be installed.

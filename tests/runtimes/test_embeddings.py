@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.runtimes, pytest.mark.faces]
 
 
 def embedded(name: str, cases: list[str], exported: Callable[[str], Exported]) -> dict[str, tuple[Embeddings, ...]]:
-    """What the runtime ``name`` makes of the faces of each case, and what the host does; one process for all."""
+    """Embeddings of the faces of each case by the runtime ``name`` and by the host; one process for all."""
     runtime = Runtime(name)
     if reason := runtime.reason_missing():
         pytest.skip(reason)

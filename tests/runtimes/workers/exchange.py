@@ -1,4 +1,4 @@
-"""What the workers have in common. A worker is a script that gets a folder and runs ONNX files on images.
+"""The common part of the workers. A worker is a script that gets a folder and runs ONNX files on images.
 
 The folder holds ``request.json``, ``{"models": [{"path", "dtype", "shape"}], "runs"}``, and for model ``i`` the images
 in ``i.in``. With 0 runs the embeddings go to ``i.out`` as float32; else one image is timed. ``response.json`` tells
