@@ -1,8 +1,9 @@
 """Golden values: test images that integers alone make, and the embeddings that a file gives for them.
 
 ``export`` writes the embeddings into the metadata, so that any device can tell whether its runtime computes what was
-trained, with the file and a few lines of code. A few embeddings are stored whole, so that a difference has a cosine. Of
-more images there is a digest of four bytes each, since a runtime may round only one image in ten otherwise.
+trained, with the file and a few lines of code. A few embeddings are stored whole, so that a difference has a cosine.
+Where embeddings must be equal there are also digests of four bytes, of more images, since a runtime may round only one
+image in ten otherwise.
 docs/on_device.md describes both for whoever writes the same in another language.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,14 +43,14 @@ __all__ = [
 
 GOLDEN = "golden"
 """The metadata's key."""
-VERSION = 1
+VERSION = 2
 """Version of the images and of the JSON; raised when either changes."""
 EQUAL: Literal["equal"] = "equal"
 NUM_EMBEDDINGS = 4
 """Embeddings that are stored whole, 4 bytes a number."""
-NUM_DIGESTS = 12
-"""Further images, of which 4 bytes each are stored. A runtime that rounds one image in ten otherwise passes with four
-images two times in three, with sixteen one time in five."""
+NUM_DIGESTS = 16
+"""Images of which 4 bytes each are stored, where embeddings must be equal. A runtime that rounds one image in ten
+otherwise passes with four images two times in three, with sixteen one time in five."""
 
 LEAST_COSINE_OF_FLOATS = 0.999
 """Of float32 and fp16 files, as ``verify`` asks of the least of several cosines."""
@@ -59,57 +61,42 @@ LEAST_COSINE_OF_FLOAT_OUTPUT = 0.999999
 
 Tolerance = Literal["equal"] | float
 Embeddings = npt.NDArray[np.float32]
+Words = npt.NDArray[np.uint32]
 
-_CELL = 16  # pixels between two points of the coarse grid
-_WORD = 0xFFFFFFFF
-_FACTOR, _ADDEND = 1664525, 1013904223  # of the random bytes
+_WORD = np.uint32
+_CELL = 16  # pixels between two random bytes
 
 
 def golden_image(number: int, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Test image ``number``: a smooth picture from a coarse grid of random bytes, and a little noise.
-
-    Random bytes are the highest eight bits of the linear congruential generator of Numerical Recipes, seeded with
-    ``(number + 1) * 2654435761``, all modulo 2^32.
+    """Test image ``number``: a smooth picture between random bytes 16 pixels apart, and a little noise.
 
     Args:
-        number: which image, from 0.
-        size: height and width in pixels.
+        number: which image, 0 to 681.
+        size: height and width in pixels, at most 1,024 each; larger images repeat random bytes.
 
     Returns:
         uint8 [3, height, width], RGB.
 
     Example:
-        >>> golden_image(0, (112, 112))[:, 0, 0].tolist()
-        [62, 228, 95]
+        >>> golden_image(0, (112, 112))[:, 1, 1].tolist()
+        [32, 71, 207]
     """
-    height, width = size
-    rows, columns = height // _CELL + 2, width // _CELL + 2
-    image = np.empty((3, height, width), np.uint8)
-    for channel, drawn in zip(image, _random_bytes(number, rows * columns + height * width), strict=True):
-        grid, noise = drawn[: rows * columns].reshape(rows, columns), drawn[rows * columns :].reshape(height, width)
-        smooth = _interpolated(_interpolated(grid, height).T, width).T  # 0..255 * 256
-        channel[:] = (15 * smooth >> 12) + (noise >> 4)
+    plane, y, x = np.indices((3, *size), np.uint32)
+    plane += np.uint32(6 * number)
+    (row, down), (column, right) = np.divmod(y, _CELL), np.divmod(x, _CELL)
+    upper = (_CELL - right) * _random_bytes(plane, row, column) + right * _random_bytes(plane, row, column + 1)
+    lower = (_CELL - right) * _random_bytes(plane, row + 1, column) + right * _random_bytes(plane, row + 1, column + 1)
+    smooth = (_CELL - down) * upper + down * lower  # 0..255 * 256
+    image: npt.NDArray[np.uint8] = ((15 * smooth >> 12) + (_random_bytes(plane + 3, y, x) >> 4)).astype(np.uint8)
     return image
 
 
-def _random_bytes(number: int, count: int) -> npt.NDArray[np.int64]:
-    """The bytes of the three channels of image ``number``, int64 [3, count].
-
-    The last ``n`` states of the generator become the next ``n`` by one product and one sum, those of ``n`` steps.
-    """
-    factor, addend = _FACTOR, _ADDEND
-    states = np.array([((number + 1) * 2654435761 * factor + addend) & _WORD], np.uint64)
-    while len(states) < 3 * count:
-        states = np.concatenate([states, (states * np.uint64(factor) + np.uint64(addend)) & np.uint64(_WORD)])
-        factor, addend = factor * factor & _WORD, (factor + 1) * addend & _WORD
-    return (states[: 3 * count] >> np.uint64(24)).astype(np.int64).reshape(3, count)
-
-
-def _interpolated(rows: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-    """16 times the values between ``rows``, one row a pixel."""
-    cell, offset = np.divmod(np.arange(length), _CELL)
-    values: npt.NDArray[np.int64] = (_CELL - offset)[:, None] * rows[cell] + offset[:, None] * rows[cell + 1]
-    return values
+def _random_bytes(plane: Words, y: Words, x: Words) -> Words:
+    """A byte for each place: the highest of a 32-bit hash, lowbias32 of Wellons' hash-prospector."""
+    word: Words = (plane << _WORD(20)) + (y << _WORD(10)) + x
+    word = (word ^ word >> _WORD(16)) * _WORD(0x7FEB352D)
+    word = (word ^ word >> _WORD(15)) * _WORD(0x846CA68B)
+    return word >> _WORD(24)
 
 
 def golden_images(size: tuple[int, int], count: int = NUM_EMBEDDINGS) -> Tensor:
@@ -130,7 +117,7 @@ def golden_images(size: tuple[int, int], count: int = NUM_EMBEDDINGS) -> Tensor:
 
 
 def embedding_digest(embedding: Embeddings) -> int:
-    """32-bit FNV-1a of the bytes of ``embedding``.
+    """CRC-32 of the bytes of ``embedding``.
 
     Args:
         embedding: float32 [dimensions]; its bytes count in little-endian order.
@@ -139,13 +126,10 @@ def embedding_digest(embedding: Embeddings) -> int:
         An integer from 0 to 2^32 - 1.
 
     Example:
-        >>> embedding_digest(np.zeros(0, np.float32))
-        2166136261
+        >>> embedding_digest(np.ones(2, np.float32))
+        3573961104
     """
-    digest = 2166136261
-    for byte in embedding.astype("<f4").tobytes():
-        digest = ((digest ^ byte) * 16777619) & _WORD
-    return digest
+    return zlib.crc32(embedding.astype("<f4").tobytes())
 
 
 @dataclass(frozen=True)
@@ -155,17 +139,23 @@ class GoldenValues:
     Args:
         tolerance: ``"equal"`` where every runtime must give the same bits, or the least cosine.
         embeddings: float32 [images, dimensions], of the first images.
-        digests: of the embeddings of the images after those; none where a tolerance allows other bits.
+        digests: of the embeddings of all images; none where a tolerance allows other bits.
     """
 
     tolerance: Tolerance
     embeddings: Embeddings
     digests: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, tolerance: Tolerance, embeddings: Embeddings) -> GoldenValues:
+        """What is stored of the ``embeddings`` of the first test images, float32 [images, dimensions]."""
+        digests = tuple(embedding_digest(row) for row in embeddings) if tolerance == EQUAL else ()
+        return cls(tolerance, embeddings[:NUM_EMBEDDINGS], digests)
+
     @property
     def images(self) -> int:
         """Number of test images that there are values of."""
-        return len(self.embeddings) + len(self.digests)
+        return len(self.digests) or len(self.embeddings)
 
     def to_json(self) -> str:
         """One line of JSON, as it lies in file metadata."""
@@ -187,16 +177,21 @@ class GoldenValues:
             path: of the file, for messages.
 
         Raises:
-            CheckpointError: the text is damaged, or of a later version.
+            CheckpointError: the text is damaged, or of another version.
         """
         try:
             record: dict[str, Any] = json.loads(text)
             version = int(record["version"])
             if version != VERSION:
-                raise CheckpointError(f"{path} has golden values of version {version}: update qface to read them")
+                raise CheckpointError(
+                    f"{path} has golden values of version {version}, not {VERSION}: export it again, or update qface"
+                )
             rows = [np.frombuffer(base64.b64decode(row, validate=True), "<f4") for row in record["embeddings"]]
             tolerance = EQUAL if record["tolerance"] == EQUAL else float(record["tolerance"])
-            return cls(tolerance, np.stack(rows).astype(np.float32), tuple(int(each) for each in record["digests"]))
+            digests = tuple(int(each) for each in record["digests"])
+            if (tolerance == EQUAL) != (len(digests) >= len(rows)):
+                raise ValueError(f"{len(digests)} digests of {len(rows)} embeddings")
+            return cls(tolerance, np.stack(rows).astype(np.float32), digests)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: its golden values cannot be read ({error}); export it again") from error
 
@@ -208,16 +203,14 @@ class GoldenValues:
             runtime: what computed them, in words.
 
         Example:
-            >>> GoldenValues("equal", np.eye(2, dtype=np.float32)).compare(np.eye(2, dtype=np.float32), "numpy").agrees
+            >>> expected = np.eye(2, dtype=np.float32)
+            >>> GoldenValues.of("equal", expected).compare(expected, "numpy").agrees
             True
         """
         whole = len(self.embeddings)
-        pairs = list(zip(self.embeddings, embeddings[:whole], strict=True))
-        cosines = [_cosine(expected, found) for expected, found in pairs]
+        cosines = [_cosine(one, other) for one, other in zip(self.embeddings, embeddings[:whole], strict=True)]
         if self.tolerance == EQUAL:
-            same = [np.array_equal(expected, found) for expected, found in pairs]
-            digests = zip(self.digests, embeddings[whole:], strict=True)
-            same += [expected == embedding_digest(found) for expected, found in digests]
+            same = [embedding_digest(row) == digest for row, digest in zip(embeddings, self.digests, strict=True)]
         else:
             same = [cosine >= self.tolerance for cosine in cosines]
         return SelfTest(runtime, self.tolerance, self.images, same.count(False), min(cosines), whole)
@@ -309,12 +302,10 @@ def measure_golden(embedder: OnnxEmbedder, tolerance: Tolerance) -> GoldenValues
         >>> measure_golden(OnnxEmbedder("student.onnx"), "equal").images  # doctest: +SKIP
         16
     """
-    count = NUM_EMBEDDINGS + (NUM_DIGESTS if tolerance == EQUAL else 0)
-    embeddings = _embedded(embedder, count)
+    embeddings = _embedded(embedder, NUM_DIGESTS if tolerance == EQUAL else NUM_EMBEDDINGS)
     if not np.isfinite(embeddings).all():
         raise ExportError("the network gives numbers that are not finite on test images: check its weights and scales")
-    digests = tuple(embedding_digest(row) for row in embeddings[NUM_EMBEDDINGS:])
-    return GoldenValues(tolerance, embeddings[:NUM_EMBEDDINGS], digests)
+    return GoldenValues.of(tolerance, embeddings)
 
 
 def _embedded(embedder: OnnxEmbedder, count: int) -> Embeddings:

@@ -6,10 +6,12 @@ Debian packages are unpacked, not installed, and qemu looks for a foreign proces
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +20,8 @@ __all__ = ["ARM_CORES", "PARTS", "PartError", "install", "part_folder", "reason_
 ARM_CORES = {"cortex-a72": ("0xd08", ""), "max": ("0xd0c", "asimddp")}
 """The CPU part and feature in /proc/cpuinfo for each core of qemu; onnxruntime chooses its kernels by them."""
 
+_HEADERS_URL = "http://deb.debian.org/debian/pool/main/o/onnxruntime/libonnxruntime-dev_1.21.0+dfsg-1_amd64.deb"
+_HEADERS_SHA256 = "14f7d959d5deacbcf1504830d4189f91fc67382b399ed9ae9d3aa9c4050ced08"
 _ARM_WHEELS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
 
 
@@ -94,6 +98,20 @@ def _describe_core(folder: Path, part: str, feature: str) -> None:
     (folder / "proc" / "cpuinfo").write_text("\n".join(lines) + "\n\n")
 
 
+def _install_headers(folder: Path) -> None:
+    """C++ headers of onnxruntime, which its wheels leave out; those of an older version serve a newer library."""
+    package = folder / "headers.deb"
+    try:
+        with urllib.request.urlopen(_HEADERS_URL, timeout=60) as answer:
+            package.write_bytes(answer.read())
+    except OSError as error:
+        raise PartError(f"{_HEADERS_URL}: {error}") from error
+    if hashlib.sha256(package.read_bytes()).hexdigest() != _HEADERS_SHA256:
+        raise PartError(f"{_HEADERS_URL} is not the file that it was")
+    _output("dpkg-deb", "--extract", package, folder)
+    package.unlink()
+
+
 def _install_web(folder: Path) -> None:
     _output("node", "--version")
     _output("npm", "install", "--prefix", folder, "--ignore-scripts", "--no-audit", "--no-fund", "onnxruntime-web")
@@ -152,6 +170,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "chromium": _install_chromium,
     "onnxruntime-1.24": lambda folder: _install_python(folder, "onnxruntime==1.24.*", "numpy"),
     "onnxruntime-newest": lambda folder: _install_python(folder, "onnxruntime", "numpy"),
+    "headers": _install_headers,
     "openvino": lambda folder: _install_python(folder, "openvino", "numpy"),
 }
 """The function that installs each part into an empty folder."""
