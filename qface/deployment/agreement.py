@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from qface.deployment.runtime import OnnxEmbedder, cpu_session, providers_for
 from qface.errors import ConfigError, ExportError, ImagesError
 from qface.graph.queries import layer_of
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
+from qface.quantization.binding import layers_near_ties
 from qface.quantization.quantized_layers import Quantizer, WeightedLayer
 
 __all__ = [
@@ -48,7 +49,7 @@ __all__ = [
 RUNTIMES = ("onnxruntime", "openvino")
 
 LEAST_EQUAL = 0.999
-"""Share of a layer's integers that must be equal; no other may be off by more than one step."""
+"""Share of the integers that must be equal where floats are rounded; no other may be off by more than one step."""
 LEAST_MEAN_COSINE = 0.9999
 LEAST_COSINE = 0.999
 LEAST_MEAN_COSINE_WITH_FLOAT = 0.99
@@ -74,6 +75,8 @@ class LayerAgreement:
         different: how many of them differ.
         greatest_step: by how much at most.
         integer_range: least and greatest integer of the file's side.
+        exact: True where every processor makes the same integers of the same integers, so that none may differ. A layer
+            that rounds floats, or that lies near a tie (:func:`qface.quantization.binding.layers_near_ties`), is not.
     """
 
     layer: str
@@ -83,12 +86,14 @@ class LayerAgreement:
     different: int
     greatest_step: int
     integer_range: tuple[int, int]
+    exact: bool = True
 
     @property
     def agrees(self) -> bool:
-        """Whether it is equal but for a rounding here and there, and keeps to its bits."""
-        equal = self.different <= (1 - LEAST_EQUAL) * self.elements
-        return equal and self.greatest_step <= 1 and self.integer_range[1] - self.integer_range[0] < 1 << self.bits
+        """True if it is equal, but for a rounding here and there where it is not exact, and keeps to its bits."""
+        allowed = 0 if self.exact else (1 - LEAST_EQUAL) * self.elements
+        equal = self.different <= allowed and self.greatest_step <= 1
+        return equal and self.integer_range[1] - self.integer_range[0] < 1 << self.bits
 
 
 @dataclass(frozen=True)
@@ -285,7 +290,16 @@ def compare_layers(
     operations = [operation for operation in graph.operations if _is_rounded(operation)]
     given = _integers(student, inputs, {operation.output.name for operation in operations})
     found = _run_cut(Path(file), given, to_file_input(graph, inputs))
-    return tuple(_compared(operation, given, found) for operation in operations)
+    near_ties = layers_near_ties(cast(fx.GraphModule, student))
+    return tuple(
+        _compared(operation, given, found, _reads_integers(operation) and operation.name not in near_ties)
+        for operation in operations
+    )
+
+
+def _reads_integers(operation: ir.IntegerOp) -> bool:
+    """True if no float that another kernel has summed is rounded; a normalized byte is none."""
+    return isinstance(operation, ir.QuantizeImageOp) or all(value.qparams is not None for value in operation.inputs)
 
 
 _MOVES = (ir.MaxPoolOp, ir.FlattenOp, ir.MoveOp, ir.PadOp)
@@ -343,7 +357,9 @@ def _run_cut(file: Path, given: dict[str, Integers], inputs: Tensor) -> dict[str
     return dict(zip(given, session.run(list(given), feeds), strict=True))
 
 
-def _compared(operation: ir.IntegerOp, given: dict[str, Integers], found: dict[str, Integers]) -> LayerAgreement:
+def _compared(
+    operation: ir.IntegerOp, given: dict[str, Integers], found: dict[str, Integers], exact: bool
+) -> LayerAgreement:
     name = operation.output.name
     steps = np.abs(given[name].astype(np.int16) - found[name])
     assert operation.output.qparams is not None
@@ -355,4 +371,5 @@ def _compared(operation: ir.IntegerOp, given: dict[str, Integers], found: dict[s
         different=int(np.count_nonzero(steps)),
         greatest_step=int(steps.max()),
         integer_range=(int(found[name].min()), int(found[name].max())),
+        exact=exact,
     )

@@ -1,6 +1,7 @@
 """A file that computes what its student computes is told from one that does not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 
 import qface
 from qface.cli import main
+from qface.deployment import LayerAgreement
 from qface.deployment.export import TARGETS
 from qface.errors import ExportError, ImagesError
 from qface.preprocessing import Preprocessing, with_preprocessing
@@ -66,6 +68,24 @@ def test_a_difference_is_found_in_the_layer_where_it_arises(student: fx.GraphMod
     agreement = qface.verify(student, file, random_faces(8))
     assert not agreement.agrees
     assert [layer.layer for layer in agreement.layers if layer.different] == [name.removesuffix(".bias")]
+
+
+def test_one_integer_that_differs_is_a_difference(student: fx.GraphModule, file: Path) -> None:
+    model = onnx.load(file)
+    onnx.save(with_changed(model, a_bias(model), 1), file)
+    agreement = qface.verify(student, file, random_faces(8))
+    (layer,) = (layer for layer in agreement.layers if layer.different)
+    assert layer.exact
+    assert layer.greatest_step == 1
+    assert not agreement.agrees
+
+
+def test_a_rounding_is_forgiven_where_floats_are_rounded() -> None:
+    layer = LayerAgreement("a", "Quantize", 8, 10_000, 9, 1, (0, 255), exact=False)
+    assert layer.agrees
+    assert not replace(layer, exact=True).agrees
+    assert not replace(layer, different=11).agrees
+    assert not replace(layer, greatest_step=2).agrees
 
 
 def test_too_many_integers_are_found(student: fx.GraphModule, file: Path) -> None:
