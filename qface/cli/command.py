@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def embedder(text: str, preprocessing: PreprocessingOverride | None = None) -> E
 
 
 def show(record: dict[str, Any], table: Any, as_json: bool) -> None:
-    """Print what a verb found, as one JSON object or as a table."""
+    """Print what a verb found, as one JSON object or as a table; of several processes, the first does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         click.echo(json.dumps(record))
     else:

@@ -32,6 +32,11 @@ __all__ = ["evaluate", "ijb", "sensitivity", "thresholds"]
 @click.option("--pairs", type=FilePath, help="Pair list, of LFW for ten-fold accuracy or lines path,path,flag.")
 @click.option("--gallery", help="Another model that embeds the gallery, while MODEL embeds the probes.")
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
+@click.option(
+    "--run-dir",
+    type=FilePath,
+    help="Folder to keep embeddings and counts of pairs in; a run that was stopped goes on there.",
+)
 @preprocessing_options
 @json_option
 def evaluate(
@@ -41,6 +46,7 @@ def evaluate(
     pairs: Path | None,
     gallery: str | None,
     flip: bool,
+    run_dir: Path | None,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -52,6 +58,7 @@ def evaluate(
         identities=identities,
         gallery=embedder(gallery) if gallery else None,
         flip=flip,
+        run_dir=run_dir,
         progress=True,
     )
     show(result.to_dict(), evaluation_table(result), as_json)

@@ -14,8 +14,8 @@ from qface.data.images import ImageSource, IndexedImages, LoaderImages, batch_of
 from qface.data.sample import evenly
 from qface.distillation.batch_sampler import PairSampler, flips
 from qface.distillation.distill_config import DistillConfig
-from qface.distillation.parallel import Parallel
 from qface.errors import ConfigError, ImagesError
+from qface.parallel import Parallel
 
 __all__ = ["Batch", "Batches", "batches_of"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from qface.preprocessing import Preprocessing, PreprocessingOverride, dtype_of, 
 from qface.progress import track
 from qface.training_mode import preserve_training_mode
 
-__all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed", "embedding_batches"]
+__all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed", "embedding_batches", "unit_rows"]
 
 Embeddings = npt.NDArray[np.float32]
 """float32 [images, dimensions] with rows of length 1."""
@@ -148,10 +149,21 @@ def embed(
         ImagesError: there are no images, or they cannot be read.
         QFaceError: the model cannot read them, or does not give one finite vector an image.
     """
-    rows = list(embedding_batches(as_embedder(model), source, batch_size, flip, progress))
-    if not rows:
+    rows = (unit_rows(batch) for batch in embedding_batches(as_embedder(model), source, batch_size, flip, progress))
+    first = next(rows, None)
+    if first is None:
         raise ImagesError("there are no images to embed: pass at least one")
-    embeddings = np.concatenate(rows)
+    if not isinstance(source, IndexedImages):
+        return np.concatenate([first, *rows])
+    embeddings, end = np.empty((len(source), first.shape[1]), np.float32), 0
+    for batch in itertools.chain([first], rows):
+        embeddings[end : end + len(batch)] = batch
+        end += len(batch)
+    return embeddings
+
+
+def unit_rows(embeddings: Embeddings) -> Embeddings:
+    """``embeddings`` [images, dimensions], each divided by its length."""
     return (embeddings / _lengths(embeddings)[:, None]).astype(np.float32)
 
 

@@ -15,17 +15,18 @@ from qface.data.images import Images, ImageSource, Labels, labels_of
 from qface.data.pairs import PairedImages, ResolvedPairs, read_pairs, resolve_pairs
 from qface.data.sources import as_image_source
 from qface.errors import ImagesError, PairsError
-from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
+from qface.evaluation.embedding import Embedder, Embeddings, Model, as_embedder
+from qface.evaluation.shared_embedding import embed_shared
 from qface.evaluation.verification import (
     FPRS,
     OperatingPoint,
     count_pairs,
-    ranks_of,
     single_fold_accuracy,
     ten_fold_accuracy,
     tpr_at_fpr,
     usable_folds,
 )
+from qface.parallel import processes_for
 
 __all__ = ["EvaluationResult", "evaluate"]
 
@@ -83,9 +84,12 @@ def evaluate(
     gallery: Model | None = None,
     flip: bool = False,
     batch_size: int = 64,
+    run_dir: str | Path | None = None,
     progress: bool = False,
 ) -> EvaluationResult:
     """Measure how well ``model`` verifies faces: over all pairs of images, and over a list of pairs.
+
+    Under ``torchrun`` the processes share images and pairs, and all return the same.
 
     Args:
         model: a module, the path of a model file, or an Embedder. A module is left as it is.
@@ -97,10 +101,15 @@ def evaluate(
             of a listed pair, the first image is the probe.
         flip: add the embedding of the mirrored image before normalizing.
         batch_size: images a forward pass.
+        run_dir: folder to keep embeddings and counts of pairs in; a call that was stopped goes on there. None keeps
+            nothing.
         progress: show a bar on stderr.
 
     Raises:
-        ImagesError: the images cannot be read, carry no labels, or form no genuine or no impostor pairs, or too many.
+        ConfigError: ``run_dir`` is of another model or other images.
+        DependencyError: several processes without Lightning Fabric.
+        ExportError: ``run_dir`` cannot be written to.
+        ImagesError: the images cannot be read, carry no labels, or form no genuine or no impostor pairs.
         PairsError: the list of pairs is malformed, leaves fewer than two folds, or does not fit the folder.
         CheckpointError: a model file cannot be read.
         QFaceError: a model gives no finite embeddings, or the two models' do not compare.
@@ -109,18 +118,23 @@ def evaluate(
     listed = _listed(pairs, source)
     labels = _labels(source, needed=listed is None)
     genuine, impostors = _counts(labels, listed, ordered=gallery is not None)
-    ranks_of(FPRS, impostors)  # complains, as the next does, before the images take their time
     if listed is not None:
-        _check_folds(listed)
+        _check_folds(listed)  # complains before the images take their time
     prober = as_embedder(model)
     galleries = None if gallery is None else as_embedder(gallery)
+    folder = None if run_dir is None else Path(run_dir)
+    parallel = processes_for(None)
+
+    def embedded(embedder: Embedder, name: str) -> Embeddings:
+        kept = None if folder is None else folder / name
+        return embed_shared(embedder, source, parallel, kept, batch_size, flip, progress)
 
     start = time.perf_counter()
-    probes = embed(prober, source, batch_size, flip, progress)
-    mates = None if galleries is None else embed(galleries, source, batch_size, flip, progress)
+    probes = embedded(prober, "probes")
+    mates = None if galleries is None else embedded(galleries, "gallery")
     seconds = time.perf_counter() - start
 
-    points = _points(probes, labels, mates)
+    points = _points(probes, labels, mates, folder, progress)
     accuracy, deviation = _accuracy(listed, probes, probes if mates is None else mates)
     return EvaluationResult(
         accuracy=accuracy,
@@ -168,10 +182,12 @@ def _counts(labels: Labels | None, listed: ResolvedPairs | None, ordered: bool) 
     return genuine, len(listed) - genuine
 
 
-def _points(probes: Embeddings, labels: Labels | None, mates: Embeddings | None) -> dict[str, OperatingPoint]:
+def _points(
+    probes: Embeddings, labels: Labels | None, mates: Embeddings | None, folder: Path | None, progress: bool
+) -> dict[str, OperatingPoint]:
     if labels is None:
         return {fpr: OperatingPoint(None, None) for fpr in FPRS}
-    return tpr_at_fpr(probes, labels, gallery=mates)
+    return tpr_at_fpr(probes, labels, gallery=mates, run_dir=folder, progress=progress)
 
 
 def _accuracy(pairs: ResolvedPairs | None, probes: Embeddings, mates: Embeddings) -> tuple[float | None, float | None]:

@@ -1,19 +1,23 @@
 """Verification figures: TPR at fixed FPR over all pairs, and the ten-fold accuracy of LFW.
 
-Both are exact: no bins, no sampling.
+Both are exact: a threshold is a score of the rank that was asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qface.errors import ConfigError, ImagesError, PairsError, QFaceError
+from qface.evaluation.pair_scores import PairScores, Scores
+from qface.evaluation.score_ranking import CountStore, ranked_scores
+from qface.parallel import processes_for
 
 __all__ = [
     "FPRS",
@@ -34,14 +38,6 @@ FPRS = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 
 _MIN_FALSE_POSITIVES = 10
 """Below this many accepted impostors, a threshold says more about them than about the model."""
-
-_MOST_RANKED = 2**29
-"""Scores to sort, in 8 GB: the highest tenth of all pairs of 100,000 images."""
-
-_BLOCK_SCORES = 2**23
-"""Scores computed at a time: 32 MiB."""
-
-Scores = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -96,6 +92,9 @@ def tpr_at_fpr(
     labels: npt.ArrayLike,
     fprs: Sequence[str] = FPRS,
     gallery: Scores | None = None,
+    run_dir: str | Path | None = None,
+    device: str | None = None,
+    progress: bool = False,
 ) -> dict[str, OperatingPoint]:
     """True-positive rate at fixed false-positive rates over all pairs of images.
 
@@ -103,31 +102,41 @@ def tpr_at_fpr(
     order, and a pair is accepted when its cosine is larger: at most floor(n f) impostors are. A rate with
     n f < 10 is not measured.
 
-    The scores pass by in blocks, and only what can decide is kept: the genuine cosines, and the highest n f
-    impostors of the largest rate, which take up to 16 bytes each while they are being sorted out.
+    Scores are counted as they are computed (:mod:`qface.evaluation.score_counts`): memory is that of the embeddings and
+    half a gigabyte, however many pairs there are. Under ``torchrun`` the processes share the pairs, and all return the
+    same.
 
     Args:
-        probes: float32 [images, dimensions], L2-normalized.
+        probes: float32 [images, dimensions], L2-normalized; in memory, or mapped from a file.
         labels: [images], the identities.
         fprs: rates as decimals, such as ``"1e-4"``, between 0 and 1; they are the keys of the result.
         gallery: the same images embedded by another model. Then all ordered pairs i != j of a probe and a
             gallery image count; without it, all pairs i < j.
+        run_dir: folder to keep the counts in; a call that was stopped goes on there. None keeps nothing.
+        device: where cosines are computed, as torch names it; None takes a GPU where there is one.
+        progress: show a bar on stderr.
 
     Raises:
-        ImagesError: there are no genuine or no impostor pairs, or too many to rank.
-        ConfigError: a rate is no such decimal.
+        ImagesError: there are no genuine or no impostor pairs.
+        ConfigError: a rate is no such decimal, there is no such device, or ``run_dir`` is of other embeddings.
+        DependencyError: several processes without Lightning Fabric.
+        ExportError: ``run_dir`` cannot be written to.
         QFaceError: the embeddings do not match the labels or each other, or are not finite.
+
+    Example:
+        >>> faces = np.eye(4, dtype=np.float32)[[0, 0, 1, 1, 2, 2, 3, 3]]
+        >>> tpr_at_fpr(faces, [0, 0, 1, 1, 2, 2, 3, 3], ["0.5"])["0.5"].tpr
+        1.0
     """
-    people = np.asarray(labels)
-    _check_embeddings(probes, people, gallery)
-    _, impostors = count_pairs(people, ordered=gallery is not None)
+    parallel = processes_for(device)
+    scores = PairScores(probes, labels, gallery, parallel.device)
+    genuine, impostors = count_pairs(labels, scores.ordered)
     ranks = ranks_of(fprs, impostors)
-    highest = _Largest(1 + max((rank for rank in ranks.values() if rank is not None), default=0))
-    genuine = []
-    for same, different in _score_blocks(probes, people, gallery):
-        genuine.append(same)
-        highest.add(different)
-    return _operating_points(ranks, np.sort(np.concatenate(genuine)), highest.descending())
+    measured = {fpr: rank for fpr, rank in ranks.items() if rank is not None}
+    store = None if run_dir is None else CountStore(Path(run_dir), scores, measured, parallel)
+    ranked = ranked_scores(scores, measured, impostors, parallel, store, progress)
+    points = {fpr: OperatingPoint(each.genuine_above / genuine, each.score) for fpr, each in ranked.items()}
+    return {fpr: points.get(fpr, OperatingPoint(None, None)) for fpr in fprs}
 
 
 def tpr_at_fpr_of_scores(
@@ -172,29 +181,12 @@ def rates_at(threshold: float, probes: Scores, labels: npt.ArrayLike, gallery: S
         ImagesError: there are no genuine or no impostor pairs.
         QFaceError: the embeddings do not match the labels or each other, or are not finite.
     """
-    people = np.asarray(labels)
-    _check_embeddings(probes, people, gallery)
-    genuine, impostors = count_pairs(people, ordered=gallery is not None)
+    scores = PairScores(probes, labels, gallery)
+    genuine, impostors = count_pairs(labels, scores.ordered)
     accepted = np.zeros(2, np.int64)
-    for scores in _score_blocks(probes, people, gallery):
-        accepted += [np.count_nonzero(kind > np.float32(threshold)) for kind in scores]
+    for tile in scores.tiles():
+        accepted += [len(kind) for kind in scores.of(tile, float(np.float32(threshold)))]
     return Rates(int(accepted[0]) / genuine, int(accepted[1]) / impostors)
-
-
-def _check_embeddings(probes: Scores, labels: npt.NDArray[np.generic], gallery: Scores | None) -> None:
-    for name, embeddings in (("probes", probes), ("gallery", probes if gallery is None else gallery)):
-        if embeddings.ndim != 2 or labels.shape != (len(embeddings),):
-            raise QFaceError(
-                f"{name} {list(embeddings.shape)} do not match labels {list(labels.shape)}: "
-                "pass one row and one label an image"
-            )
-        if not np.isfinite(embeddings).all():
-            raise QFaceError(f"the embeddings of the {name} are not finite: check the model's weights and scales")
-    if gallery is not None and gallery.shape[1] != probes.shape[1]:
-        raise QFaceError(
-            f"probes have {probes.shape[1]} dimensions and the gallery {gallery.shape[1]}: "
-            "compare models that share an embedding"
-        )
 
 
 def ranks_of(fprs: Sequence[str], impostors: int) -> dict[str, int | None]:
@@ -209,16 +201,8 @@ def ranks_of(fprs: Sequence[str], impostors: int) -> dict[str, int | None]:
 
     Raises:
         ConfigError: a rate is no such decimal.
-        ImagesError: there are more impostors to rank than memory should be asked for.
     """
-    ranks = {fpr: _rank(fpr, impostors) for fpr in fprs}
-    highest = max((rank for rank in ranks.values() if rank is not None), default=0)
-    if highest > _MOST_RANKED:
-        raise ImagesError(
-            f"{highest} of {impostors} impostor pairs would have to be ranked, in {16 * highest / 1e9:.0f} GB: "
-            "take fewer people or images"
-        )
-    return ranks
+    return {fpr: _rank(fpr, impostors) for fpr in fprs}
 
 
 def _rank(fpr: str, impostors: int) -> int | None:
@@ -231,63 +215,6 @@ def _rank(fpr: str, impostors: int) -> int | None:
         raise ConfigError(f"a false-positive rate is a decimal between 0 and 1 such as '1e-4', not {fpr!r}")
     rank = int(impostors * rate)
     return rank if rank >= _MIN_FALSE_POSITIVES else None
-
-
-def _score_blocks(
-    probes: Scores, labels: npt.NDArray[np.generic], gallery: Scores | None
-) -> Iterator[tuple[Scores, Scores]]:
-    """Yield the cosines of some genuine and some impostor pairs until all pairs are through.
-
-    Sorted by label, a block of rows meets its own people in one range of columns only: masks are needed
-    there, and all other columns are impostors as they are.
-    """
-    order = np.argsort(labels, kind="stable")
-    people, rows = labels[order], probes[order]
-    columns = rows if gallery is None else gallery[order]
-    nothing = rows[:0, 0]
-    height = max(1, _BLOCK_SCORES // len(rows))
-    for start in range(0, len(rows), height):
-        stop = min(start + height, len(rows))
-        first = start if gallery is None else int(np.searchsorted(people, people[start]))
-        last = int(np.searchsorted(people, people[stop - 1], side="right"))
-        block = rows[start:stop]
-        near = block @ columns[first:last].T
-        same = people[start:stop, None] == people[None, first:last]
-        offset = np.arange(first, last)[None, :] - np.arange(start, stop)[:, None]
-        counted = offset > 0 if gallery is None else offset != 0
-        yield near[same & counted], near[~same & counted]
-        yield nothing, (block @ columns[last:].T).ravel()
-        if gallery is not None:
-            yield nothing, (block @ columns[:first].T).ravel()
-
-
-class _Largest:
-    """The ``count`` largest of the values seen so far, in memory for 1.25 x count of them and a block."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._chunks: list[Scores] = []
-        self._held = 0
-        self._bound = np.float32(-np.inf)
-
-    def add(self, values: Scores) -> None:
-        """Take ``values`` [any] into account."""
-        # A value that equals the bound cannot change which value has which rank.
-        chunk = values[values > self._bound]
-        self._chunks.append(chunk)
-        self._held += len(chunk)
-        if self._held > self._count + max(self._count // 4, _BLOCK_SCORES):
-            self._shrink()
-
-    def _shrink(self) -> None:
-        held = np.concatenate(self._chunks)
-        held.partition(len(held) - self._count)
-        kept = held[-self._count :].copy()
-        self._chunks, self._held, self._bound = [kept], len(kept), kept[0]
-
-    def descending(self) -> Scores:
-        """The largest values [<= count], largest first."""
-        return np.sort(np.concatenate(self._chunks))[::-1][: self._count]
 
 
 def _operating_points(ranks: dict[str, int | None], genuine: Scores, impostors: Scores) -> dict[str, OperatingPoint]:

@@ -19,8 +19,8 @@ from qface.data.images import ImageSource, TensorImages
 from qface.distillation import LR_PER_RMS_DISTANCE, DistillConfig, check_run
 from qface.distillation import distill as distill_with_progress
 from qface.distillation.batches import batches_of
-from qface.distillation.parallel import Parallel, SingleProcess
 from qface.errors import CheckpointError, ConfigError, ExportError, ImagesError, TrainingError
+from qface.parallel import Parallel, SingleProcess
 from qface.preprocessing import Preprocessing, with_preprocessing
 
 from .networks import CPU, WIDE, Interrupted, face_images, log, same_weights, tiny_network, weights

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from qface.distillation import distill
-from qface.distillation.parallel import processes_for
 from qface.errors import ConfigError, DependencyError
+from qface.parallel import processes_for
 
 from .networks import face_images, residual_network, same_weights, student_of
 from .worker import CONFIG, WITH_FEATURES, networks

@@ -1,5 +1,10 @@
 import json
+import os
 import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +12,7 @@ import torch
 from torch import nn
 
 from qface.data import ImageFolder, TensorImages
-from qface.errors import CheckpointError, ImagesError, PairsError, QFaceError
+from qface.errors import CheckpointError, ConfigError, ImagesError, PairsError, QFaceError
 from qface.evaluation import FPRS, embed, evaluate, ten_fold_accuracy, tpr_at_fpr
 from qface.evaluation.verification import single_fold_accuracy
 from qface.models import load
@@ -50,6 +55,70 @@ def test_figures_are_those_of_the_parts(crops, pairs):
     assert (result.accuracy, result.accuracy_std) == pytest.approx(expected)
     assert (result.pairs, result.pairs_dropped) == (4, 0)
     assert result.seconds > 0
+
+
+class Stopping(Pooled):
+    """Stops after so many images, as Ctrl-C would."""
+
+    def __init__(self, last=None):
+        super().__init__()
+        self.images, self.last = 0, last
+
+    def forward(self, images):
+        if self.last is not None and self.images >= self.last:
+            raise KeyboardInterrupt
+        self.images += len(images)
+        return super().forward(images)
+
+
+def test_a_stopped_evaluation_goes_on(crops, pairs, tmp_path):
+    folder = crops({**PEOPLE, **{f"P{k}": 2 for k in range(10)}})
+    options = {"pairs": pairs, "batch_size": 4, "gallery": Pooled(noise=0.1)}
+    expected = evaluate(Pooled(), folder, **options)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Stopping(last=24), folder, **options, run_dir=tmp_path / "run")
+    rest = Stopping()
+    resumed = evaluate(rest, folder, **options, run_dir=tmp_path / "run")
+    assert rest.images < 20
+    for result in (resumed, evaluate(Pooled(), folder, **options, run_dir=tmp_path / "run")):
+        assert replace(result, seconds=0) == replace(expected, seconds=0)
+    with pytest.raises(ConfigError, match="another model"):
+        evaluate(Pooled(noise=1.0), folder, **options, run_dir=tmp_path / "run")
+
+
+def test_a_loader_cannot_go_on(tmp_path):
+    images = torch.randint(0, 256, (8, 3, 112, 112), dtype=torch.uint8)
+    loader = [(images, torch.arange(8) // 2)]
+    with pytest.raises((ConfigError, ImagesError)):
+        evaluate(Pooled(), loader, run_dir=tmp_path / "run")
+
+
+RANK = """
+import sys
+from dataclasses import replace
+from qface.data import ImageFolder
+from qface.evaluation import evaluate
+from tests.evaluation.test_evaluate import Pooled
+for run_dir in (None, sys.argv[3]):
+    result = evaluate(Pooled(), sys.argv[1], pairs=sys.argv[2], run_dir=run_dir)
+    print(replace(result, seconds=0))
+"""
+
+
+def test_two_ranks_measure_what_one_measures(crops, pairs, tmp_path):
+    pytest.importorskip("lightning_fabric")
+    folder = crops({**PEOPLE, **{f"P{k}": 2 for k in range(10)}})  # 29 images: one rank has one more
+    (tmp_path / "rank.py").write_text(RANK)
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = subprocess.run(
+        [sys.executable, *ranks, tmp_path / "rank.py", folder, pairs, tmp_path / "run"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.splitlines()) == {str(replace(evaluate(Pooled(), folder, pairs=pairs), seconds=0))}
 
 
 def test_without_pairs_there_is_no_accuracy(crops):

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qface.errors import ConfigError, ImagesError, PairsError, QFaceError
-from qface.evaluation import FPRS, OperatingPoint, count_pairs, rates_at, ten_fold_accuracy, tpr_at_fpr, verification
+from qface.evaluation import (
+    FPRS,
+    OperatingPoint,
+    count_pairs,
+    pair_scores,
+    rates_at,
+    score_counts,
+    ten_fold_accuracy,
+    tpr_at_fpr,
+)
 
 NOT_MEASURED = OperatingPoint(None, None)
 
@@ -62,15 +71,16 @@ def usable(labels):
     return len(counts) > 1 and counts.max() > 1
 
 
-@given(small_sets().filter(lambda drawn: usable(drawn[0])), st.sampled_from([1, 100, 2**23]))
-def test_equals_brute_force_with_ties_and_any_block(drawn, block):
+@given(small_sets().filter(lambda drawn: usable(drawn[0])), st.sampled_from([7, 16, 2048]), st.booleans())
+def test_equals_brute_force_with_ties_and_tiles_of_any_size(drawn, tile, sampled):
     labels, probes, gallery = drawn
-    with mock.patch.object(verification, "_BLOCK_SCORES", block):
+    large = mock.patch.object(score_counts, "_LARGE", 1 if sampled else 2**25)
+    with mock.patch.object(pair_scores, "_TILE_SIZE", tile), large:
         assert tpr_at_fpr(probes, labels) == brute_force(probes, labels)
         assert tpr_at_fpr(probes, labels, gallery=gallery) == brute_force(probes, labels, gallery)
 
 
-@pytest.mark.parametrize("images", [200, 2000])
+@pytest.mark.parametrize("images", [200, 2000, 4100])
 def test_equals_brute_force_on_embeddings(images):
     probes, labels = faces(images, 128, people=images // 4, spread=3.0)
     gallery, _ = faces(images, 128, people=images // 4, spread=3.0, seed=1)
@@ -216,10 +226,10 @@ def test_fewer_than_two_usable_folds_are_an_error():
         ten_fold_accuracy([], [], [])
 
 
-@given(small_sets().filter(lambda drawn: usable(drawn[0])), st.integers(-20, 20), st.sampled_from([1, 100, 2**23]))
-def test_the_rates_of_a_threshold_equal_brute_force(drawn, threshold, block):
+@given(small_sets().filter(lambda drawn: usable(drawn[0])), st.integers(-20, 20), st.sampled_from([1, 7, 2048]))
+def test_the_rates_of_a_threshold_equal_brute_force(drawn, threshold, tile):
     labels, probes, gallery = drawn
-    with mock.patch.object(verification, "_BLOCK_SCORES", block):
+    with mock.patch.object(pair_scores, "_TILE_SIZE", tile):
         for mates in (None, gallery):
             rates = rates_at(threshold, probes, labels, mates)
             genuine, impostor = all_scores(probes, labels, mates)

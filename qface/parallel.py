@@ -1,7 +1,8 @@
-"""One process, or several that share every batch: how embeddings travel between them.
+"""One process, or several that share the work: how embeddings and counts travel between them.
 
-All processes draw the same batches. Each feeds its slice through the networks; the embeddings are then
-gathered, so that the loss, and every pair in it, spans the whole batch and is the same everywhere.
+In training, all processes draw the same batches. Each feeds its slice through the networks; the embeddings are then
+gathered, so that the loss, and every pair in it, spans the whole batch and is the same everywhere. In verification each
+counts the scores of its tiles, and the counts are summed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["FabricProcesses", "Parallel", "SingleProcess", "device_for", "proces
 
 
 class Parallel(ABC):
-    """This process among all that train together."""
+    """This process among all that work together."""
 
     rank: int = 0
     world_size: int = 1
@@ -34,6 +35,10 @@ class Parallel(ABC):
     @abstractmethod
     def gather(self, embeddings: Tensor) -> Tensor:
         """The embeddings [n, D] of all processes, ordered by rank, as one tensor [n * world_size, D]."""
+
+    @abstractmethod
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over all processes."""
 
     @abstractmethod
     def wait(self) -> None:
@@ -85,6 +90,10 @@ class SingleProcess(Parallel):
         """``embeddings`` themselves."""
         return embeddings
 
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` themselves."""
+        return values
+
     def wait(self) -> None:
         """Nobody to wait for."""
 
@@ -116,6 +125,12 @@ class FabricProcesses(Parallel):
         gathered: Tensor = _Gather.apply(embeddings, self.rank, self.world_size)  # type: ignore[no-untyped-call]
         return gathered
 
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over all processes, on the CPU."""
+        total = values.to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total.cpu()
+
     def wait(self) -> None:
         """Return when all processes have come here."""
         self._fabric.barrier()
@@ -127,7 +142,7 @@ def _fabric(device: torch.device) -> Any:
         from lightning_fabric.strategies.ddp import DDPStrategy
     except ModuleNotFoundError as error:
         raise DependencyError(
-            "training in several processes needs Lightning Fabric: pip install 'qface[distributed]'"
+            "work in several processes needs Lightning Fabric: pip install 'qface[distributed]'"
         ) from error
     world = int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
