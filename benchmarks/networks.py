@@ -12,13 +12,16 @@ The networks are those of pytorchcv and transformers (``pip install -e '.[networ
 - "size": bytes of the file, over those of the float32 parameters x bits / 32.
 - "speed": time of one image on one thread against float32 in onnxruntime, both files in turns, median of ``--runs``
   calls, in which 0.5 is twice as fast; ``--runs 0`` leaves it out.
-- "ONNX": whether :func:`qface.load` reads the network's float ONNX, and computes the same with it.
+- "ONNX": what became of the network's float ONNX, as torch's older exporter writes it: read by :func:`qface.load`,
+  compared with the network, then quantized, exported and verified, so that the figure is that of integers that differ.
+- "newer exporter": whether the float ONNX of ``torch.onnx.export(dynamo=True)`` is read, and computes the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import logging
 import tempfile
@@ -46,7 +49,7 @@ from qface.deployment import median_milliseconds
 from qface.errors import one_line
 from qface.graph import L2Normalize, canonicalize, embedding_of
 from qface.graph.queries import SYMBOLIC_FUNCTIONS, layer_of
-from qface.preprocessing import example_input, preprocessing_of
+from qface.preprocessing import example_input, preprocessing_of, with_preprocessing
 from qface.progress import track
 from qface.quantization.placement import computes_in_float
 
@@ -75,7 +78,9 @@ class Row:
         file_bytes: of the file.
         size_ratio: of the file to float32 parameters x bits / 32.
         speed_ratio: time of the file, over that of the float32 file.
-        onnx: ``"read"``, or why the float ONNX is not.
+        onnx: ``"read"``, or why the float ONNX is not, or does not go the whole way.
+        onnx_different: integers that differ between the file and the student that was made of the float ONNX.
+        newer_onnx: as ``onnx``, of the newer exporter's file, which is read only.
     """
 
     name: str
@@ -94,6 +99,8 @@ class Row:
     size_ratio: float | None = None
     speed_ratio: float | None = None
     onnx: str | None = None
+    onnx_different: int | None = None
+    newer_onnx: str | None = None
 
 
 class _RefusedError(Exception):
@@ -114,7 +121,9 @@ class Measurement:
         self.network = network
         self.bits = bits
         self.runs = runs
-        self.file, self.float_file = folder / "student.onnx", folder / "float.onnx"
+        self.file, self.float_file, self.newer_file = (
+            folder / f"{name}.onnx" for name in ("student", "float", "newer")
+        )
         self.row = Row(network.name, network.package)
 
     def run(self) -> Row:
@@ -133,7 +142,6 @@ class Measurement:
     def _measure(self, model: nn.Module) -> None:
         row, crops = self.row, synthetic_crops(CROPS)
         row.parameters = sum(parameter.numel() for parameter in model.parameters())
-        row.onnx = self._read_onnx(model, crops)
         canonical = self._step("capture", lambda: canonicalize(model))
         row.integer_share = integer_share(canonical)
         student = self._step("quantize", lambda: qface.quantize(model, self.bits))
@@ -147,6 +155,7 @@ class Measurement:
         row.compared = sum(layer.elements for layer in agreement.layers)
         row.file_bytes = self.file.stat().st_size
         row.size_ratio = row.file_bytes / (4 * row.parameters * self.bits / 32)
+        self._measure_onnx(model, crops)
         if self.runs and self.float_file.exists():
             before, after = median_milliseconds([self.float_file, self.file], runs=self.runs)
             row.speed_ratio = after / before
@@ -161,20 +170,59 @@ class Measurement:
         self.row.seconds[name] = time.perf_counter() - start
         return result
 
-    def _read_onnx(self, model: nn.Module, crops: Tensor) -> str:
-        """``"read"``, or what stands in the way of the network's float ONNX."""
-        try:
-            qface.export(model, self.float_file)
-        except qface.QFaceError as error:
-            return f"not written: {one_line(error, 200)}"
-        try:
-            loaded = qface.load(self.float_file)
-        except qface.QFaceError as error:
-            return f"refused: {one_line(error, 200)}"
+    def _measure_onnx(self, model: nn.Module, crops: Tensor) -> None:
+        """Take the older exporter's ONNX the whole way, and read the newer one's."""
+        row = self.row
+        row.onnx = _told(lambda: qface.export(model, self.float_file), "not written")
+        if row.onnx is None:
+            row.onnx = self._read(self.float_file, model, crops) or self._go_on(crops)
+        if row.onnx is None:
+            row.onnx = "read"
+        row.newer_onnx = _told(lambda: export_anew(model, self.newer_file), "not written")
+        if row.newer_onnx is None:
+            row.newer_onnx = self._read(self.newer_file, model, crops) or "read"
+
+    def _read(self, file: Path, model: nn.Module, crops: Tensor) -> str | None:
+        """Load ``file`` and compare it with the network; what stands in the way, if anything does."""
+
+        def act() -> None:
+            self.loaded = with_preprocessing(qface.load(file), preprocessing_of(model)).eval()
+
+        told = _told(act, "refused")
+        if told is not None:
+            return told
         images = preprocessing_of(model)(crops)
         with torch.no_grad():
-            cosines = torch.cosine_similarity(loaded.eval()(images), embedding_of(model(images)))
-        return "read" if float(cosines.min()) > LEAST_COSINE else f"computes something else: {float(cosines.min()):.6f}"
+            least = float(torch.cosine_similarity(self.loaded(images), embedding_of(model(images))).min())
+        return None if least > LEAST_COSINE else f"computes something else: {least:.6f}"
+
+    def _go_on(self, crops: Tensor) -> str | None:
+        """Quantize, export and verify what was loaded."""
+
+        def act() -> None:
+            student = qface.quantize(self.loaded, self.bits)
+            qface.calibrate(student, crops, num_images=CROPS, progress=False)
+            agreement = qface.verify(student, qface.export(student, self.file), crops)
+            self.row.onnx_different = sum(layer.different for layer in agreement.layers)
+
+        return _told(act, "not quantized")
+
+
+def _told(act: Callable[[], Any], failure: str) -> str | None:
+    """None if ``act`` succeeds, else ``failure`` and why."""
+    try:
+        act()
+    except Exception as error:  # of torch's exporters, anything
+        return f"{failure}: {one_line(error, 200)}"
+    return None
+
+
+def export_anew(model: nn.Module, file: Path) -> None:
+    """The ONNX that torch's newer exporter writes of ``model``."""
+    images = example_input(model)[:1].repeat(2, 1, 1, 1)
+    shapes = ({0: torch.export.Dim("images", min=1, max=64)},)
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(model.eval(), (images,), file, dynamo=True, dynamic_shapes=shapes, verbose=False)
 
 
 def float_operators(student: fx.GraphModule) -> dict[str, int]:
@@ -287,6 +335,7 @@ HEADINGS = (
     "size",
     "speed",
     "ONNX",
+    "newer exporter",
 )
 STEPS = ("capture", "quantize", "calibrate", "export", "verify")
 
@@ -294,9 +343,11 @@ STEPS = ("capture", "quantize", "calibrate", "export", "verify")
 def cells(row: Row) -> list[str]:
     """One line of the table."""
     seconds = " ".join(f"{row.seconds[step]:.1f}" for step in STEPS if step in row.seconds)
-    onnx = (row.onnx or "-").partition(":")[0]
+    onnx, newer = ((told or "-").partition(":")[0] for told in (row.onnx, row.newer_onnx))
+    if row.onnx_different is not None:
+        onnx = str(row.onnx_different)
     if row.refused is not None:
-        return [row.name, f"{row.parameters / 1e6:.2f}", seconds, f"refused at {row.refused}", *"-" * 6, onnx]
+        return [row.name, f"{row.parameters / 1e6:.2f}", seconds, f"refused at {row.refused}", *"-" * 6, onnx, newer]
     operators = ", ".join(f"{name} {count}" for name, count in row.float_operators.items())
     return [
         row.name,
@@ -310,6 +361,7 @@ def cells(row: Row) -> list[str]:
         f"{row.size_ratio:.2f}",
         "-" if row.speed_ratio is None else f"{row.speed_ratio:.2f}",
         onnx,
+        newer,
     ]
 
 

@@ -41,7 +41,7 @@ FLOAT_FUNCTIONS = frozenset(
     "__and__ __or__ abs add addmm amax amin arange argmax argmin atan2 avg_pool1d avg_pool3d baddbmm bitwise_and "
     "bitwise_not bitwise_or bmm cat ceil celu chunk clamp clamp_max clamp_min col2im constant_pad_nd conv1d "
     "conv2d conv3d conv_transpose2d cos cumsum div einsum eq erf exp expand expand_as flip floor full full_like "
-    "gather ge gelu glu gt im2col index index_select instance_norm layer_norm le linalg_vector_norm linear log "
+    "gather ge gelu glu gt im2col index index_select instance_norm isnan layer_norm le linalg_vector_norm linear log "
     "log1p log_sigmoid log_softmax logical_and logical_not logical_or logsumexp lt masked_fill matmul max mean "
     "min minimum mm mul ne new_full new_ones new_zeros norm ones ones_like pad pixel_unshuffle pow prelu prod "
     "reciprocal remainder repeat repeat_interleave reshape roll round rsqrt rsub scaled_dot_product_attention "

@@ -135,6 +135,23 @@ def ints(graph: Graph, *values: int) -> str:
     return graph.constant(value=np.array(values, np.int64))
 
 
+def safe_softmax(graph: Graph) -> None:
+    """As torch's newer exporter writes attention, whose masked rows are not numbers."""
+    weights = graph.add("Softmax", axis=-1)
+    graph.add("IsNaN")
+    graph.add("Where", graph.constant(value=0.0), weights)
+
+
+def both_and_either(graph: Graph) -> None:
+    x = graph.last
+    positive = graph.add("Greater", graph.constant(value=0.0))
+    small = graph.add("Less", graph.constant(value=0.5), after=x)
+    both = graph.add("And", positive)
+    either = graph.add("Or", small, after=positive)
+    graph.add("And", both, after=either)
+    graph.add("Where", x, graph.constant(value=0.25))
+
+
 def attention(graph: Graph) -> None:
     graph.add("Reshape", ints(graph, 0, 8, 64))
     tokens = graph.add("Transpose", perm=[0, 2, 1])
@@ -265,6 +282,8 @@ CASES: dict[str, tuple[int, Callable[[Graph], object]]] = {
     "Clip from above": (13, lambda g: g.add("Clip", "", g.constant(value=0.25))),
     "Clip 7": (7, one("Clip", min=-0.5, max=3.4e38)),
     "Where": (13, lambda g: (g.add("Greater", g.constant(value=0.0)), g.add("Where", "conv0_0", g.constant(1)))),
+    "softmax that is safe": (13, safe_softmax),
+    "And, Or": (13, both_and_either),
     "Where of constants": (
         13,
         lambda g: g.add("Where", g.last, g.constant(1), after=g.constant(value=np.arange(8) % 2 == 0)),

@@ -628,6 +628,7 @@ def _einsum(run: Importer, node: Node) -> Any:
 OPERATOR_RULES: dict[str, Rule] = {
     "Abs": _function(aten.abs.default),
     "Add": _add,
+    "And": _comparison(aten.logical_and.default),
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "CastLike": _same,
@@ -655,6 +656,7 @@ OPERATOR_RULES: dict[str, Rule] = {
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _simple(lambda node: nn.Hardswish()),
     "Identity": _same,
+    "IsNaN": _function(aten.isnan.default),
     "InstanceNormalization": _instance_norm,
     "LayerNormalization": _layer_norm,
     "LeakyRelu": _simple(lambda node: nn.LeakyReLU(node.get("alpha", 0.01))),
@@ -671,6 +673,7 @@ OPERATOR_RULES: dict[str, Rule] = {
     "Mul": _mul,
     "Neg": _negative,
     "Not": _function(aten.logical_not.default),
+    "Or": _comparison(aten.logical_or.default),
     "PRelu": _prelu,
     "Pow": _power,
     "RMSNormalization": _rms_norm,
