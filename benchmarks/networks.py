@@ -47,8 +47,9 @@ import qface
 from qface.data.synthetic import synthetic_crops
 from qface.deployment import median_milliseconds
 from qface.errors import one_line
-from qface.graph import L2Normalize, canonicalize, embedding_of
+from qface.graph import L2Normalize, canonicalize
 from qface.graph.queries import SYMBOLIC_FUNCTIONS, layer_of
+from qface.network_output import embedding_of
 from qface.preprocessing import example_input, preprocessing_of, with_preprocessing
 from qface.progress import track
 from qface.quantization.placement import computes_in_float

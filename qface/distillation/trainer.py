@@ -33,8 +33,8 @@ from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.distillation.student_mode import has_batch_norm, mode_changes, on_device, set_observers, set_student_mode
 from qface.distillation.training_bar import training_bar
 from qface.errors import ConfigError, TrainingError, UnsupportedLayerError
-from qface.graph.capture import embedding_of
 from qface.memory_format import fastest_memory_format
+from qface.network_output import embedding_of
 from qface.parallel import Parallel, device_for, processes_for
 from qface.preprocessing import dtype_of, preprocessing_of
 from qface.provenance import record_step

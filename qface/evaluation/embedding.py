@@ -20,6 +20,7 @@ from qface.data.prefetch import prefetched
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, ImagesError, QFaceError, one_line
 from qface.memory_format import fastest_memory_format
+from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, PreprocessingOverride, dtype_of, preprocessing_of
 from qface.progress import track
 from qface.training_mode import preserve_training_mode
@@ -75,8 +76,8 @@ class TorchEmbedder:
             images = batch.to(self.device, dtype_of(self.model))
             if self._memory_format is None:
                 self._memory_format = fastest_memory_format(images[:1], self.model)
-            output: Tensor = self.model(images.contiguous(memory_format=self._memory_format))
-        return output
+            output: Any = self.model(images.contiguous(memory_format=self._memory_format))
+        return embedding_of(output)
 
 
 @contextmanager

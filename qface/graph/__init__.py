@@ -1,7 +1,7 @@
 """A network as a graph of named layers: captured, made canonical, asked and changed, and written as data."""
 
 from qface.graph.canonicalize import canonicalize
-from qface.graph.capture import capture, embedding_of
+from qface.graph.capture import capture
 from qface.graph.graph_data import register_layer
 from qface.graph.layers import (
     Add,
@@ -31,6 +31,5 @@ __all__ = [
     "UpsampleNearest",
     "canonicalize",
     "capture",
-    "embedding_of",
     "register_layer",
 ]

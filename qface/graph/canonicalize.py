@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from qface.checks import check_finite
 from qface.data.synthetic import synthetic_crops
 from qface.errors import TraceError
-from qface.graph.capture import capture, embedding_of, unwrapped
+from qface.graph.capture import capture, unwrapped
 from qface.graph.edit import propagate_shapes
 from qface.graph.passes.activations import activations_to_products, leaky_relu_to_prelu, scales_before_clamps
 from qface.graph.passes.affine_maps import fold_affine_maps
@@ -19,6 +19,7 @@ from qface.graph.passes.no_operations import remove_no_operations
 from qface.graph.passes.normalization import recognize_normalization
 from qface.graph.passes.parameters import own_parameters
 from qface.graph.passes.prelu_slopes import prepare_prelu_slopes
+from qface.network_output import embedding_of
 from qface.preprocessing import dtype_of, example_input, preprocessing_of
 from qface.provenance import carry
 from qface.training_mode import preserve_training_mode

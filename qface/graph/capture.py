@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from qface.errors import TraceError, UnsupportedLayerError, one_line
 from qface.graph.aten import FLOAT_FUNCTIONS, LAYER_RULES, Call, Constant, as_parameter, operator_name, plain_shape
@@ -28,11 +27,12 @@ from qface.graph.batch_sizes import EXPORTED_BATCHES, BatchDependent, BatchMulti
 from qface.graph.layer_graph import LayerGraph
 from qface.graph.places import module_of, place_of, place_of_error
 from qface.graph.queries import SYMBOLIC_FUNCTIONS, is_layer_graph
+from qface.network_output import position_of_embedding, written_shape
 from qface.preprocessing import example_input
 from qface.provenance import carry
 from qface.training_mode import preserve_training_mode
 
-__all__ = ["Converter", "capture", "embedding_of", "unwrapped"]
+__all__ = ["Converter", "capture", "unwrapped"]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -200,7 +200,7 @@ class Converter(LayerGraph):
             self._values[node] = Constant(tensor, target) if isinstance(tensor, Tensor) else None
 
     def _embedding(self) -> fx.Node:
-        """The one output [N, D] that can be an embedding; a norm beside it [N, 1] is dropped."""
+        """The one output [N, D], or [N, D, 1, 1], that can be an embedding; a norm beside it [N, 1] is dropped."""
         specs = self.program.graph_signature.output_specs
         changed = [spec.target for spec in specs if spec.kind.name.endswith("MUTATION")]
         if changed:
@@ -208,14 +208,15 @@ class Converter(LayerGraph):
         (output,) = (node for node in self.program.graph.nodes if node.op == "output")
         found = [self._value(node) for node in output.args[0] if isinstance(node, fx.Node)]
         tensors = list(dict.fromkeys(value for value in found if isinstance(value, fx.Node) and "shape" in value.meta))
-        chosen = _position_of_embedding([each.meta["shape"] for each in tensors])
+        chosen = position_of_embedding([each.meta["shape"] for each in tensors])
         if len(tensors) > 1:
             _LOGGER.warning(
                 "the network returns %d tensors; the one %s is the embedding",
                 len(tensors),
-                _written(tensors[chosen].meta["shape"]),
+                written_shape(tensors[chosen].meta["shape"]),
             )
-        return tensors[chosen]
+        shape = tensors[chosen].meta["shape"]
+        return self.layer(nn.Flatten(1), (tensors[chosen],), "embedding") if len(shape) > 2 else tensors[chosen]
 
     @staticmethod
     def with_shape_of(made: fx.Node, like: fx.Node) -> fx.Node:
@@ -395,33 +396,6 @@ class Converter(LayerGraph):
         path, kind = list(stack.values())[-1]
         kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
         return path.partition("@")[0] if path and kind.startswith(_LEAF_MODULES) else None
-
-
-def embedding_of(outputs: Any) -> Tensor:
-    """The embedding [N, D] among what a network returns: a tensor, or several of them in a tuple, list or dict.
-
-    Raises:
-        UnsupportedLayerError: none of them, or several, can be one.
-    """
-    tensors = [each for each in tree_leaves(outputs) if isinstance(each, Tensor)]
-    return tensors[_position_of_embedding([tuple(each.shape) for each in tensors])]
-
-
-def _position_of_embedding(shapes: list[tuple[int | None, ...]]) -> int:
-    """The position of the output [N, D]; a norm beside it is [N, 1] or [N]."""
-    rows = [position for position, shape in enumerate(shapes) if len(shape) == 2 and shape[1] != 1]
-    if len(rows) == 1:
-        return rows[0]
-    what = "several outputs [N, D]" if rows else "no output [N, D]"
-    returned = ", ".join(map(_written, shapes)) or "no tensor"
-    raise UnsupportedLayerError(
-        f"the network returns {returned}: {what}, where one embedding is needed; "
-        "wrap it in a module that returns the embedding alone"
-    )
-
-
-def _written(shape: tuple[int | None, ...]) -> str:
-    return "[" + ", ".join("N" if size is None else str(size) for size in shape) + "]"
 
 
 def _constants(arguments: Any) -> list[Constant]:

@@ -25,8 +25,9 @@ from torch.export import ExportedProgram
 
 from qface.data.synthetic import synthetic_crops
 from qface.errors import CheckpointError, QFaceError, one_line
-from qface.graph.capture import capture, embedding_of
+from qface.graph.capture import capture
 from qface.models.checkpoints import preprocessing_for
+from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, with_preprocessing
 
 __all__ = ["is_exported_program", "load_exported_program"]

@@ -160,10 +160,23 @@ def test_large_embeddings_do_not_overflow():
     assert np.allclose(embed(Constant(torch.full((5, 4), 1e30)), TensorImages(FLOATS)), 0.5)
 
 
-@pytest.mark.parametrize("output", [torch.ones(5, 4, 1, 1), torch.ones(4, 4), (torch.ones(5, 4),)])
+@pytest.mark.parametrize(
+    "output", [torch.ones(5, 4, 2, 1), torch.ones(4, 4), (torch.ones(5, 4), torch.ones(5, 4)), None]
+)
 def test_other_outputs_are_errors(output):
-    with pytest.raises(QFaceError, match="for 5 images"):
+    with pytest.raises(QFaceError, match=r"for 5 images|returns .* where one embedding is needed"):
         embed(Constant(output), TensorImages(FLOATS))
+
+
+@pytest.mark.parametrize(
+    "several", [lambda x: (x, x.norm(dim=1)), lambda x: {"norm": x.norm(dim=1, keepdim=True), "x": x}]
+)
+def test_the_embedding_is_found_among_several_outputs(several):
+    embedding = torch.randn(5, 4)
+    for output in (several(embedding), embedding[:, :, None, None]):
+        assert np.array_equal(
+            embed(Constant(output), TensorImages(FLOATS)), embed(Constant(embedding), TensorImages(FLOATS))
+        )
 
 
 def test_no_images_is_an_error():

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qface.errors import TraceError, UnsupportedLayerError
-from qface.graph import Add, canonicalize, capture, embedding_of
+from qface.graph import Add, canonicalize, capture
 from qface.models import IResNet
+from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.provenance import provenance_of, record_step
 from tests.graph.kinds import kinds
@@ -175,6 +176,14 @@ def test_none_beside_the_embedding_is_no_output(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING, "qface"):
         capture(small(Net(lambda x: (x, None))))
     assert not [record for record in caplog.records if record.name == "qface"]
+
+
+def test_a_map_of_one_pixel_is_an_embedding() -> None:
+    model = small(Net(lambda x: x[:, :, None, None]))
+    captured = capture(model)
+    x = torch.randn(3, 3, 16, 12)
+    assert captured(x).shape == (3, 4)
+    assert torch.equal(captured(x), embedding_of(model(x)))
 
 
 @pytest.mark.parametrize(

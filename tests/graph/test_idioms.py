@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 import qface
 from qface.data.synthetic import synthetic_crops
 from qface.deployment.runtime import OnnxEmbedder
-from qface.graph import L2Normalize, canonicalize, embedding_of
+from qface.graph import L2Normalize, canonicalize
+from qface.network_output import embedding_of
 from qface.preprocessing import preprocessing_of
 from qface.quantization.placement import computes_in_float
 from tests.graph.idioms import IDIOMS, Idiom, build

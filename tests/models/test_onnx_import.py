@@ -531,6 +531,17 @@ def test_the_embedding_is_found_among_several_outputs(tmp_path: Path, caplog: py
     assert imported(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 6)
 
 
+def test_a_map_of_one_pixel_is_an_embedding(tmp_path: Path) -> None:
+    graph = small(13)
+    maps = graph.last
+    embedding = graph.add("GlobalAveragePool")
+    path = graph.save(tmp_path / "net.onnx", outputs=(maps, embedding))
+    imported = qface.load(path)
+    faces = as_image_source(random_faces(4))
+    assert imported(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 8)
+    assert np.allclose(embed(imported, faces), embed(path, faces), atol=1e-5)
+
+
 def test_outputs_that_may_all_be_the_embedding_are_refused(tmp_path: Path) -> None:
     graph = small(13)
     first = graph.add("Flatten")

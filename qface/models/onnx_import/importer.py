@@ -17,6 +17,7 @@ from qface.graph.layers import Permute, Reshape
 from qface.models.onnx_import.constants import ConstantFolder
 from qface.models.onnx_import.image_input import ImageInput
 from qface.models.onnx_import.onnx_file import Array, Node, OnnxFile, needed_nodes
+from qface.network_output import is_embedding
 
 __all__ = ["Importer", "Rule"]
 
@@ -67,8 +68,11 @@ class Importer(LayerGraph):
         output = self.file.output
         if output not in self._values:
             raise CheckpointError(f"{self.file.path}: nothing makes its output {output} of the image; fetch it again")
-        self._check_embedding(self.shape(output))
-        return self.finish(self._values[output], "ImportedNetwork")
+        shape, embedding = self.shape(output), self._values[output]
+        self._check_embedding(shape)
+        if len(shape) > 2:
+            embedding = self.layer(nn.Flatten(1), (embedding,), "embedding")
+        return self.finish(embedding, "ImportedNetwork")
 
     def _start(self) -> None:
         height, width = self._image.preprocessing.size
@@ -81,7 +85,7 @@ class Importer(LayerGraph):
         self._values[self._image.start] = images
 
     def _check_embedding(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2 or shape[0] != _BATCH:
+        if not (len(shape) == 2 or is_embedding(shape)) or shape[0] != _BATCH:
             written = ", ".join("N" if size % _BATCH == 0 else str(size) for size in shape)
             raise UnsupportedLayerError(
                 f"{self.file.path} returns {self.file.output} [{written}], and no embedding [N, D] of each image"

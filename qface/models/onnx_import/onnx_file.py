@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper
 
 from qface.errors import CheckpointError, UnsupportedLayerError, one_line
+from qface.network_output import is_embedding
 
 __all__ = ["Array", "Node", "OnnxFile", "choose_embedding", "needed_nodes", "read_onnx"]
 
@@ -180,16 +181,16 @@ def _dimensions(value: onnx.ValueInfoProto) -> list[Any] | None:
 
 
 def choose_embedding(names: Sequence[str], shapes: Sequence[Dimensions | None], path: Path) -> str:
-    """The one output [N, D]; a score or norm beside it is [N, 1].
+    """The one output [N, D], or [N, D, 1, 1]; a score or norm beside it is [N, 1].
 
     Raises:
         UnsupportedLayerError: several may be it, or none.
     """
     if len(names) == 1:
         return names[0]
-    rows = [
-        name for name, shape in zip(names, shapes, strict=True) if shape is None or (len(shape) == 2 and shape[1] != 1)
-    ]
+    usable = [(name, shape) for name, shape in zip(names, shapes, strict=True) if shape is None or is_embedding(shape)]
+    # Maps of one pixel are what rows are often made of.
+    rows = [name for name, shape in usable if shape is None or len(shape) == 2] or [name for name, _ in usable]
     if len(rows) == 1:
         shape = shapes[list(names).index(rows[0])]
         _LOGGER.warning("%s has %d outputs; %s %s is the embedding", path, len(names), rows[0], _written(shape))
