@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
-from qface.errors import CheckpointError, ConfigError, QFaceError, one_line
+from qface.errors import CheckpointError, ConfigError, DependencyError, QFaceError, one_line
 from qface.models.onnx_import.image_input import ImageInput, described_input, find_image_input
 from qface.models.onnx_import.onnx_file import read_onnx
 from qface.network_output import is_embedding
@@ -133,7 +133,15 @@ class OnnxEmbedder:
 
 def _onnxruntime() -> Any:
     # Imported late, because it costs half a second; by name, because it carries no types.
-    return import_module("onnxruntime")
+    try:
+        runtime = import_module("onnxruntime")
+        runtime.InferenceSession  # noqa: B018  # gone where one of two packages was uninstalled
+    except (ImportError, AttributeError) as error:
+        raise DependencyError(
+            "onnxruntime is missing or broken: pip install --force-reinstall onnxruntime (or onnxruntime-gpu); "
+            "only one of the two can be installed, since they share their files"
+        ) from error
+    return runtime
 
 
 def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> Any:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import onnx
@@ -8,7 +9,7 @@ import torch
 from onnx import TensorProto, helper
 
 from qface.deployment.runtime import OnnxEmbedder
-from qface.errors import CheckpointError, ConfigError, QFaceError
+from qface.errors import CheckpointError, ConfigError, DependencyError, QFaceError
 from qface.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(crop=(0, 8, 112, 104), size=(112, 96), std=(128.0, 128.0, 128.0))
@@ -128,3 +129,11 @@ def test_images_of_another_size_are_an_error_of_one_line(write):
 def test_importing_does_not_import_onnxruntime():
     code = "import sys, qface.deployment.runtime, qface.evaluation; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("state", ["missing", "broken"])
+def test_a_missing_or_broken_onnxruntime_is_told(state, write, monkeypatch):
+    path = write(preprocessing=PREPROCESSING)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None if state == "missing" else types.ModuleType("onnxruntime"))
+    with pytest.raises(DependencyError, match=r"^onnxruntime is missing or broken: pip install .* only one of the two"):
+        OnnxEmbedder(path)
