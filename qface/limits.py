@@ -34,8 +34,8 @@ class Limits:
     Args:
         depth: levels of containers in containers, in a pickle or in JSON.
         objects: objects in a pickle, values in JSON, or entries of an array that become Python objects.
-        bytes: memory beyond the file's own size, for constants that are computed, copies and repeated arrays; also
-            for the values that a network holds for one image.
+        bytes: memory beyond the file's own size, for constants that are computed, copies and repeated arrays.
+        activations: bytes of the values that a network holds at once for one image.
         operators: nodes of a network.
         photo: pixels of a photo to align.
         image: pixels of an image that a network reads.
@@ -45,6 +45,7 @@ class Limits:
     depth: int = 200
     objects: int = 2_000_000
     bytes: int = 2**29
+    activations: int = 2**26
     operators: int = 50_000
     photo: int = 64_000_000
     image: int = 2**20
@@ -105,6 +106,7 @@ _UNITS = {
     "depth": "levels of nesting",
     "objects": "objects",
     "bytes": "bytes beyond its size",
+    "activations": "bytes for one image",
     "operators": "operators",
     "photo": "pixels in a photo",
     "image": "pixels in an image",

@@ -204,19 +204,25 @@ def _insert_layer(graph: dict[str, Any], kind: str, arguments: dict[str, Any], c
 
 def huge_layer(folder: Path) -> Path:
     """A saved graph with a PReLU of 4 * 10^8 slopes."""
-    return with_graph(folder, "prelu.safetensors", lambda graph: _insert_layer(graph, "PReLU", {"num_parameters": 4 * 10**8}))
+    return with_graph(
+        folder, "prelu.safetensors", lambda graph: _insert_layer(graph, "PReLU", {"num_parameters": 4 * 10**8})
+    )
 
 
 def huge_map(folder: Path) -> Path:
     """A saved graph that enlarges its images 200 times each way."""
     return with_graph(
-        folder, "map.safetensors", lambda graph: _insert_layer(graph, "UpsampleNearest", {"scale": {"tuple": [200, 200]}})
+        folder,
+        "map.safetensors",
+        lambda graph: _insert_layer(graph, "UpsampleNearest", {"scale": {"tuple": [200, 200]}}),
     )
 
 
 def long_chain(folder: Path) -> Path:
     """A saved graph that begins with 5,000 ReLUs."""
-    return with_graph(folder, "chain.safetensors", lambda graph: _insert_layer(graph, "ReLU", {"inplace": False}, 5_000))
+    return with_graph(
+        folder, "chain.safetensors", lambda graph: _insert_layer(graph, "ReLU", {"inplace": False}, 5_000)
+    )
 
 
 def deep_graph(folder: Path) -> Path:

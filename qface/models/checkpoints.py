@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -22,8 +23,10 @@ from qface.preprocessing import Preprocessing, crop_for
 __all__ = ["fill", "preprocessing_for", "read_tensors", "recognize"]
 
 _DTYPES = frozenset(
-    (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    + (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    {
+        *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    }
 )
 _IRESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
 

@@ -153,7 +153,9 @@ class _TensorUnpickler(ArrayUnpickler):
         if kind != "storage":
             raise pickle.UnpicklingError(f"it names {kind!r} where a storage is expected")
         if not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"storage {key} is of a type that no network here has, such as complex or float8")
+            raise pickle.UnpicklingError(
+                f"storage {key} is of a type that no network here has, such as complex or float8"
+            )
         return dtype
 
 
