@@ -46,10 +46,10 @@ class Limits:
     objects: int = 2_000_000
     bytes: int = 2**29
     activations: int = 2**26
-    operators: int = 50_000
+    operators: int = 10_000
     photo: int = 64_000_000
     image: int = 2**20
-    multiplications: int = 10**10
+    multiplications: int = 2 * 10**9
 
 
 def limits() -> Limits:

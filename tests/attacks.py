@@ -150,19 +150,19 @@ def transposed_module(folder: Path) -> Path:
 
 
 def deflated(folder: Path) -> Path:
-    """A checkpoint whose one storage is 2 GB of zeros, compressed."""
+    """A checkpoint whose one storage is 1.2 GB of zeros, compressed."""
     plain, path = folder / "plain.pth", folder / "deflated.pth"
     torch.save({"a": torch.zeros(1)}, plain)
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for info in source.infolist():
             content = source.read(info)
             if info.filename.endswith("data.pkl"):
-                content = content.replace(b"K\x01tq", b"J" + struct.pack("<i", 5 * 10**8) + b"tq", 1)
+                content = content.replace(b"K\x01tq", b"J" + struct.pack("<i", 3 * 10**8) + b"tq", 1)
             if not info.filename.endswith("data/0"):
                 archive.writestr(info.filename, content)
                 continue
             with archive.open(info.filename, "w", force_zip64=True) as part:
-                for _ in range(2_000):
+                for _ in range(1_200):
                     part.write(bytes(10**6))
     plain.unlink()
     return path
@@ -442,10 +442,10 @@ def onnx_large_map(folder: Path) -> Path:
 
 
 def onnx_long_prefix(folder: Path) -> Path:
-    """5,000 sums before the network, each of which may be a normalization."""
+    """2,000 sums before the network, each of which may be a normalization."""
     graph = Graph(opset=17)
     one = graph.constant(value=np.array([1.0]))
-    for _ in range(5_000):
+    for _ in range(2_000):
         graph.add("Add", one)
     network(graph)
     return graph.save(folder / "prefix.onnx")

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qface.errors import CheckpointError, ExportError, TraceError, UnsupportedLayerError
+from qface.errors import CheckpointError, ExportError, LimitError, TraceError, UnsupportedLayerError
 from qface.graph import capture, register_layer
 from qface.models import (
     IResNet,
