@@ -120,7 +120,7 @@ class _Machine:
         return [each for each in values if each is not None]
 
     def _to_mark(self) -> list[_Value]:
-        values = []
+        values: list[_Value] = []
         while self._stack:
             value = self._stack.pop()
             if value is None:

@@ -22,7 +22,7 @@ from qface.limits import Budget, check
 __all__ = ["BuildGuard", "dry_run"]
 
 
-class BuildGuard(TorchDispatchMode):
+class BuildGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, new tensors are counted against ``budget`` before they get memory.
 
     Example:
@@ -31,7 +31,7 @@ class BuildGuard(TorchDispatchMode):
     """
 
     def __init__(self, budget: Budget) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._budget = budget
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
