@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qface.errors import CheckpointError
+from qface.errors import CheckpointError, one_line
 from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.models.iresnet import IRESNET_BLOCKS, IResNet
 from qface.models.mobilefacenet import MobileFaceNet
@@ -64,7 +64,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no complete safetensors file ({error}); fetch it again") from error
+        raise CheckpointError(
+            f"{path} is no complete safetensors file ({one_line(error, 200)}); fetch it again"
+        ) from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qface.checks import check_finite
-from qface.errors import CheckpointError, ExportError
+from qface.errors import CheckpointError, ExportError, one_line
 from qface.files import check_folder, replacing
 from qface.graph.capture import capture
 from qface.graph.graph_data import check_rebuilt, graph_from_data, graph_to_data
@@ -146,7 +146,7 @@ def _from_own_format(
         with named(path):
             graph = parse_json(metadata["graph"], "the saved graph")
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} lacks its graph ({error}); save it again") from error
+        raise CheckpointError(f"{path} lacks its graph ({one_line(error, 200)}); save it again") from error
     try:
         with named(path):
             return graph_from_data(graph, tensors, size)
