@@ -31,7 +31,7 @@ from qface.errors import CheckpointError, LimitError, one_line
 from qface.limits import Budget, elements_of, named
 from qface.pickles import check_pickle
 
-__all__ = ["is_pickled_module", "module_tensors", "read_pickled", "read_pickled_module"]
+__all__ = ["UnknownTensor", "is_pickled_module", "module_tensors", "read_pickled", "read_pickled_module"]
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -67,6 +67,8 @@ def read_pickled(path: str | Path) -> Any:
                 return _Unpickler.of(archive, budget).load()
     except LimitError:
         raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # damaged bytes may make zipfile, pickle and torch raise anything
         raise CheckpointError(f"{path} is no complete torch file ({one_line(error, 200)}); fetch it again") from error
 
@@ -124,6 +126,10 @@ class _Shell:
     __setitem__ = append = extend = add = _ignore
 
 
+class UnknownTensor(_Shell):
+    """Stands for a sparse, nested, quantized or meta tensor."""
+
+
 class _TensorUnpickler(ArrayUnpickler):
     """One that knows how tensors are rebuilt, and gives a shell for whatever else is named."""
 
@@ -142,7 +148,8 @@ class _TensorUnpickler(ArrayUnpickler):
         try:
             return super().find_class(module, name)
         except pickle.UnpicklingError:
-            return _Shell
+            is_tensor = module == "torch._utils" and name.startswith("_rebuild_")
+            return UnknownTensor if is_tensor else _Shell
 
     def _rebuild_tensor(self, storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
         """A view of ``storage``; it counts as what a copy of it takes, since views may repeat the same numbers."""
@@ -153,8 +160,8 @@ class _TensorUnpickler(ArrayUnpickler):
         if kind != "storage":
             raise pickle.UnpicklingError(f"it names {kind!r} where a storage is expected")
         if not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(
-                f"storage {key} is of a type that no network here has, such as complex or float8"
+            raise CheckpointError(
+                "it holds a complex or float8 tensor, or one of another type that is not read; convert it to float32"
             )
         return dtype
 
