@@ -19,7 +19,6 @@ import random
 import struct
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,14 +89,14 @@ class Row:
 
     reader: str
     cases: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     memory: int = 0
     findings: list[str] = field(default_factory=list)
 
     def cells(self) -> Sequence[str]:
         """For the table."""
-        read, refused = self.kinds["read"], self.kinds["refused"]
+        read, refused = (self.kinds.get(kind, 0) for kind in ("read", "refused"))
         numbers = (self.cases, read, refused, len(self.findings))
         return self.reader, *map(str, numbers), f"{self.seconds:.1f} s", f"{self.memory / 1e6:.0f} MB"
 
@@ -284,7 +283,7 @@ def fuzz(name: str, cases: int, seed: int, keep: Path, progress: bool) -> Row:
             path.write_bytes(_changed(reader, honest, rng))
             outcome = _confined(reader, path)
             row.cases += 1
-            row.kinds[outcome.kind] += 1
+            row.kinds[outcome.kind] = row.kinds.get(outcome.kind, 0) + 1
             row.seconds, row.memory = max(row.seconds, outcome.seconds), max(row.memory, outcome.memory)
             if (finding := _finding(outcome, before)) is not None:
                 keep.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -48,7 +46,8 @@ class BuildGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def dry_run(graph_module: fx.GraphModule, size: tuple[int, int]) -> None:
     """Run ``graph_module`` without memory, and check what it would hold at once.
 
-    Quantizers, which keep what they see, let values pass. A step whose result depends on the values of its inputs ends
+    Quantizers let values pass, and a quantized layer runs as the float layer that it extends: both look at values, of
+    which there are none here. Any other step whose result depends on the values of its inputs ends
     the run without an error.
 
     Args:
@@ -59,7 +58,7 @@ def dry_run(graph_module: fx.GraphModule, size: tuple[int, int]) -> None:
         LimitError: the values that the network holds for one image are too large.
         Exception: whatever torch raises where layers do not fit together.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _without_quantizers(graph_module):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         try:
             _DryRun(graph_module).run(torch.empty(_IMAGES, 3, *size))
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -69,24 +68,20 @@ def dry_run(graph_module: fx.GraphModule, size: tuple[int, int]) -> None:
 _IMAGES = 2
 
 
-@contextmanager
-def _without_quantizers(graph_module: fx.GraphModule) -> Iterator[None]:
-    quantizers = [each for each in graph_module.modules() if isinstance(each, FakeQuantizeBase)]
-    for each in quantizers:
-        each.__dict__["forward"] = lambda x: x
-    try:
-        yield
-    finally:
-        for each in quantizers:
-            del each.__dict__["forward"]
-
-
 class _DryRun(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False
         self._held = 0.0
         self._sizes: dict[fx.Node, float] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a layer in float; a quantizer, which extends none, gives back what it is given."""
+        layer = self.fetch_attr(target)
+        kind = next(each for each in type(layer).__mro__ if _is_float(each) and "forward" in each.__dict__)
+        if kind in (nn.Module, FakeQuantizeBase):
+            return args[0]
+        return kind.__dict__["forward"](layer, *args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         """The result of ``n``, whose bytes count until its last reader has run."""
@@ -98,3 +93,7 @@ class _DryRun(fx.Interpreter):
         for read in self.user_to_last_uses.get(n, []):
             self._held -= self._sizes.pop(read, 0)
         return made
+
+
+def _is_float(kind: type) -> bool:
+    return not kind.__module__.startswith("qface.quantization.")
