@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -89,6 +90,7 @@ def _report(call: Callable[[], object], writer: int) -> None:
     os.dup2(silence, 2)
     sys.stderr = sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     warnings.simplefilter("ignore")
+    faulthandler.disable()  # whose file may be another than stderr
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
     mapped = _status("VmSize") + _HEADROOM
