@@ -6,6 +6,7 @@ __all__ = [
     "DependencyError",
     "ExportError",
     "ImagesError",
+    "LimitError",
     "PairsError",
     "QFaceError",
     "TraceError",
@@ -47,6 +48,10 @@ class ExportError(QFaceError):
 
 class ImagesError(QFaceError):
     """A folder, tensor or loader of images is empty, unreadable or of the wrong size or type."""
+
+
+class LimitError(QFaceError):
+    """A file asks for more memory, depth or time than :mod:`qface.limits` allows; the message says how to raise it."""
 
 
 class PairsError(QFaceError):

@@ -12,12 +12,15 @@ from qface.errors import ExportError
 
 __all__ = ["check_folder", "make_folder", "replacing"]
 
+_LONGEST_NAME = 255  # bytes, on the file systems of Linux, macOS and Windows
+
 
 def check_folder(path: str | Path) -> None:
     """Make sure, before long work, that ``path`` can be written at its end.
 
     Raises:
-        ExportError: its folder does not exist or cannot be written to, or it is something else than a file.
+        ExportError: its folder does not exist or cannot be written to, its name is too long, or it is something else
+            than a file.
     """
     _check_replaceable(Path(path))
     folder = Path(path).parent
@@ -25,6 +28,8 @@ def check_folder(path: str | Path) -> None:
         raise ExportError(
             f"cannot write {path}: {folder} is no folder that can be written to; choose another or make it"
         )
+    if len(os.fsencode(Path(path).name)) > _LONGEST_NAME:
+        raise ExportError(f"cannot write {path}: its name has more than {_LONGEST_NAME} bytes; choose a shorter one")
 
 
 def make_folder(path: str | Path) -> None:

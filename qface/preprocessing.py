@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qface.errors import CheckpointError, ConfigError
+from qface.limits import check, named, parse_json
 
 __all__ = [
     "CROP_SIZE",
@@ -62,6 +63,7 @@ class Preprocessing:
 
     Raises:
         ConfigError: a field is out of range.
+        LimitError: the size has more pixels than :mod:`qface.limits` allows.
     """
 
     crop: tuple[int, int, int, int] = (0, 0, CROP_SIZE, CROP_SIZE)
@@ -78,6 +80,7 @@ class Preprocessing:
             )
         if not _numbers(self.size, 2, Integral) or min(self.size) < 1:
             raise ConfigError(f"size {self.size} is not (height, width) in pixels")
+        check("image", self.size[0] * self.size[1], f"the preprocessing with the size {self.size}")
         if self.color not in _COLORS:
             raise ConfigError(f"color {self.color!r} is none of {', '.join(_COLORS)}")
         if not _numbers(self.mean, 3, Real) or not _numbers(self.std, 3, Real) or min(self.std) <= 0:
@@ -136,7 +139,7 @@ class Preprocessing:
             ConfigError: the text is not such an object.
         """
         try:
-            fields: Mapping[str, Any] = json.loads(text)
+            fields: Mapping[str, Any] = parse_json(text, "the preprocessing record")
             return cls(
                 crop=tuple(int(v) for v in fields["crop"]),  # type: ignore[arg-type]
                 size=tuple(int(v) for v in fields["size"]),  # type: ignore[arg-type]
@@ -144,8 +147,8 @@ class Preprocessing:
                 mean=_three(fields["mean"]),
                 std=_three(fields["std"]),
             )
-        except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-            raise ConfigError(f"the preprocessing record {text!r} cannot be read: {error}") from error
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise ConfigError(f"the preprocessing record {text[:200]!r} cannot be read: {error}") from error
 
 
 def written_preprocessing(text: str, path: str | Path) -> Preprocessing:
@@ -155,7 +158,8 @@ def written_preprocessing(text: str, path: str | Path) -> Preprocessing:
         CheckpointError: they cannot be read.
     """
     try:
-        return replace(Preprocessing.from_json(text), source="file")
+        with named(path):
+            return replace(Preprocessing.from_json(text), source="file")
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

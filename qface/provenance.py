@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from qface._version import __version__
-from qface.errors import CheckpointError
+from qface.errors import CheckpointError, one_line
+from qface.limits import named, parse_json
 from qface.preprocessing import attach, preprocessing_of, with_preprocessing
 
 __all__ = ["carry", "has_step", "provenance_of", "record_step", "with_provenance", "written_provenance"]
@@ -48,9 +49,12 @@ def written_provenance(text: str, path: str | Path) -> tuple[dict[str, Any], ...
         CheckpointError: they cannot be read.
     """
     try:
-        steps = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its provenance cannot be read ({error}); save it again") from error
+        with named(path):
+            steps = parse_json(text, "its provenance")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: its provenance cannot be read ({one_line(error, 200)}); save it again"
+        ) from error
     if not isinstance(steps, list) or not all(isinstance(step, dict) and "step" in step for step in steps):
         raise CheckpointError(f"{path}: its provenance is no list of steps; save it again")
     return tuple(steps)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 import click
 
 import qface
@@ -17,6 +20,8 @@ __all__ = ["export_alias", "main"]
 @click.version_option(qface.__version__, prog_name="qface")
 def main() -> None:
     """Make face-recognition networks small and fast without losing what they know."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # those of libraries; qface's own are logged
 
 
 for _each in (

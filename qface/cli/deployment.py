@@ -140,16 +140,15 @@ def bench(
 
 @click.command(cls=Command)
 @click.argument("model")
-@click.option("--bits", type=int, default=6, show_default=True, help="Bits that a float network would get, 2 to 8.")
+@click.option("--bits", type=int, help="Bits that a float network would get, 2 to 8.  [default: 6]")
 @preprocessing_options
 @json_option
-def size(model: str, bits: int, preprocessing: dict[str, Any], as_json: bool) -> None:
+def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: bool) -> None:
     """Say what each byte is spent on; MODEL is an .onnx file, or a network whose packed file is predicted."""
     is_file = model.lower().endswith(".onnx")
-    if is_file and preprocessing:
-        raise ConfigError(
-            f"the size of {model} does not depend on what it reads; leave out --{next(iter(preprocessing))}"
-        )
+    useless = [*preprocessing, *(["bits"] if bits is not None else [])] if is_file else []
+    if useless:
+        raise ConfigError(f"the size of {model}, a file, depends on nothing else; leave out --{useless[0]}")
     measured = Path(model) if is_file else resolve_model(model, preprocessing=preprocessing)
-    report = qface.measure_size(measured, bits)
+    report = qface.measure_size(measured, 6 if bits is None else bits)
     show(report.to_dict(), size_tables(report), as_json)

@@ -18,7 +18,7 @@ from qface.data.detection import Detector, default_detector, main_face
 from qface.data.folders import EXTENSIONS, warn_of_others
 from qface.data.identities import composed
 from qface.data.landmarks import check_landmarks, read_landmarks
-from qface.errors import ExportError, ImagesError
+from qface.errors import ExportError, ImagesError, LimitError
 from qface.files import make_folder, replacing
 from qface.progress import track
 
@@ -98,6 +98,10 @@ def align(
         try:
             with opened(photos / name) as file:
                 photo = upright(file)
+        except LimitError as error:
+            _LOGGER.warning("%s is not aligned: %s", name, error)
+            unreadable.append(name)
+            continue
         except UNREADABLE:
             unreadable.append(name)
             continue

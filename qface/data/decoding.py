@@ -14,12 +14,14 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from qface.errors import LimitError
+from qface.limits import check
 from qface.preprocessing import CROP_SIZE
 
 __all__ = ["UNREADABLE", "decode", "opened", "size_of", "stack_crops", "upright"]
 
 # What Pillow raises for a damaged file depends on the format and on where the damage lies.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, LimitError)
 
 # Pillow goes by content, not by name: it would run Ghostscript over EPS, and its readers of rare formats raise more
 # than UNREADABLE where a file is damaged.
@@ -55,9 +57,11 @@ def opened(file: str | Path | io.BytesIO) -> Iterator[Image.Image]:
     16-bit gray is refused: Pillow clips it when it converts it to bytes, to white images. 16-bit color it scales.
 
     Raises:
+        LimitError: it has more pixels than :mod:`qface.limits` allows in a photo.
         ValueError: it is 16-bit gray. Damage and other formats raise what :data:`UNREADABLE` lists.
     """
     with Image.open(file, formats=_FORMATS) as image:
+        check("photo", image.width * image.height, "an image" if isinstance(file, io.BytesIO) else str(file))
         _check_depth(image)
         yield image
 
@@ -80,7 +84,7 @@ def _orientation(image: Image.Image) -> Any:
         return None
 
 
-def decode(content: Path | bytes, resize: bool = False) -> npt.NDArray[np.uint8]:
+def decode(content: Path | bytes | bytearray, resize: bool = False) -> npt.NDArray[np.uint8]:
     """The pixels of a 112x112 crop, uint8 [112, 112, 3] in RGB, turned as its camera says.
 
     Args:
@@ -90,7 +94,7 @@ def decode(content: Path | bytes, resize: bool = False) -> npt.NDArray[np.uint8]
     Raises:
         ValueError: it is of another size, or 16-bit gray. Damage and other formats raise what :data:`UNREADABLE` lists.
     """
-    with opened(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+    with opened(content if isinstance(content, Path) else io.BytesIO(content)) as image:
         if resize and image.width == image.height != CROP_SIZE:
             smaller = upright(image).resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BILINEAR)
             return np.asarray(smaller, dtype=np.uint8)

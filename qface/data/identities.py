@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from qface.errors import ImagesError
+from qface.errors import ImagesError, one_line
 
 __all__ = ["FIRST_HALF", "SECOND_HALF", "composed", "select_identities"]
 
@@ -84,5 +84,5 @@ def _read_names(path: Path) -> set[str]:
             f"people {str(path)!r} is no file: pass {FIRST_HALF}, {SECOND_HALF} or a text file with one name a line"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ImagesError(f"the list of people {path} cannot be read as text: {error}") from error
+        raise ImagesError(f"the list of people {path} cannot be read as text: {one_line(error)}") from error
     return {composed(line.strip()) for line in lines if line.strip()}

@@ -6,7 +6,6 @@ writes down what it is given; numpy sees the bytes of plain numbers, as many as 
 
 from __future__ import annotations
 
-import math
 import pickle
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from qface.limits import check, elements_of
 from qface.pickles import check_pickle
 
 __all__ = ["ArrayUnpickler", "PickledArray", "read_pickle"]
@@ -27,6 +27,7 @@ def read_pickle(file: IO[bytes]) -> Any:
     """What is pickled in ``file``; Python 2's strings are bytes, arrays are :class:`PickledArray`.
 
     Raises:
+        LimitError: it asks for more depth, objects or memory than is allowed.
         pickle.UnpicklingError: it asks for more than bytes, numbers and arrays. Damage may raise anything.
     """
     check_pickle(file)
@@ -39,6 +40,7 @@ class PickledArray:
     def __init__(self) -> None:
         self._type = _Type("O")
         self._shape: tuple[int, ...] = (0,)
+        self._size = 0
         self._content: Any = []
         self._order = "C"
 
@@ -50,8 +52,8 @@ class PickledArray:
         """Write down what the array is of."""
         if not isinstance(kind, _Type) or order not in ("C", "F"):
             raise pickle.UnpicklingError("an array in it is of no known type")
-        self._content, self._type, self._order = content, kind, order
-        self._shape = tuple(int(side) for side in shape)
+        self._size = elements_of(shape, "an array in it")
+        self._content, self._type, self._order, self._shape = content, kind, order, tuple(shape)
 
     def elements(self) -> Sequence[Any]:
         """Its entries, in the order of rows.
@@ -59,7 +61,22 @@ class PickledArray:
         Raises:
             ValueError: it holds more or fewer than its shape says.
         """
-        return self._objects() if self._type.is_object else list(self.values().ravel())
+        if self._type.is_object:
+            return self._objects()
+        check("objects", self._size, "an array in it")
+        return list(self.values().ravel())
+
+    def bytes(self) -> bytes | bytearray:
+        """Its content as it lies in the pickle, which is not copied, however often the array is named.
+
+        Raises:
+            ValueError: it is of no bytes, of several columns, or holds more or fewer than its shape says.
+        """
+        values = self.values()
+        if values.dtype != np.uint8 or not values.flags.c_contiguous:
+            raise ValueError(f"a row of bytes is expected, not {values.dtype} {list(values.shape)}")
+        content: bytes | bytearray = self._content
+        return content
 
     def values(self) -> npt.NDArray[Any]:
         """The array, of plain numbers or bytes.
@@ -67,13 +84,13 @@ class PickledArray:
         Raises:
             ValueError: it is of objects, or holds more bytes or fewer than its shape says.
         """
-        kind, size = self._type.plain(), math.prod(self._shape)
+        kind, size = self._type.plain(), self._size
         if not isinstance(self._content, (bytes, bytearray)) or len(self._content) != size * kind.itemsize:
             raise ValueError(f"an array of {list(self._shape)} needs {size * kind.itemsize} bytes")
         return np.frombuffer(self._content, kind, size).reshape(self._shape, order=self._order)  # type: ignore[call-overload, no-any-return]
 
     def _objects(self) -> Sequence[Any]:
-        if not isinstance(self._content, list) or len(self._content) != math.prod(self._shape):
+        if not isinstance(self._content, list) or len(self._content) != self._size:
             raise ValueError(f"an array of {list(self._shape)} needs as many entries")
         return self._content
 

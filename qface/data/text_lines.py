@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from qface.errors import ImagesError, QFaceError
+from qface.errors import ImagesError, QFaceError, one_line
 
 __all__ = ["numbered_lines", "whole_number"]
 
@@ -26,7 +26,7 @@ def numbered_lines(path: Path, error: type[QFaceError] = ImagesError) -> Iterato
     except FileNotFoundError:
         raise error(f"there is no file {path}: check the path") from None
     except (OSError, ValueError) as cause:
-        raise error(f"{path} cannot be read as text: {cause}") from cause
+        raise error(f"{path} cannot be read as text: {one_line(cause)}") from cause
 
 
 def whole_number(text: str) -> int | None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from qface.data.decoding import UNREADABLE, decode, opened, stack_crops
 from qface.data.pairs import PairedImages, ResolvedPairs, folds_of_each_kind
 from qface.data.pickled_arrays import PickledArray, read_pickle
-from qface.errors import ImagesError, PairsError, one_line
+from qface.errors import ImagesError, LimitError, PairsError, one_line
+from qface.limits import named
 from qface.preprocessing import CROP_SIZE
 
 __all__ = ["VerificationBin"]
@@ -45,6 +46,7 @@ class VerificationBin(PairedImages):
 
     Raises:
         ImagesError: the file is missing or damaged, or asks for more than bytes, numbers and arrays.
+        LimitError: it asks for more depth, objects or memory than :mod:`qface.limits` allows.
         PairsError: it does not hold two images for each pair.
     """
 
@@ -99,11 +101,13 @@ def _folds(same: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     return folds_of_each_kind(same) if enough and not mixed else runs
 
 
-def _read(path: Path) -> tuple[list[bytes], npt.NDArray[np.bool_]]:
+def _read(path: Path) -> tuple[list[bytes | bytearray], npt.NDArray[np.bool_]]:
     try:
-        with path.open("rb") as file:
+        with named(path), path.open("rb") as file:
             images, same = _entries(read_pickle(file))
         return [_as_bytes(image) for image in _entries(images)], np.array([*map(_as_flag, _entries(same))], np.bool_)
+    except LimitError:
+        raise
     except Exception as error:  # damaged bytes may make the unpickler raise anything
         raise ImagesError(
             f"{path} cannot be read as a verification set of InsightFace ({one_line(error, 200)}): fetch it again"
@@ -118,18 +122,12 @@ def _entries(listed: object) -> Sequence[Any]:
     raise ValueError(f"a list is expected, not {type(listed).__name__}")
 
 
-def _as_bytes(image: object) -> bytes:
+def _as_bytes(image: object) -> bytes | bytearray:
     if isinstance(image, PickledArray):
-        return _bytes_of(image.values())
+        return image.bytes()
     if isinstance(image, (bytes, bytearray)):
-        return bytes(image)
+        return image
     raise ValueError(f"an image is bytes, not {type(image).__name__}")
-
-
-def _bytes_of(pixels: npt.NDArray[Any]) -> bytes:
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"an image is bytes, not {pixels.dtype}")
-    return pixels.tobytes()
 
 
 def _as_flag(flag: object) -> bool:

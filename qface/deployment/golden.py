@@ -25,7 +25,8 @@ from torch import Tensor
 from qface.deployment import integer_graph as ir
 from qface.deployment.metadata import add_metadata, read_metadata
 from qface.deployment.runtime import OnnxEmbedder, providers_for
-from qface.errors import CheckpointError, ExportError
+from qface.errors import CheckpointError, ExportError, one_line
+from qface.limits import parse_json
 
 __all__ = [
     "GoldenValues",
@@ -180,7 +181,7 @@ class GoldenValues:
             CheckpointError: the text is damaged, or of another version.
         """
         try:
-            record: dict[str, Any] = json.loads(text)
+            record: dict[str, Any] = parse_json(text, "its golden values")
             version = int(record["version"])
             if version != VERSION:
                 raise CheckpointError(
@@ -192,8 +193,10 @@ class GoldenValues:
             if (tolerance == EQUAL) != (len(digests) >= len(rows)):
                 raise ValueError(f"{len(digests)} digests of {len(rows)} embeddings")
             return cls(tolerance, np.stack(rows).astype(np.float32), digests)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: its golden values cannot be read ({error}); export it again") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: its golden values cannot be read ({one_line(error, 200)}); export it again"
+            ) from error
 
     def compare(self, embeddings: Embeddings, runtime: str) -> SelfTest:
         """Say how far ``embeddings`` of the test images are from these.

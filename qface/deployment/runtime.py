@@ -7,7 +7,6 @@ processors ignore it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
@@ -21,7 +20,7 @@ from torch import Tensor
 from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
 from qface.errors import CheckpointError, ConfigError, DependencyError, QFaceError, one_line
 from qface.models.onnx_import.image_input import ImageInput, described_input, find_image_input
-from qface.models.onnx_import.onnx_file import read_onnx
+from qface.models.onnx_import.onnx_file import check_onnx, read_onnx, telling_damage
 from qface.network_output import is_embedding
 from qface.preprocessing import PreprocessingOverride, written_preprocessing
 
@@ -74,6 +73,7 @@ class OnnxEmbedder:
         preprocessing: PreprocessingOverride | None = None,
     ) -> None:
         self.path = Path(path)
+        check_onnx(self.path)  # since onnxruntime computes whatever stands in a file
         self._session = _open(self.path, providers, threads)
         self._name, self.input, dtype, self._batch = _image_input(self.path, self._session)
         metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
@@ -83,7 +83,8 @@ class OnnxEmbedder:
             self._output: str = self._session.get_outputs()[0].name
         else:
             file = read_onnx(self.path)
-            self._graph_input, self._output = find_image_input(file, preprocessing), file.output
+            with telling_damage(self.path):
+                self._graph_input, self._output = find_image_input(file, preprocessing), file.output
         self.preprocessing = self._graph_input.preprocessing
         self.target = metadata.get("target", "cpu")
         self.provider: str = self._session.get_providers()[0]
@@ -146,8 +147,6 @@ def _onnxruntime() -> Any:
 
 def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
     """An ``onnxruntime.InferenceSession``."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"the model {path} does not exist: pass an ONNX file")
     options = _options()
     if threads is not None:
         options.intra_op_num_threads = threads

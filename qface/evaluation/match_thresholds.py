@@ -11,9 +11,10 @@ from typing import Any
 from qface.data.images import Images, labels_of
 from qface.data.sources import as_image_source
 from qface.deployment.metadata import add_metadata, read_metadata
-from qface.errors import CheckpointError, ImagesError
+from qface.errors import CheckpointError, ImagesError, one_line
 from qface.evaluation.embedding import Model, embed
 from qface.evaluation.verification import count_pairs, ranks_of, tpr_at_fpr
+from qface.limits import parse_json
 
 __all__ = ["DEVICE_FPRS", "MatchThresholds", "match_thresholds", "thresholds_of", "write_thresholds"]
 
@@ -135,9 +136,11 @@ def thresholds_of(file: str | Path) -> MatchThresholds | None:
     if text is None:
         return None
     try:
-        record: dict[str, Any] = json.loads(text)
+        record: dict[str, Any] = parse_json(text, "its thresholds")
         by_fpr = {str(fpr): float(threshold) for fpr, threshold in record["by_fpr"].items()}
         images, identities, impostors = (int(record[key]) for key in ("images", "identities", "impostor_pairs"))
         return MatchThresholds(by_fpr, images, identities, impostors, record["people"])
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: its thresholds cannot be read ({error}); write them again") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: its thresholds cannot be read ({one_line(error, 200)}); write them again"
+        ) from error

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qface.errors import CheckpointError, UnsupportedLayerError, one_line
+from qface.errors import CheckpointError, LimitError, UnsupportedLayerError, one_line
 from qface.graph.aten import FLOAT_FUNCTIONS
+from qface.graph.dry_run import BuildGuard, dry_run
 from qface.graph.layers import (
     Add,
     ChannelAffine,
@@ -30,6 +31,7 @@ from qface.graph.layers import (
     UpsampleNearest,
 )
 from qface.graph.queries import SYMBOLIC_FUNCTIONS
+from qface.limits import Budget, check
 
 __all__ = ["check_rebuilt", "graph_from_data", "graph_to_data", "on_rebuild", "register_layer", "registered_layers"]
 
@@ -217,14 +219,16 @@ def _value_to_data(value: Any, where: object) -> Any:
     raise UnsupportedLayerError(f"{where}: an argument of type {type(value).__name__} cannot be saved as data")
 
 
-def check_rebuilt(model: fx.GraphModule, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse to write what would not be ``model`` when it is read.
+def check_rebuilt(
+    model: fx.GraphModule, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], size: tuple[int, int]
+) -> None:
+    """Refuse to write what would not be ``model`` when it is read; its images have the height and width ``size``.
 
     Raises:
         UnsupportedLayerError: ``data`` cannot be read, or a layer has a setting that it lacks.
     """
     try:
-        rebuilt = graph_from_data(data, tensors)
+        rebuilt = graph_from_data(data, tensors, size)
     except CheckpointError as error:
         raise UnsupportedLayerError(f"the network cannot be saved as data: {error}") from error
     for path in data["layers"]:
@@ -245,26 +249,37 @@ def _settings(layer: nn.Module) -> tuple[str, ...]:
 # ---- reading
 
 
-def graph_from_data(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+def graph_from_data(
+    data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], size: tuple[int, int]
+) -> fx.GraphModule:
     """Rebuild what :func:`graph_to_data` wrote and fill it with ``tensors``, its ``state_dict``.
 
+    Args:
+        data: from anyone's file.
+        tensors: likewise.
+        size: height and width of the images, for a run without memory.
+
     Raises:
-        CheckpointError: the data is malformed, names something outside the allow-list, or does not fit the tensors.
+        CheckpointError: the data is malformed, names something outside the allow-list, does not fit the tensors, or
+            does not run.
+        LimitError: it asks for more operators or memory than :mod:`qface.limits` allows.
     """
     try:
-        model = _build(data, tensors)
+        check("operators", max(len(data["nodes"]), len(data["layers"])), "the saved graph")
+        with BuildGuard(Budget("the saved graph", sum(each.nbytes for each in tensors.values()))):
+            model = _build(data, tensors)
         model.load_state_dict(dict(tensors))
+        frozen = set(data["frozen"])
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in data["frozen"])
+            parameter.requires_grad_(name not in frozen)
         for hook in _REBUILD_HOOKS:
             hook(model)
-    except CheckpointError:
+        dry_run(model.eval(), size)
+    except (CheckpointError, LimitError):
         raise
     except Exception as error:  # the data may be anyone's, so torch and Python may raise anything on it
-        reason = one_line(error, 300)
-        raise CheckpointError(
-            f"the saved graph is damaged or of another version: {type(error).__name__}: {reason}"
-        ) from error
+        reason = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise CheckpointError(f"the saved graph is damaged or of another version: {reason}") from error
     return model
 
 

@@ -19,6 +19,8 @@ class LayerGraph:
         self.root = nn.Module()
         self.graph = fx.Graph()
         self._constants: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._tensors: dict[fx.Node, Tensor] = {}
+        self._numbers: dict[str, int] = {}
 
     def layer(self, layer: nn.Module, inputs: Sequence[fx.Node], name: str) -> fx.Node:
         """Call ``layer`` on ``inputs``; it gets ``name``, or that with a number if the name is taken."""
@@ -39,12 +41,13 @@ class LayerGraph:
                 owner.register_parameter(last, tensor)
             else:
                 owner.register_buffer(last, tensor)
-            self._constants[id(tensor)] = tensor, self.graph.create_node("get_attr", path)
+            made = self.graph.create_node("get_attr", path)
+            self._constants[id(tensor)], self._tensors[made] = (tensor, made), tensor
         return self._constants[id(tensor)][1]
 
     def stored_constant(self, node: Any) -> Tensor | None:
         """The constant that ``node`` reads, None where it reads none."""
-        return next((tensor for tensor, found in self._constants.values() if found is node), None)
+        return self._tensors.get(node) if isinstance(node, fx.Node) else None
 
     def finish(self, output: fx.Node, class_name: str) -> fx.GraphModule:
         """The network that returns ``output``, in eval mode; what does not lead there is dropped."""
@@ -70,8 +73,13 @@ class LayerGraph:
 
     def _free_path(self, name: str) -> str:
         wanted = ".".join(re.sub(r"\W", "_", part) or "_" for part in name.split("."))
-        numbered = (wanted if number == 1 else f"{wanted}_{number}" for number in count(1))
-        return next(path for path in numbered if self._is_free(path))
+        first = self._numbers.get(wanted, 1)  # those before are taken, and nothing is ever taken away
+        for number in count(first):
+            path = wanted if number == 1 else f"{wanted}_{number}"
+            if self._is_free(path):
+                self._numbers[wanted] = number
+                return path
+        raise AssertionError
 
     def _is_free(self, path: str) -> bool:
         """True if nothing has this path, and no layer or tensor has a part of it."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qface.errors import CheckpointError
+from qface.errors import CheckpointError, one_line
 from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.models.iresnet import IRESNET_BLOCKS, IResNet
 from qface.models.mobilefacenet import MobileFaceNet
@@ -24,18 +22,24 @@ from qface.preprocessing import Preprocessing, crop_for
 
 __all__ = ["fill", "preprocessing_for", "read_tensors", "recognize"]
 
+_DTYPES = frozenset(
+    {
+        *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    }
+)
 _IRESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a ``.safetensors`` or torch file by name, and its metadata.
 
-    Torch files are read with ``weights_only=True``: nothing in them is executed. What torch refuses so, such as whole
-    pickled modules, arrays of numpy and settings beside the tensors, is read by :mod:`qface.models.pickled_modules`,
-    likewise without running code; of several entries the network's is taken (:mod:`qface.models.state_dicts`).
+    Torch files are read without running anything in them (:mod:`qface.models.pickled_modules`); of several entries the
+    network's is taken (:mod:`qface.models.state_dicts`).
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds something else than tensors.
+        CheckpointError: the file is missing, damaged, or holds something else than plain tensors.
+        LimitError: it asks for more depth, objects or memory than :mod:`qface.limits` allows.
     """
     path = Path(path)
     if not os.path.isfile(path):  # unlike Path.is_file, False for names that no file can have
@@ -46,6 +50,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     unprintable = next((name for name in tensors if not name.isprintable()), None)
     if unprintable is not None:
         raise CheckpointError(f"{path} is damaged: a tensor is called {unprintable[:50]!r}; fetch it again")
+    unknown = next((name for name, value in tensors.items() if value.dtype not in _DTYPES), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"{path}: {unknown} is of {str(tensors[unknown].dtype).removeprefix('torch.')}, which no network here has; "
+            "convert it to float32"
+        )
     return tensors, metadata
 
 
@@ -54,7 +64,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no complete safetensors file ({error}); fetch it again") from error
+        raise CheckpointError(
+            f"{path} is no complete safetensors file ({one_line(error, 200)}); fetch it again"
+        ) from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -63,13 +75,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"{path} is a TorchScript archive, which holds code, and qface does not run code from files; "
             "export the network to .onnx, or save the state_dict() of torch.jit.load of it"
         )
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        content = read_pickled(path)
-    except Exception as error:  # torch checks little, so damaged bytes may raise anything
-        raise CheckpointError(f"{path} is no complete torch file; fetch it again") from error
-    return state_dict_of(content, path)
+    return state_dict_of(read_pickled(path), path)
 
 
 def is_torchscript(path: Path) -> bool:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from qface.data.synthetic import synthetic_crops
-from qface.errors import CheckpointError, QFaceError, one_line
+from qface.errors import CheckpointError, LimitError, QFaceError, one_line
 from qface.graph.capture import capture
+from qface.limits import Budget, check, elements_of, named, parse_json
 from qface.models.checkpoints import preprocessing_for
 from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, with_preprocessing
@@ -84,11 +85,13 @@ def load_exported_program(path: str | Path) -> tuple[fx.GraphModule, Preprocessi
 
 def _program(path: str | Path) -> ExportedProgram:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with named(path), zipfile.ZipFile(path) as archive:
             content = _without_code(archive)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.load(content)
+    except LimitError:
+        raise
     except _RefusedError as error:
         raise CheckpointError(
             f"{path} {error}, and qface does not run code from files; export the network to .onnx, or save its "
@@ -133,25 +136,32 @@ def _clean_part(name: str, archive: zipfile.ZipFile, root: str) -> bytes:
     """The content of the part ``name`` that torch may read."""
     content = b"" if name.startswith("data/sample_inputs/") else archive.read(root + name)
     if name.startswith("models/"):
-        return json.dumps(_clean_graph(json.loads(content))).encode()
+        return json.dumps(_clean_graph(parse_json(content, "its graph"))).encode()
     if name.startswith("data/aotinductor/"):
         raise _RefusedError("holds compiled code")
     if name.startswith(("data/weights/", "data/constants/")):
         if name.endswith(".json"):
-            _check_payloads(json.loads(content), archive, f"{root}{name.rpartition('/')[0]}/")
+            _check_payloads(parse_json(content, "its list"), archive, f"{root}{name.rpartition('/')[0]}/")
         elif name.endswith(".pt"):
             raise _RefusedError("holds pickled tensors")
     return content
 
 
 def _check_payloads(listed: dict[str, Any], archive: zipfile.ZipFile, folder: str) -> None:
-    """Make sure that weights or constants are bytes of plain tensors, and no larger than these."""
+    """Make sure that weights or constants are bytes of plain tensors, and no larger than these.
+
+    Raises:
+        LimitError: their bytes are named again and again.
+    """
+    budget = Budget("the list of its weights", sum(info.file_size for info in archive.infolist()))
     for name, payload in listed["config"].items():
         file, meta = payload["path_name"], payload["tensor_meta"]
         if payload["use_pickle"] or meta is None or not file.startswith(("weight_", "tensor_")):
             raise _RefusedError(f"holds {name!r} as a pickled object")
         sizes = [size["as_int"] for size in meta["sizes"]]
-        if math.prod(sizes) > archive.getinfo(folder + file).file_size:
+        size = archive.getinfo(folder + file).file_size
+        budget.spend(size)
+        if elements_of(sizes, name) > size:
             raise ValueError(f"{name} of {sizes} has more numbers than its bytes")
         _check_names(payload)
 
@@ -238,7 +248,7 @@ def _is_plain_spec(text: str) -> bool:
     """True of nested tuples, lists and dictionaries with plain keys."""
     return all(
         each.get("type") in _SPECS and "__enum__" not in str(each.get("context"))
-        for each in _dicts(json.loads(text))
+        for each in _dicts(parse_json(text, "its structure"))
         if "children_spec" in each
     )
 
@@ -250,9 +260,20 @@ def _images_of(program: ExportedProgram, path: str | Path) -> tuple[Preprocessin
     if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].ndim != 4:
         raise CheckpointError(f"{path} holds a network of {len(values)} inputs, not of images [N, 3, height, width]")
     count, channels, height, width = values[0].shape
+    _check_values(program, path)
     if channels != 3 or not isinstance(height, int) or not isinstance(width, int):
         raise CheckpointError(f"{path} holds a network of images {list(values[0].shape)}, not [N, 3, height, width]")
     return preprocessing_for(height, width), count if isinstance(count, int) else None
+
+
+def _check_values(program: ExportedProgram, path: str | Path) -> None:
+    """Refuse values that would be too large, as the graph describes them for its own number of images."""
+    check("operators", len(program.graph.nodes), f"{path}")
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, Tensor):
+            size = value.itemsize * float(prod(side for side in value.shape if isinstance(side, int)))
+            check("activations", size, f"{path}, at {node.name},")
 
 
 class ExportedNetwork(nn.Module):

@@ -1,4 +1,7 @@
-"""Tensors out of torch files that hold more than tensors, without running anything that such a file asks for.
+"""Tensors out of torch files, without running anything that such a file asks for.
+
+``torch.load`` is not used, even with ``weights_only=True``: it makes whatever a file of a kilobyte asks for, be it a
+bytearray of 6 GB, and ends the process at tuples nested 300,000 deep.
 
 ``torch.save`` writes a zip archive: ``data.pkl`` names classes and functions of its author, and ``data/0``,
 ``data/1``, ... are the bytes of tensors. Before torch 1.6 it wrote five pickles (a magic number, a version, the
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import collections
 import io
-import math
+import os
 import pickle
 import struct
 import zipfile
@@ -24,10 +27,11 @@ import torch
 from torch import Tensor
 
 from qface.data.pickled_arrays import ArrayUnpickler
-from qface.errors import CheckpointError, one_line
+from qface.errors import CheckpointError, LimitError, one_line
+from qface.limits import Budget, elements_of, named
 from qface.pickles import check_pickle
 
-__all__ = ["is_pickled_module", "module_tensors", "read_pickled", "read_pickled_module"]
+__all__ = ["UnknownTensor", "is_pickled_module", "module_tensors", "read_pickled", "read_pickled_module"]
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -52,12 +56,19 @@ def read_pickled(path: str | Path) -> Any:
 
     Raises:
         CheckpointError: it is no such file, or is damaged.
+        LimitError: it asks for more depth, objects or memory than :mod:`qface.limits` allows.
     """
     try:
-        if not zipfile.is_zipfile(path):
-            return _read_legacy(path)
-        with zipfile.ZipFile(path) as archive:
-            return _Unpickler.of(archive).load()
+        with named(path):
+            budget = Budget("the checkpoint", 2 * os.path.getsize(path))  # each number lies in a storage and a tensor
+            if not zipfile.is_zipfile(path):
+                return _read_legacy(path, budget)
+            with zipfile.ZipFile(path) as archive:
+                return _Unpickler.of(archive, budget).load()
+    except LimitError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # damaged bytes may make zipfile, pickle and torch raise anything
         raise CheckpointError(f"{path} is no complete torch file ({one_line(error, 200)}); fetch it again") from error
 
@@ -115,10 +126,21 @@ class _Shell:
     __setitem__ = append = extend = add = _ignore
 
 
+class UnknownTensor(_Shell):
+    """Stands for a sparse, nested, quantized or meta tensor."""
+
+
 class _TensorUnpickler(ArrayUnpickler):
     """One that knows how tensors are rebuilt, and gives a shell for whatever else is named."""
 
+    def __init__(self, file: IO[bytes], budget: Budget) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._budget = budget
+
     def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for ``module.name``."""
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._rebuild_tensor
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         if (module, name) in _KNOWN:
@@ -126,14 +148,29 @@ class _TensorUnpickler(ArrayUnpickler):
         try:
             return super().find_class(module, name)
         except pickle.UnpicklingError:
-            return _Shell
+            is_tensor = module == "torch._utils" and name.startswith("_rebuild_")
+            return UnknownTensor if is_tensor else _Shell
+
+    def _rebuild_tensor(self, storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+        """A view of ``storage``; it counts as what a copy of it takes, since views may repeat the same numbers."""
+        self._budget.spend(elements_of(size, "a tensor") * storage.itemsize)
+        return storage.as_strided(tuple(size), tuple(stride), offset)
+
+    def _storage_type(self, kind: Any, dtype: Any, key: Any) -> torch.dtype:
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"it names {kind!r} where a storage is expected")
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(
+                "it holds a complex or float8 tensor, or one of another type that is not read; convert it to float32"
+            )
+        return dtype
 
 
 class _Unpickler(_TensorUnpickler):
     """The object of a zip archive."""
 
     @classmethod
-    def of(cls, archive: zipfile.ZipFile) -> _Unpickler:
+    def of(cls, archive: zipfile.ZipFile, budget: Budget) -> _Unpickler:
         (pickled,) = (name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
         folder = pickled.removesuffix("data.pkl")
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
@@ -142,7 +179,7 @@ class _Unpickler(_TensorUnpickler):
             raise ValueError("its numbers are big-endian")
         content = io.BytesIO(archive.read(pickled))
         check_pickle(content)
-        unpickler = cls(content, encoding="utf-8")
+        unpickler = cls(content, budget)
         unpickler._archive, unpickler._folder, unpickler._storages = archive, folder, {}
         return unpickler
 
@@ -152,9 +189,9 @@ class _Unpickler(_TensorUnpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         kind, dtype, key, _, count = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isdecimal():
-            raise pickle.UnpicklingError(f"it names {kind!r} where a storage is expected")
-        values = self._storage(str(key), dtype)
+        if not str(key).isdecimal():
+            raise pickle.UnpicklingError("a storage in it has no number")
+        values = self._storage(str(key), self._storage_type(kind, dtype, key))
         if len(values) != count:
             raise pickle.UnpicklingError(f"storage {key} holds {len(values)} numbers, not {count}")
         return values
@@ -162,7 +199,9 @@ class _Unpickler(_TensorUnpickler):
     def _storage(self, key: str, dtype: torch.dtype) -> Tensor:
         """The numbers of one file, read once however many tensors look at them."""
         if (key, dtype) not in self._storages:
-            content = bytearray(self._archive.read(f"{self._folder}data/{key}"))
+            part = self._archive.getinfo(f"{self._folder}data/{key}")
+            self._budget.spend(part.file_size)
+            content = bytearray(self._archive.read(part))
             values = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
             self._storages[key, dtype] = values
         return self._storages[key, dtype]
@@ -171,45 +210,45 @@ class _Unpickler(_TensorUnpickler):
 class _LegacyUnpickler(_TensorUnpickler):
     """The object of a file as torch wrote it before 1.6, whose storages are filled after it is read."""
 
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        super().__init__(file, encoding="utf-8")
-        self._size = size
+    def __init__(self, file: IO[bytes], budget: Budget) -> None:
+        super().__init__(file, budget)
         self.storages: dict[str, Tensor] = {}
 
     def persistent_load(self, pid: Any) -> Any:
         if pid[0] == "module":  # a class with its source code
             return pid[1]
         kind, dtype, key, _, count, view = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or view is not None:
-            raise pickle.UnpicklingError(f"it names {kind!r} where a storage is expected")
-        if not 0 <= count * dtype.itemsize <= self._size:
-            raise pickle.UnpicklingError(f"storage {key} is longer than the file")
-        storage = self.storages.setdefault(str(key), torch.zeros(count, dtype=dtype))
+        dtype = self._storage_type(kind, dtype, key)
+        if view is not None:
+            raise pickle.UnpicklingError(f"storage {key} is a part of another")
+        if str(key) not in self.storages:
+            self._budget.spend(elements_of([count], "a storage") * dtype.itemsize)
+            self.storages[str(key)] = torch.zeros(count, dtype=dtype)
+        storage = self.storages[str(key)]
         if len(storage) != count or storage.dtype != dtype:
             raise pickle.UnpicklingError(f"storage {key} is of two kinds")
         return storage
 
 
-def _read_legacy(path: str | Path) -> Any:
-    size = Path(path).stat().st_size
+def _read_legacy(path: str | Path, budget: Budget) -> Any:
     with Path(path).open("rb") as file:
-        if _plain(file, size) != _LEGACY_MAGIC:
+        if _plain(file, budget) != _LEGACY_MAGIC:
             raise ValueError("it begins with no magic number of torch's")
-        _, machine = _plain(file, size), _plain(file, size)
+        _, machine = _plain(file, budget), _plain(file, budget)
         if not machine.get("little_endian"):
             raise ValueError("its numbers are big-endian")
         check_pickle(file)
-        unpickler = _LegacyUnpickler(file, size)
+        unpickler = _LegacyUnpickler(file, budget)
         content = unpickler.load()
-        for key in _plain(file, size):
+        for key in _plain(file, budget):
             _fill(unpickler.storages[str(key)], file, key)
     return content
 
 
-def _plain(file: IO[bytes], size: int) -> Any:
+def _plain(file: IO[bytes], budget: Budget) -> Any:
     """The next pickle of plain values."""
     check_pickle(file)
-    return _LegacyUnpickler(file, size).load()
+    return _LegacyUnpickler(file, budget).load()
 
 
 def _fill(storage: Tensor, file: IO[bytes], key: str) -> None:
@@ -219,12 +258,6 @@ def _fill(storage: Tensor, file: IO[bytes], key: str) -> None:
         raise ValueError(f"storage {key} holds {count} numbers, not {len(storage)}")
     if content:
         storage.copy_(torch.frombuffer(content, dtype=storage.dtype))
-
-
-def _rebuild_tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-    if math.prod(size) > len(storage):
-        raise pickle.UnpicklingError(f"a tensor of {list(size)} repeats the {len(storage)} numbers that it holds")
-    return storage.as_strided(tuple(size), tuple(stride), offset)
 
 
 def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
@@ -237,7 +270,6 @@ def _rebuild_with_attributes(rebuild: Any, kind: Any, arguments: Any, *_: Any) -
 
 
 _KNOWN = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_with_attributes,

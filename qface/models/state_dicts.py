@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qface.data.pickled_arrays import PickledArray
 from qface.errors import CheckpointError
-from qface.models.pickled_modules import is_pickled_module, module_tensors
+from qface.models.pickled_modules import UnknownTensor, is_pickled_module, module_tensors
 
 __all__ = ["network_tensors", "state_dict_of"]
 
@@ -91,6 +91,11 @@ def _tensors_in(content: Mapping[Any, Any], path: str | Path) -> dict[str, Tenso
     found = {str(name): _as_tensor(value) for name, value in content.items()}
     others = [name for name, value in found.items() if value is None]
     tensors = {name: value for name, value in found.items() if value is not None}
+    unknown = next((name for name, value in content.items() if isinstance(value, UnknownTensor)), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"{path}: {unknown} is a sparse, nested, quantized or meta tensor; save a dense copy of it in float32"
+        )
     if not tensors:
         raise CheckpointError(f"{path} does not hold a state_dict of tensors; save model.state_dict() and load that")
     if others:

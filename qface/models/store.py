@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qface.checks import check_finite
-from qface.errors import CheckpointError, ExportError
+from qface.errors import CheckpointError, ExportError, one_line
 from qface.files import check_folder, replacing
 from qface.graph.capture import capture
 from qface.graph.graph_data import check_rebuilt, graph_from_data, graph_to_data
+from qface.limits import named, parse_json
 from qface.models.checkpoints import fill, read_tensors, recognize
 from qface.models.exported_program import is_exported_program, load_exported_program
 from qface.models.insightface_mbf import InsightFaceMobileFaceNet
@@ -77,12 +78,12 @@ def load(
         return _from_exported_program(path_or_name, model, preprocessing)
     tensors, metadata = read_tensors(path_or_name)
     check_finite(tensors, path_or_name)
-    loaded, likely = _fitting_network(tensors, metadata, path_or_name, model)
+    written = metadata.get("preprocessing")
+    reads = None if written is None else overridden(written_preprocessing(written, path_or_name), preprocessing)
+    loaded, likely = _fitting_network(tensors, metadata, path_or_name, model, reads)
     if metadata.get("format") == FORMAT:
         with_provenance(loaded, written_provenance(metadata.get("provenance", ""), path_or_name))
-    if "preprocessing" in metadata:
-        likely = written_preprocessing(metadata["preprocessing"], path_or_name)
-    reads = overridden(likely, preprocessing)
+    reads = reads or overridden(likely, preprocessing)
     warn_of_default(reads, path_or_name)
     return with_preprocessing(loaded, reads).eval()
 
@@ -114,13 +115,18 @@ def _fresh(name: str) -> nn.Module:
 
 
 def _fitting_network(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path, model: nn.Module | None
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    path: str | Path,
+    model: nn.Module | None,
+    reads: Preprocessing | None,
 ) -> tuple[nn.Module, Preprocessing]:
     if model is not None:
         fill(model, network_tensors(tensors, _names_to_fill(model), path), path)
         return model, preprocessing_of(model)
     if metadata.get("format") == FORMAT:
-        return _from_own_format(tensors, metadata, path), Preprocessing()
+        likely = Preprocessing()
+        return _from_own_format(tensors, metadata, path, (reads or likely).size), likely
     recognized, likely, own = recognize(tensors, path)
     fill(recognized, own, path)
     return recognized, likely
@@ -130,16 +136,20 @@ def _names_to_fill(model: nn.Module) -> list[str]:
     return [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
 
 
-def _from_own_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path) -> nn.Module:
+def _from_own_format(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path, size: tuple[int, int]
+) -> nn.Module:
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(_other_version(path, version))
     try:
-        graph = json.loads(metadata["graph"])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} lacks its graph ({error}); save it again") from error
+        with named(path):
+            graph = parse_json(metadata["graph"], "the saved graph")
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} lacks its graph ({one_line(error, 200)}); save it again") from error
     try:
-        return graph_from_data(graph, tensors)
+        with named(path):
+            return graph_from_data(graph, tensors, size)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -200,7 +210,7 @@ def _as_data(model: nn.Module, name: str | Path) -> tuple[str, dict[str, Tensor]
     }
     check_finite(tensors, name)
     written = json.dumps(graph)
-    check_rebuilt(graph_module, json.loads(written), tensors)
+    check_rebuilt(graph_module, json.loads(written), tensors, preprocessing_of(model).size)
     return written, tensors
 
 

@@ -96,7 +96,8 @@ def _rounds(node: fx.Node) -> bool:
     """
     if node.op != "call_module" or is_quantizer(node) or is_shape_only(node):
         return False
-    return None not in (*_inputs(node), _quantizer_after(node))
+    # What is before a layer goes first: it is near, while chains of clamps after one may be long.
+    return all(each is not None for each in _inputs(node)) and _quantizer_after(node) is not None
 
 
 def _bind_scales(nodes: list[fx.Node]) -> None:

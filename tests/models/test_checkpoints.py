@@ -433,3 +433,23 @@ def test_real_weights(faces: Path, name: str, kind: type[nn.Module], preprocessi
     model = load(faces / "weights" / f"{name}.safetensors")
     assert isinstance(model, kind)
     assert preprocessing_of(model) == preprocessing
+
+
+ODD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "float8": lambda weight: weight.to(torch.float8_e4m3fn),
+    "complex": lambda weight: weight.to(torch.complex64),
+    "sparse": lambda weight: weight.to_sparse(),
+    "meta": lambda weight: weight.to("meta"),
+    "quantized": lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+    "nested": lambda weight: torch.nested.nested_tensor([weight[0], weight[1]]),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_no_network_has_are_named(kind: str, tmp_path: Path) -> None:
+    tensors: dict[str, Any] = dict(tiny_face_net().state_dict())
+    tensors["conv.weight"] = ODD_TENSORS[kind](tensors["conv.weight"])
+    torch.save(tensors, tmp_path / "odd.pth")
+    message = refused(tmp_path / "odd.pth", model=tiny_face_net())
+    assert "float32" in message and "fetch it again" not in message

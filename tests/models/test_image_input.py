@@ -293,9 +293,9 @@ def test_half_precision(tmp_path: Path) -> None:
     assert (found.mean, found.std) == ((127.5,) * 3, (128.0,) * 3)
 
 
-def test_a_prefix_that_grows_without_end_is_no_normalization(tmp_path: Path) -> None:
+def test_a_prefix_that_grows_is_no_normalization(tmp_path: Path) -> None:
     graph = Graph()
-    for _ in range(40):
+    for _ in range(6):
         graph.add("Concat", graph.last, axis=3)
     graph.add("Slice", *(graph.constant(value=np.array([each])) for each in (0, 112, 3)))
     network(graph)

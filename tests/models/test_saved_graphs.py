@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qface.errors import CheckpointError, ExportError, TraceError, UnsupportedLayerError
+from qface.errors import CheckpointError, ExportError, LimitError, TraceError, UnsupportedLayerError
 from qface.graph import capture, register_layer
 from qface.models import (
     IResNet,
@@ -450,8 +450,8 @@ def test_strings_in_arguments_stay_strings(
         graph = json.loads(metadata["graph"])
         insert(graph, "call_function", "aten.abs.default", X, text)
         save_file(tensors, "m.safetensors", {**metadata, "graph": json.dumps(graph)})
-        with pytest.raises((TypeError, RuntimeError)):
-            load("m.safetensors")(torch.zeros(1, 3, 4, 4))
+        with pytest.raises(CheckpointError, match="the saved graph is damaged"):
+            load("m.safetensors")
         assert not Path("marker").exists()
 
 
@@ -480,7 +480,7 @@ def test_broken_metadata_is_refused(
 ) -> None:
     tensors, metadata = saved
     save_file(tensors, tmp_path / "m.safetensors", {**metadata, **entries})
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises((CheckpointError, LimitError)) as caught:
         load(tmp_path / "m.safetensors")
     assert "m.safetensors" in str(caught.value) and "\n" not in str(caught.value)
 

@@ -10,6 +10,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from qface.errors import UnsupportedLayerError, one_line
+from qface.limits import Budget, check
 from qface.models.onnx_import.onnx_file import Array, Node, OnnxFile
 
 __all__ = ["COMPUTED", "ConstantFolder"]
@@ -23,9 +24,6 @@ COMPUTED = frozenset(
 )
 """Operators that may be computed while a file is read; none of them runs a body of its own."""
 
-_SMALLEST_LIMIT = 2**28
-"""Bytes that may be made of constants; a file that is larger may make as many as it has."""
-
 
 class ConstantFolder:
     """Computes nodes whose inputs are constants.
@@ -36,7 +34,9 @@ class ConstantFolder:
 
     def __init__(self, file: OnnxFile) -> None:
         self._file = file
-        self._left: float = max(_SMALLEST_LIMIT, sum(each.nbytes for each in file.constants.values()))
+        size = sum(each.nbytes for each in file.constants.values())
+        self._made = Budget(f"{file.path}, in its constants,", size)
+        self._multiplications = 0.0
 
     def compute(self, node: Node, inputs: dict[str, Array]) -> list[Array]:
         """The outputs of ``node`` for ``inputs`` by name, with all floats as float32; see :meth:`evaluate`."""
@@ -46,24 +46,19 @@ class ConstantFolder:
         """The outputs of ``node`` for ``inputs`` by name.
 
         Raises:
-            UnsupportedLayerError: its operator is not on the list, it makes too much, or it cannot be computed.
+            LimitError: it makes too much.
+            UnsupportedLayerError: its operator is not on the list, or it cannot be computed.
         """
         if node.op not in COMPUTED:
             raise UnsupportedLayerError(
                 f"{self._file.path}: node {node.name} is a {node.op}, which cannot be computed on constants"
             )
-        self._spend(node, _bytes_made(node, inputs))
+        self._made.spend(_bytes_made(node, inputs))
+        self._multiplications += _multiplications(node, inputs)
+        check("multiplications", self._multiplications, f"{self._file.path}, at {node.op} {node.name},")
         if node.op == "Identity":
             return list(inputs.values())
         return self._run(node, inputs)
-
-    def _spend(self, node: Node, size: float) -> None:
-        self._left -= size
-        if self._left < 0:
-            raise UnsupportedLayerError(
-                f"{self._file.path}: the constant {node.name} ({node.op}) makes more than {_SMALLEST_LIMIT} bytes; "
-                "simplify the file first"
-            )
 
     def _run(self, node: Node, inputs: dict[str, Array]) -> list[Array]:
         given = [
@@ -95,6 +90,14 @@ def _bytes_made(node: Node, inputs: dict[str, Array]) -> float:
     except (ValueError, IndexError, ArithmeticError):  # inputs that do not fit, which the reference complains of
         elements = 0.0
     return 8 * max(elements, float(sum(each.size for each in given)))
+
+
+def _multiplications(node: Node, inputs: dict[str, Array]) -> float:
+    """Upper bound of the products that a matrix product sums up; zero of another operator."""
+    if node.op not in ("Gemm", "MatMul"):
+        return 0.0
+    left, right = (inputs[name] for name in node.inputs[:2])
+    return float(left.size) * right.size / max(1, min(right.shape, default=1))
 
 
 def _broadcast(node: Node, given: list[Array]) -> float:

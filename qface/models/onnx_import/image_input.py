@@ -48,6 +48,7 @@ _PREFIX = frozenset(
     "Unsqueeze".split()
 )
 """Operators that normalize images, swap colors and move channels."""
+_LONGEST_PREFIX = 32  # operators; each prefix is computed from its start, and the longest known has 12
 
 _BYTES = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, source="graph")
 _UNIT = Preprocessing(mean=(0.0,) * 3, std=(255.0,) * 3, source="graph")
@@ -284,7 +285,7 @@ class _Prefix:
         last_use = {name: n for n, node in enumerate(image_nodes) for name in node.inputs}
         open_values, taken = {self._file.image.name}, list[Node]()
         for number, node in enumerate(image_nodes):
-            if node.op not in _PREFIX:
+            if node.op not in _PREFIX or number == _LONGEST_PREFIX:
                 return
             taken.append(node)
             open_values.update(name for name in node.outputs if name)

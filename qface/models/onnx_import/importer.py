@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from qface.errors import CheckpointError, UnsupportedLayerError, one_line
 from qface.graph.layer_graph import LayerGraph
 from qface.graph.layers import Permute, Reshape
+from qface.limits import check
 from qface.models.onnx_import.constants import ConstantFolder
 from qface.models.onnx_import.image_input import ImageInput
-from qface.models.onnx_import.onnx_file import Array, Node, OnnxFile, needed_nodes
+from qface.models.onnx_import.onnx_file import Array, Node, OnnxFile, needed_nodes, telling_damage
 from qface.network_output import is_embedding
 
 __all__ = ["Importer", "Rule"]
@@ -55,6 +58,7 @@ class Importer(LayerGraph):
         self._batched: set[str] = set()
         self._values: dict[str, fx.Node] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._readers = Counter(name for node in file.nodes for name in node.inputs)
         self._node: Node | None = None
 
     # ---- the walk
@@ -62,9 +66,10 @@ class Importer(LayerGraph):
     def network(self) -> fx.GraphModule:
         """The network from images [N, 3, height, width] to embeddings [N, D]."""
         self.file.check_importable()
-        self._start()
-        for node in needed_nodes(self.file.nodes, self.file.output, self._image.start):
-            self._convert(node)
+        with telling_damage(self.file.path, self._where):
+            self._start()
+            for node in needed_nodes(self.file.nodes, self.file.output, self._image.start):
+                self._convert(node)
         output = self.file.output
         if output not in self._values:
             raise CheckpointError(f"{self.file.path}: nothing makes its output {output} of the image; fetch it again")
@@ -73,6 +78,9 @@ class Importer(LayerGraph):
         if len(shape) > 2:
             embedding = self.layer(nn.Flatten(1), (embedding,), "embedding")
         return self.finish(embedding, "ImportedNetwork")
+
+    def _where(self) -> str:
+        return "the image" if self._node is None else f"{self._node.op} {self._node.name}"
 
     def _start(self) -> None:
         height, width = self._image.preprocessing.size
@@ -255,7 +263,7 @@ class Importer(LayerGraph):
 
     def count_of_images(self) -> fx.Node:
         """The number of images, as the network runs."""
-        (images,) = (each for each in self.graph.nodes if each.op == "placeholder")
+        images = next(each for each in self.graph.nodes if each.op == "placeholder")
         return self.function(torch.ops.aten.sym_size.int, (images, 0), {}, "count")
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -314,7 +322,7 @@ class Importer(LayerGraph):
 
     def readers(self, name: str) -> int:
         """Number of inputs that read the value ``name``, the file's output counted as one."""
-        return sum(node.inputs.count(name) for node in self.file.nodes) + (name == self.file.output)
+        return self._readers[name] + (name == self.file.output)
 
     # ---- what rules make
 
@@ -383,11 +391,15 @@ class Importer(LayerGraph):
             with self._fake, torch.no_grad():
                 node.meta["value"] = compute()
         except Exception as error:  # torch's own, of whatever kind
-            where = f"{self._node.op} {self._node.name}" if self._node is not None else "the image"
             raise UnsupportedLayerError(
-                f"{self.file.path}: {where} cannot be imported, torch says: {one_line(error, 200)}"
+                f"{self.file.path}: {self._where()} cannot be imported, torch says: {one_line(error, 200)}"
             ) from error
+        self._check_size(node.meta["value"])
         return node
+
+    def _check_size(self, value: Any) -> None:
+        size = sum(each.nbytes for each in tree_leaves(value) if isinstance(each, Tensor) and len(each.shape))
+        check("activations", size / _BATCH, f"{self.file.path}, at {self._where()},")
 
 
 def _in_other_batch(value: Array) -> Array:

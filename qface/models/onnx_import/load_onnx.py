@@ -14,7 +14,7 @@ from qface.data.synthetic import synthetic_crops
 from qface.errors import CheckpointError, one_line
 from qface.models.onnx_import.image_input import ImageInput, find_image_input
 from qface.models.onnx_import.importer import Importer
-from qface.models.onnx_import.onnx_file import OnnxFile, read_onnx
+from qface.models.onnx_import.onnx_file import OnnxFile, read_onnx, telling_damage
 from qface.models.onnx_import.operators import OPERATOR_RULES
 from qface.network_output import is_embedding
 from qface.preprocessing import Preprocessing, PreprocessingOverride
@@ -37,11 +37,13 @@ def load_onnx(path: str | Path, override: PreprocessingOverride | None = None) -
         override: what goes into the graph, in place of what is found; see :func:`find_image_input`.
 
     Raises:
+        LimitError: it asks for more than :mod:`qface.limits` allows.
         CheckpointError: the file is missing or damaged, or the network computes something else than the file.
         UnsupportedLayerError: the graph holds an operation that has no counterpart here; it is named.
     """
     file = read_onnx(path)
-    image = find_image_input(file, override)
+    with telling_damage(file.path):
+        image = find_image_input(file, override)
     network = Importer(file, image, OPERATOR_RULES).network()
     with_provenance(network, written_provenance(file.metadata.get("provenance", "[]"), file.path))
     _check(network, file, image)
@@ -69,7 +71,7 @@ def _from_torch(network: nn.Module, images: Tensor, file: OnnxFile) -> Tensor:
     try:
         with torch.no_grad():
             embeddings: Tensor = network(images)
-    except RuntimeError as error:  # torch's own
+    except Exception as error:  # torch's own, of whatever kind
         raise CheckpointError(
             f"{file.path} was not understood: torch cannot run it ({one_line(error, 200)}); please report its graph"
         ) from error

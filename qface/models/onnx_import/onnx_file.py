@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper
 
-from qface.errors import CheckpointError, UnsupportedLayerError, one_line
+from qface.errors import CheckpointError, QFaceError, UnsupportedLayerError, one_line
+from qface.limits import named
+from qface.models.onnx_import.graph_limits import check_external_data, check_graph
 from qface.network_output import is_embedding
 
-__all__ = ["Array", "Node", "OnnxFile", "choose_embedding", "needed_nodes", "read_onnx"]
+__all__ = ["Array", "Node", "OnnxFile", "check_onnx", "choose_embedding", "needed_nodes", "read_onnx", "telling_damage"]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -128,10 +131,54 @@ def read_onnx(path: str | Path) -> OnnxFile:
 
     Raises:
         CheckpointError: it is missing or damaged, or is no network with one image input.
+        LimitError: it asks for more than :mod:`qface.limits` allows.
         UnsupportedLayerError: no output may be the embedding, or several may.
     """
     path = Path(path)
+    model = check_onnx(path)
+    with telling_damage(path):
+        check_external_data(model, path)
+        onnx.load_external_data_for_model(model, str(path.parent))
+        return _understood(model, path)
+
+
+@contextmanager
+def telling_damage(path: str | Path, where: Callable[[], str] = str) -> Iterator[None]:
+    """Turn whatever a damaged graph raises into one error.
+
+    Args:
+        path: of the file.
+        where: what is at work, for the message.
+
+    Raises:
+        CheckpointError: for an error that is none of qface's.
+    """
+    try:
+        with named(path):
+            yield
+    except QFaceError:
+        raise
+    except Exception as error:  # no part of a damaged graph has the type or shape that ONNX promises
+        place = f" at {where()}" if where() else ""
+        raise CheckpointError(
+            f"{path} is damaged{place}: {type(error).__name__}: {one_line(error, 200)}; export it again"
+        ) from error
+
+
+def check_onnx(path: Path) -> onnx.ModelProto:
+    """The model at ``path`` without its external data, of which no operator has run.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        LimitError: it asks for more than :mod:`qface.limits` allows.
+    """
     model = _load(path)
+    with telling_damage(path):
+        check_graph(model, path)
+    return model
+
+
+def _understood(model: onnx.ModelProto, path: Path) -> OnnxFile:
     if model.functions:
         model = inliner.inline_local_functions(model)
     image = _image(model.graph, path)
@@ -148,7 +195,7 @@ def _load(path: Path) -> onnx.ModelProto:
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no file {path}; check the path")
     try:
-        return onnx.load(path)
+        return onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own errors, which differ between its versions
         raise CheckpointError(f"{path} is no complete ONNX file ({one_line(error, 200)}); fetch it again") from error
 

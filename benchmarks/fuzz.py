@@ -1,0 +1,348 @@
+"""Files that are changed at random, read in processes of their own: no crash, traceback, hang or flood of memory.
+
+    python benchmarks/fuzz.py [--cases 200] [--seed 0] [--readers onnx,checkpoint] [--keep FOLDER] [--json]
+
+Each case is an honest file of a reader with bytes, fields, opcodes, members or values changed. A reader may read it
+or refuse it in one line. Anything else is a finding: a traceback, a crash, more than 10 seconds, or a gigabyte more
+than the honest file takes. The file of a finding is kept, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+import io
+import json
+import pickle
+import random
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from harness.benchmark_command import BenchmarkCommand
+from harness.confinement import Outcome, confined
+from harness.mutations import (
+    Mutation,
+    bytes_changed,
+    json_changed,
+    lines_changed,
+    onnx_changed,
+    pickle_changed,
+    safetensors_changed,
+    zip_changed,
+)
+from harness.report_files import terminal_table
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+import qface
+from qface.data import ImageFolder, read_landmarks
+from qface.data.pairs import read_pairs
+from qface.data.records import RecordImages
+from qface.data.verification_bin import VerificationBin
+from qface.deployment.runtime import OnnxEmbedder
+from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+from qface.progress import track
+
+SECONDS, MEMORY = 10.0, 2**30
+SIZE = (16, 16)
+HEADINGS = ("reader", "cases", "read", "refused", "findings", "slowest", "most memory")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader and what is done to its files.
+
+    Args:
+        ending: of the file's name.
+        write: writes an honest file.
+        read: reads a file.
+        mutations: of its bytes; one is drawn for each case.
+    """
+
+    ending: str
+    write: Callable[[Path], None]
+    read: Callable[[Path], object]
+    mutations: tuple[Mutation, ...]
+
+
+@dataclass
+class Row:
+    """The cases of one reader.
+
+    Args:
+        reader: its name.
+        cases: how many files were read.
+        kinds: how many of them ended in which way, as :class:`Outcome` names them.
+        seconds: of the slowest.
+        memory: bytes of the largest.
+        findings: the kept files, each with its case and what happened.
+    """
+
+    reader: str
+    cases: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    memory: int = 0
+    findings: list[str] = field(default_factory=list)
+
+    def cells(self) -> Sequence[str]:
+        """For the table."""
+        read, refused = (self.kinds.get(kind, 0) for kind in ("read", "refused"))
+        numbers = (self.cases, read, refused, len(self.findings))
+        return self.reader, *map(str, numbers), f"{self.seconds:.1f} s", f"{self.memory / 1e6:.0f} MB"
+
+
+# ---- honest files
+
+
+class Net(nn.Module):
+    """A network of two convolutions, whose files are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.slope = nn.PReLU(4)
+        self.last = nn.Conv2d(4, 4, 3, 2, 1, groups=2)
+        self.linear = nn.Linear(64, 8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Embeddings of ``images`` [N, 3, 16, 16]."""
+        x = self.slope(self.norm(self.conv(images)))
+        return self.linear(self.last(x).flatten(1))  # type: ignore[no-any-return]
+
+
+@functools.cache
+def network() -> nn.Module:
+    """A network with fixed weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return with_preprocessing(Net(), Preprocessing(size=SIZE, source="file")).eval()
+
+
+@functools.cache
+def student() -> nn.Module:
+    """The same, quantized."""
+    made = qface.quantize(network(), 6)
+    generator = torch.Generator().manual_seed(0)
+    return qface.calibrate(made, torch.randint(0, 256, (16, 3, 112, 112), dtype=torch.uint8, generator=generator))
+
+
+def _write_legacy(path: Path) -> None:
+    torch.save(network().state_dict(), path, _use_new_zipfile_serialization=False)
+
+
+def _write_arrays(path: Path) -> None:
+    arrays = {name: value.numpy() for name, value in network().state_dict().items()}
+    torch.save({"state_dict": arrays, "epoch": 3}, path)
+
+
+def _write_program(path: Path) -> None:
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(network(), (torch.zeros(2, 3, *SIZE),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, path)
+
+
+def _write_float_onnx(path: Path) -> None:
+    qface.export(network(), path)
+
+
+def _crop(number: int, kind: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, kind)
+    return content.getvalue()
+
+
+def _write_bin(path: Path) -> None:
+    images = [np.frombuffer(_crop(0), np.uint8), *(_crop(number) for number in range(1, 8))]
+    path.write_bytes(pickle.dumps((images, [True, False] * 2), 2))
+
+
+def _write_image(path: Path) -> None:
+    path.write_bytes(_crop(0, "PNG"))
+
+
+def _write_records(path: Path) -> None:
+    content = b""
+    for number in range(4):
+        data = struct.pack("<IfQQ", 0, number // 2, number, 0) + _crop(number)
+        content += struct.pack("<II", 0xCED7230A, len(data)) + data + bytes(-len(data) % 4)
+    path.write_bytes(content)
+
+
+def _write_pairs(path: Path) -> None:
+    lines = [f"Ann_{number}\t{number}\t{number + 1}" for number in range(1, 4)]
+    lines += [f"Ann_{number}\t1\tBob_{number}\t2" for number in range(1, 4)]
+    path.write_text("1\t3\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_landmarks(path: Path) -> None:
+    path.write_text("".join(f"{number}.jpg 30 40 70 40 50 60 35 80 65 80 0.9\n" for number in range(5)))
+
+
+# ---- reading
+
+
+def _run(model: nn.Module) -> None:
+    with torch.no_grad():
+        model(torch.zeros(2, 3, *preprocessing_of(model).size))
+
+
+def _load(path: Path) -> None:
+    _run(qface.load(path))
+
+
+def _fill(path: Path) -> None:
+    qface.load(path, model=Net())
+
+
+def _embed(path: Path) -> None:
+    embedder = OnnxEmbedder(path, threads=1)
+    embedder(torch.zeros(2, 3, *embedder.preprocessing.size))
+
+
+def _inspect(path: Path) -> None:
+    qface.thresholds_of(path)
+    qface.measure_size(path)
+
+
+def _read_bin(path: Path) -> None:
+    images = VerificationBin(path)
+    images.read(range(len(images)))
+
+
+def _read_records(path: Path) -> None:
+    images = RecordImages(path)
+    images.read(range(len(images)))
+
+
+def _read_folder(path: Path) -> None:
+    images = ImageFolder(path.parent)
+    images.read(range(len(images)))
+
+
+_IN_ZIP = functools.partial(zip_changed, inner={"data.pkl": pickle_changed, ".json": json_changed})
+_TENSORS = (bytes_changed, _IN_ZIP, _IN_ZIP)
+READERS = {
+    "checkpoint": Reader(".pth", lambda path: torch.save(network().state_dict(), path), _fill, _TENSORS),
+    "legacy checkpoint": Reader(".pth", _write_legacy, _fill, (bytes_changed, pickle_changed)),
+    "arrays": Reader(".pth", _write_arrays, _fill, _TENSORS),
+    "module": Reader(".pth", lambda path: torch.save(network(), path), _fill, _TENSORS),
+    "safetensors": Reader(
+        ".safetensors", lambda path: qface.save(network(), path), _fill, (bytes_changed, safetensors_changed)
+    ),
+    "saved graph": Reader(
+        ".safetensors", lambda path: qface.save(network(), path), _load, (bytes_changed, *[safetensors_changed] * 4)
+    ),
+    "saved student": Reader(
+        ".safetensors", lambda path: qface.save(student(), path), _load, (bytes_changed, *[safetensors_changed] * 4)
+    ),
+    "exported program": Reader(".pt2", _write_program, _load, _TENSORS),
+    "onnx": Reader(".onnx", _write_float_onnx, _load, (bytes_changed, *[onnx_changed] * 4)),
+    "embedder": Reader(
+        ".onnx", lambda path: qface.export(student(), path), _embed, (bytes_changed, *[onnx_changed] * 4)
+    ),
+    "float embedder": Reader(".onnx", _write_float_onnx, _embed, (bytes_changed, *[onnx_changed] * 4)),
+    "size and metadata": Reader(
+        ".onnx", lambda path: qface.export(student(), path), _inspect, (bytes_changed, onnx_changed)
+    ),
+    "verification set": Reader(".bin", _write_bin, _read_bin, (bytes_changed, pickle_changed)),
+    "records": Reader(".rec", _write_records, _read_records, (bytes_changed,)),
+    "images": Reader(".png", _write_image, _read_folder, (bytes_changed,)),
+    "pairs": Reader(".txt", _write_pairs, read_pairs, (bytes_changed, lines_changed)),
+    "landmarks": Reader(".txt", _write_landmarks, read_landmarks, (bytes_changed, lines_changed)),
+}
+
+
+# ---- cases
+
+
+def fuzz(name: str, cases: int, seed: int, keep: Path, progress: bool) -> Row:
+    """Read ``cases`` changed files of the reader ``name``."""
+    reader, row = READERS[name], Row(name)
+    with tempfile.TemporaryDirectory() as text:
+        path = Path(text) / f"case{reader.ending}"
+        reader.write(path)
+        honest = path.read_bytes()
+        gc.collect()
+        before = _confined(reader, path)
+        if before.kind != "read":
+            raise click.ClickException(f"{name} does not read its honest file: {before.message}")
+        for number in track(range(cases), name, progress, cases):
+            rng = random.Random(f"{seed} {name} {number}")
+            path.write_bytes(_changed(reader, honest, rng))
+            outcome = _confined(reader, path)
+            row.cases += 1
+            row.kinds[outcome.kind] = row.kinds.get(outcome.kind, 0) + 1
+            row.seconds, row.memory = max(row.seconds, outcome.seconds), max(row.memory, outcome.memory)
+            if (finding := _finding(outcome, before)) is not None:
+                keep.mkdir(parents=True, exist_ok=True)
+                kept = keep / f"{name.replace(' ', '_')}_{seed}_{number}{reader.ending}"
+                kept.write_bytes(path.read_bytes())
+                row.findings.append(f"{kept}: {finding}")
+    return row
+
+
+def _confined(reader: Reader, path: Path) -> Outcome:
+    return confined(functools.partial(reader.read, path), SECONDS)
+
+
+def _changed(reader: Reader, honest: bytes, rng: random.Random) -> bytes:
+    mutation = rng.choice(reader.mutations)
+    return mutation(honest, rng)
+
+
+def _finding(outcome: Outcome, before: Outcome) -> str | None:
+    """The rule that a case breaks, None if it breaks none."""
+    if outcome.kind not in ("read", "refused"):
+        return f"{outcome.kind}: {outcome.message}"
+    if outcome.memory > before.memory + MEMORY:
+        return f"{outcome.memory / 1e6:.0f} MB: {outcome.message}"
+    return f"several lines: {outcome.message}" if "\n" in outcome.message else None
+
+
+def _chosen(text: str | None) -> list[str]:
+    names = list(READERS) if text is None else [each.strip() for each in text.split(",")]
+    unknown = [each for each in names if each not in READERS]
+    if unknown:
+        raise click.ClickException(f"there is no reader {unknown[0]!r}; choose from {', '.join(READERS)}")
+    return names
+
+
+@click.command(cls=BenchmarkCommand)
+@click.option("--cases", type=click.IntRange(1), default=200, show_default=True, help="Files of each reader.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the changes.")
+@click.option("--readers", help="Names with commas between them.  [default: all]")
+@click.option(
+    "--keep", type=click.Path(path_type=Path), default=Path("runs/fuzz"), show_default=True, help="Files of findings."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(cases: int, seed: int, readers: str | None, keep: Path, as_json: bool) -> None:
+    """Read changed files, and report what was not read or refused in one line."""
+    torch.set_num_threads(1)
+    names = _chosen(readers)
+    for module in ("onnxruntime", "onnx.reference", "qface.models.onnx_import"):
+        importlib.import_module(module)  # before the forks, each of which would take seconds for it
+    rows = [fuzz(name, cases, seed, keep, progress=not as_json) for name in names]
+    if as_json:
+        click.echo(json.dumps({"seed": seed, "rows": [asdict(row) for row in rows]}))
+    else:
+        Console().print(terminal_table(f"seed {seed}", HEADINGS, [row.cells() for row in rows]))
+        for finding in (finding for row in rows for finding in row.findings):
+            click.echo(finding)
+    if any(row.findings for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

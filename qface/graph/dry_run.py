@@ -1,0 +1,99 @@
+"""Guards of memory: layers that a file describes are built within a budget, and a run is tried without memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.ao.quantization import FakeQuantizeBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qface.limits import Budget, check
+
+__all__ = ["BuildGuard", "dry_run"]
+
+
+class BuildGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While it is entered, new tensors are counted against ``budget`` before they get memory.
+
+    Example:
+        >>> with BuildGuard(Budget("the file")):
+        ...     layer = torch.nn.PReLU(4)
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._budget = budget
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func``; one that makes a tensor of nothing is run without memory first."""
+        kwargs = kwargs or {}
+        named = {argument.name for argument in func._schema.arguments}
+        if "device" in named and not any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs))):
+            made = func(*args, **{**kwargs, "device": "meta"})
+            self._budget.spend(sum(each.nbytes for each in tree_leaves(made)))
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def dry_run(graph_module: fx.GraphModule, size: tuple[int, int]) -> None:
+    """Run ``graph_module`` without memory, and check what it would hold at once.
+
+    Quantizers let values pass, and a quantized layer runs as the float layer that it extends: both look at values, of
+    which there are none here. Any other step whose result depends on the values of its inputs ends
+    the run without an error.
+
+    Args:
+        graph_module: a network of layers, in eval mode.
+        size: height and width of the images.
+
+    Raises:
+        LimitError: the values that the network holds for one image are too large.
+        Exception: whatever torch raises where layers do not fit together.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            _DryRun(graph_module).run(torch.empty(_IMAGES, 3, *size))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return
+
+
+_IMAGES = 2
+
+
+class _DryRun(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False
+        self._held = 0.0
+        self._sizes: dict[fx.Node, float] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a layer in float; a quantizer, which extends none, gives back what it is given."""
+        layer = self.fetch_attr(target)
+        kind = next(each for each in type(layer).__mro__ if _is_float(each) and "forward" in each.__dict__)
+        if kind in (nn.Module, FakeQuantizeBase):
+            return args[0]
+        return kind.__dict__["forward"](layer, *args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The result of ``n``, whose bytes count until its last reader has run."""
+        made = super().run_node(n)
+        if n.op != "get_attr":  # a tensor of the file
+            self._sizes[n] = sum(each.nbytes for each in tree_leaves(made) if isinstance(each, Tensor)) / _IMAGES
+            self._held += self._sizes[n]
+            check("activations", self._held, f"the network, at {n.name},")
+        for read in self.user_to_last_uses.get(n, []):
+            self._held -= self._sizes.pop(read, 0)
+        return made
+
+
+def _is_float(kind: type) -> bool:
+    return not kind.__module__.startswith("qface.quantization.")
