@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from qface.data.images import IndexedImages
 from qface.data.subset import Subset
 from qface.errors import ConfigError, ExportError, ImagesError
 from qface.evaluation.embedding import Embedder, Embeddings, embedding_batches
-from qface.files import replacing
+from qface.files import alone_in, replacing
 
 __all__ = ["embed_to_file"]
 
@@ -52,24 +52,10 @@ def embed_to_file(
     """
     if len(source) == 0:
         raise ImagesError("there are no images to embed: pass at least one")
-    with _alone_in(folder):
-        return _completed(embedder, source, folder, batch_size, flip, progress)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of ``folder``, which is made."""
-    lock = FileLock(folder / "embeddings.lock", timeout=0)
     with _file_errors_told(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    with alone_in(folder):
+        return _completed(embedder, source, folder, batch_size, flip, progress)
 
 
 @contextmanager
@@ -98,6 +84,8 @@ def _append(file: Path, batches: Iterable[Embeddings]) -> None:
     for batch in batches:
         with _file_errors_told(file.parent), file.open("ab") as output:
             output.write(batch.astype("<f4").tobytes())
+            output.flush()
+            os.fsync(output.fileno())  # or rows in the middle could be missing after a power failure
 
 
 def _mapped(file: Path, rows: int, dimensions: int) -> Embeddings:
