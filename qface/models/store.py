@@ -174,8 +174,19 @@ def save(model: nn.Module, path: str | Path) -> None:
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
+            _sort_header(temporary)
         except (OSError, SafetensorError) as error:
             raise ExportError(f"cannot write {path}: {error}; is the disk full?") from error
+
+
+def _sort_header(path: Path) -> None:
+    """Give the header of a safetensors file one order: safetensors itself writes metadata in a random one."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
+        file.seek(8)
+        file.write(ordered.ljust(length))  # data stay where they are, and blanks are allowed before them
 
 
 def check_savable(model: nn.Module) -> None:
