@@ -268,6 +268,7 @@ def graph_from_data(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
     return model
 
 
+@torch.random.fork_rng(devices=[])  # layers draw weights at first
 def _build(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
     root = nn.Module()
     for path, layer in data["layers"].items():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ MODEL_NAMES = ("mobilefacenet", "mbf", *(f"iresnet{depth}" for depth in IRESNET_
 """What :func:`load` takes instead of a path, for a network with fresh weights."""
 
 
+@torch.random.fork_rng(devices=[])  # layers draw weights at first
 def load(
     path_or_name: str | Path, model: nn.Module | None = None, preprocessing: PreprocessingOverride | None = None
 ) -> nn.Module:
