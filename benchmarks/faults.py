@@ -461,19 +461,23 @@ def distill_by_steps(inputs: Path) -> None:
 @click.command(cls=BenchmarkCommand)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Cases of each kind a command.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of moments and sizes.")
-@click.option("--only", multiple=True, help="A command; repeatable.  [default: all]")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice([job.name for job in jobs_on(Path())]),
+    help="A command; repeatable.  [default: all]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def main(rounds: int, seed: int, only: tuple[str, ...], as_json: bool) -> None:
     """Disturb every command and look at what is left."""
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="qface-faults-"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root / "torch")  # a folder that torch makes, empty, where it finds none
     inputs = root / "inputs"
+    jobs = [job for job in jobs_on(inputs) if not only or job.name in only]
     made = Running(Job("inputs", lambda: write_inputs(inputs)), _new_case(root)).end()
     if made.code != 0:
         raise click.ClickException(made.stderr)
-    jobs = [job for job in jobs_on(inputs) if not only or job.name in only]
-    if not jobs:
-        raise click.ClickException(f"no command is called {', '.join(only)}: choose of those in jobs_on")
     cases = [Cases(job, undisturbed(job, root), root, random.Random(f"{seed} {job.name}")) for job in jobs]
     wanted = [(each, disturbance) for _ in range(rounds) for each in cases for disturbance in DISTURBANCES]
     for each, disturbance in track(wanted, "disturb", True):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -190,7 +191,7 @@ class RunFolder:
         # To an open file, since torch would write the name of a path into it.
         with replacing(self._checkpoint) as temporary, temporary.open("wb") as file:
             try:
-                torch.save({"config": self._config, "inputs": self._inputs, "state": state}, file)
+                torch.save(_interned({"config": self._config, "inputs": self._inputs, "state": state}), file)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise ExportError(f"cannot write all of {self._checkpoint}: make room on the disk") from error
 
@@ -221,6 +222,15 @@ class RunFolder:
             raise ExportError(
                 f"cannot write {self._log}: {error.strerror or error}; make room, or choose another run folder"
             ) from error
+
+
+def _interned(value: Any) -> Any:
+    """``value`` with one object for equal strings: pickle writes such a one once, and those of a resumed run differ."""
+    if type(value) is dict:
+        return {_interned(key): _interned(each) for key, each in value.items()}
+    if type(value) is list:
+        return [_interned(each) for each in value]
+    return sys.intern(value) if type(value) is str else value
 
 
 def _holds(student: nn.Module, trained: Mapping[str, Any]) -> bool:

@@ -460,13 +460,14 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("reads", [4, 99])
-def test_a_checkpoint_has_the_same_bytes_each_time(reads: int, tmp_path: Path) -> None:
-    for name in ("one", "other"):
+def test_a_resumed_run_writes_the_same_bytes(tmp_path: Path) -> None:
+    config = replace(CPU, optimizer="relative_adam", learning_rate=0.02)
+    for name, reads in (("straight", 99), ("stopped", 4)):
         with suppress(KeyboardInterrupt):
-            distill(tiny_network(0), tiny_network(1), Interrupted(face_images(), reads), CPU, tmp_path / name)
+            distill(tiny_network(0), tiny_network(1), Interrupted(face_images(), reads), config, tmp_path / name)
+    distill(tiny_network(0), tiny_network(1), face_images(), config, tmp_path / "stopped", resume=True)
     for file in ("checkpoint.pt", "log.jsonl"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+        assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
 
 
 def test_where_a_run_cannot_be_kept_is_told_before_anything_is_read(tmp_path: Path) -> None:
