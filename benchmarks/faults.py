@@ -342,7 +342,7 @@ def small_disk(folder: Path) -> Iterator[Callable[[int], None] | None]:
     try:
         yield resize
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a command may still run, if this one is stopped
 
 
 # ---- inputs and jobs
@@ -516,4 +516,5 @@ def show(cases: list[Cases], findings: list[str], as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ended_by_signals():  # or a disk would stay mounted
+        main()
