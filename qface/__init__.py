@@ -6,29 +6,12 @@ the file alone. ``sensitivity`` says what each layer loses
 at each number of bits, ``allocate_bits`` chooses bits for a budget, and ``operating_thresholds`` the cosines to accept.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qface._version import __version__
-from qface.data.crops import AlignmentReport, align
-from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
-from qface.deployment.mixed_precision import allocate_bits
-from qface.distillation import DistillConfig, distill
-from qface.errors import QFaceError
-from qface.evaluation import (
-    EvaluationResult,
-    MatchThresholds,
-    OperatingThresholds,
-    TemplateResult,
-    evaluate,
-    evaluate_templates,
-    match_thresholds,
-    operating_thresholds,
-    thresholds_of,
-    write_thresholds,
-)
-from qface.models import load, save
-from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.pruning import Budget, PruningConfig, prune
-from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
-from qface.quantization.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "AlignmentReport",
@@ -70,3 +53,16 @@ __all__ = [
     "with_preprocessing",
     "write_thresholds",
 ]
+
+if TYPE_CHECKING:
+    from qface.api import *
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import torch and all else at the first use, so that the command line is ready for Ctrl-C before that."""
+        if name in __all__:
+            return getattr(importlib.import_module("qface.api"), name)
+        try:
+            return importlib.import_module(f"qface.{name}")
+        except ModuleNotFoundError:
+            raise AttributeError(f"module 'qface' has no attribute {name!r}") from None

@@ -1,5 +1,25 @@
-"""``python -m qface``."""
+"""``python -m qface``, and the commands ``qface`` and ``qface-export``."""
 
-from qface.cli import main
+from qface.signals import ended_by_signals
 
-main(prog_name="qface")
+__all__ = ["export", "main"]
+
+
+def main() -> None:
+    """Run the command ``qface``."""
+    with ended_by_signals():
+        from qface.cli import main as command  # takes seconds, in which Ctrl-C is to be heard
+
+        command(prog_name="qface")
+
+
+def export() -> None:
+    """Run the command ``qface-export``."""
+    with ended_by_signals():
+        from qface.cli import export_alias
+
+        export_alias(prog_name="qface-export")
+
+
+if __name__ == "__main__":
+    main()

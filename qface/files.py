@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from qface.errors import ExportError
+from filelock import FileLock, Timeout
 
-__all__ = ["check_folder", "make_folder", "replacing"]
+from qface.errors import ConfigError, ExportError, one_line
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, which removes no file that is open
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["alone_in", "check_folder", "make_folder", "replacing", "sync", "temporary_folder"]
+
+_PREFIX, _SUFFIX = ".qface-", ".part"
+_LOCK = ".lock"
 
 _LONGEST_NAME = 255  # bytes, on the file systems of Linux, macOS and Windows
 
@@ -48,7 +60,8 @@ def make_folder(path: str | Path) -> None:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it takes the place of ``path``, on failure it is removed.
 
-    A link stays, and the file that it points to is replaced.
+    A link stays, and the file that it points to is replaced. Content and name are on the disk when this returns. What
+    a process that was killed left in the folder is removed.
 
     Raises:
         ExportError: the folder does not exist or cannot be written to, the disk is full, or ``path`` is something else
@@ -57,20 +70,144 @@ def replacing(path: str | Path) -> Iterator[Path]:
     _check_replaceable(Path(path))
     path = Path(os.path.realpath(path))
     try:
-        # Not named after the file, whose name may be as long as names can be.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".qface-", suffix=".part")
+        _remove_abandoned(path.parent)
+        temporary, handle = _held(lambda: _new_file(path.parent))
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}; choose a folder that exists") from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
+        sync(temporary)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
+        _release(handle)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield an empty folder among the temporary ones of the system; it is removed at the end.
+
+    What a process that was killed left there is removed too.
+
+    Raises:
+        ExportError: none can be made.
+    """
+    try:
+        parent = Path(tempfile.gettempdir())
+        _remove_abandoned(parent)
+        folder, handle = _held(lambda: Path(tempfile.mkdtemp(dir=parent, prefix=_PREFIX, suffix=_SUFFIX)))
+    except OSError as error:
+        raise ExportError(f"cannot make a temporary folder ({one_line(error)}): set TMPDIR to another place") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _release(handle)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of ``folder``, where it can be written to and its file system has locks.
+
+    Raises:
+        ConfigError: another run is in it.
+    """
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another folder") from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sync(path: Path) -> None:
+    """Return when the content of the file ``path`` is on the disk."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # which opens no folders
+        return
+    with contextlib.suppress(OSError):  # some file systems cannot; the file is in its place all the same
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _new_file(folder: Path) -> Path:
+    # Not named after the file, whose name may be as long as names can be.
+    handle, name = tempfile.mkstemp(dir=folder, prefix=_PREFIX, suffix=_SUFFIX)
+    os.close(handle)
+    return Path(name)
+
+
+def _held(make: Callable[[], Path]) -> tuple[Path, int | None]:
+    """What ``make`` makes, a file or a folder, with a lock that tells other processes that this one lives.
+
+    Another process that looks between the two takes it for abandoned, and it is made once more.
+    """
+    while True:
+        path = make()
+        handle = _lock(path, blocking=True)
+        if os.path.exists(path):
+            return path, handle
+        _release(handle)
+
+
+def _lock(path: Path, blocking: bool) -> int | None:
+    """A handle that holds the lock of the file or folder ``path``; None where it is held, or there are no locks."""
+    if fcntl is None:
+        return None
+    handle = None
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+    except OSError:
+        _release(handle)
+        return None
+    return handle
+
+
+def _release(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+@functools.cache  # once for each folder: one of many crops is not searched for every crop
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files and folders of processes that are dead, which are those that nobody locks."""
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(_PREFIX) and name.endswith(_SUFFIX)]
+    except OSError:  # it is missing, which the caller will see, or may be written to and not read
+        return
+    for path in map(folder.joinpath, names):
+        handle = _lock(path, blocking=False)
+        if handle is not None:
+            _remove(path)
+            _release(handle)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # somebody else's
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _check_replaceable(path: Path) -> None:

@@ -1,11 +1,14 @@
 import errno
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from qface.errors import ExportError
-from qface.files import check_folder, replacing
+from qface.errors import ConfigError, ExportError
+from qface.files import alone_in, check_folder, replacing, temporary_folder
 
 
 def test_a_new_file_appears_whole(tmp_path: Path) -> None:
@@ -113,3 +116,96 @@ def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path: Path) -> N
     for name in ("a" * 256, "ü" * 128):
         with pytest.raises(ExportError, match="more than 255 bytes; choose a shorter one"):
             check_folder(tmp_path / name)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+def test_what_a_dead_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, qface.files as f\nwith f.replacing(sys.argv[1]): print('in', flush=True); sys.stdin.read()"
+    )
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for name in ("dead", "living")
+    ]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == b"in\n"
+    assert len(list(tmp_path.glob(".qface-*.part"))) == 2
+    dead, living = writers
+    dead.kill()
+    dead.communicate()
+    with replacing(tmp_path / "third") as temporary:
+        temporary.write_text("whole")
+        assert len(list(tmp_path.glob(".qface-*.part"))) == 2
+    living.communicate()
+    assert living.returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["living", "third"]
+
+
+def test_files_of_other_programs_stay(tmp_path: Path) -> None:
+    for name in (".qface-x", "x.part", ".other.part"):
+        (tmp_path / name).touch()
+    with replacing(tmp_path / "file") as temporary:
+        temporary.touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.part", ".qface-x", "file", "x.part"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+def test_without_locks_what_others_left_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".qface-left.part").touch()
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".qface-left.part", "file"]
+    with alone_in(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced there")
+def test_content_is_on_the_disk_before_the_name_and_then_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, object]] = []
+    fsync, rename = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        calls.append(("fsync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def renamed(source: Path, target: Path) -> None:
+        calls.append(("replace", target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    path = tmp_path / "file"
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert not calls
+    assert calls == [("fsync", path.stat().st_ino), ("replace", path), ("fsync", tmp_path.stat().st_ino)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+def test_a_temporary_folder_goes_and_so_does_that_of_a_dead_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import os, qface.files as f\nwith f.temporary_folder() as t: (t / 'x').touch(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False)
+    (left,) = tmp_path.iterdir()
+    with temporary_folder() as folder:
+        assert list(tmp_path.iterdir()) == [folder] != [left]
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_run_is_alone_in_its_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(ConfigError, match="another run"), alone_in(tmp_path):
+        pytest.fail("two are in one folder")
+    with alone_in(tmp_path):
+        pass

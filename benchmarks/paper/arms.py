@@ -19,7 +19,7 @@ from paper import quantface
 from paper.rows import Kind, Method
 from paper.sources import Judge, Model, Sources
 from qface.data import IndexedImages, Relabeled, nested_subset
-from qface.distillation.checkpoint import digest_of_images
+from qface.data.content_digest import digest_of_images
 from qface.files import replacing
 from qface.models import MODEL_NAMES
 from qface.pruning import cost_of

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qface.data.decoding import UNREADABLE, decode, stack_crops
 from qface.data.folders import EXTENSIONS, not_allowed
+from qface.data.images import named_content
 from qface.data.pairs import PairedImages, ResolvedPairs
 from qface.data.text_lines import numbered_lines, whole_number
 from qface.errors import ImagesError, PairsError, one_line
@@ -85,6 +86,15 @@ class CfpSplit(PairedImages):
         """
         crops = [_decode(self.paths[index]) for index in indices]
         return stack_crops(crops)
+
+    def content(self, index: int) -> bytes:
+        """Name and bytes of the file at ``index``.
+
+        Raises:
+            ImagesError: it cannot be read.
+        """
+        path = self.paths[index]
+        return named_content(path, path.relative_to(self.path.parents[2]).as_posix())
 
 
 def _decode(path: Path) -> npt.NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qface.data.decoding import UNREADABLE, decode, size_of
 from qface.data.identities import composed, select_identities
-from qface.data.images import IndexedImages
+from qface.data.images import IndexedImages, named_content
 from qface.errors import ImagesError
 from qface.preprocessing import CROP_SIZE
 
@@ -85,6 +85,14 @@ class ImageFolder(IndexedImages):
                 damaged = [path for path in wanted if _attempt(decode, path) is None]
                 raise ImagesError(self._unreadable(damaged or [self.paths[index]], len(wanted))) from error
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def content(self, index: int) -> bytes:
+        """Name and bytes of the file at ``index``.
+
+        Raises:
+            ImagesError: it cannot be read.
+        """
+        return named_content(self.paths[index], composed(self._relative(self.paths[index])))
 
     def _check_headers(self) -> None:
         sizes = [(path, _attempt(size_of, path)) for path in self.paths]

@@ -27,10 +27,12 @@ __all__ = [
     "LoaderImages",
     "TensorImages",
     "batch_of",
+    "bytes_of",
     "check_normalized",
     "identity_labels",
     "labels_of",
     "length_of",
+    "named_content",
     "normalize",
 ]
 
@@ -59,6 +61,10 @@ class IndexedImages(ImageSource):
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Tensor:
         """The images at ``indices`` as one tensor [len(indices), 3, height, width]."""
+
+    def content(self, index: int) -> bytes:
+        """What tells the image at ``index`` from others; sources on disk give names and bytes, and decode nothing."""
+        return bytes_of(self.read([index]))
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[Tensor]:
         """Yield the images from ``start`` on in order, ``batch_size`` at a time."""
@@ -129,6 +135,23 @@ def _check(images: Tensor) -> None:
         )
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ImagesError(f"images are uint8 crops or normalized floats, not {images.dtype}")
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The values of ``tensor`` as they lie in memory."""
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def named_content(path: Path, name: str) -> bytes:
+    """``name``, by which a source knows the file ``path``, and all that the file holds.
+
+    Raises:
+        ImagesError: it cannot be read.
+    """
+    try:
+        return f"{name}\0".encode("utf-8", "surrogateescape") + path.read_bytes()
+    except OSError as error:
+        raise ImagesError(f"{path} cannot be read ({error.strerror}): restore it") from error
 
 
 def labels_of(source: ImageSource) -> Labels | None:

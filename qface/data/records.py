@@ -88,6 +88,10 @@ class RecordImages(IndexedImages):
         crops = [self._decode(self._keys[index]) for index in indices]
         return stack_crops(crops)
 
+    def content(self, index: int) -> bytes:
+        """The encoded image at ``index``."""
+        return bytes(self._content(self._keys[index])[1])
+
     def _decode(self, key: int) -> npt.NDArray[np.uint8]:
         try:
             return decode(bytes(self._content(key)[1]))

@@ -32,3 +32,7 @@ class Relabeled(IndexedImages):
     def read(self, indices: Sequence[int]) -> Tensor:
         """The images at ``indices``."""
         return self.source.read(indices)
+
+    def content(self, index: int) -> bytes:
+        """That of the image in the source."""
+        return self.source.content(index)

@@ -38,6 +38,10 @@ class Subset(IndexedImages):
         """The images at ``indices`` of this subset, as one tensor."""
         return self.source.read([self.indices[index] for index in indices])
 
+    def content(self, index: int) -> bytes:
+        """That of the image in the source."""
+        return self.source.content(self.indices[index])
+
 
 def nested_subset(
     images: Images, fraction_or_count: float | Fraction, seed: int = 0, identities: str | Path | None = None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qface.data.alignment import align_face, landmark_fault
 from qface.data.decoding import UNREADABLE, opened, stack_crops, upright
-from qface.data.images import IndexedImages
+from qface.data.images import IndexedImages, named_content
 from qface.data.landmarks import FaceLandmarks, check_landmarks, read_landmarks
 from qface.data.text_lines import numbered_lines, whole_number
 from qface.errors import ImagesError, PairsError, one_line
@@ -57,6 +57,15 @@ class LooseCrops(IndexedImages):
             ImagesError: a photo is missing or damaged, or its landmarks are in one place; it is named.
         """
         return stack_crops([self._crop(self.faces[index]) for index in indices])
+
+    def content(self, index: int) -> bytes:
+        """Name, landmarks and bytes of the photo at ``index``.
+
+        Raises:
+            ImagesError: it cannot be read.
+        """
+        face = self.faces[index]
+        return named_content(self.root / face.file, f"{face.file} {np.asarray(face.points).tolist()}")
 
     def _crop(self, face: FaceLandmarks) -> npt.NDArray[np.uint8]:
         path = self.root / face.file

@@ -73,6 +73,10 @@ class VerificationBin(PairedImages):
         crops = [self._decode(index) for index in indices]
         return stack_crops(crops)
 
+    def content(self, index: int) -> bytes:
+        """The encoded image at ``index``."""
+        return bytes(self._images[index])
+
     def _say_size(self) -> None:
         try:
             with opened(io.BytesIO(self._images[0])) as image:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +38,7 @@ from qface.deployment.metadata import read_metadata
 from qface.deployment.nodes import OPSET
 from qface.deployment.onnx_writer import to_onnx
 from qface.deployment.runtime import OnnxEmbedder, providers_for
+from qface.deployment.torch_onnx import torch_onnx_model
 from qface.deployment.weight_formats import check_weight_format
 from qface.errors import ConfigError, ExportError, ImagesError, one_line
 from qface.files import replacing
@@ -224,26 +224,12 @@ def _export_float(model: nn.Module, path: Path, metadata: dict[str, str]) -> Non
     _check_interface(model, images)
     if metadata["input"] == UINT8_INPUT:
         model, images = _OfBytes(model, preprocessing_of(model)).eval(), images.byte()
-    # torch's own exporter; the TorchScript one needs no further package. It warns that it is the older one.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                model,
-                (images,),
-                str(path),
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=["images"],
-                output_names=["embedding"],
-                dynamic_axes={"images": {0: "batch"}, "embedding": {0: "batch"}},
-            )
+        written = torch_onnx_model(model, (images,), ["images"], ["embedding"], OPSET)
     except Exception as error:  # torch raises whatever its tracer meets
         raise ExportError(
             f"torch cannot export this network: {one_line(error, _QUOTED)}; replace what it names"
         ) from error
-    written = onnx.load(str(path))
     onnx.helper.set_model_props(written, {"preprocessing": preprocessing_of(model).to_json(), **metadata})
     onnx.save(written, str(path))
 

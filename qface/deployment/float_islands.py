@@ -6,10 +6,7 @@ torch's own exporter writes them, so whatever it can express in ONNX needs nothi
 from __future__ import annotations
 
 import copy
-import io
-import logging
 import operator
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +14,7 @@ import onnx
 import torch
 from torch import fx, nn
 
+from qface.deployment.torch_onnx import torch_onnx_model
 from qface.errors import UnsupportedLayerError, one_line
 from qface.graph.aten import operator_name
 from qface.graph.queries import SYMBOLIC_FUNCTIONS
@@ -120,32 +118,13 @@ def to_onnx_graph(
     Raises:
         UnsupportedLayerError: torch cannot express it.
     """
-    inputs = tuple(torch.rand(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    inputs = tuple(torch.full(shape, 0.5).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
     names = [input_name(number) for number in range(len(inputs))]
     outputs = [f"output_{number}" for number in range(_number_of_outputs(module))]
-    written = io.BytesIO()
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                module,
-                inputs,
-                written,  # type: ignore[arg-type]
-                dynamo=False,
-                opset_version=opset,
-                input_names=names,
-                output_names=outputs,
-                dynamic_axes={each: {0: "batch"} for each in (*names, *outputs)},
-                do_constant_folding=True,
-            )
+        return torch_onnx_model(module, inputs, names, outputs, opset).graph
     except Exception as error:  # torch raises whatever its exporter meets
         raise UnsupportedLayerError(f"torch cannot write {name!r} as ONNX: {one_line(error, 300)}") from error
-    finally:
-        logger.setLevel(level)
-    return onnx.load_from_string(written.getvalue()).graph
 
 
 def _number_of_outputs(module: fx.GraphModule) -> int:

@@ -7,7 +7,6 @@ and the nodes that unpack each bit width that occurs. So files are written and m
 from __future__ import annotations
 
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from qface.data.images import Images
 from qface.deployment.export import export
 from qface.errors import ConfigError
+from qface.files import temporary_folder
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.allocation import choose_bit_widths
 from qface.quantization.quantization_config import MIN_BITS
@@ -110,5 +110,5 @@ def _with_bit_widths(config: QuantizationConfig, bit_widths: Mapping[str, int]) 
 def _file_bytes(model: nn.Module, config: QuantizationConfig, faces: Tensor) -> int:
     """Size of the file that a student with ``config`` becomes."""
     student = calibrate(quantize(model, config), faces, num_images=_CALIBRATION_IMAGES)
-    with tempfile.TemporaryDirectory() as folder:
-        return export(student, Path(folder) / "student.onnx").stat().st_size
+    with temporary_folder() as folder:
+        return export(student, folder / "student.onnx").stat().st_size

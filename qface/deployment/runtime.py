@@ -153,7 +153,7 @@ def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> A
     chosen = _default_providers() if providers is None else _known(providers)
     try:
         # Whoever asks for a GPU by name should read why it does not work.
-        with _silenced() if providers is None else nullcontext():
+        with _silenced() if providers is None and _CUDA in chosen else nullcontext():
             return _exact_session(path, options, chosen)
     except Exception as error:
         raise CheckpointError(

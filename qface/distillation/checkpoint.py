@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -17,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qface.data.images import ImageSource, IndexedImages, LoaderImages, length_of
-from qface.data.sample import evenly
+from qface.data.content_digest import digest_of_images
+from qface.data.images import ImageSource, bytes_of
 from qface.distillation.distill_config import DistillConfig
 from qface.errors import CheckpointError, ConfigError, ExportError, TrainingError
-from qface.files import check_folder, make_folder, replacing
+from qface.files import alone_in, check_folder, make_folder, replacing, sync
 
-__all__ = ["RunFolder", "check_run_folder", "digest_of_images", "digest_of_structure", "digest_of_values"]
+__all__ = ["RunFolder", "check_run_folder", "run_folder"]
 
 _LOGGER = logging.getLogger("qface")
 
 _CHECKPOINT = "checkpoint.pt"
 _LOG = "log.jsonl"
-_LOOKED_AT = 8  # images, to tell others from these
+_STUDENT = "student weights"
 _LENGTH = ("epochs", "max_steps")  # which may grow
 _FREE_TO_CHANGE = ("checkpoint_every", "device")
 _PARTS = ("config", "inputs", "state")
@@ -56,31 +57,61 @@ def check_run_folder(path: Path, resume: bool) -> None:
         check_folder(each)
 
 
-class RunFolder:
-    """What a run leaves on disk so that another process can finish it.
+@contextmanager
+def run_folder(
+    path: Path, config: DistillConfig, student: nn.Module, teacher: nn.Module, source: ImageSource, writes: bool
+) -> Iterator[RunFolder]:
+    """The folder ``path`` for a run of these networks on these images, which it belongs to until the end of the block.
 
     Args:
         path: the folder; it is made where it is missing.
         config: settings of the run.
+        student: the network that learns, before it does.
+        teacher: the network that it learns from.
+        source: the images, all of which are read once.
+        writes: True in the one process that writes, which keeps other runs out.
+
+    Raises:
+        ConfigError: another run is in the folder.
+        ExportError: it cannot be made.
+        ImagesError: an image cannot be read.
+    """
+    if writes:
+        make_folder(path)
+    with alone_in(path) if writes else nullcontext():
+        inputs = {
+            "student layers": digest_of_structure(student),
+            _STUDENT: digest_of_values(student),
+            "teacher weights": digest_of_values(teacher),
+            "images": digest_of_images(source),
+        }
+        yield RunFolder(path, config, inputs, student, writes)
+
+
+class RunFolder:
+    """What a run leaves on disk so that another process can finish it; :func:`run_folder` opens it.
+
+    Args:
+        path: the folder, which exists.
+        config: settings of the run.
         inputs: a word for each thing the run starts from (student, teacher, images), by its name.
+        student: the network as the run starts with it.
         writes: whether this process is the one that writes.
 
     Attributes:
         is_longer: True once a checkpoint is loaded whose run was begun with fewer epochs or steps.
-
-    Raises:
-        ExportError: the folder cannot be made.
     """
 
-    def __init__(self, path: Path, config: DistillConfig, inputs: Mapping[str, str], writes: bool) -> None:
+    def __init__(
+        self, path: Path, config: DistillConfig, inputs: Mapping[str, str], student: nn.Module, writes: bool
+    ) -> None:
         self._checkpoint = path / _CHECKPOINT
         self._log = path / _LOG
         self._config = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
         self._inputs = dict(inputs)
+        self._student = student
         self._writes = writes
         self.is_longer = False
-        if writes:
-            make_folder(path)
 
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last, on the CPU, or None where there is none.
@@ -94,8 +125,8 @@ class RunFolder:
             return None
         saved = self._read()
         self._require_same_config(saved["config"])
-        self._require_same_inputs(saved["inputs"])
         state: dict[str, Any] = saved["state"]
+        self._require_same_inputs(saved["inputs"], state["student"])
         self.is_longer = any(saved["config"].get(name) != self._config[name] for name in _LENGTH)
         if self.is_longer:
             was, now = (", ".join(f"{name}={of[name]}" for name in _LENGTH) for of in (saved["config"], self._config))
@@ -141,9 +172,9 @@ class RunFolder:
                 "another folder"
             )
 
-    def _require_same_inputs(self, saved: dict[str, str]) -> None:
+    def _require_same_inputs(self, saved: dict[str, str], trained: Mapping[str, Any]) -> None:
         for name, word in self._inputs.items():
-            if saved.get(name) != word:
+            if saved.get(name) != word and not (name == _STUDENT and _holds(self._student, trained)):
                 raise TrainingError(
                     f"{self._checkpoint} was made with other {name}: give those, or choose another folder"
                 )
@@ -156,9 +187,12 @@ class RunFolder:
         """
         if not self._writes:
             return
-        with replacing(self._checkpoint) as temporary:
+        if self._log.exists():
+            sync(self._log)  # or after a power failure the checkpoint could know of steps that the log does not
+        # To an open file, since torch would write the name of a path into it.
+        with replacing(self._checkpoint) as temporary, temporary.open("wb") as file:
             try:
-                torch.save({"config": self._config, "inputs": self._inputs, "state": state}, temporary)
+                torch.save(_interned({"config": self._config, "inputs": self._inputs, "state": state}), file)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise ExportError(f"cannot write all of {self._checkpoint}: make room on the disk") from error
 
@@ -189,6 +223,23 @@ class RunFolder:
             raise ExportError(
                 f"cannot write {self._log}: {error.strerror or error}; make room, or choose another run folder"
             ) from error
+
+
+def _interned(value: Any) -> Any:
+    """``value`` with one object for equal strings: pickle writes such a one once, and those of a resumed run differ."""
+    if type(value) is dict:
+        return {_interned(key): _interned(each) for key, each in value.items()}
+    if type(value) is list:
+        return [_interned(each) for each in value]
+    return sys.intern(value) if type(value) is str else value
+
+
+def _holds(student: nn.Module, trained: Mapping[str, Any]) -> bool:
+    """True if ``student`` holds the values ``trained``, as one does that this run has trained in this process."""
+    own = student.state_dict()
+    return own.keys() == trained.keys() and all(
+        torch.equal(value.cpu(), trained[name]) for name, value in own.items() if isinstance(value, Tensor)
+    )
 
 
 def _is_longer(saved: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
@@ -233,25 +284,11 @@ def _quantizer_settings(layer: nn.Module) -> str:
 
 def digest_of_values(model: nn.Module) -> str:
     """A word for the names and values of everything ``model`` holds."""
-    return _digest(name.encode() + _bytes(tensor) for name, tensor in _tensors(model))
-
-
-def digest_of_images(source: ImageSource) -> str:
-    """A word that tells other images, or other identities of theirs, from those of ``source``."""
-    if isinstance(source, IndexedImages):
-        known = [] if source.labels is None else [_bytes(source.labels)]
-        some = source.read(evenly(len(source), _LOOKED_AT).tolist())
-        return f"{len(source)} images, {_digest([*known, _bytes(some)])}"
-    batches = length_of(source.loader) if isinstance(source, LoaderImages) else None
-    return f"a loader of {batches} batches"
+    return _digest(name.encode() + bytes_of(tensor) for name, tensor in _tensors(model))
 
 
 def _tensors(model: nn.Module) -> chain[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _digest(parts: Any) -> str:

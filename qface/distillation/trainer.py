@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,7 @@ from qface.data.images import Images, ImageSource, normalize
 from qface.data.sources import as_image_source
 from qface.distillation.batch_sampler import seeded_rng
 from qface.distillation.batches import Batch, Batches, batches_of
-from qface.distillation.checkpoint import (
-    RunFolder,
-    check_run_folder,
-    digest_of_images,
-    digest_of_structure,
-    digest_of_values,
-)
+from qface.distillation.checkpoint import RunFolder, check_run_folder, run_folder
 from qface.distillation.distill_config import DistillConfig
 from qface.distillation.feature_taps import FeaturePairs, FeatureTaps
 from qface.distillation.memory import memory_kept
@@ -91,8 +85,10 @@ def distill(
             loader, sees negative pairs only.
         config: the settings; None takes the defaults.
         run_dir: folder for ``checkpoint.pt`` and ``log.jsonl`` (step, loss terms, learning rate, gradient
-            norm); None writes nothing.
-        resume: go on from the checkpoint in ``run_dir``, or start there where it holds none. A run that was
+            norm); None writes nothing. It belongs to one run, and another process is kept out of it.
+        resume: go on from the checkpoint in ``run_dir``, or start there where it holds none, with the student that
+            the run was begun with or the one that it trained, the same teacher and images. Of images all names and
+            bytes are compared, of a loader only how many it has. A run that was
             killed ends with the weights it would have had, bit for bit on a CPU with as many threads, and of a loader
             only if its order repeats; a finished one returns at once. With more epochs than it was begun with it goes
             on, from there at the learning rates of the longer schedule.
@@ -104,7 +100,7 @@ def distill(
 
     Raises:
         CheckpointError: the checkpoint is damaged.
-        ConfigError: settings contradict each other, the images, or the checkpoint.
+        ConfigError: settings contradict each other, the images, or the checkpoint, or another run is in the folder.
         DependencyError: several processes without Lightning Fabric.
         ExportError: the run folder cannot be made or written to.
         ImagesError: the images cannot be used.
@@ -116,9 +112,15 @@ def distill(
     check_run(config, run_dir, resume)
     parallel = processes_for(config.device)
     source = as_image_source(images, identities)
-    folder = None if run_dir is None else _run_folder(Path(run_dir), student, teacher, source, config, parallel)
-    state = None if folder is None else folder.load()
-    with memory_kept(), on_device(parallel.device, student, teacher), _released(student):
+    writes = parallel.rank == 0
+    with ExitStack() as stack:
+        folder: RunFolder | None = None
+        if run_dir is not None:
+            folder = stack.enter_context(run_folder(Path(run_dir), config, student, teacher, source, writes))
+        state = None if folder is None else folder.load()
+        stack.enter_context(memory_kept())
+        stack.enter_context(on_device(parallel.device, student, teacher))
+        stack.enter_context(_released(student))
         finished = state is not None and state["step"] == state["total"]
         if folder is not None and state is not None and finished and not folder.is_longer:
             with folder.restoring():
@@ -126,7 +128,7 @@ def distill(
         else:
             batches = _batches(source, teacher, config, parallel, progress)
             _check_settings(config, batches, student, parallel)
-            _Trainer(student, teacher, batches, config, parallel).run(folder, state, progress and parallel.rank == 0)
+            _Trainer(student, teacher, batches, config, parallel).run(folder, state, progress and writes)
         parallel.wait()
     return record_step(student, "distill", asdict(config))
 
@@ -139,22 +141,6 @@ def _released(student: nn.Module) -> Iterator[None]:
     finally:
         student.zero_grad(set_to_none=True)
         set_observers(student, False)
-
-
-def _run_folder(
-    path: Path,
-    student: nn.Module,
-    teacher: nn.Module,
-    source: ImageSource,
-    config: DistillConfig,
-    parallel: Parallel,
-) -> RunFolder:
-    inputs = {
-        "student layers": digest_of_structure(student),
-        "teacher weights": digest_of_values(teacher),
-        "images": digest_of_images(source),
-    }
-    return RunFolder(path, config, inputs, writes=parallel.rank == 0)
 
 
 def _batches(

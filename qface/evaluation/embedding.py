@@ -23,7 +23,7 @@ from qface.memory_format import fastest_memory_format
 from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, PreprocessingOverride, dtype_of, preprocessing_of
 from qface.progress import track
-from qface.training_mode import preserve_training_mode
+from qface.training_mode import eval_mode, shared_by_threads
 
 __all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed", "embedding_batches", "unit_rows"]
 
@@ -72,7 +72,7 @@ class TorchEmbedder:
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Embed ``batch``, normalized [N, 3, height, width], to [N, D], on the model's device and in its type."""
-        with _evaluating(self.model), torch.inference_mode():
+        with eval_mode(self.model), shared_by_threads(self.model, _unobserved), torch.inference_mode():
             images = batch.to(self.device, dtype_of(self.model))
             if self._memory_format is None:
                 self._memory_format = fastest_memory_format(images[:1], self.model)
@@ -81,18 +81,16 @@ class TorchEmbedder:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode with observers off: torch's observers update in eval mode too."""
+def _unobserved(model: nn.Module) -> Iterator[None]:
+    """Observers off: torch's observers update in eval mode too."""
     observing: list[Any] = [module for module in model.modules() if _is_observing(module)]
-    with preserve_training_mode(model):
-        model.eval()
+    for module in observing:
+        module.enable_observer(False)
+    try:
+        yield
+    finally:
         for module in observing:
-            module.enable_observer(False)
-        try:
-            yield
-        finally:
-            for module in observing:
-                module.enable_observer(True)
+            module.enable_observer(True)
 
 
 def _is_observing(module: Any) -> bool:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
+from qface.data.content_digest import digest_of_images
 from qface.data.images import IndexedImages
 from qface.data.subset import Subset
 from qface.errors import ConfigError, ExportError, ImagesError
 from qface.evaluation.embedding import Embedder, Embeddings, embedding_batches
-from qface.files import replacing
+from qface.files import alone_in, replacing
 
 __all__ = ["embed_to_file"]
 
@@ -29,8 +30,8 @@ def embed_to_file(
 ) -> Embeddings:
     """The embeddings of ``source``, as the model gives them, in ``folder``; those that are there already are kept.
 
-    Whether these are of the same model and images is seen from their number and from three of them, which are computed
-    again.
+    Whether these are of the same images is seen from all that these hold; whether they are of the same model from three
+    of them, which are computed again.
 
     Args:
         embedder: what embeds.
@@ -52,24 +53,10 @@ def embed_to_file(
     """
     if len(source) == 0:
         raise ImagesError("there are no images to embed: pass at least one")
-    with _alone_in(folder):
-        return _completed(embedder, source, folder, batch_size, flip, progress)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of ``folder``, which is made."""
-    lock = FileLock(folder / "embeddings.lock", timeout=0)
     with _file_errors_told(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    with alone_in(folder):
+        return _completed(embedder, source, folder, batch_size, flip, progress)
 
 
 @contextmanager
@@ -84,9 +71,9 @@ def _file_errors_told(folder: Path) -> Iterator[None]:
 def _completed(
     embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool, progress: bool
 ) -> Embeddings:
-    dimensions = _embed_some(embedder, source, [0], flip).shape[1]
+    dimensions, images = _embed_some(embedder, source, [0], flip).shape[1], digest_of_images(source)
     with _file_errors_told(folder):
-        file = _opened(folder, {"images": len(source), "dimensions": dimensions, "flip": flip})
+        file = _opened(folder, {"images": images, "dimensions": dimensions, "flip": flip})
         rows = _cut_to_rows(file, 4 * dimensions)
     if rows:
         _check_model(embedder, source, flip, _mapped(file, rows, dimensions), folder)
@@ -98,6 +85,8 @@ def _append(file: Path, batches: Iterable[Embeddings]) -> None:
     for batch in batches:
         with _file_errors_told(file.parent), file.open("ab") as output:
             output.write(batch.astype("<f4").tobytes())
+            output.flush()
+            os.fsync(output.fileno())  # or rows in the middle could be missing after a power failure
 
 
 def _mapped(file: Path, rows: int, dimensions: int) -> Embeddings:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,31 +15,26 @@ import torch
 from qface.errors import ConfigError
 from qface.evaluation.pair_scores import PairScores
 from qface.evaluation.score_counts import RankedScore, ScoreCounts, Watch, watch_for_sample
-from qface.files import make_folder, replacing
+from qface.files import alone_in, make_folder, replacing
 from qface.parallel import Parallel
 from qface.progress import track
 
-__all__ = ["CountStore", "ranked_scores"]
+__all__ = ["CountStore", "count_store", "ranked_scores"]
 
 _SAVED_EVERY = 60.0  # seconds
 
 
 class CountStore:
-    """The folder in which one process keeps its counts.
+    """The file in which one process keeps its counts; :func:`count_store` opens it.
 
     Args:
-        folder: it is made where it is missing.
+        folder: it exists.
         scores: what is counted.
         ranks: what it is counted for.
-        parallel: this process among others.
-
-    Raises:
-        ExportError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, scores: PairScores, ranks: Mapping[str, int], parallel: Parallel) -> None:
-        make_folder(folder)
-        self._path = folder / f"scores-{parallel.rank}-of-{parallel.world_size}.npz"
+    def __init__(self, folder: Path, scores: PairScores, ranks: Mapping[str, int]) -> None:
+        self._path = folder / "counts.npz"
         self._identity = f"{scores.digest()} {sorted(ranks.items())} {scores.tile_size}"
         self._saved = time.monotonic()
 
@@ -83,6 +79,28 @@ class CountStore:
     def is_due(self) -> bool:
         """True a minute after the last saving."""
         return time.monotonic() - self._saved > _SAVED_EVERY
+
+
+@contextmanager
+def count_store(
+    run_dir: Path, scores: PairScores, ranks: Mapping[str, int], parallel: Parallel
+) -> Iterator[CountStore]:
+    """Where this process keeps its counts in ``run_dir``, out of which it keeps other runs until the end of the block.
+
+    Args:
+        run_dir: it is made where it is missing.
+        scores: what is counted.
+        ranks: what it is counted for.
+        parallel: this process among others, of which each has a folder of its own.
+
+    Raises:
+        ConfigError: another run is in the folder.
+        ExportError: it cannot be made.
+    """
+    folder = run_dir / f"scores-{parallel.rank}-of-{parallel.world_size}"
+    make_folder(folder)
+    with alone_in(folder):
+        yield CountStore(folder, scores, ranks)
 
 
 def ranked_scores(

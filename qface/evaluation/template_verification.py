@@ -7,9 +7,9 @@ an embedding is its weight (``use_norm_score`` of InsightFace's ``eval_ijbc.py``
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from qface.errors import ConfigError, QFaceError
 from qface.evaluation.embedding import Embeddings, Model, as_embedder
 from qface.evaluation.embedding_store import embed_to_file
 from qface.evaluation.verification import FPRS, tpr_at_fpr_of_scores
+from qface.files import temporary_folder
 from qface.progress import track
 
 __all__ = ["TemplateProtocol", "TemplateResult", "evaluate_templates", "pair_scores", "template_embeddings"]
@@ -113,8 +114,7 @@ def evaluate_templates(
             f"the landmarks in {folder} lack a detector's score for some images: "
             "restore *_name_5pts_score.txt, or do without detector_score"
         )
-    with tempfile.TemporaryDirectory() as temporary:
-        kept = Path(temporary if run_dir is None else run_dir)
+    with temporary_folder() if run_dir is None else nullcontext(Path(run_dir)) as kept:
         embeddings = embed_to_file(embedder, templates.images, kept, batch_size, flip, progress)
         weights = templates.scores if detector_score else None
         joined = template_embeddings(embeddings, templates.templates, templates.media, protocol, weights)

@@ -6,6 +6,7 @@ Both are exact: a threshold is a score of the rank that was asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from qface.errors import ConfigError, ImagesError, PairsError, QFaceError
 from qface.evaluation.pair_scores import PairScores, Scores
-from qface.evaluation.score_ranking import CountStore, ranked_scores
+from qface.evaluation.score_ranking import count_store, ranked_scores
 from qface.parallel import processes_for
 
 __all__ = [
@@ -118,7 +119,8 @@ def tpr_at_fpr(
 
     Raises:
         ImagesError: there are no genuine or no impostor pairs.
-        ConfigError: a rate is no such decimal, there is no such device, or ``run_dir`` is of other embeddings.
+        ConfigError: a rate is no such decimal, there is no such device, ``run_dir`` is of other embeddings, or another
+            run is in it.
         DependencyError: several processes without Lightning Fabric.
         ExportError: ``run_dir`` cannot be written to.
         QFaceError: the embeddings do not match the labels or each other, or are not finite.
@@ -133,8 +135,9 @@ def tpr_at_fpr(
     genuine, impostors = count_pairs(labels, scores.ordered)
     ranks = ranks_of(fprs, impostors)
     measured = {fpr: rank for fpr, rank in ranks.items() if rank is not None}
-    store = None if run_dir is None else CountStore(Path(run_dir), scores, measured, parallel)
-    ranked = ranked_scores(scores, measured, impostors, parallel, store, progress)
+    kept = nullcontext() if run_dir is None else count_store(Path(run_dir), scores, measured, parallel)
+    with kept as store:
+        ranked = ranked_scores(scores, measured, impostors, parallel, store, progress)
     points = {fpr: OperatingPoint(each.genuine_above / genuine, each.score) for fpr, each in ranked.items()}
     return {fpr: points.get(fpr, OperatingPoint(None, None)) for fpr in fprs}
 

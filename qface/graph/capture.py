@@ -30,7 +30,7 @@ from qface.graph.queries import SYMBOLIC_FUNCTIONS, is_layer_graph
 from qface.network_output import position_of_embedding, written_shape
 from qface.preprocessing import example_input
 from qface.provenance import carry
-from qface.training_mode import preserve_training_mode
+from qface.training_mode import eval_mode
 
 __all__ = ["Converter", "capture", "unwrapped"]
 
@@ -73,8 +73,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _exported(model: nn.Module, images: Tensor) -> tuple[ExportedProgram, BatchDependent]:
     """The program of ``model`` for any number of images, or else that for two and what of it depends on them."""
-    with preserve_training_mode(model), _quiet(), torch.no_grad():
-        model.eval()
+    with eval_mode(model), _quiet(), torch.no_grad():
         _check_runs(model, images)
         try:
             return torch.export.export(model, (images,), dynamic_shapes=_any_number(model), strict=False), {}

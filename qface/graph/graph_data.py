@@ -283,6 +283,7 @@ def graph_from_data(
     return model
 
 
+@torch.random.fork_rng(devices=[])  # layers draw weights at first
 def _build(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
     root = nn.Module()
     for path, layer in data["layers"].items():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ MODEL_NAMES = ("mobilefacenet", "mbf", *(f"iresnet{depth}" for depth in IRESNET_
 """What :func:`load` takes instead of a path, for a network with fresh weights."""
 
 
+@torch.random.fork_rng(devices=[])  # layers draw weights at first
 def load(
     path_or_name: str | Path, model: nn.Module | None = None, preprocessing: PreprocessingOverride | None = None
 ) -> nn.Module:
@@ -184,8 +186,19 @@ def save(model: nn.Module, path: str | Path) -> None:
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
+            _sort_header(temporary)
         except (OSError, SafetensorError) as error:
             raise ExportError(f"cannot write {path}: {error}; is the disk full?") from error
+
+
+def _sort_header(path: Path) -> None:
+    """Give the header of a safetensors file one order: safetensors itself writes metadata in a random one."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
+        file.seek(8)
+        file.write(ordered.ljust(length))  # data stay where they are, and blanks are allowed before them
 
 
 def check_savable(model: nn.Module) -> None:

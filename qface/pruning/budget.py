@@ -11,7 +11,7 @@ from torch import nn
 
 from qface.errors import ConfigError
 from qface.preprocessing import example_input
-from qface.training_mode import preserve_training_mode
+from qface.training_mode import eval_mode
 
 __all__ = ["Budget", "Cost", "cost_of", "count_parameters"]
 
@@ -89,8 +89,8 @@ def _count_macs(model: nn.Module) -> int:
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(add) for layer in layers]
     try:
-        with preserve_training_mode(model), torch.no_grad():
-            model.eval()(example_input(model, 1))
+        with eval_mode(model), torch.no_grad():
+            model(example_input(model, 1))
     finally:
         for hook in hooks:
             hook.remove()

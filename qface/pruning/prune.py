@@ -25,7 +25,7 @@ from qface.pruning.importance import Gradients, estimator, gradients
 from qface.pruning.pruning_config import PruningConfig
 from qface.pruning.repair import Kept, repair
 from qface.pruning.structure import WEIGHTED, Structure, is_depthwise, structure_of
-from qface.training_mode import preserve_training_mode
+from qface.training_mode import eval_mode
 
 __all__ = ["prune"]
 
@@ -236,8 +236,8 @@ class _Rounds:
 
 def _check_runs(model: nn.Module) -> None:
     """Let what torch-pruning overlooked fail here, with an error that says so."""
-    with preserve_training_mode(model), torch.no_grad():
-        model.eval()(example_input(model, 1))
+    with eval_mode(model), torch.no_grad():
+        model(example_input(model, 1))
 
 
 def _pruner(model: nn.Module, share: float, config: PruningConfig, structure: Structure) -> Any:

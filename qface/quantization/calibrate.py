@@ -23,7 +23,7 @@ from qface.quantization.fake_quantize import LSQFakeQuantize
 from qface.quantization.gptq import HessianCollector
 from qface.quantization.gptq import gptq as gptq_weights
 from qface.quantization.quantized_layers import MAX_BIAS, WeightedLayer
-from qface.training_mode import preserve_training_mode
+from qface.training_mode import eval_mode
 
 __all__ = ["CALIBRATION_IMAGES", "calibrate", "scale_parameters", "set_observers"]
 
@@ -98,7 +98,7 @@ def calibrate(
     for quantizer in found:
         quantizer.activation_post_process.reset()
     sample = [normalize(part.to(device), preprocessing) for part in _spread(torch.cat(batches))] if new else []
-    with _in_eval_mode(student), _in_float(found), torch.no_grad():
+    with eval_mode(student), _in_float(found), torch.no_grad():
         if new and equalize:
             cross_layer_equalization(student, torch.cat(sample))
         means = [channel_means(student, part) for part in sample] if correct_biases else []
@@ -113,7 +113,7 @@ def calibrate(
     if new and gptq:
         gptq_weights(hessians)
     if new and correct_biases:
-        with _in_eval_mode(student):
+        with eval_mode(student):
             correct_channel_means(student, sample, means)
     parts = {"equalize": equalize, "gptq": gptq, "correct_biases": correct_biases}
     settings = {"images": num_images, **{name: new and wanted for name, wanted in parts.items()}}
@@ -125,13 +125,6 @@ def _spread(images: Tensor) -> list[Tensor]:
     indices = evenly(len(images), _PARTS * _PART)
     parts = -(-len(indices) // _PART)
     return [images[indices[first::parts]] for first in range(parts)]
-
-
-@contextmanager
-def _in_eval_mode(student: fx.GraphModule) -> Iterator[None]:
-    with preserve_training_mode(student):
-        student.eval()
-        yield
 
 
 @contextmanager

@@ -67,6 +67,7 @@ _OBSERVED = (*_SWAPPED, *INTEGER_LAYERS)  # torch.ao swaps first and matches aft
 _LEAVES = (*OWN_LAYERS, QuantizedAffine, QuantizedGlobalAveragePool)
 
 
+@torch.random.fork_rng(devices=[])  # the layers that torch.ao swaps in draw weights at first
 def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphModule:
     """A student of ``model`` that computes in low precision; ``model`` is untouched.
 

@@ -14,6 +14,7 @@ __all__ = ["check_figure", "sensitivity_figure"]
 FORMATS = (".png", ".svg", ".pdf")
 """Endings of the files that can be drawn."""
 
+_UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _INCHES_A_LAYER = 0.2
 
 
@@ -46,6 +47,8 @@ def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:
     """
     path = Path(path)
     check_figure(path)
+    from matplotlib import rc_context
+
     size = (3 + _INCHES_A_LAYER * len(result.layers), 1 + 3 * len(result.tensors))
     figure = _figure_class()(figsize=size, layout="constrained")
     panels = figure.subplots(len(result.tensors), squeeze=False, sharex=True)[:, 0]
@@ -53,8 +56,10 @@ def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:
         _draw_losses(panel, result, tensor)
     panels[-1].set_xticks(range(len(result.layers)), [layer.name for layer in result.layers], rotation=90, fontsize=7)
     panels[0].set_title(f"one tensor quantized, all else in float, {result.images} images", fontsize="medium")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    kind = path.suffix[1:]
+    # Neither dates nor random names, so that one result gives one file.
+    with replacing(path) as temporary, rc_context({"svg.hashsalt": "qface"}):
+        figure.savefig(temporary, format=kind, dpi=150, metadata=_UNDATED.get(kind))
     return path
 
 

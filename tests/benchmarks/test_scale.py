@@ -19,4 +19,4 @@ def test_each_number_of_images_is_measured_and_a_million_extrapolated(tmp_path: 
     assert rows[1]["tpr"]["1e-6"] is None  # 2e6 impostor pairs are too few
     assert rows[2]["seconds"] == pytest.approx(rows[1]["seconds"] * (1e6 / 2000) ** 2, rel=1e-3)
     assert "1,000,000 (extrapolated)" in result.output
-    assert len(list((tmp_path / "run").glob("*/scores-0-of-1.npz"))) == 2
+    assert len(list((tmp_path / "run").glob("*/scores-0-of-1/counts.npz"))) == 2

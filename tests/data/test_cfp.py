@@ -164,3 +164,8 @@ def test_other_folders_are_no_splits(cfp: Path) -> None:
         CfpSplit(cfp / "Protocol" / "Split" / "FP")
     with pytest.raises(ImagesError, match="people can be selected from a folder only"):
         as_image_source(cfp / "Protocol" / "Split" / "FF", identities="first-half")
+
+
+def test_an_image_is_told_by_name_and_bytes(cfp: Path) -> None:
+    source = CfpSplit(cfp / "Protocol" / "Split" / "FP")
+    assert source.content(0) == b"Data/Images/001/frontal/01.png\0" + source.paths[0].read_bytes()

@@ -99,7 +99,7 @@ def log(folder: Path) -> list[dict[str, float]]:
 
 
 class Interrupted(IndexedImages):
-    """Raises at one of its reads; the first ones are, for a run folder, what tells images apart, and the example."""
+    """Raises at one of its reads, of which the first is the example."""
 
     def __init__(self, images: IndexedImages, reads: int) -> None:
         self.images, self.labels, self.reads = images, images.labels, reads
@@ -112,3 +112,6 @@ class Interrupted(IndexedImages):
         if self.reads < 0:
             raise KeyboardInterrupt
         return self.images.read(indices)
+
+    def content(self, index: int) -> bytes:
+        return self.images.content(index)

@@ -38,6 +38,9 @@ class KilledWhileReading(IndexedImages):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.images.read(indices)
 
+    def content(self, index: int) -> bytes:
+        return self.images.content(index)
+
 
 def networks(dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, torch.nn.Module]:
     return tiny_network(0).to(dtype), tiny_network(1).to(dtype)
@@ -45,7 +48,7 @@ def networks(dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, torch
 
 def main(task: str, folder: Path) -> None:
     if task == "killed":
-        distill(*networks(), KilledWhileReading(face_images(), last=6), CONFIG, folder, progress=False)
+        distill(*networks(), KilledWhileReading(face_images(), last=5), CONFIG, folder, progress=False)
         return
     if task == "features":
         student = distill(

@@ -84,6 +84,10 @@ def test_a_stopped_evaluation_goes_on(crops, pairs, tmp_path):
         assert replace(result, seconds=0) == replace(expected, seconds=0)
     with pytest.raises(ConfigError, match="another model"):
         evaluate(Pooled(noise=1.0), folder, **options, run_dir=tmp_path / "run")
+    replaced, other = sorted(folder.rglob("*.png"))[4:6]
+    replaced.write_bytes(other.read_bytes())
+    with pytest.raises(ConfigError, match="other images"):
+        evaluate(Pooled(), folder, **options, run_dir=tmp_path / "run")
 
 
 def test_a_loader_cannot_go_on(tmp_path):

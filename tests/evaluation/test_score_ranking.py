@@ -14,6 +14,7 @@ import pytest
 from qface.errors import ConfigError
 from qface.evaluation import pair_scores, score_counts, score_ranking, tpr_at_fpr
 from qface.evaluation.pair_scores import PairScores
+from qface.files import alone_in
 
 ROOT = Path(__file__).parents[2]
 FPRS = ("1e-1", "1e-3", "1e-4")
@@ -95,7 +96,7 @@ def test_counts_of_other_faces_are_refused(tmp_path: Path) -> None:
 
 def test_damaged_counts_are_refused(tmp_path: Path) -> None:
     tpr_at_fpr(*faces(), FPRS, run_dir=tmp_path)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*/counts.npz")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="is damaged: delete it"):
         tpr_at_fpr(*faces(), FPRS, run_dir=tmp_path)
@@ -124,7 +125,14 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.Monke
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == 2 * [repr(tpr_at_fpr(embeddings, labels, FPRS))]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["scores-0-of-2.npz", "scores-1-of-2.npz"]
+    assert len(list((tmp_path / "run").glob("scores-?-of-2/counts.npz"))) == 2
+
+
+def test_a_second_run_is_kept_out(tmp_path: Path) -> None:
+    embeddings, labels = faces()
+    (tmp_path / "scores-0-of-1").mkdir()
+    with alone_in(tmp_path / "scores-0-of-1"), pytest.raises(ConfigError, match="another run is writing"):
+        tpr_at_fpr(embeddings, labels, FPRS, run_dir=tmp_path)
 
 
 def test_a_gpu_finds_what_the_cpu_finds() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 import qface
@@ -15,6 +14,7 @@ from qface.data import read_templates
 from qface.errors import ConfigError, ExportError, PairsError, QFaceError
 from qface.evaluation import template_verification as templates_module
 from qface.evaluation import tpr_at_fpr_of_scores
+from qface.files import alone_in
 from qface.preprocessing import Preprocessing
 from tests.data.ijb import SmallIjb
 from tests.networks import tiny_face_net
@@ -176,7 +176,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     SmallIjb(tmp_path / "ijb")
     run = tmp_path / "run"
     run.mkdir()
-    with FileLock(run / "embeddings.lock"), pytest.raises(ConfigError, match="another run is writing to"):
+    with alone_in(run), pytest.raises(ConfigError, match="another run is writing to"):
         qface.evaluate_templates(Counting(), tmp_path / "ijb", run_dir=run)
 
 

@@ -1,0 +1,520 @@
+"""Kills commands at random moments, fills their disk and runs two at once, and looks at what is left.
+
+    python benchmarks/faults.py [--rounds 20] [--seed 0] [--only align]... [--json]
+
+Commands run on a tiny network and a few images of noise, each in a process forked from this one, so that the moments
+lie in their own work and not in the import of torch. After each disturbance an output must be absent, the old one or
+that of an undisturbed run, byte for byte; no traceback may be told; and the same command, run once more, must end as
+the undisturbed run did, with nothing else in its folder or among the temporary files. Exits with 1 where that fails.
+
+Disks are filled on a tmpfs where root may mount one; others get a limit on the size of files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from harness.benchmark_command import BenchmarkCommand
+from harness.report_files import terminal_table
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+import qface
+from qface.cli import main as command_line
+from qface.data import ARCFACE_LANDMARKS
+from qface.progress import track
+from qface.signals import ended_by_signals
+
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+DISTURBANCES = (*SIGNALS, "full disk", "two at once")
+TRACES = ("Traceback", "Exception ignored", "Aborted")
+PAGE = 4096
+ROOM = 64 * 2**20
+OLD = b"an old file"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, run in a folder with ``out`` for what it writes and ``tmp`` for the system's temporary files.
+
+    Args:
+        name: of the command and its variant.
+        run: what the process does.
+        outputs: files in ``out`` that may be there before.
+        given: inputs that are copied to ``out``, where the command changes them.
+        kept: folders in ``out`` that hold a run, whose files grow until it ends.
+    """
+
+    name: str
+    run: Callable[[], object]
+    outputs: tuple[str, ...] = ()
+    given: tuple[Path, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code, or minus the signal, and what it told."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a job does when it is let alone: the digests of its files, what it prints, and its seconds."""
+
+    files: dict[str, str]
+    printed: str
+    seconds: float
+
+
+@dataclass
+class Tally:
+    """What came of a job's disturbances, counted, and what should not have."""
+
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    findings: list[str] = field(default_factory=list)
+
+
+# ---- processes
+
+
+class Running:
+    """A job in a process of its own, in the folder ``case``; what it prints goes to files beside that.
+
+    Args:
+        job: what to do.
+        case: its working directory.
+        limit: greatest size of a file that it may write, in bytes.
+    """
+
+    def __init__(self, job: Job, case: Path, limit: int | None = None) -> None:
+        handle, name = tempfile.mkstemp(dir=case.parent)
+        os.close(handle)
+        self._printed = Path(name), Path(f"{name}.err")
+        # A signal waits until the command hears it: before that the process is this one, which has no business here.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be(job, case, limit)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+
+    def _be(self, job: Job, case: Path, limit: int | None) -> None:
+        code = 1
+        try:
+            for path, number in zip(self._printed, (1, 2), strict=True):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            os.chdir(case)
+            tempfile.tempdir = str(case / "tmp")
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            with ended_by_signals():
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+                job.run()
+            code = 0
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def end(self, at: float | None = None, name: str = "SIGKILL") -> Ended:
+        """Wait until it ends; ``at`` seconds from now it is sent the signal ``name``, where it still runs."""
+        deadline = None if at is None else time.monotonic() + at
+        while deadline is not None and time.monotonic() < deadline:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            if found:
+                return self._ended(status)
+            time.sleep(0.001)
+        if deadline is not None:
+            os.kill(self.pid, getattr(signal, name))
+        return self._ended(os.waitpid(self.pid, 0)[1])
+
+    def _ended(self, status: int) -> Ended:
+        printed, told = (path.read_text(errors="replace") for path in self._printed)
+        for path in self._printed:
+            path.unlink()
+        return Ended(os.waitstatus_to_exitcode(status), printed, told)
+
+
+# ---- what is there
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    """The digest of each file below ``folder``, by its name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def comparable(printed: str) -> str:
+    """What a command printed, without the seconds that it took."""
+    try:
+        record = json.loads(printed)
+    except ValueError:
+        return printed
+    record.pop("seconds", None)
+    return json.dumps(record)
+
+
+def prepared(job: Job, case: Path, old: bool) -> dict[str, str]:
+    """Make the folder of a case; returns what is in ``out``."""
+    for name in ("out", "tmp"):
+        (case / name).mkdir(parents=True)
+    for source in job.given:
+        shutil.copy(source, case / "out")
+    for name in job.outputs if old else ():
+        (case / "out" / name).write_bytes(OLD)
+    return files_in(case / "out")
+
+
+def undisturbed(job: Job, root: Path) -> Undisturbed:
+    """Run ``job`` alone, twice, since the first time has imports that others find done."""
+    for number in range(2):
+        case = root / f"{job.name}-{number}"
+        prepared(job, case, old=False)
+        start = time.monotonic()
+        ended = Running(job, case).end()
+        if ended.code != 0:
+            raise click.ClickException(f"{job.name} fails undisturbed: {ended.stderr}")
+    return Undisturbed(files_in(case / "out"), comparable(ended.stdout), time.monotonic() - start)
+
+
+# ---- disturbances
+
+
+class Cases:
+    """The cases of one job.
+
+    Args:
+        job: what is disturbed.
+        alone: what it does undisturbed.
+        root: folder for its cases.
+        draw: chooses moments, sizes and whether there are old files.
+    """
+
+    def __init__(self, job: Job, alone: Undisturbed, root: Path, draw: random.Random) -> None:
+        self.job = job
+        self.alone = alone
+        self.root = root
+        self.draw = draw
+        self.tally = Tally()
+
+    def disturb(self, disturbance: str) -> None:
+        """Disturb the job once, run it once more, and note what is wrong with either."""
+        case = Path(tempfile.mkdtemp(dir=self.root)) / "case"
+        case.mkdir()
+        before, now = len(self.tally.findings), f"{self.job.name}, {disturbance}"
+        try:
+            if disturbance == "full disk":
+                self._fill(case, now)
+            elif disturbance == "two at once":
+                self._run_two(case, now)
+            else:
+                self._kill(case, now, disturbance)
+        finally:
+            if len(self.tally.findings) == before:
+                shutil.rmtree(case.parent, ignore_errors=True)
+
+    def _kill(self, case: Path, now: str, name: str) -> None:
+        at = self.draw.uniform(0, 1.1 * self.alone.seconds)
+        now = f"{now} after {at:.3f} s"
+        start = prepared(self.job, case, self.draw.random() < 0.5)
+        ended = Running(self.job, case).end(at, name)
+        number = getattr(signal, name)
+        # Minus the number: the process had ended its work, or not begun it, and left the signal to the system.
+        if ended.code not in (0, -number, 128 + number):
+            self._find(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
+        self._look(case, now, start, ended, leaves=name == "SIGKILL")
+        self._again(case, now)
+
+    def _run_two(self, case: Path, now: str) -> None:
+        start = prepared(self.job, case, self.draw.random() < 0.5)
+        one = Running(self.job, case)
+        time.sleep(self.draw.uniform(0, self.alone.seconds))
+        other = Running(self.job, case)
+        both = [other.end(), one.end()]
+        for ended in both:
+            refused = ended.code == 2 and "another run is writing to" in ended.stderr
+            if ended.code != 0 and not refused:
+                self._find(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
+            self._look(case, now, start, ended, leaves=False)
+        if all(ended.code for ended in both):
+            self._find(now, "neither succeeds")
+        self._again(case, now)
+
+    def _fill(self, case: Path, now: str) -> None:
+        largest = max([PAGE, *(path.stat().st_size for path in self._kept_files())])
+        with small_disk(case) as resize:
+            start = prepared(self.job, case, self.draw.random() < 0.5)
+            room = self.draw.randrange(largest * 2)
+            if resize is not None:
+                taken = sum(path.stat().st_size + PAGE for path in case.rglob("*"))
+                resize(taken + PAGE + room)
+            ended = Running(self.job, case, limit=room if resize is None else None).end()
+            now = f"{now}, room for {room}"
+            if ended.code not in (0, 2) or (ended.code == 2 and ended.stderr.count("Error:") != 1):
+                self._find(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
+            self._look(case, now, start, ended, leaves=False)
+            if resize is not None:
+                resize(ROOM)
+            self._again(case, now)
+
+    def _kept_files(self) -> Iterator[Path]:
+        done = self.root / f"{self.job.name}-1"
+        return (path for path in done.rglob("*") if path.is_file())
+
+    def _look(self, case: Path, now: str, start: dict[str, str], ended: Ended, leaves: bool) -> None:
+        """Hold what is there after a disturbance against what was there before, and the undisturbed run."""
+        for trace in TRACES:
+            if trace in ended.stderr:
+                self._find(now, f"tells {ended.stderr[-600:]}")
+        out = files_in(case / "out")
+        for name, digest in out.items():
+            is_temporary = name.rpartition("/")[2].startswith(".qface-")
+            if is_temporary and not leaves:
+                self._find(now, f"leaves {name}")
+            if not (is_temporary or name.startswith(self.job.kept)) and digest not in (
+                *(found.get(name) for found in (start, self.alone.files)),
+            ):
+                self._find(now, f"{name} is neither absent, old nor complete")
+        if not leaves and any((case / "tmp").iterdir()):
+            self._find(now, "leaves temporary files")
+        done = all(out.get(name) == digest for name, digest in self.alone.files.items())
+        outcome = "complete" if done and out else "as before" if out == start else "part of it"
+        self.tally.outcomes[now.split(", ")[1].split(" after")[0], outcome] += 1
+
+    def _again(self, case: Path, now: str) -> None:
+        ended = Running(self.job, case).end()
+        found = files_in(case / "out")
+        if ended.code != 0:
+            self._find(now, f"the next run exits with {ended.code}: {ended.stderr[-300:]}")
+        elif found != self.alone.files:
+            differing = sorted(name for name, _ in found.items() ^ self.alone.files.items())
+            self._find(now, f"the next run ends with other files: {', '.join(differing)}")
+        elif comparable(ended.stdout) != self.alone.printed and not self.job.kept and "align" not in self.job.name:
+            self._find(now, f"the next run prints {ended.stdout[-300:]}")
+        if any((case / "tmp").iterdir()):
+            self._find(now, "the next run leaves temporary files")
+
+    def _find(self, now: str, what: str) -> None:
+        self.tally.findings.append(f"{now}: {what.strip()}")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[int], None] | None]:
+    """A disk mounted at ``folder`` and what sets its size in bytes; None where none may be mounted."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "qface-faults", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        yield None
+        return
+
+    def resize(size: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+
+    try:
+        yield resize
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a command may still run, if this one is stopped
+
+
+# ---- inputs and jobs
+
+
+def write_inputs(folder: Path) -> None:
+    """A network, its student and their files, crops, photos with landmarks, and templates as in IJB-C."""
+    draw = np.random.default_rng(0)
+    write_crops(folder / "crops", draw)
+    write_templates(folder / "ijb", draw)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, 4, 1, bias=False), nn.BatchNorm2d(8), nn.PReLU(8), nn.MaxPool2d(4)]
+    layers += [nn.Conv2d(8, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.PReLU(16), nn.Flatten()]
+    network = nn.Sequential(*layers, nn.Linear(16 * 7 * 7, 16)).eval()
+    teacher = qface.with_preprocessing(network, qface.Preprocessing(source="user"))
+    student = qface.calibrate(qface.quantize(teacher), folder / "crops")
+    qface.save(teacher, folder / "teacher.safetensors")
+    qface.save(student, folder / "student.safetensors")
+    qface.export(student, folder / "student.onnx")
+
+
+def write_crops(folder: Path, draw: np.random.Generator) -> None:
+    """Crops of noise of six people."""
+    for person in range(6):
+        (folder / f"p{person}").mkdir(parents=True)
+        for number in range(5):
+            save_noise(folder / f"p{person}" / f"{number}.png", draw, 112)
+
+
+def write_templates(folder: Path, draw: np.random.Generator) -> None:
+    """Photos of noise with landmarks, three of each of eight templates, two templates a person."""
+    (folder / "loose_crop").mkdir(parents=True)
+    (folder / "meta").mkdir()
+    points = " ".join(f"{value:.3f}" for value in (ARCFACE_LANDMARKS + 20).ravel())
+    faces = [(f"{number}.png", number // 3, number) for number in range(24)]
+    for file, _, _ in faces:
+        save_noise(folder / "loose_crop" / file, draw, 160)
+    lists = {
+        "ijbc_name_5pts_score.txt": [f"{file} {points} 0.9" for file, _, _ in faces],
+        "ijbc_face_tid_mid.txt": [" ".join(map(str, face)) for face in faces],
+        "ijbc_template_pair_label.txt": [f"{a} {b} {int(a // 2 == b // 2)}" for a in range(8) for b in range(a)],
+        "landmarks.txt": [f"{file} {points}" for file, _, _ in faces],
+    }
+    for name, lines in lists.items():
+        (folder / "meta" / name).write_text("\n".join(lines) + "\n")
+
+
+def save_noise(path: Path, draw: np.random.Generator, side: int) -> None:
+    """A square photo."""
+    Image.fromarray(draw.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
+
+
+def jobs_on(inputs: Path) -> list[Job]:
+    """Every command that writes or runs long, on ``inputs``."""
+    crops, teacher, student = (str(inputs / name) for name in ("crops", "teacher.safetensors", "student.safetensors"))
+    ijb, files = str(inputs / "ijb"), ("new.safetensors",)
+
+    def qface_of(*arguments: str) -> Callable[[], object]:
+        return lambda: command_line([*arguments], prog_name="qface")
+
+    images, output = ("--images", crops), ("-o", "out/new.safetensors")
+    training = ("--batch-size", "8", "--epochs", "2")
+    run = ("--run-dir", "out/run", "--resume")
+    quantize, distill = ("quantize", "--model", teacher, *images), ("distill", "--student", student, *images)
+    prune, taught = ("prune", "--model", teacher, *images, "--json"), ("--teacher", teacher)
+    return [
+        Job("quantize", qface_of(*quantize, *output, "--no-distill"), files),
+        Job("quantize and distill", qface_of(*quantize, *output, *training, *run), files, kept=("run/",)),
+        Job("prune", qface_of(*prune, *output), files),
+        Job(
+            "prune and distill",
+            qface_of(*prune, *output, "--distill", *training, *run, "--iterative-steps", "2"),
+            files,
+            kept=("run/",),
+        ),
+        Job("distill", qface_of(*distill, *taught, *output, *training), files),
+        Job("distill with resume", qface_of(*distill, *taught, *output, *training, *run), files, kept=("run/",)),
+        Job("distill by steps", lambda: distill_by_steps(inputs), files, kept=("run/",)),
+        Job("export", qface_of("export", student, "-o", "out/new.onnx"), ("new.onnx",)),
+        Job("export of floats", qface_of("export", teacher, "-o", "out/new.onnx", *images), ("new.onnx",)),
+        Job("evaluate", qface_of("evaluate", student, *images, "--json")),
+        Job(
+            "thresholds",
+            qface_of("thresholds", teacher, student, *images, "--fpr", "0.1", "--write", "out/student.onnx", "--json"),
+            given=(inputs / "student.onnx",),
+        ),
+        Job(
+            "sensitivity",
+            qface_of("sensitivity", teacher, *images, "--figure", "out/new.svg", "--json"),
+            ("new.svg",),
+        ),
+        Job(
+            "align",
+            qface_of("align", f"{ijb}/loose_crop", "-o", "out", "--landmarks", f"{ijb}/meta/landmarks.txt", "--json"),
+        ),
+        Job("ijb", qface_of("ijb", student, "--data", ijb, "--json")),
+        Job("ijb with a run folder", qface_of("ijb", student, "--data", ijb, *run[:2], "--json"), kept=("run/",)),
+    ]
+
+
+def distill_by_steps(inputs: Path) -> None:
+    """As the command does, with a checkpoint after every step."""
+    config = qface.DistillConfig(batch_size=8, epochs=2, checkpoint_every=1, device="cpu")
+    student, teacher = (qface.load(inputs / f"{name}.safetensors") for name in ("student", "teacher"))
+    try:
+        qface.distill(student, teacher, inputs / "crops", config, "out/run", resume=True)
+        qface.save(student, "out/new.safetensors")
+    except qface.QFaceError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+
+
+# ---- report
+
+
+@click.command(cls=BenchmarkCommand)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Cases of each kind a command.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of moments and sizes.")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice([job.name for job in jobs_on(Path())]),
+    help="A command; repeatable.  [default: all]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def main(rounds: int, seed: int, only: tuple[str, ...], as_json: bool) -> None:
+    """Disturb every command and look at what is left."""
+    torch.set_num_threads(1)
+    root = Path(tempfile.mkdtemp(prefix="qface-faults-"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root / "torch")  # a folder that torch makes, empty, where it finds none
+    inputs = root / "inputs"
+    jobs = [job for job in jobs_on(inputs) if not only or job.name in only]
+    made = Running(Job("inputs", lambda: write_inputs(inputs)), _new_case(root)).end()
+    if made.code != 0:
+        raise click.ClickException(made.stderr)
+    cases = [Cases(job, undisturbed(job, root), root, random.Random(f"{seed} {job.name}")) for job in jobs]
+    wanted = [(each, disturbance) for _ in range(rounds) for each in cases for disturbance in DISTURBANCES]
+    for each, disturbance in track(wanted, "disturb", True):
+        each.disturb(disturbance)
+    findings = [finding for each in cases for finding in each.tally.findings]
+    show(cases, findings, as_json)
+    if findings:
+        click.echo(f"what is left lies in {root}", err=True)
+        raise click.exceptions.Exit(1)
+    shutil.rmtree(root)
+
+
+def _new_case(root: Path) -> Path:
+    case = root / "making"
+    (case / "tmp").mkdir(parents=True)
+    return case
+
+
+def show(cases: list[Cases], findings: list[str], as_json: bool) -> None:
+    """Print what came of each disturbance of each command, and the findings."""
+    rows = [
+        {"command": each.job.name, "disturbance": disturbance, "seconds": each.alone.seconds}
+        | {outcome: each.tally.outcomes[disturbance, outcome] for outcome in ("as before", "part of it", "complete")}
+        for each in cases
+        for disturbance in DISTURBANCES
+    ]
+    if as_json:
+        click.echo(json.dumps({"rows": rows, "findings": findings}))
+        return
+    cells: list[list[Any]] = [
+        [f"{row[key]:.2f}" if key == "seconds" else str(row[key]) for key in rows[0]] for row in rows
+    ]
+    Console(width=120).print(terminal_table("Disturbed commands", list(rows[0]), cells))
+    for finding in findings:
+        click.echo(f"FOUND: {finding}")
+
+
+if __name__ == "__main__":
+    with ended_by_signals():  # or a disk would stay mounted
+        main()

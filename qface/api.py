@@ -1,0 +1,64 @@
+"""All that ``import qface`` offers, imported at once."""
+
+from qface.data.crops import AlignmentReport, align
+from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
+from qface.deployment.mixed_precision import allocate_bits
+from qface.distillation import DistillConfig, distill
+from qface.errors import QFaceError
+from qface.evaluation import (
+    EvaluationResult,
+    MatchThresholds,
+    OperatingThresholds,
+    TemplateResult,
+    evaluate,
+    evaluate_templates,
+    match_thresholds,
+    operating_thresholds,
+    thresholds_of,
+    write_thresholds,
+)
+from qface.models import load, save
+from qface.preprocessing import Preprocessing, with_preprocessing
+from qface.pruning import Budget, PruningConfig, prune
+from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
+from qface.quantization.sensitivity import Sensitivity, sensitivity
+
+__all__ = [
+    "AlignmentReport",
+    "Budget",
+    "DistillConfig",
+    "EvaluationResult",
+    "LayerBits",
+    "MatchThresholds",
+    "OperatingThresholds",
+    "Preprocessing",
+    "PruningConfig",
+    "QFaceError",
+    "QuantizationConfig",
+    "QuantizationPlan",
+    "SelfTest",
+    "Sensitivity",
+    "SizeReport",
+    "TemplateResult",
+    "align",
+    "allocate_bits",
+    "calibrate",
+    "distill",
+    "evaluate",
+    "evaluate_templates",
+    "export",
+    "inspect",
+    "load",
+    "match_thresholds",
+    "measure_size",
+    "operating_thresholds",
+    "prune",
+    "quantize",
+    "save",
+    "selftest",
+    "sensitivity",
+    "thresholds_of",
+    "verify",
+    "with_preprocessing",
+    "write_thresholds",
+]

@@ -1,0 +1,48 @@
+"""torch's own ONNX exporter, the TorchScript one, which needs no further package."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+__all__ = ["torch_onnx_model"]
+
+
+def torch_onnx_model(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    opset: int,
+) -> onnx.ModelProto:
+    """The ONNX model of ``module``, in which the first dimension of every input and output is free.
+
+    The exporter warns that it is the older one; that is hidden, and the logger is as before afterwards. What it raises,
+    which may be anything, passes.
+    """
+    written = io.BytesIO()
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module,
+                tuple(inputs),
+                written,  # type: ignore[arg-type]
+                dynamo=False,
+                opset_version=opset,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                dynamic_axes={each: {0: "batch"} for each in (*input_names, *output_names)},
+            )
+    finally:
+        logger.setLevel(level)
+    return onnx.load_from_string(written.getvalue())
