@@ -19,12 +19,13 @@ from qface.files import alone_in
 ROOT = Path(__file__).parents[2]
 FPRS = ("1e-1", "1e-3", "1e-4")
 TWO_RANKS = """
-import sys
+import os, sys
+from pathlib import Path
 import numpy as np
 from qface.evaluation import tpr_at_fpr
 faces = np.load(sys.argv[1])
 points = tpr_at_fpr(faces["embeddings"], faces["labels"], ("1e-1", "1e-3", "1e-4"), run_dir=sys.argv[2], device="cpu")
-print(repr(points))
+Path(sys.argv[2], "rank" + os.environ["RANK"]).write_text(repr(points))
 """
 
 
@@ -124,7 +125,8 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.Monke
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == 2 * [repr(tpr_at_fpr(embeddings, labels, FPRS))]
+    expected = repr(tpr_at_fpr(embeddings, labels, FPRS))
+    assert [(tmp_path / "run" / f"rank{rank}").read_text() for rank in (0, 1)] == [expected, expected]
     assert len(list((tmp_path / "run").glob("scores-?-of-2/counts.npz"))) == 2
 
 
