@@ -20,7 +20,7 @@ from typing import Any
 
 from qface.errors import ConfigError, LimitError
 
-__all__ = ["Budget", "Limits", "check", "elements_of", "limits", "named", "parse_json"]
+__all__ = ["Allowance", "Limits", "check", "elements_of", "limits", "named", "parse_json"]
 
 _VARIABLE = "QFACE_LIMITS"
 _MOST_DIMENSIONS = 64  # as numpy; torch's own limit is close
@@ -129,7 +129,7 @@ def elements_of(shape: Sequence[Any], what: str) -> int:
     return math.prod(shape)
 
 
-class Budget:
+class Allowance:
     """The bytes that one file may still make, beyond its own size.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from qface.limits import Budget, check
+from qface.limits import Allowance, check
 
 __all__ = ["check_pickle"]
 
@@ -81,7 +81,7 @@ class _Machine:
     def __init__(self, size: int) -> None:
         self._stack: list[_Value | None] = []  # None is a mark
         self._memo: dict[int, _Value] = {}
-        self._copied = Budget("the pickle", size)
+        self._copied = Allowance("the pickle", size)
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
         """Do what ``opcode`` does."""

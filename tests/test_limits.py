@@ -17,7 +17,7 @@ import qface
 from qface.data.verification_bin import VerificationBin
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, LimitError
-from qface.limits import Budget, Limits, check, elements_of, limits, parse_json
+from qface.limits import Allowance, Limits, check, elements_of, limits, parse_json
 from tests import attacks
 from tests.benchmarks.scripts import script
 
@@ -76,9 +76,9 @@ def test_a_variable_that_names_no_limit_is_refused(text: str, monkeypatch: pytes
 
 
 def test_what_is_no_number_exceeds_every_limit() -> None:
-    budget = Budget("the file")
+    allowance = Allowance("the file")
     with pytest.raises(LimitError):
-        budget.spend(float("nan"))
+        allowance.spend(float("nan"))
 
 
 @given(st.recursive(st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))

@@ -1,4 +1,4 @@
-"""Guards of memory: layers that a file describes are built within a budget, and a run is tried without memory."""
+"""Guards of memory: layers that a file describes are built within a allowance, and a run is tried without memory."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch.ao.quantization import FakeQuantizeBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qface.limits import Budget, check
+from qface.limits import Allowance, check
 
 __all__ = ["BuildGuard", "dry_run"]
 
 
 class BuildGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, new tensors are counted against ``budget`` before they get memory.
+    """While it is entered, new tensors are counted against ``allowance`` before they get memory.
 
     Example:
-        >>> with BuildGuard(Budget("the file")):
+        >>> with BuildGuard(Allowance("the file")):
         ...     layer = torch.nn.PReLU(4)
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, allowance: Allowance) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._budget = budget
+        self._budget = allowance
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``; one that makes a tensor of nothing is run without memory first."""

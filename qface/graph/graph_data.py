@@ -31,7 +31,7 @@ from qface.graph.layers import (
     UpsampleNearest,
 )
 from qface.graph.queries import SYMBOLIC_FUNCTIONS
-from qface.limits import Budget, check
+from qface.limits import Allowance, check
 
 __all__ = ["check_rebuilt", "graph_from_data", "graph_to_data", "on_rebuild", "register_layer", "registered_layers"]
 
@@ -266,7 +266,7 @@ def graph_from_data(
     """
     try:
         check("operators", max(len(data["nodes"]), len(data["layers"])), "the saved graph")
-        with BuildGuard(Budget("the saved graph", sum(each.nbytes for each in tensors.values()))):
+        with BuildGuard(Allowance("the saved graph", sum(each.nbytes for each in tensors.values()))):
             model = _build(data, tensors)
         model.load_state_dict(dict(tensors))
         frozen = set(data["frozen"])

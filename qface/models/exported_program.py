@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 from qface.data.synthetic import synthetic_crops
 from qface.errors import CheckpointError, LimitError, QFaceError, one_line
 from qface.graph.capture import capture
-from qface.limits import Budget, check, elements_of, named, parse_json
+from qface.limits import Allowance, check, elements_of, named, parse_json
 from qface.models.checkpoints import preprocessing_for
 from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, with_preprocessing
@@ -153,14 +153,14 @@ def _check_payloads(listed: dict[str, Any], archive: zipfile.ZipFile, folder: st
     Raises:
         LimitError: their bytes are named again and again.
     """
-    budget = Budget("the list of its weights", sum(info.file_size for info in archive.infolist()))
+    allowance = Allowance("the list of its weights", sum(info.file_size for info in archive.infolist()))
     for name, payload in listed["config"].items():
         file, meta = payload["path_name"], payload["tensor_meta"]
         if payload["use_pickle"] or meta is None or not file.startswith(("weight_", "tensor_")):
             raise _RefusedError(f"holds {name!r} as a pickled object")
         sizes = [size["as_int"] for size in meta["sizes"]]
         size = archive.getinfo(folder + file).file_size
-        budget.spend(size)
+        allowance.spend(size)
         if elements_of(sizes, name) > size:
             raise ValueError(f"{name} of {sizes} has more numbers than its bytes")
         _check_names(payload)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qface.data.pickled_arrays import ArrayUnpickler
 from qface.errors import CheckpointError, LimitError, one_line
-from qface.limits import Budget, elements_of, named
+from qface.limits import Allowance, elements_of, named
 from qface.pickles import check_pickle
 
 __all__ = ["UnknownTensor", "is_pickled_module", "module_tensors", "read_pickled", "read_pickled_module"]
@@ -60,11 +60,13 @@ def read_pickled(path: str | Path) -> Any:
     """
     try:
         with named(path):
-            budget = Budget("the checkpoint", 2 * os.path.getsize(path))  # each number lies in a storage and a tensor
+            allowance = Allowance(
+                "the checkpoint", 2 * os.path.getsize(path)
+            )  # each number lies in a storage and a tensor
             if not zipfile.is_zipfile(path):
-                return _read_legacy(path, budget)
+                return _read_legacy(path, allowance)
             with zipfile.ZipFile(path) as archive:
-                return _Unpickler.of(archive, budget).load()
+                return _Unpickler.of(archive, allowance).load()
     except LimitError:
         raise
     except CheckpointError as error:
@@ -133,9 +135,9 @@ class UnknownTensor(_Shell):
 class _TensorUnpickler(ArrayUnpickler):
     """One that knows how tensors are rebuilt, and gives a shell for whatever else is named."""
 
-    def __init__(self, file: IO[bytes], budget: Budget) -> None:
+    def __init__(self, file: IO[bytes], allowance: Allowance) -> None:
         super().__init__(file, encoding="utf-8")
-        self._budget = budget
+        self._budget = allowance
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for ``module.name``."""
@@ -170,7 +172,7 @@ class _Unpickler(_TensorUnpickler):
     """The object of a zip archive."""
 
     @classmethod
-    def of(cls, archive: zipfile.ZipFile, budget: Budget) -> _Unpickler:
+    def of(cls, archive: zipfile.ZipFile, allowance: Allowance) -> _Unpickler:
         (pickled,) = (name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
         folder = pickled.removesuffix("data.pkl")
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
@@ -179,7 +181,7 @@ class _Unpickler(_TensorUnpickler):
             raise ValueError("its numbers are big-endian")
         content = io.BytesIO(archive.read(pickled))
         check_pickle(content)
-        unpickler = cls(content, budget)
+        unpickler = cls(content, allowance)
         unpickler._archive, unpickler._folder, unpickler._storages = archive, folder, {}
         return unpickler
 
@@ -210,8 +212,8 @@ class _Unpickler(_TensorUnpickler):
 class _LegacyUnpickler(_TensorUnpickler):
     """The object of a file as torch wrote it before 1.6, whose storages are filled after it is read."""
 
-    def __init__(self, file: IO[bytes], budget: Budget) -> None:
-        super().__init__(file, budget)
+    def __init__(self, file: IO[bytes], allowance: Allowance) -> None:
+        super().__init__(file, allowance)
         self.storages: dict[str, Tensor] = {}
 
     def persistent_load(self, pid: Any) -> Any:
@@ -230,25 +232,25 @@ class _LegacyUnpickler(_TensorUnpickler):
         return storage
 
 
-def _read_legacy(path: str | Path, budget: Budget) -> Any:
+def _read_legacy(path: str | Path, allowance: Allowance) -> Any:
     with Path(path).open("rb") as file:
-        if _plain(file, budget) != _LEGACY_MAGIC:
+        if _plain(file, allowance) != _LEGACY_MAGIC:
             raise ValueError("it begins with no magic number of torch's")
-        _, machine = _plain(file, budget), _plain(file, budget)
+        _, machine = _plain(file, allowance), _plain(file, allowance)
         if not machine.get("little_endian"):
             raise ValueError("its numbers are big-endian")
         check_pickle(file)
-        unpickler = _LegacyUnpickler(file, budget)
+        unpickler = _LegacyUnpickler(file, allowance)
         content = unpickler.load()
-        for key in _plain(file, budget):
+        for key in _plain(file, allowance):
             _fill(unpickler.storages[str(key)], file, key)
     return content
 
 
-def _plain(file: IO[bytes], budget: Budget) -> Any:
+def _plain(file: IO[bytes], allowance: Allowance) -> Any:
     """The next pickle of plain values."""
     check_pickle(file)
-    return _LegacyUnpickler(file, budget).load()
+    return _LegacyUnpickler(file, allowance).load()
 
 
 def _fill(storage: Tensor, file: IO[bytes], key: str) -> None:

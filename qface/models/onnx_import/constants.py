@@ -10,7 +10,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from qface.errors import UnsupportedLayerError, one_line
-from qface.limits import Budget, check
+from qface.limits import Allowance, check
 from qface.models.onnx_import.onnx_file import Array, Node, OnnxFile
 
 __all__ = ["COMPUTED", "ConstantFolder"]
@@ -35,7 +35,8 @@ class ConstantFolder:
     def __init__(self, file: OnnxFile) -> None:
         self._file = file
         size = sum(each.nbytes for each in file.constants.values())
-        self._made = Budget(f"{file.path}, in its constants,", size)
+        # Half precision that is cast doubles, and what is transposed or reshaped then is a copy.
+        self._made = Allowance(f"{file.path}, in its constants,", 4 * size)
         self._multiplications = 0.0
 
     def compute(self, node: Node, inputs: dict[str, Array]) -> list[Array]:

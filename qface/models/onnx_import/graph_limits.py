@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from qface.errors import CheckpointError, LimitError
-from qface.limits import Budget, check
+from qface.limits import Allowance, check
 
 __all__ = ["all_nodes", "check_external_data", "check_functions", "check_graph"]
 
@@ -90,9 +90,9 @@ def check_external_data(model: onnx.ModelProto, path: Path) -> None:
     tensors = [each for each in model.graph.initializer if uses_external_data(each)]
     infos = [ExternalDataInfo(each) for each in tensors]
     files = {info.location: _length(path.parent / info.location) for info in infos}
-    budget = Budget(f"{path}, in its external data,", sum(files.values()))
+    allowance = Allowance(f"{path}, in its external data,", sum(files.values()))
     for info in infos:
-        budget.spend(info.length or files[info.location])
+        allowance.spend(info.length or files[info.location])
 
 
 def _length(path: Path) -> int:
