@@ -66,3 +66,6 @@ else:
             return importlib.import_module(f"qface.{name}")
         except ModuleNotFoundError:
             raise AttributeError(f"module 'qface' has no attribute {name!r}") from None
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -25,6 +25,7 @@ def test_importing_the_package_leaves_slow_libraries_alone() -> None:
 @pytest.mark.parametrize("name", qface.__all__)
 def test_every_public_name_exists(name: str) -> None:
     assert hasattr(qface, name)
+    assert name in dir(qface)
 
 
 def imports(path: Path) -> Iterator[str]:
