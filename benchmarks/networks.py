@@ -116,10 +116,12 @@ class Measurement:
         bits: of weights and activations.
         runs: timed calls of each file; none with 0.
         folder: for the files.
+        onnx: whether its ONNX goes the whole way too.
     """
 
-    def __init__(self, network: ForeignNetwork, bits: int, runs: int, folder: Path) -> None:
+    def __init__(self, network: ForeignNetwork, bits: int, runs: int, folder: Path, onnx: bool = True) -> None:
         self.network = network
+        self.onnx = onnx
         self.bits = bits
         self.runs = runs
         self.file, self.float_file, self.newer_file = (
@@ -156,8 +158,10 @@ class Measurement:
         row.compared = sum(layer.elements for layer in agreement.layers)
         row.file_bytes = self.file.stat().st_size
         row.size_ratio = row.file_bytes / (4 * row.parameters * self.bits / 32)
-        self._measure_onnx(model, crops)
-        if self.runs and self.float_file.exists():
+        if self.onnx:
+            self._measure_onnx(model, crops)
+        if self.runs:
+            qface.export(model, self.float_file)
             before, after = median_milliseconds([self.float_file, self.file], runs=self.runs)
             row.speed_ratio = after / before
 
@@ -273,15 +277,18 @@ def integer_share(canonical: fx.GraphModule) -> float:
 @click.option("--idioms", is_flag=True, help="Also one network for each idiom.")
 @click.option("--bits", type=click.IntRange(2, 8), default=8, show_default=True, help="Of weights and activations.")
 @click.option("--runs", type=click.IntRange(0), default=40, show_default=True, help="Timed calls of each file.")
+@click.option("--onnx/--no-onnx", default=True, show_default=True, help="Take their ONNX the whole way too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the table as Markdown.")
-def main(names: Sequence[str], idioms: bool, bits: int, runs: int, as_json: bool, output: Path | None) -> None:
+def main(
+    names: Sequence[str], idioms: bool, bits: int, runs: int, onnx: bool, as_json: bool, output: Path | None
+) -> None:
     """Take networks of other packages the whole way, and print what became of each."""
     networks = chosen(names, idioms)
     rows = []
     for network in track(networks, "networks", shown=not as_json, total=len(networks)):
         with tempfile.TemporaryDirectory() as folder, _silence():
-            rows.append(Measurement(network, bits, runs, Path(folder)).run())
+            rows.append(Measurement(network, bits, runs, Path(folder), onnx).run())
     if as_json:
         click.echo(json.dumps({"bits": bits, "rows": [asdict(row) for row in rows]}))
     else:

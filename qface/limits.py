@@ -45,7 +45,7 @@ class Limits:
     depth: int = 200
     objects: int = 2_000_000
     bytes: int = 2**29
-    activations: int = 2**26
+    activations: int = 2**27
     operators: int = 10_000
     photo: int = 64_000_000
     image: int = 2**20

@@ -14,7 +14,7 @@ settings.register_profile("qface", deadline=None)
 settings.load_profile("qface")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def faces() -> Path:
     """Folder with ``data/`` and ``weights/`` (QFACE_DATA, by default ``shared`` beside the checkout)."""
     root = Path(os.environ.get("QFACE_DATA", Path(__file__).parents[2] / "shared"))

@@ -189,6 +189,7 @@ def test_a_file_proves_itself_and_knows_its_thresholds(student: Path) -> None:
 def test_a_file_that_differs_or_cannot_tell_is_named(student: Path) -> None:
     qface.export(qface.load(student), "student.onnx")
     golden = json.loads(read_metadata("student.onnx")["golden"])
+    golden["digests"][:4] = golden["digests"][3::-1]
     golden["embeddings"].reverse()
     add_metadata("student.onnx", {"golden": json.dumps(golden)})
     result = run("selftest", "student.onnx")

@@ -15,6 +15,11 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 
+def hear_interrupts() -> None:
+    """Undo what a shell does to commands in its background, which ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def ended(code: str, folder: Path, **options: object) -> tuple[int, str]:
     """Exit code and stderr of ``code``, run with qface's imports, ``send`` and its working directory ``folder``."""
     preamble = "import gc, os, signal\nfrom qface.files import replacing\nfrom qface.signals import ended_by_signals\n"
@@ -23,6 +28,7 @@ def ended(code: str, folder: Path, **options: object) -> tuple[int, str]:
         [sys.executable, "-c", preamble + code],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=hear_interrupts,
         capture_output=True,
         text=True,
         check=False,
@@ -68,6 +74,7 @@ def test_a_signal_while_torch_is_imported(name: str, expected: int, tmp_path: Pa
     done = subprocess.run(
         [sys.executable, "-m", "qface", "--help"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        preexec_fn=hear_interrupts,
         capture_output=True,
         text=True,
         check=False,

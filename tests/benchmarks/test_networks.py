@@ -10,8 +10,8 @@ import pytest
 
 from tests.benchmarks.scripts import run, script
 
-PYTORCHCV = ("mobilenetv3_small_w1", "shufflenetv2_w1", "peleenet")
-TRANSFORMERS = ("ViT", "Swin", "ConvNeXt", "PoolFormer", "RegNet")
+PYTORCHCV = ("mobilenetv3_small_w1", "shufflenetv2_w1")
+TRANSFORMERS = ("Swin", "ConvNeXt", "RegNet")
 
 
 def measure(*arguments: str) -> dict[str, Any]:
@@ -26,11 +26,20 @@ def measure(*arguments: str) -> dict[str, Any]:
 )
 def test_a_network_of_others_goes_the_whole_way(package: str, name: str) -> None:
     pytest.importorskip(package)
-    (row,) = measure("--names", name)["rows"]
+    (row,) = measure("--names", name, "--no-onnx")["rows"]
     assert (row["refused"], row["agrees"], row["different_elsewhere"]) == (None, True, 0)
     assert 0.5 < row["integer_share"] <= 1
     assert row["float_operators"] or row["integer_share"] == 1
     assert row["size_ratio"] < (2 if package == "pytorchcv" else 8)  # constants of attention stay float
+
+
+@pytest.mark.parametrize("name", ["ViT", "idiom: squeeze and excite by view"])
+def test_the_onnx_of_a_network_goes_the_whole_way(name: str) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("onnxscript")
+    (row,) = measure("--names", name)["rows"]
+    assert (row["refused"], row["agrees"], row["onnx"], row["newer_onnx"]) == (None, True, "read", "read")
+    assert row["onnx_different"] == 0 or row["float_operators"]
 
 
 def test_an_idiom_is_a_network_too(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ FUNCTIONS: dict[str, Function] = {
     "log1p": lambda x: torch.log1p(x.abs()),
     "logical_and": lambda x: x * torch.logical_and(x > 0, x < 1),
     "logical_or": lambda x: x * torch.logical_or(x < 0, x > 1),
+    "isnan": lambda x: torch.where(torch.isnan(x), 0.0, x.softmax(1)),
     "logical_not": lambda x: x * torch.logical_not(x > 0),
     "lt": lambda x: x * (x < 0),
     "masked_fill": lambda x: x.masked_fill(x > 0, 1.0),

@@ -255,9 +255,8 @@ def test_on_a_gpu_it_agrees_too(kind: str, student: fx.GraphModule, tmp_path: Pa
 
 
 @pytest.mark.faces
-def test_real_network_agrees(target: str, faces: Path, tmp_path: Path) -> None:
-    student = qface.quantize(qface.load(faces / "weights" / "mobilefacenet_112x96.safetensors"), 6)
-    qface.calibrate(student, faces / "data" / "lfw", identities="first-half", num_images=64)
+def test_real_network_agrees(target: str, faces: Path, mobilefacenet_file: Path, tmp_path: Path) -> None:
+    student = qface.load(mobilefacenet_file)
     path = qface.export(student, tmp_path / "net.onnx", target=target)
     crops = ImageFolder(faces / "data" / "lfw", identities="second-half").read(range(32))
     agreement = qface.verify(student, path, crops)

@@ -180,9 +180,8 @@ def test_the_command_line_exports_verifies_and_times_it(student: fx.GraphModule,
 
 
 @pytest.mark.faces
-def test_real_network_reads_bytes(faces: Path, tmp_path: Path) -> None:
-    student = qface.quantize(qface.load(faces / "weights" / "mobilefacenet_112x96.safetensors"), 6)
-    qface.calibrate(student, faces / "data" / "lfw", identities="first-half", num_images=64)
+def test_real_network_reads_bytes(faces: Path, mobilefacenet_file: Path, tmp_path: Path) -> None:
+    student = qface.load(mobilefacenet_file)
     floats, bytes_ = pair_of_files(student, tmp_path)
     crops = ImageFolder(faces / "data" / "lfw", identities="second-half").read(range(16))
     images = OnnxEmbedder(floats).preprocessing(crops)
