@@ -75,7 +75,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code, or minus the signal, and what it told."""
+    """The end of a process: its exit code, or minus the signal, and what it told."""
 
     code: int
     stdout: str
@@ -84,7 +84,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a job does when it is let alone: the digests of its files, what it prints, and its seconds."""
+    """The results of a job that is let alone: the digests of its files, what it prints, and its seconds."""
 
     files: dict[str, str]
     printed: str
@@ -93,7 +93,7 @@ class Undisturbed:
 
 @dataclass
 class Tally:
-    """What came of a job's disturbances, counted, and what should not have."""
+    """Counts of what a job's disturbances led to, and what should not have happened."""
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
@@ -175,7 +175,7 @@ def files_in(folder: Path) -> dict[str, str]:
 
 
 def comparable(printed: str) -> str:
-    """What a command printed, without the seconds that it took."""
+    """The output of a command, without the seconds that it took."""
     try:
         record = json.loads(printed)
     except ValueError:

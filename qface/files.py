@@ -131,22 +131,22 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Return when the content of the file ``path`` is on the disk."""
-    handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _fsync(path, os.O_RDWR)
 
 
 def _sync_folder(path: Path) -> None:
     if os.name == "nt":  # which opens no folders
         return
     with contextlib.suppress(OSError):  # some file systems cannot; the file is in its place all the same
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _fsync(path, os.O_RDONLY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _new_file(folder: Path) -> Path:
@@ -157,7 +157,7 @@ def _new_file(folder: Path) -> Path:
 
 
 def _held(make: Callable[[], Path]) -> tuple[Path, int | None]:
-    """What ``make`` makes, a file or a folder, with a lock that tells other processes that this one lives.
+    """A file or folder that ``make`` makes, with a lock that tells other processes that this one lives.
 
     Another process that looks between the two takes it for abandoned, and it is made once more.
     """

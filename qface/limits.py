@@ -1,4 +1,4 @@
-"""How much a file may ask for: every reader checks here before it allocates or computes.
+"""Limits of what a file may ask for: every reader checks here before it allocates or computes.
 
 A file of a few kilobytes can name one array 20,000 times, nest tuples 300,000 deep or declare images of 20,000 x
 20,000. The limits lie far above what face networks and their data need. Who trusts a file that exceeds one raises it

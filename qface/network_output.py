@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from qface.errors import UnsupportedLayerError
 
-__all__ = ["embedding_of", "is_embedding", "position_of_embedding", "written_shape"]
+__all__ = ["as_rows", "embedding_of", "is_embedding", "position_of_embedding", "written_shape"]
 
 
 def embedding_of(outputs: Any) -> Tensor:
@@ -45,6 +45,11 @@ def position_of_embedding(shapes: Sequence[Sequence[int | None]]) -> int:
         f"the network returns {returned}: {what}, where one embedding is needed; "
         "wrap it in a module that returns the embedding alone"
     )
+
+
+def as_rows(output: Tensor) -> Tensor:
+    """``output`` as it is, or an embedding that is a map of one pixel, [N, D, 1, 1], as [N, D]."""
+    return output.flatten(1) if is_embedding(output.shape) else output
 
 
 def is_embedding(shape: Sequence[Any]) -> bool:

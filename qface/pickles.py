@@ -22,7 +22,7 @@ _CALLS = frozenset({"REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"})
 _LINES = {"STRING": 1, "GLOBAL": 2, "INST": 2}
 """How many lines the arguments of these take; pickletools reads them as ASCII only before Python 3.12.8."""
 _MOST_BITS = 8 * 255
-"""Of an integer: one of numpy's random states has 128, and a product of many larger ones takes minutes."""
+"""Bits of an integer: one of numpy's random states has 128, and a product of many larger ones takes minutes."""
 _ENTRY = 100  # bytes of a container for each entry, about
 
 

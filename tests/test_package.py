@@ -49,7 +49,7 @@ def test_only_the_quantization_package_touches_torch_ao() -> None:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> tarfile.TarFile:
-    """What ``python -m build --sdist`` makes of the checkout."""
+    """The archive that ``python -m build --sdist`` makes of the checkout."""
     checkout = ROOT.parent
     if not (checkout / "pyproject.toml").is_file():
         pytest.skip("qface is installed without its checkout")

@@ -1,4 +1,4 @@
-"""What is written depends on the model alone: not on the process, its random numbers, its folder or the time."""
+"""Files depend on the model alone: not on the process, its random numbers, its folder or the time."""
 
 from __future__ import annotations
 

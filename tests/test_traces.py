@@ -1,4 +1,4 @@
-"""What a verb changes in the process that calls it: nothing."""
+"""Verbs change nothing in the process that calls them."""
 
 from __future__ import annotations
 

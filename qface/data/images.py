@@ -63,7 +63,7 @@ class IndexedImages(ImageSource):
         """The images at ``indices`` as one tensor [len(indices), 3, height, width]."""
 
     def content(self, index: int) -> bytes:
-        """What tells the image at ``index`` from others; sources on disk give names and bytes, and decode nothing."""
+        """Bytes that tell the image at ``index`` from others; sources on disk give name and content, undecoded."""
         return bytes_of(self.read([index]))
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[Tensor]:

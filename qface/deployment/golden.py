@@ -149,7 +149,7 @@ class GoldenValues:
 
     @classmethod
     def of(cls, tolerance: Tolerance, embeddings: Embeddings) -> GoldenValues:
-        """What is stored of the ``embeddings`` of the first test images, float32 [images, dimensions]."""
+        """The golden values of the ``embeddings`` of the first test images, float32 [images, dimensions]."""
         digests = tuple(embedding_digest(row) for row in embeddings) if tolerance == EQUAL else ()
         return cls(tolerance, embeddings[:NUM_EMBEDDINGS], digests)
 

@@ -21,7 +21,7 @@ from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
 from qface.errors import CheckpointError, ConfigError, DependencyError, QFaceError, one_line
 from qface.models.onnx_import.image_input import ImageInput, described_input, find_image_input
 from qface.models.onnx_import.onnx_file import check_onnx, read_onnx, telling_damage
-from qface.network_output import is_embedding
+from qface.network_output import as_rows
 from qface.preprocessing import PreprocessingOverride, written_preprocessing
 
 __all__ = ["WEIGHT_BITS", "OnnxEmbedder", "cpu_session", "providers_for"]
@@ -118,8 +118,7 @@ class OnnxEmbedder:
             outputs = self._session.run([self._output], {self._name: images.contiguous().numpy()})
         except Exception as error:  # onnxruntime's errors share no base class
             raise QFaceError(f"{self.path} cannot embed images {list(images.shape)}: {one_line(error)}") from error
-        embedding = torch.from_numpy(outputs[0]).float()
-        return embedding.flatten(1) if is_embedding(embedding.shape) else embedding
+        return as_rows(torch.from_numpy(outputs[0]).float())
 
     def _check_size(self) -> None:
         shape = self._session.get_inputs()[0].shape

@@ -89,7 +89,7 @@ def run_folder(
 
 
 class RunFolder:
-    """What a run leaves on disk so that another process can finish it; :func:`run_folder` opens it.
+    """The files of a run, with which another process can finish it; :func:`run_folder` opens them.
 
     Args:
         path: the folder, which exists.

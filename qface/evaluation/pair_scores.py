@@ -110,7 +110,7 @@ class PairScores:
         digest.update(self._people.tobytes())
         if self._order is not None:
             digest.update(self._order.tobytes())
-        for embeddings in (self._probes, self._column_embeddings):
+        for embeddings in (self._probes,) if self._gallery is None else (self._probes, self._gallery):
             for start in _starts(embeddings):
                 digest.update(embeddings[start : start + _TILE_SIZE].tobytes())
         return digest.hexdigest()[:32]
@@ -151,7 +151,7 @@ def _on_cpu(values: Any) -> Scores:
 
 
 def _check_embeddings(probes: Scores, people: npt.NDArray[np.intp], gallery: Scores | None) -> None:
-    for name, embeddings in (("probes", probes), ("gallery", probes if gallery is None else gallery)):
+    for name, embeddings in [("probes", probes)] + ([] if gallery is None else [("gallery", gallery)]):
         if embeddings.ndim != 2 or people.shape != (len(embeddings),):
             raise QFaceError(
                 f"{name} {list(embeddings.shape)} do not match labels {list(people.shape)}: "

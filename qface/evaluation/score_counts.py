@@ -26,7 +26,7 @@ _MOST_WATCHED = 256  # bins, which take 1 MiB each
 
 @dataclass(frozen=True)
 class Watch:
-    """What a pass over the scores looks at.
+    """The bins and the floor that a pass over the scores looks at.
 
     Args:
         bins: of which the lower bits are counted too, ascending.

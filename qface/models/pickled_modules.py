@@ -137,7 +137,7 @@ class _TensorUnpickler(ArrayUnpickler):
 
     def __init__(self, file: IO[bytes], allowance: Allowance) -> None:
         super().__init__(file, encoding="utf-8")
-        self._budget = allowance
+        self._allowance = allowance
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for ``module.name``."""
@@ -155,7 +155,7 @@ class _TensorUnpickler(ArrayUnpickler):
 
     def _rebuild_tensor(self, storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
         """A view of ``storage``; it counts as what a copy of it takes, since views may repeat the same numbers."""
-        self._budget.spend(elements_of(size, "a tensor") * storage.itemsize)
+        self._allowance.spend(elements_of(size, "a tensor") * storage.itemsize)
         return storage.as_strided(tuple(size), tuple(stride), offset)
 
     def _storage_type(self, kind: Any, dtype: Any, key: Any) -> torch.dtype:
@@ -202,7 +202,7 @@ class _Unpickler(_TensorUnpickler):
         """The numbers of one file, read once however many tensors look at them."""
         if (key, dtype) not in self._storages:
             part = self._archive.getinfo(f"{self._folder}data/{key}")
-            self._budget.spend(part.file_size)
+            self._allowance.spend(part.file_size)
             content = bytearray(self._archive.read(part))
             values = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
             self._storages[key, dtype] = values
@@ -224,7 +224,7 @@ class _LegacyUnpickler(_TensorUnpickler):
         if view is not None:
             raise pickle.UnpicklingError(f"storage {key} is a part of another")
         if str(key) not in self.storages:
-            self._budget.spend(elements_of([count], "a storage") * dtype.itemsize)
+            self._allowance.spend(elements_of([count], "a storage") * dtype.itemsize)
             self.storages[str(key)] = torch.zeros(count, dtype=dtype)
         storage = self.storages[str(key)]
         if len(storage) != count or storage.dtype != dtype:

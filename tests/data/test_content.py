@@ -1,4 +1,4 @@
-"""What sources say tells one image from another."""
+"""Sources say what tells one image from another."""
 
 from __future__ import annotations
 

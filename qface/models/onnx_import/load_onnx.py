@@ -16,7 +16,7 @@ from qface.models.onnx_import.image_input import ImageInput, find_image_input
 from qface.models.onnx_import.importer import Importer
 from qface.models.onnx_import.onnx_file import OnnxFile, read_onnx, telling_damage
 from qface.models.onnx_import.operators import OPERATOR_RULES
-from qface.network_output import is_embedding
+from qface.network_output import as_rows
 from qface.preprocessing import Preprocessing, PreprocessingOverride
 from qface.provenance import with_provenance, written_provenance
 
@@ -90,8 +90,7 @@ def _from_onnxruntime(file: OnnxFile, image: ImageInput, images: Tensor) -> Tens
         (expected,) = session.run([file.output], {file.image.name: given.contiguous().numpy()})
     except Exception as error:  # onnxruntime's errors have no common base
         raise CheckpointError(f"onnxruntime cannot run {file.path}: {one_line(error, 200)}") from error
-    embedding = torch.from_numpy(expected)
-    return embedding.flatten(1) if is_embedding(embedding.shape) else embedding
+    return as_rows(torch.from_numpy(expected))
 
 
 def _compare(found: Tensor, expected: Tensor, file: OnnxFile) -> None:
