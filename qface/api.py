@@ -22,6 +22,8 @@ from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.pruning import Budget, PruningConfig, prune
 from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
 from qface.quantization.sensitivity import Sensitivity, sensitivity
+from qface.reporting.report.report import report
+from qface.reporting.run_record import RunRecord
 
 __all__ = [
     "AlignmentReport",
@@ -36,6 +38,7 @@ __all__ = [
     "QFaceError",
     "QuantizationConfig",
     "QuantizationPlan",
+    "RunRecord",
     "SelfTest",
     "Sensitivity",
     "SizeReport",
@@ -54,6 +57,7 @@ __all__ = [
     "operating_thresholds",
     "prune",
     "quantize",
+    "report",
     "save",
     "selftest",
     "sensitivity",

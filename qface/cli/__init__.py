@@ -11,6 +11,7 @@ import qface
 from qface.cli.deployment import bench, export, inspect, selftest, size, verify
 from qface.cli.evaluation import evaluate, ijb, sensitivity, thresholds
 from qface.cli.faces import align, demo
+from qface.cli.reporting import report
 from qface.cli.training import distill, prune, quantize
 
 __all__ = ["export_alias", "main"]
@@ -28,7 +29,7 @@ for _each in (
     *(quantize, prune, distill),
     *(evaluate, ijb, thresholds, sensitivity),
     *(inspect, export, verify, selftest, bench, size),
-    *(align, demo),
+    *(report, align, demo),
 ):
     main.add_command(_each)
 

@@ -22,7 +22,7 @@ from qface.checks import check_whole
 from qface.data.images import Images, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
-from qface.errors import ConfigError
+from qface.errors import ConfigError, one_line
 from qface.graph.queries import is_shape_only, layer_of
 from qface.preprocessing import example_input, preprocessing_of
 from qface.progress import track
@@ -94,11 +94,30 @@ class Sensitivity:
         """Plain values with bits as strings, for JSON."""
         return {"images": self.images, "layers": [_layer_record(layer) for layer in self.layers]}
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Sensitivity:
+        """Read what :meth:`to_dict` returned.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        try:
+            return cls(int(record["images"]), tuple(map(_layer_of_record, record["layers"])))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"this is no sensitivity ({one_line(error, 200)}): write it with qface sensitivity --json"
+            ) from error
+
 
 def _layer_record(layer: LayerSensitivity) -> dict[str, Any]:
     losses = {"weight": layer.weight, "activation": layer.activation}
     plain = {name: {str(bits): loss for bits, loss in of.items()} for name, of in losses.items()}
     return {"name": layer.name, "elements": layer.elements, **plain}
+
+
+def _layer_of_record(record: Mapping[str, Any]) -> LayerSensitivity:
+    losses = ({int(bits): float(loss) for bits, loss in record[name].items()} for name in ("weight", "activation"))
+    return LayerSensitivity(str(record["name"]), int(record["elements"]), *losses)
 
 
 @torch.no_grad()

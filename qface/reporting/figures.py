@@ -1,34 +1,104 @@
-"""Results as figures in files; matplotlib (extra ``qface[figures]``) is imported only when one is drawn."""
+"""Results as figures; each function returns a figure of matplotlib (extra ``qface[figures]``)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qface.errors import DependencyError, ExportError
-from qface.files import check_folder, replacing
 from qface.quantization.sensitivity import Sensitivity
+from qface.reporting.drawing import INK, LINES, check_figure, figure_class, new_figure, save_figure
+from qface.reporting.report.data import LayerSize, ModelFigures
 
-__all__ = ["check_figure", "sensitivity_figure"]
+__all__ = [
+    "check_figure",
+    "det_figure",
+    "draw_sensitivity",
+    "histogram_figure",
+    "latency_figure",
+    "roc_figure",
+    "sensitivity_figure",
+    "size_figure",
+    "training_figure",
+]
 
-FORMATS = (".png", ".svg", ".pdf")
-"""Endings of the files that can be drawn."""
-
-_UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _INCHES_A_LAYER = 0.2
+_SMOOTHED = 50  # steps at most that a training curve is averaged over
 
 
-def check_figure(path: str | Path) -> None:
-    """Make sure, before long work, that a figure can be drawn at its end.
+def roc_figure(models: Sequence[ModelFigures]) -> Any:
+    """True-positive over false-positive rates, the latter on a log axis."""
+    figure, axes = new_figure()
+    for model, color in zip(models, LINES, strict=False):
+        axes.plot(model.curve.fpr, [100 * tpr for tpr in model.curve.tpr], ".-", color=color, label=model.name)
+    axes.set(xscale="log", xlabel="false-positive rate", ylabel="true-positive rate, %")
+    axes.legend()
+    return figure
 
-    Raises:
-        DependencyError: matplotlib is not installed.
-        ExportError: ``path`` ends in none of :data:`FORMATS`, or its folder cannot be written to.
-    """
-    _figure_class()
-    if Path(path).suffix not in FORMATS:
-        raise ExportError(f"{path} does not end in {', '.join(FORMATS)}; choose such a name")
-    check_folder(path)
+
+def det_figure(models: Sequence[ModelFigures]) -> Any:
+    """False-negative over false-positive rates, both on log axes."""
+    figure, axes = new_figure()
+    for model, color in zip(models, LINES, strict=False):
+        # A rate of zero has no place on a log axis.
+        points = [(fpr, 1 - tpr) for fpr, tpr in zip(model.curve.fpr, model.curve.tpr, strict=True) if tpr < 1]
+        axes.plot([fpr for fpr, _ in points], [fnr for _, fnr in points], ".-", color=color, label=model.name)
+    axes.set(xscale="log", yscale="log", xlabel="false-positive rate", ylabel="false-negative rate")
+    axes.legend()
+    return figure
+
+
+def histogram_figure(model: ModelFigures, fpr: str) -> Any:
+    """Shares of genuine and impostor pairs over their cosine, with the threshold for ``fpr`` where it is known."""
+    figure, axes = new_figure()
+    edges = model.histogram.edges
+    for name, color in (("impostors", LINES[1]), ("genuine", LINES[0])):
+        shares = [100 * share for share in getattr(model.histogram, name)]
+        axes.stairs(shares, edges, color=color, fill=True, alpha=0.35)
+        axes.stairs(shares, edges, color=color, label=name)
+    threshold = model.thresholds.get(fpr)
+    if threshold is not None:
+        axes.axvline(threshold, color=INK, linestyle="--", linewidth=1, label=f"threshold, FPR {fpr}")
+    axes.set(xlabel="cosine", ylabel="pairs in a bin, %", xlim=(-0.6, 1))
+    axes.legend(fontsize=8)
+    return figure
+
+
+def size_figure(layers: Sequence[LayerSize]) -> Any:
+    """Kilobytes of each layer's weight as float32, with a byte a weight, and packed; one row a layer."""
+    figure, axes = new_figure(height=1 + _INCHES_A_LAYER * len(layers))
+    rows = range(len(layers))
+    kinds = (("float32", "float32_bytes"), ("8 bits", "int8_bytes"), ("in the file", "packed_bytes"))
+    for (label, field), color in zip(kinds, (LINES[3], LINES[1], LINES[0]), strict=True):
+        axes.plot([getattr(layer, field) / 1000 for layer in layers], rows, "o", markersize=4, color=color, label=label)
+    axes.set_yticks(rows, [layer.name for layer in layers], fontsize=7)
+    axes.set(xscale="log", xlabel="kB", ylim=(len(layers) - 0.5, -0.5))
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+    return figure
+
+
+def latency_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Median milliseconds of one image, a bar a file."""
+    figure, axes = new_figure(height=1 + 0.45 * len(rows))
+    bars = axes.barh([row["name"] for row in rows], [row["median_ms"] for row in rows], 0.6, color=LINES[0])
+    axes.bar_label(bars, [f"{row['median_ms']:.2f} ms" for row in rows], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xlabel("milliseconds an image, median")
+    return figure
+
+
+def training_figure(rows: Sequence[Mapping[str, float]]) -> Any:
+    """The loss of a distillation over its steps, and its running mean."""
+    figure, axes = new_figure()
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    length = max(min(_SMOOTHED, len(losses) // 4), 1)
+    means = [sum(losses[end - length : end]) / length for end in range(length, len(losses) + 1)]
+    axes.plot(steps, losses, color=LINES[0], alpha=0.35, linewidth=0.8, label="loss")
+    axes.plot(steps[length - 1 :], means, color=LINES[1], label=f"mean of {length} steps")
+    axes.set(yscale="log", xlabel="step", ylabel="loss")
+    axes.legend()
+    return figure
 
 
 def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:
@@ -36,7 +106,7 @@ def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:
 
     Args:
         result: what was measured.
-        path: file to write, one of :data:`FORMATS`.
+        path: file to write, ending in ``.png``, ``.svg`` or ``.pdf``.
 
     Returns:
         The path.
@@ -45,30 +115,24 @@ def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:
         DependencyError: matplotlib is not installed.
         ExportError: the file cannot be written in this form or place.
     """
-    path = Path(path)
     check_figure(path)
-    from matplotlib import rc_context
+    return save_figure(draw_sensitivity(result), path)
 
+
+def draw_sensitivity(result: Sensitivity) -> Any:
+    """The figure that :func:`sensitivity_figure` writes.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
     size = (3 + _INCHES_A_LAYER * len(result.layers), 1 + 3 * len(result.tensors))
-    figure = _figure_class()(figsize=size, layout="constrained")
+    figure = figure_class()(figsize=size, layout="constrained")
     panels = figure.subplots(len(result.tensors), squeeze=False, sharex=True)[:, 0]
     for panel, tensor in zip(panels, result.tensors, strict=True):
         _draw_losses(panel, result, tensor)
     panels[-1].set_xticks(range(len(result.layers)), [layer.name for layer in result.layers], rotation=90, fontsize=7)
     panels[0].set_title(f"one tensor quantized, all else in float, {result.images} images", fontsize="medium")
-    kind = path.suffix[1:]
-    # Neither dates nor random names, so that one result gives one file.
-    with replacing(path) as temporary, rc_context({"svg.hashsalt": "qface"}):
-        figure.savefig(temporary, format=kind, dpi=150, metadata=_UNDATED.get(kind))
-    return path
-
-
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise DependencyError("figures need matplotlib: pip install 'qface[figures]'") from error
-    return Figure
+    return figure
 
 
 def _draw_losses(panel: Any, result: Sensitivity, tensor: str) -> None:

@@ -1,0 +1,264 @@
+"""Measures what a report shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qface._version import __version__
+from qface.data.folders import ImageFolder
+from qface.data.images import Labels, labels_of
+from qface.data.pairs import ResolvedPairs, read_pairs, resolve_pairs
+from qface.data.sample import evenly
+from qface.data.subset import Subset
+from qface.deployment import Agreement, export, measure_size, verify
+from qface.deployment.latency import compare, open_file
+from qface.errors import ConfigError, ImagesError, one_line
+from qface.evaluation.embedding import Embedder, Embeddings, as_embedder, embed
+from qface.evaluation.score_histogram import score_histogram
+from qface.evaluation.verdicts import Judge, VerdictChange, verdict_changes
+from qface.evaluation.verification import FPRS, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
+from qface.files import temporary_folder
+from qface.limits import named, parse_json
+from qface.models import load
+from qface.models.resolve import resolve_model
+from qface.provenance import provenance_of
+from qface.quantization.sensitivity import Sensitivity
+from qface.reporting.report.data import ChangedPair, Changes, Curve, LayerSize, ModelFigures, ReportData
+from qface.reporting.run_record import RunRecord
+from qface.reporting.steps import steps_in_words
+
+__all__ = ["ReportSettings", "measure_report"]
+
+_RATES = tuple(f"{digit}e-{power}" for power in range(1, 7) for digit in (5, 2, 1))
+_VERIFIED = 128
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """How a report is measured.
+
+    Args:
+        fpr: false-positive rate at which verdicts are compared, one of :data:`qface.evaluation.verification.FPRS`.
+        faces: True to put pictures of faces into the page.
+        latency_runs: timed calls of each file; 0 leaves latency out.
+        progress: show bars on stderr.
+    """
+
+    fpr: str = "1e-3"
+    faces: bool = True
+    latency_runs: int = 40
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fpr not in FPRS:
+            raise ConfigError(f"fpr {self.fpr!r} is none of {', '.join(FPRS)}")
+        if self.latency_runs < 0:
+            raise ConfigError(f"latency_runs is {self.latency_runs}; it must be an integer >= 0")
+
+
+def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
+    """Measure the teacher and the file of ``run`` on its faces.
+
+    Raises:
+        QFaceError: a model, the faces or a file of the run cannot be read or used.
+    """
+    sensitivity, training = _sensitivity(run.sensitivity), _training(run.log)
+    faces = _Faces.of(run)
+    teacher, file = _embedder(run.teacher), as_embedder(run.file)
+    student = load(run.student)
+    found = [embed(each, faces.folder, progress=settings.progress) for each in (teacher, file)]
+    models = tuple(
+        _figures(name, embedder, embeddings, faces)
+        for name, embedder, embeddings in zip(("teacher", "file"), (teacher, file), found, strict=True)
+    )
+    teacher_bytes, latency = _latency(run, settings.latency_runs)
+    genuine, impostors = count_pairs(faces.labels)
+    return ReportData(
+        version=__version__,
+        teacher=Path(run.teacher).name,
+        student=Path(run.student).name,
+        file=Path(run.file).name,
+        steps=steps_in_words(provenance_of(student)),
+        tuning_people=run.tuning_people,
+        eval_people=run.eval_people or "all people",
+        images=len(faces.folder),
+        identities=faces.folder.num_identities,
+        genuine_pairs=genuine,
+        impostor_pairs=impostors,
+        pairs=0 if faces.listed is None else len(faces.listed),
+        models=models,
+        teacher_bytes=teacher_bytes,
+        file_bytes=Path(run.file).stat().st_size,
+        layers=_layers(run.file),
+        processor=_processor(),
+        latency=latency,
+        sensitivity=sensitivity,
+        training=training,
+        agreement=_agreement(verify(student, run.file, _sample(faces.folder))),
+        changes=_changes(models, found, faces, settings),
+        trials=run.trials,
+        stopped=run.stopped,
+    )
+
+
+@dataclass(frozen=True)
+class _Faces:
+    """The images to evaluate on."""
+
+    folder: ImageFolder
+    labels: Labels
+    listed: ResolvedPairs | None
+
+    @classmethod
+    def of(cls, run: RunRecord) -> _Faces:
+        folder = ImageFolder(run.images, run.eval_people)
+        labels = labels_of(folder)
+        if labels is None:
+            raise ImagesError(f"a report needs to know who is who: give {run.images} one subfolder a person")
+        count_pairs(labels)
+        listed = None if run.pairs is None else resolve_pairs(read_pairs(run.pairs), folder)
+        if listed is not None:
+            usable_folds(listed.same, listed.fold)
+        return cls(folder, labels, listed)
+
+
+def _embedder(teacher: str) -> Embedder:
+    return as_embedder(teacher if teacher.lower().endswith(".onnx") else resolve_model(teacher))
+
+
+def _figures(name: str, embedder: Embedder, embeddings: Embeddings, faces: _Faces) -> ModelFigures:
+    points = tpr_at_fpr(embeddings, faces.labels, _RATES)
+    measured = [
+        (float(fpr), each.tpr, each.threshold)
+        for fpr, each in points.items()
+        if each.tpr is not None and each.threshold is not None
+    ]
+    accuracy = None if faces.listed is None else _ten_folds(embeddings, faces.listed)
+    return ModelFigures(
+        name=name,
+        runtime=str(getattr(embedder, "runtime", type(embedder).__name__)),
+        preprocessing=embedder.preprocessing.describe(),
+        dimensions=embeddings.shape[1],
+        tpr_at_fpr={fpr: points[fpr].tpr for fpr in FPRS},
+        thresholds={fpr: points[fpr].threshold for fpr in FPRS},
+        accuracy=None if accuracy is None else accuracy[0],
+        accuracy_std=None if accuracy is None else accuracy[1],
+        curve=Curve(*(tuple(column) for column in zip(*measured, strict=True))) if measured else Curve((), (), ()),
+        histogram=score_histogram(embeddings, faces.labels),
+    )
+
+
+def _ten_folds(embeddings: Embeddings, pairs: ResolvedPairs) -> tuple[float, float]:
+    cosines = np.sum(embeddings[pairs.first] * embeddings[pairs.second], axis=1)
+    return ten_fold_accuracy(cosines, pairs.same, pairs.fold)
+
+
+def _latency(run: RunRecord, runs: int) -> tuple[int | None, tuple[Mapping[str, Any], ...]]:
+    """The bytes of the teacher as an ONNX file, and the time of both files in alternation."""
+    if not runs:
+        return None, ()
+    with temporary_folder() as folder:
+        teacher = Path(run.teacher)
+        if teacher.suffix.lower() != ".onnx":
+            teacher = export(resolve_model(run.teacher), folder / "teacher.onnx")
+        cpu = ["CPUExecutionProvider"]
+        candidates = [
+            open_file(path, name=name, providers=cpu) for path, name in ((teacher, "teacher"), (run.file, "file"))
+        ]
+        rows = tuple(row.to_dict() for row in compare(candidates, runs=runs))
+        return teacher.stat().st_size, rows
+
+
+def _processor() -> str:
+    """Name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _layers(file: str) -> tuple[LayerSize, ...]:
+    weights = measure_size(file).of_kind("weight").entries
+    return tuple(
+        LayerSize(each.name.removesuffix(".weight"), each.fp32_bytes, each.elements, each.bytes) for each in weights
+    )
+
+
+def _sample(folder: ImageFolder) -> Subset:
+    return Subset(folder, evenly(len(folder), _VERIFIED).tolist())
+
+
+def _agreement(found: Agreement) -> dict[str, Any]:
+    return {
+        "agrees": found.agrees,
+        "images": found.images,
+        "mean_cosine": found.mean_cosine,
+        "least_cosine": found.least_cosine,
+        "layers": len(found.layers),
+        "different": sum(layer.different for layer in found.layers),
+        "elements": sum(layer.elements for layer in found.layers),
+    }
+
+
+def _changes(
+    models: tuple[ModelFigures, ...], embeddings: list[Embeddings], faces: _Faces, settings: ReportSettings
+) -> Changes | None:
+    before, after = (model.thresholds[settings.fpr] for model in models)
+    if before is None or after is None:
+        return None
+    found = verdict_changes(Judge(embeddings[0], before), Judge(embeddings[1], after), faces.labels)
+    pairs = tuple(_changed_pair(change, faces.folder, settings.faces) for change in found.largest)
+    return Changes(
+        fpr=settings.fpr,
+        genuine_rejected=found.counts[True, False],
+        genuine_accepted=found.counts[True, True],
+        impostors_rejected=found.counts[False, False],
+        impostors_accepted=found.counts[False, True],
+        pairs=pairs,
+    )
+
+
+def _changed_pair(change: VerdictChange, folder: ImageFolder, shown: bool) -> ChangedPair:
+    pictures = (_picture(folder, change.first), _picture(folder, change.second)) if shown else None
+    return ChangedPair(change.same, change.accepted, change.before, change.after, pictures)
+
+
+def _picture(folder: ImageFolder, index: int) -> str:
+    """A face as a data URI."""
+    file = io.BytesIO()
+    Image.fromarray(folder.read([index])[0].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _sensitivity(path: str | None) -> Mapping[str, Any] | None:
+    if path is None:
+        return None
+    return Sensitivity.from_dict(_parsed(path, Path(path).read_text)).to_dict()
+
+
+def _training(path: str | None) -> tuple[Mapping[str, float], ...]:
+    if path is None:
+        return ()
+    rows = _parsed(path, lambda encoding: f"[{','.join(Path(path).read_text(encoding=encoding).splitlines())}]")
+    if not all(isinstance(row, dict) and {"step", "loss"} <= row.keys() for row in rows):
+        raise ConfigError(f"{path} is no log of a distillation: pass log.jsonl of a run folder")
+    return tuple(rows)
+
+
+def _parsed(path: str, read: Any) -> Any:
+    try:
+        with named(path):
+            return parse_json(read(encoding="utf-8"), "what it holds")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({one_line(error, 200)}): restore it") from error
