@@ -20,7 +20,9 @@ INK, MUTED = "#1b1f24", "#c9ced6"
 LINES = ("#0b6bcb", "#c2410c", "#7c3aed", "#15803d")
 """Colors on white; a page replaces them by its own, which fit light and dark."""
 
-_VARIABLES = {INK: "ink", MUTED: "muted"} | {color: f"line-{number}" for number, color in enumerate(LINES)}
+_VARIABLES = {INK: "ink", "#000000": "ink", MUTED: "muted"} | {
+    color: f"line-{number}" for number, color in enumerate(LINES)
+}
 _UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _STYLE: Any = {

@@ -32,7 +32,7 @@ def roc_figure(models: Sequence[ModelFigures]) -> Any:
     for model, color in zip(models, LINES, strict=False):
         axes.plot(model.curve.fpr, [100 * tpr for tpr in model.curve.tpr], ".-", color=color, label=model.name)
     axes.set(xscale="log", xlabel="false-positive rate", ylabel="true-positive rate, %")
-    axes.legend()
+    _legend(figure)
     return figure
 
 
@@ -44,7 +44,7 @@ def det_figure(models: Sequence[ModelFigures]) -> Any:
         points = [(fpr, 1 - tpr) for fpr, tpr in zip(model.curve.fpr, model.curve.tpr, strict=True) if tpr < 1]
         axes.plot([fpr for fpr, _ in points], [fnr for _, fnr in points], ".-", color=color, label=model.name)
     axes.set(xscale="log", yscale="log", xlabel="false-positive rate", ylabel="false-negative rate")
-    axes.legend()
+    _legend(figure)
     return figure
 
 
@@ -60,7 +60,7 @@ def histogram_figure(model: ModelFigures, fpr: str) -> Any:
     if threshold is not None:
         axes.axvline(threshold, color=INK, linestyle="--", linewidth=1, label=f"threshold, FPR {fpr}")
     axes.set(xlabel="cosine", ylabel="pairs in a bin, %", xlim=(-0.6, 1))
-    axes.legend(fontsize=8)
+    _legend(figure)
     return figure
 
 
@@ -73,7 +73,7 @@ def size_figure(layers: Sequence[LayerSize]) -> Any:
         axes.plot([getattr(layer, field) / 1000 for layer in layers], rows, "o", markersize=4, color=color, label=label)
     axes.set_yticks(rows, [layer.name for layer in layers], fontsize=7)
     axes.set(xscale="log", xlabel="kB", ylim=(len(layers) - 0.5, -0.5))
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
+    _legend(figure)
     return figure
 
 
@@ -81,7 +81,7 @@ def latency_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Median milliseconds of one image, a bar a file."""
     figure, axes = new_figure(height=1 + 0.45 * len(rows))
     bars = axes.barh([row["name"] for row in rows], [row["median_ms"] for row in rows], 0.6, color=LINES[0])
-    axes.bar_label(bars, [f"{row['median_ms']:.2f} ms" for row in rows], padding=3)
+    axes.bar_label(bars, [f"{row['median_ms']:.2f} ms" for row in rows], padding=3, color=INK)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set_xlabel("milliseconds an image, median")
@@ -97,8 +97,13 @@ def training_figure(rows: Sequence[Mapping[str, float]]) -> Any:
     axes.plot(steps, losses, color=LINES[0], alpha=0.35, linewidth=0.8, label="loss")
     axes.plot(steps[length - 1 :], means, color=LINES[1], label=f"mean of {length} steps")
     axes.set(yscale="log", xlabel="step", ylabel="loss")
-    axes.legend()
+    _legend(figure)
     return figure
+
+
+def _legend(figure: Any) -> None:
+    """Name the lines above the axes, where they hide nothing."""
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False, labelcolor=INK)
 
 
 def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:

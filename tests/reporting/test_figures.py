@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qface.errors import DependencyError, ExportError
+from qface.errors import ConfigError, DependencyError, ExportError
 from qface.quantization.sensitivity import LayerSensitivity, Sensitivity
 from qface.reporting import sensitivity_figure, sensitivity_tables
 
@@ -56,3 +56,9 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(DependencyError, match=r"qface\[figures\]"):
         sensitivity_figure(RESULT, tmp_path / "figure.png")
+
+
+def test_a_sensitivity_is_read_from_what_it_writes() -> None:
+    assert Sensitivity.from_dict(RESULT.to_dict()) == RESULT
+    with pytest.raises(ConfigError, match="no sensitivity"):
+        Sensitivity.from_dict({"images": 3})
