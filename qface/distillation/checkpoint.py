@@ -48,7 +48,7 @@ def check_run_folder(path: Path, resume: bool) -> None:
     if os.path.exists(path / CHECKPOINT):
         if not resume:
             raise ConfigError(
-                f"{path} already holds a run: resume it (--resume, resume=True), delete it, or choose another run folder"
+                f"{path} already holds a run: resume it (--resume, resume=True), delete it, or choose another folder"
             )
         return  # a run that is finished is only read
     if os.path.exists(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -254,7 +254,7 @@ class _Trainer:
             folder.begin_log(self.step)
         changes = mode_changes(self.config) | {self.step}
         alone = folder is not None and self.parallel.world_size == 1  # others would wait for this process
-        noting = signals_noted() if alone else nullcontext([])
+        noting: AbstractContextManager[list[int]] = signals_noted() if alone else nullcontext([])
         with self.taps.attached(), stage("distill", self.total, self.step) as advance, noting as signals:
             for step, batch in zip(range(self.step, self.total), self.batches.stream(self.step), strict=False):
                 if step in changes:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -163,10 +163,10 @@ def sensitivity(
         *_weight_changes(layers, sorted(set(weight_bits))),
         *_activation_changes(network, layers, sorted(set(activation_bits)), batches),
     ]
-    settings = (
-        f"weights {sorted(set(weight_bits))}, activations {sorted(set(activation_bits))}, batches of {batch_size}"
-    )
-    with nullcontext({}) if run_dir is None else loss_store(Path(run_dir), _inputs(model, faces, settings)) as kept:
+    bits = f"weights {sorted(set(weight_bits))}, activations {sorted(set(activation_bits))}"
+    inputs = _inputs(model, faces, f"{bits}, batches of {batch_size}")
+    store: AbstractContextManager[Losses] = nullcontext({}) if run_dir is None else loss_store(Path(run_dir), inputs)
+    with store as kept:
         losses = _mean_losses(network, batches, changes, kept)
     return Sensitivity(len(faces), tuple(_of_layer(node, losses) for node in layers))
 
