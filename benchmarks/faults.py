@@ -480,7 +480,7 @@ def main(rounds: int, seed: int, only: tuple[str, ...], as_json: bool) -> None:
         raise click.ClickException(made.stderr)
     cases = [Cases(job, undisturbed(job, root), root, random.Random(f"{seed} {job.name}")) for job in jobs]
     wanted = [(each, disturbance) for _ in range(rounds) for each in cases for disturbance in DISTURBANCES]
-    for each, disturbance in track(wanted, "disturb", True):
+    for each, disturbance in track(wanted, "disturb"):
         each.disturb(disturbance)
     findings = [finding for each in cases for finding in each.tally.findings]
     show(cases, findings, as_json)

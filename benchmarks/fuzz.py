@@ -278,7 +278,7 @@ def fuzz(name: str, cases: int, seed: int, keep: Path, progress: bool) -> Row:
         before = _confined(reader, path)
         if before.kind != "read":
             raise click.ClickException(f"{name} does not read its honest file: {before.message}")
-        for number in track(range(cases), name, progress, cases):
+        for number in track(range(cases), name):
             rng = random.Random(f"{seed} {name} {number}")
             path.write_bytes(_changed(reader, honest, rng))
             outcome = _confined(reader, path)

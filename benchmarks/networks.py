@@ -289,7 +289,7 @@ def main(
     """Take networks of other packages the whole way, and print what became of each."""
     networks = chosen(names, idioms)
     rows = []
-    for network in track(networks, "networks", shown=not as_json, total=len(networks)):
+    for network in track(networks, "networks"):
         with tempfile.TemporaryDirectory() as folder, _silence():
             rows.append(Measurement(network, bits, runs, Path(folder), onnx).run())
     if as_json:

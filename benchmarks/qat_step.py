@@ -119,7 +119,7 @@ def in_turns(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, fl
     """The median seconds of each step, timed in rounds of random order; the first round does not count."""
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     order = random.Random(0)
-    for _ in track(range(repeats + 1), "steps", True):
+    for _ in track(range(repeats + 1), "steps"):
         for kind in order.sample(list(steps), len(steps)):
             seconds[kind].append(timed(steps[kind]))
     return {kind: median(values[1:]) for kind, values in seconds.items()}

@@ -85,7 +85,7 @@ def measured(name: str, data: Path, bits: int, batch_size: int, steps: int, roun
     students = _students(teacher, images, bits, batch_size)
     loops = _loops(students, teacher, images, batch_size, steps)
     seconds: dict[str, list[float]] = {loop: [] for loop in loops}
-    for _ in track(range(rounds + 1), "rounds", True):
+    for _ in track(range(rounds + 1), "rounds"):
         for loop, train in loops.items():
             seconds[loop].append(timed(train)[1] / steps)
         _end_search_for_ranges(students[QUANTFACE])

@@ -29,7 +29,7 @@ from qface.evaluation import evaluate
 from qface.files import make_folder, replacing
 from qface.models import MobileFaceNet, save
 from qface.preprocessing import CROP_SIZE, Preprocessing, with_preprocessing
-from qface.progress import track
+from qface.progress import shows_progress, track
 from qface.quantization import calibrate, quantize
 
 __all__ = ["DemoReport", "DemoRow", "run_demo"]
@@ -70,13 +70,15 @@ class DemoReport:
         return asdict(self)
 
 
-def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS) -> DemoReport:
+@shows_progress
+def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS, progress: bool = False) -> DemoReport:
     """Train, quantize, distill, export and evaluate in ``folder``, which keeps all files.
 
     Args:
         folder: made where it does not exist.
         seed: of training.
         epochs: of the teacher's training.
+        progress: show the stages on stderr.
 
     Raises:
         ConfigError: ``seed`` is out of its range.
@@ -167,7 +169,7 @@ def _train_teacher(folder: ImageFolder, seed: int, epochs: int) -> nn.Module:
     optimizer = torch.optim.SGD(parameters, _LEARNING_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = epochs * (len(crops) // _BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
-    for batch in track(_batches(len(crops), epochs), "train the teacher", True, total=steps):
+    for batch in track(_batches(len(crops), epochs), "train the teacher", steps):
         loss = head(teacher(preprocessing(_augment(crops[batch]))), labels[batch])
         optimizer.zero_grad()
         loss.backward()

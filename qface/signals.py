@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["ended_by_signals"]
+__all__ = ["ended_by_signals", "signals_noted"]
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _AGAIN_AFTER = 0.01  # seconds
+_noted: list[int] | None = None  # within signals_noted, those that came
 
 
 @contextmanager
@@ -30,6 +31,9 @@ def ended_by_signals() -> Iterator[None]:
     def stop(number: int, _: FrameType | None) -> None:
         received.append(number)
         _let_end(heard)
+        if _noted is not None:
+            _noted.append(number)
+            return
         raise SystemExit(128 + received[0])
 
     def raise_again(unraisable: Any) -> None:
@@ -49,6 +53,27 @@ def ended_by_signals() -> Iterator[None]:
         _let_end(heard)
         if received:
             raise SystemExit(128 + received[0])
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Put off the end that :func:`ended_by_signals` brings until the end of the block, which should come soon.
+
+    Yields:
+        A list that holds the number of the signal, once one came. A second signal ends the process on the spot.
+
+    Raises:
+        SystemExit: a signal came within the block.
+    """
+    global _noted
+    noted: list[int] = []
+    _noted = noted
+    try:
+        yield noted
+    finally:
+        _noted = None
+    if noted:
+        raise SystemExit(128 + noted[0])
 
 
 def _let_end(numbers: list[signal.Signals]) -> None:

@@ -142,6 +142,8 @@ def _write_thresholds(file: Path, images: Path, fpr: str, identities: str | None
 @click.argument("model")
 @images_option
 @people_option
+@click.option("--num-images", type=int, default=64, show_default=True, help="Images to look at, evenly spread.")
+@click.option("--run-dir", type=FilePath, help="Folder to keep losses in; a run that was stopped goes on there.")
 @click.option("--figure", type=FilePath, help="Also draw the losses here (.png, .svg or .pdf).")
 @preprocessing_options
 @json_option
@@ -149,6 +151,8 @@ def sensitivity(
     model: str,
     images: Path,
     identities: str | None,
+    num_images: int,
+    run_dir: Path | None,
     figure: Path | None,
     preprocessing: dict[str, Any],
     as_json: bool,
@@ -157,7 +161,7 @@ def sensitivity(
     if figure is not None:
         check_figure(figure)
     network = resolve_model(model, preprocessing=preprocessing)
-    result = qface.sensitivity(network, images, identities, progress=True)
+    result = qface.sensitivity(network, images, identities, num_images=num_images, run_dir=run_dir, progress=True)
     if figure is not None:
         sensitivity_figure(result, figure)
     show(result.to_dict(), sensitivity_tables(result), as_json)

@@ -34,5 +34,5 @@ def align(photos: Path, output: Path, landmarks: Path | None, as_json: bool) -> 
 @json_option
 def demo(output: Path, seed: int, as_json: bool) -> None:
     """Do the whole job on 400 real faces: train a small teacher, quantize, distill, export, evaluate."""
-    report = run_demo(output, seed)
+    report = run_demo(output, seed, progress=True)
     show(report.to_dict(), demo_table(report), as_json)

@@ -93,7 +93,7 @@ def quantize(
     qface.calibrate(student, images, identities=identities, progress=True)
     click.echo(qface.inspect(student), err=True)
     if distill:
-        qface.distill(student, teacher, images, settings, run_dir, resume, identities=identities)
+        qface.distill(student, teacher, images, settings, run_dir, resume, identities=identities, progress=True)
     qface.save(student, output)
     click.echo(f"wrote {output}")
 
@@ -155,7 +155,9 @@ def prune(
             check_run(training, folder, resume)
 
     def tune(pruned: nn.Module, step: int) -> None:
-        qface.distill(pruned, teacher, cast(Path, images), training, folders[step], resume, identities=identities)
+        qface.distill(
+            pruned, teacher, cast(Path, images), training, folders[step], resume, identities=identities, progress=True
+        )
 
     pruned = qface.prune(teacher, wanted, images, config, identities, tune if distill else None, progress=True)
     if distill:
@@ -197,6 +199,6 @@ def distill(
     check_model_file(output)
     settings = distill_config(**training)
     learner, known = qface.load(student), resolve_model(teacher, preprocessing=preprocessing)
-    qface.distill(learner, known, images, settings, run_dir, resume, identities=identities)
+    qface.distill(learner, known, images, settings, run_dir, resume, identities=identities, progress=True)
     qface.save(learner, output)
     click.echo(f"wrote {output}")

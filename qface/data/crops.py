@@ -20,7 +20,7 @@ from qface.data.identities import composed
 from qface.data.landmarks import check_landmarks, read_landmarks
 from qface.errors import ExportError, ImagesError, LimitError
 from qface.files import make_folder, replacing
-from qface.progress import track
+from qface.progress import shows_progress, track
 
 __all__ = ["AlignmentReport", "align"]
 
@@ -57,6 +57,7 @@ class AlignmentReport:
         return asdict(self)
 
 
+@shows_progress
 def align(
     photos: str | Path,
     crops: str | Path,
@@ -75,7 +76,7 @@ def align(
         landmarks: a file of landmarks (:func:`qface.data.read_landmarks`), by names relative to ``photos``; None
             looks for faces.
         detector: what to look for them with; None takes :func:`qface.data.detection.default_detector`.
-        progress: show a bar on stderr.
+        progress: show the stages on stderr.
 
     Raises:
         ImagesError: there are no photos, a folder of theirs or the landmarks cannot be read, or the landmarks are of
@@ -93,7 +94,7 @@ def align(
     faceless: list[str] = []
     misplaced: list[str] = []
     unreadable: list[str] = []
-    for name, target in track(missing.items(), "align", progress, len(missing)):
+    for name, target in track(missing.items(), "align"):
         assert locate is not None
         try:
             with opened(photos / name) as file:

@@ -22,6 +22,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
+from qface.choices import RUNTIMES
 from qface.data.images import Images, ImageSource, normalize
 from qface.data.sources import as_image_source
 from qface.deployment import integer_graph as ir
@@ -46,7 +47,6 @@ __all__ = [
     "without_rounded_activations",
 ]
 
-RUNTIMES = ("onnxruntime", "openvino")
 
 LEAST_EQUAL = 0.999
 """Share of the integers that must be equal where floats are rounded; no other may be off by more than one step."""

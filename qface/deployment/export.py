@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface._version import __version__
+from qface.choices import TARGETS
 from qface.data.images import Images, normalize
 from qface.data.sources import as_image_source
 from qface.data.synthetic import synthetic_crops
@@ -48,8 +49,6 @@ from qface.quantization import is_quantized
 from qface.quantization.binding import layers_near_ties
 
 __all__ = ["TARGETS", "export"]
-
-TARGETS = ("cpu", *FLOAT_TARGETS)
 
 _log = logging.getLogger("qface")
 _QUOTED = 300  # characters of an error of torch or onnx, which can fill a page

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from qface.choices import INPUTS
 from qface.deployment import integer_graph as ir
 from qface.errors import ConfigError
 from qface.preprocessing import Preprocessing
@@ -22,9 +23,7 @@ __all__ = [
     "with_input_dtype",
 ]
 
-FLOAT_INPUT = "float32"
-UINT8_INPUT = "uint8"
-INPUTS = (FLOAT_INPUT, UINT8_INPUT)
+FLOAT_INPUT, UINT8_INPUT = INPUTS
 
 _BYTES = ir.TensorQParams(8, 1.0, 0)
 _ORDERS: dict[str, ir.Channels] = {"RGB": (0, 1, 2), "BGR": (2, 1, 0)}

@@ -18,6 +18,7 @@ from qface.data.images import Images
 from qface.deployment.export import export
 from qface.errors import ConfigError
 from qface.files import temporary_folder
+from qface.progress import shows_progress
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.allocation import choose_bit_widths
 from qface.quantization.quantization_config import MIN_BITS
@@ -34,6 +35,7 @@ _CALIBRATION_IMAGES = 8
 """Enough to measure a file, whose size does not depend on its ranges."""
 
 
+@shows_progress
 def allocate_bits(
     model: nn.Module,
     images: Images,
@@ -57,7 +59,7 @@ def allocate_bits(
         activation_bits: of what layers read, 2 to 8.
         num_images: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
         batch_size: images at a time.
-        progress: show a progress bar.
+        progress: show the stages on stderr.
 
     Returns:
         A config whose ``weight_bits`` is that of most layers and whose ``overrides`` hold the others'.
@@ -81,9 +83,7 @@ def allocate_bits(
             f"{budget_mb} MB are too few: this network needs {(smallest + _RESERVE) / _MB:.3f} MB "
             f"with weights of {MIN_BITS} bits; raise the budget"
         )
-    table = sensitivity(
-        model, faces, activation_bits=(), batch_size=batch_size, num_images=len(faces), progress=progress
-    )
+    table = sensitivity(model, faces, activation_bits=(), batch_size=batch_size, num_images=len(faces))
     return _fitting(model, narrowest, table, faces, budget, smallest)
 
 

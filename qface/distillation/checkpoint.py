@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -11,7 +10,6 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from qface.data.content_digest import digest_of_images
-from qface.data.images import ImageSource, bytes_of
+from qface.data.images import ImageSource
 from qface.distillation.distill_config import DistillConfig
 from qface.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from qface.files import alone_in, check_folder, make_folder, replacing, sync
+from qface.model_digest import digest_of_structure, digest_of_values
 
-__all__ = ["RunFolder", "check_run_folder", "run_folder"]
+__all__ = ["CHECKPOINT", "RunFolder", "check_run_folder", "run_folder"]
 
 _LOGGER = logging.getLogger("qface")
 
-_CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.pt"
+"""Name of the file in a run folder that a stopped run goes on from."""
 _LOG = "log.jsonl"
 _STUDENT = "student weights"
 _LENGTH = ("epochs", "max_steps")  # which may grow
@@ -45,12 +45,14 @@ def check_run_folder(path: Path, resume: bool) -> None:
         ConfigError: it holds a checkpoint and ``resume`` is False.
         ExportError: it cannot be made or written to.
     """
-    if os.path.exists(path / _CHECKPOINT):
+    if os.path.exists(path / CHECKPOINT):
         if not resume:
-            raise ConfigError(f"{path} already holds a run: resume it (resume=True), or choose another run folder")
+            raise ConfigError(
+                f"{path} already holds a run: resume it (--resume, resume=True), delete it, or choose another folder"
+            )
         return  # a run that is finished is only read
     if os.path.exists(path):
-        written = [path / _CHECKPOINT, path / _LOG]
+        written = [path / CHECKPOINT, path / _LOG]
     else:
         written = [next(folder for folder in (path, *path.parents) if os.path.exists(folder.parent))]
     for each in written:
@@ -105,7 +107,7 @@ class RunFolder:
     def __init__(
         self, path: Path, config: DistillConfig, inputs: Mapping[str, str], student: nn.Module, writes: bool
     ) -> None:
-        self._checkpoint = path / _CHECKPOINT
+        self._checkpoint = path / CHECKPOINT
         self._log = path / _LOG
         self._config = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
         self._inputs = dict(inputs)
@@ -267,32 +269,3 @@ def _is_checkpoint(saved: Any) -> bool:
         return False
     plain = all(isinstance(value, _PLAIN) for value in saved["config"].values())
     return plain and all(isinstance(saved["state"].get(name), kind) for name, kind in _STATE.items())
-
-
-def digest_of_structure(model: nn.Module) -> str:
-    """A word for the layers of ``model``, their bits, and the names, shapes and types of all they hold, whatever the
-    values."""
-    layers = (f"{name} {type(layer).__name__} {_quantizer_settings(layer)}" for name, layer in model.named_modules())
-    tensors = (f"{name} {tuple(t.shape)} {t.dtype}" for name, t in _tensors(model))
-    return _digest(line.encode() for line in chain(layers, tensors))
-
-
-def _quantizer_settings(layer: nn.Module) -> str:
-    # By name: only qface.quantization knows its quantizers.
-    return " ".join(str(getattr(layer, name, "")) for name in ("bits", "observer"))
-
-
-def digest_of_values(model: nn.Module) -> str:
-    """A word for the names and values of everything ``model`` holds."""
-    return _digest(name.encode() + bytes_of(tensor) for name, tensor in _tensors(model))
-
-
-def _tensors(model: nn.Module) -> chain[tuple[str, Tensor]]:
-    return chain(model.named_parameters(), model.named_buffers())
-
-
-def _digest(parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]

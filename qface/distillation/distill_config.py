@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeGuard, get_args
 
 from qface.checks import check_seed, check_whole
+from qface.choices import PrecisionName
 from qface.errors import ConfigError
 
 __all__ = [
@@ -23,7 +24,6 @@ Surrogate = Literal["sigmoid", "linear"]
 EmbeddingLossName = Literal["cosine", "mse"]
 OptimizerName = Literal["relative_adam", "sgd", "adamw"]
 ScheduleName = Literal["cosine", "constant"]
-PrecisionName = Literal["float32", "bf16"]
 
 
 LR_PER_RMS_DISTANCE = 0.017

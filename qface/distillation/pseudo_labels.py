@@ -32,11 +32,11 @@ _BLOCK_SCORES = 2**23  # cosines at a time, 32 MiB
 Pairs = npt.NDArray[np.int64]
 
 
-def with_pseudo_labels(source: ImageSource, teacher: Model, progress: bool = False) -> ImageSource:
+def with_pseudo_labels(source: ImageSource, teacher: Model) -> ImageSource:
     """``source`` with identities by ``teacher``; what has labels, or can only be read in order, is left as it is."""
     if not isinstance(source, IndexedImages) or source.labels is not None:
         return source
-    return Relabeled(source, pseudo_labels(embed(teacher, source, progress=progress)))
+    return Relabeled(source, pseudo_labels(embed(teacher, source)))
 
 
 def pseudo_labels(embeddings: Embeddings) -> Tensor:

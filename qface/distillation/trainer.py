@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qface.data.images import Images, ImageSource, normalize
+from qface.data.images import Images, ImageSource, IndexedImages, normalize
 from qface.data.sources import as_image_source
 from qface.distillation.batch_sampler import seeded_rng
 from qface.distillation.batches import Batch, Batches, batches_of
@@ -25,15 +26,18 @@ from qface.distillation.objective import Objective
 from qface.distillation.optim import learning_rate_of, optimizer_for, optimizer_step, schedule_factor
 from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.distillation.student_mode import has_batch_norm, mode_changes, on_device, set_observers, set_student_mode
-from qface.distillation.training_bar import training_bar
 from qface.errors import ConfigError, TrainingError, UnsupportedLayerError
 from qface.memory_format import fastest_memory_format
 from qface.network_output import embedding_of
 from qface.parallel import Parallel, device_for, processes_for
 from qface.preprocessing import dtype_of, preprocessing_of
+from qface.progress import shows_progress, stage
 from qface.provenance import record_step
+from qface.signals import signals_noted
 
 __all__ = ["check_run", "distill"]
+
+_LOGGER = logging.getLogger("qface")
 
 _EXAMPLES = 64
 """Images on which both networks are compared before training."""
@@ -54,6 +58,7 @@ def check_run(config: DistillConfig, run_dir: str | Path | None = None, resume: 
         check_run_folder(Path(run_dir), resume)
 
 
+@shows_progress
 def distill(
     student: nn.Module,
     teacher: nn.Module,
@@ -62,7 +67,7 @@ def distill(
     run_dir: str | Path | None = None,
     resume: bool = False,
     identities: str | Path | None = None,
-    progress: bool = True,
+    progress: bool = False,
 ) -> nn.Module:
     """Train ``student`` in place to embed faces as ``teacher`` does.
 
@@ -93,7 +98,7 @@ def distill(
             only if its order repeats; a finished one returns at once. With more epochs than it was begun with it goes
             on, from there at the learning rates of the longer schedule.
         identities: for a folder, which identities to keep.
-        progress: show a progress bar on stderr.
+        progress: show the stages on stderr.
 
     Returns:
         ``student``.
@@ -126,11 +131,12 @@ def distill(
             with folder.restoring():
                 student.load_state_dict(state["student"])
         else:
-            batches = _batches(source, teacher, config, parallel, progress)
+            batches = _batches(source, teacher, config, parallel)
             _check_settings(config, batches, student, parallel)
-            _Trainer(student, teacher, batches, config, parallel).run(folder, state, progress and writes)
+            _Trainer(student, teacher, batches, config, parallel).run(folder, state)
         parallel.wait()
-    return record_step(student, "distill", asdict(config))
+    used = {"images": len(source)} if isinstance(source, IndexedImages) else {}
+    return record_step(student, "distill", asdict(config) | used)
 
 
 @contextmanager
@@ -143,12 +149,10 @@ def _released(student: nn.Module) -> Iterator[None]:
         set_observers(student, False)
 
 
-def _batches(
-    source: ImageSource, teacher: nn.Module, config: DistillConfig, parallel: Parallel, progress: bool
-) -> Batches:
+def _batches(source: ImageSource, teacher: nn.Module, config: DistillConfig, parallel: Parallel) -> Batches:
     """The training batches of ``source``, with the teacher's word for who is who where EKD has no other."""
     if config.pseudo_pairs and config.uses_ekd and not config.class_head:
-        source = with_pseudo_labels(source, teacher, progress and parallel.rank == 0)
+        source = with_pseudo_labels(source, teacher)
     return batches_of(source, config, parallel)
 
 
@@ -203,9 +207,17 @@ class _Trainer:
         found, wanted, features = self._compare(examples)
         objective = Objective(config, found.shape[1], wanted.shape[1], batches.num_identities, features)
         self.objective = objective.to(parallel.device, found.dtype)
+        self._log_missing_terms(features)
         self.learning_rate = learning_rate_of(config, found, wanted)
         self.optimizer = optimizer_for(config, self.learning_rate, student, self.objective)
         self._student_of_all = parallel.wrap(student)
+
+    def _log_missing_terms(self, features: FeaturePairs) -> None:
+        """Name the terms of the loss that cannot do what the settings ask for."""
+        if self.config.feature_loss_weight > 0 and not features:
+            _LOGGER.warning("the feature loss drops out: student and teacher share no residual sums to compare")
+        if self.config.uses_ekd and self.batches.lacks_positives:
+            _LOGGER.warning("EKD sees pairs of two people only: no two images are known to show one person")
 
     @torch.no_grad()
     def _compare(self, examples: Tensor) -> tuple[Tensor, Tensor, FeaturePairs]:
@@ -229,23 +241,31 @@ class _Trainer:
             raise TrainingError(f"{type(model).__name__} does not map images to embeddings: {error}") from error
         return embeddings.float() if embeddings.dtype in (torch.bfloat16, torch.float16) else embeddings
 
-    def run(self, folder: RunFolder | None, state: dict[str, Any] | None, progress: bool) -> None:
-        """Train from the first step, or the one of ``state``, to the last, and keep ``folder`` up to date."""
+    def run(self, folder: RunFolder | None, state: dict[str, Any] | None) -> None:
+        """Train from the first step, or the one of ``state``, to the last, and keep ``folder`` up to date.
+
+        Where a command hears signals, the first one is put off to the end of the step, whose state is then saved.
+        """
         if folder is not None:
             if state is not None:
                 with folder.restoring():
                     self._go_on_from(state)
+                _LOGGER.warning("resuming at step %d of %d", self.step, self.total)
             folder.begin_log(self.step)
         changes = mode_changes(self.config) | {self.step}
-        with self.taps.attached(), training_bar(self.step, self.total, progress) as advance:
+        alone = folder is not None and self.parallel.world_size == 1  # others would wait for this process
+        noting: AbstractContextManager[list[int]] = signals_noted() if alone else nullcontext([])
+        with self.taps.attached(), stage("distill", self.total, self.step) as advance, noting as signals:
             for step, batch in zip(range(self.step, self.total), self.batches.stream(self.step), strict=False):
                 if step in changes:
                     set_student_mode(self.student, self.config, step)
                 record = self._train_on(batch)
                 self.step = step + 1
-                advance(record["loss"])
+                advance(f"loss {record['loss']:.4f}")
                 if folder is not None:
-                    self._write(folder, record)
+                    self._write(folder, record, bool(signals))
+                if signals:
+                    break
 
     def _train_on(self, batch: Batch) -> dict[str, float]:
         with seeded_rng(self.config.seed, self.step, self.parallel.device):
@@ -291,11 +311,12 @@ class _Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.learning_rate = state["learning_rate"]
 
-    def _write(self, folder: RunFolder, record: dict[str, float]) -> None:
+    def _write(self, folder: RunFolder, record: dict[str, float], stops: bool) -> None:
         folder.log(record)
         # What observers have seen is no part of a network's state, so no run could go on from between their steps.
         observing = self.step < self.config.observer_steps
-        if (self.step % self.config.checkpoint_every == 0 and not observing) or self.step == self.total:
+        is_due = stops or self.step % self.config.checkpoint_every == 0
+        if (is_due and not observing) or self.step == self.total:
             folder.save(self._state())
 
     def _state(self) -> dict[str, Any]:

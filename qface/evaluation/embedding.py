@@ -22,7 +22,7 @@ from qface.errors import ConfigError, ImagesError, QFaceError, one_line
 from qface.memory_format import fastest_memory_format
 from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, PreprocessingOverride, dtype_of, preprocessing_of
-from qface.progress import track
+from qface.progress import shows_progress, track
 from qface.training_mode import eval_mode, shared_by_threads
 
 __all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed", "embedding_batches", "unit_rows"]
@@ -128,6 +128,7 @@ def _from_file(path: str | Path, preprocessing: PreprocessingOverride | None) ->
     return TorchEmbedder(load(path, preprocessing=preprocessing))
 
 
+@shows_progress
 def embed(
     model: Model, source: ImageSource, batch_size: int = 64, flip: bool = False, progress: bool = False
 ) -> Embeddings:
@@ -138,7 +139,7 @@ def embed(
         source: crops, or floats that are already normalized for ``model``.
         batch_size: images a forward pass.
         flip: add the embedding of the mirrored image before normalizing, as ArcFace does.
-        progress: show a bar on stderr while it runs.
+        progress: show the stages on stderr.
 
     Returns:
         float32 [images, dimensions], L2-normalized rows.
@@ -148,7 +149,7 @@ def embed(
         ImagesError: there are no images, or they cannot be read.
         QFaceError: the model cannot read them, or does not give one finite vector an image.
     """
-    rows = (unit_rows(batch) for batch in embedding_batches(as_embedder(model), source, batch_size, flip, progress))
+    rows = (unit_rows(batch) for batch in embedding_batches(as_embedder(model), source, batch_size, flip))
     first = next(rows, None)
     if first is None:
         raise ImagesError("there are no images to embed: pass at least one")
@@ -167,7 +168,7 @@ def unit_rows(embeddings: Embeddings) -> Embeddings:
 
 
 def embedding_batches(
-    embedder: Embedder, source: ImageSource, batch_size: int, flip: bool, progress: bool, start: int = 0
+    embedder: Embedder, source: ImageSource, batch_size: int, flip: bool, start: int = 0
 ) -> Iterator[Embeddings]:
     """Embed the images of ``source`` in order, and yield the rows of a batch each, of any length.
 
@@ -176,7 +177,6 @@ def embedding_batches(
         source: see :func:`embed`.
         batch_size: images a forward pass.
         flip: add the embedding of the mirrored image.
-        progress: show a bar on stderr while it runs.
         start: leave out so many images; of a source that can be read in any order only.
 
     Raises:
@@ -189,7 +189,7 @@ def embedding_batches(
     batches = source.batches(batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
     total = math.ceil((len(source) - start) / batch_size) if isinstance(source, IndexedImages) else None
     views = (_views(batch, flip, embedder.preprocessing) for batch in batches)
-    for of_a_batch in track(prefetched(views) if indexed else views, "Embedding", progress, total):
+    for of_a_batch in track(prefetched(views) if indexed else views, "embed", total):
         embeddings = _embed_views(embedder, of_a_batch)
         _check_usable(embeddings, start)
         start += len(embeddings)

@@ -25,9 +25,7 @@ _SAME_MODEL = 1e-2
 a file that computes in fp16 on one of them."""
 
 
-def embed_to_file(
-    embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool, progress: bool
-) -> Embeddings:
+def embed_to_file(embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool) -> Embeddings:
     """The embeddings of ``source``, as the model gives them, in ``folder``; those that are there already are kept.
 
     Whether these are of the same images is seen from all that these hold; whether they are of the same model from three
@@ -39,7 +37,6 @@ def embed_to_file(
         folder: where ``embeddings.f32`` and ``embeddings.json`` lie, or will; it is made.
         batch_size: images a forward pass.
         flip: add the embedding of the mirrored image.
-        progress: show a bar on stderr.
 
     Returns:
         float32 [images, dimensions], not normalized, mapped from the file.
@@ -56,7 +53,7 @@ def embed_to_file(
     with _file_errors_told(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
-        return _completed(embedder, source, folder, batch_size, flip, progress)
+        return _completed(embedder, source, folder, batch_size, flip)
 
 
 @contextmanager
@@ -68,16 +65,14 @@ def _file_errors_told(folder: Path) -> Iterator[None]:
         raise ExportError(f"{folder} cannot hold embeddings ({error}): choose another folder") from error
 
 
-def _completed(
-    embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool, progress: bool
-) -> Embeddings:
+def _completed(embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool) -> Embeddings:
     dimensions, images = _embed_some(embedder, source, [0], flip).shape[1], digest_of_images(source)
     with _file_errors_told(folder):
         file = _opened(folder, {"images": images, "dimensions": dimensions, "flip": flip})
         rows = _cut_to_rows(file, 4 * dimensions)
     if rows:
         _check_model(embedder, source, flip, _mapped(file, rows, dimensions), folder)
-    _append(file, embedding_batches(embedder, source, batch_size, flip, progress, start=rows))
+    _append(file, embedding_batches(embedder, source, batch_size, flip, start=rows))
     return _mapped(file, len(source), dimensions)
 
 
@@ -126,6 +121,4 @@ def _check_model(embedder: Embedder, source: IndexedImages, flip: bool, there: E
 
 
 def _embed_some(embedder: Embedder, source: IndexedImages, indices: list[int], flip: bool) -> Embeddings:
-    return np.concatenate(
-        list(embedding_batches(embedder, Subset(source, indices), len(indices), flip, progress=False))
-    )
+    return np.concatenate(list(embedding_batches(embedder, Subset(source, indices), len(indices), flip)))

@@ -27,6 +27,7 @@ from qface.evaluation.verification import (
     usable_folds,
 )
 from qface.parallel import processes_for
+from qface.progress import shows_progress
 
 __all__ = ["EvaluationResult", "evaluate"]
 
@@ -76,6 +77,7 @@ class EvaluationResult:
         return asdict(self)
 
 
+@shows_progress
 def evaluate(
     model: Model,
     images: Images,
@@ -103,7 +105,7 @@ def evaluate(
         batch_size: images a forward pass.
         run_dir: folder to keep embeddings and counts of pairs in; a call that was stopped goes on there. None keeps
             nothing.
-        progress: show a bar on stderr.
+        progress: show the stages on stderr.
 
     Raises:
         ConfigError: ``run_dir`` is of another model or other images.
@@ -127,14 +129,14 @@ def evaluate(
 
     def embedded(embedder: Embedder, name: str) -> Embeddings:
         kept = None if folder is None else folder / name
-        return embed_shared(embedder, source, parallel, kept, batch_size, flip, progress)
+        return embed_shared(embedder, source, parallel, kept, batch_size, flip)
 
     start = time.perf_counter()
     probes = embedded(prober, "probes")
     mates = None if galleries is None else embedded(galleries, "gallery")
     seconds = time.perf_counter() - start
 
-    points = _points(probes, labels, mates, folder, progress)
+    points = _points(probes, labels, mates, folder)
     accuracy, deviation = _accuracy(listed, probes, probes if mates is None else mates)
     return EvaluationResult(
         accuracy=accuracy,
@@ -183,11 +185,11 @@ def _counts(labels: Labels | None, listed: ResolvedPairs | None, ordered: bool) 
 
 
 def _points(
-    probes: Embeddings, labels: Labels | None, mates: Embeddings | None, folder: Path | None, progress: bool
+    probes: Embeddings, labels: Labels | None, mates: Embeddings | None, folder: Path | None
 ) -> dict[str, OperatingPoint]:
     if labels is None:
         return {fpr: OperatingPoint(None, None) for fpr in FPRS}
-    return tpr_at_fpr(probes, labels, gallery=mates, run_dir=folder, progress=progress)
+    return tpr_at_fpr(probes, labels, gallery=mates, run_dir=folder)
 
 
 def _accuracy(pairs: ResolvedPairs | None, probes: Embeddings, mates: Embeddings) -> tuple[float | None, float | None]:

@@ -15,6 +15,7 @@ from qface.errors import CheckpointError, ImagesError, one_line
 from qface.evaluation.embedding import Model, embed
 from qface.evaluation.verification import count_pairs, ranks_of, tpr_at_fpr
 from qface.limits import parse_json
+from qface.progress import shows_progress
 
 __all__ = ["DEVICE_FPRS", "MatchThresholds", "match_thresholds", "thresholds_of", "write_thresholds"]
 
@@ -53,6 +54,7 @@ class MatchThresholds:
         return f"two faces match above a cosine of {rates}; measured on {measured}"
 
 
+@shows_progress
 def match_thresholds(
     model: Model,
     images: Images,
@@ -69,7 +71,7 @@ def match_thresholds(
         fprs: rates as decimals between 0 and 1; those with fewer than ten accepted impostors are left out.
         identities: of a folder, which people.
         batch_size: images a forward pass.
-        progress: show a bar on stderr.
+        progress: show the stages on stderr.
 
     Returns:
         The thresholds, greatest rate first.
@@ -92,7 +94,7 @@ def match_thresholds(
     measurable = [fpr for fpr, rank in ranks_of(fprs, impostors).items() if rank is not None]
     if not measurable:
         raise ImagesError(f"{impostors} impostor pairs are too few for a threshold: pass more images or a greater FPR")
-    embeddings = embed(model, source, batch_size, progress=progress)
+    embeddings = embed(model, source, batch_size)
     points = tpr_at_fpr(embeddings, labels, sorted(measurable, key=float, reverse=True))
     by_fpr = {fpr: point.threshold for fpr, point in points.items() if point.threshold is not None}
     people = None if identities is None else str(identities)

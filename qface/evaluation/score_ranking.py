@@ -109,7 +109,6 @@ def ranked_scores(
     impostors: int,
     parallel: Parallel,
     store: CountStore | None = None,
-    progress: bool = False,
 ) -> dict[str, RankedScore]:
     """The impostor scores of ``ranks`` in descending order, and how many genuine scores are larger.
 
@@ -119,7 +118,6 @@ def ranked_scores(
         impostors: number of impostor pairs.
         parallel: the processes that share the tiles.
         store: where counts are kept.
-        progress: show a bar on stderr.
 
     Raises:
         ConfigError: the store is of other scores.
@@ -129,7 +127,7 @@ def ranked_scores(
     kept = None if store is None else _same_everywhere(store.load(), parallel)
     done, counts = kept or (0, ScoreCounts(watch_for_sample(scores, wanted, impostors)))
     while wanted:
-        _count(scores, counts, done, parallel, store, progress)
+        _count(scores, counts, done, parallel, store)
         total = _summed(counts, parallel)
         bins = total.bins_of(wanted)
         if bins is not None and bins <= set(counts.watch.bins):
@@ -145,13 +143,10 @@ def _same_everywhere(kept: tuple[int, ScoreCounts] | None, parallel: Parallel) -
     return kept if len(set(parallel.sum(words).tolist())) == 1 else None
 
 
-def _count(
-    scores: PairScores, counts: ScoreCounts, done: int, parallel: Parallel, store: CountStore | None, progress: bool
-) -> None:
+def _count(scores: PairScores, counts: ScoreCounts, done: int, parallel: Parallel, store: CountStore | None) -> None:
     """Add the scores of this process's tiles after the first ``done``."""
     own = list(itertools.islice(scores.tiles(), parallel.rank, None, parallel.world_size))
-    shown = progress and parallel.rank == 0
-    for number, tile in enumerate(track(own[done:], "Comparing", shown, len(own) - done), start=done + 1):
+    for number, tile in enumerate(track(own[done:], "compare"), start=done + 1):
         counts.add(*scores.of(tile, counts.watch.floor))
         if store is not None and (store.is_due or number == len(own)):
             store.save(number, counts)

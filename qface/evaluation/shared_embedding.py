@@ -26,7 +26,6 @@ def embed_shared(
     folder: Path | None = None,
     batch_size: int = 64,
     flip: bool = False,
-    progress: bool = False,
 ) -> Embeddings:
     """Embed every image of ``source`` in order, shared among processes.
 
@@ -37,7 +36,6 @@ def embed_shared(
         folder: where each process keeps its embeddings, to go on from; None keeps nothing.
         batch_size: images a forward pass.
         flip: add the embedding of the mirrored image.
-        progress: show a bar on stderr.
 
     Returns:
         float32 [images, dimensions], L2-normalized, the same in all processes.
@@ -48,18 +46,17 @@ def embed_shared(
         ImagesError: there are no images, or they cannot be read.
         QFaceError: the model cannot read them, or does not give one finite vector an image.
     """
-    shown = progress and parallel.rank == 0
     if not isinstance(source, IndexedImages):
         if folder is not None:
             raise ConfigError("a loader cannot go on where it stopped: leave run_dir out, or pass a folder of images")
-        return embed(embedder, source, batch_size, flip, shown)
+        return embed(embedder, source, batch_size, flip)
     several = 1 < parallel.world_size <= len(source)
     own = Subset(source, range(parallel.rank, len(source), parallel.world_size)) if several else source
     if folder is None:
-        rows = embed(embedder, own, batch_size, flip, shown)
+        rows = embed(embedder, own, batch_size, flip)
     else:
         name = f"embeddings-{parallel.rank}-of-{parallel.world_size}"
-        rows = _unit_copy(embed_to_file(embedder, own, folder / name, batch_size, flip, shown))
+        rows = _unit_copy(embed_to_file(embedder, own, folder / name, batch_size, flip))
     return _gathered(rows, len(source), parallel) if several else rows
 
 

@@ -12,22 +12,21 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from qface.choices import TemplateProtocol
 from qface.data.templates import TemplateSet, read_templates
 from qface.errors import ConfigError, QFaceError
 from qface.evaluation.embedding import Embeddings, Model, as_embedder
 from qface.evaluation.embedding_store import embed_to_file
 from qface.evaluation.verification import FPRS, tpr_at_fpr_of_scores
 from qface.files import temporary_folder
-from qface.progress import track
+from qface.progress import shows_progress, track
 
 __all__ = ["TemplateProtocol", "TemplateResult", "evaluate_templates", "pair_scores", "template_embeddings"]
-
-TemplateProtocol = Literal["paper", "arcface"]
 
 _IMAGES = 2**13  # embeddings held at a time, save where one template has more
 _PAIRS = 2**15  # pairs scored at a time: 128 MiB of embeddings of 512 dimensions
@@ -71,6 +70,7 @@ class TemplateResult:
         return asdict(self)
 
 
+@shows_progress
 def evaluate_templates(
     model: Model,
     folder: str | Path,
@@ -95,7 +95,7 @@ def evaluate_templates(
         detector_score: multiply the embedding of each image by the detector's score.
         run_dir: folder to keep the embeddings in; a run that was stopped goes on there. None keeps nothing.
         batch_size: images a forward pass.
-        progress: show bars on stderr.
+        progress: show the stages on stderr.
 
     Raises:
         ConfigError: there is no such protocol, ``run_dir`` is of another model, or ``detector_score`` is asked for and
@@ -115,11 +115,11 @@ def evaluate_templates(
             "restore *_name_5pts_score.txt, or do without detector_score"
         )
     with temporary_folder() if run_dir is None else nullcontext(Path(run_dir)) as kept:
-        embeddings = embed_to_file(embedder, templates.images, kept, batch_size, flip, progress)
+        embeddings = embed_to_file(embedder, templates.images, kept, batch_size, flip)
         weights = templates.scores if detector_score else None
         joined = template_embeddings(embeddings, templates.templates, templates.media, protocol, weights)
         del embeddings
-    scores = pair_scores(joined, templates, progress)
+    scores = pair_scores(joined, templates)
     points = tpr_at_fpr_of_scores(scores, templates.same, FPRS)
     genuine = int(np.count_nonzero(templates.same))
     return TemplateResult(
@@ -212,11 +212,11 @@ def _unit_rows(sums: npt.NDArray[np.float64], names: npt.NDArray[np.int64]) -> n
     return rows
 
 
-def pair_scores(joined: Embeddings, templates: TemplateSet, progress: bool = False) -> npt.NDArray[np.float32]:
+def pair_scores(joined: Embeddings, templates: TemplateSet) -> npt.NDArray[np.float32]:
     """The cosine of each pair of ``templates``, float32 [pairs], from ``joined`` [templates, dimensions]."""
     scores = np.empty(len(templates.same), np.float32)
     starts = range(0, len(scores), _PAIRS)
-    for start in track(starts, "Scoring", progress, len(starts)):
+    for start in track(starts, "score"):
         part = slice(start, start + _PAIRS)
         scores[part] = np.einsum("ij,ij->i", joined[templates.first[part]], joined[templates.second[part]])
     return scores

@@ -11,6 +11,7 @@ from qface.data.sources import as_image_source
 from qface.errors import ImagesError
 from qface.evaluation.embedding import Embedder, Embeddings, Model, as_embedder, embed
 from qface.evaluation.verification import Rates, count_pairs, ranks_of, rates_at, tpr_at_fpr
+from qface.progress import shows_progress
 
 __all__ = ["OperatingThresholds", "PairingThreshold", "operating_thresholds"]
 
@@ -56,6 +57,7 @@ class OperatingThresholds:
         return asdict(self)
 
 
+@shows_progress
 def operating_thresholds(
     teacher: Model,
     student: Model,
@@ -76,7 +78,7 @@ def operating_thresholds(
         identities: of a folder, the people to set thresholds on.
         eval_identities: the people to measure them on; None takes the same, on which the rate is what was wanted.
         batch_size: images a forward pass.
-        progress: show a bar on stderr.
+        progress: show the stages on stderr.
 
     Raises:
         ConfigError: the rate is no such decimal.
@@ -87,8 +89,8 @@ def operating_thresholds(
     tuned = _labeled(images, identities, fpr)
     others = None if eval_identities is None else _labeled(images, eval_identities, fpr)
     models = as_embedder(teacher), as_embedder(student)
-    seen = _faces(*models, tuned, batch_size, progress)
-    judged = seen if others is None else _faces(*models, others, batch_size, progress)
+    seen = _faces(*models, tuned, batch_size)
+    judged = seen if others is None else _faces(*models, others, batch_size)
     thresholds = {name: seen.threshold(name, fpr) for name in _PAIRINGS}
     rows = (
         PairingThreshold(name, threshold, judged.rates(name, threshold), judged.rates(name, thresholds["float"]))
@@ -145,10 +147,10 @@ def _labeled(images: Images, identities: str | Path | None, fpr: str) -> _Labele
     return _Labeled(source, labels)
 
 
-def _faces(teacher: Embedder, student: Embedder, images: _Labeled, batch_size: int, progress: bool) -> _Faces:
+def _faces(teacher: Embedder, student: Embedder, images: _Labeled, batch_size: int) -> _Faces:
     return _Faces(
-        embed(teacher, images.source, batch_size, progress=progress),
-        embed(student, images.source, batch_size, progress=progress),
+        embed(teacher, images.source, batch_size),
+        embed(student, images.source, batch_size),
         images.labels,
     )
 

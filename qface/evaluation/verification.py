@@ -19,6 +19,7 @@ from qface.errors import ConfigError, ImagesError, PairsError, QFaceError
 from qface.evaluation.pair_scores import PairScores, Scores
 from qface.evaluation.score_ranking import count_store, ranked_scores
 from qface.parallel import processes_for
+from qface.progress import shows_progress
 
 __all__ = [
     "FPRS",
@@ -88,6 +89,7 @@ def count_pairs(labels: npt.ArrayLike, ordered: bool = False) -> tuple[int, int]
     return (2 * genuine, 2 * impostor) if ordered else (genuine, impostor)
 
 
+@shows_progress
 def tpr_at_fpr(
     probes: Scores,
     labels: npt.ArrayLike,
@@ -115,7 +117,7 @@ def tpr_at_fpr(
             gallery image count; without it, all pairs i < j.
         run_dir: folder to keep the counts in; a call that was stopped goes on there. None keeps nothing.
         device: where cosines are computed, as torch names it; None takes a GPU where there is one.
-        progress: show a bar on stderr.
+        progress: show the stages on stderr.
 
     Raises:
         ImagesError: there are no genuine or no impostor pairs.
@@ -137,7 +139,7 @@ def tpr_at_fpr(
     measured = {fpr: rank for fpr, rank in ranks.items() if rank is not None}
     kept = nullcontext() if run_dir is None else count_store(Path(run_dir), scores, measured, parallel)
     with kept as store:
-        ranked = ranked_scores(scores, measured, impostors, parallel, store, progress)
+        ranked = ranked_scores(scores, measured, impostors, parallel, store)
     points = {fpr: OperatingPoint(each.genuine_above / genuine, each.score) for fpr, each in ranked.items()}
     return {fpr: points.get(fpr, OperatingPoint(None, None)) for fpr in fprs}
 

@@ -18,6 +18,7 @@ from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_line
 from qface.preprocessing import example_input, preprocessing_of
+from qface.progress import shows_progress
 from qface.provenance import carry, has_step, record_step
 from qface.pruning.batch_norm import reestimate_batch_norms
 from qface.pruning.budget import Budget, count_parameters
@@ -34,6 +35,7 @@ _HALVINGS = 12  # of the share of channels, until a budget is met
 OnStepEnd = Callable[[nn.Module, int], object]
 
 
+@shows_progress
 def prune(
     model: nn.Module,
     ratio: float | Budget = 0.2,
@@ -54,7 +56,7 @@ def prune(
         identities: of a folder, which identities.
         on_step_end: called after every step but the last with the network so far and the number of the step, from 1 on,
             such as to train it in place.
-        progress: show progress bars on stderr.
+        progress: show the stages on stderr.
 
     Returns:
         The pruned network, a module of the same class. It is saved, quantized and distilled like any other.
@@ -75,14 +77,14 @@ def prune(
     pruned = copy.deepcopy(model).eval()
     rounds = _Rounds(pruned, share, config, structure)
     for step in range(1, config.iterative_steps + 1):
-        _remove_and_mend(rounds, sample, progress)
+        _remove_and_mend(rounds, sample)
         if on_step_end is not None and step < config.iterative_steps:
             on_step_end(pruned, step)
     if isinstance(ratio, Budget) and ratio.cost(pruned) > ratio.limit:
         # Between the rounds repair and training made other channels the weakest than when the share was looked for.
         once = replace(config, iterative_steps=1)
         share_left = _share_for(pruned, ratio, sample, once, structure)
-        _remove_and_mend(_Rounds(pruned, share_left, once, structure), sample, progress)
+        _remove_and_mend(_Rounds(pruned, share_left, once, structure), sample)
     if count_parameters(pruned) == count_parameters(model):
         raise ConfigError(
             f"no channel was removed: importance {config.importance!r} found none, or a share of {share:.3g} is less "
@@ -180,13 +182,13 @@ def _measured(model: nn.Module, sample: Tensor | None, config: PruningConfig) ->
     return gradients(model, sample, config) if config.needs_images and sample is not None else []
 
 
-def _remove_and_mend(rounds: _Rounds, sample: Tensor | None, progress: bool) -> None:
+def _remove_and_mend(rounds: _Rounds, sample: Tensor | None) -> None:
     """One round, and what is done on ``sample`` about its loss."""
     pruned, config = rounds.model, rounds.config
     before = copy.deepcopy(pruned)
     kept = rounds.remove(_measured(pruned, sample, config))
     if config.repair and sample is not None:
-        repair(pruned, before, kept, sample, config.seed, progress)
+        repair(pruned, before, kept, sample, config.seed)
     if config.reestimate and sample is not None:
         reestimate_batch_norms(pruned, sample)
 

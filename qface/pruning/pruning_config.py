@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from qface.checks import check_seed, check_whole
+from qface.choices import ImportanceName
 from qface.errors import ConfigError
 
 __all__ = ["ImportanceName", "PruningConfig"]
-
-ImportanceName = Literal["magnitude", "taylor", "hessian", "fpgm", "bn_scale"]
 
 
 @dataclass(frozen=True)

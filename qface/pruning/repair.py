@@ -46,7 +46,6 @@ def repair(
     kept: Mapping[str, Kept],
     images: Tensor,
     seed: int = 0,
-    progress: bool = False,
 ) -> None:
     """Change the weights of ``pruned``, in place, so that its layers make what they made in ``original``.
 
@@ -56,7 +55,6 @@ def repair(
         kept: of each convolution and linear layer, by name in the order they run, the channels that are left.
         images: normalized, [N, 3, height, width].
         seed: of the positions.
-        progress: show a bar on stderr.
     """
     names = [name for name in kept if _lost_inputs(original.get_submodule(name), kept[name])]
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +65,7 @@ def repair(
         names = list(sizes)
         positions = {name: Positions.drawn(len(images), *sizes[name], _POSITIONS, generator) for name in names}
         made = _outputs(original, names, positions, images)
-        for name in track(names, "repair", progress):
+        for name in track(names, "repair"):
             layer = cast(Layer, pruned.get_submodule(name))
             _solve(layer, _inputs(pruned, layer, positions[name], images), made[name][:, kept[name].outputs])
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.graph.queries import layer_of
+from qface.progress import track
 from qface.quantization.quantized_layers import WeightedLayer
 
 __all__ = ["channel_means", "correct_biases"]
@@ -38,7 +39,8 @@ def correct_biases(student: fx.GraphModule, batches: Sequence[Tensor], wanted: S
         wanted: what :func:`channel_means` returned for each batch with quantizers off.
     """
     with torch.no_grad():
-        for number, (images, means) in enumerate(zip(batches, wanted, strict=True), 1):
+        parts = list(zip(batches, wanted, strict=True))
+        for number, (images, means) in enumerate(track(parts, "correct biases"), 1):
             _Corrector(student, means, 1 / number).run(images)
 
 

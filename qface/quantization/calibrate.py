@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from qface.data.sample import evenly, sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError
 from qface.preprocessing import preprocessing_of
-from qface.progress import track
+from qface.progress import shows_progress, track
 from qface.provenance import record_step
 from qface.quantization.bias_correction import channel_means
 from qface.quantization.bias_correction import correct_biases as correct_channel_means
@@ -26,6 +27,8 @@ from qface.quantization.quantized_layers import MAX_BIAS, WeightedLayer
 from qface.training_mode import eval_mode
 
 __all__ = ["CALIBRATION_IMAGES", "calibrate", "scale_parameters", "set_observers"]
+
+_LOGGER = logging.getLogger("qface")
 
 CALIBRATION_IMAGES = 512
 """Images that :func:`calibrate` looks at by default; more changed no figure."""
@@ -49,6 +52,7 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [quantizer.scale for quantizer in quantizers(model)]
 
 
+@shows_progress
 def calibrate(
     student: fx.GraphModule,
     images: Images,
@@ -74,7 +78,7 @@ def calibrate(
         identities: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
         num_images: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
         batch_size: images at a time.
-        progress: show a progress bar.
+        progress: show the stages on stderr.
         equalize: of a new student, make the channels of each tensor share one scale well first.
         gptq: of a new student, round weights with GPTQ, so that they make up for each other's errors.
         correct_biases: of a new student, correct the mean of each channel last.
@@ -104,9 +108,9 @@ def calibrate(
         means = [channel_means(student, part) for part in sample] if correct_biases else []
         hessians = HessianCollector(student)
         with _observing(found), hessians if new and gptq else nullcontext():
-            for batch in track(batches, "calibrate", progress):
+            for batch in track(batches, "observe"):
                 student(normalize(batch.to(device), preprocessing))
-    for quantizer in found:
+    for quantizer in track(found, "choose ranges"):
         quantizer.set_range()
         quantizer.activation_post_process.reset()
     _keep_biases_in_range(student)
@@ -116,7 +120,10 @@ def calibrate(
         with eval_mode(student):
             correct_channel_means(student, sample, means)
     parts = {"equalize": equalize, "gptq": gptq, "correct_biases": correct_biases}
-    settings = {"images": num_images, **{name: new and wanted for name, wanted in parts.items()}}
+    left_out = [name for name, wanted in parts.items() if wanted and not new]
+    if left_out:
+        _LOGGER.warning("this student was calibrated before: it gets new ranges, without %s", ", ".join(left_out))
+    settings = {"images": sum(map(len, batches)), **{name: new and wanted for name, wanted in parts.items()}}
     return record_step(student, "calibrate", settings)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from qface.graph.channel_factors import Scalable, scale_inputs, scale_outputs
 from qface.graph.layers import Add, ChannelAffine
 from qface.graph.queries import layer_of, makes_rows
+from qface.progress import track
 from qface.quantization.fake_quantize import LSQFakeQuantize
 from qface.quantization.quantized_layers import WeightedLayer, is_quantizer
 
@@ -123,7 +124,7 @@ def cross_layer_equalization(student: fx.GraphModule, images: Tensor) -> None:
     """
     regions = find_regions(student)
     values = _channel_values(student, [quantizer for region in regions for quantizer in region.quantizers], images)
-    for region in regions:
+    for region in track(regions, "equalize"):
         seen = {quantizer: values[quantizer] for quantizer in region.quantizers if quantizer in values}
         found = [seen.pop(quantizer) for quantizer in _narrowest(region) if quantizer in seen]
         if found:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.models.patches import Layer, Positions, as_map, patches
+from qface.progress import track
 from qface.quantization.quantized_layers import WeightedLayer
 
 __all__ = ["HessianCollector", "gptq"]
@@ -76,6 +77,10 @@ class HessianCollector:
         new = (count + values.shape[1], sums + values.sum(1).double(), products + (values.mT @ values).double())
         self._sums[layer] = new
 
+    def __len__(self) -> int:
+        """Layers that were seen."""
+        return len(self._sums)
+
     def items(self) -> Iterator[tuple[nn.Module, Tensor]]:
         """Each layer that was seen, and its damped Hessian, float64 [groups, weights of a channel, the same]."""
         for layer, (count, sums, products) in self._sums.items():
@@ -89,7 +94,7 @@ class HessianCollector:
 @torch.no_grad()
 def gptq(hessians: HessianCollector) -> None:
     """Round the weights of all layers that ``hessians`` has seen, in place; their scales stay as they are."""
-    for layer, hessian in hessians.items():
+    for layer, hessian in track(hessians.items(), "round weights", len(hessians)):
         _round(cast(Any, layer), hessian)
 
 

@@ -7,8 +7,10 @@ to each number of bits, so that what lies before is never computed twice.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,17 +21,19 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import disable_fake_quant, disable_observer
 
 from qface.checks import check_whole
-from qface.data.images import Images, normalize
+from qface.data.images import Images, bytes_of, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, one_line
 from qface.graph.queries import is_shape_only, layer_of
+from qface.model_digest import digest_of_structure, digest_of_values
 from qface.preprocessing import example_input, preprocessing_of
-from qface.progress import track
+from qface.progress import shows_progress, stage
 from qface.provenance import provenance_of
 from qface.quantization.calibrate import quantizers
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
 from qface.quantization.fake_quantize import LSQFakeQuantize
+from qface.quantization.loss_store import Losses, loss_store
 from qface.quantization.placement import Role, role_of
 from qface.quantization.prepare import is_quantized, quantize
 from qface.quantization.quantization_config import MAX_BITS, MIN_BITS, QuantizationConfig
@@ -120,6 +124,7 @@ def _layer_of_record(record: Mapping[str, Any]) -> LayerSensitivity:
     return LayerSensitivity(str(record["name"]), int(record["elements"]), *losses)
 
 
+@shows_progress
 @torch.no_grad()
 def sensitivity(
     model: nn.Module,
@@ -129,6 +134,7 @@ def sensitivity(
     activation_bits: Sequence[int] = BIT_WIDTHS,
     num_images: int = SENSITIVITY_IMAGES,
     batch_size: int = 16,
+    run_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Sensitivity:
     """How much the embedding changes when one tensor at a time is quantized, for each layer that multiplies.
@@ -146,10 +152,14 @@ def sensitivity(
         activation_bits: bits to try on what layers read, 2 to 8; none leaves activations out.
         num_images: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
         batch_size: images at a time.
-        progress: show a progress bar.
+        run_dir: folder to keep losses in as they are measured; a call that was stopped goes on there, with the same
+            model, images and settings. None keeps nothing.
+        progress: show the stages on stderr.
 
     Raises:
-        ConfigError: bits are out of range, or weights were rounded already.
+        ConfigError: bits are out of range, weights were rounded already, ``run_dir`` is of another model, other images
+            or settings, or another run is in it.
+        ExportError: ``run_dir`` cannot be made or written to.
         ImagesError: the images cannot be used, or there are none.
         TraceError: torch.fx cannot trace the network.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
@@ -172,8 +182,23 @@ def sensitivity(
         *_weight_changes(layers, sorted(set(weight_bits))),
         *_activation_changes(network, layers, sorted(set(activation_bits)), batches),
     ]
-    losses = _mean_losses(network, batches, changes, progress)
+    bits = f"weights {sorted(set(weight_bits))}, activations {sorted(set(activation_bits))}"
+    inputs = _inputs(model, faces, f"{bits}, batches of {batch_size}")
+    store: AbstractContextManager[Losses] = nullcontext({}) if run_dir is None else loss_store(Path(run_dir), inputs)
+    with store as kept:
+        losses = _mean_losses(network, batches, changes, kept)
     return Sensitivity(len(faces), tuple(_of_layer(node, losses) for node in layers))
+
+
+def _inputs(model: nn.Module, faces: Tensor, settings: str) -> dict[str, str]:
+    """Words for all that the losses depend on."""
+    return {
+        "layers": digest_of_structure(model),
+        "weights": digest_of_values(model),
+        "preprocessing": preprocessing_of(model).to_json(),
+        "images": hashlib.sha256(bytes_of(faces)).hexdigest()[:16],
+        "settings": settings,
+    }
 
 
 def read_sample(images: Images, identities: str | Path | None, num_images: int) -> Tensor:
@@ -211,7 +236,7 @@ class _Change:
     compute: Callable[[Tensor], Tensor]
 
 
-_Losses = Mapping[tuple[fx.Node, int], float]
+_MeanLosses = Mapping[tuple[fx.Node, int], float]
 """By node and bits of a change."""
 
 
@@ -294,25 +319,34 @@ class _Observing(fx.Interpreter):
 
 
 def _mean_losses(
-    network: fx.GraphModule, batches: Sequence[Tensor], changes: Sequence[_Change], progress: bool
-) -> _Losses:
-    sums: dict[tuple[fx.Node, int], float] = defaultdict(float)
-    runs = _losses(network, batches, changes)
-    for change, loss in track(runs, "sensitivity", progress, len(batches) * len(changes)):
-        sums[change.node, change.bits] += loss
+    network: fx.GraphModule, batches: Sequence[Tensor], changes: Sequence[_Change], kept: Losses
+) -> _MeanLosses:
+    """The mean loss of each change; ``kept`` holds the sums of batches that are known, and gets all others."""
+    _measure(network, batches, changes, kept)
     images = sum(map(len, batches))
-    return {key: loss / images for key, loss in sums.items()}
+    return {
+        (change.node, change.bits): sum(kept[number, change.node.name, change.bits] for number in range(len(batches)))
+        / images
+        for change in changes
+    }
 
 
-def _losses(
-    network: fx.GraphModule, batches: Sequence[Tensor], changes: Sequence[_Change]
-) -> Iterator[tuple[_Change, float]]:
-    """Each change with the sum over a batch of 1 - cosine."""
-    for batch in batches:
-        embeddings = network(batch).double()
-        for change, changed in _forks(network, batch, changes):
-            cosines = F.cosine_similarity(embeddings, changed.double())
-            yield change, float((1 - cosines).clamp(min=0).sum())
+def _measure(network: fx.GraphModule, batches: Sequence[Tensor], changes: Sequence[_Change], kept: Losses) -> None:
+    """Add the sum over each batch of 1 - cosine to ``kept``, for each change where it is missing."""
+    missing = [
+        [change for change in changes if (number, change.node.name, change.bits) not in kept]
+        for number in range(len(batches))
+    ]
+    total = len(batches) * len(changes)
+    with stage("sensitivity", total, total - sum(map(len, missing))) as advance:
+        for number, (batch, left) in enumerate(zip(batches, missing, strict=True)):
+            if not left:
+                continue
+            embeddings = network(batch).double()
+            for change, changed in _forks(network, batch, left):
+                cosines = F.cosine_similarity(embeddings, changed.double())
+                kept[number, change.node.name, change.bits] = float((1 - cosines).clamp(min=0).sum())
+                advance()
 
 
 def _forks(network: fx.GraphModule, images: Tensor, changes: Sequence[_Change]) -> Iterator[tuple[_Change, Tensor]]:
@@ -331,7 +365,7 @@ def _forks(network: fx.GraphModule, images: Tensor, changes: Sequence[_Change]) 
             values[read] = None  # not removed, so that a branch does not compute it again
 
 
-def _of_layer(node: fx.Node, losses: _Losses) -> LayerSensitivity:
+def _of_layer(node: fx.Node, losses: _MeanLosses) -> LayerSensitivity:
     source = _source(node)
     return LayerSensitivity(
         name=str(node.target),

@@ -220,3 +220,16 @@ def test_weights_that_calibration_has_rounded_are_refused() -> None:
 def test_no_images_at_a_time_is_an_error() -> None:
     with pytest.raises(ConfigError, match="batch_size is a whole number from 1 on"):
         sensitivity(network(), FACES, batch_size=0)
+
+
+def test_a_measurement_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    network, faces = tiny_face_net(), random_faces(8)
+    whole = sensitivity(network, faces, batch_size=4, run_dir=tmp_path)
+    file = tmp_path / "losses.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:5]) + lines[5][:4])
+    assert sensitivity(network, faces, batch_size=4, run_dir=tmp_path) == whole
+    assert file.read_text() == "".join(lines)
+    assert sensitivity(network, faces, batch_size=4) == whole
+    with pytest.raises(ConfigError, match="choose another folder"):
+        sensitivity(network, random_faces(6), batch_size=4, run_dir=tmp_path)

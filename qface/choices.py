@@ -1,0 +1,29 @@
+"""Names that the library and the command line let a user choose from; help and completion need nothing else.
+
+This module imports nothing of qface, so that ``qface export --help`` does not wait for torch.
+"""
+
+from typing import Literal
+
+__all__ = [
+    "INPUTS",
+    "RUNTIMES",
+    "TARGETS",
+    "WEIGHT_FORMATS",
+    "ImportanceName",
+    "PrecisionName",
+    "TemplateProtocol",
+]
+
+INPUTS = ("float32", "uint8")
+"""Types that an exported file reads: normalized floats, or the RGB bytes of images."""
+RUNTIMES = ("onnxruntime", "openvino")
+"""Runtimes that :func:`qface.verify` compares a file in."""
+TARGETS = ("cpu", "cuda", "float32")
+"""Purposes of a student's file: integers, fp16 on GPUs, float32."""
+WEIGHT_FORMATS = ("packed", "int8")
+"""Layouts of a student's weights in a file: packed to their bits, or a byte each."""
+
+ImportanceName = Literal["magnitude", "taylor", "hessian", "fpgm", "bn_scale"]
+PrecisionName = Literal["float32", "bf16"]
+TemplateProtocol = Literal["paper", "arcface"]
