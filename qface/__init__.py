@@ -16,6 +16,9 @@ from qface._version import __version__
 __all__ = [
     "AlignmentReport",
     "Budget",
+    "CompressConfig",
+    "Compression",
+    "CompressionTarget",
     "DistillConfig",
     "EvaluationResult",
     "LayerBits",
@@ -35,6 +38,7 @@ __all__ = [
     "align",
     "allocate_bits",
     "calibrate",
+    "compress",
     "distill",
     "evaluate",
     "evaluate_templates",

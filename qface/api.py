@@ -1,5 +1,6 @@
 """All that ``import qface`` offers, imported at once."""
 
+from qface.compression import CompressConfig, Compression, CompressionTarget, compress
 from qface.data.crops import AlignmentReport, align
 from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
 from qface.deployment.mixed_precision import allocate_bits
@@ -28,6 +29,9 @@ from qface.reporting.run_record import RunRecord
 __all__ = [
     "AlignmentReport",
     "Budget",
+    "CompressConfig",
+    "Compression",
+    "CompressionTarget",
     "DistillConfig",
     "EvaluationResult",
     "LayerBits",
@@ -46,6 +50,7 @@ __all__ = [
     "align",
     "allocate_bits",
     "calibrate",
+    "compress",
     "distill",
     "evaluate",
     "evaluate_templates",

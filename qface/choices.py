@@ -10,6 +10,7 @@ __all__ = [
     "RUNTIMES",
     "TARGETS",
     "WEIGHT_FORMATS",
+    "DistillName",
     "ImportanceName",
     "PrecisionName",
     "TemplateProtocol",
@@ -24,6 +25,7 @@ TARGETS = ("cpu", "cuda", "float32")
 WEIGHT_FORMATS = ("packed", "int8")
 """Layouts of a student's weights in a file: packed to their bits, or a byte each."""
 
+DistillName = Literal["never", "if-needed", "for-size"]
 ImportanceName = Literal["magnitude", "taylor", "hessian", "fpgm", "bn_scale"]
 PrecisionName = Literal["float32", "bf16"]
 TemplateProtocol = Literal["paper", "arcface"]

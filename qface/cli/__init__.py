@@ -8,6 +8,7 @@ import warnings
 import click
 
 import qface
+from qface.cli.compression import compress
 from qface.cli.deployment import bench, export, inspect, selftest, size, verify
 from qface.cli.evaluation import evaluate, ijb, sensitivity, thresholds
 from qface.cli.faces import align, demo
@@ -26,7 +27,7 @@ def main() -> None:
 
 
 for _each in (
-    *(quantize, prune, distill),
+    *(compress, quantize, prune, distill),
     *(evaluate, ijb, thresholds, sensitivity),
     *(inspect, export, verify, selftest, bench, size),
     *(report, align, demo),

@@ -24,7 +24,7 @@ from qface.quantization.allocation import choose_bit_widths
 from qface.quantization.quantization_config import MIN_BITS
 from qface.quantization.sensitivity import SENSITIVITY_IMAGES, Sensitivity, read_sample, sensitivity
 
-__all__ = ["allocate_bits"]
+__all__ = ["allocate_bits", "average_bits", "bits_for"]
 
 _MB = 10**6
 _RESERVE = 2048
@@ -44,6 +44,7 @@ def allocate_bits(
     activation_bits: int = 6,
     num_images: int = SENSITIVITY_IMAGES,
     batch_size: int = 16,
+    table: Sensitivity | None = None,
     progress: bool = False,
 ) -> QuantizationConfig:
     """2 to 8 bits for each of the weights of ``model`` that change its embedding least within ``budget_mb``.
@@ -59,6 +60,7 @@ def allocate_bits(
         activation_bits: of what layers read, 2 to 8.
         num_images: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
         batch_size: images at a time.
+        table: what :func:`qface.sensitivity` found of the weights of ``model``; None measures it.
         progress: show the stages on stderr.
 
     Returns:
@@ -83,8 +85,33 @@ def allocate_bits(
             f"{budget_mb} MB are too few: this network needs {(smallest + _RESERVE) / _MB:.3f} MB "
             f"with weights of {MIN_BITS} bits; raise the budget"
         )
-    table = sensitivity(model, faces, activation_bits=(), batch_size=batch_size, num_images=len(faces))
+    if table is None:
+        table = sensitivity(model, faces, activation_bits=(), batch_size=batch_size, num_images=len(faces))
     return _fitting(model, narrowest, table, faces, budget, smallest)
+
+
+def bits_for(table: Sensitivity, average: float, activation_bits: int) -> QuantizationConfig:
+    """2 to 8 bits for each weight that lose least, with about ``average`` bits for a number.
+
+    Args:
+        table: with the losses of weights.
+        average: 2 to 8; what a further bit width takes in the file counts as well.
+        activation_bits: of what layers read, 2 to 8.
+
+    Raises:
+        ConfigError: the table has no losses of weights, or the average is below 2.
+    """
+    overhead = 8 * _BYTES_PER_BIT_WIDTH
+    elements = sum(layer.elements for layer in table.layers)
+    chosen = choose_bit_widths(table, int(average * elements) + overhead, overhead)
+    return _with_bit_widths(QuantizationConfig(MIN_BITS, activation_bits), chosen)
+
+
+def average_bits(table: Sensitivity, config: QuantizationConfig) -> float:
+    """Bits of a weight in the mean over all numbers in the weights of ``table``."""
+    bits = {name: layer.weight for name, layer in config.overrides.items()}
+    total = sum(layer.elements * (bits.get(layer.name) or config.weight_bits) for layer in table.layers)
+    return total / sum(layer.elements for layer in table.layers)
 
 
 def _fitting(

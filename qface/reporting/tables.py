@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from qface.compression.trials import Compression
 from qface.data import AlignmentReport
 from qface.demo import DemoReport
 from qface.deployment import Agreement, SizeReport
@@ -21,6 +22,7 @@ from qface.quantization.sensitivity import Sensitivity
 __all__ = [
     "agreement_table",
     "alignment_table",
+    "compression_table",
     "costs_table",
     "demo_table",
     "evaluation_table",
@@ -105,6 +107,28 @@ def alignment_table(report: AlignmentReport) -> Table:
 def _first_of(names: Sequence[str]) -> str:
     """Three of ``names``; bytes that are no UTF-8 cannot be printed and are shown as escapes."""
     return ", ".join(escape(name.encode(errors="backslashreplace").decode()) for name in names[:3])
+
+
+def compression_table(found: Compression) -> Table:
+    """Trials of a compression, a row each; the chosen one has a mark."""
+    target = found.target
+    people = f"{found.identities} people, {found.images} images; float network {found.float_tpr:.2f} %"
+    table = Table(title=f"TPR at FPR {target.at_fpr} of {people}")
+    bound = f"at most ({target.confidence:.0%})"
+    for name in ("", "weights, bits", "MB", "TPR, %", "lost, points", bound, "ms", "keeps the target"):
+        table.add_column(name, justify="right" if name else "left")
+    for trial in found.trials:
+        table.add_row(
+            trial.name,
+            f"{trial.weight_bits:.2f}",
+            f"{trial.mb:.3f}",
+            f"{trial.tpr:.2f}",
+            f"{trial.drop:.2f}",
+            f"{trial.drop_bound:.2f}",
+            "-" if trial.ms is None else f"{trial.ms:.2f}",
+            "chosen" if trial == found.chosen else "yes" if trial.keeps else "no",
+        )
+    return table
 
 
 def costs_table(before: Cost, after: Cost) -> Table:

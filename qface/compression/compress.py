@@ -1,0 +1,416 @@
+"""The verb ``compress``: the smallest file that keeps a target.
+
+Weights get 2 to 8 bits on average, by one pass of :func:`qface.sensitivity` over the people that tune. Each number of
+bits is a trial: quantized, calibrated, exported, and judged on other people. Trials are bisected, since fewer bits lose
+more. Training comes last, because it takes longest.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from qface.compression.compress_config import CompressConfig, CompressionTarget
+from qface.compression.judge import Judge, milliseconds_of
+from qface.compression.trials import Compression, Trial, smallest_passing
+from qface.data.content_digest import digest_of_images
+from qface.data.folders import ImageFolder
+from qface.data.identities import FIRST_HALF, SECOND_HALF
+from qface.deployment import export
+from qface.deployment.mixed_precision import allocate_bits, average_bits, bits_for
+from qface.distillation import distill
+from qface.errors import CheckpointError, ConfigError, ExportError, ImagesError
+from qface.files import alone_in, check_folder, make_folder, replacing, temporary_folder
+from qface.model_digest import digest_of_structure, digest_of_values
+from qface.models import load, save
+from qface.models.store import check_savable
+from qface.preprocessing import preprocessing_of
+from qface.progress import shows_progress
+from qface.pruning import Budget, cost_of, prune
+from qface.quantization import QuantizationConfig, calibrate, quantize
+from qface.quantization.prepare import is_quantized
+from qface.quantization.quantization_config import MAX_BITS
+from qface.quantization.sensitivity import sensitivity
+from qface.reporting.run_record import RunRecord
+
+__all__ = ["compress"]
+
+AVERAGE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
+"""Averages over all weights that are tried: half a bit apart where a bit costs much."""
+
+_PRUNINGS = 4
+"""Attempts to prune to ``max_ms``: time falls more slowly than the number of products."""
+_NEXT_RUNG = 0.25
+"""Bits by which the next rung is at least smaller than the largest that fits."""
+_QUICK = 8
+"""Images that calibrate a file whose time alone counts."""
+
+
+@shows_progress
+def compress(
+    model: nn.Module | str | Path,
+    images: str | Path,
+    output: str | Path,
+    target: CompressionTarget,
+    config: CompressConfig | None = None,
+    identities: str | Path | None = None,
+    eval_identities: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    progress: bool = False,
+) -> Compression:
+    """Write the smallest integer ONNX file of ``model`` that keeps ``target``.
+
+    Without ``max_drop`` the best file within ``max_mb`` and ``max_ms`` is written, trained unless ``config`` says
+    ``"never"``. A call that was stopped goes on in its run folder. If no file keeps the target, none is written; the
+    run folder has all that were tried.
+
+    Args:
+        model: a float network [N, 3, height, width] -> [N, dimensions], or its file.
+        images: a folder of 112x112 crops, one subfolder a person.
+        output: file to write (``.onnx``).
+        target: what the file must keep.
+        config: how it is looked for.
+        identities: people to tune on; see :func:`qface.data.identities.select_identities`. By default the first half.
+        eval_identities: people to judge on, by default the second half. Nobody may be in both.
+        run_dir: folder for trials; by default ``output`` with the ending ``.run``.
+        progress: show the stages on stderr.
+
+    Returns:
+        All trials, the chosen one, and why the search ended.
+
+    Raises:
+        ConfigError: people are in both halves, the rate needs more impostor pairs, ``max_mb`` or ``max_ms`` cannot be
+            met at any bits, or the run folder belongs to another compression.
+        ImagesError: the images cannot be read or carry no labels.
+        CheckpointError: the model's file or the run folder cannot be read.
+        ExportError: a file cannot be written.
+        UnsupportedLayerError: a layer cannot be quantized or exported; it is named.
+
+    Example:
+        >>> target = CompressionTarget(max_drop=0.5, at_fpr="1e-4")
+        >>> compress("teacher.onnx", "faces/", "student.onnx", target).chosen  # doctest: +SKIP
+    """
+    output, config = Path(output), config or CompressConfig()
+    if output.suffix != ".onnx":
+        raise ExportError(f"{output} does not end in .onnx; choose such a name")
+    check_folder(output)
+    teacher = load(model) if isinstance(model, (str, Path)) else model
+    check_savable(teacher)
+    if is_quantized(teacher):
+        raise ConfigError("this network is quantized already: compress the float network that it came from")
+    tuning, judged = _people(images, identities, eval_identities)
+    folder = output.with_suffix(".run") if run_dir is None else Path(run_dir)
+    with _run_of(folder, teacher, (tuning, judged), target, config):
+        judge = Judge(teacher, judged, target, folder / "reference")
+        search = _Search(teacher, tuning, judge, target, config, folder)
+        found = search.run()
+        if found.chosen is not None:
+            _copy(folder / found.chosen.name / "student.onnx", output)
+            save(teacher, folder / "teacher.safetensors")
+            _record(images, output, found, (identities, eval_identities)).write(folder)
+    return found
+
+
+def _people(
+    images: str | Path, identities: str | Path | None, eval_identities: str | Path | None
+) -> tuple[ImageFolder, ImageFolder]:
+    if (identities is None) != (eval_identities is None):
+        raise ConfigError("people to tune on and people to judge on are given together, or left out together")
+    tuning = ImageFolder(images, identities or FIRST_HALF)
+    judged = ImageFolder(images, eval_identities or SECOND_HALF)
+    both = sorted(set(tuning.names) & set(judged.names))
+    if both:
+        raise ConfigError(
+            f"{len(both)} people are to tune and to judge (first: {both[0]}): a figure on them says nothing of others"
+        )
+    if not tuning.names:
+        raise ImagesError(f"{images} does not say who is who: give a folder with one subfolder a person")
+    return tuning, judged
+
+
+@contextmanager
+def _run_of(
+    folder: Path,
+    teacher: nn.Module,
+    people: tuple[ImageFolder, ImageFolder],
+    target: CompressionTarget,
+    config: CompressConfig,
+) -> Iterator[None]:
+    """The folder, which belongs to one network, one set of images and one target."""
+    inputs = {
+        "layers": digest_of_structure(teacher),
+        "weights": digest_of_values(teacher),
+        "preprocessing": preprocessing_of(teacher).describe(),
+        "images to tune on": digest_of_images(people[0]),
+        "images to judge on": digest_of_images(people[1]),
+        "target": asdict(target),
+        "config": asdict(config),
+    }
+    make_folder(folder)
+    with alone_in(folder):
+        path = folder / "inputs.json"
+        if not path.exists():
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(inputs) + "\n", encoding="utf-8")
+        _check_inputs(path, json.loads(json.dumps(inputs)))
+        yield
+
+
+def _check_inputs(path: Path, inputs: dict[str, object]) -> None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in inputs if before[name] != inputs[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: choose another run folder") from error
+    if other:
+        raise ConfigError(f"{path.parent} is the run of another {other[0]}: choose another run folder")
+
+
+@dataclass
+class _Search:
+    """The trials of one compression."""
+
+    teacher: nn.Module
+    tuning: ImageFolder
+    judge: Judge
+    target: CompressionTarget
+    config: CompressConfig
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.trials: dict[str, Trial] = {}
+        self.configs: dict[float, QuantizationConfig] = {}
+
+    def run(self) -> Compression:
+        """Look for the smallest file, train where that helps, and say how it ended."""
+        self.network = self._fast_enough()
+        self.table = sensitivity(
+            self.network,
+            self.tuning,
+            activation_bits=(),
+            num_images=self.config.sensitivity_images,
+            run_dir=self.folder / "sensitivity",
+        )
+        self._keep_table()
+        rungs = self._rungs()
+        chosen, stopped = self._best_within(rungs) if self.target.max_drop is None else self._smallest(rungs)
+        faces = self.judge.faces
+        return Compression(
+            self.target,
+            100 * self.judge.tpr,
+            len(faces),
+            faces.num_identities,
+            tuple(self.trials.values()),
+            chosen,
+            stopped,
+            str(self.folder),
+        )
+
+    def _best_within(self, rungs: list[float]) -> tuple[Trial | None, str]:
+        trial = self._trial(rungs[-1], distilled=self.config.distill != "never")
+        if not trial.keeps:
+            return None, f"{trial.name} has the most bits that fit, and misses the target: {_listed(trial)}"
+        return trial, "these are the most bits that the limits leave"
+
+    def _smallest(self, rungs: list[float]) -> tuple[Trial | None, str]:
+        at = smallest_passing(len(rungs), lambda rung: self._trial(rungs[rung]).keeps)
+        if at is None:
+            return self._trained_largest(rungs)
+        # a further bit width costs nodes, so that a very small network's file may grow where its bits fall
+        kept = min((trial for trial in self.trials.values() if trial.keeps), key=lambda trial: trial.mb)
+        if self.config.distill == "for-size":
+            return self._trained_down(rungs[:at], kept)
+        if at == 0:
+            return kept, "there are no fewer bits"
+        return kept, f"{self._name(rungs[at - 1])} loses too much without training"
+
+    def _trained_largest(self, rungs: list[float]) -> tuple[Trial | None, str]:
+        """Where calibration alone misses the target with the most bits that are allowed."""
+        largest = self._trial(rungs[-1])
+        if self.config.distill == "never" or not self._loses_only_tpr(largest):
+            return None, f"{largest.name} is the largest file allowed, and misses the target: {_listed(largest)}"
+        trained = self._trial(rungs[-1], distilled=True)
+        if not trained.keeps:
+            return None, f"{trained.name} is the largest file allowed, and misses the target: {_listed(trained)}"
+        if self.config.distill == "for-size":
+            return self._trained_down(rungs[:-1], trained)
+        return trained, "calibration alone misses the target at any bits, and training keeps it"
+
+    def _loses_only_tpr(self, trial: Trial) -> bool:
+        """Whether training can help: it changes neither size nor time."""
+        unbounded = replace(self.target, max_drop=float("1e9"))
+        return not list(_misses(trial, unbounded))
+
+    def _trained_down(self, rungs: list[float], kept: Trial) -> tuple[Trial, str]:
+        """Train ever smaller files of ``rungs``, from the largest on, until one misses; ``kept`` is larger."""
+        for average in reversed(rungs):
+            trial = self._trial(average, distilled=True)
+            if not trial.keeps:
+                return kept, f"{trial.name} loses too much after training too"
+            kept = trial
+        return kept, "there are no fewer bits"
+
+    # ---- what is tried
+
+    def _fast_enough(self) -> nn.Module:
+        """The network, pruned where ``max_ms`` needs it and pruning is asked for."""
+        if self.target.max_ms is None:
+            return self.teacher
+        kept = self.folder / "pruned.safetensors"
+        if kept.exists():
+            return load(kept)
+        network, left, cost = self.teacher, 1.0, cost_of(self.teacher)
+        for _ in range(_PRUNINGS):
+            milliseconds = self._quick_milliseconds(network)
+            if milliseconds <= self.target.max_ms:
+                if network is not self.teacher:
+                    save(network, kept)
+                return network
+            if not self.config.prune:
+                break
+            left *= 0.95 * self.target.max_ms / milliseconds
+            network = prune(self.teacher, Budget(cost.macs * left, "macs"), self.tuning)
+        raise ConfigError(
+            f"one image takes {milliseconds:.2f} ms here with 8 bits, and fewer bits take as long: "
+            + ("pruning does not reach max_ms either" if self.config.prune else "raise max_ms, or allow pruning")
+        )
+
+    def _quick_milliseconds(self, network: nn.Module) -> float:
+        student = calibrate(
+            quantize(network, QuantizationConfig(MAX_BITS, self.config.activation_bits)), self.tuning, num_images=_QUICK
+        )
+        with temporary_folder() as folder:
+            return milliseconds_of(export(student, folder / "student.onnx"))
+
+    def _rungs(self) -> list[float]:
+        """Rising average bits to try, the last of which are the most that ``max_mb`` allows."""
+        if self.target.max_mb is None or self._megabytes(self._config(MAX_BITS)) <= self.target.max_mb:
+            return list(AVERAGE_BITS)
+        largest = allocate_bits(
+            self.network,
+            self.tuning,
+            self.target.max_mb,
+            activation_bits=self.config.activation_bits,
+            table=self.table,
+        )
+        most = average_bits(self.table, largest)
+        self.configs[most] = largest
+        return [average for average in AVERAGE_BITS if average < most - _NEXT_RUNG] + [most]
+
+    def _config(self, average: float) -> QuantizationConfig:
+        if average not in self.configs:
+            self.configs[average] = bits_for(self.table, average, self.config.activation_bits)
+        return self.configs[average]
+
+    def _megabytes(self, config: QuantizationConfig) -> float:
+        student = calibrate(quantize(self.network, config), self.tuning, num_images=_QUICK)
+        with temporary_folder() as folder:
+            return export(student, folder / "student.onnx").stat().st_size / 1e6
+
+    def _name(self, average: float, distilled: bool = False) -> str:
+        return f"w{average:.3g}a{self.config.activation_bits}" + ("-distilled" if distilled else "")
+
+    def _trial(self, average: float, distilled: bool = False) -> Trial:
+        """The trial of about ``average`` bits, which is made once."""
+        name = self._name(average, distilled)
+        if name not in self.trials:
+            self.trials[name] = self._kept_trial(name, average, distilled)
+        return self.trials[name]
+
+    def _kept_trial(self, name: str, average: float, distilled: bool) -> Trial:
+        folder = self.folder / name
+        make_folder(folder)
+        trial = Trial.read(folder)
+        if trial is None:
+            config = self._config(average)
+            student = self._distilled(average, folder) if distilled else self._calibrated(config)
+            save(student, folder / "student.safetensors")
+            file = export(student, folder / "student.onnx", images=self.tuning)
+            trial = self._judged(name, file, average_bits(self.table, config), distilled)
+            trial.write(folder)
+        return trial
+
+    def _calibrated(self, config: QuantizationConfig) -> nn.Module:
+        student = quantize(self.network, config)
+        return calibrate(student, self.tuning, num_images=self.config.calibration_images)
+
+    def _distilled(self, average: float, folder: Path) -> nn.Module:
+        calibrated = self.folder / self._name(average) / "student.safetensors"
+        student = load(calibrated) if calibrated.exists() else self._calibrated(self._config(average))
+        run = folder / "distillation"
+        return distill(
+            student, self.teacher, self.tuning, self.config.training, run, resume=(run / "checkpoint.pt").exists()
+        )
+
+    def _judged(self, name: str, file: Path, weight_bits: float, distilled: bool) -> Trial:
+        verdict = self.judge(file)
+        drop = verdict.drop
+        trial = Trial(
+            name=name,
+            weight_bits=round(weight_bits, 2),
+            mb=file.stat().st_size / 1e6,
+            tpr=100 * verdict.tpr,
+            drop=100 * drop.drop,
+            drop_low=100 * drop.interval.low,
+            drop_high=100 * drop.interval.high,
+            drop_bound=100 * drop.upper,
+            ms=None if self.target.max_ms is None else milliseconds_of(file),
+            distilled=distilled,
+        )
+        return replace(trial, misses=tuple(_misses(trial, self.target)))
+
+    def _keep_table(self) -> None:
+        with replacing(self.folder / "sensitivity.json") as temporary:
+            temporary.write_text(json.dumps(self.table.to_dict()) + "\n", encoding="utf-8")
+
+
+def _misses(trial: Trial, target: CompressionTarget) -> Iterator[str]:
+    if target.max_drop is not None and trial.drop_bound > target.max_drop:
+        yield (
+            f"it loses {trial.drop:.2f} points of TPR, with {target.confidence:.0%} confidence "
+            f"at most {trial.drop_bound:.2f}"
+        )
+    if target.max_mb is not None and trial.mb > target.max_mb:
+        yield f"{trial.mb:.3f} MB"
+    if target.max_ms is not None and trial.ms is not None and trial.ms > target.max_ms:
+        yield f"{trial.ms:.2f} ms"
+
+
+def _listed(trial: Trial) -> str:
+    return ", ".join(trial.misses)
+
+
+def _copy(source: Path, output: Path) -> None:
+    with replacing(output) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _record(
+    images: str | Path,
+    output: Path,
+    found: Compression,
+    people: tuple[str | Path | None, str | Path | None],
+) -> RunRecord:
+    """What ``qface report`` reads."""
+    assert found.chosen is not None
+    folder = Path(found.run_dir)
+    trained = folder / found.chosen.name / "distillation" / "log.jsonl"
+    tuning, judged = people
+    return RunRecord(
+        teacher=str(folder / "teacher.safetensors"),
+        student=str(folder / found.chosen.name / "student.safetensors"),
+        file=str(output),
+        images=str(images),
+        tuning_people=str(tuning or FIRST_HALF),
+        eval_people=str(judged or SECOND_HALF),
+        sensitivity=str(folder / "sensitivity.json"),
+        log=str(trained) if trained.exists() else None,
+        trials=tuple(trial.to_dict() for trial in found.trials),
+        stopped=found.stopped,
+    )
