@@ -57,7 +57,7 @@ def test_the_smallest_file_that_keeps_the_drop_is_written(folder: Path, tmp_path
     found = qface.compress(network(), folder, tmp_path / "small.onnx", target, QUICK)
     assert found.chosen is not None and found.chosen.keeps
     assert found.chosen.drop_bound <= 30
-    assert all(trial.mb > found.chosen.mb for trial in found.trials if trial.keeps and trial != found.chosen)
+    assert all(trial.mb >= found.chosen.mb for trial in found.trials if trial.keeps)
     assert (tmp_path / "small.onnx").stat().st_size == pytest.approx(found.chosen.mb * 1e6)
     # the figure is that of an evaluation on the people who did not tune
     evaluated = qface.evaluate(tmp_path / "small.onnx", folder, identities="second-half")
