@@ -1,37 +1,49 @@
-"""Confidence intervals by bootstrap over people: how much a rate would move with other people of the same kind.
+"""Confidence intervals of verification figures, by bootstrap over people.
 
-Images of one person are alike, so people are resampled, and not images or pairs (Efron and Tibshirani, *An Introduction
-to the Bootstrap*, 1993, chapters 8 and 13). In a replicate, person p occurs w_p times. A genuine pair of p then counts
-w_p times, and an impostor pair of p and q counts w_p * w_q times. Pairs of two copies of one person count as neither.
+Pairs that share a person are not independent, so people are resampled, and neither images nor pairs: this is the vertex
+bootstrap (Snijders and Borgatti, "Non-parametric standard errors and tests for network statistics", 1999). In a
+replicate, person i is drawn w_i times; a genuine pair of i counts w_i times and an impostor pair of i and j
+w_i * w_j times. Two copies of one person form no pairs.
 
-No cosine is computed twice: the impostor scores that can become a threshold are kept with their people, and each
-replicate weighs them.
+Cosines are computed once: the highest impostor scores and all genuine scores are kept with their people, and each
+replicate weighs them. A threshold is then a weighted rank, and exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from qface.checks import check_seed, check_whole
-from qface.errors import ConfigError
-from qface.evaluation.pair_scores import Scores
-from qface.evaluation.verification import FPRS, count_pairs, ranks_of, tpr_at_fpr
+from qface.errors import ConfigError, PairsError
+from qface.evaluation.pair_scores import OwnedScores, PairScores, Scores
+from qface.evaluation.score_ranking import ranked_scores
+from qface.evaluation.verification import FPRS, count_pairs, ranks_of, single_fold_accuracy, ten_fold_accuracy
+from qface.parallel import SingleProcess
 
-__all__ = ["CONFIDENCE", "REPLICATES", "Interval", "TprDrop", "bootstrap_tpr", "bootstrap_tpr_drop"]
+__all__ = [
+    "CONFIDENCE",
+    "REPLICATES",
+    "Interval",
+    "PairIntervals",
+    "TprDrop",
+    "bootstrap_pairs",
+    "bootstrap_tpr",
+    "bootstrap_tpr_drop",
+]
 
 REPLICATES = 200
-"""Enough for an interval of 95 % (Efron and Tibshirani, section 13.3, take more for the tails alone)."""
 CONFIDENCE = 0.95
 
-_ROWS = 512
-"""Rows of the matrix of cosines that are computed at once."""
-_MARGIN = 2
-"""Kept impostor scores, in parts of those that the rate accepts; replicates that need more keep twice as many."""
+_MOST_KEPT = 12_000_000
+"""Impostor scores kept, which take 0.5 GB while they are sorted: enough for a rate of 1e-1 of 80 million pairs."""
+_BLOCK = 2**15  # scores weighed at a time, so that temporaries stay in the cache
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -52,12 +64,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class TprDrop:
-    """The TPR that one model loses against another, as a share, 0..1; negative where it gains.
+    """The TPR that a model loses against a reference, as a share; negative where it gains.
 
     Args:
-        drop: TPR of the reference minus that of the model, on the people as they are.
+        drop: TPR of the reference minus TPR of the model, on the people as they are.
         interval: two-sided confidence interval of the drop.
-        upper: one-sided upper bound of the drop at the same confidence.
+        upper: one-sided upper bound of the drop, at the same confidence.
     """
 
     drop: float
@@ -65,40 +77,59 @@ class TprDrop:
     upper: float
 
 
+@dataclass(frozen=True)
+class PairIntervals:
+    """Confidence intervals of figures over listed pairs.
+
+    Args:
+        accuracy: of the accuracy over folds.
+        tpr_at_fpr: of the true-positive rate at each false-positive rate; None where it is not measured.
+    """
+
+    accuracy: Interval | None
+    tpr_at_fpr: dict[str, Interval | None]
+
+
 def bootstrap_tpr(
     probes: Scores,
     labels: npt.ArrayLike,
     fprs: Sequence[str] = FPRS,
+    gallery: Scores | None = None,
     replicates: int = REPLICATES,
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> dict[str, Interval | None]:
-    """Confidence intervals of :func:`qface.evaluation.tpr_at_fpr`, by the percentiles of resampled people.
+    """Confidence intervals of :func:`qface.evaluation.tpr_at_fpr` over all pairs of images.
+
+    The ends are percentiles over the replicates, save those without genuine or impostor pairs. Under ``torchrun`` every
+    process computes the same.
 
     Args:
         probes: float32 [images, dimensions], L2-normalized.
         labels: [images], the identities.
         fprs: rates as decimals, such as ``"1e-4"``; they are the keys of the result.
-        replicates: sets of people that are drawn.
+        gallery: the same images embedded by another model; see :func:`qface.evaluation.tpr_at_fpr`.
+        replicates: how often people are drawn.
         seed: of the draws.
-        confidence: of the intervals, above 0 and below 1.
+        confidence: of the intervals, between 0 and 1.
 
     Returns:
-        None for a rate with too few impostor pairs to measure it. Memory grows with the largest rate: 16 bytes for
-        each impostor pair that it accepts, twice.
+        None for a rate that accepts fewer than 10 impostors, and for one that accepts more than about 8 million:
+        their scores are not kept, and the interval of so large a rate is narrow.
 
     Raises:
         ConfigError: a setting is out of its range.
         ImagesError: there are no genuine or no impostor pairs.
+        QFaceError: the embeddings do not match the labels or each other, or are not finite.
 
     Example:
         >>> faces = np.eye(8, dtype=np.float32)[np.repeat(np.arange(8), 2)]
         >>> bootstrap_tpr(faces, np.repeat(np.arange(8), 2), ["0.5"])
         {'0.5': Interval(low=1.0, high=1.0)}
     """
-    bootstrap = _Bootstrap(labels, replicates, seed, confidence)
-    rates = {fpr: bootstrap.tprs(np.asarray(probes), fpr) for fpr in fprs}
-    return {fpr: None if tprs is None else bootstrap.interval(tprs[1:]) for fpr, tprs in rates.items()}
+    draws = _Draws(len(_images_of(labels)), replicates, seed, confidence)
+    tprs = _tprs(probes, labels, fprs, gallery, draws)
+    return {fpr: None if values is None else draws.interval(values) for fpr, values in tprs.items()}
 
 
 def bootstrap_tpr_drop(
@@ -109,147 +140,253 @@ def bootstrap_tpr_drop(
     replicates: int = REPLICATES,
     seed: int = 0,
     confidence: float = CONFIDENCE,
+    gallery: Scores | None = None,
 ) -> dict[str, TprDrop | None]:
     """The TPR that ``probes`` lose against ``reference``, with its confidence over people.
 
-    Both models meet the same people in each replicate, so that what makes these people easy or hard cancels out. Each
-    model has the threshold of its own impostor scores.
+    Both models meet the same people in each replicate, so that hard people cancel out. Each model has the threshold of
+    its own impostor scores.
 
     Args:
         reference: float32 [images, dimensions], L2-normalized, of the reference, such as the float network.
-        probes: the same images, embedded by the model.
+        probes: the same images embedded by the model.
         labels: [images], the identities.
         fprs: rates as decimals, such as ``"1e-4"``; they are the keys of the result.
-        replicates: sets of people that are drawn.
+        replicates: how often people are drawn.
         seed: of the draws.
-        confidence: of interval and bound, above 0 and below 1.
+        confidence: of interval and bound, between 0 and 1.
+        gallery: what ``probes`` are compared with in place of themselves, such as the reference's embeddings.
 
     Returns:
-        None for a rate with too few impostor pairs to measure it.
+        None for a rate that :func:`bootstrap_tpr` does not measure.
 
     Raises:
         ConfigError: a setting is out of its range.
         ImagesError: there are no genuine or no impostor pairs.
+        QFaceError: the embeddings do not match the labels or each other, or are not finite.
 
     Example:
         >>> faces = np.eye(8, dtype=np.float32)[np.repeat(np.arange(8), 2)]
         >>> bootstrap_tpr_drop(faces, faces, np.repeat(np.arange(8), 2), ["0.5"])["0.5"].upper
         0.0
     """
-    bootstrap = _Bootstrap(labels, replicates, seed, confidence)
-    drops = {}
-    for fpr in fprs:
-        before, after = (bootstrap.tprs(np.asarray(each), fpr) for each in (reference, probes))
-        drops[fpr] = None if before is None or after is None else bootstrap.drop(before - after)
-    return drops
+    draws = _Draws(len(_images_of(labels)), replicates, seed, confidence)
+    before, after = _tprs(reference, labels, fprs, None, draws), _tprs(probes, labels, fprs, gallery, draws)
+    return {fpr: _drop(before[fpr], after[fpr], draws) for fpr in fprs}
 
 
-class _Bootstrap:
-    """Draws of people, and what they make of scores; the first draw is of each person once."""
+def _drop(before: Floats | None, after: Floats | None, draws: _Draws) -> TprDrop | None:
+    if before is None or after is None:
+        return None
+    drops = before - after
+    interval = draws.interval(drops)
+    if interval is None:
+        return None
+    return TprDrop(float(drops[0]), interval, float(np.nanquantile(drops[1:], draws.confidence)))
 
-    def __init__(self, labels: npt.ArrayLike, replicates: int, seed: int, confidence: float) -> None:
+
+def bootstrap_pairs(
+    scores: npt.ArrayLike,
+    same: npt.ArrayLike,
+    fold: npt.ArrayLike,
+    people: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
+    fprs: Sequence[str] = FPRS,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> PairIntervals:
+    """Confidence intervals of the accuracy over folds and of TPR at FPR over listed pairs.
+
+    Args:
+        scores: float32 [pairs], cosines.
+        same: bool [pairs], whether both sides show one person.
+        fold: int [pairs].
+        people: the identities of the first and of the second sides, [pairs] each; people are then resampled. Without
+            them pairs are, which takes them for independent: intervals are then too narrow.
+        fprs: rates as decimals; they are the keys of the result.
+        replicates: how often people or pairs are drawn.
+        seed: of the draws.
+        confidence: of the intervals, between 0 and 1.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+
+    Example:
+        >>> same = np.tile([True, False], 40)
+        >>> bootstrap_pairs(np.where(same, 0.9, 0.1), same, np.repeat(range(4), 20)).accuracy
+        Interval(low=1.0, high=1.0)
+    """
+    cosines, genuine = np.asarray(scores, np.float32), np.asarray(same, np.bool_)
+    first, second, units, fixed = _units(len(cosines), people)
+    draws = _Draws(units, replicates, seed, confidence, fixed)
+
+    def counts(weights: Ints) -> Ints:
+        return weights[first] * np.where(genuine, 1, weights[second])
+
+    of_one, of_two = (
+        _descending([OwnedScores(cosines[kind], first[kind], second[kind])]) for kind in (genuine, ~genuine)
+    )
+    pairs = _Pairs(of_one, of_two, lambda weights: int(counts(weights)[~genuine].sum()))
+    ranks = ranks_of(fprs, int(np.count_nonzero(~genuine)))
+    measured = [fpr for fpr, rank in ranks.items() if rank is not None]
+    table = draws.each(functools.partial(pairs.tprs, fprs=measured))
+    tprs = {fpr: draws.interval(table[:, at]) for at, fpr in enumerate(measured)}
+    accuracies = draws.each(lambda weights: _accuracy(cosines, genuine, np.asarray(fold), counts(weights)))
+    return PairIntervals(draws.interval(accuracies), {fpr: tprs.get(fpr) for fpr in fprs})
+
+
+def _accuracy(scores: Scores, same: npt.NDArray[np.bool_], fold: npt.NDArray[np.int64], counts: Ints) -> float:
+    try:
+        if len(np.unique(fold)) == 1:
+            return single_fold_accuracy(scores, same, counts)
+        return ten_fold_accuracy(scores, same, fold, counts)[0]
+    except PairsError:  # nobody was drawn of whom folds need pairs
+        return float("nan")
+
+
+def _units(pairs: int, people: tuple[npt.ArrayLike, npt.ArrayLike] | None) -> tuple[Ints, Ints, int, int]:
+    """Numbers of what is drawn, for both sides of each pair; how many these are, and how many more count once.
+
+    Where people are unknown, the first side stands for the pair, and the second for one that is always there once.
+    """
+    if people is None:
+        return np.arange(pairs), np.full(pairs, pairs), pairs, 1
+    names, numbers = np.unique(np.concatenate([np.asarray(side) for side in people]), return_inverse=True)
+    numbers = numbers.reshape(-1).astype(np.int64)
+    return numbers[:pairs], numbers[pairs:], len(names), 0
+
+
+class _Draws:
+    """What is drawn in each replicate: how often each of ``units`` people counts.
+
+    Args:
+        units: people.
+        replicates: how often they are drawn.
+        seed: of the draws.
+        confidence: of intervals.
+        fixed: more units after them, that count once in every draw.
+    """
+
+    def __init__(self, units: int, replicates: int, seed: int, confidence: float, fixed: int = 0) -> None:
         check_whole(1, replicates=replicates)
         check_seed(seed)
         if not 0 < confidence < 1:
-            raise ConfigError(f"confidence is {confidence}; it must be a number above 0 and below 1, such as 0.95")
-        self._confidence = confidence
-        self._labels = np.asarray(labels)
-        _, self._people, self._images_of = np.unique(self._labels, return_inverse=True, return_counts=True)
-        self._impostors = count_pairs(self._labels)[1]
-        people = len(self._images_of)
-        drawn = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), size=replicates)
-        self._weights: list[Ints] = [np.ones(people, np.int64), *drawn]
+            raise ConfigError(f"confidence must be a number above 0 and below 1, such as 0.95, not {confidence}")
+        self.confidence = confidence
+        self._units, self._replicates, self._seed, self._fixed = units, replicates, seed, fixed
 
-    def interval(self, values: Floats) -> Interval:
-        """The percentiles of ``values``, of a replicate each."""
-        outside = (1 - self._confidence) / 2
-        low, high = np.quantile(values, [outside, 1 - outside])
+    def each(self, measure: Callable[[Ints], Floats | float]) -> Floats:
+        """``measure`` of the weights where everybody counts once, and then of those of each replicate."""
+        rng = np.random.default_rng(self._seed)
+        shares = np.full(self._units, 1 / self._units)
+        found = [measure(np.ones(self._units + self._fixed, np.int64))]
+        for _ in range(self._replicates):
+            drawn = rng.multinomial(self._units, shares)
+            found.append(measure(np.concatenate([drawn, np.ones(self._fixed, np.int64)])))
+        return np.array(found, np.float64)
+
+    def interval(self, values: Floats) -> Interval | None:
+        """The percentiles of what :meth:`each` found in the replicates; None where it could measure none."""
+        replicates = values[1:][~np.isnan(values[1:])]
+        if not len(replicates):
+            return None
+        outside = (1 - self.confidence) / 2
+        low, high = np.quantile(replicates, [outside, 1 - outside])
         return Interval(float(low), float(high))
 
-    def drop(self, values: Floats) -> TprDrop:
-        """Of the people as they are, and of the replicates after them."""
-        upper = float(np.quantile(values[1:], self._confidence))
-        return TprDrop(float(values[0]), self.interval(values[1:]), upper)
 
-    def tprs(self, embeddings: Scores, fpr: str) -> Floats | None:
-        """TPR at ``fpr`` for each draw; None where it cannot be measured."""
-        if ranks_of([fpr], self._impostors)[fpr] is None:
-            return None
-        margin = Fraction(_MARGIN)
-        while True:
-            pairs = self._pairs(embeddings, self._cutoff(embeddings, Fraction(fpr) * margin))
-            tprs = [pairs.tpr(weights, self._images_of, Fraction(fpr)) for weights in self._weights]
-            if all(tpr is not None for tpr in tprs):
-                return np.array(tprs, np.float64)
-            margin *= 2
-
-    def _cutoff(self, embeddings: Scores, rate: Fraction) -> float:
-        """The score that so many of the impostor pairs exceed; none is cut off from a rate of 1 on."""
-        if rate >= 1:
-            return float("-inf")
-        decimal = f"{float(rate):.9e}"
-        threshold = tpr_at_fpr(embeddings, self._labels, [decimal])[decimal].threshold
-        assert threshold is not None  # the rate is larger than one that can be measured
-        return threshold
-
-    def _pairs(self, embeddings: Scores, cutoff: float) -> _Pairs:
-        people = self._people
-        scores: list[npt.NDArray[np.float32]] = []
-        sides: list[npt.NDArray[np.int32]] = []
-        genuine: list[npt.NDArray[np.float32]] = []
-        owners: list[npt.NDArray[np.int32]] = []
-        columns = np.arange(len(people))
-        for start in range(0, len(people), _ROWS):
-            stop = min(start + _ROWS, len(people))
-            cosines = embeddings[start:stop] @ embeddings[start:].T
-            later = columns[start:] > columns[start:stop, None]
-            same = people[start:] == people[start:stop, None]
-            row, column = np.nonzero(later & same)
-            genuine.append(cosines[row, column])
-            owners.append(people[start + row].astype(np.int32))
-            row, column = np.nonzero(later & ~same & (cosines >= cutoff))
-            scores.append(cosines[row, column])
-            sides.append(np.stack([people[start + row], people[start + column]]).astype(np.int32))
-        return _Pairs(
-            *_falling(np.concatenate(scores), np.concatenate(sides, axis=1)),
-            *_falling(np.concatenate(genuine), np.concatenate(owners)),
-        )
+def _images_of(labels: npt.ArrayLike) -> Ints:
+    """How many images each person has."""
+    return np.unique(np.asarray(labels), return_counts=True)[1].astype(np.int64)
 
 
-def _falling(
-    scores: npt.NDArray[np.float32], people: npt.NDArray[np.int32]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    order = np.argsort(-scores, kind="stable")
-    return scores[order], people[..., order]
+def _tprs(
+    probes: Scores, labels: npt.ArrayLike, fprs: Sequence[str], gallery: Scores | None, draws: _Draws
+) -> dict[str, Floats | None]:
+    """The true-positive rates of all draws, [1 + replicates]; None where too few or too many impostors are accepted."""
+    scores, images_of = PairScores(probes, labels, gallery), _images_of(labels)
+    impostors = count_pairs(labels, scores.ordered)[1]
+    ranks = {fpr: rank for fpr, rank in ranks_of(fprs, impostors).items() if rank is not None}
+    wanted = [fpr for fpr, rank in ranks.items() if _with_margin(rank) <= _MOST_KEPT]
+    most = min(impostors, _MOST_KEPT)
+    kept = min(most, _with_margin(max((ranks[fpr] for fpr in wanted), default=0)))
+    found: dict[str, Floats | None] = dict.fromkeys(fprs)
+    while wanted:
+        pairs = _kept_pairs(scores, kept, impostors, images_of)
+        table = draws.each(functools.partial(pairs.tprs, fprs=wanted))
+        suffices = [not np.isinf(column).any() for column in table.T]
+        found |= {fpr: table[:, at] for at, fpr in enumerate(wanted) if suffices[at]}
+        wanted = [fpr for at, fpr in enumerate(wanted) if not suffices[at] and kept < most]
+        kept = min(2 * kept, most)
+    return found
+
+
+def _with_margin(rank: int) -> int:
+    """Scores to keep for ``rank``: replicates shift it by some ten percent."""
+    return rank + rank // 2 + 1000
+
+
+def _kept_pairs(scores: PairScores, kept: int, impostors: int, images_of: Ints) -> _Pairs:
+    """All genuine scores, and the ``kept`` highest impostor scores, save those that equal the next one."""
+    floor = float("-inf")
+    if kept < impostors:
+        floor = ranked_scores(scores, {"kept": kept}, impostors, SingleProcess(torch.device("cpu")))["kept"].score
+    genuine, highest = zip(*(scores.with_people(tile, floor) for tile in scores.tiles()), strict=True)
+
+    def total(weights: Ints) -> int:
+        images = weights * images_of
+        ordered = int(images.sum()) ** 2 - int((images**2).sum())
+        return ordered if scores.ordered else ordered // 2
+
+    return _Pairs(_descending(genuine), _descending(highest), total)
+
+
+def _descending(parts: Sequence[OwnedScores]) -> OwnedScores:
+    """The scores of all ``parts`` as one, from high to low."""
+    scores = np.concatenate([part.scores for part in parts])
+    order = np.argsort(-scores)
+    first, second = (np.concatenate([getattr(part, side) for part in parts]) for side in ("first", "second"))
+    return OwnedScores(scores[order], first[order], second[order])
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Scores in falling order, with their people.
+    """Scores in descending order, to be weighed.
 
     Args:
-        impostors: float32 [kept], the largest.
-        sides: int32 [2, kept], the two people of each.
-        genuine: float32 [genuine pairs], all.
-        owners: int32 [genuine pairs], the person of each.
+        genuine: all of them.
+        impostors: the highest.
+        total: the weight of all impostor pairs, of the weights of people.
     """
 
-    impostors: npt.NDArray[np.float32]
-    sides: npt.NDArray[np.int32]
-    genuine: npt.NDArray[np.float32]
-    owners: npt.NDArray[np.int32]
+    genuine: OwnedScores
+    impostors: OwnedScores
+    total: Callable[[Ints], int]
 
-    def tpr(self, weights: Ints, images_of: Ints, rate: Fraction) -> float | None:
-        """TPR where person p occurs ``weights[p]`` times; None where the threshold lies among scores not kept.
+    def tprs(self, weights: Ints, fprs: Sequence[str]) -> Floats:
+        """The true-positive rate at each of ``fprs``.
 
-        A draw without genuine pairs or with too few people for impostor pairs accepts what its rank leaves: 0.
+        It is infinite where the threshold is below the impostors that are kept, and not a number without pairs.
         """
-        images = weights * images_of
-        total = (int(images.sum()) ** 2 - int((images**2).sum())) // 2
-        counts = np.cumsum(weights[self.sides[0]] * weights[self.sides[1]])
-        position = int(np.searchsorted(counts, int(total * rate), side="right"))
-        if position == len(counts):
-            return None if total else 0.0
-        accepted = int(np.searchsorted(-self.genuine, -self.impostors[position], side="left"))
-        owned = weights[self.owners]
-        return float(owned[:accepted].sum() / max(owned.sum(), 1))
+        owned = np.concatenate([[0], np.cumsum(weights[self.genuine.first])])
+        total = self.total(weights)
+        if not owned[-1] or not total:
+            return np.full(len(fprs), np.nan)
+        thresholds = self._thresholds(weights, np.array([int(total * Fraction(fpr)) for fpr in fprs]))
+        accepted = np.searchsorted(-self.genuine.scores, -thresholds, side="left")
+        return np.where(np.isinf(thresholds), np.inf, owned[accepted] / owned[-1])
+
+    def _thresholds(self, weights: Ints, ranks: Ints) -> Scores:
+        """The scores of weighted ``ranks``; minus infinity below those that are kept."""
+        found = np.full(len(ranks), -np.inf, np.float32)
+        above, last = 0, ranks.max(initial=0)
+        for start in range(0, len(self.impostors.scores), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            weighed = weights[self.impostors.first[part]] * weights[self.impostors.second[part]]
+            reached = above + np.cumsum(weighed)
+            here = (above <= ranks) & (ranks < reached[-1])
+            found[here] = self.impostors.scores[start + np.searchsorted(reached, ranks[here], side="right")]
+            above = int(reached[-1])
+            if above > last:
+                break
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from qface.errors import QFaceError
 
-__all__ = ["PairScores", "Scores", "Tile"]
+__all__ = ["OwnedScores", "PairScores", "Scores", "Tile"]
 
 Scores = npt.NDArray[np.float32]
 Tile = tuple[int, int]
@@ -20,6 +21,21 @@ Tile = tuple[int, int]
 
 _TILE_SIZE = 2048  # 16 MiB of scores, which take a core a quarter of a second
 _TILE_SIZE_CUDA = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class OwnedScores:
+    """Scores, and whom they are of.
+
+    Args:
+        scores: float32 [any].
+        first: the person on each one's first side, [any], numbered from 0 in the order of labels.
+        second: likewise on its second side.
+    """
+
+    scores: Scores
+    first: npt.NDArray[np.integer[Any]]
+    second: npt.NDArray[np.integer[Any]]
 
 
 class PairScores:
@@ -95,6 +111,26 @@ class PairScores:
         counted = self._array(rows[:, None] != columns if self.ordered else rows[:, None] < columns)
         above &= counted
         return _on_cpu(scores[above & same]), _on_cpu(scores[above & ~same])
+
+    def with_people(self, tile: Tile, floor: float = -np.inf) -> tuple[OwnedScores, OwnedScores]:
+        """The scores of ``tile`` and whom they are of: all of genuine pairs, those of impostor pairs above ``floor``.
+
+        Args:
+            tile: one of :meth:`tiles`.
+            floor: lower scores of impostor pairs are left out.
+        """
+        row, column = tile
+        scores = _on_cpu(self._embeddings_of_row(row) @ self._embeddings(self._column_embeddings, column).T)
+        rows, columns = self._indices(row), self._indices(column)
+        same = self._people[rows, None] == self._people[None, columns]
+        counted = rows[:, None] != columns if self.ordered else rows[:, None] < columns
+
+        def owned(chosen: npt.NDArray[np.bool_]) -> OwnedScores:
+            at = np.nonzero(chosen)
+            people = self._people.astype(np.int32)
+            return OwnedScores(scores[at], people[rows[at[0]]], people[columns[at[1]]])
+
+        return owned(counted & same), owned(counted & ~same & (scores > floor))
 
     def sample(self, rng: np.random.Generator, rows: int, columns: int) -> Scores:
         """Scores of impostor pairs of ``rows`` probes and ``columns`` gallery images, each drawn at random."""

@@ -233,7 +233,9 @@ def _operating_points(ranks: dict[str, int | None], genuine: Scores, impostors: 
     return points
 
 
-def ten_fold_accuracy(scores: npt.ArrayLike, same: npt.ArrayLike, fold: npt.ArrayLike) -> tuple[float, float]:
+def ten_fold_accuracy(
+    scores: npt.ArrayLike, same: npt.ArrayLike, fold: npt.ArrayLike, counts: npt.ArrayLike | None = None
+) -> tuple[float, float]:
     """Mean and standard deviation of the accuracy over the folds of a pair list (LFW's view 2 has ten).
 
     Each fold is judged at the threshold that is best on all other folds. Accuracy is the mean of TPR and TNR:
@@ -245,22 +247,24 @@ def ten_fold_accuracy(scores: npt.ArrayLike, same: npt.ArrayLike, fold: npt.Arra
         scores: [pairs], cosines.
         same: bool [pairs], whether both images show one person.
         fold: int [pairs].
+        counts: int [pairs], how often each pair counts; None counts each once.
 
     Raises:
         PairsError: fewer than two folds can be judged.
         QFaceError: a score is not finite.
     """
     scores, same, fold = np.asarray(scores, np.float64), np.asarray(same, np.bool_), np.asarray(fold)
+    counts = _counts(counts, len(scores))
     _check_scores(scores)
     accuracies = []
-    for k in usable_folds(same, fold):
-        held_out = fold == k
-        threshold = _best_threshold(scores[~held_out], same[~held_out])
-        accuracies.append(_balanced_accuracy(scores[held_out] > threshold, same[held_out]))
+    for k in usable_folds(same[counts > 0], fold[counts > 0]):
+        held_out, others = fold == k, fold != k
+        threshold = _best_threshold(scores[others], same[others], counts[others])
+        accuracies.append(_balanced_accuracy(scores[held_out] > threshold, same[held_out], counts[held_out]))
     return float(np.mean(accuracies)), float(np.std(accuracies))
 
 
-def single_fold_accuracy(scores: npt.ArrayLike, same: npt.ArrayLike) -> float:
+def single_fold_accuracy(scores: npt.ArrayLike, same: npt.ArrayLike, counts: npt.ArrayLike | None = None) -> float:
     """Accuracy over a pair list of one fold, at the threshold that is best on its own pairs.
 
     No pairs are left to choose it on, so this is an upper bound of what :func:`ten_fold_accuracy` would say.
@@ -268,16 +272,22 @@ def single_fold_accuracy(scores: npt.ArrayLike, same: npt.ArrayLike) -> float:
     Args:
         scores: [pairs], cosines.
         same: bool [pairs], whether both images show one person.
+        counts: int [pairs], how often each pair counts; None counts each once.
 
     Raises:
         PairsError: there are pairs of one kind alone.
         QFaceError: a score is not finite.
     """
     scores, same = np.asarray(scores, np.float64), np.asarray(same, np.bool_)
+    counts = _counts(counts, len(scores))
     _check_scores(scores)
-    if len(np.unique(same)) < 2:
+    if len(np.unique(same[counts > 0])) < 2:
         raise PairsError("verification needs pairs of one person and pairs of two: restore the list")
-    return _balanced_accuracy(scores > _best_threshold(scores, same), same)
+    return _balanced_accuracy(scores > _best_threshold(scores, same, counts), same, counts)
+
+
+def _counts(counts: npt.ArrayLike | None, pairs: int) -> npt.NDArray[np.int64]:
+    return np.ones(pairs, np.int64) if counts is None else np.asarray(counts, np.int64)
 
 
 def usable_folds(same: npt.ArrayLike, fold: npt.ArrayLike) -> list[int]:
@@ -300,11 +310,14 @@ def usable_folds(same: npt.ArrayLike, fold: npt.ArrayLike) -> list[int]:
     return usable
 
 
-def _best_threshold(scores: npt.NDArray[np.float64], same: npt.NDArray[np.bool_]) -> float:
+def _best_threshold(
+    scores: npt.NDArray[np.float64], same: npt.NDArray[np.bool_], counts: npt.NDArray[np.int64]
+) -> float:
     """The cut with the best balanced accuracy, midway between two scores; of several, the highest."""
+    scores, same, counts = scores[counts > 0], same[counts > 0], counts[counts > 0]
     order = np.argsort(-scores, kind="stable")
-    descending, accepted = scores[order], same[order]
-    true_positives, false_positives = np.cumsum(accepted), np.cumsum(~accepted)
+    descending, accepted, times = scores[order], same[order], counts[order]
+    true_positives, false_positives = np.cumsum(accepted * times), np.cumsum(~accepted * times)
     # TPR - FPR times both counts: whole numbers, so that rounding decides no tie
     quality = true_positives * false_positives[-1] - false_positives * true_positives[-1]
     quality[:-1][descending[:-1] == descending[1:]] = np.iinfo(quality.dtype).min  # no cut between equal scores
@@ -316,5 +329,9 @@ def _best_threshold(scores: npt.NDArray[np.float64], same: npt.NDArray[np.bool_]
     return middle if middle < upper else lower
 
 
-def _balanced_accuracy(accepted: npt.NDArray[np.bool_], same: npt.NDArray[np.bool_]) -> float:
-    return float(np.mean(accepted[same]) + np.mean(~accepted[~same])) / 2
+def _balanced_accuracy(
+    accepted: npt.NDArray[np.bool_], same: npt.NDArray[np.bool_], counts: npt.NDArray[np.int64]
+) -> float:
+    """The mean of the shares of same pairs accepted and of different ones rejected."""
+    right = np.where(accepted == same, counts, 0)
+    return float(right[same].sum() / counts[same].sum() + right[~same].sum() / counts[~same].sum()) / 2

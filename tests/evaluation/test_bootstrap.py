@@ -1,90 +1,171 @@
-"""Bootstrap over people: each replicate is what an evaluation of really repeated people would give."""
+"""Intervals by bootstrap over people, against sets in which people are really repeated."""
 
 from __future__ import annotations
 
-from fractions import Fraction
+from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qface.errors import ConfigError
-from qface.evaluation.bootstrap import bootstrap_tpr, bootstrap_tpr_drop
-from qface.evaluation.verification import tpr_at_fpr
+from qface.evaluation import bootstrap, pair_scores, ten_fold_accuracy, tpr_at_fpr
+from qface.evaluation.bootstrap import Interval, bootstrap_pairs, bootstrap_tpr, bootstrap_tpr_drop
+from qface.evaluation.verification import single_fold_accuracy
 
-Faces = npt.NDArray[np.float32]
+FPRS = ("0.05", "0.3")
 
 
-def faces(seed: int, images_of: list[int], noise: float) -> tuple[Faces, npt.NDArray[np.int64]]:
-    """Embeddings of people around random centers."""
+def faces(labels: np.ndarray, seed: int, spread: float = 1.0) -> np.ndarray:
+    """Small whole numbers: products are exact and ties are many."""
     rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(len(images_of)), images_of)
-    rows = rng.normal(size=(len(images_of), 8))[labels] + noise * rng.normal(size=(len(labels), 8))
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), labels
+    return np.round(rng.normal(size=(labels.max() + 1, 6))[labels] * 3 + spread * rng.normal(size=(len(labels), 6)))
 
 
-def repeated_tpr(embeddings: Faces, labels: npt.NDArray[np.int64], drawn: npt.NDArray[np.int64], fpr: str) -> float:
-    """TPR where each person's images are written down as often as the person is drawn."""
-    rows = [
-        (person, copy, index)
-        for person, count in enumerate(drawn)
-        for copy in range(count)
-        for index in np.flatnonzero(labels == person)
-    ]
-    genuine, impostors = [], []
-    for at, (person, copy, index) in enumerate(rows):
-        for other, its_copy, its_index in rows[at + 1 :]:
-            score = embeddings[index] @ embeddings[its_index]
-            if person != other:
-                impostors.append(score)
-            elif copy == its_copy:
-                genuine.append(score)
-    threshold = sorted(impostors, reverse=True)[int(len(impostors) * Fraction(fpr))]
-    return sum(score > threshold for score in genuine) / max(len(genuine), 1)
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-@settings(max_examples=8)
-@given(st.integers(0, 1000), st.lists(st.integers(1, 4), min_size=9, max_size=12), st.sampled_from(["0.1", "0.4"]))
-def test_a_replicate_is_the_evaluation_of_repeated_people(seed: int, images_of: list[int], fpr: str) -> None:
-    embeddings, labels = faces(seed, [2, *images_of], 0.7)
-    people = len(images_of) + 1
-    (drawn,) = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), size=1)
-    found = bootstrap_tpr(embeddings, labels, [fpr], replicates=1, seed=seed)[fpr]
-    if found is not None:
-        # BLAS may round a cosine otherwise in a block than alone, which moves at most a tie
-        assert found.low == pytest.approx(repeated_tpr(embeddings, labels, drawn, fpr), abs=0.02)
+def draw(people: int, seed: int) -> np.ndarray:
+    """The multiplicities of the first replicate."""
+    return np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people))
 
 
-def test_the_drop_of_the_people_as_they_are_is_the_difference_of_both_rates() -> None:
-    clean, labels = faces(0, [4] * 40, 0.5)
-    rough = clean + 0.2 * np.random.default_rng(1).normal(size=clean.shape).astype(np.float32)
-    rough /= np.linalg.norm(rough, axis=1, keepdims=True)
-    before, after = (tpr_at_fpr(each, labels, ["1e-2"])["1e-2"].tpr for each in (clean, rough))
-    found = bootstrap_tpr_drop(clean, rough, labels, ["1e-2", "1e-6"])
-    assert found["1e-6"] is None
-    drop = found["1e-2"]
-    assert drop is not None and before is not None and after is not None
-    assert drop.drop == pytest.approx(before - after)
-    assert drop.interval.low < drop.drop < drop.upper < drop.interval.high
+def repeated(labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, people and copies of a set in which each person's images are there as often as the person is drawn."""
+    rows = [(image, person, (person, copy)) for image, person in enumerate(labels) for copy in range(weights[person])]
+    names = sorted({copy for _, _, copy in rows})
+    return (
+        np.array([image for image, _, _ in rows], np.int64),
+        np.array([person for _, person, _ in rows], np.int64),
+        np.array([names.index(copy) for _, _, copy in rows], np.int64),
+    )
 
 
-def test_an_interval_covers_the_rate_of_all_people_as_often_as_it_says() -> None:
-    everybody, labels = faces(3, [3] * 2000, 0.6)
-    truth = tpr_at_fpr(everybody, labels, ["1e-2"])["1e-2"].tpr
-    assert truth is not None
+def obvious_tpr(probes: np.ndarray, gallery: np.ndarray | None, labels: np.ndarray, weights: np.ndarray, fpr: str):
+    """TPR of the repeated set; pairs of two copies of a person are no pairs."""
+    images, people, copies = repeated(labels, weights)
+    if not len(images):
+        return None
+    scores = (probes[images] @ (probes if gallery is None else gallery)[images].T).astype(np.float32)
+    i, j = np.indices(scores.shape)
+    counted = i < j if gallery is None else i != j
+    genuine = scores[counted & (copies[:, None] == copies) & (images[:, None] != images)]
+    impostors = np.sort(scores[counted & (people[:, None] != people)])[::-1]
+    if not len(genuine) or not len(impostors):
+        return None
+    hundredths = round(100 * float(fpr))
+    return np.mean(genuine > impostors[len(impostors) * hundredths // 100])
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 5), min_size=8, max_size=14),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+    st.sampled_from([0, 10, 1000]),
+    st.sampled_from([7, 2048]),
+)
+def test_a_replicate_is_a_set_with_repeated_people(
+    images_of: list[int], seed: int, against_gallery: bool, margin: int, tile: int
+) -> None:
+    labels = np.repeat(np.arange(len(images_of) + 1), [2, *images_of])
+    probes = faces(labels, seed).astype(np.float32)
+    gallery = faces(labels, seed + 1).astype(np.float32) if against_gallery else None
+    # Without a margin most replicates need scores that are not kept at first.
+    few = mock.patch.object(bootstrap, "_with_margin", lambda rank: rank + margin)
+    with few, mock.patch.object(pair_scores, "_TILE_SIZE", tile), mock.patch.object(bootstrap, "_BLOCK", 5):
+        found = bootstrap_tpr(probes, labels, FPRS, gallery, replicates=1, seed=seed)
+    measured = tpr_at_fpr(probes, labels, FPRS, gallery)
+    for fpr in FPRS:
+        expected = obvious_tpr(probes, gallery, labels, draw(len(images_of) + 1, seed), fpr)
+        if measured[fpr].tpr is None or expected is None:
+            assert found[fpr] is None
+        else:
+            assert found[fpr] == Interval(pytest.approx(expected), pytest.approx(expected))
+
+
+def many(people: int, images: int, seed: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
+    labels, rng = np.repeat(np.arange(people), images), np.random.default_rng(seed)
+    return unit(rng.normal(size=(people, 8))[labels] + spread * rng.normal(size=(len(labels), 8))), labels
+
+
+def test_a_drop_is_paired() -> None:
+    probes, labels = many(60, 4, 0, 0.6)
+    rough = unit(probes + 0.02 * np.random.default_rng(1).normal(size=probes.shape))
+    expected = tpr_at_fpr(probes, labels, ("1e-2",))["1e-2"].tpr - tpr_at_fpr(rough, labels, ("1e-2",))["1e-2"].tpr
+    drop = bootstrap_tpr_drop(probes, rough, labels, ("1e-2", "1e-6"))
+    assert drop["1e-6"] is None
+    assert drop["1e-2"].drop == pytest.approx(expected)
+    assert drop["1e-2"].interval.low < drop["1e-2"].drop < drop["1e-2"].upper < drop["1e-2"].interval.high
+    alone = bootstrap_tpr(rough, labels, ("1e-2",))["1e-2"]
+    width = drop["1e-2"].interval.high - drop["1e-2"].interval.low
+    assert width < 0.7 * (alone.high - alone.low)  # hard people are hard for both
+    same = bootstrap_tpr_drop(probes, probes, labels, ("1e-2",))["1e-2"]
+    assert (same.drop, same.interval, same.upper) == (0, Interval(0, 0), 0)
+    mixed = bootstrap_tpr_drop(probes, rough, labels, ("1e-2",), gallery=probes)["1e-2"]
+    against = tpr_at_fpr(rough, labels, ("1e-2",), probes)["1e-2"].tpr
+    assert mixed.drop == pytest.approx(tpr_at_fpr(probes, labels, ("1e-2",))["1e-2"].tpr - against)
+
+
+def test_intervals_cover_what_holds_for_everybody() -> None:
+    everybody, labels = many(1500, 3, 3, 0.6)
+    truth = tpr_at_fpr(everybody, labels, ("1e-2",))["1e-2"].tpr
     covered = 0
     for sample in range(40):
-        people = np.random.default_rng(sample).choice(2000, 50, replace=False)
-        of = np.isin(labels, people)
-        interval = bootstrap_tpr(everybody[of], labels[of], ["1e-2"], seed=sample)["1e-2"]
-        assert interval is not None
+        chosen = np.isin(labels, np.random.default_rng(sample).choice(1500, 60, replace=False))
+        interval = bootstrap_tpr(everybody[chosen], labels[chosen], ("1e-2",), seed=sample)["1e-2"]
         covered += interval.low <= truth <= interval.high
-    assert covered >= 33  # 38 are expected of 40
+    assert covered >= 33  # 38 are expected; fewer than 33 would be one in two hundred
 
 
-def test_a_confidence_of_one_is_refused() -> None:
-    embeddings, labels = faces(0, [3] * 10, 0.5)
-    with pytest.raises(ConfigError, match="confidence is 1"):
-        bootstrap_tpr(embeddings, labels, ["0.1"], confidence=1)
+def test_rates_beyond_what_is_kept_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes, labels = many(40, 3, 0, 0.6)
+    monkeypatch.setattr(bootstrap, "_MOST_KEPT", 1200)
+    found = bootstrap_tpr(probes, labels, ("1e-1", "1e-2", "1e-6"))
+    assert found["1e-1"] is None and found["1e-6"] is None
+    assert found["1e-2"] is not None
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from([1, 3]))
+def test_listed_pairs_are_those_of_repeated_people(seed: int, known: bool, folds: int) -> None:
+    rng = np.random.default_rng(seed)
+    pairs, people = 90, 12
+    same = rng.random(pairs) < 0.5
+    first = rng.integers(0, people, pairs)
+    second = np.where(same, first, (first + rng.integers(1, people, pairs)) % people)
+    scores, fold = np.round(rng.normal(0.4 * same, 0.3), 1).astype(np.float32), np.arange(pairs) % folds
+    if known:
+        drawn = draw(len(np.unique([first, second])), seed)
+        names = np.unique([first, second])
+        weights = dict(zip(names, drawn, strict=True))
+        counts = [
+            weights[a] * (1 if is_same else weights[b]) for a, b, is_same in zip(first, second, same, strict=True)
+        ]
+    else:
+        counts = list(draw(pairs, seed))
+    rows = np.repeat(np.arange(pairs), counts)
+    found = bootstrap_pairs(scores, same, fold, (first, second) if known else None, ("0.3",), 1, seed)
+    if len(set(zip(fold[rows], same[rows], strict=True))) == 2 * folds:
+        measure = single_fold_accuracy if folds == 1 else lambda *listed: ten_fold_accuracy(*listed, fold[rows])[0]
+        accuracy = pytest.approx(measure(scores[rows], same[rows]))
+        assert found.accuracy == Interval(accuracy, accuracy)
+    impostors = np.sort(scores[rows][~same[rows]])[::-1]
+    tpr = pytest.approx(np.mean(scores[rows][same[rows]] > impostors[len(impostors) * 3 // 10]))
+    assert found.tpr_at_fpr["0.3"] == Interval(tpr, tpr)
+
+
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ({"confidence": 1}, "confidence"),
+        ({"confidence": float("nan")}, "confidence"),
+        ({"replicates": 0}, "replicates"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting: dict[str, float], hint: str) -> None:
+    probes, labels = many(10, 3, 0, 0.6)
+    with pytest.raises(ConfigError, match=hint):
+        bootstrap_tpr(probes, labels, ("1e-1",), **setting)
