@@ -37,6 +37,9 @@ __all__ = ["evaluate", "ijb", "sensitivity", "thresholds"]
     type=FilePath,
     help="Folder to keep embeddings and counts of pairs in; a run that was stopped goes on there.",
 )
+@click.option(
+    "--bootstrap", type=int, default=0, show_default=True, help="Replicates for 95 % confidence intervals, over people."
+)
 @preprocessing_options
 @json_option
 def evaluate(
@@ -47,6 +50,7 @@ def evaluate(
     gallery: str | None,
     flip: bool,
     run_dir: Path | None,
+    bootstrap: int,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -60,6 +64,7 @@ def evaluate(
         flip=flip,
         run_dir=run_dir,
         progress=True,
+        bootstrap=bootstrap,
     )
     show(result.to_dict(), evaluation_table(result), as_json)
 

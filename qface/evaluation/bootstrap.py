@@ -41,8 +41,8 @@ __all__ = [
 REPLICATES = 200
 CONFIDENCE = 0.95
 
-_MOST_KEPT = 12_000_000
-"""Impostor scores kept, which take 0.5 GB while they are sorted: enough for a rate of 1e-1 of 80 million pairs."""
+_MOST_KEPT = 15_000_000
+"""Impostor scores kept, which take 0.6 GB while they are sorted: enough for a rate of 1e-1 of 100 million pairs."""
 _BLOCK = 2**15  # scores weighed at a time, so that temporaries stay in the cache
 
 Ints = npt.NDArray[np.int64]
@@ -114,7 +114,7 @@ def bootstrap_tpr(
         confidence: of the intervals, between 0 and 1.
 
     Returns:
-        None for a rate that accepts fewer than 10 impostors, and for one that accepts more than about 8 million:
+        None for a rate that accepts fewer than 10 impostors, and for one that accepts more than about 10 million:
         their scores are not kept, and the interval of so large a rate is narrow.
 
     Raises:
