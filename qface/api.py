@@ -7,10 +7,12 @@ from qface.distillation import DistillConfig, distill
 from qface.errors import QFaceError
 from qface.evaluation import (
     EvaluationResult,
+    IdentificationResult,
     MatchThresholds,
     OperatingThresholds,
     TemplateResult,
     evaluate,
+    evaluate_identification,
     evaluate_templates,
     match_thresholds,
     operating_thresholds,
@@ -28,6 +30,7 @@ __all__ = [
     "Budget",
     "DistillConfig",
     "EvaluationResult",
+    "IdentificationResult",
     "LayerBits",
     "MatchThresholds",
     "OperatingThresholds",
@@ -45,6 +48,7 @@ __all__ = [
     "calibrate",
     "distill",
     "evaluate",
+    "evaluate_identification",
     "evaluate_templates",
     "export",
     "inspect",

@@ -9,7 +9,7 @@ import click
 
 import qface
 from qface.cli.deployment import bench, export, inspect, selftest, size, verify
-from qface.cli.evaluation import evaluate, ijb, sensitivity, thresholds
+from qface.cli.evaluation import evaluate, identify, ijb, sensitivity, thresholds
 from qface.cli.faces import align, demo
 from qface.cli.training import distill, prune, quantize
 
@@ -26,7 +26,7 @@ def main() -> None:
 
 for _each in (
     *(quantize, prune, distill),
-    *(evaluate, ijb, thresholds, sensitivity),
+    *(evaluate, identify, ijb, thresholds, sensitivity),
     *(inspect, export, verify, selftest, bench, size),
     *(align, demo),
 ):

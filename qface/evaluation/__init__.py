@@ -10,6 +10,7 @@ from qface.evaluation.bootstrap import (
 )
 from qface.evaluation.embedding import Embedder, TorchEmbedder, as_embedder, embed
 from qface.evaluation.evaluate import EvaluationResult, ListedFigures, evaluate
+from qface.evaluation.identification import FPIRS, IdentificationResult, evaluate_identification
 from qface.evaluation.match_thresholds import MatchThresholds, match_thresholds, thresholds_of, write_thresholds
 from qface.evaluation.template_verification import TemplateProtocol, TemplateResult, evaluate_templates
 from qface.evaluation.thresholds import OperatingThresholds, PairingThreshold, operating_thresholds
@@ -28,9 +29,11 @@ from qface.evaluation.verification import (
 )
 
 __all__ = [
+    "FPIRS",
     "FPRS",
     "Embedder",
     "EvaluationResult",
+    "IdentificationResult",
     "Interval",
     "ListedFigures",
     "MatchThresholds",
@@ -52,6 +55,7 @@ __all__ = [
     "equal_error_rate",
     "equal_error_rate_of_scores",
     "evaluate",
+    "evaluate_identification",
     "evaluate_templates",
     "match_thresholds",
     "operating_thresholds",

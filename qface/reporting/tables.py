@@ -15,6 +15,7 @@ from qface.deployment import Agreement, SizeReport
 from qface.deployment.latency import Latency
 from qface.evaluation import (
     EvaluationResult,
+    IdentificationResult,
     Interval,
     ListedFigures,
     OperatingThresholds,
@@ -32,6 +33,7 @@ __all__ = [
     "costs_table",
     "demo_table",
     "evaluation_table",
+    "identification_table",
     "latency_table",
     "plan_table",
     "sensitivity_tables",
@@ -87,6 +89,23 @@ def _notes(counted: EvaluationResult | TemplateResult | ListedFigures, subject: 
 
 def _between(interval: Interval | None) -> str:
     return "" if interval is None else f" \\[{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
+
+
+def identification_table(result: IdentificationResult) -> Table:
+    """One evaluation of identification: counts in the title, a row a figure."""
+    counts = f"{result.mated_probes} mated and {result.non_mated_probes} non-mated probes"
+    table = _figures(f"{result.enrolled} people enrolled, {counts}, {result.runtime}")
+    for name, row in (("rank_1", "rank 1, closed set"), ("rank_5", "rank 5, closed set")):
+        table.add_row(row, percent(getattr(result, name)) + _between(result.rank_intervals.get(name)), "")
+    for fpir, rate in result.tpir_at_fpir.items():
+        threshold = result.thresholds[fpir]
+        value = percent(rate) + _between(result.tpir_intervals.get(fpir))
+        table.add_row(f"TPIR at FPIR {fpir}", value, "-" if threshold is None else f"{threshold:.4f}")
+    notes = [f"reads {result.preprocessing}", "-: fewer than 10 non-mated probes would be accepted"]
+    if result.bootstrap:
+        notes.append(f"in brackets: 95 % confidence, {result.bootstrap} replicates over people")
+    table.caption = escape("\n".join(notes))
+    return table
 
 
 def plan_table(plan: QuantizationPlan) -> Table:
