@@ -8,10 +8,12 @@ from qface.distillation import DistillConfig, distill
 from qface.errors import QFaceError
 from qface.evaluation import (
     EvaluationResult,
+    IdentificationResult,
     MatchThresholds,
     OperatingThresholds,
     TemplateResult,
     evaluate,
+    evaluate_identification,
     evaluate_templates,
     match_thresholds,
     operating_thresholds,
@@ -34,6 +36,7 @@ __all__ = [
     "CompressionTarget",
     "DistillConfig",
     "EvaluationResult",
+    "IdentificationResult",
     "LayerBits",
     "MatchThresholds",
     "OperatingThresholds",
@@ -53,6 +56,7 @@ __all__ = [
     "compress",
     "distill",
     "evaluate",
+    "evaluate_identification",
     "evaluate_templates",
     "export",
     "inspect",

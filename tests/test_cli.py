@@ -149,9 +149,11 @@ def test_what_stays_in_float_is_told(workplace: Path) -> None:
 
 
 def test_evaluate_prints_a_table_and_accepts_a_gallery(student: Path) -> None:
-    result = run("evaluate", student, "--images", "crops", "--gallery", "my_networks:make")
+    result = run("evaluate", student, "--images", "crops", "--gallery", "my_networks:make", "--bootstrap", "3")
     assert result.exit_code == 0, result.output
     assert "TPR at FPR 1e-1" in result.stdout
+    assert "FPR 1e-2 needs 1,000 impostor pairs, there are 896: use 1e-1" in " ".join(result.stdout.split())
+    assert "3 replicates over people" in " ".join(result.stdout.split())
 
 
 def test_thresholds_of_float_quantized_and_mixed(student: Path) -> None:

@@ -10,7 +10,7 @@ import click
 import qface
 from qface.cli.compression import compress
 from qface.cli.deployment import bench, export, inspect, selftest, size, verify
-from qface.cli.evaluation import evaluate, ijb, sensitivity, thresholds
+from qface.cli.evaluation import evaluate, identify, ijb, sensitivity, thresholds
 from qface.cli.faces import align, demo
 from qface.cli.reporting import report
 from qface.cli.training import distill, prune, quantize
@@ -28,7 +28,7 @@ def main() -> None:
 
 for _each in (
     *(compress, quantize, prune, distill),
-    *(evaluate, ijb, thresholds, sensitivity),
+    *(evaluate, identify, ijb, thresholds, sensitivity),
     *(inspect, export, verify, selftest, bench, size),
     *(report, align, demo),
 ):

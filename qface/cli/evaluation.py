@@ -1,4 +1,4 @@
-"""Commands that measure networks on faces: evaluate, ijb, thresholds, sensitivity."""
+"""Commands that measure networks on faces: evaluate, identify, ijb, thresholds, sensitivity."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qface.evaluation.match_thresholds import DEVICE_FPRS
 from qface.models.resolve import resolve_model
 from qface.reporting import (
     evaluation_table,
+    identification_table,
     sensitivity_figure,
     sensitivity_tables,
     templates_table,
@@ -22,7 +23,7 @@ from qface.reporting import (
 )
 from qface.reporting.figures import check_figure
 
-__all__ = ["evaluate", "ijb", "sensitivity", "thresholds"]
+__all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
 
 
 @click.command(cls=Command)
@@ -37,6 +38,9 @@ __all__ = ["evaluate", "ijb", "sensitivity", "thresholds"]
     type=FilePath,
     help="Folder to keep embeddings and counts of pairs in; a run that was stopped goes on there.",
 )
+@click.option(
+    "--bootstrap", type=int, default=0, show_default=True, help="Replicates for 95 % confidence intervals, over people."
+)
 @preprocessing_options
 @json_option
 def evaluate(
@@ -47,6 +51,7 @@ def evaluate(
     gallery: str | None,
     flip: bool,
     run_dir: Path | None,
+    bootstrap: int,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -60,8 +65,36 @@ def evaluate(
         flip=flip,
         run_dir=run_dir,
         progress=True,
+        bootstrap=bootstrap,
     )
     show(result.to_dict(), evaluation_table(result), as_json)
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@images_option
+@people_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the images that are enrolled.")
+@click.option(
+    "--bootstrap", type=int, default=0, show_default=True, help="Replicates for 95 % confidence intervals, over people."
+)
+@click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
+@preprocessing_options
+@json_option
+def identify(
+    model: str,
+    images: Path,
+    identities: str | None,
+    seed: int,
+    bootstrap: int,
+    flip: bool,
+    preprocessing: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Measure 1:N identification with one image of each person enrolled; MODEL as for evaluate."""
+    chosen = embedder(model, preprocessing)
+    result = qface.evaluate_identification(chosen, images, identities, seed, bootstrap, flip, progress=True)
+    show(result.to_dict(), identification_table(result), as_json)
 
 
 @click.command(cls=Command)

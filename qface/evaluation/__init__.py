@@ -1,7 +1,16 @@
 """How well a model verifies faces."""
 
+from qface.evaluation.bootstrap import (
+    Interval,
+    PairIntervals,
+    TprDrop,
+    bootstrap_pairs,
+    bootstrap_tpr,
+    bootstrap_tpr_drop,
+)
 from qface.evaluation.embedding import Embedder, TorchEmbedder, as_embedder, embed
-from qface.evaluation.evaluate import EvaluationResult, evaluate
+from qface.evaluation.evaluate import EvaluationResult, ListedFigures, evaluate
+from qface.evaluation.identification import FPIRS, IdentificationResult, evaluate_identification
 from qface.evaluation.match_thresholds import MatchThresholds, match_thresholds, thresholds_of, write_thresholds
 from qface.evaluation.template_verification import TemplateProtocol, TemplateResult, evaluate_templates
 from qface.evaluation.thresholds import OperatingThresholds, PairingThreshold, operating_thresholds
@@ -10,28 +19,43 @@ from qface.evaluation.verification import (
     OperatingPoint,
     Rates,
     count_pairs,
+    equal_error_rate,
+    equal_error_rate_of_scores,
     rates_at,
     ten_fold_accuracy,
     tpr_at_fpr,
     tpr_at_fpr_of_scores,
+    unmeasured,
 )
 
 __all__ = [
+    "FPIRS",
     "FPRS",
     "Embedder",
     "EvaluationResult",
+    "IdentificationResult",
+    "Interval",
+    "ListedFigures",
     "MatchThresholds",
     "OperatingPoint",
     "OperatingThresholds",
+    "PairIntervals",
     "PairingThreshold",
     "Rates",
     "TemplateProtocol",
     "TemplateResult",
     "TorchEmbedder",
+    "TprDrop",
     "as_embedder",
+    "bootstrap_pairs",
+    "bootstrap_tpr",
+    "bootstrap_tpr_drop",
     "count_pairs",
     "embed",
+    "equal_error_rate",
+    "equal_error_rate_of_scores",
     "evaluate",
+    "evaluate_identification",
     "evaluate_templates",
     "match_thresholds",
     "operating_thresholds",
@@ -40,5 +64,6 @@ __all__ = [
     "thresholds_of",
     "tpr_at_fpr",
     "tpr_at_fpr_of_scores",
+    "unmeasured",
     "write_thresholds",
 ]

@@ -30,19 +30,22 @@ from qface.parallel import SingleProcess
 __all__ = [
     "CONFIDENCE",
     "REPLICATES",
+    "Draws",
     "Interval",
     "PairIntervals",
     "TprDrop",
+    "WeighedPairs",
     "bootstrap_pairs",
     "bootstrap_tpr",
     "bootstrap_tpr_drop",
+    "descending",
 ]
 
 REPLICATES = 200
 CONFIDENCE = 0.95
 
-_MOST_KEPT = 12_000_000
-"""Impostor scores kept, which take 0.5 GB while they are sorted: enough for a rate of 1e-1 of 80 million pairs."""
+_MOST_KEPT = 15_000_000
+"""Impostor scores kept, which take 0.6 GB while they are sorted: enough for a rate of 1e-1 of 100 million pairs."""
 _BLOCK = 2**15  # scores weighed at a time, so that temporaries stay in the cache
 
 Ints = npt.NDArray[np.int64]
@@ -114,7 +117,7 @@ def bootstrap_tpr(
         confidence: of the intervals, between 0 and 1.
 
     Returns:
-        None for a rate that accepts fewer than 10 impostors, and for one that accepts more than about 8 million:
+        None for a rate that accepts fewer than 10 impostors, and for one that accepts more than about 10 million:
         their scores are not kept, and the interval of so large a rate is narrow.
 
     Raises:
@@ -127,7 +130,7 @@ def bootstrap_tpr(
         >>> bootstrap_tpr(faces, np.repeat(np.arange(8), 2), ["0.5"])
         {'0.5': Interval(low=1.0, high=1.0)}
     """
-    draws = _Draws(len(_images_of(labels)), replicates, seed, confidence)
+    draws = Draws(len(_images_of(labels)), replicates, seed, confidence)
     tprs = _tprs(probes, labels, fprs, gallery, draws)
     return {fpr: None if values is None else draws.interval(values) for fpr, values in tprs.items()}
 
@@ -170,12 +173,12 @@ def bootstrap_tpr_drop(
         >>> bootstrap_tpr_drop(faces, faces, np.repeat(np.arange(8), 2), ["0.5"])["0.5"].upper
         0.0
     """
-    draws = _Draws(len(_images_of(labels)), replicates, seed, confidence)
+    draws = Draws(len(_images_of(labels)), replicates, seed, confidence)
     before, after = _tprs(reference, labels, fprs, None, draws), _tprs(probes, labels, fprs, gallery, draws)
     return {fpr: _drop(before[fpr], after[fpr], draws) for fpr in fprs}
 
 
-def _drop(before: Floats | None, after: Floats | None, draws: _Draws) -> TprDrop | None:
+def _drop(before: Floats | None, after: Floats | None, draws: Draws) -> TprDrop | None:
     if before is None or after is None:
         return None
     drops = before - after
@@ -218,15 +221,15 @@ def bootstrap_pairs(
     """
     cosines, genuine = np.asarray(scores, np.float32), np.asarray(same, np.bool_)
     first, second, units, fixed = _units(len(cosines), people)
-    draws = _Draws(units, replicates, seed, confidence, fixed)
+    draws = Draws(units, replicates, seed, confidence, fixed)
 
     def counts(weights: Ints) -> Ints:
         return weights[first] * np.where(genuine, 1, weights[second])
 
     of_one, of_two = (
-        _descending([OwnedScores(cosines[kind], first[kind], second[kind])]) for kind in (genuine, ~genuine)
+        descending([OwnedScores(cosines[kind], first[kind], second[kind])]) for kind in (genuine, ~genuine)
     )
-    pairs = _Pairs(of_one, of_two, lambda weights: int(counts(weights)[~genuine].sum()))
+    pairs = WeighedPairs(of_one, of_two, lambda weights: int(counts(weights)[~genuine].sum()))
     ranks = ranks_of(fprs, int(np.count_nonzero(~genuine)))
     measured = [fpr for fpr, rank in ranks.items() if rank is not None]
     table = draws.each(functools.partial(pairs.tprs, fprs=measured))
@@ -256,7 +259,7 @@ def _units(pairs: int, people: tuple[npt.ArrayLike, npt.ArrayLike] | None) -> tu
     return numbers[:pairs], numbers[pairs:], len(names), 0
 
 
-class _Draws:
+class Draws:
     """What is drawn in each replicate: how often each of ``units`` people counts.
 
     Args:
@@ -301,7 +304,7 @@ def _images_of(labels: npt.ArrayLike) -> Ints:
 
 
 def _tprs(
-    probes: Scores, labels: npt.ArrayLike, fprs: Sequence[str], gallery: Scores | None, draws: _Draws
+    probes: Scores, labels: npt.ArrayLike, fprs: Sequence[str], gallery: Scores | None, draws: Draws
 ) -> dict[str, Floats | None]:
     """The true-positive rates of all draws, [1 + replicates]; None where too few or too many impostors are accepted."""
     scores, images_of = PairScores(probes, labels, gallery), _images_of(labels)
@@ -326,7 +329,7 @@ def _with_margin(rank: int) -> int:
     return rank + rank // 2 + 1000
 
 
-def _kept_pairs(scores: PairScores, kept: int, impostors: int, images_of: Ints) -> _Pairs:
+def _kept_pairs(scores: PairScores, kept: int, impostors: int, images_of: Ints) -> WeighedPairs:
     """All genuine scores, and the ``kept`` highest impostor scores, save those that equal the next one."""
     floor = float("-inf")
     if kept < impostors:
@@ -338,10 +341,10 @@ def _kept_pairs(scores: PairScores, kept: int, impostors: int, images_of: Ints) 
         ordered = int(images.sum()) ** 2 - int((images**2).sum())
         return ordered if scores.ordered else ordered // 2
 
-    return _Pairs(_descending(genuine), _descending(highest), total)
+    return WeighedPairs(descending(genuine), descending(highest), total)
 
 
-def _descending(parts: Sequence[OwnedScores]) -> OwnedScores:
+def descending(parts: Sequence[OwnedScores]) -> OwnedScores:
     """The scores of all ``parts`` as one, from high to low."""
     scores = np.concatenate([part.scores for part in parts])
     order = np.argsort(-scores)
@@ -350,7 +353,7 @@ def _descending(parts: Sequence[OwnedScores]) -> OwnedScores:
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class WeighedPairs:
     """Scores in descending order, to be weighed.
 
     Args:
@@ -369,15 +372,16 @@ class _Pairs:
         It is infinite where the threshold is below the impostors that are kept, and not a number without pairs.
         """
         owned = np.concatenate([[0], np.cumsum(weights[self.genuine.first])])
-        total = self.total(weights)
-        if not owned[-1] or not total:
+        if not owned[-1] or not self.total(weights):
             return np.full(len(fprs), np.nan)
-        thresholds = self._thresholds(weights, np.array([int(total * Fraction(fpr)) for fpr in fprs]))
+        thresholds = self.thresholds_at(weights, fprs)
         accepted = np.searchsorted(-self.genuine.scores, -thresholds, side="left")
         return np.where(np.isinf(thresholds), np.inf, owned[accepted] / owned[-1])
 
-    def _thresholds(self, weights: Ints, ranks: Ints) -> Scores:
-        """The scores of weighted ``ranks``; minus infinity below those that are kept."""
+    def thresholds_at(self, weights: Ints, fprs: Sequence[str]) -> Scores:
+        """The impostor scores of weighted ranks, one for each of ``fprs``; minus infinity below those that are kept."""
+        total = self.total(weights)
+        ranks = np.array([int(total * Fraction(fpr)) for fpr in fprs], np.int64)
         found = np.full(len(ranks), -np.inf, np.float32)
         above, last = 0, ranks.max(initial=0)
         for start in range(0, len(self.impostors.scores), _BLOCK):

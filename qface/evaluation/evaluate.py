@@ -4,34 +4,65 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qface.checks import check_whole
 from qface.data.folders import ImageFolder
 from qface.data.images import Images, ImageSource, Labels, labels_of
 from qface.data.pairs import PairedImages, ResolvedPairs, read_pairs, resolve_pairs
 from qface.data.sources import as_image_source
 from qface.errors import ImagesError, PairsError
+from qface.evaluation.bootstrap import Interval, PairIntervals, bootstrap_pairs, bootstrap_tpr
 from qface.evaluation.embedding import Embedder, Embeddings, Model, as_embedder
+from qface.evaluation.pair_scores import Scores
 from qface.evaluation.shared_embedding import embed_shared
 from qface.evaluation.verification import (
     FPRS,
     OperatingPoint,
     count_pairs,
+    equal_error_rate,
+    equal_error_rate_of_scores,
     single_fold_accuracy,
     ten_fold_accuracy,
     tpr_at_fpr,
+    tpr_at_fpr_of_scores,
     usable_folds,
 )
 from qface.parallel import processes_for
 from qface.progress import shows_progress
 
-__all__ = ["EvaluationResult", "evaluate"]
+__all__ = ["EvaluationResult", "ListedFigures", "evaluate"]
 
 _LOGGER = logging.getLogger("qface")
+
+
+@dataclass(frozen=True)
+class ListedFigures:
+    """Error rates over the pairs of a list; shares are fractions, 0..1.
+
+    Args:
+        genuine_pairs: listed pairs of one person that were used.
+        impostor_pairs: listed pairs of two people that were used.
+        eer: equal error rate.
+        tpr_at_fpr: true-positive rate at each false-positive rate; None where there are too few impostor pairs.
+        thresholds: the cosine above which a pair is accepted, for the same rates.
+        accuracy_interval: confidence interval of the accuracy; None without replicates.
+        tpr_intervals: confidence intervals of ``tpr_at_fpr``; empty without replicates.
+        resampled: ``"people"``, or ``"pairs"`` where it is not known who is who; None without replicates.
+    """
+
+    genuine_pairs: int
+    impostor_pairs: int
+    eer: float
+    tpr_at_fpr: dict[str, float | None]
+    thresholds: dict[str, float | None]
+    accuracy_interval: Interval | None
+    tpr_intervals: dict[str, Interval | None]
+    resampled: str | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +86,11 @@ class EvaluationResult:
         seconds: time to read and embed the images, the gallery's included.
         preprocessing: what the model reads and who says so, in words.
         gallery_preprocessing: that of the gallery's model; None without one.
+        eer: equal error rate over all pairs of images (:func:`qface.evaluation.equal_error_rate`); None where it is not
+            known who is who.
+        bootstrap: replicates that intervals come from; 0 for none.
+        tpr_intervals: 95 % confidence intervals of ``tpr_at_fpr``, by bootstrap over people; empty without replicates.
+        listed: error rates over the list of pairs; None without one.
     """
 
     accuracy: float | None
@@ -71,6 +107,10 @@ class EvaluationResult:
     seconds: float
     preprocessing: str = ""
     gallery_preprocessing: str | None = None
+    eer: float | None = None
+    bootstrap: int = 0
+    tpr_intervals: dict[str, Interval | None] = field(default_factory=dict)
+    listed: ListedFigures | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -88,6 +128,7 @@ def evaluate(
     batch_size: int = 64,
     run_dir: str | Path | None = None,
     progress: bool = False,
+    bootstrap: int = 0,
 ) -> EvaluationResult:
     """Measure how well ``model`` verifies faces: over all pairs of images, and over a list of pairs.
 
@@ -107,8 +148,11 @@ def evaluate(
             nothing.
         progress: show the stages on stderr.
 
+        bootstrap: replicates for 95 % confidence intervals, over people (:mod:`qface.evaluation.bootstrap`); 200 are
+            enough, 0 computes none.
+
     Raises:
-        ConfigError: ``run_dir`` is of another model or other images.
+        ConfigError: ``run_dir`` is of another model or other images, or ``bootstrap`` is below 0.
         DependencyError: several processes without Lightning Fabric.
         ExportError: ``run_dir`` cannot be written to.
         ImagesError: the images cannot be read, carry no labels, or form no genuine or no impostor pairs.
@@ -116,6 +160,7 @@ def evaluate(
         CheckpointError: a model file cannot be read.
         QFaceError: a model gives no finite embeddings, or the two models' do not compare.
     """
+    check_whole(0, bootstrap=bootstrap)
     source = as_image_source(images, identities)
     listed = _listed(pairs, source)
     labels = _labels(source, needed=listed is None)
@@ -137,7 +182,9 @@ def evaluate(
     seconds = time.perf_counter() - start
 
     points = _points(probes, labels, mates, folder)
-    accuracy, deviation = _accuracy(listed, probes, probes if mates is None else mates)
+    cosines = None if listed is None else _cosines(listed, probes, probes if mates is None else mates)
+    accuracy, deviation = _accuracy(listed, cosines)
+    intervals = bootstrap_tpr(probes, labels, FPRS, mates, bootstrap) if bootstrap and labels is not None else {}
     return EvaluationResult(
         accuracy=accuracy,
         accuracy_std=deviation,
@@ -153,6 +200,10 @@ def evaluate(
         seconds=seconds,
         preprocessing=prober.preprocessing.describe(),
         gallery_preprocessing=None if galleries is None else galleries.preprocessing.describe(),
+        eer=None if labels is None else equal_error_rate(probes, labels, mates),
+        bootstrap=bootstrap,
+        tpr_intervals=intervals,
+        listed=_listed_figures(listed, cosines, labels, bootstrap),
     )
 
 
@@ -192,13 +243,40 @@ def _points(
     return tpr_at_fpr(probes, labels, gallery=mates, run_dir=folder)
 
 
-def _accuracy(pairs: ResolvedPairs | None, probes: Embeddings, mates: Embeddings) -> tuple[float | None, float | None]:
-    if pairs is None:
+def _cosines(pairs: ResolvedPairs, probes: Embeddings, mates: Embeddings) -> Scores:
+    cosines: Scores = np.sum(probes[pairs.first] * mates[pairs.second], axis=1)
+    return cosines
+
+
+def _accuracy(pairs: ResolvedPairs | None, cosines: Scores | None) -> tuple[float | None, float | None]:
+    if pairs is None or cosines is None:
         return None, None
-    cosines = np.sum(probes[pairs.first] * mates[pairs.second], axis=1)
     if _is_one_fold(pairs):
         return single_fold_accuracy(cosines, pairs.same), None
     return ten_fold_accuracy(cosines, pairs.same, pairs.fold)
+
+
+def _listed_figures(
+    pairs: ResolvedPairs | None, cosines: Scores | None, labels: Labels | None, bootstrap: int
+) -> ListedFigures | None:
+    if pairs is None or cosines is None:
+        return None
+    points = tpr_at_fpr_of_scores(cosines, pairs.same)
+    people = None if labels is None else (labels[pairs.first], labels[pairs.second])
+    intervals = PairIntervals(None, {})
+    if bootstrap:
+        intervals = bootstrap_pairs(cosines, pairs.same, pairs.fold, people, replicates=bootstrap)
+    genuine = int(np.count_nonzero(pairs.same))
+    return ListedFigures(
+        genuine_pairs=genuine,
+        impostor_pairs=len(pairs) - genuine,
+        eer=equal_error_rate_of_scores(cosines, pairs.same),
+        tpr_at_fpr={fpr: point.tpr for fpr, point in points.items()},
+        thresholds={fpr: point.threshold for fpr, point in points.items()},
+        accuracy_interval=intervals.accuracy,
+        tpr_intervals=intervals.tpr_at_fpr,
+        resampled=None if not bootstrap else "pairs" if people is None else "people",
+    )
 
 
 def _is_one_fold(pairs: ResolvedPairs) -> bool:

@@ -13,7 +13,7 @@ from qface.data.sources import as_image_source
 from qface.deployment.metadata import add_metadata, read_metadata
 from qface.errors import CheckpointError, ImagesError, one_line
 from qface.evaluation.embedding import Model, embed
-from qface.evaluation.verification import count_pairs, ranks_of, tpr_at_fpr
+from qface.evaluation.verification import count_pairs, ranks_of, tpr_at_fpr, unmeasured
 from qface.limits import parse_json
 from qface.progress import shows_progress
 
@@ -93,7 +93,7 @@ def match_thresholds(
     _, impostors = count_pairs(labels)
     measurable = [fpr for fpr, rank in ranks_of(fprs, impostors).items() if rank is not None]
     if not measurable:
-        raise ImagesError(f"{impostors} impostor pairs are too few for a threshold: pass more images or a greater FPR")
+        raise ImagesError(f"no threshold can be measured: {unmeasured(fprs, impostors)}")
     embeddings = embed(model, source, batch_size)
     points = tpr_at_fpr(embeddings, labels, sorted(measurable, key=float, reverse=True))
     by_fpr = {fpr: point.threshold for fpr, point in points.items() if point.threshold is not None}

@@ -114,6 +114,31 @@ class ScoreCounts:
             watched = slots >= 0
             np.add.at(self.lower[kind], (slots[watched], keys[watched] & (_HALF - 1)), 1)
 
+    def equal_error_bin(self, genuine: int, impostors: int) -> int:
+        """The bin of the impostor at which the rates of errors are closest from above; see :meth:`equal_error`.
+
+        Args:
+            genuine: number of genuine pairs, those below the floor included.
+            impostors: number of impostor pairs, likewise.
+        """
+        false = np.cumsum(self.upper[1, ::-1]) / impostors
+        missed = (genuine - np.cumsum(self.upper[0, ::-1])) / genuine
+        return _HALF // 2 - 1 - int(np.argmax(false >= missed))
+
+    def equal_error(self, genuine: int, impostors: int) -> float:
+        """The equal error rate: the least of the greater of both rates of errors, over all thresholds.
+
+        Args:
+            genuine: number of genuine pairs, those below the floor included.
+            impostors: number of impostor pairs, likewise; the watch holds their :meth:`equal_error_bin` alone.
+        """
+        (cell,) = np.flatnonzero(self._slots >= 0)
+        false, accepted = (
+            self.upper[kind, cell + 1 :].sum() + np.concatenate([[0], np.cumsum(self.lower[kind, 0, ::-1])])
+            for kind in (1, 0)
+        )
+        return float(np.maximum(false / impostors, (genuine - accepted) / genuine).min())
+
     def bins_of(self, ranks: list[int]) -> set[int] | None:
         """The bins of impostors of these ranks; None if one is below the watch's floor."""
         found = {self._bin_of(rank) for rank in ranks}

@@ -19,7 +19,7 @@ from qface.files import alone_in, make_folder, replacing
 from qface.parallel import Parallel
 from qface.progress import track
 
-__all__ = ["CountStore", "count_store", "ranked_scores"]
+__all__ = ["CountStore", "count_store", "equal_error_of", "ranked_scores"]
 
 _SAVED_EVERY = 60.0  # seconds
 
@@ -134,6 +134,25 @@ def ranked_scores(
             return total.ranked(ranks)
         done, counts = 0, ScoreCounts(Watch() if bins is None else Watch.of(bins))
     return {}
+
+
+def equal_error_of(scores: PairScores, genuine: int, impostors: int, parallel: Parallel) -> float:
+    """The equal error rate over all pairs, in two passes.
+
+    Args:
+        scores: of all pairs.
+        genuine: number of genuine pairs.
+        impostors: number of impostor pairs.
+        parallel: the processes that share the tiles.
+    """
+    watch = Watch()
+    for _ in range(2):
+        counts = ScoreCounts(watch)
+        for tile in itertools.islice(scores.tiles(), parallel.rank, None, parallel.world_size):
+            counts.add(*scores.of(tile, watch.floor))
+        total = _summed(counts, parallel)
+        watch = Watch.of({total.equal_error_bin(genuine, impostors)})
+    return total.equal_error(genuine, impostors)
 
 
 def _same_everywhere(kept: tuple[int, ScoreCounts] | None, parallel: Parallel) -> tuple[int, ScoreCounts] | None:

@@ -5,6 +5,7 @@ Both are exact: a threshold is a score of the rank that was asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from qface.errors import ConfigError, ImagesError, PairsError, QFaceError
 from qface.evaluation.pair_scores import PairScores, Scores
-from qface.evaluation.score_ranking import count_store, ranked_scores
+from qface.evaluation.score_ranking import count_store, equal_error_of, ranked_scores
 from qface.parallel import processes_for
 from qface.progress import shows_progress
 
@@ -26,12 +27,15 @@ __all__ = [
     "OperatingPoint",
     "Rates",
     "count_pairs",
+    "equal_error_rate",
+    "equal_error_rate_of_scores",
     "ranks_of",
     "rates_at",
     "single_fold_accuracy",
     "ten_fold_accuracy",
     "tpr_at_fpr",
     "tpr_at_fpr_of_scores",
+    "unmeasured",
     "usable_folds",
 ]
 
@@ -159,13 +163,73 @@ def tpr_at_fpr_of_scores(
         ConfigError: a rate is no such decimal.
         QFaceError: a score is not finite.
     """
+    genuine, impostors = _both_kinds(scores, same)
+    return _operating_points(ranks_of(fprs, len(impostors)), genuine, impostors[::-1])
+
+
+def equal_error_rate(
+    probes: Scores, labels: npt.ArrayLike, gallery: Scores | None = None, device: str | None = None
+) -> float:
+    """Equal error rate over all pairs of images.
+
+    It is the smallest e for which some threshold accepts at most a share e of impostor pairs and rejects at most a
+    share e of genuine ones: the least of the greater of both rates, over all thresholds. It is exact, in two passes.
+
+    Args:
+        probes: float32 [images, dimensions], L2-normalized.
+        labels: [images], the identities.
+        gallery: see :func:`tpr_at_fpr`, whose pairs are the same.
+        device: where cosines are computed; None takes a GPU where there is one.
+
+    Returns:
+        A share, 0..1.
+
+    Raises:
+        ConfigError: there is no such device.
+        ImagesError: there are no genuine or no impostor pairs.
+        QFaceError: the embeddings do not match the labels or each other, or are not finite.
+
+    Example:
+        >>> equal_error_rate(np.eye(2, dtype=np.float32)[[0, 0, 1, 1]], [0, 0, 1, 1])
+        0.0
+    """
+    parallel = processes_for(device)
+    scores = PairScores(probes, labels, gallery, parallel.device)
+    return equal_error_of(scores, *count_pairs(labels, scores.ordered), parallel)
+
+
+def equal_error_rate_of_scores(scores: npt.ArrayLike, same: npt.ArrayLike) -> float:
+    """Equal error rate over listed pairs, as :func:`equal_error_rate` defines it.
+
+    Args:
+        scores: float32 [pairs], cosines.
+        same: bool [pairs], whether both sides show one person.
+
+    Returns:
+        A share, 0..1.
+
+    Raises:
+        PairsError: there are no genuine or no impostor pairs.
+        QFaceError: a score is not finite.
+
+    Example:
+        >>> equal_error_rate_of_scores([0.9, 0.4, 0.5, 0.1], [True, True, False, False])
+        0.5
+    """
+    genuine, impostors = _both_kinds(scores, same)
+    thresholds = np.concatenate([[-np.inf], impostors])
+    missed = np.searchsorted(genuine, thresholds, side="right") / len(genuine)
+    false = 1 - np.searchsorted(impostors, thresholds, side="right") / len(impostors)
+    return float(np.maximum(missed, false).min())
+
+
+def _both_kinds(scores: npt.ArrayLike, same: npt.ArrayLike) -> tuple[Scores, Scores]:
+    """Genuine and impostor scores, ascending."""
     cosines, genuine = np.asarray(scores, np.float32), np.asarray(same, np.bool_)
     if genuine.all() or not genuine.any():
         raise PairsError("verification needs pairs of one person and pairs of two: restore the list")
     _check_scores(cosines)
-    impostors = np.sort(cosines[~genuine])[::-1]
-    ranks = ranks_of(fprs, len(impostors))
-    return _operating_points(ranks, np.sort(cosines[genuine]), impostors)
+    return np.sort(cosines[genuine]), np.sort(cosines[~genuine])
 
 
 def _check_scores(scores: npt.NDArray[np.floating[Any]]) -> None:
@@ -208,6 +272,30 @@ def ranks_of(fprs: Sequence[str], impostors: int) -> dict[str, int | None]:
         ConfigError: a rate is no such decimal.
     """
     return {fpr: _rank(fpr, impostors) for fpr in fprs}
+
+
+def unmeasured(fprs: Sequence[str], impostors: int) -> str | None:
+    """Why the largest of ``fprs`` that is not measured is not, and which rate to use; None where all are measured.
+
+    Args:
+        fprs: rates as decimals, between 0 and 1.
+        impostors: number of impostor pairs.
+
+    Raises:
+        ConfigError: a rate is no such decimal.
+
+    Example:
+        >>> unmeasured(["1e-4"], 14587)
+        'FPR 1e-4 needs 100,000 impostor pairs, there are 14,587: use 1e-3, or more people'
+    """
+    lacking = [fpr for fpr, rank in ranks_of(fprs, impostors).items() if rank is None]
+    if not lacking:
+        return None
+    fpr = max(lacking, key=Fraction)
+    fitting = [rate for rate, rank in ranks_of(FPRS, impostors).items() if rank is not None]
+    needed = math.ceil(_MIN_FALSE_POSITIVES / Fraction(fpr))
+    advice = f"use {fitting[-1]}, or more people" if fitting else "use more people"
+    return f"FPR {fpr} needs {needed:,} impostor pairs, there are {impostors:,}: {advice}"
 
 
 def _rank(fpr: str, impostors: int) -> int | None:

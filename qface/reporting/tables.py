@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Group
@@ -14,7 +14,16 @@ from qface.data import AlignmentReport
 from qface.demo import DemoReport
 from qface.deployment import Agreement, SizeReport
 from qface.deployment.latency import Latency
-from qface.evaluation import EvaluationResult, OperatingThresholds, Rates, TemplateResult
+from qface.evaluation import (
+    EvaluationResult,
+    IdentificationResult,
+    Interval,
+    ListedFigures,
+    OperatingThresholds,
+    Rates,
+    TemplateResult,
+    unmeasured,
+)
 from qface.pruning import Cost
 from qface.quantization import QuantizationPlan
 from qface.quantization.sensitivity import Sensitivity
@@ -26,6 +35,7 @@ __all__ = [
     "costs_table",
     "demo_table",
     "evaluation_table",
+    "identification_table",
     "latency_table",
     "plan_table",
     "sensitivity_tables",
@@ -43,14 +53,60 @@ def percent(value: float | None) -> str:
 def evaluation_table(result: EvaluationResult) -> Table:
     """One evaluation: counts in the title, a row a figure."""
     table = _figures(f"{result.images} images of {result.identities} people, {result.runtime}")
-    if result.accuracy is not None and result.accuracy_std is None:
-        row = f"accuracy ({result.pairs} pairs, threshold chosen on them)"
-        table.add_row(row, percent(result.accuracy), "")
-    if result.accuracy is not None and result.accuracy_std is not None:
-        figure = f"{percent(result.accuracy)} ± {100 * result.accuracy_std:.2f}"
-        table.add_row(f"10-fold accuracy ({result.pairs} pairs, {result.pairs_dropped} dropped)", figure, "")
-    _add_rates(table, result)
-    table.caption = escape(f"reads {result.preprocessing}") if result.preprocessing else None
+    notes = [f"reads {result.preprocessing}"] if result.preprocessing else []
+    if result.listed is not None:
+        _add_listed(table, result, result.listed)
+        notes += _notes(result.listed, "listed pairs: ")
+    if result.eer is not None:
+        table.add_row("equal error rate, all pairs", percent(result.eer), "")
+        _add_rates(table, result, result.tpr_intervals)
+        notes += _notes(result)
+    if result.bootstrap:
+        resampled = "people" if result.listed is None else result.listed.resampled
+        notes.append(f"in brackets: 95 % confidence, {result.bootstrap} replicates over {resampled}")
+    table.caption = escape("\n".join(notes)) if notes else None
+    return table
+
+
+def _add_listed(table: Table, result: EvaluationResult, listed: ListedFigures) -> None:
+    pairs, interval = f"{result.pairs} pairs", _between(listed.accuracy_interval)
+    if result.accuracy_std is None:
+        row = f"accuracy ({pairs}, threshold chosen on them)"
+        table.add_row(row, percent(result.accuracy) + interval, "")
+    else:
+        figure = f"{percent(result.accuracy)} ± {100 * result.accuracy_std:.2f}{interval}"
+        table.add_row(f"10-fold accuracy ({pairs}, {result.pairs_dropped} dropped)", figure, "")
+    table.add_row("equal error rate, listed pairs", percent(listed.eer), "")
+    for fpr, rate in listed.tpr_at_fpr.items():
+        if rate is not None:
+            value = percent(rate) + _between(listed.tpr_intervals.get(fpr))
+            table.add_row(f"TPR at FPR {fpr}, listed pairs", value, f"{listed.thresholds[fpr]:.4f}")
+
+
+def _notes(counted: EvaluationResult | TemplateResult | ListedFigures, subject: str = "") -> list[str]:
+    """Why rates are missing, in a line, or none."""
+    reason = unmeasured(tuple(counted.tpr_at_fpr), counted.impostor_pairs)
+    return [] if reason is None else [subject + reason]
+
+
+def _between(interval: Interval | None) -> str:
+    return "" if interval is None else f" \\[{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
+
+
+def identification_table(result: IdentificationResult) -> Table:
+    """One evaluation of identification: counts in the title, a row a figure."""
+    counts = f"{result.mated_probes} mated and {result.non_mated_probes} non-mated probes"
+    table = _figures(f"{result.enrolled} people enrolled, {counts}, {result.runtime}")
+    for name, row in (("rank_1", "rank 1, closed set"), ("rank_5", "rank 5, closed set")):
+        table.add_row(row, percent(getattr(result, name)) + _between(result.rank_intervals.get(name)), "")
+    for fpir, rate in result.tpir_at_fpir.items():
+        threshold = result.thresholds[fpir]
+        value = percent(rate) + _between(result.tpir_intervals.get(fpir))
+        table.add_row(f"TPIR at FPIR {fpir}", value, "-" if threshold is None else f"{threshold:.4f}")
+    notes = [f"reads {result.preprocessing}", "-: fewer than 10 non-mated probes would be accepted"]
+    if result.bootstrap:
+        notes.append(f"in brackets: 95 % confidence, {result.bootstrap} replicates over people")
+    table.caption = escape("\n".join(notes))
     return table
 
 
@@ -72,8 +128,9 @@ def templates_table(result: TemplateResult) -> Table:
     added = [name for name, used in (("flip", result.flip), ("detector score", result.detector_score)) if used]
     how = f"protocol {result.protocol}, " + (" and ".join(added) if added else "neither flip nor detector score")
     table = _figures(f"{how}: {result.images} images, {result.templates} templates, {result.runtime}")
-    _add_rates(table, result)
-    table.caption = escape(f"reads {result.preprocessing}") if result.preprocessing else None
+    _add_rates(table, result, {})
+    notes = ([f"reads {result.preprocessing}"] if result.preprocessing else []) + _notes(result)
+    table.caption = escape("\n".join(notes)) if notes else None
     return table
 
 
@@ -84,10 +141,13 @@ def _figures(title: str) -> Table:
     return table
 
 
-def _add_rates(table: Table, result: EvaluationResult | TemplateResult) -> None:
+def _add_rates(
+    table: Table, result: EvaluationResult | TemplateResult, intervals: Mapping[str, Interval | None]
+) -> None:
     for fpr, rate in result.tpr_at_fpr.items():
         threshold = result.thresholds[fpr]
-        table.add_row(f"TPR at FPR {fpr}", percent(rate), "-" if threshold is None else f"{threshold:.4f}")
+        value = percent(rate) + _between(intervals.get(fpr))
+        table.add_row(f"TPR at FPR {fpr}", value, "-" if threshold is None else f"{threshold:.4f}")
 
 
 def alignment_table(report: AlignmentReport) -> Table:

@@ -13,7 +13,18 @@ from torch import nn
 
 from qface.data import ImageFolder, TensorImages
 from qface.errors import CheckpointError, ConfigError, ImagesError, PairsError, QFaceError
-from qface.evaluation import FPRS, embed, evaluate, ten_fold_accuracy, tpr_at_fpr
+from qface.evaluation import (
+    FPRS,
+    bootstrap_pairs,
+    bootstrap_tpr,
+    embed,
+    equal_error_rate,
+    equal_error_rate_of_scores,
+    evaluate,
+    ten_fold_accuracy,
+    tpr_at_fpr,
+    tpr_at_fpr_of_scores,
+)
 from qface.evaluation.verification import single_fold_accuracy
 from qface.models import load
 
@@ -55,6 +66,32 @@ def test_figures_are_those_of_the_parts(crops, pairs):
     assert (result.accuracy, result.accuracy_std) == pytest.approx(expected)
     assert (result.pairs, result.pairs_dropped) == (4, 0)
     assert result.seconds > 0
+
+
+def test_intervals_and_listed_rates_are_those_of_the_parts(crops, tmp_path):
+    folder = ImageFolder(crops({f"P{k}": 2 for k in range(14)}))
+    listed = [(a, b) for a in range(28) for b in range(a)]
+    names = [path.relative_to(folder.root) for path in folder.paths]
+    same = [a // 2 == b // 2 for a, b in listed]
+    lines = [f"{names[a]},{names[b]},{int(kind)}" for (a, b), kind in zip(listed, same, strict=True)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    result = evaluate(Pooled(), folder, pairs=tmp_path / "pairs.csv", bootstrap=20)
+    probes, labels = embed(Pooled(), folder), folder.labels.numpy()
+    first, second = np.array(listed).T
+    cosines = (probes[first] * probes[second]).sum(1)
+    assert result.eer == pytest.approx(equal_error_rate(probes, labels))
+    assert result.tpr_intervals == bootstrap_tpr(probes, labels, replicates=20)
+    assert result.listed.eer == pytest.approx(equal_error_rate_of_scores(cosines, same))
+    points = tpr_at_fpr_of_scores(cosines, same)
+    assert result.listed.tpr_at_fpr == {fpr: point.tpr for fpr, point in points.items()}
+    people = (labels[first], labels[second])
+    expected = bootstrap_pairs(cosines, same, np.zeros(len(listed), int), people, replicates=20)
+    assert result.listed.tpr_intervals == expected.tpr_at_fpr
+    assert (result.listed.accuracy_interval, result.listed.resampled) == (expected.accuracy, "people")
+    assert result.listed.tpr_at_fpr["1e-1"] is not None
+    assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+    with pytest.raises(ConfigError, match="bootstrap"):
+        evaluate(Pooled(), folder, bootstrap=-1)
 
 
 class Stopping(Pooled):
@@ -197,6 +234,10 @@ def test_a_verification_bin_brings_its_pairs(crops, pairs, tmp_path):
     assert (result.accuracy, result.accuracy_std) == pytest.approx(
         ten_fold_accuracy(cosines, same, np.repeat(np.arange(10), 3))
     )
+    assert result.eer is None
+    assert result.listed.eer == pytest.approx(equal_error_rate_of_scores(cosines, same))
+    assert result.listed.tpr_at_fpr == dict.fromkeys(FPRS)  # of 15 impostors
+    assert evaluate(Pooled(), tmp_path / "lfw.bin", bootstrap=5).listed.resampled == "pairs"
     with pytest.raises(PairsError, match="brings its own"):
         evaluate(Pooled(), tmp_path / "lfw.bin", pairs=pairs)
 

@@ -11,11 +11,14 @@ from qface.evaluation import (
     FPRS,
     OperatingPoint,
     count_pairs,
+    equal_error_rate,
+    equal_error_rate_of_scores,
     pair_scores,
     rates_at,
     score_counts,
     ten_fold_accuracy,
     tpr_at_fpr,
+    unmeasured,
 )
 
 NOT_MEASURED = OperatingPoint(None, None)
@@ -242,3 +245,37 @@ def test_the_threshold_of_a_rate_accepts_that_rate():
     rates = rates_at(point.threshold, embeddings, labels)
     assert rates.tpr == point.tpr
     assert 0.0099 < rates.fpr <= 0.01
+
+
+def obvious_equal_error(genuine, impostor):
+    """The smallest e for which some threshold keeps both rates of errors at e or below."""
+    cuts = [-np.inf, *genuine, *impostor]
+    return min(max(np.mean(genuine <= cut), np.mean(impostor > cut)) for cut in cuts)
+
+
+@given(small_sets().filter(lambda drawn: usable(drawn[0])), st.sampled_from([7, 2048]))
+def test_the_equal_error_rate_equals_brute_force(drawn, tile):
+    labels, probes, gallery = drawn
+    with mock.patch.object(pair_scores, "_TILE_SIZE", tile):
+        for mates in (None, gallery):
+            genuine, impostor = all_scores(probes, labels, mates)
+            expected = pytest.approx(obvious_equal_error(genuine, impostor), abs=1e-15)
+            assert equal_error_rate(probes, labels, mates) == expected
+            same = np.repeat([True, False], [len(genuine), len(impostor)])
+            assert equal_error_rate_of_scores(np.r_[genuine, impostor], same) == expected
+
+
+def test_the_equal_error_rate_of_embeddings_and_its_bounds():
+    embeddings, labels = faces(300, 16, 60, spread=1.5)
+    expected = obvious_equal_error(*all_scores(embeddings, labels))
+    assert equal_error_rate(embeddings, labels) == pytest.approx(expected, abs=1e-4)
+    assert equal_error_rate_of_scores([0.1, 0.9], [True, False]) == 1.0
+    with pytest.raises(PairsError, match="pairs of one person and pairs of two"):
+        equal_error_rate_of_scores([0.1, 0.9], [True, True])
+
+
+def test_a_rate_that_cannot_be_measured_is_told_with_one_that_can():
+    said = "FPR 1e-4 needs 100,000 impostor pairs, there are 14,587: use 1e-3, or more people"
+    assert unmeasured(FPRS, 14587) == said
+    assert unmeasured(["0.3"], 20) == "FPR 0.3 needs 34 impostor pairs, there are 20: use more people"
+    assert unmeasured(FPRS, 10**7) is None
