@@ -42,6 +42,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "make_pairs",
     "match_thresholds",
     "measure_size",
     "operating_thresholds",

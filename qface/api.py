@@ -1,6 +1,7 @@
 """All that ``import qface`` offers, imported at once."""
 
 from qface.data.crops import AlignmentReport, align
+from qface.data.pair_drawing import make_pairs
 from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
 from qface.deployment.mixed_precision import allocate_bits
 from qface.distillation import DistillConfig, distill
@@ -53,6 +54,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "make_pairs",
     "match_thresholds",
     "measure_size",
     "operating_thresholds",

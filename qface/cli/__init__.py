@@ -10,7 +10,7 @@ import click
 import qface
 from qface.cli.deployment import bench, export, inspect, selftest, size, verify
 from qface.cli.evaluation import evaluate, identify, ijb, sensitivity, thresholds
-from qface.cli.faces import align, demo
+from qface.cli.faces import align, demo, pairs
 from qface.cli.training import distill, prune, quantize
 
 __all__ = ["export_alias", "main"]
@@ -28,7 +28,7 @@ for _each in (
     *(quantize, prune, distill),
     *(evaluate, identify, ijb, thresholds, sensitivity),
     *(inspect, export, verify, selftest, bench, size),
-    *(align, demo),
+    *(align, demo, pairs),
 ):
     main.add_command(_each)
 
