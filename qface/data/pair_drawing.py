@@ -104,8 +104,8 @@ def _check_enough(people: Sequence[Sequence[Sequence[int]]], wanted: int) -> Non
     of_one, of_two = min((_pairs_among([len(images) for images in fold]) for fold in people), key=min)
     if min(of_one, of_two) < wanted:
         raise PairsError(
-            f"one of {len(people)} folds has {of_one:,} pairs of one person and {of_two:,} of two, and {wanted:,} of each "
-            "are wanted: use fewer pairs per fold, fewer folds, or more people"
+            f"one of {len(people)} folds has {of_one:,} pairs of one person and {of_two:,} of two, and {wanted:,} of "
+            "each are wanted: use fewer pairs per fold, fewer folds, or more people"
         )
 
 

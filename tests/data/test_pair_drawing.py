@@ -68,7 +68,7 @@ def test_a_fold_is_a_number_in_every_line(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_drawn_is_refused(folder: ImageFolder, crops, tmp_path: Path) -> None:
-    with pytest.raises(PairsError, match=r"one of 10 folds has 0 pairs of one person and 0 of two, and 300"):
+    with pytest.raises(PairsError, match=r"one of 10 folds has 15 pairs of one person and 0 of two, and 300"):
         draw_pairs(folder)
     with pytest.raises(PairsError, match="is flat"):
         make_pairs(folder.root / "Ann", tmp_path / "pairs.txt")
