@@ -47,6 +47,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "make_pairs",
     "match_thresholds",
     "measure_size",
     "operating_thresholds",

@@ -2,6 +2,7 @@
 
 from qface.compression import CompressConfig, Compression, CompressionTarget, compress
 from qface.data.crops import AlignmentReport, align
+from qface.data.pair_drawing import make_pairs
 from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
 from qface.deployment.mixed_precision import allocate_bits
 from qface.distillation import DistillConfig, distill
@@ -61,6 +62,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "make_pairs",
     "match_thresholds",
     "measure_size",
     "operating_thresholds",

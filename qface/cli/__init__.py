@@ -11,7 +11,7 @@ import qface
 from qface.cli.compression import compress
 from qface.cli.deployment import bench, export, inspect, selftest, size, verify
 from qface.cli.evaluation import evaluate, identify, ijb, sensitivity, thresholds
-from qface.cli.faces import align, demo
+from qface.cli.faces import align, demo, pairs
 from qface.cli.reporting import report
 from qface.cli.training import distill, prune, quantize
 
@@ -30,7 +30,7 @@ for _each in (
     *(compress, quantize, prune, distill),
     *(evaluate, identify, ijb, thresholds, sensitivity),
     *(inspect, export, verify, selftest, bench, size),
-    *(report, align, demo),
+    *(report, align, pairs, demo),
 ):
     main.add_command(_each)
 

@@ -1,4 +1,4 @@
-"""Commands that bring faces of their own: align, demo."""
+"""Commands that bring faces of their own, or list them: align, demo, pairs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import click
 
 import qface
 from qface.cli.command import Command, show
-from qface.cli.options import FilePath, json_option
+from qface.cli.options import FilePath, json_option, people_option
 from qface.demo import run_demo
 from qface.reporting import alignment_table, demo_table
 
-__all__ = ["align", "demo"]
+__all__ = ["align", "demo", "pairs"]
 
 
 @click.command(cls=Command)
@@ -24,6 +24,19 @@ def align(photos: Path, output: Path, landmarks: Path | None, as_json: bool) -> 
     """Cut aligned 112x112 crops from PHOTOS, a folder; what is there already is kept."""
     report = qface.align(photos, output, landmarks, progress=True)
     show(report.to_dict(), alignment_table(report), as_json)
+
+
+@click.command(cls=Command)
+@click.argument("images", type=FilePath)
+@click.option("-o", "--output", required=True, type=FilePath, help="List of pairs to write.")
+@people_option
+@click.option("--folds", type=int, default=10, show_default=True, help="Folds, which share no people.")
+@click.option("--pairs-per-fold", type=int, default=300, show_default=True, help="Of one person, and as many of two.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+def pairs(images: Path, output: Path, identities: str | None, folds: int, pairs_per_fold: int, seed: int) -> None:
+    """Draw a balanced list of pairs for evaluate --pairs from IMAGES, a folder with one subfolder a person."""
+    drawn = qface.make_pairs(images, output, identities, folds, pairs_per_fold, seed)
+    click.echo(f"wrote {output}: {len(drawn)} pairs in {folds} folds")
 
 
 @click.command(cls=Command)

@@ -6,7 +6,7 @@ CALFW's and CPLFW's ``Ann_0001.jpg 3``, of one person where the number is not 0.
 
 A CSV has a line ``path,path,flag`` for each pair, in any order, and a header or none; commas, semicolons, tabs or
 blanks part the fields. The flag, in any of the three columns, is 1 for one person, and 0 or -1 for two. All pairs are
-one fold.
+one fold, unless each line ends with a fourth field, the number of its fold.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def _read_flagged_pairs(path: Path, delimiter: str | None) -> PairList:
         rows = rows[1:]
     if not rows:
         raise PairsError(f"{path} holds no pairs: expected lines 'path,path,flag' with a flag of 0 or 1")
+    fold, rows = _folds_column(path, rows)
     columns = [at for at in (2, 0, 1) if all(len(row) == 3 and row[at].lower() in _FLAGS for _, _, row in rows)]
     if not columns:
         number, line, _ = next(
@@ -142,7 +143,20 @@ def _read_flagged_pairs(path: Path, delimiter: str | None) -> PairList:
         [_stem(posixpath.normpath(name.replace("\\", "/"))) for name in side] for side in zip(*names, strict=True)
     )
     same = np.array([_FLAGS[row[columns[0]].lower()] for _, _, row in rows], np.bool_)
-    return PairList(path, first, second, same, np.zeros(len(rows), np.int64))
+    return PairList(path, first, second, same, fold)
+
+
+def _folds_column(
+    path: Path, rows: list[tuple[int, str, list[str]]]
+) -> tuple[npt.NDArray[np.int64], list[tuple[int, str, list[str]]]]:
+    """The fold of each row, and the rows without it; one fold where they do not have four fields."""
+    if len(rows[0][2]) != 4:
+        return np.zeros(len(rows), np.int64), rows
+    folds = [whole_number(fields[3]) if len(fields) == 4 else None for _, _, fields in rows]
+    for (number, line, _), fold in zip(rows, folds, strict=True):
+        if fold is None:
+            raise PairsError(f"{path}, line {number}: expected 'path,path,flag,fold', not {line.strip()!r}")
+    return np.array(folds, np.int64), [(number, line, fields[:3]) for number, line, fields in rows]
 
 
 def _read_sllfw_pairs(path: Path) -> PairList:

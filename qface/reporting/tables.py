@@ -103,7 +103,9 @@ def identification_table(result: IdentificationResult) -> Table:
         threshold = result.thresholds[fpir]
         value = percent(rate) + _between(result.tpir_intervals.get(fpir))
         table.add_row(f"TPIR at FPIR {fpir}", value, "-" if threshold is None else f"{threshold:.4f}")
-    notes = [f"reads {result.preprocessing}", "-: fewer than 10 non-mated probes would be accepted"]
+    notes = [f"reads {result.preprocessing}"]
+    if None in result.tpir_at_fpir.values():
+        notes.append("a FPIR is measured where it accepts 10 non-mated probes or more")
     if result.bootstrap:
         notes.append(f"in brackets: 95 % confidence, {result.bootstrap} replicates over people")
     table.caption = escape("\n".join(notes))

@@ -1,0 +1,177 @@
+"""Pair lists drawn from a folder: balanced folds that share no people."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qface.checks import check_seed, check_whole
+from qface.data.folders import ImageFolder
+from qface.data.pairs import ResolvedPairs
+from qface.errors import PairsError
+from qface.files import check_folder, replacing
+
+__all__ = ["draw_pairs", "make_pairs", "write_pairs"]
+
+_Pair = tuple[int, int]
+
+
+def make_pairs(
+    images: str | Path,
+    output: str | Path,
+    identities: str | Path | None = None,
+    folds: int = 10,
+    pairs_per_fold: int = 300,
+    seed: int = 0,
+) -> ResolvedPairs:
+    """Draw a list of pairs from a folder and write it; see :func:`draw_pairs` and :func:`write_pairs`.
+
+    Args:
+        images: a folder of crops with one subfolder a person.
+        output: the file to write.
+        identities: which people; see :func:`qface.data.identities.select_identities`.
+        folds: how many.
+        pairs_per_fold: pairs of one person in each fold, and as many of two.
+        seed: of the draw.
+
+    Returns:
+        The pairs, as numbers of the folder's images.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+        ExportError: the file cannot be written.
+        ImagesError: the folder cannot be read.
+        PairsError: the folder is flat, or a fold would have too few pairs.
+
+    Example:
+        >>> len(qface.make_pairs("faces/", "pairs.txt", "second-half"))  # doctest: +SKIP
+        6000
+    """
+    check_folder(output)
+    folder = ImageFolder(images, identities=identities)
+    pairs = draw_pairs(folder, folds, pairs_per_fold, seed)
+    write_pairs(output, pairs, folder)
+    return pairs
+
+
+def draw_pairs(folder: ImageFolder, folds: int = 10, pairs_per_fold: int = 300, seed: int = 0) -> ResolvedPairs:
+    """Draw as many pairs of one person as of two in each fold; no pair twice, and nobody in two folds.
+
+    Pairs of one person are spread over people as evenly as their images allow.
+
+    Args:
+        folder: the images.
+        folds: how many.
+        pairs_per_fold: pairs of each kind in each fold.
+        seed: of the draw.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+        PairsError: the folder is flat, or a fold would have too few pairs; the message says how many it has.
+    """
+    check_whole(2, folds=folds)
+    check_whole(1, pairs_per_fold=pairs_per_fold)
+    check_seed(seed)
+    if folder.labels is None:
+        raise PairsError(f"{folder.root} is flat: pairs need to know who is who, pass one subfolder a person")
+    rng = np.random.default_rng(seed)
+    people = _dealt(folder.labels.numpy(), folds, rng)
+    _check_enough(people, pairs_per_fold)
+    drawn = [(_of_one(fold, pairs_per_fold, rng), _of_two(fold, pairs_per_fold, rng)) for fold in people]
+    first, second = np.array([pair for kinds in drawn for kind in kinds for pair in kind], np.int64).T
+    position = np.arange(len(first))
+    return ResolvedPairs(
+        first, second, position // pairs_per_fold % 2 == 0, position // (2 * pairs_per_fold), dropped=0
+    )
+
+
+def _dealt(labels: npt.NDArray[np.int64], folds: int, rng: np.random.Generator) -> list[list[list[int]]]:
+    """The images of each person of each fold; people are dealt in order of their number of images."""
+    people = [np.flatnonzero(labels == person).tolist() for person in rng.permutation(np.unique(labels))]
+    people.sort(key=len, reverse=True)  # those with as many stay shuffled
+    return [people[fold::folds] for fold in range(folds)]
+
+
+def _check_enough(people: Sequence[Sequence[Sequence[int]]], wanted: int) -> None:
+    """Complain of the fold with the fewest pairs."""
+    of_one, of_two = min((_pairs_among([len(images) for images in fold]) for fold in people), key=min)
+    if min(of_one, of_two) < wanted:
+        raise PairsError(
+            f"one of {len(people)} folds has {of_one:,} pairs of one person and {of_two:,} of two, and {wanted:,} of "
+            "each are wanted: use fewer pairs per fold, fewer folds, or more people"
+        )
+
+
+def _pairs_among(images_of: Sequence[int]) -> tuple[int, int]:
+    """Pairs of one person and of two, among people with so many images each."""
+    of_one = sum(math.comb(images, 2) for images in images_of)
+    return of_one, math.comb(sum(images_of), 2) - of_one
+
+
+def _of_one(people: Sequence[Sequence[int]], wanted: int, rng: np.random.Generator) -> list[_Pair]:
+    """Pairs of one person: one of each person in turn, until there are enough."""
+    shuffled = [rng.permutation(list(itertools.combinations(images, 2))).tolist() for images in people]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
+    return list(itertools.islice(((a, b) for pair in turns if pair is not None for a, b in [pair]), wanted))
+
+
+def _of_two(people: Sequence[Sequence[int]], wanted: int, rng: np.random.Generator) -> list[_Pair]:
+    """Pairs of two people, all equally likely."""
+    images = np.concatenate([np.asarray(each) for each in people])
+    owners = np.repeat(np.arange(len(people)), [len(each) for each in people])
+    found: dict[_Pair, None] = {}
+    while len(found) < wanted:
+        a, b = np.sort(rng.integers(0, len(images), (2, wanted)), axis=0)
+        for one, other in zip(a[owners[a] != owners[b]], b[owners[a] != owners[b]], strict=True):
+            found.setdefault((int(images[one]), int(images[other])))
+    return list(found)[:wanted]
+
+
+def write_pairs(path: str | Path, pairs: ResolvedPairs, folder: ImageFolder) -> None:
+    """Write ``pairs`` in LFW's format where files are named as LFW's, else as lines ``path,path,flag,fold``.
+
+    Args:
+        path: the file; it is replaced as a whole or not at all.
+        pairs: drawn by :func:`draw_pairs` from this folder.
+        folder: the images.
+
+    Raises:
+        ExportError: the file cannot be written.
+    """
+    names = [file.relative_to(folder.root).as_posix() for file in folder.paths]
+    used = {names[image] for side in (pairs.first, pairs.second) for image in side}
+    numbered = {name: number for name in used if (number := _number_in_lfw(name)) is not None}
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        if len(numbered) == len(used):
+            folds = int(pairs.fold.max()) + 1
+            file.write(f"{folds}\t{len(pairs) // (2 * folds)}\n")
+            for a, b, same in zip(pairs.first, pairs.second, pairs.same, strict=True):
+                file.write(_lfw_line(names[a], names[b], bool(same), numbered))
+        else:
+            lines = csv.writer(file, lineterminator="\n")
+            for a, b, same, fold in zip(pairs.first, pairs.second, pairs.same, pairs.fold, strict=True):
+                lines.writerow([names[a], names[b], int(same), fold])
+
+
+def _number_in_lfw(name: str) -> int | None:
+    """The 7 of ``Ann/Ann_0007.jpg``; None where the name is not of this form."""
+    person, _, file = name.partition("/")
+    number = re.fullmatch(re.escape(person) + r"_(\d{4,18})\.\w+", file, re.ASCII)
+    plain = person == person.strip() and not re.search(r"[\t\r\n]", person)
+    if number is None or not plain or int(number[1]) == 0 or f"{int(number[1]):04d}" != number[1]:
+        return None
+    return int(number[1])
+
+
+def _lfw_line(first: str, second: str, same: bool, numbered: dict[str, int]) -> str:
+    fields = [first.partition("/")[0], numbered[first], second.partition("/")[0], numbered[second]]
+    if same:
+        del fields[2]
+    return "\t".join(map(str, fields)) + "\n"
