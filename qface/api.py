@@ -1,6 +1,7 @@
 """All that ``import qface`` offers, imported at once."""
 
 from qface.compression import CompressConfig, Compression, CompressionTarget, compress
+from qface.compression.run_record import RunRecord
 from qface.data.crops import AlignmentReport, align
 from qface.data.pair_drawing import make_pairs
 from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
@@ -27,7 +28,6 @@ from qface.pruning import Budget, PruningConfig, prune
 from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
 from qface.quantization.sensitivity import Sensitivity, sensitivity
 from qface.reporting.report.report import report
-from qface.reporting.run_record import RunRecord
 
 __all__ = [
     "AlignmentReport",

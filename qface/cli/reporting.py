@@ -11,9 +11,9 @@ import click
 
 from qface.cli.command import Command
 from qface.cli.options import FilePath, json_option
+from qface.compression.run_record import RunRecord
 from qface.errors import ConfigError
 from qface.reporting.report.report import report as write_report
-from qface.reporting.run_record import RunRecord
 
 __all__ = ["report"]
 

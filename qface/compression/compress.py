@@ -7,6 +7,7 @@ more. Training comes last, because it takes longest.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,15 +19,16 @@ from torch import nn
 
 from qface.compression.compress_config import CompressConfig, CompressionTarget
 from qface.compression.judge import Judge, milliseconds_of
+from qface.compression.run_record import RunRecord
 from qface.compression.trials import Compression, Trial, smallest_passing
 from qface.data.content_digest import digest_of_images
 from qface.data.folders import ImageFolder
 from qface.data.identities import FIRST_HALF, SECOND_HALF
 from qface.deployment import export
-from qface.deployment.mixed_precision import allocate_bits, average_bits, bits_for
+from qface.deployment.mixed_precision import allocate_bits, average_bits, bits_for, draft_file
 from qface.distillation import distill
-from qface.errors import CheckpointError, ConfigError, ExportError, ImagesError
-from qface.files import alone_in, check_folder, make_folder, replacing, temporary_folder
+from qface.errors import CheckpointError, ConfigError, ExportError
+from qface.files import alone_in, check_folder, make_folder, replacing
 from qface.model_digest import digest_of_structure, digest_of_values
 from qface.models import load, save
 from qface.models.store import check_savable
@@ -36,8 +38,7 @@ from qface.pruning import Budget, cost_of, prune
 from qface.quantization import QuantizationConfig, calibrate, quantize
 from qface.quantization.prepare import is_quantized
 from qface.quantization.quantization_config import MAX_BITS
-from qface.quantization.sensitivity import sensitivity
-from qface.reporting.run_record import RunRecord
+from qface.quantization.sensitivity import Sensitivity, sensitivity
 
 __all__ = ["compress"]
 
@@ -48,8 +49,6 @@ _PRUNINGS = 4
 """Attempts to prune to ``max_ms``: time falls more slowly than the number of products."""
 _NEXT_RUNG = 0.25
 """Bits by which the next rung is at least smaller than the largest that fits."""
-_QUICK = 8
-"""Images that calibrate a file whose time alone counts."""
 
 
 @shows_progress
@@ -129,8 +128,6 @@ def _people(
         raise ConfigError(
             f"{len(both)} people are to tune and to judge (first: {both[0]}): a figure on them says nothing of others"
         )
-    if not tuning.names:
-        raise ImagesError(f"{images} does not say who is who: give a folder with one subfolder a person")
     return tuning, judged
 
 
@@ -189,15 +186,6 @@ class _Search:
 
     def run(self) -> Compression:
         """Look for the smallest file, train where that helps, and say how it ended."""
-        self.network = self._fast_enough()
-        self.table = sensitivity(
-            self.network,
-            self.tuning,
-            activation_bits=(),
-            num_images=self.config.sensitivity_images,
-            run_dir=self.folder / "sensitivity",
-        )
-        self._keep_table()
         rungs = self._rungs()
         chosen, stopped = self._best_within(rungs) if self.target.max_drop is None else self._smallest(rungs)
         faces = self.judge.faces
@@ -233,7 +221,7 @@ class _Search:
     def _trained_largest(self, rungs: list[float]) -> tuple[Trial | None, str]:
         """Where calibration alone misses the target with the most bits that are allowed."""
         largest = self._trial(rungs[-1])
-        if self.config.distill == "never" or not self._loses_only_tpr(largest):
+        if self.config.distill == "never" or any(_misses_beside_tpr(largest, self.target)):
             return None, f"{largest.name} is the largest file allowed, and misses the target: {_listed(largest)}"
         trained = self._trial(rungs[-1], distilled=True)
         if not trained.keeps:
@@ -241,11 +229,6 @@ class _Search:
         if self.config.distill == "for-size":
             return self._trained_down(rungs[:-1], trained)
         return trained, "calibration alone misses the target at any bits, and training keeps it"
-
-    def _loses_only_tpr(self, trial: Trial) -> bool:
-        """Whether training can help: it changes neither size nor time."""
-        unbounded = replace(self.target, max_drop=float("1e9"))
-        return not list(_misses(trial, unbounded))
 
     def _trained_down(self, rungs: list[float], kept: Trial) -> tuple[Trial, str]:
         """Train ever smaller files of ``rungs``, from the largest on, until one misses; ``kept`` is larger."""
@@ -258,8 +241,9 @@ class _Search:
 
     # ---- what is tried
 
-    def _fast_enough(self) -> nn.Module:
-        """The network, pruned where ``max_ms`` needs it and pruning is asked for."""
+    @functools.cached_property
+    def network(self) -> nn.Module:
+        """The network that is quantized, pruned where ``max_ms`` needs it and pruning is asked for."""
         if self.target.max_ms is None:
             return self.teacher
         kept = self.folder / "pruned.safetensors"
@@ -267,7 +251,7 @@ class _Search:
             return load(kept)
         network, left, cost = self.teacher, 1.0, cost_of(self.teacher)
         for _ in range(_PRUNINGS):
-            milliseconds = self._quick_milliseconds(network)
+            milliseconds = self._milliseconds_at_8_bits(network)
             if milliseconds <= self.target.max_ms:
                 if network is not self.teacher:
                     save(network, kept)
@@ -281,12 +265,24 @@ class _Search:
             + ("pruning does not reach max_ms either" if self.config.prune else "raise max_ms, or allow pruning")
         )
 
-    def _quick_milliseconds(self, network: nn.Module) -> float:
-        student = calibrate(
-            quantize(network, QuantizationConfig(MAX_BITS, self.config.activation_bits)), self.tuning, num_images=_QUICK
+    def _milliseconds_at_8_bits(self, network: nn.Module) -> float:
+        config = QuantizationConfig(MAX_BITS, self.config.activation_bits)
+        with draft_file(network, config, self.tuning) as file:
+            return milliseconds_of(file)
+
+    @functools.cached_property
+    def table(self) -> Sensitivity:
+        """The losses of the network's weights; a copy lies in the run folder."""
+        table = sensitivity(
+            self.network,
+            self.tuning,
+            activation_bits=(),
+            num_images=self.config.sensitivity_images,
+            run_dir=self.folder / "sensitivity",
         )
-        with temporary_folder() as folder:
-            return milliseconds_of(export(student, folder / "student.onnx"))
+        with replacing(self.folder / "sensitivity.json") as temporary:
+            temporary.write_text(json.dumps(table.to_dict()) + "\n", encoding="utf-8")
+        return table
 
     def _rungs(self) -> list[float]:
         """Rising average bits to try, the last of which are the most that ``max_mb`` allows."""
@@ -309,9 +305,8 @@ class _Search:
         return self.configs[average]
 
     def _megabytes(self, config: QuantizationConfig) -> float:
-        student = calibrate(quantize(self.network, config), self.tuning, num_images=_QUICK)
-        with temporary_folder() as folder:
-            return export(student, folder / "student.onnx").stat().st_size / 1e6
+        with draft_file(self.network, config, self.tuning) as file:
+            return file.stat().st_size / 1e6
 
     def _name(self, average: float, distilled: bool = False) -> str:
         return f"w{average:.3g}a{self.config.activation_bits}" + ("-distilled" if distilled else "")
@@ -349,13 +344,12 @@ class _Search:
         )
 
     def _judged(self, name: str, file: Path, weight_bits: float, distilled: bool) -> Trial:
-        verdict = self.judge(file)
-        drop = verdict.drop
+        drop = self.judge(file)
         trial = Trial(
             name=name,
             weight_bits=round(weight_bits, 2),
             mb=file.stat().st_size / 1e6,
-            tpr=100 * verdict.tpr,
+            tpr=100 * (self.judge.tpr - drop.drop),
             drop=100 * drop.drop,
             drop_low=100 * drop.interval.low,
             drop_high=100 * drop.interval.high,
@@ -365,10 +359,6 @@ class _Search:
         )
         return replace(trial, misses=tuple(_misses(trial, self.target)))
 
-    def _keep_table(self) -> None:
-        with replacing(self.folder / "sensitivity.json") as temporary:
-            temporary.write_text(json.dumps(self.table.to_dict()) + "\n", encoding="utf-8")
-
 
 def _misses(trial: Trial, target: CompressionTarget) -> Iterator[str]:
     if target.max_drop is not None and trial.drop_bound > target.max_drop:
@@ -376,6 +366,11 @@ def _misses(trial: Trial, target: CompressionTarget) -> Iterator[str]:
             f"it loses {trial.drop:.2f} points of TPR, with {target.confidence:.0%} confidence "
             f"at most {trial.drop_bound:.2f}"
         )
+    yield from _misses_beside_tpr(trial, target)
+
+
+def _misses_beside_tpr(trial: Trial, target: CompressionTarget) -> Iterator[str]:
+    """Limits that training cannot help to keep: it changes neither size nor time."""
     if target.max_mb is not None and trial.mb > target.max_mb:
         yield f"{trial.mb:.3f} MB"
     if target.max_ms is not None and trial.ms is not None and trial.ms > target.max_ms:
@@ -397,7 +392,7 @@ def _record(
     found: Compression,
     people: tuple[str | Path | None, str | Path | None],
 ) -> RunRecord:
-    """What ``qface report`` reads."""
+    """The record that ``qface report`` reads."""
     assert found.chosen is not None
     folder = Path(found.run_dir)
     trained = folder / found.chosen.name / "distillation" / "log.jsonl"

@@ -19,7 +19,7 @@ __all__ = ["CompressConfig", "CompressionTarget"]
 
 @dataclass(frozen=True)
 class CompressionTarget:
-    """What a compressed file must keep; at least one limit is given, and all that are given hold together.
+    """Limits that a compressed file must keep; at least one is given, and all that are given hold together.
 
     Args:
         max_drop: percentage points of TPR that the file may lose against the float network. The upper confidence bound
@@ -57,7 +57,7 @@ class CompressionTarget:
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """How :func:`qface.compress` looks for the file.
+    """Settings of the search of :func:`qface.compress`.
 
     Args:
         activation_bits: bits of what layers read, 2 to 8. They do not change the size of the file.

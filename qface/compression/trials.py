@@ -87,7 +87,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Compression:
-    """What :func:`qface.compress` found.
+    """Result of :func:`qface.compress`.
 
     Args:
         target: what was asked for.

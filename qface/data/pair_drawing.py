@@ -94,7 +94,9 @@ def draw_pairs(folder: ImageFolder, folds: int = 10, pairs_per_fold: int = 300, 
 
 def _dealt(labels: npt.NDArray[np.int64], folds: int, rng: np.random.Generator) -> list[list[list[int]]]:
     """The images of each person of each fold; people are dealt in order of their number of images."""
-    people = [np.flatnonzero(labels == person).tolist() for person in rng.permutation(np.unique(labels))]
+    counts = np.unique(labels, return_counts=True)[1]
+    images_of = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    people = [images_of[person].tolist() for person in rng.permutation(len(images_of))]
     people.sort(key=len, reverse=True)  # those with as many stay shuffled
     return [people[fold::folds] for fold in range(folds)]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from qface.quantization.allocation import choose_bit_widths
 from qface.quantization.quantization_config import MIN_BITS
 from qface.quantization.sensitivity import SENSITIVITY_IMAGES, Sensitivity, read_sample, sensitivity
 
-__all__ = ["allocate_bits", "average_bits", "bits_for"]
+__all__ = ["allocate_bits", "average_bits", "bits_for", "draft_file"]
 
 _MB = 10**6
 _RESERVE = 2048
@@ -32,7 +33,7 @@ _RESERVE = 2048
 _BYTES_PER_BIT_WIDTH = 1250
 """About what the nodes take that unpack the weights of one bit width."""
 _CALIBRATION_IMAGES = 8
-"""Enough to measure a file, whose size does not depend on its ranges."""
+"""Enough to measure a file, whose size and time do not depend on its ranges."""
 
 
 @shows_progress
@@ -134,8 +135,17 @@ def _with_bit_widths(config: QuantizationConfig, bit_widths: Mapping[str, int]) 
     return replace(config, weight_bits=most, overrides=others)
 
 
-def _file_bytes(model: nn.Module, config: QuantizationConfig, faces: Tensor) -> int:
-    """Size of the file that a student with ``config`` becomes."""
-    student = calibrate(quantize(model, config), faces, num_images=_CALIBRATION_IMAGES)
+@contextmanager
+def draft_file(model: nn.Module, config: QuantizationConfig, images: Images) -> Iterator[Path]:
+    """The file of a student with ``config``, hardly calibrated, until the end of the block.
+
+    Its size and its time are those of the real one, its embeddings are not.
+    """
+    student = calibrate(quantize(model, config), images, num_images=_CALIBRATION_IMAGES)
     with temporary_folder() as folder:
-        return export(student, folder / "student.onnx").stat().st_size
+        yield export(student, folder / "student.onnx")
+
+
+def _file_bytes(model: nn.Module, config: QuantizationConfig, faces: Tensor) -> int:
+    with draft_file(model, config, faces) as file:
+        return file.stat().st_size

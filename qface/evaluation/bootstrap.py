@@ -260,7 +260,7 @@ def _units(pairs: int, people: tuple[npt.ArrayLike, npt.ArrayLike] | None) -> tu
 
 
 class Draws:
-    """What is drawn in each replicate: how often each of ``units`` people counts.
+    """Random draws of people: how often each of ``units`` people counts in each replicate.
 
     Args:
         units: people.
@@ -299,7 +299,7 @@ class Draws:
 
 
 def _images_of(labels: npt.ArrayLike) -> Ints:
-    """How many images each person has."""
+    """Number of images of each person."""
     return np.unique(np.asarray(labels), return_counts=True)[1].astype(np.int64)
 
 

@@ -35,7 +35,7 @@ from qface.evaluation.verification import (
 from qface.parallel import processes_for
 from qface.progress import shows_progress
 
-__all__ = ["EvaluationResult", "ListedFigures", "evaluate"]
+__all__ = ["EvaluationResult", "ListedFigures", "evaluate", "listed_cosines"]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -147,7 +147,6 @@ def evaluate(
         run_dir: folder to keep embeddings and counts of pairs in; a call that was stopped goes on there. None keeps
             nothing.
         progress: show the stages on stderr.
-
         bootstrap: replicates for 95 % confidence intervals, over people (:mod:`qface.evaluation.bootstrap`); 200 are
             enough, 0 computes none.
 
@@ -182,7 +181,7 @@ def evaluate(
     seconds = time.perf_counter() - start
 
     points = _points(probes, labels, mates, folder)
-    cosines = None if listed is None else _cosines(listed, probes, probes if mates is None else mates)
+    cosines = None if listed is None else listed_cosines(listed, probes, probes if mates is None else mates)
     accuracy, deviation = _accuracy(listed, cosines)
     intervals = bootstrap_tpr(probes, labels, FPRS, mates, bootstrap) if bootstrap and labels is not None else {}
     return EvaluationResult(
@@ -243,7 +242,14 @@ def _points(
     return tpr_at_fpr(probes, labels, gallery=mates, run_dir=folder)
 
 
-def _cosines(pairs: ResolvedPairs, probes: Embeddings, mates: Embeddings) -> Scores:
+def listed_cosines(pairs: ResolvedPairs, probes: Embeddings, mates: Embeddings) -> Scores:
+    """The cosines of ``pairs``, float32 [pairs]: of each the first image is of ``probes``, the second of ``mates``.
+
+    Args:
+        pairs: numbers of images.
+        probes: float32 [images, dimensions], L2-normalized.
+        mates: likewise of the same images.
+    """
     cosines: Scores = np.sum(probes[pairs.first] * mates[pairs.second], axis=1)
     return cosines
 

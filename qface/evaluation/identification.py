@@ -35,7 +35,7 @@ _PROBES = 2048  # compared with the gallery at a time
 
 @dataclass(frozen=True, eq=False)
 class Protocol:
-    """Which images are enrolled, and which are probes; numbers of images, int64 [any] each.
+    """Enrolled images and probes; numbers of images, int64 [any] each.
 
     Args:
         gallery: one image of each person who is enrolled.
@@ -77,7 +77,7 @@ class Protocol:
 
 @dataclass(frozen=True, eq=False)
 class ProbeScores:
-    """How each probe compares with the gallery.
+    """Comparison of each probe with the gallery.
 
     Args:
         mate: float32 [mated probes], the cosine with the person's own entry.
@@ -152,7 +152,7 @@ def evaluate_identification(
         bootstrap: replicates for 95 % confidence intervals, over people; 0 computes none.
         flip: add the embedding of the mirrored image before normalizing.
         batch_size: images a forward pass.
-        progress: show a bar on stderr.
+        progress: show the stages on stderr.
 
     Raises:
         ConfigError: ``seed`` or ``bootstrap`` is out of its range.
@@ -177,7 +177,8 @@ def evaluate_identification(
     once = np.ones(int(labels.max()) + 2, np.int64)
     rates = dict(zip(measured, map(float, pairs.tprs(once, measured)), strict=True))
     found = dict(zip(measured, map(float, pairs.thresholds_at(once, measured)), strict=True))
-    rank_intervals, tpir_intervals = _intervals(scores, labels, protocol, measured, bootstrap, seed)
+    draws = Draws(int(labels.max()) + 1, bootstrap, seed, CONFIDENCE, fixed=1) if bootstrap else None
+    rank_intervals, tpir_intervals = _intervals(scores, pairs, labels[protocol.mated], draws, measured)
     return IdentificationResult(
         rank_1=float(np.mean(scores.rank <= 1)),
         rank_5=float(np.mean(scores.rank <= 5)),
@@ -235,13 +236,11 @@ def _weighed(scores: ProbeScores, labels: Labels, protocol: Protocol) -> Weighed
 
 
 def _intervals(
-    scores: ProbeScores, labels: Labels, protocol: Protocol, fpirs: Sequence[str], bootstrap: int, seed: int
+    scores: ProbeScores, pairs: WeighedPairs, owners: Labels, draws: Draws | None, fpirs: Sequence[str]
 ) -> tuple[dict[str, Interval | None], dict[str, Interval | None]]:
     """Those of rank-k rates and of TPIR; empty without replicates."""
-    if not bootstrap:
+    if draws is None:
         return {}, {}
-    draws = Draws(int(labels.max()) + 1, bootstrap, seed, CONFIDENCE, fixed=1)
-    pairs, owners = _weighed(scores, labels, protocol), labels[protocol.mated]
 
     def hits(weights: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         counts = weights[owners]

@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from qface.evaluation.pair_scores import Scores
 
-__all__ = ["Judge", "VerdictChange", "VerdictChanges", "verdict_changes"]
+__all__ = ["VerdictChange", "VerdictChanges", "Verifier", "verdict_changes"]
 
 _ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Judge:
+class Verifier:
     """The embeddings of one model, and the cosine above which it accepts a pair.
 
     Args:
@@ -62,7 +62,7 @@ class VerdictChanges:
     largest: tuple[VerdictChange, ...]
 
 
-def verdict_changes(before: Judge, after: Judge, labels: npt.ArrayLike, each: int = 3) -> VerdictChanges:
+def verdict_changes(before: Verifier, after: Verifier, labels: npt.ArrayLike, each: int = 3) -> VerdictChanges:
     """Find the pairs i < j of images that ``after`` accepts and ``before`` does not, or the other way round.
 
     Args:
@@ -73,7 +73,7 @@ def verdict_changes(before: Judge, after: Judge, labels: npt.ArrayLike, each: in
 
     Example:
         >>> faces = np.eye(2, dtype=np.float32)
-        >>> verdict_changes(Judge(faces, 0.5), Judge(faces, -0.5), [0, 1]).counts[False, True]
+        >>> verdict_changes(Verifier(faces, 0.5), Verifier(faces, -0.5), [0, 1]).counts[False, True]
         1
     """
     people = np.asarray(labels)
@@ -93,7 +93,7 @@ def verdict_changes(before: Judge, after: Judge, labels: npt.ArrayLike, each: in
     return VerdictChanges(counts, tuple(change for kind in counts for _, change in largest[kind]))
 
 
-def _margins(judge: Judge, start: int) -> Scores:
+def _margins(judge: Verifier, start: int) -> Scores:
     margins: Scores = judge.embeddings[start : start + _ROWS] @ judge.embeddings.T - np.float32(judge.threshold)
     return margins
 

@@ -29,6 +29,8 @@ __all__ = [
     "count_pairs",
     "equal_error_rate",
     "equal_error_rate_of_scores",
+    "finest_rate",
+    "impostors_needed",
     "ranks_of",
     "rates_at",
     "single_fold_accuracy",
@@ -292,10 +294,19 @@ def unmeasured(fprs: Sequence[str], impostors: int) -> str | None:
     if not lacking:
         return None
     fpr = max(lacking, key=Fraction)
-    fitting = [rate for rate, rank in ranks_of(FPRS, impostors).items() if rank is not None]
-    needed = math.ceil(_MIN_FALSE_POSITIVES / Fraction(fpr))
-    advice = f"use {fitting[-1]}, or more people" if fitting else "use more people"
-    return f"FPR {fpr} needs {needed:,} impostor pairs, there are {impostors:,}: {advice}"
+    finest = finest_rate(impostors)
+    advice = "use more people" if finest is None else f"use {finest}, or more people"
+    return f"FPR {fpr} needs {impostors_needed(fpr):,} impostor pairs, there are {impostors:,}: {advice}"
+
+
+def finest_rate(impostors: int) -> str | None:
+    """The least of :data:`FPRS` that so many impostor pairs measure; None where they measure none."""
+    return next((rate for rate, rank in reversed(ranks_of(FPRS, impostors).items()) if rank is not None), None)
+
+
+def impostors_needed(fpr: str) -> int:
+    """Impostor pairs that measure the rate ``fpr``, a decimal between 0 and 1."""
+    return math.ceil(_MIN_FALSE_POSITIVES / Fraction(fpr))
 
 
 def _rank(fpr: str, impostors: int) -> int | None:

@@ -182,9 +182,10 @@ def sensitivity(
         *_weight_changes(layers, sorted(set(weight_bits))),
         *_activation_changes(network, layers, sorted(set(activation_bits)), batches),
     ]
-    bits = f"weights {sorted(set(weight_bits))}, activations {sorted(set(activation_bits))}"
-    inputs = _inputs(model, faces, f"{bits}, batches of {batch_size}")
-    store: AbstractContextManager[Losses] = nullcontext({}) if run_dir is None else loss_store(Path(run_dir), inputs)
+    store: AbstractContextManager[Losses] = nullcontext({})
+    if run_dir is not None:
+        bits = f"weights {sorted(set(weight_bits))}, activations {sorted(set(activation_bits))}"
+        store = loss_store(Path(run_dir), _inputs(model, faces, f"{bits}, batches of {batch_size}"))
     with store as kept:
         losses = _mean_losses(network, batches, changes, kept)
     return Sensitivity(len(faces), tuple(_of_layer(node, losses) for node in layers))

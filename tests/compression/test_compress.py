@@ -16,10 +16,10 @@ from torch import nn
 import qface
 from qface import CompressConfig, CompressionTarget, DistillConfig
 from qface.cli import main
+from qface.compression.run_record import RunRecord
 from qface.compression.trials import smallest_passing
 from qface.errors import ConfigError, QFaceError
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.reporting.run_record import RunRecord
 from tests.networks import tiny_face_net
 
 Crops = Callable[..., Path]

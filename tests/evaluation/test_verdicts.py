@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qface.evaluation.score_histogram import score_histogram
-from qface.evaluation.verdicts import Judge, verdict_changes
+from qface.evaluation.verdicts import Verifier, verdict_changes
 
 
 def unit(seed: int, images: int) -> np.ndarray:
@@ -17,7 +17,7 @@ def unit(seed: int, images: int) -> np.ndarray:
 
 @given(st.integers(0, 1000), st.integers(2, 12))
 def test_changes_are_those_of_every_pair(seed: int, images: int) -> None:
-    before, after = Judge(unit(seed, images), 0.1), Judge(unit(seed + 1, images), -0.1)
+    before, after = Verifier(unit(seed, images), 0.1), Verifier(unit(seed + 1, images), -0.1)
     labels = np.arange(images) // 2
     expected = {(same, accepted): 0 for same in (True, False) for accepted in (True, False)}
     for i, j in itertools.combinations(range(images), 2):

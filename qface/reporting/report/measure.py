@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
+from torch import nn
 
 from qface._version import __version__
+from qface.compression.run_record import RunRecord
 from qface.data.folders import ImageFolder
 from qface.data.images import Labels, labels_of
 from qface.data.pairs import ResolvedPairs, read_pairs, resolve_pairs
@@ -23,8 +24,9 @@ from qface.deployment import Agreement, export, measure_size, verify
 from qface.deployment.latency import compare, open_file
 from qface.errors import ConfigError, ImagesError, one_line
 from qface.evaluation.embedding import Embedder, Embeddings, as_embedder, embed
+from qface.evaluation.evaluate import listed_cosines
 from qface.evaluation.score_histogram import score_histogram
-from qface.evaluation.verdicts import Judge, VerdictChange, verdict_changes
+from qface.evaluation.verdicts import VerdictChange, Verifier, verdict_changes
 from qface.evaluation.verification import FPRS, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.files import temporary_folder
 from qface.limits import named, parse_json
@@ -33,7 +35,6 @@ from qface.models.resolve import resolve_model
 from qface.provenance import provenance_of
 from qface.quantization.sensitivity import Sensitivity
 from qface.reporting.report.data import ChangedPair, Changes, Curve, LayerSize, ModelFigures, ReportData
-from qface.reporting.run_record import RunRecord
 from qface.reporting.steps import steps_in_words
 
 __all__ = ["ReportSettings", "measure_report"]
@@ -44,13 +45,13 @@ _VERIFIED = 128
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """How a report is measured.
+    """Settings of a report's measurements.
 
     Args:
         fpr: false-positive rate at which verdicts are compared, one of :data:`qface.evaluation.verification.FPRS`.
         faces: True to put pictures of faces into the page.
         latency_runs: timed calls of each file; 0 leaves latency out.
-        progress: show bars on stderr.
+        progress: show the stages on stderr.
     """
 
     fpr: str = "1e-3"
@@ -73,14 +74,15 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
     """
     sensitivity, training = _sensitivity(run.sensitivity), _training(run.log)
     faces = _Faces.of(run)
-    teacher, file = _embedder(run.teacher), as_embedder(run.file)
+    network = None if _is_onnx(run.teacher) else resolve_model(run.teacher)
+    teacher, file = as_embedder(run.teacher if network is None else network), as_embedder(run.file)
     student = load(run.student)
     found = [embed(each, faces.folder, progress=settings.progress) for each in (teacher, file)]
     models = tuple(
         _figures(name, embedder, embeddings, faces)
         for name, embedder, embeddings in zip(("teacher", "file"), (teacher, file), found, strict=True)
     )
-    teacher_bytes, latency = _latency(run, settings.latency_runs)
+    teacher_bytes, latency = _latency(run, network, settings.latency_runs)
     genuine, impostors = count_pairs(faces.labels)
     return ReportData(
         version=__version__,
@@ -131,8 +133,8 @@ class _Faces:
         return cls(folder, labels, listed)
 
 
-def _embedder(teacher: str) -> Embedder:
-    return as_embedder(teacher if teacher.lower().endswith(".onnx") else resolve_model(teacher))
+def _is_onnx(model: str) -> bool:
+    return model.lower().endswith(".onnx")
 
 
 def _figures(name: str, embedder: Embedder, embeddings: Embeddings, faces: _Faces) -> ModelFigures:
@@ -142,7 +144,12 @@ def _figures(name: str, embedder: Embedder, embeddings: Embeddings, faces: _Face
         for fpr, each in points.items()
         if each.tpr is not None and each.threshold is not None
     ]
-    accuracy = None if faces.listed is None else _ten_folds(embeddings, faces.listed)
+    listed = faces.listed
+    accuracy = (
+        None
+        if listed is None
+        else ten_fold_accuracy(listed_cosines(listed, embeddings, embeddings), listed.same, listed.fold)
+    )
     return ModelFigures(
         name=name,
         runtime=str(getattr(embedder, "runtime", type(embedder).__name__)),
@@ -157,19 +164,12 @@ def _figures(name: str, embedder: Embedder, embeddings: Embeddings, faces: _Face
     )
 
 
-def _ten_folds(embeddings: Embeddings, pairs: ResolvedPairs) -> tuple[float, float]:
-    cosines = np.sum(embeddings[pairs.first] * embeddings[pairs.second], axis=1)
-    return ten_fold_accuracy(cosines, pairs.same, pairs.fold)
-
-
-def _latency(run: RunRecord, runs: int) -> tuple[int | None, tuple[Mapping[str, Any], ...]]:
+def _latency(run: RunRecord, network: nn.Module | None, runs: int) -> tuple[int | None, tuple[Mapping[str, Any], ...]]:
     """The bytes of the teacher as an ONNX file, and the time of both files in alternation."""
     if not runs:
         return None, ()
     with temporary_folder() as folder:
-        teacher = Path(run.teacher)
-        if teacher.suffix.lower() != ".onnx":
-            teacher = export(resolve_model(run.teacher), folder / "teacher.onnx")
+        teacher = Path(run.teacher) if network is None else export(network, folder / "teacher.onnx")
         cpu = ["CPUExecutionProvider"]
         candidates = [
             open_file(path, name=name, providers=cpu) for path, name in ((teacher, "teacher"), (run.file, "file"))
@@ -217,7 +217,7 @@ def _changes(
     before, after = (model.thresholds[settings.fpr] for model in models)
     if before is None or after is None:
         return None
-    found = verdict_changes(Judge(embeddings[0], before), Judge(embeddings[1], after), faces.labels)
+    found = verdict_changes(Verifier(embeddings[0], before), Verifier(embeddings[1], after), faces.labels)
     pairs = tuple(_changed_pair(change, faces.folder, settings.faces) for change in found.largest)
     return Changes(
         fpr=settings.fpr,

@@ -11,6 +11,7 @@ from qface.quantization.sensitivity import Sensitivity
 from qface.reporting import figures
 from qface.reporting.drawing import figure_class, inline_svg
 from qface.reporting.report.data import ModelFigures, ReportData
+from qface.reporting.tables import percent
 
 __all__ = ["check_page", "report_page"]
 
@@ -66,7 +67,7 @@ def report_page(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = percent
     environment.filters["megabytes"] = lambda count: f"{count / 1e6:.2f} MB"
     return environment.get_template("page.html.j2").render(
         data=data,
@@ -82,18 +83,14 @@ def report_page(data: ReportData) -> str:
     )
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
-
-
 def _accuracy(models: Sequence[ModelFigures]) -> Table:
     before, after = models
     rows: list[tuple[str, ...]] = [
-        (f"TPR at FPR {fpr}", _percent(rate), _percent(after.tpr_at_fpr[fpr]), _points(rate, after.tpr_at_fpr[fpr]))
+        (f"TPR at FPR {fpr}", percent(rate), percent(after.tpr_at_fpr[fpr]), _points(rate, after.tpr_at_fpr[fpr]))
         for fpr, rate in before.tpr_at_fpr.items()
     ]
     if before.accuracy is not None:
-        folds = (f"{_percent(model.accuracy)} ± {100 * (model.accuracy_std or 0):.2f}" for model in models)
+        folds = (f"{percent(model.accuracy)} ± {100 * (model.accuracy_std or 0):.2f}" for model in models)
         rows.append(("ten-fold accuracy", *folds, _points(before.accuracy, after.accuracy)))
     return Table("Verification before and after", ("", "teacher", "file", "change, points"), tuple(rows))
 
@@ -114,7 +111,7 @@ def _number(value: float | None) -> str:
 def _curve_table(models: Sequence[ModelFigures], caption: str) -> Table:
     found = [dict(zip(model.curve.fpr, model.curve.tpr, strict=True)) for model in models]
     rates = sorted(set().union(*found))
-    rows = ((f"{fpr:g}", *(_percent(curve.get(fpr)) for curve in found)) for fpr in rates)
+    rows = ((f"{fpr:g}", *(percent(curve.get(fpr)) for curve in found)) for fpr in rates)
     return Table(caption, ("FPR", *(f"TPR, {model.name}" for model in models)), tuple(rows))
 
 
@@ -137,7 +134,7 @@ def _histogram(model: ModelFigures, data: ReportData) -> Figure:
     svg = inline_svg(figures.histogram_figure(model, fpr), name, title, "Shares of genuine and of impostor pairs.")
     histogram = model.histogram
     bins = zip(histogram.edges, histogram.edges[1:], histogram.genuine, histogram.impostors, strict=False)
-    rows = ((f"{low:.3f} to {high:.3f}", _percent(one), _percent(two)) for low, high, one, two in bins if one or two)
+    rows = ((f"{low:.3f} to {high:.3f}", percent(one), percent(two)) for low, high, one, two in bins if one or two)
     return Figure(title, svg, Table("Shares of pairs", ("cosine", "genuine", "impostors"), tuple(rows)))
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qface.compression.run_record import RunRecord
 from qface.files import check_folder, replacing
 from qface.reporting.report.data import ReportData
 from qface.reporting.report.measure import ReportSettings, measure_report
 from qface.reporting.report.page import check_page, report_page
-from qface.reporting.run_record import RunRecord
 
 __all__ = ["report"]
 

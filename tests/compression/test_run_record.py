@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from qface.compression.run_record import RunRecord
 from qface.errors import ConfigError
-from qface.reporting.run_record import RunRecord
 
 
 def test_a_record_is_found_again_when_its_folder_has_moved(tmp_path: Path) -> None:
