@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "match_thresholds",
     "measure_size",
+    "model_card",
     "operating_thresholds",
     "prune",
     "quantize",

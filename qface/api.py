@@ -23,6 +23,7 @@ from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.pruning import Budget, PruningConfig, prune
 from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
 from qface.quantization.sensitivity import Sensitivity, sensitivity
+from qface.reporting.model_card import model_card
 from qface.reporting.report.report import report
 from qface.reporting.run_record import RunRecord
 
@@ -59,6 +60,7 @@ __all__ = [
     "load",
     "match_thresholds",
     "measure_size",
+    "model_card",
     "operating_thresholds",
     "prune",
     "quantize",

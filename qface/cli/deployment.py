@@ -19,6 +19,7 @@ from qface.errors import ConfigError
 from qface.files import check_folder
 from qface.models.resolve import resolve_model
 from qface.reporting import agreement_table, latency_table, plan_table
+from qface.reporting.model_card import card_path, write_model_card
 from qface.reporting.tables import size_tables
 
 __all__ = ["bench", "export", "inspect", "selftest", "size", "verify"]
@@ -60,6 +61,12 @@ def inspect(model: str, bits: int, as_json: bool) -> None:
     show_default=True,
     help="What a student's file is for: integers on CPUs, fp16 on GPUs, or float32 (fastest in browsers).",
 )
+@click.option(
+    "--card/--no-card",
+    default=True,
+    show_default=True,
+    help="Write a model card beside the file, in place of one that is there: student.md beside student.onnx.",
+)
 @preprocessing_options
 def export(
     student: Path,
@@ -68,13 +75,17 @@ def export(
     images: Path | None,
     input_type: str,
     target: str,
+    card: bool,
     preprocessing: dict[str, Any],
 ) -> None:
     """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
-    check_folder(output)
+    for path in (output, *([card_path(output)] if card else [])):
+        check_folder(path)
     network = qface.load(student, preprocessing=preprocessing)
     qface.export(network, output, weight_format, images, input_type, target)
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
+    if card:
+        click.echo(f"wrote {write_model_card(output)}")
 
 
 @click.command(cls=Command)

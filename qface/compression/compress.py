@@ -37,6 +37,7 @@ from qface.quantization import QuantizationConfig, calibrate, quantize
 from qface.quantization.prepare import is_quantized
 from qface.quantization.quantization_config import MAX_BITS
 from qface.quantization.sensitivity import sensitivity
+from qface.reporting.model_card import write_model_card
 from qface.reporting.run_record import RunRecord
 
 __all__ = ["compress"]
@@ -64,7 +65,7 @@ def compress(
     run_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Compression:
-    """Write the smallest integer ONNX file of ``model`` that keeps ``target``.
+    """Write the smallest integer ONNX file of ``model`` that keeps ``target``, and its model card beside it.
 
     Without ``max_drop`` the best file within ``max_mb`` and ``max_ms`` is written, trained unless ``config`` says
     ``"never"``. A call that was stopped goes on in its run folder. If no file keeps the target, none is written; the
@@ -112,6 +113,7 @@ def compress(
         found = search.run()
         if found.chosen is not None:
             _copy(folder / found.chosen.name / "student.onnx", output)
+            write_model_card(output, found.figures())
             save(teacher, folder / "teacher.safetensors")
             _record(images, output, found, (identities, eval_identities)).write(folder)
     return found
