@@ -50,6 +50,7 @@ __all__ = [
     "make_pairs",
     "match_thresholds",
     "measure_size",
+    "model_card",
     "operating_thresholds",
     "prune",
     "quantize",

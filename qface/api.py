@@ -27,6 +27,7 @@ from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.pruning import Budget, PruningConfig, prune
 from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
 from qface.quantization.sensitivity import Sensitivity, sensitivity
+from qface.reporting.model_card import model_card
 from qface.reporting.report.report import report
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "make_pairs",
     "match_thresholds",
     "measure_size",
+    "model_card",
     "operating_thresholds",
     "prune",
     "quantize",

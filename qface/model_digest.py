@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from qface.data.images import bytes_of
 
-__all__ = ["digest_of_structure", "digest_of_values"]
+__all__ = ["digest_of_structure", "digest_of_values", "sha256_of_values"]
+
+_WORD = 16  # characters
 
 
 def digest_of_structure(model: nn.Module) -> str:
@@ -18,7 +20,7 @@ def digest_of_structure(model: nn.Module) -> str:
     values."""
     layers = (f"{name} {type(layer).__name__} {_quantizer_settings(layer)}" for name, layer in model.named_modules())
     tensors = (f"{name} {tuple(t.shape)} {t.dtype}" for name, t in _tensors(model))
-    return _digest(line.encode() for line in chain(layers, tensors))
+    return _sha256(line.encode() for line in chain(layers, tensors))[:_WORD]
 
 
 def _quantizer_settings(layer: nn.Module) -> str:
@@ -28,15 +30,20 @@ def _quantizer_settings(layer: nn.Module) -> str:
 
 def digest_of_values(model: nn.Module) -> str:
     """A word for the names and values of everything ``model`` holds."""
-    return _digest(name.encode() + bytes_of(tensor) for name, tensor in _tensors(model))
+    return sha256_of_values(model)[:_WORD]
+
+
+def sha256_of_values(model: nn.Module) -> str:
+    """SHA-256 of the names and values of everything ``model`` holds, in hexadecimal digits."""
+    return _sha256(name.encode() + bytes_of(tensor) for name, tensor in _tensors(model))
 
 
 def _tensors(model: nn.Module) -> chain[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
-def _digest(parts: Iterable[bytes]) -> str:
+def _sha256(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()

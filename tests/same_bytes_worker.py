@@ -33,6 +33,7 @@ def write() -> None:
     for target in ("cpu", "cuda", "float32"):
         qface.export(student, f"{target}.onnx", target=target)
     qface.export(student, "bytes.onnx", "int8", input="uint8")
+    Path("cpu.md").write_text(qface.model_card("cpu.onnx"), encoding="utf-8")
     command("inspect", "network.safetensors")
     command("size", "student.safetensors")
     result = qface.sensitivity(network, faces, activation_bits=())

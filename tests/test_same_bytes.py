@@ -32,7 +32,7 @@ def written(folder: Path, seed: str) -> dict[str, str]:
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     one = written(tmp_path / "one", "1")
-    assert len(one) == 18
+    assert len(one) == 19
     assert one == written(tmp_path / "another folder", "2222")
 
 

@@ -10,6 +10,7 @@ import click
 import qface
 from qface.choices import DistillName
 from qface.cli.command import Command, show
+from qface.cli.model_card import card_option, write_card
 from qface.cli.options import FilePath, images_option, json_option, preprocessing_options
 from qface.models.resolve import resolve_model
 from qface.reporting.tables import compression_table
@@ -53,6 +54,7 @@ Examples:
     "--run-dir", type=FilePath, help="Folder of all trials; the same command goes on there.  [default: OUTPUT.run]"
 )
 @click.option("-o", "--output", required=True, type=FilePath, help="File to write (.onnx).")
+@card_option
 @preprocessing_options
 @json_option
 def compress(
@@ -66,6 +68,7 @@ def compress(
     epochs: int,
     run_dir: Path | None,
     output: Path,
+    card: bool,
     preprocessing: dict[str, Any],
     as_json: bool,
     **target: Any,
@@ -85,3 +88,5 @@ def compress(
         click.echo(f"no file was written: {found.stopped}; the trials are in {found.run_dir}", err=True)
         raise click.exceptions.Exit(1)
     click.echo(f"wrote {output} ({found.chosen.mb:.2f} MB): {found.stopped}", err=True)
+    if card:
+        write_card(output, found.figures())

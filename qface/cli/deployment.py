@@ -10,6 +10,7 @@ import click
 
 import qface
 from qface.cli.command import Command, show
+from qface.cli.model_card import card_option, write_card
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
 from qface.deployment.agreement import RUNTIMES
 from qface.deployment.export import TARGETS
@@ -60,6 +61,7 @@ def inspect(model: str, bits: int, as_json: bool) -> None:
     show_default=True,
     help="What a student's file is for: integers on CPUs, fp16 on GPUs, or float32 (fastest in browsers).",
 )
+@card_option
 @preprocessing_options
 def export(
     student: Path,
@@ -68,6 +70,7 @@ def export(
     images: Path | None,
     input_type: str,
     target: str,
+    card: bool,
     preprocessing: dict[str, Any],
 ) -> None:
     """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
@@ -75,6 +78,8 @@ def export(
     network = qface.load(student, preprocessing=preprocessing)
     qface.export(network, output, weight_format, images, input_type, target)
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
+    if card:
+        write_card(output)
 
 
 @click.command(cls=Command)

@@ -113,6 +113,24 @@ class Compression:
         """Plain values, for JSON."""
         return {"schema_version": 1, **asdict(self)}
 
+    def figures(self) -> tuple[str, ...]:
+        """Sentences on what the chosen file recognizes and loses; none where nothing was chosen."""
+        trial = self.chosen
+        if trial is None:
+            return ()
+        judged = f"{self.images:,} images of {self.identities:,} people who were not tuned on"
+        recognized = (
+            f"TPR {trial.tpr:.2f} % at FPR {self.target.at_fpr} on {judged}; that of the float network is "
+            f"{self.float_tpr:.2f} %."
+        )
+        confidence = f"{self.target.confidence:.0%}"
+        lost = (
+            f"It loses {trial.drop:.2f} percentage points of TPR ({confidence} confidence interval over people: "
+            f"{trial.drop_low:.2f} to {trial.drop_high:.2f}), and with {confidence} confidence at most "
+            f"{trial.drop_bound:.2f}."
+        )
+        return recognized, lost
+
 
 def smallest_passing(count: int, passes: Callable[[int], bool]) -> int | None:
     """The smallest number below ``count`` that passes, by bisection; None if the largest does not.

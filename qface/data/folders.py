@@ -45,6 +45,7 @@ class ImageFolder(IndexedImages):
         labels: int64 [len(paths)], an index into ``names``; None for a flat folder.
         names: the identities kept, sorted; empty for a flat folder.
         all_names: the identities on disk, kept or not, sorted.
+        selection: which identities are kept, ``"first-half"``, ``"second-half"`` or the name of a file; None for all.
 
     Raises:
         ImagesError: the folder is missing, empty or mixes both layouts, ``identities`` do not fit it, or images
@@ -53,6 +54,7 @@ class ImageFolder(IndexedImages):
 
     def __init__(self, root: str | Path, identities: str | Path | None = None) -> None:
         self.root = Path(root)
+        self.selection = None if identities is None else Path(identities).name
         loose, persons = _scan(self.root)
         if identities is not None and not persons:
             raise ImagesError(f"people cannot be selected from {self.root}: it is flat, so its images carry no names")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from qface.data.records import RecordImages
 from qface.data.verification_bin import VerificationBin
 from qface.errors import ImagesError
 
-__all__ = ["as_image_source"]
+__all__ = ["as_image_source", "source_record"]
 
 _FILES = {".rec": RecordImages, ".bin": VerificationBin}
 
@@ -52,3 +53,29 @@ def _from_path(path: Path, identities: str | Path | None) -> ImageSource:
     if identities is not None:
         raise ImagesError(f"people can be selected from a folder only; {path} carries no names")
     return reader(path)
+
+
+def source_record(source: ImageSource) -> dict[str, Any]:
+    """What provenance keeps of ``source`` besides the number of images: of a folder, its name and whom it shows.
+
+    Args:
+        source: the images.
+
+    Returns:
+        Of a folder ``folder``, its name without the folders that it lies in; ``identities``, the selection where there
+        is one; and ``people``, how many are shown, where it has one subfolder a person. Empty for other sources.
+
+    Example:
+        >>> source_record(as_image_source("data/lfw", "first-half"))  # doctest: +SKIP
+        {'folder': 'lfw', 'identities': 'first-half', 'people': 2875}
+    """
+    if not isinstance(source, ImageFolder):
+        return {}
+    selection = None if source.selection is None else _readable(source.selection)
+    known = {"folder": _readable(source.root.resolve().name), "identities": selection, "people": source.num_identities}
+    return {name: value for name, value in known.items() if value}
+
+
+def _readable(name: str) -> str:
+    """``name`` without bytes that are no text, which no file in UTF-8 could hold."""
+    return os.fsencode(name).decode("utf-8", "replace")

@@ -51,7 +51,9 @@ def to_float_onnx(
     weights = make_weight_format(weight_format)
     writer = _FloatWriter(weights, graph.images, number)
     for operation in graph.operations:
+        writer.layer = operation.name
         writer.write(operation)
+    writer.layer = "embedding"
     writer.node("Identity", [writer.fp32(graph.embedding)], "embedding")
     return assemble(graph, weights, writer.nodes, writer.initializers, metadata)
 

@@ -154,7 +154,7 @@ class _Lowering:
         inputs = (self.values[source],)
         if source.op == "placeholder":
             offset = layer.offset if isinstance(layer, ImageFakeQuantize) else 0.0
-            self.operations.append(ir.QuantizeImageOp(node.name, inputs, value, offset))
+            self.operations.append(ir.QuantizeImageOp(source.name, inputs, value, offset))
         else:
             self.operations.append(ir.QuantizeOp(node.name, inputs, value))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,20 +27,27 @@ _KEPT_IN_FLOAT = frozenset(("Conv", "ConvTranspose", "Gemm", "Softmax"))
 It rounds weights of its own accord, and has a softmax of integers that rounds a sixth of all values otherwise. A
 maximum that changes nothing, before them, hides the dequantize.
 """
+_CONVERTING = frozenset(("Cast", "DequantizeLinear", "QuantizeLinear"))
+"""Operators between two layers rather than of one; more than half of all nodes."""
 _MOVING = frozenset(("Flatten", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"))
 
 Direct = ir.SigmoidOp | ir.MaxOp | ir.MultiplyOp | ir.ConcatOp | ir.GlobalAveragePoolOp | ir.AveragePoolOp
 """Operations that one node computes, whatever the type of its numbers."""
+_MULTIPLYING = (ir.ConvolutionOp, ir.LinearOp)
 
 
 class NodeCollector:
     """Nodes and initializers in the order in which they come.
 
     Constants are called after their layers; what lies between two values gets a number, because names would take a
-    twelfth of a small network's file.
+    twelfth of a small network's file. Nodes are called after their layers, but for those that only change the type of
+    numbers or compute constants: names of these would take two hundredths.
 
     Args:
         number: type of the floats that operations compute with.
+
+    Attributes:
+        layer: the one that the next nodes belong to.
     """
 
     def __init__(self, number: type[np.floating[Any]] = np.float32) -> None:
@@ -48,14 +56,24 @@ class NodeCollector:
         self.initializers: list[onnx.TensorProto] = []
         self._constants: set[str] = set()
         self._numbered = 0
+        self.layer = ""
+        self._names: Counter[str] = Counter()
 
     def node(self, kind: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
         """Append a node and return the name of its output, a number unless it is given."""
         if output is None:
             self._numbered += 1
             output = str(self._numbered)
-        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        self.nodes.append(helper.make_node(kind, inputs, [output], self._node_name(kind, inputs), **attributes))
         return output
+
+    def _node_name(self, kind: str, inputs: Sequence[str]) -> str:
+        """``layer/kind``, with a number from the second one on; nothing where no name is needed."""
+        if kind in _CONVERTING or self._constants.issuperset(inputs):
+            return ""
+        name = f"{self.layer}/{kind}"
+        self._names[name] += 1
+        return name if self._names[name] == 1 else f"{name}_{self._names[name]}"
 
     def constant(self, name: str, value: npt.ArrayLike) -> str:
         """Provide ``value`` under ``name``, once, and return the name."""
@@ -117,7 +135,7 @@ class NodeCollector:
                 moved.update(node.output)
             copied = onnx.NodeProto()
             copied.CopyFrom(node)
-            copied.name = ""
+            copied.name = self._node_name(node.op_type, node.input)
             for name in node.output:
                 if name not in names:
                     self._numbered += 1
@@ -185,11 +203,22 @@ def assemble(
         [helper.make_tensor_value_info("images", image_type, ["batch", 3, height, width])],
         [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", graph.dimensions])],
         [*tensors, *initializers],
+        doc_string=f"Embeddings of {graph.dimensions} numbers of faces [batch, 3, {height}, {width}]",
     )
     opset = helper.make_opsetid("", OPSET)
     model = helper.make_model(body, opset_imports=[opset], ir_version=IR_VERSION, producer_name="qface")
     helper.set_model_props(model, {"preprocessing": graph.preprocessing.to_json(), **metadata})
+    _add_shapes(model, {each.output.name for each in graph.operations if isinstance(each, _MULTIPLYING)})
     return model
+
+
+def _add_shapes(model: onnx.ModelProto, values: set[str]) -> None:
+    """State the shapes of ``values``, as far as onnx infers them; of all values they would take too much room."""
+    inferred = [each for each in onnx.shape_inference.infer_shapes(model).graph.value_info if each.name in values]
+    for dimension in (each for value in inferred for each in value.type.tensor_type.shape.dim):
+        if dimension.dim_param.startswith("unk__"):  # onnx's word for what it does not know
+            dimension.ClearField("dim_param")
+    model.graph.value_info.extend(inferred)
 
 
 def _operand_name(values: npt.NDArray[Any]) -> str:

@@ -41,7 +41,9 @@ def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], weight_format: str
     bits = graph.weight_bits
     writer = _Writer(weights, shared_zeros=bits < _BYTE, only_summed=_only_summed(graph))
     for operation in graph.operations:
+        writer.layer = operation.name
         writer.write(operation)
+    writer.layer = "embedding"
     writer.node("Identity", [writer.float_name(graph.embedding)], "embedding")
     return assemble(graph, weights, writer.nodes, writer.initializers, {**metadata, WEIGHT_BITS: str(bits)})
 

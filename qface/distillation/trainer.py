@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qface.data.images import Images, ImageSource, IndexedImages, normalize
-from qface.data.sources import as_image_source
+from qface.data.sources import as_image_source, source_record
 from qface.distillation.batch_sampler import seeded_rng
 from qface.distillation.batches import Batch, Batches, batches_of
 from qface.distillation.checkpoint import RunFolder, check_run_folder, run_folder
@@ -136,7 +136,7 @@ def distill(
             _Trainer(student, teacher, batches, config, parallel).run(folder, state)
         parallel.wait()
     used = {"images": len(source)} if isinstance(source, IndexedImages) else {}
-    return record_step(student, "distill", asdict(config) | used)
+    return record_step(student, "distill", asdict(config) | used | source_record(source))
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qface.data.images import Images, normalize
+from qface.data.images import Images, ImageSource, normalize
 from qface.data.sample import sample_batches
-from qface.data.sources import as_image_source
+from qface.data.sources import as_image_source, source_record
 from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_line
 from qface.preprocessing import example_input, preprocessing_of
 from qface.progress import shows_progress
@@ -70,7 +70,8 @@ def prune(
     """
     config = config or PruningConfig()
     _check(model, ratio, images, config)
-    sample = None if images is None else _sample(images, identities, model, config)
+    source = None if images is None else as_image_source(images, identities)
+    sample = None if source is None else _sample(source, model, config)
     structure = structure_of(model)
     _check_shared_slopes(model)
     share = _share_for(model, ratio, sample, config, structure) if isinstance(ratio, Budget) else float(ratio)
@@ -91,7 +92,8 @@ def prune(
             f"than {config.round_to} of any layer's channels; raise the share, or change importance, round_to or "
             "ignored_layers"
         )
-    settings = {**asdict(config), "share": share, "images": 0 if sample is None else len(sample)}
+    seen = {} if source is None else source_record(source)
+    settings = {**asdict(config), "share": share, "images": 0 if sample is None else len(sample), **seen}
     return record_step(carry(model, pruned.eval()), "prune", settings)
 
 
@@ -133,9 +135,9 @@ def _check_shared_slopes(model: nn.Module) -> None:
         )
 
 
-def _sample(images: Images, identities: str | Path | None, model: nn.Module, config: PruningConfig) -> Tensor:
-    """Up to ``config.images`` of the images, spread evenly, normalized."""
-    found = torch.cat(sample_batches(as_image_source(images, identities), config.images, config.images))
+def _sample(source: ImageSource, model: nn.Module, config: PruningConfig) -> Tensor:
+    """Up to ``config.images`` of the images of ``source``, spread evenly, normalized."""
+    found = torch.cat(sample_batches(source, config.images, config.images))
     if config.reestimate and len(found) < 2:
         raise ImagesError("one image has no deviation to measure batch norms by: pass several, or reestimate=False")
     return normalize(found, preprocessing_of(model)).to(example_input(model, 1))

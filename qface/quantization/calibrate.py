@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from qface.data.images import Images, check_normalized, normalize
 from qface.data.sample import evenly, sample_batches
-from qface.data.sources import as_image_source
+from qface.data.sources import as_image_source, source_record
 from qface.errors import ConfigError
 from qface.preprocessing import preprocessing_of
 from qface.progress import shows_progress, track
@@ -94,7 +94,8 @@ def calibrate(
     if not found:
         raise ConfigError("this network is not quantized; calibrate what qface.quantize returned")
     new = not any(quantizer.calibrated for quantizer in found)
-    batches = sample_batches(as_image_source(images, identities), num_images, batch_size)
+    source = as_image_source(images, identities)
+    batches = sample_batches(source, num_images, batch_size)
     preprocessing = preprocessing_of(student)
     for batch in batches:
         check_normalized(batch, preprocessing)
@@ -123,7 +124,8 @@ def calibrate(
     left_out = [name for name, wanted in parts.items() if wanted and not new]
     if left_out:
         _LOGGER.warning("this student was calibrated before: it gets new ranges, without %s", ", ".join(left_out))
-    settings = {"images": sum(map(len, batches)), **{name: new and wanted for name, wanted in parts.items()}}
+    seen = {"images": sum(map(len, batches)), **source_record(source)}
+    settings = {**seen, **{name: new and wanted for name, wanted in parts.items()}}
     return record_step(student, "calibrate", settings)
 
 

@@ -25,6 +25,7 @@ from qface.graph.edit import set_layer
 from qface.graph.graph_data import CONVOLUTION_ARGUMENTS, LINEAR_ARGUMENTS, on_rebuild, register_layer
 from qface.graph.layers import OWN_LAYERS, ChannelAffine
 from qface.graph.queries import SHAPE_ONLY, input_of, layer_of, shape_of
+from qface.model_digest import sha256_of_values
 from qface.preprocessing import example_input, preprocessing_of
 from qface.provenance import carry, record_step
 from qface.quantization.binding import bind_quantizers
@@ -106,7 +107,8 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
     bind_quantizers(student)
     student.requires_grad_(True)  # also what was frozen as a teacher's
     student.train(model.training)  # new modules are in training mode, and torch.ao leaves them there
-    return record_step(carry(model, student), "quantize", config.to_dict())
+    settings = {**config.to_dict(), "source_sha256": sha256_of_values(model)}
+    return record_step(carry(model, student), "quantize", settings)
 
 
 def inspect(model: nn.Module, bits: int | QuantizationConfig = 6) -> QuantizationPlan:

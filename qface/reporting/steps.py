@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["steps_in_words"]
+__all__ = ["data_in_words", "steps_in_words"]
 
 
 def steps_in_words(steps: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -16,6 +16,24 @@ def steps_in_words(steps: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         ('Quantized to 4-bit weights and 8-bit activations.',)
     """
     return tuple(_SENTENCES.get(str(step["step"]), _any)(step) for step in steps)
+
+
+def data_in_words(steps: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A sentence for each step that looked at images: how many there were, where they lay and whom they show.
+
+    Example:
+        >>> seen = {"images": 512, "folder": "lfw", "people": 2875, "identities": "first-half"}
+        >>> data_in_words([{"step": "calibrate", **seen}])
+        ('Calibrate: 512 images of the folder lfw, 2,875 people (first-half).',)
+    """
+    return tuple(f"{str(step['step']).capitalize()}: {_images(step)}." for step in steps if step.get("images"))
+
+
+def _images(step: Mapping[str, Any]) -> str:
+    folder = f" of the folder {step['folder']}" if step.get("folder") else ""
+    people = f", {step['people']:,} people" if step.get("people") else ""
+    selection = f" ({step['identities']})" if step.get("identities") else ""
+    return f"{step['images']:,} images{folder}{people}{selection}"
 
 
 def _quantize(step: Mapping[str, Any]) -> str:

@@ -62,6 +62,10 @@ def test_the_smallest_file_that_keeps_the_drop_is_written(folder: Path, tmp_path
     # the figure is that of an evaluation on the people who did not tune
     evaluated = qface.evaluate(tmp_path / "small.onnx", folder, identities="second-half")
     assert found.chosen.tpr == pytest.approx(100 * (evaluated.tpr_at_fpr["1e-1"] or 0))
+    card = qface.model_card(tmp_path / "small.onnx", found.figures())
+    assert f"TPR {found.chosen.tpr:.2f} % at FPR 1e-1 on 36 images of 6 people" in card
+    assert f"at most {found.chosen.drop_bound:.2f}." in card
+    assert "images of the folder crops, 6 people (first-half)" in card
     # a second call makes nothing anew, and says the same
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "small.run").rglob("student.onnx")}
     assert qface.compress(network(), folder, tmp_path / "small.onnx", target, QUICK) == found

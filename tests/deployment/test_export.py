@@ -84,6 +84,36 @@ def test_file_says_what_it_reads_and_where_it_comes_from(path: Path, student: fx
     assert props(path)["qface"] == qface.__version__
 
 
+def test_nodes_are_called_after_their_layers_once(path: Path) -> None:
+    graph = onnx.load(path).graph
+    names = [node.name for node in graph.node if node.name]
+    assert len(names) == len(set(names))
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm", "Add", "Max", "Clip", "MaxPool") and not node.output[0].startswith("w4_"):
+            assert re.fullmatch(rf".+/{node.op_type}(_\d+)?", node.name), node.output
+    layers = {name.partition("/")[0] for name in names}
+    assert {"conv", "prelu", "pool", "block1.conv1", "block1.prelu", "fc", "images", "embedding"} <= layers
+    assert "16 numbers" in graph.doc_string
+
+
+def test_shapes_of_what_is_multiplied_are_stated(path: Path) -> None:
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim][1:]
+        for value in onnx.load(path).graph.value_info
+    }
+    assert shapes["conv:0"] == [8, 8, 7] and shapes["block2_conv2:0"] == [8, 4, 3]
+
+
+def test_names_take_a_hundredth_of_a_small_networks_file_at_most(mobilefacenet_file: Path, tmp_path: Path) -> None:
+    file = qface.export(qface.load(mobilefacenet_file), tmp_path / "net.onnx")
+    model = onnx.load(file)
+    for node in model.graph.node:
+        node.name = ""
+    del model.graph.value_info[:]
+    model.graph.doc_string = ""
+    assert file.stat().st_size <= 1.01 * model.ByteSize()
+
+
 def test_an_image_embeds_alike_in_any_batch(path: Path, student: fx.GraphModule) -> None:
     images = PREPROCESSING(random_faces(16))
     embedder = OnnxEmbedder(path, threads=1)

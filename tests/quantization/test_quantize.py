@@ -198,6 +198,8 @@ def test_a_student_carries_preprocessing_and_a_record() -> None:
     assert preprocessing_of(student) == SIZE
     (step,) = provenance_of(student)
     assert (step["step"], step["weight_bits"], step["activation_bits"]) == ("quantize", 5, 7)
+    again, other = (provenance_of(quantize(each, 8))[0] for each in (tiny(), foreign()))
+    assert again["source_sha256"] == step["source_sha256"] != other["source_sha256"]
 
 
 @pytest.mark.parametrize("training", [False, True])
