@@ -34,7 +34,7 @@ __all__ = ["distill", "prune", "quantize"]
 
 
 @click.command(cls=Command)
-@click.option("--model", required=True, help="Teacher: a file, a name such as iresnet18, or package.module:factory.")
+@click.argument("model")
 @weights_option
 @images_option
 @people_option
@@ -68,7 +68,10 @@ def quantize(
     preprocessing: dict[str, Any],
     **training: Any,
 ) -> None:
-    """Quantize a network, calibrate it on faces, and distill it."""
+    """Quantize a network, calibrate it on faces, and distill it.
+
+    MODEL is a file, package.module:factory, or with --weights a name such as iresnet18.
+    """
     check_model_file(output)
     settings = distill_config(**training)
     config = qface.QuantizationConfig(
@@ -105,7 +108,7 @@ def _refuse_run(run_dir: Path | None, resume: bool) -> None:
 
 
 @click.command(cls=Command)
-@click.option("--model", required=True, help="Network: a file, a name such as iresnet18, or package.module:factory.")
+@click.argument("model")
 @weights_option
 @click.option("--ratio", type=float, help="Share of channels to remove.  [default: 0.2]")
 @click.option("--parameters", type=float, help="Instead: remove as little as leaves so many parameters.")
@@ -136,7 +139,7 @@ def prune(
     preprocessing: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Remove whole channels of a network."""
+    """Remove whole channels of a network; MODEL as for quantize."""
     check_model_file(output)
     if distill and images is None:
         raise ConfigError("--distill needs faces to train on: give --images")
@@ -177,8 +180,8 @@ def _share_or_budget(ratio: float | None, **budgets: float | None) -> float | qf
 
 
 @click.command(cls=Command)
-@click.option("--student", required=True, type=FilePath, help="Student file.")
-@click.option("--teacher", required=True, help="Teacher: a file, a name, or package.module:factory.")
+@click.argument("student", type=FilePath)
+@click.option("--teacher", required=True, help="Float network: a file or package.module:factory.")
 @images_option
 @people_option
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
@@ -195,7 +198,7 @@ def distill(
     preprocessing: dict[str, Any],
     **training: Any,
 ) -> None:
-    """Fine-tune a student to embed faces as its teacher does."""
+    """Fine-tune STUDENT, a file, to embed faces as its teacher does."""
     check_model_file(output)
     settings = distill_config(**training)
     learner, known = qface.load(student), resolve_model(teacher, preprocessing=preprocessing)
