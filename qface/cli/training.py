@@ -25,7 +25,7 @@ from qface.cli.options import (
 )
 from qface.distillation import check_run
 from qface.errors import ConfigError
-from qface.models.resolve import resolve_model
+from qface.models.resolve import load_file, resolve_model
 from qface.models.store import check_model_file, check_savable
 from qface.pruning import cost_of
 from qface.reporting import costs_table
@@ -201,7 +201,7 @@ def distill(
     """Fine-tune STUDENT, a file, to embed faces as its teacher does."""
     check_model_file(output)
     settings = distill_config(**training)
-    learner, known = qface.load(student), resolve_model(teacher, preprocessing=preprocessing)
+    learner, known = load_file(student), resolve_model(teacher, preprocessing=preprocessing)
     qface.distill(learner, known, images, settings, run_dir, resume, identities=identities, progress=True)
     qface.save(learner, output)
     click.echo(f"wrote {output}")

@@ -28,8 +28,7 @@ from qface.evaluation.verdicts import Judge, VerdictChange, verdict_changes
 from qface.evaluation.verification import FPRS, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.files import temporary_folder
 from qface.limits import named, parse_json
-from qface.models import load
-from qface.models.resolve import resolve_model
+from qface.models.resolve import load_file, resolve_model
 from qface.provenance import provenance_of
 from qface.quantization.sensitivity import Sensitivity
 from qface.reporting.report.data import ChangedPair, Changes, Curve, LayerSize, ModelFigures, ReportData
@@ -74,7 +73,7 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
     sensitivity, training = _sensitivity(run.sensitivity), _training(run.log)
     faces = _Faces.of(run)
     teacher, file = _embedder(run.teacher), as_embedder(run.file)
-    student = load(run.student)
+    student = load_file(Path(run.student))
     found = [embed(each, faces.folder, progress=settings.progress) for each in (teacher, file)]
     models = tuple(
         _figures(name, embedder, embeddings, faces)
