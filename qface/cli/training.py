@@ -10,7 +10,7 @@ import click
 from torch import nn
 
 import qface
-from qface.cli.command import Command, show
+from qface.cli.command import Command, note, show
 from qface.cli.options import (
     PRUNING_FIELDS,
     FilePath,
@@ -91,12 +91,12 @@ def quantize(
     if budget_mb is not None:
         if ignored_layers:
             raise ConfigError("--budget-mb chooses the bits of all layers; leave out --ignored-layers")
-        config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits, progress=True)
+        config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits)
         student = qface.quantize(teacher, config)
-    qface.calibrate(student, images, identities=identities, progress=True)
-    click.echo(qface.inspect(student), err=True)
+    qface.calibrate(student, images, identities=identities)
+    note(qface.inspect(student))
     if distill:
-        qface.distill(student, teacher, images, settings, run_dir, resume, identities=identities, progress=True)
+        qface.distill(student, teacher, images, settings, run_dir, resume, identities=identities)
     qface.save(student, output)
     click.echo(f"wrote {output}")
 
@@ -158,11 +158,9 @@ def prune(
             check_run(training, folder, resume)
 
     def tune(pruned: nn.Module, step: int) -> None:
-        qface.distill(
-            pruned, teacher, cast(Path, images), training, folders[step], resume, identities=identities, progress=True
-        )
+        qface.distill(pruned, teacher, cast(Path, images), training, folders[step], resume, identities=identities)
 
-    pruned = qface.prune(teacher, wanted, images, config, identities, tune if distill else None, progress=True)
+    pruned = qface.prune(teacher, wanted, images, config, identities, tune if distill else None)
     if distill:
         tune(pruned, config.iterative_steps)
     qface.save(pruned, output)
@@ -202,6 +200,6 @@ def distill(
     check_model_file(output)
     settings = distill_config(**training)
     learner, known = load_file(student), resolve_model(teacher, preprocessing=preprocessing)
-    qface.distill(learner, known, images, settings, run_dir, resume, identities=identities, progress=True)
+    qface.distill(learner, known, images, settings, run_dir, resume, identities=identities)
     qface.save(learner, output)
     click.echo(f"wrote {output}")
