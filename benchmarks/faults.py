@@ -406,8 +406,8 @@ def jobs_on(inputs: Path) -> list[Job]:
     images, output = ("--images", crops), ("-o", "out/new.safetensors")
     training = ("--batch-size", "8", "--epochs", "2")
     run = ("--run-dir", "out/run", "--resume")
-    quantize, distill = ("quantize", "--model", teacher, *images), ("distill", "--student", student, *images)
-    prune, taught = ("prune", "--model", teacher, *images, "--json"), ("--teacher", teacher)
+    quantize, distill = ("quantize", teacher, *images), ("distill", student, *images)
+    prune, taught = ("prune", teacher, *images, "--json"), ("--teacher", teacher)
     return [
         Job("quantize", qface_of(*quantize, *output, "--no-distill"), files),
         Job("quantize and distill", qface_of(*quantize, *output, *training, *run), files, kept=("run/",)),

@@ -82,7 +82,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crops: Crops) -> 
 
 @pytest.fixture
 def student(workplace: Path) -> Path:
-    arguments = ("--model", "my_networks:make", "--images", "crops", "--people", "first-half")
+    arguments = ("my_networks:make", "--images", "crops", "--people", "first-half")
     result = run("quantize", *arguments, "--no-distill", "-o", "student.safetensors")
     assert result.exit_code == 0, result.output
     return workplace / "student.safetensors"
@@ -91,10 +91,9 @@ def student(workplace: Path) -> Path:
 def test_the_whole_job(workplace: Path) -> None:
     common = ("--images", "crops", "--people", "first-half", "--batch-size", "8")
     steps = (
-        ("quantize", "--model", "my_networks:make", *common, "--bits", "6", "-o", "student.safetensors"),
+        ("quantize", "my_networks:make", *common, "--bits", "6", "-o", "student.safetensors"),
         (
             "distill",
-            "--student",
             "student.safetensors",
             "--teacher",
             "my_networks:make",
@@ -121,16 +120,14 @@ def test_the_whole_job(workplace: Path) -> None:
 
 def test_what_cannot_end_well_is_refused_at_once(workplace: Path) -> None:
     common = ("--images", "crops", "-o", "student.safetensors")
-    assert "my_networks:make_nothing: KeyError" in refusal(
-        run("quantize", "--model", "my_networks:make_nothing", *common)
-    )
-    assert "ends in .safetensors" in refusal(run("quantize", "--model", "my_networks:make", *common[:3], "student.pt"))
+    assert "my_networks:make_nothing: KeyError" in refusal(run("quantize", "my_networks:make_nothing", *common))
+    assert "ends in .safetensors" in refusal(run("quantize", "my_networks:make", *common[:3], "student.pt"))
     assert "cannot make the folder" in refusal(run("demo", "-o", "my_networks.py"))
     assert not list(workplace.glob("student*"))
 
 
 def test_what_cannot_be_saved_is_refused_before_it_is_trained(workplace: Path) -> None:
-    common = ("--model", "my_networks:make_unsavable", "--images", "crops", "-o", "student.safetensors")
+    common = ("my_networks:make_unsavable", "--images", "crops", "-o", "student.safetensors")
     for command in (("quantize", "--batch-size", "8"), ("prune",)):
         result = run(*command, *common)
         assert "linalg_qr" in refusal(result)
@@ -138,10 +135,10 @@ def test_what_cannot_be_saved_is_refused_before_it_is_trained(workplace: Path) -
 
 def test_what_stays_in_float_is_told(workplace: Path) -> None:
     common = ("--images", "crops", "--no-distill", "-o", "student.safetensors")
-    result = run("quantize", "--model", "my_networks:make_smooth", *common)
+    result = run("quantize", "my_networks:make_smooth", *common)
     assert result.exit_code == 0, result.output
     assert "in float: 1 GELU" in result.stderr
-    result = run("quantize", "--model", "my_networks:make", "--ignored-layers", "0", *common)
+    result = run("quantize", "my_networks:make", "--ignored-layers", "0", *common)
     assert result.exit_code == 0, result.output
     plan = json.loads(run("inspect", "student.safetensors", "--json").stdout)
     assert [layer["name"] for layer in plan["layers"] if not layer["integer"]] == ["0"]
@@ -230,7 +227,7 @@ def test_the_alias_exports(student: Path) -> None:
 
 @pytest.mark.parametrize(("recipe", "precision"), [("qface", "float32"), ("paper", "bf16")])
 def test_recipes(workplace: Path, recipe: str, precision: str) -> None:
-    arguments = ("--model", "my_networks:make", "--images", "crops", "--batch-size", "8", "--recipe", recipe)
+    arguments = ("my_networks:make", "--images", "crops", "--batch-size", "8", "--recipe", recipe)
     options = ("--lr", "0.0001", "--precision", precision, "-o", "student.safetensors")
     result = run("quantize", *arguments, *options)
     assert result.exit_code == 0, result.output
@@ -240,14 +237,14 @@ def test_recipes(workplace: Path, recipe: str, precision: str) -> None:
 
 
 def test_what_is_not_given_is_the_recipes(workplace: Path) -> None:
-    model = ("--model", "my_networks:make", "--images", "crops")
+    model = ("my_networks:make", "--images", "crops")
     result = run("quantize", *model, "-o", "student.safetensors")
     assert result.exit_code == 0, result.output
     assert asdict(qface.DistillConfig()).items() <= provenance_of(qface.load("student.safetensors"))[-1].items()
 
 
 def test_a_killed_run_resumes(workplace: Path) -> None:
-    arguments = ("--model", "my_networks:make", "--images", "crops", "--batch-size", "8", "--run-dir", "run")
+    arguments = ("my_networks:make", "--images", "crops", "--batch-size", "8", "--run-dir", "run")
     assert run("quantize", *arguments, "-o", "student.safetensors").exit_code == 0
     assert "resume" in refusal(run("quantize", *arguments, "-o", "student.safetensors"))
     assert run("quantize", *arguments, "--resume", "-o", "student.safetensors").exit_code == 0
@@ -269,10 +266,10 @@ BAD_TRAINING = (
 @pytest.mark.parametrize(
     "command",
     [
-        ("quantize", "--model", "my_networks:make"),
-        ("quantize", "--model", "my_networks:make", "--budget-mb", "1"),
-        ("prune", "--model", "my_networks:make", "--distill"),
-        ("distill", "--student", "network.safetensors", "--teacher", "my_networks:make"),
+        ("quantize", "my_networks:make"),
+        ("quantize", "my_networks:make", "--budget-mb", "1"),
+        ("prune", "my_networks:make", "--distill"),
+        ("distill", "network.safetensors", "--teacher", "my_networks:make"),
     ],
     ids=["quantize", "quantize within a budget", "prune", "distill"],
 )
@@ -289,7 +286,7 @@ def test_bad_settings_of_training_are_told_before_images_are_looked_at(
 
 @pytest.mark.parametrize(
     "command",
-    [("quantize", "--model"), ("prune", "--distill", "--model"), ("distill", "--student", "none", "--teacher")],
+    [("quantize",), ("prune", "--distill"), ("distill", "none", "--teacher")],
     ids=lambda command: command[0],
 )
 def test_settings_no_network_could_be_trained_with_are_told_before_one_is_loaded(
@@ -302,16 +299,16 @@ def test_settings_no_network_could_be_trained_with_are_told_before_one_is_loaded
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (("--model", "nothing", "--images", "crops"), "nothing"),
-        (("--model", "my_networks:absent", "--images", "crops"), "absent"),
-        (("--model", "my_networks:make_number", "--images", "crops"), "int"),
-        (("--model", "no_such_module:make", "--images", "crops"), "no_such_module"),
-        (("--model", "my_networks:make", "--images", "absent"), "absent"),
-        (("--model", "my_networks:make", "--images", "empty"), "empty"),
-        (("--model", "my_networks:make", "--images", "small"), "2 of 3"),
-        (("--model", "my_networks:make", "--images", "broken"), "2 of 3"),
-        (("--model", "my_networks:make", "--images", "crops", "--bits", "9"), "9"),
-        (("--model", "my_networks:make", "--images", "crops", "--people", "third-half"), "third-half"),
+        (("nothing", "--images", "crops"), "nothing"),
+        (("my_networks:absent", "--images", "crops"), "absent"),
+        (("my_networks:make_number", "--images", "crops"), "int"),
+        (("no_such_module:make", "--images", "crops"), "no_such_module"),
+        (("my_networks:make", "--images", "absent"), "absent"),
+        (("my_networks:make", "--images", "empty"), "empty"),
+        (("my_networks:make", "--images", "small"), "2 of 3"),
+        (("my_networks:make", "--images", "broken"), "2 of 3"),
+        (("my_networks:make", "--images", "crops", "--bits", "9"), "9"),
+        (("my_networks:make", "--images", "crops", "--people", "third-half"), "third-half"),
     ],
 )
 def test_bad_input_gets_one_line_and_no_file(
@@ -331,7 +328,7 @@ def test_bad_input_gets_one_line_and_no_file(
 
 
 def test_an_output_folder_that_is_missing_is_refused_before_any_work(workplace: Path) -> None:
-    arguments = ("--model", "my_networks:make", "--images", "crops", "-o", "absent/student.safetensors")
+    arguments = ("my_networks:make", "--images", "crops", "-o", "absent/student.safetensors")
     assert "absent" in refusal(run("quantize", *arguments))
 
 
@@ -346,8 +343,8 @@ def test_evaluate_refuses_a_single_identity_and_missing_pairs(student: Path, cro
 
 def test_weights_beside_a_file_and_impossible_bits_are_refused(student: Path) -> None:
     arguments = ("--images", "crops", "-o", "out.safetensors")
-    assert "brings its own weights" in refusal(run("quantize", "--model", student, "--weights", "none.pth", *arguments))
-    assert "0" in refusal(run("quantize", "--model", "my_networks:make", "--weight-bits", "0", *arguments))
+    assert "brings its own weights" in refusal(run("quantize", student, "--weights", "none.pth", *arguments))
+    assert "0" in refusal(run("quantize", "my_networks:make", "--weight-bits", "0", *arguments))
 
 
 def test_sensitivity_prints_every_layer_and_draws_a_figure(workplace: Path) -> None:
@@ -366,7 +363,7 @@ def test_sensitivity_prints_every_layer_and_draws_a_figure(workplace: Path) -> N
 
 def test_prune_says_what_is_left_and_its_file_goes_on(workplace: Path) -> None:
     faces = ("--images", "crops", "--people", "first-half")
-    network = ("--model", "my_networks:make", "--ratio", "0.5")
+    network = ("my_networks:make", "--ratio", "0.5")
     options = (*network, "--distill", "--iterative-steps", "2", "--batch-size", "8")
     result = run("prune", *options, *faces, "-o", "pruned.safetensors", "--json")
     assert result.exit_code == 0, result.output
@@ -375,9 +372,9 @@ def test_prune_says_what_is_left_and_its_file_goes_on(workplace: Path) -> None:
     assert record["after"]["macs"] < record["before"]["macs"]
     last = provenance_of(qface.load("pruned.safetensors"))[-1]
     assert last.items() >= (asdict(qface.DistillConfig(batch_size=8)) | {"step": "distill"}).items()
-    result = run("quantize", "--model", "pruned.safetensors", *faces, "--no-distill", "-o", "student.safetensors")
+    result = run("quantize", "pruned.safetensors", *faces, "--no-distill", "-o", "student.safetensors")
     assert result.exit_code == 0, result.output
-    table = run("prune", "--model", "my_networks:make", "--mb", "0.001", "-o", "small.safetensors")
+    table = run("prune", "my_networks:make", "--mb", "0.001", "-o", "small.safetensors")
     assert table.exit_code == 0, table.output
     assert "MACs" in table.stdout
 
@@ -385,21 +382,21 @@ def test_prune_says_what_is_left_and_its_file_goes_on(workplace: Path) -> None:
 @pytest.mark.parametrize("command", ["quantize", "prune"])
 @pytest.mark.parametrize("options", [("--run-dir", "run"), ("--run-dir", "run", "--resume")], ids=str)
 def test_a_run_without_training_is_refused(workplace: Path, command: str, options: tuple[str, ...]) -> None:
-    network = ("--model", "my_networks:make", "--images", "crops", "-o", "out.safetensors")
+    network = ("my_networks:make", "--images", "crops", "-o", "out.safetensors")
     assert "--distill" in refusal(run(command, *network, "--no-distill", *options))
     assert not Path("run").exists()
 
 
 def test_prune_refuses_what_contradicts(workplace: Path, student: Path) -> None:
-    network = ("prune", "--model", "my_networks:make", "-o", "pruned.safetensors")
+    network = ("prune", "my_networks:make", "-o", "pruned.safetensors")
     assert "--ratio" in refusal(run(*network, "--ratio", "0.2", "--macs", "1e6"))
     assert "--images" in refusal(run(*network, "--distill"))
-    assert "float network" in refusal(run("prune", "--model", student, "-o", "pruned.safetensors"))
+    assert "float network" in refusal(run("prune", student, "-o", "pruned.safetensors"))
     assert not Path("pruned.safetensors").exists()
 
 
 def test_quantize_within_a_budget(workplace: Path) -> None:
-    arguments = ("quantize", "--model", "my_networks:make", "--images", "crops", "--no-distill")
+    arguments = ("quantize", "my_networks:make", "--images", "crops", "--no-distill")
     result = run(*arguments, "--budget-mb", "0.015", "-o", "student.safetensors")
     assert result.exit_code == 0, result.output
     assert run("export", "student.safetensors", "-o", "student.onnx").exit_code == 0
@@ -444,7 +441,7 @@ def test_photos_are_aligned_by_their_landmarks(workplace: Path) -> None:
 def test_an_onnx_file_is_a_network_to_quantize(student: Path) -> None:
     assert run("export", student, "-o", "student.onnx").exit_code == 0
     common = ("--images", "crops", "--people", "first-half", "--no-distill", "-o", "again.safetensors")
-    assert "is quantized already" in refusal(run("quantize", "--model", "student.onnx", *common))
+    assert "is quantized already" in refusal(run("quantize", "student.onnx", *common))
     qface.export(resolve_model("my_networks:make"), "float.onnx")
-    result = run("quantize", "--model", "float.onnx", *common)
+    result = run("quantize", "float.onnx", *common)
     assert result.exit_code == 0, result.output

@@ -9,7 +9,7 @@ import click
 
 import qface
 from qface.choices import DistillName
-from qface.cli.command import Command, show
+from qface.cli.command import Command, note, show
 from qface.cli.model_card import card_option, write_card
 from qface.cli.options import FilePath, images_option, json_option, preprocessing_options
 from qface.models.resolve import resolve_model
@@ -82,11 +82,11 @@ def compress(
     training = qface.DistillConfig(epochs=epochs)
     config = qface.CompressConfig(activation_bits, distill, prune, training=training)
     teacher = resolve_model(model, preprocessing=preprocessing)
-    found = qface.compress(teacher, images, output, wanted, config, identities, eval_identities, run_dir, progress=True)
+    found = qface.compress(teacher, images, output, wanted, config, identities, eval_identities, run_dir)
     show(found.to_dict(), compression_table(found), as_json)
     if found.chosen is None:
-        click.echo(f"no file was written: {found.stopped}; the trials are in {found.run_dir}", err=True)
+        note(f"no file was written: {found.stopped}; the trials are in {found.run_dir}")
         raise click.exceptions.Exit(1)
-    click.echo(f"wrote {output} ({found.chosen.mb:.2f} MB): {found.stopped}", err=True)
+    note(f"wrote {output} ({found.chosen.mb:.2f} MB): {found.stopped}")
     if card:
         write_card(output, found.figures())

@@ -18,7 +18,7 @@ from qface.deployment.inputs import INPUTS
 from qface.deployment.latency import compare, open_file
 from qface.errors import ConfigError
 from qface.files import check_folder
-from qface.models.resolve import resolve_model
+from qface.models.resolve import load_file, resolve_architecture
 from qface.reporting import agreement_table, latency_table, plan_table
 from qface.reporting.tables import size_tables
 
@@ -31,7 +31,7 @@ __all__ = ["bench", "export", "inspect", "selftest", "size", "verify"]
 @json_option
 def inspect(model: str, bits: int, as_json: bool) -> None:
     """Say which layers of MODEL integer kernels would compute, and which would stay in float."""
-    plan = qface.inspect(resolve_model(model), bits)
+    plan = qface.inspect(resolve_architecture(model), bits)
     show(plan.to_dict(), plan_table(plan), as_json)
 
 
@@ -75,7 +75,7 @@ def export(
 ) -> None:
     """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
     check_folder(output)
-    network = qface.load(student, preprocessing=preprocessing)
+    network = load_file(student, preprocessing)
     qface.export(network, output, weight_format, images, input_type, target)
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
     if card:
@@ -106,7 +106,7 @@ def verify(
     as_json: bool,
 ) -> None:
     """Prove that FILE computes what STUDENT computes, layer by layer and from end to end."""
-    agreement = qface.verify(qface.load(student, preprocessing=preprocessing), file, images, identities, runtime)
+    agreement = qface.verify(load_file(student, preprocessing), file, images, identities, runtime)
     show(agreement.to_dict(), agreement_table(agreement), as_json)
     if not agreement.agrees:
         raise click.exceptions.Exit(1)
@@ -154,6 +154,6 @@ def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: b
     useless = [*preprocessing, *(["bits"] if bits is not None else [])] if is_file else []
     if useless:
         raise ConfigError(f"the size of {model}, a file, depends on nothing else; leave out --{useless[0]}")
-    measured = Path(model) if is_file else resolve_model(model, preprocessing=preprocessing)
+    measured = Path(model) if is_file else resolve_architecture(model, preprocessing=preprocessing)
     report = qface.measure_size(measured, 6 if bits is None else bits)
     show(report.to_dict(), size_tables(report), as_json)

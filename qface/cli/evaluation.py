@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 import qface
-from qface.cli.command import Command, embedder, show
+from qface.cli.command import Command, embedder, note, show
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
 from qface.evaluation import TemplateProtocol
 from qface.evaluation.match_thresholds import DEVICE_FPRS
@@ -64,7 +64,6 @@ def evaluate(
         gallery=embedder(gallery) if gallery else None,
         flip=flip,
         run_dir=run_dir,
-        progress=True,
         bootstrap=bootstrap,
     )
     show(result.to_dict(), evaluation_table(result), as_json)
@@ -93,7 +92,7 @@ def identify(
 ) -> None:
     """Measure 1:N identification with one image of each person enrolled; MODEL as for evaluate."""
     chosen = embedder(model, preprocessing)
-    result = qface.evaluate_identification(chosen, images, identities, seed, bootstrap, flip, progress=True)
+    result = qface.evaluate_identification(chosen, images, identities, seed, bootstrap, flip)
     show(result.to_dict(), identification_table(result), as_json)
 
 
@@ -124,7 +123,7 @@ def ijb(
 ) -> None:
     """Measure 1:1 verification of templates on IJB-B or IJB-C; MODEL as for evaluate."""
     chosen = embedder(model, preprocessing)
-    result = qface.evaluate_templates(chosen, data, protocol, flip, detector_score, run_dir, progress=True)
+    result = qface.evaluate_templates(chosen, data, protocol, flip, detector_score, run_dir)
     show(result.to_dict(), templates_table(result), as_json)
 
 
@@ -158,7 +157,7 @@ def thresholds(
     if file is not None:
         qface.thresholds_of(file)  # a file that cannot be read is told before any work
     models = (embedder(teacher, preprocessing), embedder(student))
-    result = qface.operating_thresholds(*models, images, fpr, identities, eval_identities, progress=True)
+    result = qface.operating_thresholds(*models, images, fpr, identities, eval_identities)
     show(result.to_dict(), thresholds_table(result), as_json)
     if file is not None:
         _write_thresholds(file, images, fpr, identities)
@@ -166,9 +165,9 @@ def thresholds(
 
 def _write_thresholds(file: Path, images: Path, fpr: str, identities: str | None) -> None:
     fprs = tuple(dict.fromkeys((fpr, *DEVICE_FPRS)))
-    measured = qface.match_thresholds(file, images, fprs, identities, progress=True)
+    measured = qface.match_thresholds(file, images, fprs, identities)
     qface.write_thresholds(file, measured)
-    click.echo(f"wrote into {file}: {measured}", err=True)
+    note(f"wrote into {file}: {measured}")
 
 
 @click.command(cls=Command)
@@ -194,7 +193,7 @@ def sensitivity(
     if figure is not None:
         check_figure(figure)
     network = resolve_model(model, preprocessing=preprocessing)
-    result = qface.sensitivity(network, images, identities, num_images=num_images, run_dir=run_dir, progress=True)
+    result = qface.sensitivity(network, images, identities, num_images=num_images, run_dir=run_dir)
     if figure is not None:
         sensitivity_figure(result, figure)
     show(result.to_dict(), sensitivity_tables(result), as_json)

@@ -22,7 +22,7 @@ __all__ = ["align", "demo", "pairs"]
 @json_option
 def align(photos: Path, output: Path, landmarks: Path | None, as_json: bool) -> None:
     """Cut aligned 112x112 crops from PHOTOS, a folder; what is there already is kept."""
-    report = qface.align(photos, output, landmarks, progress=True)
+    report = qface.align(photos, output, landmarks)
     show(report.to_dict(), alignment_table(report), as_json)
 
 
@@ -47,5 +47,5 @@ def pairs(images: Path, output: Path, identities: str | None, folds: int, pairs_
 @json_option
 def demo(output: Path, seed: int, as_json: bool) -> None:
     """Do the whole job on 400 real faces: train a small teacher, quantize, distill, export, evaluate."""
-    report = run_demo(output, seed, progress=True)
+    report = run_demo(output, seed)
     show(report.to_dict(), demo_table(report), as_json)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from qface.cli.command import note
 from qface.reporting.model_card import card_path, write_model_card
 
 __all__ = ["card_option", "write_card"]
@@ -23,6 +24,6 @@ def write_card(file: Path, figures: Sequence[str] = ()) -> None:
     """Write the card of ``file`` and say so; one that is there may hold what its owner filled in, and stays."""
     path = card_path(file)
     if path.exists():
-        click.echo(f"left {path} as it was: remove it and run this again for a card of the new file", err=True)
+        note(f"left {path} as it was: remove it and run this again for a card of the new file")
     else:
-        click.echo(f"wrote {write_model_card(file, figures)}", err=True)
+        note(f"wrote {write_model_card(file, figures)}")

@@ -53,7 +53,9 @@ people_option = click.option(
     "identities",
     help="Which people: first-half, second-half, or a file with one name a line.  [default: all]",
 )
-weights_option = click.option("--weights", type=FilePath, help="A file of weights for the network that --model makes.")
+weights_option = click.option(
+    "--weights", type=FilePath, help="A file of weights for the network MODEL, a name or package.module:factory."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 

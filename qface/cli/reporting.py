@@ -48,7 +48,7 @@ def report(
 
     RUN is a run folder of qface compress; without one, give --teacher, --student, --file and --images.
     """
-    data = write_report(_record(run, fields), output, fpr, faces, latency_runs, progress=True)
+    data = write_report(_record(run, fields), output, fpr, faces, latency_runs)
     click.echo(json.dumps(data.to_dict()) if as_json else f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
 
 

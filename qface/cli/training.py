@@ -10,7 +10,7 @@ import click
 from torch import nn
 
 import qface
-from qface.cli.command import Command, show
+from qface.cli.command import Command, note, show
 from qface.cli.options import (
     PRUNING_FIELDS,
     FilePath,
@@ -25,7 +25,7 @@ from qface.cli.options import (
 )
 from qface.distillation import check_run
 from qface.errors import ConfigError
-from qface.models.resolve import resolve_model
+from qface.models.resolve import load_file, resolve_model
 from qface.models.store import check_model_file, check_savable
 from qface.pruning import cost_of
 from qface.reporting import costs_table
@@ -34,7 +34,7 @@ __all__ = ["distill", "prune", "quantize"]
 
 
 @click.command(cls=Command)
-@click.option("--model", required=True, help="Teacher: a file, a name such as iresnet18, or package.module:factory.")
+@click.argument("model")
 @weights_option
 @images_option
 @people_option
@@ -68,7 +68,10 @@ def quantize(
     preprocessing: dict[str, Any],
     **training: Any,
 ) -> None:
-    """Quantize a network, calibrate it on faces, and distill it."""
+    """Quantize a network, calibrate it on faces, and distill it.
+
+    MODEL is a file, package.module:factory, or with --weights a name such as iresnet18.
+    """
     check_model_file(output)
     settings = distill_config(**training)
     config = qface.QuantizationConfig(
@@ -88,12 +91,12 @@ def quantize(
     if budget_mb is not None:
         if ignored_layers:
             raise ConfigError("--budget-mb chooses the bits of all layers; leave out --ignored-layers")
-        config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits, progress=True)
+        config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits)
         student = qface.quantize(teacher, config)
-    qface.calibrate(student, images, identities=identities, progress=True)
-    click.echo(qface.inspect(student), err=True)
+    qface.calibrate(student, images, identities=identities)
+    note(qface.inspect(student))
     if distill:
-        qface.distill(student, teacher, images, settings, run_dir, resume, identities=identities, progress=True)
+        qface.distill(student, teacher, images, settings, run_dir, resume, identities=identities)
     qface.save(student, output)
     click.echo(f"wrote {output}")
 
@@ -105,7 +108,7 @@ def _refuse_run(run_dir: Path | None, resume: bool) -> None:
 
 
 @click.command(cls=Command)
-@click.option("--model", required=True, help="Network: a file, a name such as iresnet18, or package.module:factory.")
+@click.argument("model")
 @weights_option
 @click.option("--ratio", type=float, help="Share of channels to remove.  [default: 0.2]")
 @click.option("--parameters", type=float, help="Instead: remove as little as leaves so many parameters.")
@@ -136,7 +139,7 @@ def prune(
     preprocessing: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Remove whole channels of a network."""
+    """Remove whole channels of a network; MODEL as for quantize."""
     check_model_file(output)
     if distill and images is None:
         raise ConfigError("--distill needs faces to train on: give --images")
@@ -155,11 +158,9 @@ def prune(
             check_run(training, folder, resume)
 
     def tune(pruned: nn.Module, step: int) -> None:
-        qface.distill(
-            pruned, teacher, cast(Path, images), training, folders[step], resume, identities=identities, progress=True
-        )
+        qface.distill(pruned, teacher, cast(Path, images), training, folders[step], resume, identities=identities)
 
-    pruned = qface.prune(teacher, wanted, images, config, identities, tune if distill else None, progress=True)
+    pruned = qface.prune(teacher, wanted, images, config, identities, tune if distill else None)
     if distill:
         tune(pruned, config.iterative_steps)
     qface.save(pruned, output)
@@ -177,8 +178,8 @@ def _share_or_budget(ratio: float | None, **budgets: float | None) -> float | qf
 
 
 @click.command(cls=Command)
-@click.option("--student", required=True, type=FilePath, help="Student file.")
-@click.option("--teacher", required=True, help="Teacher: a file, a name, or package.module:factory.")
+@click.argument("student", type=FilePath)
+@click.option("--teacher", required=True, help="Float network: a file or package.module:factory.")
 @images_option
 @people_option
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
@@ -195,10 +196,10 @@ def distill(
     preprocessing: dict[str, Any],
     **training: Any,
 ) -> None:
-    """Fine-tune a student to embed faces as its teacher does."""
+    """Fine-tune STUDENT, a file, to embed faces as its teacher does."""
     check_model_file(output)
     settings = distill_config(**training)
-    learner, known = qface.load(student), resolve_model(teacher, preprocessing=preprocessing)
-    qface.distill(learner, known, images, settings, run_dir, resume, identities=identities, progress=True)
+    learner, known = load_file(student), resolve_model(teacher, preprocessing=preprocessing)
+    qface.distill(learner, known, images, settings, run_dir, resume, identities=identities)
     qface.save(learner, output)
     click.echo(f"wrote {output}")

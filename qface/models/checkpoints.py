@@ -112,8 +112,8 @@ def recognize(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Modul
     names = ", ".join(list(tensors)[:3])
     raise CheckpointError(
         f"{path} holds no network that is known by its keys ({looked_for}); its {len(tensors)} tensors begin with "
-        f"{names}: pass the network itself as model= (--model package.module:factory --weights FILE), or export it "
-        "to .onnx"
+        f"{names}: pass the network itself as model= (qface quantize package.module:factory --weights FILE), or "
+        "export it to .onnx"
     )
 
 

@@ -13,34 +13,50 @@ from qface.errors import CheckpointError, ConfigError, one_line
 from qface.models.store import MODEL_NAMES, load
 from qface.preprocessing import PreprocessingOverride, overridden, preprocessing_of, with_preprocessing
 
-__all__ = ["resolve_model"]
+__all__ = ["load_file", "resolve_architecture", "resolve_model"]
 
 
 def resolve_model(
     text: str, weights: Path | None = None, preprocessing: PreprocessingOverride | None = None
 ) -> nn.Module:
-    """The network that ``text`` means, in eval mode.
+    """Return the network that ``text`` means, with its weights, in eval mode.
 
     Args:
-        text: a file, one of :data:`qface.models.MODEL_NAMES`, or ``package.module:factory``, a function without
-            arguments (or a class) that returns a network. The current folder is searched for the package.
+        text: a file, ``package.module:factory``, a function without arguments (or a class) that returns a network,
+            or, together with ``weights``, one of :data:`qface.models.MODEL_NAMES`. The current folder is searched for
+            the package.
         weights: a file of weights for that network.
         preprocessing: what the network reads, or some fields of that, in place of what is found.
 
     Raises:
-        CheckpointError: there is no such file, name or factory, or the weights do not fit.
+        CheckpointError: there is no such file or factory, a name has no weights, or the weights do not fit.
         ConfigError: weights are given beside a file.
     """
-    module_name, _, factory = text.partition(":")
-    if factory and not os.path.exists(text):
-        network = _from_factory(module_name, factory)
-        if weights is not None:
-            return load(weights, model=network, preprocessing=preprocessing)
-        return with_preprocessing(network, overridden(preprocessing_of(network), preprocessing))
-    if text in MODEL_NAMES and weights is not None:
+    if weights is None:
+        _check_weights_known(text)
+        return resolve_architecture(text, preprocessing)
+    if _is_factory(text):
+        return load(weights, model=_from_factory(text), preprocessing=preprocessing)
+    if text in MODEL_NAMES:
         return load(weights, model=load(text), preprocessing=preprocessing)
-    if weights is not None:
-        raise ConfigError(f"{text} brings its own weights: leave out {weights}, or name the network that reads them")
+    raise ConfigError(f"{text} brings its own weights: leave out {weights}, or name the network that reads them")
+
+
+def resolve_architecture(text: str, preprocessing: PreprocessingOverride | None = None) -> nn.Module:
+    """Return the network that ``text`` means, in eval mode; a bare name gets random weights.
+
+    For verbs that look at layers and sizes only.
+
+    Args:
+        text: a file, ``package.module:factory``, or one of :data:`qface.models.MODEL_NAMES`.
+        preprocessing: what the network reads, or some fields of that, in place of what is found.
+
+    Raises:
+        CheckpointError: there is no such file, name or factory.
+    """
+    if _is_factory(text):
+        network = _from_factory(text)
+        return with_preprocessing(network, overridden(preprocessing_of(network), preprocessing))
     if text not in MODEL_NAMES and not os.path.exists(text):  # unlike Path.exists, of names too long as well
         raise CheckpointError(
             f"there is no model {text!r}; give a file, one of {', '.join(MODEL_NAMES)}, or package.module:factory"
@@ -48,16 +64,40 @@ def resolve_model(
     return load(text, preprocessing=preprocessing)
 
 
-def _from_factory(module_name: str, factory: str) -> nn.Module:
+def load_file(path: Path, preprocessing: PreprocessingOverride | None = None) -> nn.Module:
+    """Load the network in a file; unlike :func:`qface.load`, refuse a bare name.
+
+    Raises:
+        CheckpointError: ``path`` is a name without weights, or the file cannot be read.
+    """
+    _check_weights_known(str(path))
+    return load(path, preprocessing=preprocessing)
+
+
+def _check_weights_known(text: str) -> None:
+    """Refuse a name that would get random weights."""
+    if text in MODEL_NAMES and not os.path.exists(text):
+        raise CheckpointError(
+            f"{text} is the name of an architecture, without weights: give a file instead, or, where a command has "
+            "the option, --weights FILE as well"
+        )
+
+
+def _is_factory(text: str) -> bool:
+    return bool(text.partition(":")[2]) and not os.path.exists(text)
+
+
+def _from_factory(text: str) -> nn.Module:
+    module_name, _, factory = text.partition(":")
     sys.path.insert(0, "")  # as python -m does, so that a user's own module is found
     try:
         network = getattr(importlib.import_module(module_name), factory)()
     except Exception as error:  # it is the user's own code
         raise CheckpointError(
-            f"cannot make a model of {module_name}:{factory}: {type(error).__name__}: {one_line(error, 300)}"
+            f"cannot make a model of {text}: {type(error).__name__}: {one_line(error, 300)}"
         ) from error
     finally:
         sys.path.remove("")
     if not isinstance(network, nn.Module):
-        raise CheckpointError(f"{module_name}:{factory} returned a {type(network).__name__}, not a torch.nn.Module")
+        raise CheckpointError(f"{text} returned a {type(network).__name__}, not a torch.nn.Module")
     return network.eval()

@@ -46,7 +46,7 @@ FORMAT_VERSION = "4"
 _SUFFIX = ".safetensors"
 
 MODEL_NAMES = ("mobilefacenet", "mbf", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
-"""What :func:`load` takes instead of a path, for a network with fresh weights."""
+"""What :func:`load` takes instead of a path, for a network with random weights."""
 
 
 @torch.random.fork_rng(devices=[])  # layers draw weights at first
@@ -60,7 +60,7 @@ def load(
             MobileFaceNet (safetensors, or torch: tensors, or a whole pickled module, of which only tensors are taken;
             fp16 becomes fp32); a ``.pt2`` file of ``torch.export.save``, of which nothing is unpickled
             (:mod:`qface.models.exported_program`); a float ``.onnx`` file (:mod:`qface.models.onnx_import`); or one of
-            :data:`MODEL_NAMES`.
+            :data:`MODEL_NAMES`, which gives that architecture with random weights.
         model: a network of your own, into which the weights of the file are loaded, in place.
         preprocessing: what the file reads, where it does not say or says it wrongly: a :class:`Preprocessing`, or a
             mapping of those of its fields that differ from what is found. Of an ``.onnx`` file it is what goes into
