@@ -421,8 +421,8 @@ def jobs_on(inputs: Path) -> list[Job]:
         Job("distill", qface_of(*distill, *taught, *output, *training), files),
         Job("distill with resume", qface_of(*distill, *taught, *output, *training, *run), files, kept=("run/",)),
         Job("distill by steps", lambda: distill_by_steps(inputs), files, kept=("run/",)),
-        Job("export", qface_of("export", student, "-o", "out/new.onnx"), ("new.onnx", "new.md")),
-        Job("export of floats", qface_of("export", teacher, "-o", "out/new.onnx", *images), ("new.onnx", "new.md")),
+        Job("export", qface_of("export", student, "-o", "out/new.onnx", "--no-card"), ("new.onnx",)),
+        Job("export of floats", qface_of("export", teacher, "-o", "out/new.onnx", *images, "--no-card"), ("new.onnx",)),
         Job("evaluate", qface_of("evaluate", student, *images, "--json")),
         Job(
             "thresholds",

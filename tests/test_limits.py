@@ -50,7 +50,7 @@ ATTACKS: list[tuple[Callable[[Path], None], attacks.Attack]] = [
 
 @pytest.mark.parametrize(("reader", "attack"), ATTACKS, ids=lambda each: getattr(each, "__name__", str(each)))
 def test_a_file_that_asks_for_too_much(reader: Callable[[Path], Any], attack: attacks.Attack, tmp_path: Path) -> None:
-    for module in ("onnxruntime", "onnx.reference", "qface.models.onnx_import"):
+    for module in ("onnxruntime", "onnx.reference", "torch._dynamo", "qface.models.onnx_import"):
         importlib.import_module(module)  # before the fork
     path = attack(tmp_path)
     gc.collect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -329,7 +330,7 @@ class Importer(LayerGraph):
     def layer(self, layer: nn.Module, inputs: Sequence[fx.Node], name: str) -> fx.Node:
         """Call ``layer`` on ``inputs``, and work out the shape of the result."""
         node = super().layer(layer.eval(), inputs, name)
-        return self._with_value(node, lambda: layer(*(each.meta["value"] for each in inputs)))
+        return self._with_value(node, lambda: _shaped(layer, [each.meta["value"] for each in inputs]))
 
     def function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
         """Call ``target``, a function without parameters, and work out the shape of the result."""
@@ -400,6 +401,13 @@ class Importer(LayerGraph):
     def _check_size(self, value: Any) -> None:
         size = sum(each.nbytes for each in tree_leaves(value) if isinstance(each, Tensor) and len(each.shape))
         check("activations", size / _BATCH, f"{self.file.path}, at {self._where()},")
+
+
+def _shaped(layer: nn.Module, inputs: Sequence[Any]) -> Any:
+    """The result of ``layer`` without its values: torch's fake tensors know shapes again, and no real ones."""
+    tensors = dict(chain(layer.named_parameters(), layer.named_buffers()))
+    fakes = {name: torch.empty(each.shape, dtype=each.dtype) for name, each in tensors.items()}
+    return torch.func.functional_call(layer, fakes, tuple(inputs))
 
 
 def _in_other_batch(value: Array) -> Array:
