@@ -249,7 +249,7 @@ def demo_table(report: DemoReport) -> Table:
         table.add_column(name, justify="left" if name == "model" else "right")
     for row in report.rows:
         rates = (percent(row.tpr_at_fpr[fpr]) for fpr in report.fprs)
-        table.add_row(row.model, percent(row.accuracy), *rates, f"{row.megabytes:.2f} MB", f"{row.milliseconds:.2f} ms")
+        table.add_row(row.model, percent(row.accuracy), *rates, f"{row.bytes / 1e6:.2f} MB", f"{row.median_ms:.2f} ms")
     return table
 
 
