@@ -26,14 +26,15 @@ __all__ = ["bench", "export", "inspect", "selftest", "size", "verify"]
 )
 @click.argument("model")
 @click.option("--bits", type=int, default=6, help="Bits that a float network would get, 2 to 8.")
+@preprocessing_options
 @json_option
-def inspect(model: str, bits: int, as_json: bool) -> None:
-    """Say which layers of MODEL integer kernels would compute, and which would stay in float."""
-    from qface.models.resolve import resolve_architecture
-    from qface.reporting import plan_table
+def inspect(model: str, bits: int, preprocessing: dict[str, Any], as_json: bool) -> None:
+    """Say what MODEL is, a file or network: what it reads, its bits, how it was made, and its integer layers."""
+    from qface.reporting.file_description import describe
+    from qface.reporting.tables import description_table
 
-    plan = qface.inspect(resolve_architecture(model), bits)
-    show(plan.to_dict(), plan_table(plan), as_json)
+    found = describe(model, bits, preprocessing)
+    show(found.to_dict(), description_table(found), as_json)
 
 
 @click.command(

@@ -30,6 +30,7 @@ LINES = (
     f"thresholds {NET} student.onnx --images crops --fpr 0.2 --write student.onnx",
     "selftest student.onnx",
     "inspect student.safetensors",
+    "inspect student.onnx",
     "bench student.onnx --runs 1",
     "size student.onnx",
     "pairs crops --folds 2 --pairs-per-fold 4 -o pairs.txt",
