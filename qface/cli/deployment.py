@@ -16,6 +16,12 @@ from qface.errors import ConfigError
 
 __all__ = ["bench", "export", "inspect", "selftest", "size", "verify"]
 
+bits_option = click.option("--bits", type=int, help="Bits that a float network would get, 2 to 8.  [default: 6]")
+
+
+def _has_bits(model: str) -> ConfigError:
+    return ConfigError(f"{model} is a student, which has bits of its own: leave out --bits")
+
 
 @click.command(
     cls=Command,
@@ -25,15 +31,17 @@ __all__ = ["bench", "export", "inspect", "selftest", "size", "verify"]
     ),
 )
 @click.argument("model")
-@click.option("--bits", type=int, default=6, help="Bits that a float network would get, 2 to 8.")
+@bits_option
 @preprocessing_options
 @json_option
-def inspect(model: str, bits: int, preprocessing: dict[str, Any], as_json: bool) -> None:
+def inspect(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: bool) -> None:
     """Say what MODEL is, a file or network: what it reads, its bits, how it was made, and its integer layers."""
     from qface.reporting.file_description import describe
     from qface.reporting.tables import description_table
 
-    found = describe(model, bits, preprocessing)
+    found = describe(model, 6 if bits is None else bits, preprocessing)
+    if bits is not None and "student" in found.kind:
+        raise _has_bits(model)
     show(found.to_dict(), description_table(found), as_json)
 
 
@@ -183,12 +191,15 @@ def bench(
     ),
 )
 @click.argument("model")
-@click.option("--bits", type=int, help="Bits that a float network would get, 2 to 8.  [default: 6]")
+@bits_option
 @preprocessing_options
 @json_option
 def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: bool) -> None:
     """Say what each byte is spent on; MODEL is an .onnx file, or a network whose packed file is predicted."""
+    from torch import nn
+
     from qface.models.resolve import resolve_architecture
+    from qface.quantization import is_quantized
     from qface.reporting.tables import size_tables
 
     is_file = model.lower().endswith(".onnx")
@@ -196,5 +207,7 @@ def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: b
     if useless:
         raise ConfigError(f"the size of {model}, a file, depends on nothing else; leave out --{useless[0]}")
     measured = Path(model) if is_file else resolve_architecture(model, preprocessing=preprocessing)
+    if bits is not None and isinstance(measured, nn.Module) and is_quantized(measured):
+        raise _has_bits(model)
     report = qface.measure_size(measured, 6 if bits is None else bits)
     show(report.to_dict(), size_tables(report), as_json)
