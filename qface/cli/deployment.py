@@ -40,7 +40,7 @@ def inspect(model: str, bits: int | None, preprocessing: dict[str, Any], as_json
     from qface.reporting.tables import description_table
 
     found = describe(model, 6 if bits is None else bits, preprocessing)
-    if bits is not None and "student" in found.kind:
+    if bits is not None and found.is_student:
         raise _has_bits(model)
     show(found.to_dict(), description_table(found), as_json)
 

@@ -69,6 +69,11 @@ class FileDescription:
     thresholds: MatchThresholds | None
     plan: QuantizationPlan | None
 
+    @property
+    def is_student(self) -> bool:
+        """True if it has bits of its own."""
+        return self.kind in ("student", "exported student")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; those of the plan stand beside the others."""
         plan = {"integer_share": None, "layers": None} if self.plan is None else self.plan.to_dict()
