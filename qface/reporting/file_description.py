@@ -23,7 +23,7 @@ from qface.evaluation.match_thresholds import MatchThresholds, thresholds_of
 from qface.models import load
 from qface.models.resolve import resolve_architecture
 from qface.network_output import embedding_of
-from qface.preprocessing import Preprocessing, PreprocessingOverride, example_input, preprocessing_of
+from qface.preprocessing import Preprocessing, PreprocessingOverride, example_input, overridden, preprocessing_of
 from qface.provenance import provenance_of, written_provenance
 from qface.pruning.budget import count_parameters
 from qface.quantization import QuantizationPlan, inspect, is_quantized
@@ -102,8 +102,8 @@ def describe(model: str | Path, bits: int = 6, preprocessing: PreprocessingOverr
         size = os.path.getsize(text) if os.path.isfile(text) else None
         return _of_network(resolve_architecture(text, preprocessing), bits, size)
     path = Path(text)
-    if is_exported(path) and not preprocessing:
-        return _of_exported(path, bits)
+    if is_exported(path):
+        return _of_exported(path, bits, preprocessing)
     return _of_other(OnnxEmbedder(path, preprocessing=preprocessing), bits)
 
 
@@ -142,13 +142,13 @@ def _dimensions(network: nn.Module) -> int:
         return int(embedding_of(unrounded(network)(example_input(network))).shape[1])
 
 
-def _of_exported(path: Path, bits: int) -> FileDescription:
+def _of_exported(path: Path, bits: int, preprocessing: PreprocessingOverride | None) -> FileDescription:
     file = ExportedFile.read(path)
     parameters, weight_bits = _counts(measure_size(path).entries)
     quantized = file.quantized is not None
     return FileDescription(
         kind="exported student" if quantized else "exported float network",
-        preprocessing=file.preprocessing,
+        preprocessing=overridden(file.preprocessing, preprocessing),
         input=file.input,
         dimensions=file.dimensions,
         parameters=parameters,
@@ -162,7 +162,7 @@ def _of_exported(path: Path, bits: int) -> FileDescription:
 
 
 def _of_other(embedder: OnnxEmbedder, bits: int) -> FileDescription:
-    """A file of others, of an older qface, or one that is said to read something else."""
+    """A file of others, or of an older qface."""
     path = embedder.path
     parameters, weight_bits = _counts(measure_size(path).entries)
     plan = _plan_of_other(path, embedder.preprocessing, bits)

@@ -112,7 +112,8 @@ def test_a_file_without_a_plan_says_why(folder: Path, caplog: pytest.LogCaptureF
 
 def test_what_the_user_says_is_read_takes_the_place_of_what_is_found(folder: Path) -> None:
     for name in ("float.safetensors", "student.onnx", "foreign_float.onnx"):
-        assert describe(folder / name, preprocessing={"color": "RGB"}).preprocessing.color == "RGB"
+        found = describe(folder / name, preprocessing={"color": "RGB"})
+        assert (found.kind, found.preprocessing.color) == (KINDS[name], "RGB")
 
 
 def test_thresholds_are_shown_and_damage_is_told(folder: Path, tmp_path: Path) -> None:
