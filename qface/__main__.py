@@ -8,7 +8,7 @@ __all__ = ["export", "main"]
 def main() -> None:
     """Run the command ``qface``."""
     with ended_by_signals():
-        from qface.cli import main as command  # takes seconds, in which Ctrl-C is to be heard
+        from qface.cli import main as command
 
         command(prog_name="qface")
 

@@ -47,13 +47,13 @@ _SHIFT = 4  # pixels by which training images are moved at random
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One exported model: figures on the held-out people, size on disk, median milliseconds an image on one thread."""
+    """One exported model: figures on the held-out people, bytes on disk, median milliseconds an image on one thread."""
 
     model: str
     accuracy: float | None
     tpr_at_fpr: dict[str, float | None]
-    megabytes: float
-    milliseconds: float
+    bytes: int
+    median_ms: float
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS, progress:
     ):
         result = evaluate(file, crops, pairs=pairs, identities=held_out)
         rates = {fpr: result.tpr_at_fpr[fpr] for fpr in _FPRS}
-        rows.append(DemoRow(name, result.accuracy, rates, file.stat().st_size / 1e6, latency))
+        rows.append(DemoRow(name, result.accuracy, rates, file.stat().st_size, latency))
     return DemoReport(result.identities, result.images, tuple(rows))
 
 

@@ -12,19 +12,31 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qface.errors import ConfigError, ExportError, one_line
+from qface.errors import CheckpointError, ConfigError, ExportError, one_line
 
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows, which removes no file that is open
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone_in", "check_folder", "make_folder", "replacing", "sync", "temporary_folder"]
+__all__ = ["alone_in", "check_file", "check_folder", "make_folder", "replacing", "sync", "temporary_folder"]
 
 _PREFIX, _SUFFIX = ".qface-", ".part"
 _LOCK = ".lock"
 
 _LONGEST_NAME = 255  # bytes, on the file systems of Linux, macOS and Windows
+
+
+def check_file(path: str | Path) -> None:
+    """Make sure that ``path`` is a file, before it is read as a network.
+
+    Raises:
+        CheckpointError: nothing is there, or a folder.
+    """
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path} is a folder; give the file of a network")
+    if not os.path.isfile(path):  # unlike Path.is_file, False for names that no file can have
+        raise CheckpointError(f"there is no file {path}; check the path")
 
 
 def check_folder(path: str | Path) -> None:

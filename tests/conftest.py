@@ -2,10 +2,10 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import settings
-from PIL import Image
+
+from tests.crops import write_crops
 
 Crops = Callable[..., Path]
 
@@ -28,12 +28,6 @@ def crops(tmp_path: Path) -> Crops:
     """Writes ``<name>/<name>_%04d.<ending>`` random crops for ``{name: number of images}``; returns the folder."""
 
     def write(people: Mapping[str, int], ending: str = "png", folder: str = "crops", seed: int = 0) -> Path:
-        rng = np.random.default_rng(seed)
-        for name, count in people.items():
-            (tmp_path / folder / name).mkdir(parents=True, exist_ok=True)
-            for number in range(1, count + 1):
-                pixels = rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / folder / name / f"{name}_{number:04d}.{ending}")
-        return tmp_path / folder
+        return write_crops(tmp_path / folder, people, ending, seed)
 
     return write

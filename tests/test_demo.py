@@ -21,7 +21,7 @@ def test_the_demo_keeps_people_apart_and_reports_both_models(folder: Path) -> No
     assert not training & held_out
     assert (report.identities, report.images) == (10, 100)
     teacher, student = report.rows
-    assert student.megabytes < teacher.megabytes / 2
+    assert student.bytes < teacher.bytes / 2
     for row in report.rows:
         assert 0 <= row.accuracy <= 1
         assert set(row.tpr_at_fpr) == {"1e-1", "1e-2"}

@@ -1,4 +1,7 @@
-"""The command line: each command parses its options, calls one verb of the library and prints what came of it."""
+"""The command line: each command parses its options, calls one verb of the library and prints what came of it.
+
+Modules of this package import torch and all that needs it within functions, so that help is there at once.
+"""
 
 from __future__ import annotations
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from qface.errors import ConfigError, QFaceError
-from qface.evaluation import as_embedder
-from qface.evaluation.embedding import Embedder
-from qface.models.resolve import resolve_model
-from qface.preprocessing import PreprocessingOverride
 from qface.progress import progress_shown
 
-__all__ = ["Command", "embedder", "note", "show"]
+if TYPE_CHECKING:
+    from qface.evaluation.embedding import Embedder
+    from qface.preprocessing import PreprocessingOverride
 
+__all__ = ["SCHEMA_VERSION", "Command", "embedder", "note", "show", "written"]
+
+SCHEMA_VERSION = 1
+"""First key of every JSON object that a command prints; it rises when a key goes or changes its meaning."""
 _QUIET = "qface.quiet"
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
@@ -29,13 +30,27 @@ _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 class Command(click.Command):
     """A command with the options that all have; it turns errors of the library into one line and exit code 2.
 
-    An option of the command's own hides the common one of the same name.
+    An option of the command's own hides the common one of the same name. Help shows every default.
+
+    Args:
+        args: as of :class:`click.Command`.
+        examples: lines that a user may type, for the end of the help.
+        kwargs: likewise.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.examples = tuple(examples)
+        self.context_settings = {"show_default": True, **self.context_settings}
         own = {name for param in self.params for name in param.opts}
         self.params += [option for option in _common_options() if own.isdisjoint(option.opts)]
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, each in one line whatever its length, so that it can be copied."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command as click does, with progress and logging as its options say."""
@@ -58,11 +73,11 @@ def _line(error: QFaceError) -> str:
 def _common_options() -> list[click.Option]:
     return [
         click.Option(["-q", "--quiet"], is_flag=True, help="Show no progress and no notes, only warnings and errors."),
-        click.Option(["-v", "--verbose"], count=True, help="Say more on stderr; -vv says most."),
+        click.Option(["-v", "--verbose"], count=True, show_default=False, help="Say more on stderr; -vv says most."),
         click.Option(
             ["--log", "log_file"],
             type=click.Path(path_type=Path),
-            help="File to append warnings and errors to, with times; with -v, more.",
+            help="File to append warnings and errors to, with times; with -v, more.  [default: none]",
         ),
     ]
 
@@ -121,16 +136,34 @@ def note(text: object) -> None:
 
 def embedder(text: str, preprocessing: PreprocessingOverride | None = None) -> Embedder:
     """A file in onnxruntime, or a network in torch; see :func:`resolve_model`."""
+    from qface.evaluation import as_embedder
+    from qface.models.resolve import resolve_model
+
     if text.lower().endswith(".onnx"):
         return as_embedder(Path(text), preprocessing)
     return as_embedder(resolve_model(text, preprocessing=preprocessing))
 
 
-def show(record: dict[str, Any], table: Any, as_json: bool) -> None:
-    """Print what a verb found, as one JSON object or as a table; of several processes, the first does."""
+def written(file: Path) -> dict[str, Any]:
+    """What every command that writes a file says of it."""
+    return {"output": str(file), "bytes": file.stat().st_size}
+
+
+def show(record: dict[str, Any], words: Any, as_json: bool) -> None:
+    """Print what a verb did, as one JSON object or in words; of several processes, the first does.
+
+    Args:
+        record: what docs/json.md lists, without the version.
+        words: the same as a line, or as a table of :mod:`rich`.
+        as_json: which of both.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        click.echo(json.dumps(record))
+        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **record}))
+    elif isinstance(words, str):
+        click.echo(words)
     else:
-        Console().print(table)
+        from rich.console import Console  # only here, so that help does not wait for it
+
+        Console().print(words)

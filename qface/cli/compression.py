@@ -12,44 +12,42 @@ from qface.choices import DistillName
 from qface.cli.command import Command, note, show
 from qface.cli.model_card import card_option, write_card
 from qface.cli.options import FilePath, images_option, json_option, preprocessing_options
-from qface.models.resolve import resolve_model
-from qface.reporting.tables import compression_table
 
 __all__ = ["compress"]
 
-_EXAMPLES = """\b
-Examples:
-  qface compress teacher.onnx --images faces/ --max-drop 0.5 --at-fpr 1e-4 -o small.onnx
-  qface compress teacher.safetensors --images faces/ --max-mb 0.6 --distill never -o small.onnx
-"""
 
-
-@click.command(cls=Command, epilog=_EXAMPLES)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface compress teacher.onnx --images faces/ --max-drop 0.5 --at-fpr 1e-4 -o small.onnx",
+        "qface compress teacher.safetensors --images faces/ --max-mb 0.6 --distill never -o small.onnx",
+    ),
+)
 @click.argument("model")
 @images_option
-@click.option("--max-drop", type=float, help="TPR that the file may lose, in percentage points.")
-@click.option("--at-fpr", default="1e-4", show_default=True, help="False-positive rate of that TPR.")
-@click.option("--max-mb", type=float, help="Maximum size of the file in MB (10^6 bytes).")
-@click.option("--max-ms", type=float, help="Maximum time of one image on one thread of this machine, in ms.")
+@click.option("--max-drop", type=float, help="TPR that the file may lose, in percentage points.  [default: no limit]")
+@click.option("--at-fpr", default="1e-4", help="False-positive rate of that TPR.")
+@click.option("--max-mb", type=float, help="Maximum size of the file in MB (10^6 bytes).  [default: no limit]")
+@click.option(
+    "--max-ms", type=float, help="Maximum time of one image on one thread of this machine, in ms.  [default: no limit]"
+)
 @click.option(
     "--confidence",
     type=float,
     default=0.95,
-    show_default=True,
-    help="One-sided confidence, over people, with which --max-drop is kept.",
+    help="One-sided confidence, 0..1, over people, with which --max-drop is kept.",
 )
 @click.option("--people", "identities", help="People to tune on, as for quantize.  [default: first-half]")
 @click.option("--eval-people", "eval_identities", help="Other people to judge on.  [default: second-half]")
-@click.option("--activation-bits", type=int, default=8, show_default=True, help="Bits of activations, 2 to 8.")
+@click.option("--activation-bits", type=int, default=8, help="Bits of activations, 2 to 8.")
 @click.option(
     "--distill",
     type=click.Choice(get_args(DistillName)),
     default="if-needed",
-    show_default=True,
     help="Train only where calibration misses the target, or also for a smaller file, or never.",
 )
-@click.option("--prune/--no-prune", default=False, show_default=True, help="Remove channels where --max-ms needs it.")
-@click.option("--epochs", type=int, default=1, show_default=True, help="Rounds of training, where there is any.")
+@click.option("--prune/--no-prune", default=False, help="Remove channels where --max-ms needs it.")
+@click.option("--epochs", type=int, default=1, help="Rounds of training, where there is any.")
 @click.option(
     "--run-dir", type=FilePath, help="Folder of all trials; the same command goes on there.  [default: OUTPUT.run]"
 )
@@ -78,6 +76,9 @@ def compress(
     Give at least one of --max-drop, --max-mb and --max-ms. Half of the people tune, the other half judge. Exit code 1
     means that no file keeps the target; none is written then.
     """
+    from qface.models.resolve import resolve_model
+    from qface.reporting.tables import compression_table
+
     wanted = qface.CompressionTarget(**target)
     training = qface.DistillConfig(epochs=epochs)
     config = qface.CompressConfig(activation_bits, distill, prune, training=training)

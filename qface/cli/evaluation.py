@@ -8,39 +8,38 @@ from typing import Any, get_args
 import click
 
 import qface
+from qface.choices import TemplateProtocol
 from qface.cli.command import Command, embedder, note, show
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
-from qface.evaluation import TemplateProtocol
-from qface.evaluation.match_thresholds import DEVICE_FPRS
-from qface.models.resolve import resolve_model
-from qface.reporting import (
-    evaluation_table,
-    identification_table,
-    sensitivity_figure,
-    sensitivity_tables,
-    templates_table,
-    thresholds_table,
-)
-from qface.reporting.figures import check_figure
 
 __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface evaluate student.onnx --images faces/ --people second-half --bootstrap 1000",
+        "qface evaluate student.safetensors --images lfw/ --pairs pairs.txt --flip --json",
+    ),
+)
 @click.argument("model")
 @images_option
 @people_option
-@click.option("--pairs", type=FilePath, help="Pair list, of LFW for ten-fold accuracy or lines path,path,flag.")
-@click.option("--gallery", help="Another model that embeds the gallery, while MODEL embeds the probes.")
+@click.option(
+    "--pairs",
+    type=FilePath,
+    help="Pair list, of LFW for ten-fold accuracy or lines path,path,flag.  [default: none]",
+)
+@click.option(
+    "--gallery", help="Another model that embeds the gallery, while MODEL embeds the probes.  [default: MODEL]"
+)
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @click.option(
     "--run-dir",
     type=FilePath,
-    help="Folder to keep embeddings and counts of pairs in; a run that was stopped goes on there.",
+    help="Folder to keep embeddings and counts of pairs in; a run that was stopped goes on there.  [default: none]",
 )
-@click.option(
-    "--bootstrap", type=int, default=0, show_default=True, help="Replicates for 95 % confidence intervals, over people."
-)
+@click.option("--bootstrap", type=int, default=0, help="Replicates for 95 % confidence intervals, over people.")
 @preprocessing_options
 @json_option
 def evaluate(
@@ -56,6 +55,8 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
+    from qface.reporting import evaluation_table
+
     result = qface.evaluate(
         embedder(model, preprocessing),
         images,
@@ -69,14 +70,18 @@ def evaluate(
     show(result.to_dict(), evaluation_table(result), as_json)
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface identify student.onnx --images faces/",
+        "qface identify student.onnx --images faces/ --people second-half --seed 1 --bootstrap 1000",
+    ),
+)
 @click.argument("model")
 @images_option
 @people_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the images that are enrolled.")
-@click.option(
-    "--bootstrap", type=int, default=0, show_default=True, help="Replicates for 95 % confidence intervals, over people."
-)
+@click.option("--seed", type=int, default=0, help="Seed of the draw of images that are enrolled.")
+@click.option("--bootstrap", type=int, default=0, help="Replicates for 95 % confidence intervals, over people.")
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @preprocessing_options
 @json_option
@@ -91,24 +96,35 @@ def identify(
     as_json: bool,
 ) -> None:
     """Measure 1:N identification with one image of each person enrolled; MODEL as for evaluate."""
+    from qface.reporting import identification_table
+
     chosen = embedder(model, preprocessing)
     result = qface.evaluate_identification(chosen, images, identities, seed, bootstrap, flip)
     show(result.to_dict(), identification_table(result), as_json)
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface ijb student.onnx --data IJBC/ --run-dir runs/ijbc",
+        "qface ijb student.onnx --data IJBB/ --protocol arcface --flip --detector-score",
+    ),
+)
 @click.argument("model")
 @click.option("--data", required=True, type=FilePath, help="Folder of IJB-B or IJB-C, with meta/ and loose_crop/.")
 @click.option(
     "--protocol",
     type=click.Choice(get_args(TemplateProtocol)),
     default="paper",
-    show_default=True,
     help="A template is the mean of its images, or of its photos and videos.",
 )
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @click.option("--detector-score", is_flag=True, help="Weight images by the detector's score.")
-@click.option("--run-dir", type=FilePath, help="Folder to keep embeddings in; a run that was stopped goes on there.")
+@click.option(
+    "--run-dir",
+    type=FilePath,
+    help="Folder to keep embeddings in; a run that was stopped goes on there.  [default: none]",
+)
 @preprocessing_options
 @json_option
 def ijb(
@@ -122,23 +138,31 @@ def ijb(
     as_json: bool,
 ) -> None:
     """Measure 1:1 verification of templates on IJB-B or IJB-C; MODEL as for evaluate."""
+    from qface.reporting import templates_table
+
     chosen = embedder(model, preprocessing)
     result = qface.evaluate_templates(chosen, data, protocol, flip, detector_score, run_dir)
     show(result.to_dict(), templates_table(result), as_json)
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface thresholds teacher.onnx student.onnx --images faces/ --fpr 1e-4",
+        "qface thresholds teacher.onnx student.onnx --images faces/ --people first-half --write student.onnx",
+    ),
+)
 @click.argument("teacher")
 @click.argument("student")
 @images_option
 @click.option("--people", "identities", help="Whom to set thresholds on, as for other commands.  [default: all]")
 @click.option("--eval-people", "eval_identities", help="Whom to measure them on.  [default: the same]")
-@click.option("--fpr", default="1e-4", show_default=True, help="Share of impostors that may be accepted.")
+@click.option("--fpr", default="1e-4", help="Share of impostors that may be accepted, 0..1.")
 @click.option(
     "--write",
     "file",
     type=FilePath,
-    help="Also measure this .onnx file against itself, at several rates, and write its thresholds into it.",
+    help="Also measure this .onnx file against itself at several FPRs, and write that into it.  [default: none]",
 )
 @preprocessing_options
 @json_option
@@ -154,6 +178,8 @@ def thresholds(
     as_json: bool,
 ) -> None:
     """Set the cosine to accept where float meets float, quantized quantized, and quantized a float gallery."""
+    from qface.reporting import thresholds_table
+
     if file is not None:
         qface.thresholds_of(file)  # a file that cannot be read is told before any work
     models = (embedder(teacher, preprocessing), embedder(student))
@@ -164,19 +190,31 @@ def thresholds(
 
 
 def _write_thresholds(file: Path, images: Path, fpr: str, identities: str | None) -> None:
+    from qface.evaluation.match_thresholds import DEVICE_FPRS
+
     fprs = tuple(dict.fromkeys((fpr, *DEVICE_FPRS)))
     measured = qface.match_thresholds(file, images, fprs, identities)
     qface.write_thresholds(file, measured)
     note(f"wrote into {file}: {measured}")
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface sensitivity teacher.safetensors --images faces/ --people first-half",
+        "qface sensitivity teacher.safetensors --images faces/ --figure losses.svg --json",
+    ),
+)
 @click.argument("model")
 @images_option
 @people_option
-@click.option("--num-images", type=int, default=64, show_default=True, help="Images to look at, evenly spread.")
-@click.option("--run-dir", type=FilePath, help="Folder to keep losses in; a run that was stopped goes on there.")
-@click.option("--figure", type=FilePath, help="Also draw the losses here (.png, .svg or .pdf).")
+@click.option("--num-images", type=int, default=64, help="Images to look at, evenly spread.")
+@click.option(
+    "--run-dir",
+    type=FilePath,
+    help="Folder to keep losses in; a run that was stopped goes on there.  [default: none]",
+)
+@click.option("--figure", type=FilePath, help="Also draw the losses here (.png, .svg or .pdf).  [default: none]")
 @preprocessing_options
 @json_option
 def sensitivity(
@@ -190,6 +228,10 @@ def sensitivity(
     as_json: bool,
 ) -> None:
     """Measure what quantizing each layer alone costs, its weight and what it reads, at 2 to 8 bits."""
+    from qface.models.resolve import resolve_model
+    from qface.reporting import sensitivity_figure, sensitivity_tables
+    from qface.reporting.figures import check_figure
+
     if figure is not None:
         check_figure(figure)
     network = resolve_model(model, preprocessing=preprocessing)

@@ -7,45 +7,69 @@ from pathlib import Path
 import click
 
 import qface
-from qface.cli.command import Command, show
+from qface.cli.command import Command, show, written
 from qface.cli.options import FilePath, json_option, people_option
-from qface.demo import run_demo
-from qface.reporting import alignment_table, demo_table
 
 __all__ = ["align", "demo", "pairs"]
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface align photos/ -o faces/",
+        "qface align photos/ --landmarks landmarks.txt -o faces/ --json",
+    ),
+)
 @click.argument("photos", type=FilePath)
 @click.option("-o", "--output", required=True, type=FilePath, help="Folder of crops to write.")
-@click.option("--landmarks", type=FilePath, help="Lines 'file x1 y1 ... x5 y5'.  [default: look for faces]")
+@click.option("--landmarks", type=FilePath, help="Lines 'file x1 y1 ... x5 y5', in pixels.  [default: look for faces]")
 @json_option
 def align(photos: Path, output: Path, landmarks: Path | None, as_json: bool) -> None:
     """Cut aligned 112x112 crops from PHOTOS, a folder; what is there already is kept."""
+    from qface.reporting import alignment_table
+
     report = qface.align(photos, output, landmarks)
     show(report.to_dict(), alignment_table(report), as_json)
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface pairs faces/ -o pairs.txt",
+        "qface pairs faces/ --people second-half --folds 10 --pairs-per-fold 100 --seed 1 -o pairs.txt",
+    ),
+)
 @click.argument("images", type=FilePath)
 @click.option("-o", "--output", required=True, type=FilePath, help="List of pairs to write.")
 @people_option
-@click.option("--folds", type=int, default=10, show_default=True, help="Folds, which share no people.")
-@click.option("--pairs-per-fold", type=int, default=300, show_default=True, help="Of one person, and as many of two.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
-def pairs(images: Path, output: Path, identities: str | None, folds: int, pairs_per_fold: int, seed: int) -> None:
+@click.option("--folds", type=int, default=10, help="Folds, which share no people.")
+@click.option("--pairs-per-fold", type=int, default=300, help="Pairs of one person in a fold, and as many of two.")
+@click.option("--seed", type=int, default=0, help="Seed of the draw.")
+@json_option
+def pairs(
+    images: Path, output: Path, identities: str | None, folds: int, pairs_per_fold: int, seed: int, as_json: bool
+) -> None:
     """Draw a balanced list of pairs for evaluate --pairs from IMAGES, a folder with one subfolder a person."""
     drawn = qface.make_pairs(images, output, identities, folds, pairs_per_fold, seed)
-    click.echo(f"wrote {output}: {len(drawn)} pairs in {folds} folds")
+    genuine = int(drawn.same.sum())
+    record = {"folds": folds, "genuine_pairs": genuine, "impostor_pairs": len(drawn) - genuine}
+    show({**written(output), **record}, f"wrote {output}: {len(drawn)} pairs in {folds} folds", as_json)
 
 
-@click.command(cls=Command)
-@click.option(
-    "-o", "--output", type=FilePath, default=Path("runs/demo"), show_default=True, help="Folder for its files."
+@click.command(
+    cls=Command,
+    examples=(
+        "qface demo",
+        "qface demo -o /tmp/demo --seed 1 --json",
+    ),
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of training.")
+@click.option("-o", "--output", type=FilePath, default=Path("runs/demo"), help="Folder for its files.")
+@click.option("--seed", type=int, default=0, help="Seed of training.")
 @json_option
 def demo(output: Path, seed: int, as_json: bool) -> None:
     """Do the whole job on 400 real faces: train a small teacher, quantize, distill, export, evaluate."""
+    from qface.demo import run_demo
+    from qface.reporting import demo_table
+
     report = run_demo(output, seed)
     show(report.to_dict(), demo_table(report), as_json)

@@ -11,8 +11,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 import qface
-from qface.distillation.distill_config import PrecisionName
-from qface.pruning.pruning_config import ImportanceName
+from qface.choices import ImportanceName, PrecisionName
 
 __all__ = [
     "PRUNING_FIELDS",
@@ -54,9 +53,11 @@ people_option = click.option(
     help="Which people: first-half, second-half, or a file with one name a line.  [default: all]",
 )
 weights_option = click.option(
-    "--weights", type=FilePath, help="A file of weights for the network MODEL, a name or package.module:factory."
+    "--weights",
+    type=FilePath,
+    help="A file of weights for the network MODEL, a name or package.module:factory.  [default: its own]",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of words.")
 
 
 class _Numbers(click.ParamType[Any]):
@@ -103,12 +104,12 @@ _PREPROCESSING = _options(
     click.option(
         "--crop",
         type=_Numbers("TOP,LEFT,BOTTOM,RIGHT", int, 4, ",", repeats=False),
-        help="Part of the 112x112 crop that the model reads.  [default: found]",
+        help="Part of the 112x112 crop that the model reads, in pixels.  [default: found]",
     ),
     click.option(
         "--size",
         type=_Numbers("HEIGHTxWIDTH", int, 2, "x", repeats=True),
-        help="Size that the model reads; 112x96 is columns 8 to 104.  [default: found]",
+        help="Size that the model reads, in pixels; 112x96 is columns 8 to 104.  [default: found]",
     ),
 )
 
@@ -129,26 +130,24 @@ def preprocessing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 training_options = _options(
-    click.option("--epochs", type=int, default=1, show_default=True, help="Rounds of as many images as there are."),
+    click.option("--epochs", type=int, default=1, help="Epochs to train: rounds of as many images as there are."),
     click.option("--batch-size", type=int, help="Images a step.  [default: the recipe's]"),
     click.option("--lr", "learning_rate", type=float, help="Learning rate.  [default: the recipe's]"),
     click.option(
         "--recipe",
         type=click.Choice(["qface", "paper"]),
         default="qface",
-        show_default=True,
         help="Loss and optimizer: ours or the paper's; ranges and calibration are ours either way.",
     ),
     click.option(
         "--precision",
         type=click.Choice(get_args(PrecisionName)),
         default="float32",
-        show_default=True,
         help="What is multiplied in: bf16 is faster for large networks, on GPUs and on CPUs with AMX.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of batches and flips."),
+    click.option("--seed", type=int, default=0, help="Seed of batches and flips."),
     click.option("--device", help="Where to train.  [default: cuda where there is one, else cpu]"),
-    click.option("--run-dir", type=FilePath, help="Folder for checkpoints and the log."),
+    click.option("--run-dir", type=FilePath, help="Folder for checkpoints and the log.  [default: none are kept]"),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint in --run-dir."),
 )
 
@@ -157,28 +156,27 @@ pruning_options = _options(
         "--importance",
         type=click.Choice(get_args(ImportanceName)),
         default="magnitude",
-        show_default=True,
         help="How channel importance is measured.",
     ),
-    click.option("--norm", type=int, default=2, show_default=True, help="Of magnitude: 1 or 2."),
+    click.option("--norm", type=int, default=2, help="Norm that magnitude takes of a channel's weights: 1 or 2."),
     click.option(
         "--global-pruning/--layer-pruning",
         default=False,
-        show_default=True,
         help="Remove the weakest channels of the network, or the same share of each layer.",
     ),
     click.option(
         "--round-to",
         type=int,
         default=1,
-        show_default=True,
         help="Numbers of channels are multiples of it; 16 suits integer kernels best.",
     ),
     click.option("--ignored-layers", multiple=True, help="A layer whose outputs stay as they are; repeatable."),
-    click.option("--keep-embedding/--cut-embedding", default=True, show_default=True),
-    click.option("--repair/--no-repair", default=True, show_default=True, help="Solve for lost outputs on --images."),
-    click.option("--reestimate/--no-reestimate", default=False, show_default=True, help="Measure batch norms again."),
-    click.option("--iterative-steps", type=int, default=1, show_default=True, help="Rounds to remove the channels in."),
+    click.option(
+        "--keep-embedding/--cut-embedding", default=True, help="Leave the embedding as long as it is, or prune it too."
+    ),
+    click.option("--repair/--no-repair", default=True, help="Solve for lost outputs on --images."),
+    click.option("--reestimate/--no-reestimate", default=False, help="Measure batch norms again."),
+    click.option("--iterative-steps", type=int, default=1, help="Rounds to remove the channels in."),
 )
 PRUNING_FIELDS = (
     "importance",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
-from torch import nn
 
 import qface
-from qface.cli.command import Command, note, show
+from qface.cli.command import Command, note, show, written
 from qface.cli.options import (
     PRUNING_FIELDS,
     FilePath,
@@ -23,32 +22,39 @@ from qface.cli.options import (
     training_options,
     weights_option,
 )
-from qface.distillation import check_run
 from qface.errors import ConfigError
-from qface.models.resolve import load_file, resolve_model
-from qface.models.store import check_model_file, check_savable
-from qface.pruning import cost_of
-from qface.reporting import costs_table
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["distill", "prune", "quantize"]
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface quantize teacher.onnx --images faces/ --people first-half -o student.safetensors",
+        "qface quantize iresnet18 --weights r18.pth --images faces/ --budget-mb 8 --no-distill -o student.safetensors",
+    ),
+)
 @click.argument("model")
 @weights_option
 @images_option
 @people_option
-@click.option("--bits", type=int, default=6, show_default=True, help="Bits of weights and activations, 2 to 8.")
-@click.option("--weight-bits", type=int, help="Bits of weights alone.")
-@click.option("--activation-bits", type=int, help="Bits of activations alone.")
+@click.option("--bits", type=int, default=6, help="Bits of weights and activations, 2 to 8.")
+@click.option("--weight-bits", type=int, help="Bits of weights alone, 2 to 8.  [default: --bits]")
+@click.option("--activation-bits", type=int, help="Bits of activations alone, 2 to 8.  [default: --bits]")
 @click.option(
-    "--budget-mb", type=float, help="Maximum size of the exported file in MB (10^6 bytes); bits are chosen per weight."
+    "--budget-mb",
+    type=float,
+    help="Maximum size of the exported file in MB (10^6 bytes); bits are chosen per weight.  [default: no limit]",
 )
 @click.option(
     "--ignored-layers", multiple=True, help="A layer that stays in float, or a pattern such as 'layer4.*'; repeatable."
 )
-@click.option("--distill/--no-distill", default=True, show_default=True, help="Fine-tune after calibration.")
+@click.option("--distill/--no-distill", default=True, help="Fine-tune after calibration.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
+@json_option
 @preprocessing_options
 @training_options
 def quantize(
@@ -63,6 +69,7 @@ def quantize(
     ignored_layers: tuple[str, ...],
     distill: bool,
     output: Path,
+    as_json: bool,
     run_dir: Path | None,
     resume: bool,
     preprocessing: dict[str, Any],
@@ -72,6 +79,10 @@ def quantize(
 
     MODEL is a file, package.module:factory, or with --weights a name such as iresnet18.
     """
+    from qface.distillation import check_run
+    from qface.models.resolve import resolve_model
+    from qface.models.store import check_model_file, check_savable
+
     check_model_file(output)
     settings = distill_config(**training)
     config = qface.QuantizationConfig(
@@ -94,11 +105,12 @@ def quantize(
         config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits)
         student = qface.quantize(teacher, config)
     qface.calibrate(student, images, identities=identities)
-    note(qface.inspect(student))
+    plan = qface.inspect(student)
+    note(plan)
     if distill:
         qface.distill(student, teacher, images, settings, run_dir, resume, identities=identities)
     qface.save(student, output)
-    click.echo(f"wrote {output}")
+    show({**written(output), "integer_share": plan.integer_share}, f"wrote {output}", as_json)
 
 
 def _refuse_run(run_dir: Path | None, resume: bool) -> None:
@@ -107,17 +119,23 @@ def _refuse_run(run_dir: Path | None, resume: bool) -> None:
         raise ConfigError("--run-dir and --resume are of the fine-tuning: give --distill as well, or leave them out")
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface prune teacher.safetensors --ratio 0.3 -o pruned.safetensors",
+        "qface prune teacher.safetensors --macs 2e8 --images faces/ --distill -o pruned.safetensors",
+    ),
+)
 @click.argument("model")
 @weights_option
-@click.option("--ratio", type=float, help="Share of channels to remove.  [default: 0.2]")
-@click.option("--parameters", type=float, help="Instead: remove as little as leaves so many parameters.")
-@click.option("--macs", type=float, help="Instead: remove as little as leaves so many products an image.")
-@click.option("--mb", type=float, help="Instead: remove as little as leaves so many 10^6 bytes of float32.")
-@click.option("--images", type=FilePath, help="Folder of face crops, for repair, importance and --distill.")
+@click.option("--ratio", type=float, help="Share of channels to remove, 0..1.  [default: 0.2]")
+@click.option("--parameters", type=float, help="Instead: parameters to leave at most.  [default: --ratio]")
+@click.option("--macs", type=float, help="Instead: multiply-adds of one image to leave at most.  [default: --ratio]")
+@click.option("--mb", type=float, help="Instead: MB (10^6 bytes) of float32 to leave at most.  [default: --ratio]")
+@click.option("--images", type=FilePath, help="Face crops for repair, importance and --distill.  [default: none]")
 @people_option
 @pruning_options
-@click.option("--distill/--no-distill", default=False, show_default=True, help="Fine-tune on --images after each step.")
+@click.option("--distill/--no-distill", default=False, help="Fine-tune on --images after each step.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Network file to write (.safetensors).")
 @json_option
 @preprocessing_options
@@ -140,6 +158,12 @@ def prune(
     **options: Any,
 ) -> None:
     """Remove whole channels of a network; MODEL as for quantize."""
+    from qface.distillation import check_run
+    from qface.models.resolve import resolve_model
+    from qface.models.store import check_model_file, check_savable
+    from qface.pruning import cost_of
+    from qface.reporting import costs_table
+
     check_model_file(output)
     if distill and images is None:
         raise ConfigError("--distill needs faces to train on: give --images")
@@ -165,7 +189,7 @@ def prune(
         tune(pruned, config.iterative_steps)
     qface.save(pruned, output)
     before, after = cost_of(teacher), cost_of(pruned)
-    show({"before": asdict(before), "after": asdict(after)}, costs_table(before, after), as_json)
+    show({**written(output), "before": asdict(before), "after": asdict(after)}, costs_table(before, after), as_json)
 
 
 def _share_or_budget(ratio: float | None, **budgets: float | None) -> float | qface.Budget:
@@ -177,12 +201,19 @@ def _share_or_budget(ratio: float | None, **budgets: float | None) -> float | qf
     return 0.2 if ratio is None else ratio
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    examples=(
+        "qface distill student.safetensors --teacher teacher.onnx --images faces/ -o better.safetensors",
+        "qface distill student.safetensors --teacher t.onnx --images faces/ --run-dir run -o more.safetensors",
+    ),
+)
 @click.argument("student", type=FilePath)
 @click.option("--teacher", required=True, help="Float network: a file or package.module:factory.")
 @images_option
 @people_option
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
+@json_option
 @preprocessing_options
 @training_options
 def distill(
@@ -191,15 +222,19 @@ def distill(
     images: Path,
     identities: str | None,
     output: Path,
+    as_json: bool,
     run_dir: Path | None,
     resume: bool,
     preprocessing: dict[str, Any],
     **training: Any,
 ) -> None:
     """Fine-tune STUDENT, a file, to embed faces as its teacher does."""
+    from qface.models.resolve import load_file, resolve_model
+    from qface.models.store import check_model_file
+
     check_model_file(output)
     settings = distill_config(**training)
     learner, known = load_file(student), resolve_model(teacher, preprocessing=preprocessing)
     qface.distill(learner, known, images, settings, run_dir, resume, identities=identities)
     qface.save(learner, output)
-    click.echo(f"wrote {output}")
+    show(written(output), f"wrote {output}", as_json)

@@ -84,7 +84,7 @@ class RunRecord:
             with named(path):
                 record = parse_json(path.read_text(encoding="utf-8"), "the record of the run")
             return cls(**_checked(record, path, Path(folder)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{folder} holds no {RUN_FILE}: pass the run folder of qface compress") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read ({one_line(error, 200)}): restore it") from error

@@ -111,7 +111,7 @@ class Compression:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"schema_version": 1, **asdict(self)}
+        return asdict(self)
 
     def figures(self) -> tuple[str, ...]:
         """Sentences on what the chosen file recognizes and loses; none where nothing was chosen."""

@@ -84,5 +84,7 @@ def _read_names(path: Path) -> set[str]:
             f"people {str(path)!r} is no file: pass {FIRST_HALF}, {SECOND_HALF} or a text file with one name a line"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ImagesError(f"the list of people {path} cannot be read as text: {one_line(error)}") from error
+        raise ImagesError(
+            f"the list of people {path} cannot be read as text ({one_line(error)}): give one in UTF-8"
+        ) from error
     return {composed(line.strip()) for line in lines if line.strip()}

@@ -26,7 +26,7 @@ def numbered_lines(path: Path, error: type[QFaceError] = ImagesError) -> Iterato
     except FileNotFoundError:
         raise error(f"there is no file {path}: check the path") from None
     except (OSError, ValueError) as cause:
-        raise error(f"{path} cannot be read as text: {one_line(cause)}") from cause
+        raise error(f"{path} cannot be read as text ({one_line(cause)}): give a text file in UTF-8") from cause
 
 
 def whole_number(text: str) -> int | None:

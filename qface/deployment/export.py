@@ -47,8 +47,12 @@ from qface.preprocessing import Preprocessing, example_input, preprocessing_of
 from qface.provenance import provenance_of
 from qface.quantization import is_quantized
 from qface.quantization.binding import layers_near_ties
+from qface.quantization.plan import count_activation_bits
 
-__all__ = ["TARGETS", "export"]
+__all__ = ["ACTIVATION_BITS", "TARGETS", "export"]
+
+ACTIVATION_BITS = "activation_bits"
+"""The metadata's key for the numbers of values that a file rounds to each number of bits."""
 
 _log = logging.getLogger("qface")
 _QUOTED = 300  # characters of an error of torch or onnx, which can fill a page
@@ -108,6 +112,7 @@ def export(
             graph = with_input_dtype(input, lower(model))
             if target not in FLOAT_TARGETS:
                 _name_layers_near_ties(model)
+                metadata[ACTIVATION_BITS] = json.dumps(count_activation_bits(cast(fx.GraphModule, model)))
             onnx.save(_written(graph, metadata, weight_format, target), temporary)
             _check(temporary)
             check = _check_embeddings if target in FLOAT_TARGETS else _check_layers

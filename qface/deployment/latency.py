@@ -104,9 +104,7 @@ class Latency:
             "minimum_ms": self.minimum,
             "ratio": self.ratio,
             "bytes": self.bytes,
-            "MB": self.megabytes,
-            "MiB": self.mebibytes,
-            "load_s": self.load_seconds,
+            "load_seconds": self.load_seconds,
             "preprocessing": self.preprocessing,
         }
 

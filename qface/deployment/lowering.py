@@ -40,7 +40,7 @@ def lower(student: nn.Module) -> ir.IntegerGraph:
         UnsupportedLayerError: a node has no integer form; it is named.
     """
     if not isinstance(student, fx.GraphModule) or not is_quantized(student):
-        raise ConfigError("this network is not quantized; pass what qface.quantize and qface.calibrate returned")
+        raise ConfigError("this network is not quantized; give a student, which qface quantize makes of it")
     return _Lowering(student).run()
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 
-from qface.errors import CheckpointError, one_line
 from qface.files import replacing
+from qface.models.onnx_import.onnx_file import read_proto
 
 __all__ = ["add_metadata", "read_metadata"]
 
@@ -30,7 +29,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         >>> read_metadata("student.onnx")["input"]  # doctest: +SKIP
         'uint8'
     """
-    return {entry.key: entry.value for entry in _load(path).metadata_props}
+    return {entry.key: entry.value for entry in read_proto(path).metadata_props}
 
 
 def add_metadata(path: str | Path, entries: Mapping[str, str]) -> None:
@@ -47,19 +46,8 @@ def add_metadata(path: str | Path, entries: Mapping[str, str]) -> None:
     Example:
         >>> add_metadata("student.onnx", {"device": "door 3"})  # doctest: +SKIP
     """
-    model = _load(path)
+    model = read_proto(path)
     present = {entry.key: entry.value for entry in model.metadata_props}
     onnx.helper.set_model_props(model, {**present, **entries})
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
-
-
-def _load(path: str | Path) -> onnx.ModelProto:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"there is no file {path}; check the path")
-    try:
-        # Weights in files of their own stay there.
-        model: onnx.ModelProto = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's own errors, which differ between its versions
-        raise CheckpointError(f"{path} is no complete ONNX file ({one_line(error, 200)}); fetch it again") from error
-    return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qface.errors import CheckpointError, one_line
+from qface.files import check_file
 from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.models.iresnet import IRESNET_BLOCKS, IResNet
 from qface.models.mobilefacenet import MobileFaceNet
@@ -42,8 +42,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         LimitError: it asks for more depth, objects or memory than :mod:`qface.limits` allows.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # unlike Path.is_file, False for names that no file can have
-        raise CheckpointError(f"there is no file {path}; check the path")
+    check_file(path)
     tensors, metadata = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else (_read_torch(path), {})
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; is it a model file?")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ def _from_own_format(
             graph = parse_json(metadata["graph"], "the saved graph")
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} lacks its graph ({one_line(error, 200)}); save it again") from error
+    import_module("qface.quantization")  # it registers the layers of students
     try:
         with named(path):
             return graph_from_data(graph, tensors, size)

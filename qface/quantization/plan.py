@@ -6,7 +6,7 @@ import copy
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import fx, nn
 
@@ -16,9 +16,11 @@ from qface.graph.queries import SYMBOLIC_FUNCTIONS, input_of, is_shape_only, lay
 from qface.preprocessing import example_input
 from qface.quantization.fake_quantize import LSQFakeQuantize
 from qface.quantization.placement import computes_in_float
-from qface.quantization.quantized_layers import QuantizedAffine, WeightedLayer, is_quantizer
+from qface.quantization.quantized_layers import QuantizedAffine, Quantizer, WeightedLayer, is_quantizer
 
-__all__ = ["LayerPlan", "QuantizationPlan", "plan_of"]
+__all__ = ["LayerPlan", "QuantizationPlan", "count_activation_bits", "plan_of", "unrounded"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,32 @@ def plan_of(student: fx.GraphModule) -> QuantizationPlan:
     Args:
         student: the result of :func:`qface.quantize`.
     """
-    trial = copy.deepcopy(student).eval()
+    trial = unrounded(student)
+    propagate_shapes(trial, example_input(student))
+    return QuantizationPlan(tuple(_layer_plan(node) for node in trial.graph.nodes if _makes_values(node)))
+
+
+def unrounded(model: ModuleT) -> ModuleT:
+    """A copy of ``model`` in eval mode that rounds no activation or weight, so that it runs before it is calibrated."""
+    trial = copy.deepcopy(model).eval()
     for layer in trial.modules():
         if isinstance(layer, LSQFakeQuantize):
             layer.disable_fake_quant()
-    propagate_shapes(trial, example_input(student))
-    return QuantizationPlan(tuple(_layer_plan(node) for node in trial.graph.nodes if _makes_values(node)))
+    return trial
+
+
+def count_activation_bits(student: fx.GraphModule) -> dict[int, int]:
+    """The number of values that ``student`` rounds to each number of bits, its image included, by rising bits.
+
+    Example:
+        >>> import qface
+        >>> from qface.models import MobileFaceNet
+        >>> count_activation_bits(qface.quantize(MobileFaceNet(), bits=4))
+        {4: 49, 8: 58}
+    """
+    quantizers = [layer_of(node) for node in student.graph.nodes if is_quantizer(node)]
+    bits = Counter(cast(Quantizer, quantizer).bits for quantizer in quantizers)
+    return dict(sorted(bits.items()))
 
 
 def _makes_values(node: fx.Node) -> bool:

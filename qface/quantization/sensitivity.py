@@ -169,7 +169,7 @@ def sensitivity(
     if weight_bits and any(step.get("gptq") for step in provenance_of(model) if step["step"] == "calibrate"):
         raise ConfigError(
             "calibration has rounded this student's weights, so that their loss cannot be measured any more: pass the "
-            "float network that it came from, or weight_bits=()"
+            "float network that it came from"
         )
     faces = read_sample(images, identities, num_images)
     network = _switched_off(model)

@@ -8,56 +8,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from qface.deployment.golden import EQUAL, GoldenValues, read_golden
-from qface.deployment.inputs import UINT8_INPUT
-from qface.deployment.metadata import read_metadata
+from qface.deployment.golden import EQUAL
 from qface.deployment.runtime import WEIGHT_BITS
-from qface.errors import CheckpointError, ConfigError
-from qface.evaluation.match_thresholds import MatchThresholds, thresholds_of
+from qface.errors import ConfigError
 from qface.files import replacing
-from qface.preprocessing import CROP_SIZE, Preprocessing, written_preprocessing
-from qface.provenance import written_provenance
+from qface.preprocessing import CROP_SIZE, Preprocessing
+from qface.reporting.exported_file import ExportedFile
 from qface.reporting.steps import data_in_words, steps_in_words
 
 __all__ = ["card_path", "model_card", "write_model_card"]
 
-_NEEDED = ("preprocessing", "provenance", "input", "target", "verified", "qface")
 _TARGETS = {
     "cpu": "integers, the same on every processor",
     "cuda": "fp16, on GPUs; activations are not rounded",
     "float32": "float32, fastest in browsers; activations are not rounded",
 }
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What a file says of itself."""
-
-    name: str
-    metadata: Mapping[str, str]
-    preprocessing: Preprocessing
-    steps: tuple[dict[str, Any], ...]
-    golden: GoldenValues
-    thresholds: MatchThresholds | None
-
-    @property
-    def dimensions(self) -> int:
-        return int(self.golden.embeddings.shape[1])
-
-    @property
-    def reads_bytes(self) -> bool:
-        return self.metadata["input"] == UINT8_INPUT
-
-    @property
-    def quantized(self) -> Mapping[str, Any] | None:
-        """The step that made a student; None of a float network."""
-        return next((step for step in reversed(self.steps) if step["step"] == "quantize"), None)
 
 
 def model_card(file: str | Path, figures: Sequence[str] = ()) -> str:
@@ -80,7 +49,7 @@ def model_card(file: str | Path, figures: Sequence[str] = ()) -> str:
     Example:
         >>> print(qface.model_card("student.onnx"))  # doctest: +SKIP
     """
-    contents = _read(Path(file))
+    contents = ExportedFile.read(file)
     sections = {
         "File": _file(contents),
         "How it was made": [*steps_in_words(contents.steps), *_origin(contents)],
@@ -118,29 +87,12 @@ def write_model_card(file: str | Path, figures: Sequence[str] = ()) -> Path:
     return card_path(file)
 
 
-def _read(file: Path) -> _Contents:
-    metadata = read_metadata(file)
-    missing = [key for key in _NEEDED if key not in metadata]
-    if missing:
-        raise CheckpointError(
-            f"{file} has no {missing[0]!r} in its metadata: export it again with this version of qface"
-        )
-    return _Contents(
-        file.name.encode("utf-8", "replace").decode(),
-        metadata,
-        written_preprocessing(metadata["preprocessing"], file),
-        written_provenance(metadata["provenance"], file),
-        read_golden(file),
-        thresholds_of(file),
-    )
-
-
 def _listed(sentences: Sequence[str]) -> list[str]:
     """One item of a list for each sentence, in one line whatever names it holds."""
     return [f"- {' '.join(sentence.split())}" for sentence in sentences]
 
 
-def _front_matter(contents: _Contents) -> list[str]:
+def _front_matter(contents: ExportedFile) -> list[str]:
     quantized = contents.quantized is not None
     return [
         "---",
@@ -154,7 +106,7 @@ def _front_matter(contents: _Contents) -> list[str]:
     ]
 
 
-def _introduction(contents: _Contents) -> list[str]:
+def _introduction(contents: ExportedFile) -> list[str]:
     written = f"Written by qface {contents.metadata['qface']}"
     return [
         f"A face-recognition network: it makes an embedding of {contents.dimensions} numbers of the image of one face. "
@@ -178,17 +130,16 @@ def _date() -> str:
 # ---- sections
 
 
-def _file(contents: _Contents) -> list[str]:
+def _file(contents: ExportedFile) -> list[str]:
     height, width = contents.preprocessing.size
-    kind = "uint8" if contents.reads_bytes else "float32"
     return [
-        f"Input: `images`, {kind} [batch, 3, {height}, {width}]: {_preprocessing(contents)}.",
+        f"Input: `images`, {contents.input} [batch, 3, {height}, {width}]: {_preprocessing(contents)}.",
         f"Output: `embedding`, float32 [batch, {contents.dimensions}].",
         *_precision(contents),
     ]
 
 
-def _preprocessing(contents: _Contents) -> str:
+def _preprocessing(contents: ExportedFile) -> str:
     preprocessing = contents.preprocessing
     top, left, bottom, right = preprocessing.crop
     size = f"{CROP_SIZE}x{CROP_SIZE}"
@@ -203,21 +154,21 @@ def _preprocessing(contents: _Contents) -> str:
     return ", ".join([*words, f"in the order {preprocessing.color}, less the mean ({mean}) and divided by ({std})"])
 
 
-def _precision(contents: _Contents) -> list[str]:
-    step, target = contents.quantized, contents.metadata["target"]
+def _precision(contents: ExportedFile) -> list[str]:
+    step, target = contents.quantized, contents.target
     if step is None:
         return ["It computes in float32 on any processor."]
     bits = f"Bits: {step.get('weight_bits')} of weights, {step.get('activation_bits')} of activations."
     return [f"Target: `{target}`, {_TARGETS.get(target, 'unknown to this version of qface')}.", bits]
 
 
-def _origin(contents: _Contents) -> list[str]:
+def _origin(contents: ExportedFile) -> list[str]:
     made = [] if contents.steps else ["Exported as it was loaded."]
     digest = (contents.quantized or {}).get("source_sha256")
     return [*made, f"SHA-256 of the source network's values: `{digest}`."] if digest else made
 
 
-def _figures(contents: _Contents, figures: Sequence[str]) -> list[str]:
+def _figures(contents: ExportedFile, figures: Sequence[str]) -> list[str]:
     thresholds = [] if contents.thresholds is None else [f"Thresholds: {contents.thresholds}."]
     known = [*figures, *thresholds]
     return known or [
@@ -226,10 +177,10 @@ def _figures(contents: _Contents, figures: Sequence[str]) -> list[str]:
     ]
 
 
-def _code(contents: _Contents) -> list[str]:
+def _code(contents: ExportedFile) -> list[str]:
     """Python that embeds two aligned faces with onnxruntime alone, in ten lines or few more."""
     providers = ["CPUExecutionProvider"]
-    if contents.metadata["target"] == "cuda":
+    if contents.target == "cuda":
         providers.insert(0, "CUDAExecutionProvider")
     exact = contents.metadata.get(WEIGHT_BITS) == "8"
     options = [
@@ -264,7 +215,7 @@ def _cropped(preprocessing: Preprocessing) -> str:
     return crop + (f".resize(({width}, {height}), Image.BILINEAR)" if resized else "")
 
 
-def _pixels(contents: _Contents) -> str:
+def _pixels(contents: ExportedFile) -> str:
     if contents.reads_bytes:
         return "np.asarray(face)"
     order = "[:, :, ::-1]" if contents.preprocessing.color == "BGR" else ""
@@ -272,7 +223,7 @@ def _pixels(contents: _Contents) -> str:
     return f"(np.asarray(face){order} - {mean}) / {std}"
 
 
-def _agreement(contents: _Contents) -> list[str]:
+def _agreement(contents: ExportedFile) -> list[str]:
     golden = contents.golden
     demand = "must be the same, bit for bit" if golden.tolerance == EQUAL else f"need a cosine of {golden.tolerance}"
     return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Group
@@ -27,6 +27,7 @@ from qface.evaluation import (
 from qface.pruning import Cost
 from qface.quantization import QuantizationPlan
 from qface.quantization.sensitivity import Sensitivity
+from qface.reporting.file_description import FileDescription
 
 __all__ = [
     "agreement_table",
@@ -34,6 +35,7 @@ __all__ = [
     "compression_table",
     "costs_table",
     "demo_table",
+    "description_table",
     "evaluation_table",
     "identification_table",
     "latency_table",
@@ -123,6 +125,34 @@ def plan_table(plan: QuantizationPlan) -> Table:
         work = sum(layer.multiply_adds for layer in layers)
         table.add_row(kind, str(len(layers)), "integers" if integer else "float", f"{work:,}" if work else "")
     return table
+
+
+def description_table(found: FileDescription) -> Group:
+    """What a file or network is, a row a property; below it the plan of its layers, where it has one."""
+    table = Table(box=box.SIMPLE, show_header=False)
+    for name, value in _properties(found):
+        table.add_row(name, escape(value))
+    return Group(table, *([] if found.plan is None else [plan_table(found.plan)]))
+
+
+def _properties(found: FileDescription) -> Iterator[tuple[str, str]]:
+    yield "kind", found.kind
+    if found.bytes is not None:
+        yield "size", f"{found.bytes:,} bytes ({found.bytes / 1e6:.2f} MB)"
+    yield "input", f"{found.input}, {found.preprocessing.describe()}"
+    yield "embedding", f"{found.dimensions} numbers"
+    yield "parameters", f"{found.parameters:,}"
+    yield "weights", _by_bits(found.weight_bits)
+    yield "activations", "not known" if found.activation_bits is None else _by_bits(found.activation_bits)
+    if found.steps:
+        yield "made by", "\n".join(found.steps)
+    if found.thresholds is not None:
+        yield "thresholds", str(found.thresholds)
+
+
+def _by_bits(counts: Mapping[int, int]) -> str:
+    """``5 with 6 bits, 9 with 8 bits``."""
+    return ", ".join(f"{count} with {bits} bits" for bits, count in counts.items()) or "in float"
 
 
 def templates_table(result: TemplateResult) -> Table:
@@ -249,7 +279,7 @@ def demo_table(report: DemoReport) -> Table:
         table.add_column(name, justify="left" if name == "model" else "right")
     for row in report.rows:
         rates = (percent(row.tpr_at_fpr[fpr]) for fpr in report.fprs)
-        table.add_row(row.model, percent(row.accuracy), *rates, f"{row.megabytes:.2f} MB", f"{row.milliseconds:.2f} ms")
+        table.add_row(row.model, percent(row.accuracy), *rates, f"{row.bytes / 1e6:.2f} MB", f"{row.median_ms:.2f} ms")
     return table
 
 

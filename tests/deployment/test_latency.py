@@ -107,8 +107,8 @@ def test_threads_of_the_one_before_get_time_to_rest(clock, threads, waits):
 def test_a_row_as_plain_values(clock):
     (row,) = compare([candidate("a", clock, [0.002], [])], batch=2, runs=RUNS)
     record = json.loads(json.dumps(row.to_dict()))
-    assert record["MB"] == pytest.approx(2.097152) and record["MiB"] == pytest.approx(2)
-    assert record["median_ms"] == pytest.approx(2) and record["load_s"] == 0.5
+    assert record["bytes"] == 2**21
+    assert record["median_ms"] == pytest.approx(2) and record["load_seconds"] == 0.5
     assert (record["name"], record["provider"], record["batch"]) == ("a", "a provider", 2)
 
 

@@ -303,15 +303,13 @@ def test_the_command_prints_tables_or_json(tmp_path: Path) -> None:
     assert f"{path.stat().st_size:,} bytes" in table.stdout
 
     record = json.loads(run(path, "--json").stdout)
-    assert record == measure_size(path).to_dict()
+    assert record == {"schema_version": 1, **measure_size(path).to_dict()}
     assert record["bytes"] == path.stat().st_size
-    assert record["mb"] == record["bytes"] / 1e6
-    assert record["mib"] == record["bytes"] / 2**20
     assert list(record["kinds"]) == [kind for kind in KINDS if kind in record["kinds"]]
     assert sum(entry["bytes"] for entry in record["entries"]) == record["bytes"]
 
     predicted = [json.loads(run(tmp_path / "net.safetensors", "--json", "--bits", bits).stdout) for bits in "36"]
-    assert predicted == [measure_size(network(), bits).to_dict() for bits in (3, 6)]
+    assert predicted == [{"schema_version": 1, **measure_size(network(), bits).to_dict()} for bits in (3, 6)]
     assert "predicted" in run(tmp_path / "net.safetensors").stdout
 
 

@@ -32,6 +32,6 @@ def measure_size(model_or_file: nn.Module | str | Path, bits: int | Quantization
     if isinstance(model_or_file, nn.Module):
         return SizeReport("prediction", tuple(entries_of_network(model_or_file, bits)))
     path = Path(model_or_file)
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return SizeReport("file", tuple(entries_of_file(path)))
     return measure_size(load(model_or_file), bits)

@@ -95,12 +95,10 @@ class SizeReport:
         reports = {kind: self.of_kind(kind) for kind in KINDS}
         return {kind: report for kind, report in reports.items() if report.entries}
 
-    def totals(self) -> dict[str, float]:
-        """Sums over all entries, in bytes, MB and MiB."""
+    def totals(self) -> dict[str, int]:
+        """Sums over all entries."""
         return {
             "bytes": self.bytes,
-            "mb": self.mb,
-            "mib": self.mib,
             "packed_bytes": sum(entry.packed_bytes for entry in self.entries),
             "fp32_bytes": self.fp32_bytes,
             "elements": sum(entry.elements for entry in self.entries),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,22 @@ import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper
 
 from qface.errors import CheckpointError, QFaceError, UnsupportedLayerError, one_line
+from qface.files import check_file
 from qface.limits import named
 from qface.models.onnx_import.graph_limits import check_external_data, check_graph
 from qface.network_output import is_embedding
 
-__all__ = ["Array", "Node", "OnnxFile", "check_onnx", "choose_embedding", "needed_nodes", "read_onnx", "telling_damage"]
+__all__ = [
+    "Array",
+    "Node",
+    "OnnxFile",
+    "check_onnx",
+    "choose_embedding",
+    "needed_nodes",
+    "read_onnx",
+    "read_proto",
+    "telling_damage",
+]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -113,7 +123,8 @@ class OnnxFile:
         quantized = [node.name for node in self.nodes if node.op.rpartition(".")[2] in _QUANTIZED]
         if quantized:
             raise UnsupportedLayerError(
-                f"{self.path} is quantized already (node {quantized[0]}); load the network it was made of"
+                f"{self.path} is quantized already (node {quantized[0]}); give the file of the network that it was "
+                "made of"
             )
 
     @property
@@ -172,7 +183,7 @@ def check_onnx(path: Path) -> onnx.ModelProto:
         CheckpointError: it is missing or damaged.
         LimitError: it asks for more than :mod:`qface.limits` allows.
     """
-    model = _load(path)
+    model = read_proto(path)
     with telling_damage(path):
         check_graph(model, path)
     return model
@@ -191,12 +202,18 @@ def _understood(model: onnx.ModelProto, path: Path) -> OnnxFile:
     return OnnxFile(path, model, is_converted, opset, nodes, constants, image, image_type, output)
 
 
-def _load(path: Path) -> onnx.ModelProto:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"there is no file {path}; check the path")
+def read_proto(path: str | Path) -> onnx.ModelProto:
+    """The model at ``path`` as it lies in the file; weights in files of their own stay there.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or no ONNX file.
+    """
+    check_file(path)
     try:
-        return onnx.load(path, load_external_data=False)
+        return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own errors, which differ between its versions
+        if Path(path).suffix.lower() != ".onnx":
+            raise CheckpointError(f"{path} is no ONNX file; give one that qface export makes of a network") from error
         raise CheckpointError(f"{path} is no complete ONNX file ({one_line(error, 200)}); fetch it again") from error
 
 

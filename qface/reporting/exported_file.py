@@ -1,0 +1,118 @@
+"""What a file that :func:`qface.export` wrote says of itself in its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qface.deployment.export import ACTIVATION_BITS
+from qface.deployment.golden import GoldenValues, read_golden
+from qface.deployment.inputs import UINT8_INPUT
+from qface.deployment.metadata import read_metadata
+from qface.errors import CheckpointError, one_line
+from qface.evaluation.match_thresholds import MatchThresholds, thresholds_of
+from qface.limits import parse_json
+from qface.preprocessing import Preprocessing, written_preprocessing
+from qface.provenance import written_provenance
+
+__all__ = ["ExportedFile", "is_exported"]
+
+_NEEDED = ("preprocessing", "provenance", "input", "target", "verified", "qface")
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """The contents of an exported file's metadata.
+
+    Args:
+        name: of the file.
+        metadata: all of it, as texts.
+        preprocessing: what its network reads.
+        steps: those that made it, as of :func:`qface.provenance.provenance_of`.
+        golden: embeddings of test images.
+        thresholds: those that were written into it, or None.
+    """
+
+    name: str
+    metadata: Mapping[str, str]
+    preprocessing: Preprocessing
+    steps: tuple[dict[str, Any], ...]
+    golden: GoldenValues
+    thresholds: MatchThresholds | None
+
+    @classmethod
+    def read(cls, file: str | Path) -> ExportedFile:
+        """Read the metadata of ``file``.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or lacks what ``export`` writes.
+        """
+        metadata = read_metadata(file)
+        missing = [key for key in _NEEDED if key not in metadata]
+        if missing:
+            raise CheckpointError(
+                f"{file} has no {missing[0]!r} in its metadata: export it again with this version of qface"
+            )
+        return cls(
+            Path(file).name.encode("utf-8", "replace").decode(),
+            metadata,
+            written_preprocessing(metadata["preprocessing"], file),
+            written_provenance(metadata["provenance"], file),
+            read_golden(file),
+            thresholds_of(file),
+        )
+
+    @property
+    def dimensions(self) -> int:
+        """Length of the embedding."""
+        return int(self.golden.embeddings.shape[1])
+
+    @property
+    def input(self) -> str:
+        """One of :data:`qface.choices.INPUTS`."""
+        return self.metadata["input"]
+
+    @property
+    def target(self) -> str:
+        """One of :data:`qface.choices.TARGETS`."""
+        return self.metadata["target"]
+
+    @property
+    def reads_bytes(self) -> bool:
+        """True if it normalizes images itself."""
+        return self.input == UINT8_INPUT
+
+    @property
+    def quantized(self) -> Mapping[str, Any] | None:
+        """The step that made a student; None of a float network."""
+        return next((step for step in reversed(self.steps) if step["step"] == "quantize"), None)
+
+    @property
+    def activation_bits(self) -> dict[int, int] | None:
+        """The number of values that it rounds to each number of bits; None if an older qface wrote it.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        if self.quantized is None or self.target != "cpu":
+            return {}
+        text = self.metadata.get(ACTIVATION_BITS)
+        if text is None:
+            return None
+        try:
+            return {int(bits): int(count) for bits, count in parse_json(text, "its activation bits").items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.name}: its {ACTIVATION_BITS} cannot be read ({one_line(error, 200)}); export it again"
+            ) from error
+
+
+def is_exported(file: str | Path) -> bool:
+    """True if ``file``, an ONNX file, has all the metadata that :func:`qface.export` writes.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    return read_metadata(file).keys() >= {*_NEEDED, "golden"}
