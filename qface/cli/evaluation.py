@@ -10,11 +10,13 @@ import click
 import qface
 from qface.cli.command import Command, embedder, note, show
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
+from qface.errors import ConfigError
 from qface.evaluation import TemplateProtocol
 from qface.evaluation.match_thresholds import DEVICE_FPRS
 from qface.models.resolve import resolve_model
 from qface.reporting import (
     evaluation_table,
+    groups_tables,
     identification_table,
     sensitivity_figure,
     sensitivity_tables,
@@ -41,6 +43,11 @@ __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
 @click.option(
     "--bootstrap", type=int, default=0, show_default=True, help="Replicates for 95 % confidence intervals, over people."
 )
+@click.option("--groups", type=FilePath, help="File of lines person,group: measure each group, and the gaps between.")
+@click.option("--reference", help="With --groups: another model to compare with, such as the float network.")
+@click.option(
+    "--at-fpr", default="1e-3", show_default=True, help="With --groups: FPR over everybody for the threshold."
+)
 @preprocessing_options
 @json_option
 def evaluate(
@@ -52,10 +59,22 @@ def evaluate(
     flip: bool,
     run_dir: Path | None,
     bootstrap: int,
+    groups: Path | None,
+    reference: str | None,
+    at_fpr: str,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
+    if groups is not None:
+        if pairs or gallery or run_dir:
+            raise ConfigError("--groups goes without --pairs, --gallery and --run-dir: leave them out")
+        models = (embedder(model, preprocessing), embedder(reference) if reference else None)
+        compared = qface.evaluate_groups(models[0], images, groups, models[1], at_fpr, identities, bootstrap, flip)
+        show(compared.to_dict(), groups_tables(compared), as_json)
+        return
+    if reference:
+        raise ConfigError("--reference is for groups: give --groups, or compare with `qface thresholds`")
     result = qface.evaluate(
         embedder(model, preprocessing),
         images,
