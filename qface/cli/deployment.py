@@ -61,6 +61,7 @@ def inspect(model: str, bits: int, as_json: bool) -> None:
     show_default=True,
     help="What a student's file is for: integers on CPUs, fp16 on GPUs, or float32 (fastest in browsers).",
 )
+@click.option("--normalize", is_flag=True, help="Give embeddings unit length, by an L2 normalization at the end.")
 @card_option
 @preprocessing_options
 def export(
@@ -70,13 +71,14 @@ def export(
     images: Path | None,
     input_type: str,
     target: str,
+    normalize: bool,
     card: bool,
     preprocessing: dict[str, Any],
 ) -> None:
     """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
     check_folder(output)
     network = load_file(student, preprocessing)
-    qface.export(network, output, weight_format, images, input_type, target)
+    qface.export(network, output, weight_format, images, input_type, target, normalize)
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
     if card:
         write_card(output)

@@ -11,7 +11,11 @@ import onnx
 from qface.errors import CheckpointError, one_line
 from qface.files import replacing
 
-__all__ = ["add_metadata", "read_metadata"]
+__all__ = ["EMBEDDING", "UNIT_LENGTH", "add_metadata", "read_metadata"]
+
+EMBEDDING = "embedding"
+"""The key for what is known of the length of embeddings; a file without it does not normalize them."""
+UNIT_LENGTH = "unit length"
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

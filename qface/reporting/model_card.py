@@ -16,7 +16,7 @@ from typing import Any
 
 from qface.deployment.golden import EQUAL, GoldenValues, read_golden
 from qface.deployment.inputs import UINT8_INPUT
-from qface.deployment.metadata import read_metadata
+from qface.deployment.metadata import EMBEDDING, UNIT_LENGTH, read_metadata
 from qface.deployment.runtime import WEIGHT_BITS
 from qface.errors import CheckpointError, ConfigError
 from qface.evaluation.match_thresholds import MatchThresholds, thresholds_of
@@ -53,6 +53,10 @@ class _Contents:
     @property
     def reads_bytes(self) -> bool:
         return self.metadata["input"] == UINT8_INPUT
+
+    @property
+    def has_unit_length(self) -> bool:
+        return self.metadata.get(EMBEDDING) == UNIT_LENGTH
 
     @property
     def quantized(self) -> Mapping[str, Any] | None:
@@ -181,9 +185,10 @@ def _date() -> str:
 def _file(contents: _Contents) -> list[str]:
     height, width = contents.preprocessing.size
     kind = "uint8" if contents.reads_bytes else "float32"
+    length = ", of unit length" if contents.has_unit_length else ""
     return [
         f"Input: `images`, {kind} [batch, 3, {height}, {width}]: {_preprocessing(contents)}.",
-        f"Output: `embedding`, float32 [batch, {contents.dimensions}].",
+        f"Output: `embedding`, float32 [batch, {contents.dimensions}]{length}.",
         *_precision(contents),
     ]
 
@@ -249,7 +254,7 @@ def _code(contents: _Contents) -> list[str]:
         f'    face = Image.open(path).convert("RGB"){_cropped(contents.preprocessing)}  # aligned to 112x112 pixels',
         f"    pixels = {_pixels(contents)}",
         '    (embedding,) = session.run(["embedding"], {"images": pixels.transpose(2, 0, 1)[None]})',
-        "    return embedding[0] / np.linalg.norm(embedding[0])",
+        "    return embedding[0]" + ("" if contents.has_unit_length else " / np.linalg.norm(embedding[0])"),
         "",
         'print(embed("one.png") @ embed("another.png"))  # the cosine',
     ]
