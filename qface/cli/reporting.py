@@ -33,6 +33,9 @@ _NEEDED = ("teacher", "student", "file", "images")
 @click.option("--fpr", default="1e-3", show_default=True, help="FPR at which changed verdicts are looked for.")
 @click.option("--faces/--no-faces", default=True, show_default=True, help="Show faces, which are personal data.")
 @click.option("--latency-runs", type=int, default=40, show_default=True, help="Timed calls of each file; 0 for none.")
+@click.option(
+    "--bootstrap", type=int, default=200, show_default=True, help="Replicates for the curves' confidence; 0 for none."
+)
 @click.option("-o", "--output", required=True, type=FilePath, help="Page to write (.html).")
 @json_option
 def report(
@@ -40,6 +43,7 @@ def report(
     fpr: str,
     faces: bool,
     latency_runs: int,
+    bootstrap: int,
     output: Path,
     as_json: bool,
     **fields: Any,
@@ -48,7 +52,7 @@ def report(
 
     RUN is a run folder of qface compress; without one, give --teacher, --student, --file and --images.
     """
-    data = write_report(_record(run, fields), output, fpr, faces, latency_runs)
+    data = write_report(_record(run, fields), output, fpr, faces, latency_runs, bootstrap=bootstrap)
     click.echo(json.dumps(data.to_dict()) if as_json else f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)")
 
 

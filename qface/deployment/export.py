@@ -221,9 +221,10 @@ class _UnitLength(nn.Module):
         self.preprocessing = preprocessing_of(network)
 
     def forward(self, images: Tensor) -> Tensor:
-        embeddings = self.network(images)
+        embeddings: Tensor = self.network(images)
         # Not F.normalize, of which torch's exporter expands the norm and loses the embedding's length.
-        return embeddings / torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(_TINY)
+        lengths: Tensor = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
+        return embeddings / lengths.clamp_min(_TINY)
 
 
 class _OfBytes(nn.Module):
