@@ -45,9 +45,7 @@ __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
 )
 @click.option("--groups", type=FilePath, help="File of lines person,group: measure each group, and the gaps between.")
 @click.option("--reference", help="With --groups: another model to compare with, such as the float network.")
-@click.option(
-    "--at-fpr", default="1e-3", show_default=True, help="With --groups: FPR over everybody for the threshold."
-)
+@click.option("--at-fpr", help="With --groups: FPR over everybody that sets the threshold.  [default: 1e-3]")
 @preprocessing_options
 @json_option
 def evaluate(
@@ -61,7 +59,7 @@ def evaluate(
     bootstrap: int,
     groups: Path | None,
     reference: str | None,
-    at_fpr: str,
+    at_fpr: str | None,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
@@ -70,11 +68,12 @@ def evaluate(
         if pairs or gallery or run_dir:
             raise ConfigError("--groups goes without --pairs, --gallery and --run-dir: leave them out")
         models = (embedder(model, preprocessing), embedder(reference) if reference else None)
-        compared = qface.evaluate_groups(models[0], images, groups, models[1], at_fpr, identities, bootstrap, flip)
+        fpr = at_fpr or "1e-3"
+        compared = qface.evaluate_groups(models[0], images, groups, models[1], fpr, identities, bootstrap, flip)
         show(compared.to_dict(), groups_tables(compared), as_json)
         return
-    if reference:
-        raise ConfigError("--reference is for groups: give --groups, or compare with `qface thresholds`")
+    if reference or at_fpr:
+        raise ConfigError("--reference and --at-fpr are for groups: give --groups too, or leave them out")
     result = qface.evaluate(
         embedder(model, preprocessing),
         images,

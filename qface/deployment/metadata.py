@@ -14,7 +14,7 @@ from qface.files import replacing
 __all__ = ["EMBEDDING", "UNIT_LENGTH", "add_metadata", "read_metadata"]
 
 EMBEDDING = "embedding"
-"""The key for what is known of the length of embeddings; a file without it does not normalize them."""
+"""The key for the length of embeddings; a file without it has them as the network makes them."""
 UNIT_LENGTH = "unit length"
 
 
