@@ -67,9 +67,10 @@ def test_a_report_has_the_intervals_of_its_rates(record: qface.RunRecord, tmp_pa
     data = qface.report(record, tmp_path / "one.html", "1e-1", latency_runs=0, bootstrap=20)
     curve = data.models[1].curve
     labels = np.repeat(np.arange(6), 4)
-    expected = bootstrap_tpr(embed(record.file, ImageFolder(record.images)), labels, ("2e-1",), replicates=20)["2e-1"]
-    at = curve.fpr.index(0.2)
+    expected = bootstrap_tpr(embed(record.file, ImageFolder(record.images)), labels, ("1e-1",), replicates=20)["1e-1"]
+    at = curve.fpr.index(0.1)
     assert (curve.low[at], curve.high[at]) == (expected.low, expected.high)
+    assert curve.fpr[:2] == (0.5, 0.2) and curve.low[:2] == (None, None)
     page = (tmp_path / "one.html").read_text()
     assert f"[{100 * expected.low:.2f}, {100 * expected.high:.2f}]</td>" in page
     assert "20 replicates" in page
