@@ -117,13 +117,14 @@ def identification_table(result: IdentificationResult) -> Table:
 
 def groups_tables(result: GroupsResult) -> Group:
     """The groups with their pairs, and error rates of the model beside those of the reference, a row a group."""
-    counts = Table(title=f"{result.images:,} images of {result.identities:,} people, {' and '.join(result.runtimes)}")
+    runtimes = " and ".join(dict.fromkeys(result.runtimes))
+    counts = Table(title=f"{result.images:,} images of {result.identities:,} people, {runtimes}")
     for name in ("group", "people", "images", "genuine pairs", "impostor pairs"):
         counts.add_column(name, justify="left" if name == "group" else "right", overflow="fold")
     for group in result.groups:
         numbers = (group.people, group.images, group.genuine_pairs, group.impostor_pairs)
         counts.add_row(escape(group.name), *(f"{number:,}" for number in numbers))
-    notes = [f"reads {preprocessing}" for preprocessing in result.preprocessing]
+    notes = [f"reads {preprocessing}" for preprocessing in dict.fromkeys(result.preprocessing)]
     if result.ungrouped:
         notes.append(f"{result.ungrouped:,} people are in no group: they count for the threshold alone")
     counts.caption = escape("\n".join(notes)) if notes else None
