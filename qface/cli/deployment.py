@@ -74,6 +74,7 @@ def inspect(model: str, bits: int | None, preprocessing: dict[str, Any], as_json
     default="cpu",
     help="What a student's file is for: integers on CPUs, fp16 on GPUs, or float32 (fastest in browsers).",
 )
+@click.option("--normalize", is_flag=True, help="Give embeddings unit length, by an L2 normalization at the end.")
 @card_option
 @json_option
 @preprocessing_options
@@ -84,6 +85,7 @@ def export(
     images: Path | None,
     input_type: str,
     target: str,
+    normalize: bool,
     card: bool,
     as_json: bool,
     preprocessing: dict[str, Any],
@@ -94,7 +96,7 @@ def export(
 
     check_folder(output)
     network = load_file(student, preprocessing)
-    qface.export(network, output, weight_format, images, input_type, target)
+    qface.export(network, output, weight_format, images, input_type, target, normalize)
     record = written(output)
     show({**record, "input": input_type, "target": target}, f"wrote {output} ({record['bytes'] / 1e6:.2f} MB)", as_json)
     if card:

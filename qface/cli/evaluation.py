@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ import qface
 from qface.choices import TemplateProtocol
 from qface.cli.command import Command, embedder, note, show
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
+from qface.errors import ConfigError
 
 __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
 
@@ -40,6 +42,13 @@ __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
     help="Folder to keep embeddings and counts of pairs in; a run that was stopped goes on there.  [default: none]",
 )
 @click.option("--bootstrap", type=int, default=0, help="Replicates for 95 % confidence intervals, over people.")
+@click.option(
+    "--groups",
+    type=FilePath,
+    help="File of lines person,group: measure each group, and the gaps between.  [default: none]",
+)
+@click.option("--reference", help="With --groups: another model, such as the float network.  [default: none]")
+@click.option("--at-fpr", help="With --groups: FPR over everybody that sets the threshold.  [default: 1e-3]")
 @preprocessing_options
 @json_option
 def evaluate(
@@ -51,12 +60,24 @@ def evaluate(
     flip: bool,
     run_dir: Path | None,
     bootstrap: int,
+    groups: Path | None,
+    reference: str | None,
+    at_fpr: str | None,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
-    from qface.reporting import evaluation_table
+    from qface.reporting import evaluation_table, groups_tables
 
+    given = {"pairs": pairs, "gallery": gallery, "flip": flip, "run_dir": run_dir, "bootstrap": bootstrap}
+    _check_options("groups" if groups else None, given | {"reference": reference, "at_fpr": at_fpr})
+    if groups is not None:
+        other = embedder(reference) if reference else None
+        compared = qface.evaluate_groups(
+            embedder(model, preprocessing), images, groups, other, at_fpr or "1e-3", identities, bootstrap, flip
+        )
+        show(compared.to_dict(), groups_tables(compared), as_json)
+        return
     result = qface.evaluate(
         embedder(model, preprocessing),
         images,
@@ -68,6 +89,23 @@ def evaluate(
         bootstrap=bootstrap,
     )
     show(result.to_dict(), evaluation_table(result), as_json)
+
+
+_OPTIONS_OF = {
+    None: {"pairs", "gallery", "flip", "run_dir", "bootstrap"},
+    "groups": {"reference", "at_fpr", "flip", "bootstrap"},
+}
+"""Options of ``evaluate`` that go with one of its kinds of evaluation, by the option that asks for the kind."""
+
+
+def _check_options(kind: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse what would be passed over."""
+    for name in (name for name, value in options.items() if value and name not in _OPTIONS_OF[kind]):
+        option = f"--{name.replace('_', '-')}"
+        if kind is not None:
+            raise ConfigError(f"{option} does not go with --{kind}: leave one of them out")
+        kinds = " or ".join(f"--{each}" for each, names in _OPTIONS_OF.items() if each and name in names)
+        raise ConfigError(f"{option} goes with {kinds}: give that as well, or leave {option} out")
 
 
 @click.command(

@@ -37,6 +37,7 @@ _NEEDED = ("teacher", "student", "file", "images")
 @click.option("--fpr", default="1e-3", help="FPR at which changed verdicts are looked for.")
 @click.option("--faces/--no-faces", default=True, help="Show faces, which are personal data.")
 @click.option("--latency-runs", type=int, default=40, help="Timed calls of each file; 0 for none.")
+@click.option("--bootstrap", type=int, default=200, help="Replicates for the curves' confidence; 0 for none.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Page to write (.html).")
 @json_option
 def report(
@@ -44,6 +45,7 @@ def report(
     fpr: str,
     faces: bool,
     latency_runs: int,
+    bootstrap: int,
     output: Path,
     as_json: bool,
     **fields: Any,
@@ -52,7 +54,7 @@ def report(
 
     RUN is a run folder of qface compress; without one, give --teacher, --student, --file and --images.
     """
-    data = qface.report(_record(run, fields), output, fpr, faces, latency_runs)
+    data = qface.report(_record(run, fields), output, fpr, faces, latency_runs, bootstrap=bootstrap)
     show(data.to_dict(), f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)", as_json)
 
 

@@ -35,7 +35,7 @@ from qface.deployment.inputs import (
 )
 from qface.deployment.integer_graph import IntegerGraph
 from qface.deployment.lowering import lower
-from qface.deployment.metadata import read_metadata
+from qface.deployment.metadata import EMBEDDING, UNIT_LENGTH, read_metadata
 from qface.deployment.nodes import OPSET
 from qface.deployment.onnx_writer import to_onnx
 from qface.deployment.runtime import OnnxEmbedder, providers_for
@@ -55,6 +55,7 @@ ACTIVATION_BITS = "activation_bits"
 """The metadata's key for the numbers of values that a file rounds to each number of bits."""
 
 _log = logging.getLogger("qface")
+_TINY = torch.finfo(torch.float32).tiny
 _QUOTED = 300  # characters of an error of torch or onnx, which can fill a page
 
 
@@ -65,6 +66,7 @@ def export(
     images: Images | None = None,
     input: str = FLOAT_INPUT,
     target: str = "cpu",
+    normalize: bool = False,
 ) -> Path:
     """Write ``model`` as an ONNX model with a dynamic batch, its preprocessing and provenance in the metadata.
 
@@ -86,6 +88,8 @@ def export(
             keep the integers of the weights but do not round activations: ``"cuda"`` computes in fp16, since
             onnxruntime has no integer convolution there, and ``"float32"`` in float32, for browsers, where that is
             faster than integers.
+        normalize: end with an L2 normalization in float32, so that embeddings have unit length and a dot product is
+            their cosine. The metadata say so under ``embedding``.
 
     Returns:
         The path.
@@ -106,10 +110,11 @@ def export(
     _check_target(target, model)
     crops, name = _verification_images(images)
     metadata = {"qface": __version__, "provenance": json.dumps(provenance_of(model)), "verified": name}
-    metadata |= {"input": input, "target": target}
+    metadata |= {"input": input, "target": target} | ({EMBEDDING: UNIT_LENGTH} if normalize else {})
     with replacing(path) as temporary:
         if is_quantized(model):
-            graph = with_input_dtype(input, lower(model))
+            lowered = lower(model)
+            graph = with_input_dtype(input, lowered.with_unit_length() if normalize else lowered)
             if target not in FLOAT_TARGETS:
                 _name_layers_near_ties(model)
                 metadata[ACTIVATION_BITS] = json.dumps(count_activation_bits(cast(fx.GraphModule, model)))
@@ -120,6 +125,7 @@ def export(
             tolerance = golden_tolerance(graph, target)
         else:
             network = copy.deepcopy(model).cpu().float().eval()  # that of a GPU in fp16 is checked on a CPU
+            network = _UnitLength(network).eval() if normalize else network
             _export_float(network, temporary, metadata)
             _check(temporary)
             _check_float(network, temporary, _compared(crops, preprocessing_of(network)))
@@ -209,6 +215,21 @@ def _check_float(network: nn.Module, file: Path, inputs: Tensor) -> None:
             f"onnxruntime computes something else than the network: cosines of {agreement.least_cosine:.6f} at the "
             "least; nothing was written. Does it do something by chance, or depend on values in Python?"
         )
+
+
+class _UnitLength(nn.Module):
+    """``network``, whose embeddings are divided by their Euclidean norms."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.preprocessing = preprocessing_of(network)
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.network(images)
+        # Not F.normalize, of which torch's exporter expands the norm and loses the embedding's length.
+        lengths: Tensor = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
+        return embeddings / lengths.clamp_min(_TINY)
 
 
 class _OfBytes(nn.Module):

@@ -7,7 +7,7 @@ to know what is deployed, reads this and never the student.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -370,3 +370,8 @@ class IntegerGraph:
         """The most bits of any weight; 0 where there are none."""
         weighted = (ConvolutionOp, LinearOp)
         return max((each.weight.bits for each in self.operations if isinstance(each, weighted)), default=0)
+
+    def with_unit_length(self) -> IntegerGraph:
+        """This graph, whose embedding is divided by its Euclidean norm, in float."""
+        normalize = L2NormalizeOp("unit_length", (self.embedding,), Value("embedding:unit_length"))
+        return replace(self, operations=(*self.operations, normalize), embedding=normalize.output)

@@ -10,7 +10,11 @@ import onnx
 from qface.files import replacing
 from qface.models.onnx_import.onnx_file import read_proto
 
-__all__ = ["add_metadata", "read_metadata"]
+__all__ = ["EMBEDDING", "UNIT_LENGTH", "add_metadata", "read_metadata"]
+
+EMBEDDING = "embedding"
+"""The key for the length of embeddings; a file without it has them as the network makes them."""
+UNIT_LENGTH = "unit length"
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from qface.evaluation.bootstrap import (
 )
 from qface.evaluation.embedding import Embedder, TorchEmbedder, as_embedder, embed
 from qface.evaluation.evaluate import EvaluationResult, ListedFigures, evaluate
+from qface.evaluation.groups import GroupsResult, evaluate_groups
 from qface.evaluation.identification import FPIRS, IdentificationResult, evaluate_identification
 from qface.evaluation.match_thresholds import MatchThresholds, match_thresholds, thresholds_of, write_thresholds
 from qface.evaluation.template_verification import TemplateProtocol, TemplateResult, evaluate_templates
@@ -33,6 +34,7 @@ __all__ = [
     "FPRS",
     "Embedder",
     "EvaluationResult",
+    "GroupsResult",
     "IdentificationResult",
     "Interval",
     "ListedFigures",
@@ -55,6 +57,7 @@ __all__ = [
     "equal_error_rate",
     "equal_error_rate_of_scores",
     "evaluate",
+    "evaluate_groups",
     "evaluate_identification",
     "evaluate_templates",
     "match_thresholds",

@@ -39,6 +39,8 @@ __all__ = [
     "bootstrap_tpr",
     "bootstrap_tpr_drop",
     "descending",
+    "each_draw",
+    "images_of",
 ]
 
 REPLICATES = 200
@@ -130,8 +132,8 @@ def bootstrap_tpr(
         >>> bootstrap_tpr(faces, np.repeat(np.arange(8), 2), ["0.5"])
         {'0.5': Interval(low=1.0, high=1.0)}
     """
-    draws = Draws(len(_images_of(labels)), replicates, seed, confidence)
-    tprs = _tprs(probes, labels, fprs, gallery, draws)
+    draws = Draws(len(images_of(labels)), replicates, seed, confidence)
+    tprs = each_draw(probes, labels, fprs, gallery, draws, WeighedPairs.tprs)
     return {fpr: None if values is None else draws.interval(values) for fpr, values in tprs.items()}
 
 
@@ -173,8 +175,9 @@ def bootstrap_tpr_drop(
         >>> bootstrap_tpr_drop(faces, faces, np.repeat(np.arange(8), 2), ["0.5"])["0.5"].upper
         0.0
     """
-    draws = Draws(len(_images_of(labels)), replicates, seed, confidence)
-    before, after = _tprs(reference, labels, fprs, None, draws), _tprs(probes, labels, fprs, gallery, draws)
+    draws = Draws(len(images_of(labels)), replicates, seed, confidence)
+    before = each_draw(reference, labels, fprs, None, draws, WeighedPairs.tprs)
+    after = each_draw(probes, labels, fprs, gallery, draws, WeighedPairs.tprs)
     return {fpr: _drop(before[fpr], after[fpr], draws) for fpr in fprs}
 
 
@@ -298,16 +301,35 @@ class Draws:
         return Interval(float(low), float(high))
 
 
-def _images_of(labels: npt.ArrayLike) -> Ints:
-    """Number of images of each person."""
+def images_of(labels: npt.ArrayLike) -> Ints:
+    """Number of images of each person, [people], in the order of labels."""
     return np.unique(np.asarray(labels), return_counts=True)[1].astype(np.int64)
 
 
-def _tprs(
-    probes: Scores, labels: npt.ArrayLike, fprs: Sequence[str], gallery: Scores | None, draws: Draws
+def each_draw(
+    probes: Scores,
+    labels: npt.ArrayLike,
+    fprs: Sequence[str],
+    gallery: Scores | None,
+    draws: Draws,
+    measure: Callable[..., Floats],
 ) -> dict[str, Floats | None]:
-    """The true-positive rates of all draws, [1 + replicates]; None where too few or too many impostors are accepted."""
-    scores, images_of = PairScores(probes, labels, gallery), _images_of(labels)
+    """What ``measure`` finds in each draw, at the threshold that the draw has for each of ``fprs``.
+
+    Args:
+        probes: float32 [images, dimensions], L2-normalized.
+        labels: [images], the identities.
+        fprs: rates as decimals; they are the keys of the result.
+        gallery: the same images embedded by another model; see :func:`qface.evaluation.tpr_at_fpr`.
+        draws: of the people.
+        measure: figures [rates, ...] of :class:`WeighedPairs`, weights of people and ``fprs``; infinite where the
+            threshold is below the impostors that are kept.
+
+    Returns:
+        Figures [1 + replicates, ...], first those of the people as they are; None where too few or too many impostors
+        are accepted.
+    """
+    scores, images = PairScores(probes, labels, gallery), images_of(labels)
     impostors = count_pairs(labels, scores.ordered)[1]
     ranks = {fpr: rank for fpr, rank in ranks_of(fprs, impostors).items() if rank is not None}
     wanted = [fpr for fpr, rank in ranks.items() if _with_margin(rank) <= _MOST_KEPT]
@@ -315,9 +337,9 @@ def _tprs(
     kept = min(most, _with_margin(max((ranks[fpr] for fpr in wanted), default=0)))
     found: dict[str, Floats | None] = dict.fromkeys(fprs)
     while wanted:
-        pairs = _kept_pairs(scores, kept, impostors, images_of)
-        table = draws.each(functools.partial(pairs.tprs, fprs=wanted))
-        suffices = [not np.isinf(column).any() for column in table.T]
+        pairs = _kept_pairs(scores, kept, impostors, images)
+        table = draws.each(functools.partial(measure, pairs, fprs=wanted))
+        suffices = [not np.isinf(table[:, at]).any() for at in range(len(wanted))]
         found |= {fpr: table[:, at] for at, fpr in enumerate(wanted) if suffices[at]}
         wanted = [fpr for at, fpr in enumerate(wanted) if not suffices[at] and kept < most]
         kept = min(2 * kept, most)
@@ -329,7 +351,7 @@ def _with_margin(rank: int) -> int:
     return rank + rank // 2 + 1000
 
 
-def _kept_pairs(scores: PairScores, kept: int, impostors: int, images_of: Ints) -> WeighedPairs:
+def _kept_pairs(scores: PairScores, kept: int, impostors: int, images: Ints) -> WeighedPairs:
     """All genuine scores, and the ``kept`` highest impostor scores, save those that equal the next one."""
     floor = float("-inf")
     if kept < impostors:
@@ -337,8 +359,8 @@ def _kept_pairs(scores: PairScores, kept: int, impostors: int, images_of: Ints) 
     genuine, highest = zip(*(scores.with_people(tile, floor) for tile in scores.tiles()), strict=True)
 
     def total(weights: Ints) -> int:
-        images = weights * images_of
-        ordered = int(images.sum()) ** 2 - int((images**2).sum())
+        drawn = weights * images
+        ordered = int(drawn.sum()) ** 2 - int((drawn**2).sum())
         return ordered if scores.ordered else ordered // 2
 
     return WeighedPairs(descending(genuine), descending(highest), total)

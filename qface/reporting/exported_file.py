@@ -10,7 +10,7 @@ from typing import Any
 from qface.deployment.export import ACTIVATION_BITS
 from qface.deployment.golden import GoldenValues, read_golden
 from qface.deployment.inputs import UINT8_INPUT
-from qface.deployment.metadata import read_metadata
+from qface.deployment.metadata import EMBEDDING, UNIT_LENGTH, read_metadata
 from qface.errors import CheckpointError, one_line
 from qface.evaluation.match_thresholds import MatchThresholds, thresholds_of
 from qface.limits import parse_json
@@ -83,6 +83,11 @@ class ExportedFile:
     def reads_bytes(self) -> bool:
         """True if it normalizes images itself."""
         return self.input == UINT8_INPUT
+
+    @property
+    def has_unit_length(self) -> bool:
+        """True if the file normalizes its embeddings."""
+        return self.metadata.get(EMBEDDING) == UNIT_LENGTH
 
     @property
     def quantized(self) -> Mapping[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qface.quantization.sensitivity import Sensitivity
 from qface.reporting.drawing import INK, LINES, check_figure, figure_class, new_figure, save_figure
-from qface.reporting.report.data import LayerSize, ModelFigures
+from qface.reporting.report.data import Curve, LayerSize, ModelFigures
 
 __all__ = [
     "check_figure",
@@ -30,6 +30,8 @@ def roc_figure(models: Sequence[ModelFigures]) -> Any:
     """True-positive over false-positive rates, the latter on a log axis."""
     figure, axes = new_figure()
     for model, color in zip(models, LINES, strict=False):
+        band = [(fpr, 100 * low, 100 * high) for fpr, low, high in _band(model.curve)]
+        _draw_band(axes, band, color)
         axes.plot(model.curve.fpr, [100 * tpr for tpr in model.curve.tpr], ".-", color=color, label=model.name)
     axes.set(xscale="log", xlabel="false-positive rate", ylabel="true-positive rate, %")
     _legend(figure)
@@ -42,10 +44,28 @@ def det_figure(models: Sequence[ModelFigures]) -> Any:
     for model, color in zip(models, LINES, strict=False):
         # A rate of zero has no place on a log axis.
         points = [(fpr, 1 - tpr) for fpr, tpr in zip(model.curve.fpr, model.curve.tpr, strict=True) if tpr < 1]
+        band = [(fpr, 1 - high, 1 - low) for fpr, low, high in _band(model.curve) if low < 1]
+        least = min((fnr for _, *rates in (*points, *band) for fnr in rates if fnr > 0), default=1.0)
+        _draw_band(axes, [(fpr, max(low, least), high) for fpr, low, high in band], color)
         axes.plot([fpr for fpr, _ in points], [fnr for _, fnr in points], ".-", color=color, label=model.name)
     axes.set(xscale="log", yscale="log", xlabel="false-positive rate", ylabel="false-negative rate")
     _legend(figure)
     return figure
+
+
+def _band(curve: Curve) -> list[tuple[float, float, float]]:
+    """False-positive rate, and lower and upper end of the true-positive rate, where the latter two are known."""
+    return [
+        (fpr, low, high)
+        for fpr, low, high in zip(curve.fpr, curve.low, curve.high, strict=True)
+        if low is not None and high is not None
+    ]
+
+
+def _draw_band(axes: Any, band: Sequence[tuple[float, float, float]], color: str) -> None:
+    """Fill what lies between the second and third numbers of ``band`` over the first."""
+    if band:
+        axes.fill_between(*zip(*band, strict=True), color=color, alpha=0.2, linewidth=0)
 
 
 def histogram_figure(model: ModelFigures, fpr: str) -> Any:

@@ -132,9 +132,10 @@ def _date() -> str:
 
 def _file(contents: ExportedFile) -> list[str]:
     height, width = contents.preprocessing.size
+    length = ", of unit length" if contents.has_unit_length else ""
     return [
         f"Input: `images`, {contents.input} [batch, 3, {height}, {width}]: {_preprocessing(contents)}.",
-        f"Output: `embedding`, float32 [batch, {contents.dimensions}].",
+        f"Output: `embedding`, float32 [batch, {contents.dimensions}]{length}.",
         *_precision(contents),
     ]
 
@@ -200,7 +201,7 @@ def _code(contents: ExportedFile) -> list[str]:
         f'    face = Image.open(path).convert("RGB"){_cropped(contents.preprocessing)}  # aligned to 112x112 pixels',
         f"    pixels = {_pixels(contents)}",
         '    (embedding,) = session.run(["embedding"], {"images": pixels.transpose(2, 0, 1)[None]})',
-        "    return embedding[0] / np.linalg.norm(embedding[0])",
+        "    return embedding[0]" + ("" if contents.has_unit_length else " / np.linalg.norm(embedding[0])"),
         "",
         'print(embed("one.png") @ embed("another.png"))  # the cosine',
     ]

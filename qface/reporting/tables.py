@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Group
@@ -16,6 +16,7 @@ from qface.deployment import Agreement, SizeReport
 from qface.deployment.latency import Latency
 from qface.evaluation import (
     EvaluationResult,
+    GroupsResult,
     IdentificationResult,
     Interval,
     ListedFigures,
@@ -24,6 +25,7 @@ from qface.evaluation import (
     TemplateResult,
     unmeasured,
 )
+from qface.evaluation.groups import Estimate, Gap, ModelGroups
 from qface.pruning import Cost
 from qface.quantization import QuantizationPlan
 from qface.quantization.sensitivity import Sensitivity
@@ -37,6 +39,7 @@ __all__ = [
     "demo_table",
     "description_table",
     "evaluation_table",
+    "groups_tables",
     "identification_table",
     "latency_table",
     "plan_table",
@@ -112,6 +115,72 @@ def identification_table(result: IdentificationResult) -> Table:
         notes.append(f"in brackets: 95 % confidence, {result.bootstrap} replicates over people")
     table.caption = escape("\n".join(notes))
     return table
+
+
+def groups_tables(result: GroupsResult) -> Group:
+    """The groups with their pairs, and error rates of the model beside those of the reference, a row a group."""
+    runtimes = " and ".join(dict.fromkeys(result.runtimes))
+    counts = Table(title=f"{result.images:,} images of {result.identities:,} people, {runtimes}")
+    for name in ("group", "people", "images", "genuine pairs", "impostor pairs"):
+        counts.add_column(name, justify="left" if name == "group" else "right", overflow="fold")
+    for group in result.groups:
+        numbers = (group.people, group.images, group.genuine_pairs, group.impostor_pairs)
+        counts.add_row(escape(group.name), *(f"{number:,}" for number in numbers))
+    notes = [f"reads {preprocessing}" for preprocessing in dict.fromkeys(result.preprocessing)]
+    if result.ungrouped:
+        notes.append(f"{result.ungrouped:,} people are in no group: they count for the threshold alone")
+    counts.caption = escape("\n".join(notes)) if notes else None
+    return Group(counts, _group_rates(result))
+
+
+def _group_rates(result: GroupsResult) -> Table:
+    models = {"": result.model} | ({} if result.reference is None else {"reference's ": result.reference})
+    thresholds = ", ".join(f"{name}threshold {model.threshold:.4f}" for name, model in models.items())
+    table = Table(title=f"FPR {result.at_fpr} over everybody: {thresholds}")
+    for name in ("group", *(f"{model}{rate}" for rate in ("FNMR, %", "FMR") for model in models)):
+        table.add_column(name, justify="left" if name == "group" else "right", overflow="fold")
+    for group in result.groups:
+        rates = [model.rates[group.name] for model in models.values()]
+        missed = [_estimate(each.fnmr, _hundredths, "too few") for each in rates]
+        table.add_row(escape(group.name), *missed, *(_estimate(each.fmr, "{:.1e}".format, "too few") for each in rates))
+    table.add_section()
+    differences = [_gap(model.fnmr_gap, "-", _hundredths) for model in models.values()]
+    table.add_row("gap", *differences, *(_gap(model.fmr_gap, "/", "{:.2f}".format) for model in models.values()))
+    if result.reference is not None:
+        added = _estimate(result.fnmr_gap_change, lambda share: f"{100 * share:+.2f}")
+        table.add_row("change of the gap", added, "", _estimate(result.fmr_gap_change, "x {:.2f}".format), "")
+    table.caption = escape("\n".join(_rate_notes(result, list(models.values())))) or None
+    return table
+
+
+def _rate_notes(result: GroupsResult, models: Sequence[ModelGroups]) -> list[str]:
+    notes = []
+    rates = [rate for model in models for each in model.rates.values() for rate in (each.fnmr, each.fmr)]
+    if any(rate.value is None for rate in rates):
+        needed = f"{result.genuine_needed:,} genuine pairs for FNMR, {result.impostors_needed:,} impostor pairs for FMR"
+        notes.append(f"too few: a group needs {needed}")
+    gaps = [model.fmr_gap for model in models if model.fmr_gap is not None]
+    unmatched = dict.fromkeys(gap.lowest for gap in gaps if gap.size.value is None)
+    if unmatched:
+        notes.append(f"no ratio of FMR, since no impostor pair is accepted in {', '.join(unmatched)}")
+    if result.bootstrap:
+        notes.append(f"in brackets: 95 % confidence, {result.bootstrap} replicates over people")
+    return notes
+
+
+def _gap(gap: Gap | None, sign: str, style: Callable[[float], str]) -> str:
+    return "-" if gap is None else f"{escape(gap.highest)} {sign} {escape(gap.lowest)}: {_estimate(gap.size, style)}"
+
+
+def _estimate(found: Estimate | None, style: Callable[[float], str], missing: str = "-") -> str:
+    if found is None or found.value is None:
+        return missing
+    interval = "" if found.interval is None else f" \\[{style(found.interval.low)}, {style(found.interval.high)}]"
+    return style(found.value) + interval
+
+
+def _hundredths(share: float) -> str:
+    return f"{100 * share:.2f}"
 
 
 def plan_table(plan: QuantizationPlan) -> Table:

@@ -264,6 +264,47 @@ print(json.dumps(result.to_dict()))
     assert qface.evaluate(tmp_path / "net.onnx", folder).images == 5
 
 
+# ---- embeddings of unit length
+
+
+@pytest.mark.parametrize("options", [{}, {"input": "uint8"}, {"target": "float32"}, {"target": "cuda"}], ids=str)
+def test_a_students_embeddings_get_unit_length(
+    options: dict[str, str], student: fx.GraphModule, tmp_path: Path
+) -> None:
+    plain = qface.export(student, tmp_path / "plain.onnx", **options)
+    path = qface.export(student, tmp_path / "unit.onnx", normalize=True, **options)
+    assert_unit_length(path, plain)
+    agreement = qface.verify(student, path, random_faces(8))
+    assert agreement.agrees and agreement.layers == qface.verify(student, plain, random_faces(8)).layers
+
+
+@pytest.mark.parametrize("input", ["float32", "uint8"])
+def test_a_float_networks_embeddings_get_unit_length(input: str, tmp_path: Path) -> None:
+    plain = qface.export(network(), tmp_path / "plain.onnx", input=input)
+    assert_unit_length(qface.export(network(), tmp_path / "unit.onnx", input=input, normalize=True), plain)
+
+
+def assert_unit_length(path: Path, plain: Path) -> None:
+    images = PREPROCESSING(random_faces(6, seed=2))
+    rows = OnnxEmbedder(path, threads=1)(images)
+    assert torch.allclose(rows.norm(dim=1), torch.ones(6), atol=1e-6)
+    assert torch.allclose(rows, F.normalize(OnnxEmbedder(plain, threads=1)(images)), atol=1e-6)
+    assert props(path)["embedding"] == "unit length" and "embedding" not in props(plain)
+    assert signature(path) == signature(plain)
+    assert Preprocessing.from_json(props(path)["preprocessing"]) == PREPROCESSING
+    assert qface.selftest(path).agrees
+
+
+@pytest.mark.parametrize("make", [tiny, network])
+def test_a_file_with_unit_length_loads(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    options = {"target": "float32"} if make is tiny else {}
+    path = qface.export(make(), tmp_path / "unit.onnx", normalize=True, **options)
+    images = PREPROCESSING(random_faces(6, seed=2))
+    with torch.no_grad():
+        rows = qface.load(path).eval()(images)
+    assert torch.allclose(rows, OnnxEmbedder(path, threads=1)(images), atol=1e-5)
+
+
 # ---- the file of a float network
 
 

@@ -8,6 +8,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -124,12 +125,13 @@ class Normalized(nn.Module):
         return F.normalize(self.network(x))
 
 
-FLOATS: dict[str, tuple[Callable[[], nn.Module], dict[str, str], float]] = {
+FLOATS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], float]] = {
     "float network": (network, {}, 0.999),
     "float network of bytes": (network, {"input": "uint8"}, 0.999),
     "fp16": (lambda: calibrated(network(), 6), {"target": "cuda"}, 0.999),
     "float32": (lambda: calibrated(network(), 6), {"target": "float32"}, 0.999),
     "float island": (lambda: calibrated(framed(lambda: Applied(F.gelu)), 8), {}, 0.95),
+    "length at the end": (lambda: calibrated(network(), 6), {"normalize": True}, 0.999999),
     "length": (lambda: calibrated(with_preprocessing(Normalized().eval(), PREPROCESSING), 6), {}, 0.999999),
 }
 

@@ -36,10 +36,12 @@ def exported(path: Path, bits: int = 6, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("bits", "options"), [(6, {}), (6, {"input": "uint8"}), (8, {}), (4, {"target": "float32"})], ids=str
+    ("bits", "options"),
+    [(6, {}), (6, {"input": "uint8"}), (8, {}), (4, {"target": "float32"}), (6, {"normalize": True})],
+    ids=str,
 )
 def test_the_code_of_a_card_gives_the_embeddings_of_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, options: dict[str, str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, options: dict[str, Any]
 ) -> None:
     file = exported(tmp_path / "student.onnx", bits, **options)
     faces = random_faces(2, seed=1)
@@ -79,6 +81,13 @@ def test_a_float_networks_card_says_nothing_of_bits(tmp_path: Path) -> None:
     assert "quantized" not in card and "Bits:" not in card and "Exported as it was loaded" in card
 
 
+def test_a_card_says_where_embeddings_have_unit_length(tmp_path: Path) -> None:
+    card = qface.model_card(exported(tmp_path / "unit.onnx", normalize=True))
+    assert "float32 [batch, 16], of unit length." in card and "linalg.norm" not in card
+    plain = qface.model_card(exported(tmp_path / "plain.onnx"))
+    assert "unit length" not in plain and "linalg.norm" in plain
+
+
 def test_thresholds_and_given_figures_are_listed(tmp_path: Path) -> None:
     file = exported(tmp_path / "student.onnx")
     assert "None were measured" in qface.model_card(file)
@@ -112,8 +121,9 @@ def test_the_command_export_writes_the_card_beside_the_file(tmp_path: Path) -> N
     card = tmp_path / "net.md"
     assert CliRunner().invoke(main, [*command, "--no-card"]).exit_code == 0
     assert not card.exists()
-    result = CliRunner().invoke(main, command)
+    result = CliRunner().invoke(main, [*command, "--normalize"])
     assert result.exit_code == 0 and str(card) in result.output
+    assert "of unit length" in card.read_text(encoding="utf-8")
     assert card.read_text(encoding="utf-8") == qface.model_card(tmp_path / "net.onnx")
     card.write_text("filled in by hand", encoding="utf-8")
     result = CliRunner().invoke(main, command)

@@ -21,11 +21,15 @@ class Curve:
         fpr: false-positive rates, 0..1.
         tpr: true-positive rates, 0..1.
         threshold: the cosines above which a pair is accepted.
+        low: lower ends of the 95 % confidence intervals of ``tpr``, by bootstrap over people; None where there is none.
+        high: upper ends, likewise.
     """
 
     fpr: tuple[float, ...]
     tpr: tuple[float, ...]
     threshold: tuple[float, ...]
+    low: tuple[float | None, ...]
+    high: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class ReportData:
         changes: verdicts that changed; None if the rate cannot be measured.
         trials: what ``qface compress`` tried.
         stopped: why it ended.
+        bootstrap: replicates that the intervals of the curves come from; 0 for none.
     """
 
     version: str
@@ -155,6 +160,7 @@ class ReportData:
     changes: Changes | None
     trials: tuple[Mapping[str, Any], ...]
     stopped: str | None
+    bootstrap: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

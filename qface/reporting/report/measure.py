@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from qface._version import __version__
+from qface.checks import check_whole
 from qface.compression.run_record import RunRecord
 from qface.data.folders import ImageFolder
 from qface.data.images import Labels, labels_of
@@ -23,11 +24,12 @@ from qface.data.subset import Subset
 from qface.deployment import Agreement, export, measure_size, verify
 from qface.deployment.latency import compare, open_file
 from qface.errors import ConfigError, ImagesError, one_line
+from qface.evaluation.bootstrap import REPLICATES, Interval, bootstrap_tpr
 from qface.evaluation.embedding import Embedder, Embeddings, as_embedder, embed
 from qface.evaluation.evaluate import listed_cosines
 from qface.evaluation.score_histogram import score_histogram
 from qface.evaluation.verdicts import VerdictChange, Verifier, verdict_changes
-from qface.evaluation.verification import FPRS, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
+from qface.evaluation.verification import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.files import temporary_folder
 from qface.limits import named, parse_json
 from qface.models.resolve import load_file, resolve_model
@@ -39,6 +41,8 @@ from qface.reporting.steps import steps_in_words
 __all__ = ["ReportSettings", "measure_report"]
 
 _RATES = tuple(f"{digit}e-{power}" for power in range(1, 7) for digit in (5, 2, 1))
+_RATES_WITH_CONFIDENCE = tuple(rate for rate in _RATES if float(rate) <= float(FPRS[0]))
+"""Larger ones take most of the time, as many impostors as they accept, and their intervals are narrow."""
 _VERIFIED = 128
 
 
@@ -51,14 +55,17 @@ class ReportSettings:
         faces: True to put pictures of faces into the page.
         latency_runs: timed calls of each file; 0 leaves latency out.
         progress: show the stages on stderr.
+        bootstrap: replicates for the confidence of the curves, over people; 0 leaves it out.
     """
 
     fpr: str = "1e-3"
     faces: bool = True
     latency_runs: int = 40
     progress: bool = False
+    bootstrap: int = REPLICATES
 
     def __post_init__(self) -> None:
+        check_whole(0, bootstrap=self.bootstrap)
         if self.fpr not in FPRS:
             raise ConfigError(f"fpr {self.fpr!r} is none of {', '.join(FPRS)}")
         if self.latency_runs < 0:
@@ -78,7 +85,7 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
     student = load_file(Path(run.student))
     found = [embed(each, faces.folder, progress=settings.progress) for each in (teacher, file)]
     models = tuple(
-        _figures(name, embedder, embeddings, faces)
+        _figures(name, embedder, embeddings, faces, settings.bootstrap)
         for name, embedder, embeddings in zip(("teacher", "file"), (teacher, file), found, strict=True)
     )
     teacher_bytes, latency = _latency(run, network, settings.latency_runs)
@@ -108,6 +115,7 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
         changes=_changes(models, found, faces, settings),
         trials=run.trials,
         stopped=run.stopped,
+        bootstrap=settings.bootstrap,
     )
 
 
@@ -136,13 +144,11 @@ def _is_onnx(model: str) -> bool:
     return model.lower().endswith(".onnx")
 
 
-def _figures(name: str, embedder: Embedder, embeddings: Embeddings, faces: _Faces) -> ModelFigures:
+def _figures(name: str, embedder: Embedder, embeddings: Embeddings, faces: _Faces, replicates: int) -> ModelFigures:
     points = tpr_at_fpr(embeddings, faces.labels, _RATES)
-    measured = [
-        (float(fpr), each.tpr, each.threshold)
-        for fpr, each in points.items()
-        if each.tpr is not None and each.threshold is not None
-    ]
+    intervals: dict[str, Interval | None] = {}
+    if replicates:
+        intervals = bootstrap_tpr(embeddings, faces.labels, _RATES_WITH_CONFIDENCE, replicates=replicates)
     listed = faces.listed
     accuracy = (
         None
@@ -158,9 +164,19 @@ def _figures(name: str, embedder: Embedder, embeddings: Embeddings, faces: _Face
         thresholds={fpr: points[fpr].threshold for fpr in FPRS},
         accuracy=None if accuracy is None else accuracy[0],
         accuracy_std=None if accuracy is None else accuracy[1],
-        curve=Curve(*(tuple(column) for column in zip(*measured, strict=True))) if measured else Curve((), (), ()),
+        curve=_curve(points, intervals),
         histogram=score_histogram(embeddings, faces.labels),
     )
+
+
+def _curve(points: Mapping[str, OperatingPoint], intervals: Mapping[str, Interval | None]) -> Curve:
+    measured = []
+    for fpr, point in points.items():
+        if point.tpr is not None and point.threshold is not None:
+            interval = intervals.get(fpr)
+            ends = (None, None) if interval is None else (interval.low, interval.high)
+            measured.append((float(fpr), point.tpr, point.threshold, *ends))
+    return Curve(*zip(*measured, strict=True)) if measured else Curve((), (), (), (), ())
 
 
 def _latency(run: RunRecord, network: nn.Module | None, runs: int) -> tuple[int | None, tuple[Mapping[str, Any], ...]]:

@@ -10,7 +10,7 @@ from qface.errors import DependencyError
 from qface.quantization.sensitivity import Sensitivity
 from qface.reporting import figures
 from qface.reporting.drawing import figure_class, inline_svg
-from qface.reporting.report.data import ModelFigures, ReportData
+from qface.reporting.report.data import Curve, ModelFigures, ReportData
 from qface.reporting.tables import percent
 
 __all__ = ["check_page", "report_page"]
@@ -109,10 +109,18 @@ def _number(value: float | None) -> str:
 
 
 def _curve_table(models: Sequence[ModelFigures], caption: str) -> Table:
-    found = [dict(zip(model.curve.fpr, model.curve.tpr, strict=True)) for model in models]
+    found = [_rates_by_fpr(model.curve) for model in models]
     rates = sorted(set().union(*found))
-    rows = ((f"{fpr:g}", *(percent(curve.get(fpr)) for curve in found)) for fpr in rates)
+    rows = ((f"{fpr:g}", *(curve.get(fpr, "-") for curve in found)) for fpr in rates)
     return Table(caption, ("FPR", *(f"TPR, {model.name}" for model in models)), tuple(rows))
+
+
+def _rates_by_fpr(curve: Curve) -> dict[float, str]:
+    """Each true-positive rate with its interval, by false-positive rate."""
+    ends = zip(curve.low, curve.high, strict=True)
+    brackets = ("" if low is None or high is None else f" [{100 * low:.2f}, {100 * high:.2f}]" for low, high in ends)
+    rates = (f"{percent(tpr)}{bracket}" for tpr, bracket in zip(curve.tpr, brackets, strict=True))
+    return dict(zip(curve.fpr, rates, strict=True))
 
 
 def _roc(models: Sequence[ModelFigures]) -> Figure:

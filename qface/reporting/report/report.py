@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qface.compression.run_record import RunRecord
+from qface.evaluation.bootstrap import REPLICATES
 from qface.files import check_folder, replacing
 from qface.reporting.report.data import ReportData
 from qface.reporting.report.measure import ReportSettings, measure_report
@@ -20,6 +21,7 @@ def report(
     faces: bool = True,
     latency_runs: int = 40,
     progress: bool = False,
+    bootstrap: int = REPLICATES,
 ) -> ReportData:
     """Measure one compression, and write a page that shows it and loads nothing.
 
@@ -30,6 +32,7 @@ def report(
         faces: True to show the faces whose verdict changed most, at most a dozen pairs. They are personal data.
         latency_runs: timed calls of each file; 0 leaves latency out, and the same models and faces give the same bytes.
         progress: show bars on stderr.
+        bootstrap: replicates for 95 % confidence bands of ROC and DET, over people; 0 leaves them out.
 
     Returns:
         The figures of the page.
@@ -45,7 +48,7 @@ def report(
         >>> qface.report(record, "report.html").agreement["agrees"]  # doctest: +SKIP
         True
     """
-    settings = ReportSettings(fpr, faces, latency_runs, progress)
+    settings = ReportSettings(fpr, faces, latency_runs, progress, bootstrap)
     check_page()
     check_folder(output)
     data = measure_report(run if isinstance(run, RunRecord) else RunRecord.read(run), settings)
