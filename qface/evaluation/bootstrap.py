@@ -144,6 +144,7 @@ def bootstrap_tpr_drop(
     seed: int = 0,
     confidence: float = CONFIDENCE,
     gallery: Scores | None = None,
+    reference_gallery: Scores | None = None,
 ) -> dict[str, TprDrop | None]:
     """The TPR that ``probes`` lose against ``reference``, with its confidence over people.
 
@@ -159,6 +160,7 @@ def bootstrap_tpr_drop(
         seed: of the draws.
         confidence: of interval and bound, between 0 and 1.
         gallery: what ``probes`` are compared with in place of themselves, such as the reference's embeddings.
+        reference_gallery: likewise of ``reference``.
 
     Returns:
         None for a rate that :func:`bootstrap_tpr` does not measure.
@@ -174,7 +176,8 @@ def bootstrap_tpr_drop(
         0.0
     """
     draws = Draws(len(_images_of(labels)), replicates, seed, confidence)
-    before, after = _tprs(reference, labels, fprs, None, draws), _tprs(probes, labels, fprs, gallery, draws)
+    before = _tprs(reference, labels, fprs, reference_gallery, draws)
+    after = _tprs(probes, labels, fprs, gallery, draws)
     return {fpr: _drop(before[fpr], after[fpr], draws) for fpr in fprs}
 
 
