@@ -15,6 +15,7 @@ from qface._version import __version__
 
 __all__ = [
     "AlignmentReport",
+    "AugmentationConfig",
     "Budget",
     "CompressConfig",
     "Compression",
@@ -34,6 +35,7 @@ __all__ = [
     "SelfTest",
     "Sensitivity",
     "SizeReport",
+    "StressResult",
     "TemplateResult",
     "__version__",
     "align",
@@ -43,6 +45,7 @@ __all__ = [
     "distill",
     "evaluate",
     "evaluate_identification",
+    "evaluate_stress",
     "evaluate_templates",
     "export",
     "inspect",

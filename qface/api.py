@@ -2,6 +2,7 @@
 
 from qface.compression import CompressConfig, Compression, CompressionTarget, compress
 from qface.compression.run_record import RunRecord
+from qface.data.augmentation import AugmentationConfig
 from qface.data.crops import AlignmentReport, align
 from qface.data.pair_drawing import make_pairs
 from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
@@ -13,9 +14,11 @@ from qface.evaluation import (
     IdentificationResult,
     MatchThresholds,
     OperatingThresholds,
+    StressResult,
     TemplateResult,
     evaluate,
     evaluate_identification,
+    evaluate_stress,
     evaluate_templates,
     match_thresholds,
     operating_thresholds,
@@ -32,6 +35,7 @@ from qface.reporting.report.report import report
 
 __all__ = [
     "AlignmentReport",
+    "AugmentationConfig",
     "Budget",
     "CompressConfig",
     "Compression",
@@ -51,6 +55,7 @@ __all__ = [
     "SelfTest",
     "Sensitivity",
     "SizeReport",
+    "StressResult",
     "TemplateResult",
     "align",
     "allocate_bits",
@@ -59,6 +64,7 @@ __all__ = [
     "distill",
     "evaluate",
     "evaluate_identification",
+    "evaluate_stress",
     "evaluate_templates",
     "export",
     "inspect",

@@ -10,6 +10,7 @@ import click
 import qface
 from qface.cli.command import Command, embedder, note, show
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
+from qface.errors import ConfigError
 from qface.evaluation import TemplateProtocol
 from qface.evaluation.match_thresholds import DEVICE_FPRS
 from qface.models.resolve import resolve_model
@@ -18,6 +19,7 @@ from qface.reporting import (
     identification_table,
     sensitivity_figure,
     sensitivity_tables,
+    stress_table,
     templates_table,
     thresholds_table,
 )
@@ -41,6 +43,10 @@ __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
 @click.option(
     "--bootstrap", type=int, default=0, show_default=True, help="Replicates for 95 % confidence intervals, over people."
 )
+@click.option(
+    "--stress", is_flag=True, help="Measure changed faces instead: ill aligned, turned, small, blurred, dark, covered."
+)
+@click.option("--reference", help="Of --stress: another model, such as the float network, to compare MODEL with.")
 @preprocessing_options
 @json_option
 def evaluate(
@@ -52,10 +58,23 @@ def evaluate(
     flip: bool,
     run_dir: Path | None,
     bootstrap: int,
+    stress: bool,
+    reference: str | None,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
+    if stress:
+        if gallery is not None or flip:
+            raise ConfigError("--stress compares changed faces with faces as they are: leave out --gallery and --flip")
+        other = None if reference is None else embedder(reference)
+        found = qface.evaluate_stress(
+            embedder(model, preprocessing), images, pairs, identities, other, bootstrap=bootstrap, run_dir=run_dir
+        )
+        show(found.to_dict(), stress_table(found), as_json)
+        return
+    if reference is not None:
+        raise ConfigError("--reference is of --stress: give that as well")
     result = qface.evaluate(
         embedder(model, preprocessing),
         images,

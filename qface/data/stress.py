@@ -58,9 +58,7 @@ class StressedImages(IndexedImages):
         """The images at ``indices``, changed."""
         images = self._source.read(indices)
         if images.dtype != torch.uint8:
-            raise ImagesError(
-                "the stress protocol changes pixels: pass bytes (uint8) or a folder, not normalized floats"
-            )
+            raise ImagesError("stress conditions change bytes: pass a folder or uint8 images, not normalized floats")
         pixels = images.cpu().permute(0, 2, 3, 1).numpy()
         change, kind = STRESS_CONDITIONS[self._condition], zlib.crc32(self._condition.encode())
         changed = [

@@ -12,6 +12,7 @@ from qface.evaluation.embedding import Embedder, TorchEmbedder, as_embedder, emb
 from qface.evaluation.evaluate import EvaluationResult, ListedFigures, evaluate
 from qface.evaluation.identification import FPIRS, IdentificationResult, evaluate_identification
 from qface.evaluation.match_thresholds import MatchThresholds, match_thresholds, thresholds_of, write_thresholds
+from qface.evaluation.stress_evaluation import STRESS_FPRS, StressFigures, StressResult, evaluate_stress
 from qface.evaluation.template_verification import TemplateProtocol, TemplateResult, evaluate_templates
 from qface.evaluation.thresholds import OperatingThresholds, PairingThreshold, operating_thresholds
 from qface.evaluation.verification import (
@@ -31,6 +32,7 @@ from qface.evaluation.verification import (
 __all__ = [
     "FPIRS",
     "FPRS",
+    "STRESS_FPRS",
     "Embedder",
     "EvaluationResult",
     "IdentificationResult",
@@ -42,6 +44,8 @@ __all__ = [
     "PairIntervals",
     "PairingThreshold",
     "Rates",
+    "StressFigures",
+    "StressResult",
     "TemplateProtocol",
     "TemplateResult",
     "TorchEmbedder",
@@ -56,6 +60,7 @@ __all__ = [
     "equal_error_rate_of_scores",
     "evaluate",
     "evaluate_identification",
+    "evaluate_stress",
     "evaluate_templates",
     "match_thresholds",
     "operating_thresholds",
