@@ -15,6 +15,7 @@ from qface._version import __version__
 
 __all__ = [
     "AlignmentReport",
+    "AugmentationConfig",
     "Budget",
     "CompressConfig",
     "Compression",
@@ -35,6 +36,7 @@ __all__ = [
     "SelfTest",
     "Sensitivity",
     "SizeReport",
+    "StressResult",
     "TemplateResult",
     "__version__",
     "align",
@@ -45,6 +47,7 @@ __all__ = [
     "evaluate",
     "evaluate_groups",
     "evaluate_identification",
+    "evaluate_stress",
     "evaluate_templates",
     "export",
     "inspect",

@@ -2,6 +2,7 @@
 
 from qface.compression import CompressConfig, Compression, CompressionTarget, compress
 from qface.compression.run_record import RunRecord
+from qface.data.augmentation import AugmentationConfig
 from qface.data.crops import AlignmentReport, align
 from qface.data.pair_drawing import make_pairs
 from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
@@ -14,10 +15,12 @@ from qface.evaluation import (
     IdentificationResult,
     MatchThresholds,
     OperatingThresholds,
+    StressResult,
     TemplateResult,
     evaluate,
     evaluate_groups,
     evaluate_identification,
+    evaluate_stress,
     evaluate_templates,
     match_thresholds,
     operating_thresholds,
@@ -34,6 +37,7 @@ from qface.reporting.report.report import report
 
 __all__ = [
     "AlignmentReport",
+    "AugmentationConfig",
     "Budget",
     "CompressConfig",
     "Compression",
@@ -54,6 +58,7 @@ __all__ = [
     "SelfTest",
     "Sensitivity",
     "SizeReport",
+    "StressResult",
     "TemplateResult",
     "align",
     "allocate_bits",
@@ -63,6 +68,7 @@ __all__ = [
     "evaluate",
     "evaluate_groups",
     "evaluate_identification",
+    "evaluate_stress",
     "evaluate_templates",
     "export",
     "inspect",

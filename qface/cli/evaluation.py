@@ -47,7 +47,14 @@ __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
     type=FilePath,
     help="File of lines person,group: measure each group, and the gaps between.  [default: none]",
 )
-@click.option("--reference", help="With --groups: another model, such as the float network.  [default: none]")
+@click.option(
+    "--stress",
+    is_flag=True,
+    help="Measure changed faces against unchanged ones: ill aligned, turned, small, blurred, dark, covered.",
+)
+@click.option(
+    "--reference", help="With --groups or --stress: another model, such as the float network.  [default: none]"
+)
 @click.option("--at-fpr", help="With --groups: FPR over everybody that sets the threshold.  [default: 1e-3]")
 @preprocessing_options
 @json_option
@@ -61,25 +68,29 @@ def evaluate(
     run_dir: Path | None,
     bootstrap: int,
     groups: Path | None,
+    stress: bool,
     reference: str | None,
     at_fpr: str | None,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
-    from qface.reporting import evaluation_table, groups_tables
+    from qface.reporting import evaluation_table, groups_tables, stress_table
 
     given = {"pairs": pairs, "gallery": gallery, "flip": flip, "run_dir": run_dir, "bootstrap": bootstrap}
-    _check_options("groups" if groups else None, given | {"reference": reference, "at_fpr": at_fpr})
+    given |= {"groups": groups, "stress": stress, "reference": reference, "at_fpr": at_fpr}
+    _check_options("groups" if groups else "stress" if stress else None, given)
+    chosen, other = embedder(model, preprocessing), embedder(reference) if reference else None
     if groups is not None:
-        other = embedder(reference) if reference else None
-        compared = qface.evaluate_groups(
-            embedder(model, preprocessing), images, groups, other, at_fpr or "1e-3", identities, bootstrap, flip
-        )
+        compared = qface.evaluate_groups(chosen, images, groups, other, at_fpr or "1e-3", identities, bootstrap, flip)
         show(compared.to_dict(), groups_tables(compared), as_json)
         return
+    if stress:
+        changed = qface.evaluate_stress(chosen, images, pairs, identities, other, bootstrap=bootstrap, run_dir=run_dir)
+        show(changed.to_dict(), stress_table(changed), as_json)
+        return
     result = qface.evaluate(
-        embedder(model, preprocessing),
+        chosen,
         images,
         pairs=pairs,
         identities=identities,
@@ -93,7 +104,8 @@ def evaluate(
 
 _OPTIONS_OF = {
     None: {"pairs", "gallery", "flip", "run_dir", "bootstrap"},
-    "groups": {"reference", "at_fpr", "flip", "bootstrap"},
+    "groups": {"groups", "reference", "at_fpr", "flip", "bootstrap"},
+    "stress": {"stress", "reference", "pairs", "run_dir", "bootstrap"},
 }
 """Options of ``evaluate`` that go with one of its kinds of evaluation, by the option that asks for the kind."""
 

@@ -145,7 +145,12 @@ training_options = _options(
         default="float32",
         help="What is multiplied in: bf16 is faster for large networks, on GPUs and on CPUs with AMX.",
     ),
-    click.option("--seed", type=int, default=0, help="Seed of batches and flips."),
+    click.option(
+        "--augment/--no-augment",
+        default=None,
+        help="Also show faces turned, ill aligned, small, blurred, dark and covered.  [default: the recipe's]",
+    ),
+    click.option("--seed", type=int, default=0, help="Seed of batches, flips and changes of faces."),
     click.option("--device", help="Where to train.  [default: cuda where there is one, else cpu]"),
     click.option("--run-dir", type=FilePath, help="Folder for checkpoints and the log.  [default: none are kept]"),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint in --run-dir."),
@@ -191,7 +196,9 @@ PRUNING_FIELDS = (
 )
 
 
-def distill_config(recipe: str, **settings: Any) -> qface.DistillConfig:
+def distill_config(recipe: str, augment: bool | None = None, **settings: Any) -> qface.DistillConfig:
     """The recipe's settings, and in their place those that were given."""
     base = qface.DistillConfig.paper() if recipe == "paper" else qface.DistillConfig()
+    if augment is not None:
+        base = replace(base, augmentation=qface.AugmentationConfig() if augment else None)
     return replace(base, **{name: value for name, value in settings.items() if value is not None})

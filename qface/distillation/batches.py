@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qface.data.augmentation import augmented
 from qface.data.images import ImageSource, IndexedImages, LoaderImages, batch_of, identity_labels, length_of
 from qface.data.sample import evenly
 from qface.distillation.batch_sampler import PairSampler, flips
@@ -88,9 +89,12 @@ class _IndexedBatches(Batches):
             yield self._read(indices, step)
 
     def _read(self, indices: list[int], step: int) -> Batch:
-        images = self._source.read(indices[self._share])
+        # One more than this process's share: the last image, too, may be mixed with the one after it.
+        places = [place % len(indices) for place in range(self._share.start, self._share.stop + 1)]
+        images = self._source.read([indices[place] for place in places])
         if self._config.horizontal_flip:
-            images = _flipped(images, flips(len(indices), self._config.seed, step)[self._share])
+            images = _flipped(images, flips(len(indices), self._config.seed, step)[places])
+        images = _augmented(images[:-1], images[1:], self._config, step, self._share.start)
         labels = self._source.labels
         return Batch(images, None if labels is None else labels[torch.tensor(indices, device=labels.device)])
 
@@ -122,7 +126,7 @@ class _LoaderBatches(Batches):
         for step, (images, labels) in enumerate(islice(self._batches(), start, None), start):
             if self._config.horizontal_flip:
                 images = _flipped(images, flips(len(images), self._config.seed, step))
-            yield Batch(images, labels)
+            yield Batch(_augmented(images, images.roll(-1, 0), self._config, step, 0), labels)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         while True:
@@ -161,3 +165,9 @@ def _images_and_labels(item: Any) -> tuple[Tensor, Tensor | None]:
 
 def _flipped(images: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+
+
+def _augmented(images: Tensor, mates: Tensor, config: DistillConfig, step: int, first: int) -> Tensor:
+    if config.augmentation is None or images.dtype != torch.uint8:
+        return images
+    return augmented(images, mates, config.augmentation, config.seed, step, first)

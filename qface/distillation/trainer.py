@@ -204,6 +204,8 @@ class _Trainer:
         self.memory_format = fastest_memory_format(
             examples[:1].to(parallel.device), partial(self._embed, student), partial(self._embed, self.teacher)
         )
+        if config.augmentation is not None and examples.dtype != torch.uint8:
+            _LOGGER.warning("images that are normalized already are not augmented: pass bytes (uint8), or a folder")
         found, wanted, features = self._compare(examples)
         objective = Objective(config, found.shape[1], wanted.shape[1], batches.num_identities, features)
         self.objective = objective.to(parallel.device, found.dtype)

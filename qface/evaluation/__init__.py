@@ -13,6 +13,7 @@ from qface.evaluation.evaluate import EvaluationResult, ListedFigures, evaluate
 from qface.evaluation.groups import GroupsResult, evaluate_groups
 from qface.evaluation.identification import FPIRS, IdentificationResult, evaluate_identification
 from qface.evaluation.match_thresholds import MatchThresholds, match_thresholds, thresholds_of, write_thresholds
+from qface.evaluation.stress_evaluation import STRESS_FPRS, StressFigures, StressResult, evaluate_stress
 from qface.evaluation.template_verification import TemplateProtocol, TemplateResult, evaluate_templates
 from qface.evaluation.thresholds import OperatingThresholds, PairingThreshold, operating_thresholds
 from qface.evaluation.verification import (
@@ -32,6 +33,7 @@ from qface.evaluation.verification import (
 __all__ = [
     "FPIRS",
     "FPRS",
+    "STRESS_FPRS",
     "Embedder",
     "EvaluationResult",
     "GroupsResult",
@@ -44,6 +46,8 @@ __all__ = [
     "PairIntervals",
     "PairingThreshold",
     "Rates",
+    "StressFigures",
+    "StressResult",
     "TemplateProtocol",
     "TemplateResult",
     "TorchEmbedder",
@@ -59,6 +63,7 @@ __all__ = [
     "evaluate",
     "evaluate_groups",
     "evaluate_identification",
+    "evaluate_stress",
     "evaluate_templates",
     "match_thresholds",
     "operating_thresholds",

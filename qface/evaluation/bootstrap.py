@@ -146,6 +146,7 @@ def bootstrap_tpr_drop(
     seed: int = 0,
     confidence: float = CONFIDENCE,
     gallery: Scores | None = None,
+    reference_gallery: Scores | None = None,
 ) -> dict[str, TprDrop | None]:
     """The TPR that ``probes`` lose against ``reference``, with its confidence over people.
 
@@ -161,6 +162,7 @@ def bootstrap_tpr_drop(
         seed: of the draws.
         confidence: of interval and bound, between 0 and 1.
         gallery: what ``probes`` are compared with in place of themselves, such as the reference's embeddings.
+        reference_gallery: likewise of ``reference``.
 
     Returns:
         None for a rate that :func:`bootstrap_tpr` does not measure.
@@ -176,7 +178,7 @@ def bootstrap_tpr_drop(
         0.0
     """
     draws = Draws(len(images_of(labels)), replicates, seed, confidence)
-    before = each_draw(reference, labels, fprs, None, draws, WeighedPairs.tprs)
+    before = each_draw(reference, labels, fprs, reference_gallery, draws, WeighedPairs.tprs)
     after = each_draw(probes, labels, fprs, gallery, draws, WeighedPairs.tprs)
     return {fpr: _drop(before[fpr], after[fpr], draws) for fpr in fprs}
 

@@ -12,6 +12,7 @@ from qface.reporting.tables import (
     latency_table,
     plan_table,
     sensitivity_tables,
+    stress_table,
     templates_table,
     thresholds_table,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "plan_table",
     "sensitivity_figure",
     "sensitivity_tables",
+    "stress_table",
     "templates_table",
     "thresholds_table",
 ]

@@ -15,6 +15,7 @@ from qface.demo import DemoReport
 from qface.deployment import Agreement, SizeReport
 from qface.deployment.latency import Latency
 from qface.evaluation import (
+    STRESS_FPRS,
     EvaluationResult,
     GroupsResult,
     IdentificationResult,
@@ -22,6 +23,8 @@ from qface.evaluation import (
     ListedFigures,
     OperatingThresholds,
     Rates,
+    StressFigures,
+    StressResult,
     TemplateResult,
     unmeasured,
 )
@@ -45,6 +48,7 @@ __all__ = [
     "plan_table",
     "sensitivity_tables",
     "size_tables",
+    "stress_table",
     "templates_table",
     "thresholds_table",
 ]
@@ -181,6 +185,35 @@ def _estimate(found: Estimate | None, style: Callable[[float], str], missing: st
 
 def _hundredths(share: float) -> str:
     return f"{100 * share:.2f}"
+
+
+def stress_table(result: StressResult) -> Table:
+    """What a model recognizes under each condition, and what it loses against a reference."""
+    compared = bool(result.figures[0].reference_tpr_at_fpr)
+    table = Table(title=f"{result.images:,} images of {result.identities:,} people", box=box.SIMPLE)
+    table.add_column("condition")
+    figures = [*(f"TPR at {fpr}" for fpr in STRESS_FPRS), "accuracy"]
+    for name in [*figures, *([f"lost: {figure}" for figure in figures] if compared else [])]:
+        table.add_column(name, justify="right")
+    for each in result.figures:
+        found = [*each.tpr_at_fpr.values(), each.accuracy]
+        table.add_row(each.condition, *map(percent, found), *(_losses(each, found) if compared else []))
+    notes = ["changed faces meet faces as they are; percent"]
+    if result.bootstrap:
+        notes.append(f"in brackets: at most, with 95 % confidence, {result.bootstrap} replicates over people")
+    table.caption = escape("\n".join(notes))
+    return table
+
+
+def _losses(figures: StressFigures, found: Sequence[float | None]) -> list[str]:
+    bounds = [figures.drops.get(fpr) for fpr in figures.tpr_at_fpr]
+    before = [*figures.reference_tpr_at_fpr.values(), figures.reference_accuracy]
+    return [
+        "-"
+        if was is None or now is None
+        else f"{100 * (was - now):.2f}" + (f" [{100 * bound.upper:.2f}]" if bound else "")
+        for was, now, bound in zip(before, found, [*bounds, None], strict=True)
+    ]
 
 
 def plan_table(plan: QuantizationPlan) -> Table:

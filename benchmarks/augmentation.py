@@ -1,0 +1,142 @@
+"""What each change of the training images brings: students trained with each alone, with all and with none, judged on
+faces as they are and under the stress protocol.
+
+    python benchmarks/augmentation.py [--data ../shared] [--network mobilefacenet] [--bits 6] [--arms none --arms all]
+                                      [--seed 0] [--every 5] [--epochs 1] [--max-steps N] [-o runs/augmentation]
+                                      [--json FILE]
+
+Ranges and training see the first half of LFW's people; the exported file is judged in onnxruntime on the second half,
+under stress on the images of every fifth person of it (``--every``). "not trained" is the calibrated student. Each arm
+is written to the output folder at once, and the same command goes on behind the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import click
+import numpy as np
+from harness.benchmark_command import BenchmarkCommand
+from harness.held_out import Halves
+from harness.recipes import CALIBRATION_IMAGES, NETWORKS
+from harness.records import Record, Records, digest_of_file
+from harness.report_files import write_json
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import qface
+from qface.data.subset import Subset
+from qface.evaluation import as_embedder, embed, evaluate_stress
+from qface.evaluation.embedding import Embedder, Embeddings
+from qface.files import make_folder, temporary_folder
+
+NOT_TRAINED, FPR = "not trained", "1e-4"
+_PARTS = tuple(field.name for field in fields(qface.AugmentationConfig))
+
+
+def _alone(*parts: str) -> qface.AugmentationConfig:
+    """``parts`` as often as by default, and no others."""
+    whole = qface.AugmentationConfig()
+    return replace(qface.AugmentationConfig.none(), **{part: getattr(whole, part) for part in parts})
+
+
+ARMS: dict[str, qface.AugmentationConfig | None] = {
+    NOT_TRAINED: None,
+    "none": None,
+    "all": qface.AugmentationConfig(),
+    "geometry": _alone("misalignment", "turn"),
+    "appearance": _alone("low_resolution", "blur", "compression", "exposure", "color", "gray"),
+    **{part: _alone(part) for part in _PARTS},
+}
+
+
+@click.command(cls=BenchmarkCommand)
+@click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
+@click.option("--network", type=click.Choice(list(NETWORKS)), default="mobilefacenet", show_default=True)
+@click.option("--bits", default=6, show_default=True)
+@click.option("--arms", type=click.Choice(list(ARMS)), multiple=True, default=list(ARMS))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--every", type=click.IntRange(1), default=5, show_default=True, help="Of the people under stress.")
+@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--max-steps", type=click.IntRange(1), help="Of training, for a quick look.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/augmentation"), show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
+def main(
+    data: Path,
+    network: str,
+    bits: int,
+    arms: Sequence[str],
+    seed: int,
+    every: int,
+    epochs: int,
+    max_steps: int | None,
+    output: Path,
+    json_file: Path | None,
+) -> None:
+    """Train and judge each arm, then print and write what is lost against the float network."""
+    make_folder(output)
+    weights = data / "weights" / NETWORKS[network]
+    teacher, halves, records = qface.load(weights), Halves(data / "data"), Records(output)
+    found: dict[str, Record] = {}
+    for arm in arms:
+        training = qface.DistillConfig(epochs=epochs, max_steps=max_steps, seed=seed, augmentation=ARMS[arm])
+        settings = {"training": asdict(training), "bits": bits, "every": every, "weights": digest_of_file(weights)}
+        settings |= {"images": CALIBRATION_IMAGES}
+        name = f"{network}-w{bits}a{bits}-{arm.replace(' ', '-')}-seed{seed}"
+
+        def measure(arm: str = arm, training: qface.DistillConfig = training) -> Record:
+            with temporary_folder() as folder:
+                file = folder / "student.onnx"
+                qface.export(_student(teacher, halves, bits, None if arm == NOT_TRAINED else training), file)
+                return judged(as_embedder(file), as_embedder(teacher), halves, every)
+
+        found[arm] = records.recall(name, settings, measure)
+    Console(width=max(Console().width, 150)).print(table(found, f"{network}, w{bits}a{bits}, seed {seed}"))
+    if json_file is not None:
+        write_json(json_file, {"network": network, "bits": bits, "seed": seed, "every": every, "arms": found})
+
+
+def _student(teacher: nn.Module, halves: Halves, bits: int, training: qface.DistillConfig | None) -> nn.Module:
+    student = qface.calibrate(qface.quantize(teacher, bits), halves.tuning)
+    return student if training is None else qface.distill(student, teacher, halves.tuning, training)
+
+
+def judged(model: Embedder, teacher: Embedder, halves: Halves, every: int) -> Record:
+    """Figures of both on faces as they are, and under stress on every so many people."""
+    images = halves.judging
+    assert images.labels is not None
+    embeddings: list[Embeddings] = [embed(each, images) for each in (model, teacher)]
+    few = Subset(images, np.flatnonzero(images.labels.numpy() % every == 0).tolist())
+    stressed = evaluate_stress(model, few, reference=teacher)
+    return {
+        "model": halves.figures(embeddings[0], embeddings[1]),
+        "teacher": halves.figures(embeddings[1], embeddings[1]),
+        "stress": stressed.to_dict()["figures"],
+    }
+
+
+def table(found: dict[str, Record], title: str) -> Table:
+    """Percentage points of TPR lost: a row an arm, a column a condition."""
+    result = Table(title=f"{title}: lost TPR in points; under stress at {FPR}, changed faces against unchanged ones")
+    conditions = [each["condition"] for each in next(iter(found.values()))["stress"]][1:]
+    fprs = list(next(iter(found.values()))["model"]["tpr"])
+    for heading in ("arm", *fprs, *conditions, "mean"):
+        result.add_column(heading, justify="left" if heading == "arm" else "right")
+    for arm, record in found.items():
+        plain = [_lost(record["teacher"]["tpr"][fpr], record["model"]["tpr"][fpr]) for fpr in fprs]
+        stress = [_lost(each["reference_tpr_at_fpr"][FPR], each["tpr_at_fpr"][FPR]) for each in record["stress"][1:]]
+        known = [loss for loss in stress if loss is not None]
+        mean = float(np.mean(known)) if known else None
+        result.add_row(arm, *("-" if loss is None else f"{loss:.2f}" for loss in [*plain, *stress, mean]))
+    return result
+
+
+def _lost(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else 100 * (before - after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Faces as cameras give them: random changes of training images, drawn from a seed and a step alone.
+
+A teacher says of any image what its embedding is, so that training needs no label and may show each face in ways that
+no folder holds: turned, ill aligned, small, blurred, compressed, dark, covered, and mixed with another face. Student
+and teacher see the same changed image.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from qface.errors import ConfigError
+
+__all__ = ["AugmentationConfig", "augmented"]
+
+_CHANGES = 3
+"""Keeps these draws apart from the others of a seed and a step (:mod:`qface.distillation.batch_sampler`)."""
+
+_ROTATION = 15.0  # degrees, to either side
+_SCALE = 0.15  # to larger and to smaller
+_SHIFT = 0.08  # of the side, each way
+_YAW = 60.0  # degrees, to either side
+_PITCH = 25.0
+_RADIUS = 1.35
+"""Of the cylinder that a turned face lies on, in half widths of a crop: ears lie just outside of an aligned crop."""
+_LEAST_SIDE = 20  # pixels that a small face has
+_BLUR = 2.0  # pixels, the standard deviation of the widest
+_QUALITY = (10, 70)  # of JPEG
+_EXPOSURE = 0.7  # exponent and contrast, as powers of e
+_BRIGHTNESS = 0.25  # of the range
+_COLOR = 0.3  # gain of a channel
+_COVERED = (0.1, 0.5)  # sides of what covers a face, in parts of the crop
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Shares of the training images that each change is applied to, from 0 (never) to 1 (always).
+
+    The changes are drawn one by one, so an image may have several.
+
+    Args:
+        misalignment: rotated, scaled and shifted, as by landmarks that miss.
+        turn: turned to a side and up or down, as on a cylinder, as far as the aligned crop tells.
+        low_resolution: shrunk and enlarged again.
+        blur: out of focus.
+        compression: stored as JPEG of low quality.
+        exposure: brighter or darker, with more or less contrast.
+        color: under colored light.
+        gray: without color.
+        occlusion: partly covered by a rectangle of one color or by noise.
+        mixture: mixed with the face beside it in the batch.
+
+    Raises:
+        ConfigError: a share is outside of 0..1.
+    """
+
+    misalignment: float = 0.3
+    turn: float = 0.3
+    low_resolution: float = 0.15
+    blur: float = 0.15
+    compression: float = 0.15
+    exposure: float = 0.3
+    color: float = 0.2
+    gray: float = 0.1
+    occlusion: float = 0.15
+    mixture: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            share = getattr(self, field.name)
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise ConfigError(f"{field.name} of the augmentation is a share from 0 to 1, not {share!r}")
+
+    @classmethod
+    def none(cls) -> AugmentationConfig:
+        """No changes at all."""
+        return cls(**{field.name: 0.0 for field in fields(cls)})
+
+
+class _Draws:
+    """Random numbers from 0 to 1, one row for each image that a change is applied to."""
+
+    def __init__(self, numbers: npt.NDArray[np.float64]) -> None:
+        self._numbers = numbers
+
+    def between(self, column: int, low: float, high: float) -> Tensor:
+        """float32 [n], evenly spread over ``low``..``high``."""
+        return torch.from_numpy(low + (high - low) * self._numbers[:, column]).float()
+
+    def seeds(self, column: int) -> list[int]:
+        """One whole number an image."""
+        return [int(number * 2**31) for number in self._numbers[:, column]]
+
+
+_COLUMNS = 6  # numbers that a change may draw for an image
+
+
+def augmented(
+    images: Tensor, mates: Tensor, config: AugmentationConfig, seed: int, step: int, first: int = 0
+) -> Tensor:
+    """Change ``images``, some of one batch; the same for the same seed, step and place in the batch.
+
+    Args:
+        images: uint8 [n, 3, height, width].
+        mates: of the same shape, the face that each one may be mixed with.
+        config: how many are changed, and how.
+        seed: of the draws.
+        step: the number of the batch.
+        first: the place of the first image in the batch; of several processes, each changes its own images.
+
+    Returns:
+        uint8 [n, 3, height, width].
+
+    Example:
+        >>> faces = torch.zeros(4, 3, 112, 112, dtype=torch.uint8)
+        >>> augmented(faces, faces.flip(0), AugmentationConfig(), seed=0, step=0).shape
+        torch.Size([4, 3, 112, 112])
+    """
+    changed, others = images.cpu().float(), mates.cpu().float()
+    for number, (name, change) in enumerate(_IN_ORDER.items()):
+        rng = np.random.default_rng((seed, step, _CHANGES, number))
+        drawn = rng.random((first + len(images), 1 + _COLUMNS))[first:]
+        where = np.flatnonzero(drawn[:, 0] < getattr(config, name))
+        if len(where):
+            rows = torch.from_numpy(where)
+            changed[rows] = change(changed[rows], others[rows], _Draws(drawn[where, 1:]))
+    return changed.round().clamp(0, 255).to(images.device, torch.uint8)
+
+
+def _mixture(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
+    return torch.lerp(faces, mates, _each(draws.between(0, 0.2, 0.5)))
+
+
+def _turn(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
+    """Turn a cylinder with an upright axis, then one that lies on its side, and keep the middle of the face."""
+    rows, columns = _coordinates(faces)
+    yaw, pitch = (torch.deg2rad(draws.between(at, -most, most))[:, None, None] for at, most in ((0, _YAW), (1, _PITCH)))
+    return _sampled(faces, _turned(columns, yaw), _turned(rows, pitch))
+
+
+def _turned(place: Tensor, angle: Tensor) -> Tensor:
+    """The place on a face that is seen at ``place`` after a turn: x = r sin(phi) moves to r sin(phi + angle)."""
+    seen = (place / _RADIUS + torch.sin(angle)).clamp(-0.999, 0.999)  # shifted, so that the middle stays there
+    return _RADIUS * torch.sin(torch.asin(seen) - angle)
+
+
+def _misalignment(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
+    rows, columns = _coordinates(faces)
+    angle = torch.deg2rad(draws.between(0, -_ROTATION, _ROTATION))[:, None, None]
+    scale = torch.exp(draws.between(1, -_SCALE, _SCALE))[:, None, None]
+    across, down = (2 * draws.between(at, -_SHIFT, _SHIFT)[:, None, None] for at in (2, 3))
+    cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
+    return _sampled(faces, cos * columns - sin * rows + across, sin * columns + cos * rows + down)
+
+
+def _coordinates(faces: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of each pixel, from -1 to 1, [height, 1] and [1, width]."""
+    height, width = faces.shape[2:]
+    return torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None]
+
+
+def _sampled(faces: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """The pixels of ``faces`` at these places; beyond its edge a face goes on as its edge does."""
+    shape = (len(faces), *faces.shape[2:])
+    places = torch.stack([columns.expand(shape), rows.expand(shape)], dim=-1)
+    return F.grid_sample(faces, places, padding_mode="border", align_corners=True)
+
+
+def _low_resolution(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
+    size = faces.shape[2:]
+    smaller = [
+        F.interpolate(face[None], scale_factor=float(scale), mode="bilinear", antialias=True)
+        for face, scale in zip(faces, draws.between(0, _LEAST_SIDE / size[0], 0.7), strict=True)
+    ]
+    return torch.cat([F.interpolate(face, size, mode="bicubic") for face in smaller])
+
+
+def _blur(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
+    """A Gaussian blur of its own width for each face."""
+    reach = math.ceil(2.5 * _BLUR)
+    offsets = torch.arange(-reach, reach + 1)
+    kernels = torch.exp(-((offsets / draws.between(0, 0.5, _BLUR)[:, None]) ** 2) / 2)
+    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(3, dim=0)[:, None, None]
+    padded = F.pad(faces, (reach,) * 4, mode="replicate").flatten(0, 1)[None]
+    across = F.conv2d(padded, kernels, groups=len(kernels))
+    return F.conv2d(across, kernels.transpose(2, 3), groups=len(kernels)).view_as(faces)
+
+
+def _exposure(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
+    gamma, contrast = (_each(torch.exp(draws.between(at, -_EXPOSURE, _EXPOSURE))) for at in (0, 1))
+    brightness = _each(draws.between(2, -_BRIGHTNESS, _BRIGHTNESS))
+    exposed = (faces.clamp(0, 255) / 255) ** gamma
+    middle = exposed.mean((1, 2, 3), keepdim=True)
+    return (255 * ((exposed - middle) * contrast + middle + brightness)).clamp(0, 255)
+
+
+def _color(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
+    gains = torch.stack([draws.between(channel, 1 - _COLOR, 1 + _COLOR) for channel in range(3)], dim=1)
+    return (faces * gains[:, :, None, None]).clamp(0, 255)
+
+
+def _gray(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
+    luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R BT.601
+    return (faces * luma).sum(1, keepdim=True).expand_as(faces)
+
+
+def _occlusion(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
+    rows, columns = ((place + 1) / 2 for place in _coordinates(faces))
+    inside = torch.ones(len(faces), 1, *faces.shape[2:], dtype=torch.bool)
+    for place, at in ((rows, 0), (columns, 2)):
+        length = draws.between(at, *_COVERED)
+        start = draws.between(at + 1, 0, 1) * (1 - length)
+        inside &= _each((place >= _each(start)[:, 0]) & (place <= _each(start + length)[:, 0]))
+    return torch.where(inside, _covers(faces, draws), faces)
+
+
+def _covers(faces: Tensor, draws: _Draws) -> Tensor:
+    """One color for every other face, and noise for the rest."""
+    covers = torch.empty_like(faces)
+    for cover, seed, kind in zip(covers, draws.seeds(4), draws.between(5, 0, 1), strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        size = cover.shape if kind < 0.5 else (3, 1, 1)
+        cover.copy_(torch.rand(size, generator=generator) * 255)
+    return covers
+
+
+def _compression(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
+    pixels = faces.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    qualities = draws.between(0, *_QUALITY).tolist()
+    stored = np.stack([_as_jpeg(face, int(quality)) for face, quality in zip(pixels, qualities, strict=True)])
+    return torch.from_numpy(stored).permute(0, 3, 1, 2).float()
+
+
+def _as_jpeg(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8]:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+def _each(values: Tensor) -> Tensor:
+    """One value (or one picture) for each face, to be broadcast over channels and pixels."""
+    return values[:, None] if values.ndim > 1 else values[:, None, None, None]
+
+
+_IN_ORDER: dict[str, Callable[[Tensor, Tensor, _Draws], Tensor]] = {
+    "mixture": _mixture,
+    "turn": _turn,
+    "misalignment": _misalignment,
+    "occlusion": _occlusion,
+    "exposure": _exposure,
+    "color": _color,
+    "gray": _gray,
+    "blur": _blur,
+    "low_resolution": _low_resolution,
+    "compression": _compression,
+}
+"""As it happens to a face: it is before a camera, light falls on it, a lens sees it, and a file stores it."""
