@@ -138,7 +138,8 @@ def test_the_page_lists_what_a_command_prints(name: str, printed: dict[str, list
             kind = page[patterns[0]]
             assert fits(kind, value), f"{'.'.join(key)} is no {kind}: {value!r:.100}"
             seen.update(patterns)
-    assert not page.keys() - seen, "on the page, but never printed"
+    # What is in an object that may be null is not printed where too few pairs leave it null.
+    assert not {key for key in page.keys() - seen if "null" not in page.get(key[:-1], "")}, "never printed"
 
 
 UNITS = {"seconds", "ms", "mb", "bytes"}
