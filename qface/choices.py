@@ -6,6 +6,7 @@ This module imports nothing of qface, so that ``qface export --help`` does not w
 from typing import Literal
 
 __all__ = [
+    "CALIBRATION_IMAGES",
     "INPUTS",
     "RUNTIMES",
     "TARGETS",
@@ -16,6 +17,8 @@ __all__ = [
     "TemplateProtocol",
 ]
 
+CALIBRATION_IMAGES = 512
+"""Images that :func:`qface.calibrate` looks at by default; more changed no figure."""
 INPUTS = ("float32", "uint8")
 """Types that an exported file reads: normalized floats, or the RGB bytes of images."""
 RUNTIMES = ("onnxruntime", "openvino")

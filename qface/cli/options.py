@@ -152,8 +152,13 @@ training_options = _options(
     ),
     click.option("--seed", type=int, default=0, help="Seed of batches, flips and changes of faces."),
     click.option("--device", help="Where to train.  [default: cuda where there is one, else cpu]"),
-    click.option("--run-dir", type=FilePath, help="Folder for checkpoints and the log.  [default: none are kept]"),
-    click.option("--resume", is_flag=True, help="Go on from the checkpoint in --run-dir."),
+    click.option(
+        "--run-dir",
+        type=FilePath,
+        help="Folder for checkpoints and the log.  [default: OUTPUT.run, until the output is written]",
+    ),
+    click.option("--resume", is_flag=True, help="Go on from the checkpoint in the run folder."),
+    click.option("--checkpoint-every", type=int, help="Steps between two checkpoints.  [default: the recipe's]"),
 )
 
 pruning_options = _options(

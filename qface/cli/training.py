@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 import qface
+from qface.choices import CALIBRATION_IMAGES
 from qface.cli.command import Command, note, show, written
 from qface.cli.options import (
     PRUNING_FIELDS,
@@ -22,6 +23,7 @@ from qface.cli.options import (
     training_options,
     weights_option,
 )
+from qface.cli.resumable import run_of
 from qface.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ __all__ = ["distill", "prune", "quantize"]
 @click.option(
     "--ignored-layers", multiple=True, help="A layer that stays in float, or a pattern such as 'layer4.*'; repeatable."
 )
+@click.option("--num-images", type=int, default=CALIBRATION_IMAGES, help="Images to calibrate on, evenly spread.")
 @click.option("--distill/--no-distill", default=True, help="Fine-tune after calibration.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
 @json_option
@@ -67,6 +70,7 @@ def quantize(
     activation_bits: int | None,
     budget_mb: float | None,
     ignored_layers: tuple[str, ...],
+    num_images: int,
     distill: bool,
     output: Path,
     as_json: bool,
@@ -97,19 +101,21 @@ def quantize(
     teacher = resolve_model(model, weights, preprocessing)
     student = qface.quantize(teacher, config)
     check_savable(student)
-    if distill:
-        check_run(settings, run_dir, resume)
-    if budget_mb is not None:
-        if ignored_layers:
-            raise ConfigError("--budget-mb chooses the bits of all layers; leave out --ignored-layers")
-        config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits)
-        student = qface.quantize(teacher, config)
-    qface.calibrate(student, images, identities=identities)
-    plan = qface.inspect(student)
-    note(plan)
-    if distill:
-        qface.distill(student, teacher, images, settings, run_dir, resume, identities=identities)
-    qface.save(student, output)
+    with run_of(output, run_dir, resume) as run:
+        if distill:
+            check_run(settings, run.folder, run.resume)
+        if budget_mb is not None:
+            if ignored_layers:
+                raise ConfigError("--budget-mb chooses the bits of all layers; leave out --ignored-layers")
+            config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits)
+            student = qface.quantize(teacher, config)
+        qface.calibrate(student, images, identities=identities, num_images=num_images)
+        plan = qface.inspect(student)
+        note(plan)
+        if distill:
+            with run.resumable():
+                qface.distill(student, teacher, images, settings, run.folder, run.resume, identities=identities)
+        qface.save(student, output)
     show({**written(output), "integer_share": plan.integer_share}, f"wrote {output}", as_json)
 
 
@@ -174,20 +180,22 @@ def prune(
     training = distill_config(**options)
     teacher = resolve_model(model, weights, preprocessing)
     check_savable(teacher)
-    folders = {
-        step: None if run_dir is None else run_dir / f"step-{step}" for step in range(1, config.iterative_steps + 1)
-    }
-    if distill:
-        for folder in folders.values():
-            check_run(training, folder, resume)
+    with run_of(output, run_dir, resume) as run:
+        steps = {step: run.folder / f"step-{step}" for step in range(1, config.iterative_steps + 1)}
+        if distill:
+            for each in steps.values():
+                check_run(training, each, run.resume)
 
-    def tune(pruned: nn.Module, step: int) -> None:
-        qface.distill(pruned, teacher, cast(Path, images), training, folders[step], resume, identities=identities)
+        def tune(pruned: nn.Module, step: int) -> None:
+            with run.resumable():
+                qface.distill(
+                    pruned, teacher, cast(Path, images), training, steps[step], run.resume, identities=identities
+                )
 
-    pruned = qface.prune(teacher, wanted, images, config, identities, tune if distill else None)
-    if distill:
-        tune(pruned, config.iterative_steps)
-    qface.save(pruned, output)
+        pruned = qface.prune(teacher, wanted, images, config, identities, tune if distill else None)
+        if distill:
+            tune(pruned, config.iterative_steps)
+        qface.save(pruned, output)
     before, after = cost_of(teacher), cost_of(pruned)
     show({**written(output), "before": asdict(before), "after": asdict(after)}, costs_table(before, after), as_json)
 
@@ -235,6 +243,8 @@ def distill(
     check_model_file(output)
     settings = distill_config(**training)
     learner, known = load_file(student), resolve_model(teacher, preprocessing=preprocessing)
-    qface.distill(learner, known, images, settings, run_dir, resume, identities=identities)
-    qface.save(learner, output)
+    with run_of(output, run_dir, resume) as run:
+        with run.resumable():
+            qface.distill(learner, known, images, settings, run.folder, run.resume, identities=identities)
+        qface.save(learner, output)
     show(written(output), f"wrote {output}", as_json)

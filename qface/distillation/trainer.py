@@ -264,9 +264,7 @@ class _Trainer:
                 record = self._train_on(batch)
                 self.step = step + 1
                 advance(f"loss {record['loss']:.4f}")
-                if folder is not None:
-                    self._write(folder, record, bool(signals))
-                if signals:
+                if folder is not None and self._written(folder, record, signals):
                     break
 
     def _train_on(self, batch: Batch) -> dict[str, float]:
@@ -313,13 +311,16 @@ class _Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.learning_rate = state["learning_rate"]
 
-    def _write(self, folder: RunFolder, record: dict[str, float], stops: bool) -> None:
+    def _written(self, folder: RunFolder, record: dict[str, float], signals: list[int]) -> bool:
+        """Write the step to ``folder``; True if a signal came before its checkpoint was due, and has made it so."""
         folder.log(record)
+        stops = bool(signals)
         # What observers have seen is no part of a network's state, so no run could go on from between their steps.
         observing = self.step < self.config.observer_steps
         is_due = stops or self.step % self.config.checkpoint_every == 0
         if (is_due and not observing) or self.step == self.total:
             folder.save(self._state())
+        return stops
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
+from qface.choices import CALIBRATION_IMAGES
 from qface.data.images import Images, check_normalized, normalize
 from qface.data.sample import evenly, sample_batches
 from qface.data.sources import as_image_source, source_record
@@ -30,8 +31,6 @@ __all__ = ["CALIBRATION_IMAGES", "calibrate", "scale_parameters", "set_observers
 
 _LOGGER = logging.getLogger("qface")
 
-CALIBRATION_IMAGES = 512
-"""Images that :func:`calibrate` looks at by default; more changed no figure."""
 _PART = 64  # of them, at which equalization and bias correction look at once
 _PARTS = 4
 

@@ -1,0 +1,79 @@
+"""Commands that train: a signal leaves a checkpoint, and the same command goes on to the same file."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from qface.cli import main
+from qface.distillation.checkpoint import RunFolder
+from qface.signals import ended_by_signals
+from tests.crops import write_crops
+
+NET = "tests.networks:tiny_face_net"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_crops(tmp_path / "crops", dict.fromkeys(("Ann", "Bob", "Cid"), 8))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["qface", *arguments])
+    try:
+        with ended_by_signals():
+            main(list(arguments), standalone_mode=True)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the process get Ctrl-C while it logs a step."""
+    log = RunFolder.log
+
+    def interrupted(self: RunFolder, record: dict[str, float]) -> None:
+        log(self, record)
+        if record["step"] == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunFolder, "log", interrupted)
+
+
+@pytest.mark.parametrize("verb", ["quantize", "prune"])
+def test_the_same_command_goes_on_after_a_signal(
+    verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--images", "crops", "--batch-size", "8", "--epochs", "2", "--distill"]
+    whole, stopped = ([verb, NET, *options, "-o", f"{name}.safetensors"] for name in ("whole", "stopped"))
+    assert run(monkeypatch, *whole) == 0
+    with monkeypatch.context() as patch:
+        interrupting(patch, 2)
+        assert run(patch, *stopped) == 130
+    assert f"stopped; to go on: qface {' '.join(stopped)}\n" in capsys.readouterr().err
+    assert not (folder / "stopped.safetensors").exists()
+    assert list((folder / "stopped.safetensors.run").rglob("checkpoint.pt"))
+    assert run(monkeypatch, *stopped) == 0
+    assert "resuming at step 3 of 6" in capsys.readouterr().err
+    files = [(folder / f"{name}.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert files[0] == files[1]
+    assert sorted(path.name for path in folder.iterdir()) == ["crops", "stopped.safetensors", "whole.safetensors"]
+
+
+def test_a_folder_that_was_chosen_stays_and_is_resumed_where_that_is_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--images", "crops", "--batch-size", "8", "--run-dir", "runs", "--checkpoint-every", "1"]
+    command = ["quantize", NET, *options, "-o", "student.safetensors"]
+    with monkeypatch.context() as patch:
+        interrupting(patch, 1)
+        assert run(patch, *command) == 130
+    assert capsys.readouterr().err.rstrip().endswith("-o student.safetensors --resume")
+    assert run(monkeypatch, *command) == 2
+    assert "already holds a run: resume it" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--resume") == 0
+    assert (folder / "runs" / "checkpoint.pt").exists()
