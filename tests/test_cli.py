@@ -257,7 +257,6 @@ BAD_TRAINING = (
     (("--batch-size", "1"), "batch_size"),
     (("--seed", "-3"), "seed"),
     (("--device", "cuda:99"), "cuda:99"),
-    (("--resume",), "run_dir"),
     (("--run-dir", "taken"), "already holds a run"),
     (("--run-dir", "my_networks.py"), "my_networks.py is no folder"),
 )
