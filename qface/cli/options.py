@@ -146,9 +146,7 @@ training_options = _options(
         help="What is multiplied in: bf16 is faster for large networks, on GPUs and on CPUs with AMX.",
     ),
     click.option(
-        "--augment/--no-augment",
-        default=None,
-        help="Also show faces turned, ill aligned, small, blurred, dark and covered.  [default: the recipe's]",
+        "--augment", is_flag=True, help="Also show faces turned, ill aligned, small, blurred, dark and covered."
     ),
     click.option("--seed", type=int, default=0, help="Seed of batches, flips and changes of faces."),
     click.option("--device", help="Where to train.  [default: cuda where there is one, else cpu]"),
@@ -201,9 +199,9 @@ PRUNING_FIELDS = (
 )
 
 
-def distill_config(recipe: str, augment: bool | None = None, **settings: Any) -> qface.DistillConfig:
+def distill_config(recipe: str, augment: bool = False, **settings: Any) -> qface.DistillConfig:
     """The recipe's settings, and in their place those that were given."""
     base = qface.DistillConfig.paper() if recipe == "paper" else qface.DistillConfig()
-    if augment is not None:
-        base = replace(base, augmentation=qface.AugmentationConfig() if augment else None)
+    if augment:
+        base = replace(base, augmentation=qface.AugmentationConfig())
     return replace(base, **{name: value for name, value in settings.items() if value is not None})

@@ -89,12 +89,14 @@ class _IndexedBatches(Batches):
             yield self._read(indices, step)
 
     def _read(self, indices: list[int], step: int) -> Batch:
-        # One more than this process's share: the last image, too, may be mixed with the one after it.
-        places = [place % len(indices) for place in range(self._share.start, self._share.stop + 1)]
+        # Where images may be mixed, one more than this process's share: the last one meets the one after it.
+        extra = int(self._config.augmentation is not None)
+        places = [place % len(indices) for place in range(self._share.start, self._share.stop + extra)]
         images = self._source.read([indices[place] for place in places])
         if self._config.horizontal_flip:
             images = _flipped(images, flips(len(indices), self._config.seed, step)[places])
-        images = _augmented(images[:-1], images[1:], self._config, step, self._share.start)
+        if extra:
+            images = _augmented(images[:-1], images[1:], self._config, step, self._share.start)
         labels = self._source.labels
         return Batch(images, None if labels is None else labels[torch.tensor(indices, device=labels.device)])
 

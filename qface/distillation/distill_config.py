@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeGuard, get_args
 
 from qface.checks import check_seed, check_whole
@@ -81,7 +81,8 @@ class DistillConfig:
         max_gradient_norm: longer gradients are shortened to this 2-norm; None leaves them.
         horizontal_flip: mirror every image with probability 1/2, the same way for student and teacher.
         augmentation: random changes of the images, the same for student and teacher, as cameras make them
-            (:mod:`qface.data.augmentation`); None shows them as they are. Floats are never changed.
+            (:mod:`qface.data.augmentation`); None shows them as they are, which is best for one epoch on a few thousand
+            faces (``docs/distillation.md``). Floats are never changed.
         bn_statistics_steps: for so many steps batch norms use and update the statistics of the batch, then
             the running ones are kept; None means always. Their affine parameters learn throughout.
         observer_steps: for so many steps the observers of the quantizers follow the data; afterwards they are
@@ -120,7 +121,7 @@ class DistillConfig:
     warmup_steps: int = 8
     max_gradient_norm: float | None = None
     horizontal_flip: bool = True
-    augmentation: AugmentationConfig | None = field(default_factory=AugmentationConfig)
+    augmentation: AugmentationConfig | None = None
     bn_statistics_steps: int | None = 0
     observer_steps: int = 0
     precision: PrecisionName = "float32"
@@ -206,7 +207,6 @@ class DistillConfig:
             weight_decay=5e-4,
             schedule="constant",
             warmup_steps=0,
-            augmentation=None,
             bn_statistics_steps=None,
         )
 
