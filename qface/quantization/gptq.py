@@ -125,13 +125,15 @@ def _size(hessian: Tensor) -> Tensor:
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse, [groups, weights, weights].
 
+    With J the reversal of rows, and J H J = L L^T, it is J L^-1 J: the inverse itself is not needed.
+
     Where inputs hardly vary, the errors of float32 outweigh the damping: it grows until the matrix is positive.
     """
     damping = _PERCDAMP * _size(hessian)[:, None].expand(hessian.shape[:2])
     while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(1, 2))
         if not failed.any():
-            inverse = torch.cholesky_inverse(lower)
-            return cast(Tensor, torch.linalg.cholesky(inverse, upper=True))
+            identity = torch.eye(lower.shape[1], dtype=lower.dtype)
+            return cast(Tensor, torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)).flip(1, 2)
         hessian = hessian + torch.diag_embed(damping)
         damping = 4 * damping
