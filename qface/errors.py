@@ -27,7 +27,15 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
 
 
 class QFaceError(Exception):
-    """Base of all errors of this package; the command line prints it and exits with 2."""
+    """Base of all errors of this package; the command line prints it and exits with 2.
+
+    Example:
+        >>> try:
+        ...     qface.load("nowhere.safetensors")
+        ... except qface.QFaceError as error:
+        ...     print(type(error).__name__)
+        CheckpointError
+    """
 
 
 class CheckpointError(QFaceError):

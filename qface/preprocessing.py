@@ -64,6 +64,10 @@ class Preprocessing:
     Raises:
         ConfigError: a field is out of range.
         LimitError: the size has more pixels than :mod:`qface.limits` allows.
+
+    Example:
+        >>> Preprocessing(size=(112, 96), crop=(0, 8, 112, 104), color="BGR").size
+        (112, 96)
     """
 
     crop: tuple[int, int, int, int] = (0, 0, CROP_SIZE, CROP_SIZE)
@@ -242,7 +246,13 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def with_preprocessing(model: ModuleT, preprocessing: Preprocessing) -> ModuleT:
-    """Attach ``preprocessing`` to ``model`` in place and return it."""
+    """Attach ``preprocessing`` to ``model`` in place and return it.
+
+    Example:
+        >>> network = with_preprocessing(teacher, Preprocessing(color="BGR"))
+        >>> preprocessing_of(network).color
+        'BGR'
+    """
     return attach(model, _ATTRIBUTE, preprocessing)
 
 

@@ -81,3 +81,9 @@ def test_the_metadata_names_license_and_author(sdist: tarfile.TarFile) -> None:
     assert "Apache-2.0" in (metadata["License"], metadata["License-Expression"])
     assert metadata["Author"] == "The qface developers"
     assert metadata["Version"] == qface.__version__
+
+
+@pytest.mark.parametrize("name", [name for name in qface.__all__ if not name.startswith("__")])
+def test_everything_public_has_an_example(name: str) -> None:
+    """The examples themselves run as doctests, in the folder that conftest.py makes."""
+    assert ">>> " in (getattr(qface, name).__doc__ or "")

@@ -92,8 +92,10 @@ def compress(
         UnsupportedLayerError: a layer cannot be quantized or exported; it is named.
 
     Example:
-        >>> target = CompressionTarget(max_drop=0.5, at_fpr="1e-4")
-        >>> compress("teacher.onnx", "faces/", "student.onnx", target).chosen  # doctest: +SKIP
+        >>> target = qface.CompressionTarget(max_mb=0.1, at_fpr="1e-1")
+        >>> config = qface.CompressConfig(distill="never", calibration_images=16)
+        >>> qface.compress("teacher.onnx", "faces/", "small.onnx", target, config).chosen.mb <= 0.1
+        True
     """
     output, config = Path(output), config or CompressConfig()
     if output.suffix != ".onnx":

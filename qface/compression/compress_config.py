@@ -71,6 +71,10 @@ class CompressConfig:
 
     Raises:
         ConfigError: a value is out of its range.
+
+    Example:
+        >>> CompressConfig(distill="never").activation_bits
+        8
     """
 
     activation_bits: int = 8

@@ -43,7 +43,8 @@ class RunRecord:
 
     Example:
         >>> record = RunRecord("teacher.safetensors", "student.safetensors", "student.onnx", "faces")
-        >>> record.write("run")  # doctest: +SKIP
+        >>> record.write(Path(".")).name
+        'run.json'
     """
 
     teacher: str

@@ -98,6 +98,12 @@ class Compression:
         chosen: the one that was written; None where none keeps the target.
         stopped: why the search ended, in a sentence.
         run_dir: folder with every trial's network and file.
+
+    Example:
+        >>> target = qface.CompressionTarget(max_mb=0.1, at_fpr="1e-1")
+        >>> config = qface.CompressConfig(distill="never", calibration_images=16)
+        >>> qface.compress("teacher.onnx", "faces/", "small.onnx", target, config).chosen.mb <= 0.1
+        True
     """
 
     target: CompressionTarget

@@ -62,6 +62,10 @@ class AugmentationConfig:
 
     Raises:
         ConfigError: a share is outside of 0..1.
+
+    Example:
+        >>> AugmentationConfig(mixture=0).mixture
+        0
     """
 
     misalignment: float = 0.3

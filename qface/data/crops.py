@@ -43,6 +43,10 @@ class AlignmentReport:
         misplaced: photos whose landmarks are of no face in them, each with the reason
             (:func:`qface.data.alignment.landmark_fault`).
         unreadable: files that are damaged, hold 16-bit gray, or are no JPEG, PNG, BMP, WebP or GIF inside.
+
+    Example:
+        >>> qface.align("photos", "crops", landmarks="landmarks.txt").unreadable
+        ()
     """
 
     photos: int
@@ -83,6 +87,10 @@ def align(
             other photos, or most lines are of no face in their photo.
         ExportError: two photos would give one crop, or crops cannot be written, or would lie among the photos.
         DependencyError: there is nothing to look for faces with.
+
+    Example:
+        >>> qface.align("photos", "crops", landmarks="landmarks.txt").aligned
+        1
     """
     photos, crops = Path(photos), Path(crops)
     if _same(photos, crops):

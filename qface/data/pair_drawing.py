@@ -51,8 +51,8 @@ def make_pairs(
         PairsError: the folder is flat, or a fold would have too few pairs.
 
     Example:
-        >>> len(qface.make_pairs("faces/", "pairs.txt", "second-half"))  # doctest: +SKIP
-        6000
+        >>> len(qface.make_pairs("faces/", "pairs.txt", folds=2, pairs_per_fold=20))
+        80
     """
     check_folder(output)
     folder = ImageFolder(images, identities=identities)

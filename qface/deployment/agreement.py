@@ -160,7 +160,9 @@ def verify(
         ImagesError: the images cannot be used.
 
     Example:
-        >>> qface.verify(student, "student.onnx", "faces/", runtime="openvino").least_cosine
+        >>> found = qface.verify(student, "student.onnx", "faces/")
+        >>> found.images, found.agrees
+        (72, True)
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")

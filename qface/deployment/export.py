@@ -101,6 +101,10 @@ def export(
         ExportError: the file cannot be written, the graph is not valid, or onnxruntime computes something else with
             it than the model; then no file is left.
         ImagesError: there are no images, or they cannot be used.
+
+    Example:
+        >>> qface.export(student, "copy.onnx", input="uint8").name
+        'copy.onnx'
     """
     path = Path(path)
     if path.suffix != ".onnx":

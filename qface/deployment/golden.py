@@ -240,6 +240,10 @@ class SelfTest:
         different: how many of their embeddings are not as the tolerance demands.
         least_cosine: of the embeddings that are stored whole.
         cosines: how many these are.
+
+    Example:
+        >>> qface.selftest("student.onnx").images
+        16
     """
 
     runtime: str
@@ -302,7 +306,7 @@ def measure_golden(embedder: OnnxEmbedder, tolerance: Tolerance) -> GoldenValues
         ExportError: an embedding has a number that is not finite, so that nothing could be compared with it.
 
     Example:
-        >>> measure_golden(OnnxEmbedder("student.onnx"), "equal").images  # doctest: +SKIP
+        >>> measure_golden(OnnxEmbedder("student.onnx"), "equal").images
         16
     """
     embeddings = _embedded(embedder, NUM_DIGESTS if tolerance == EQUAL else NUM_EMBEDDINGS)
@@ -329,8 +333,8 @@ def write_golden(path: str | Path, golden: GoldenValues) -> None:
         ExportError: it cannot be replaced.
 
     Example:
-        >>> embedder = OnnxEmbedder("student.onnx")  # doctest: +SKIP
-        >>> write_golden("student.onnx", measure_golden(embedder, "equal"))  # doctest: +SKIP
+        >>> embedder = OnnxEmbedder("student.onnx")
+        >>> write_golden("student.onnx", measure_golden(embedder, "equal"))
     """
     add_metadata(path, {GOLDEN: golden.to_json()})
 
@@ -345,7 +349,7 @@ def read_golden(path: str | Path) -> GoldenValues:
         CheckpointError: the file is missing or damaged, or holds none.
 
     Example:
-        >>> read_golden("student.onnx").tolerance  # doctest: +SKIP
+        >>> read_golden("student.onnx").tolerance
         'equal'
     """
     text = read_metadata(path).get(GOLDEN)
@@ -368,7 +372,7 @@ def selftest(file: str | Path, providers: Sequence[str] | None = None) -> SelfTe
         QFaceError: onnxruntime cannot run the file.
 
     Example:
-        >>> qface.selftest("student.onnx").agrees  # doctest: +SKIP
+        >>> qface.selftest("student.onnx").agrees
         True
     """
     golden = read_golden(file)

@@ -74,6 +74,10 @@ def allocate_bits(
         ExportError: the student of this network cannot be exported.
         TraceError: torch.fx cannot trace the network.
         UnsupportedLayerError: a layer cannot be quantized or exported; it is named.
+
+    Example:
+        >>> config = qface.allocate_bits(teacher, "faces/", budget_mb=0.05)
+        >>> student = qface.quantize(teacher, config)
     """
     if not math.isfinite(budget_mb) or budget_mb <= 0:
         raise ConfigError(f"budget_mb is {budget_mb}; it must be a number of megabytes above 0")

@@ -95,6 +95,10 @@ class DistillConfig:
 
     Raises:
         ConfigError: a field is out of its range, or no loss is left.
+
+    Example:
+        >>> DistillConfig(epochs=3, device="cpu").batch_size
+        16
     """
 
     epochs: int = 1

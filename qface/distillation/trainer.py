@@ -110,6 +110,10 @@ def distill(
         ExportError: the run folder cannot be made or written to.
         ImagesError: the images cannot be used.
         TrainingError: the networks do not fit each other, or embeddings or the loss are not finite.
+
+    Example:
+        >>> config = qface.DistillConfig(max_steps=2, device="cpu")
+        >>> student = qface.distill(student, teacher, "faces/", config, run_dir="run")
     """
     if student is teacher:
         raise TrainingError("student and teacher are one network: pass copy.deepcopy(network) as the teacher")

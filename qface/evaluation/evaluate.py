@@ -91,6 +91,10 @@ class EvaluationResult:
         bootstrap: replicates that intervals come from; 0 for none.
         tpr_intervals: 95 % confidence intervals of ``tpr_at_fpr``, by bootstrap over people; empty without replicates.
         listed: error rates over the list of pairs; None without one.
+
+    Example:
+        >>> qface.evaluate("student.onnx", "faces/").identities
+        12
     """
 
     accuracy: float | None
@@ -158,6 +162,11 @@ def evaluate(
         PairsError: the list of pairs is malformed, leaves fewer than two folds, or does not fit the folder.
         CheckpointError: a model file cannot be read.
         QFaceError: a model gives no finite embeddings, or the two models' do not compare.
+
+    Example:
+        >>> result = qface.evaluate("student.onnx", "faces/", identities="second-half")
+        >>> result.images, result.genuine_pairs, result.impostor_pairs
+        (36, 90, 540)
     """
     check_whole(0, bootstrap=bootstrap)
     source = as_image_source(images, identities)

@@ -143,6 +143,10 @@ class GroupsResult:
         bootstrap: replicates that intervals come from; 0 for none.
         runtimes: what computed the embeddings of the model and of the reference, such as ``"torch cpu"``.
         preprocessing: what they read and who says so, in words.
+
+    Example:
+        >>> qface.evaluate_groups("student.onnx", "faces/", "groups.csv", at_fpr="1e-2").ungrouped
+        0
     """
 
     at_fpr: str
@@ -199,9 +203,9 @@ def evaluate_groups(
         QFaceError: a model gives no finite embeddings.
 
     Example:
-        >>> result = qface.evaluate_groups("student.onnx", "faces/", "groups.csv", "teacher.onnx")  # doctest: +SKIP
-        >>> result.model.fmr_gap.size.value, result.fmr_gap_change.value  # doctest: +SKIP
-        (2.1, 1.03)
+        >>> result = qface.evaluate_groups("student.onnx", "faces/", "groups.csv", "teacher.onnx", at_fpr="1e-2")
+        >>> [(group.name, group.people, group.impostor_pairs) for group in result.groups]
+        [('A', 6, 540), ('B', 6, 540)]
     """
     check_whole(0, bootstrap=bootstrap)
     folder, labels = _named(images, identities)

@@ -110,6 +110,10 @@ class IdentificationResult:
         bootstrap: replicates that intervals come from; 0 for none.
         rank_intervals: 95 % confidence intervals by ``"rank_1"`` and ``"rank_5"``, over people; the gallery stays.
         tpir_intervals: likewise of ``tpir_at_fpir``.
+
+    Example:
+        >>> qface.evaluate_identification("student.onnx", "faces/").mated_probes
+        60
     """
 
     rank_1: float
@@ -161,8 +165,8 @@ def evaluate_identification(
         QFaceError: the model gives no finite embeddings.
 
     Example:
-        >>> qface.evaluate_identification("student.onnx", "faces/").rank_1  # doctest: +SKIP
-        0.98
+        >>> qface.evaluate_identification("student.onnx", "faces/").enrolled
+        12
     """
     check_whole(0, bootstrap=bootstrap)
     source = as_image_source(images, identities)

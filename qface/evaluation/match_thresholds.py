@@ -35,6 +35,10 @@ class MatchThresholds:
         identities: of how many people.
         impostor_pairs: pairs of images of two people, of which the rate is the share that is accepted.
         people: which people, as they were named; None for all.
+
+    Example:
+        >>> MatchThresholds({"1e-3": 0.25}, 20, 10, 190).by_fpr["1e-3"]
+        0.25
     """
 
     by_fpr: dict[str, float]
@@ -83,8 +87,8 @@ def match_thresholds(
         QFaceError: the model gives no finite embeddings.
 
     Example:
-        >>> qface.match_thresholds("student.onnx", "faces/", identities="first-half").by_fpr["1e-4"]  # doctest: +SKIP
-        0.4948
+        >>> list(qface.match_thresholds("student.onnx", "faces/", ["1e-1"], identities="first-half").by_fpr)
+        ['1e-1']
     """
     source = as_image_source(images, identities)
     labels = labels_of(source)
@@ -113,7 +117,7 @@ def write_thresholds(file: str | Path, thresholds: MatchThresholds) -> None:
         ExportError: the file cannot be replaced.
 
     Example:
-        >>> qface.write_thresholds("student.onnx", qface.match_thresholds("student.onnx", "faces/"))  # doctest: +SKIP
+        >>> qface.write_thresholds("student.onnx", qface.match_thresholds("student.onnx", "faces/", ["1e-2"]))
     """
     add_metadata(file, {_KEY: json.dumps(thresholds.to_dict())})
 
@@ -131,8 +135,9 @@ def thresholds_of(file: str | Path) -> MatchThresholds | None:
         CheckpointError: the file is missing or damaged, or its thresholds cannot be read.
 
     Example:
-        >>> qface.thresholds_of("student.onnx").by_fpr["1e-4"]  # doctest: +SKIP
-        0.4948
+        >>> qface.write_thresholds("student.onnx", qface.match_thresholds("student.onnx", "faces/", ["1e-2"]))
+        >>> list(qface.thresholds_of("student.onnx").by_fpr)
+        ['1e-2']
     """
     text = read_metadata(file).get(_KEY)
     if text is None:

@@ -62,6 +62,10 @@ class StressResult:
         identities: people among them.
         seed: of what differs from image to image.
         bootstrap: replicates that the confidence of drops comes from; 0 for none.
+
+    Example:
+        >>> qface.evaluate_stress("student.onnx", "faces/", conditions=["dark"]).images
+        72
     """
 
     figures: tuple[StressFigures, ...]
@@ -119,7 +123,9 @@ def evaluate_stress(
         QFaceError: a model gives no finite embeddings.
 
     Example:
-        >>> evaluate_stress("student.onnx", "faces/", reference="teacher.onnx").figures[0]  # doctest: +SKIP
+        >>> found = qface.evaluate_stress("student.onnx", "faces/", reference="teacher.onnx", conditions=["dark"])
+        >>> [each.condition for each in found.figures]
+        ['none', 'dark']
     """
     check_whole(0, bootstrap=bootstrap)
     if bootstrap and reference is None:

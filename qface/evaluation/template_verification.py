@@ -50,6 +50,10 @@ class TemplateResult:
         runtime: what computed the embeddings, such as ``"torch cpu"``.
         seconds: time for all of it in this process.
         preprocessing: what the model reads and who says so, in words.
+
+    Example:
+        >>> qface.evaluate_templates("student.onnx", "IJBC").images > 0
+        True
     """
 
     protocol: TemplateProtocol
@@ -103,6 +107,10 @@ def evaluate_templates(
         ImagesError: the images or their lists cannot be read.
         PairsError: the list of pairs is malformed, or holds only one kind of pairs.
         QFaceError: the model gives no finite embeddings.
+
+    Example:
+        >>> qface.evaluate_templates("student.onnx", "IJBC", protocol="arcface").runtime
+        'onnxruntime CPUExecutionProvider'
     """
     if protocol not in get_args(TemplateProtocol):
         raise ConfigError(f"protocol is one of {', '.join(get_args(TemplateProtocol))}, not {protocol!r}")

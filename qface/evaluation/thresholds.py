@@ -44,6 +44,11 @@ class OperatingThresholds:
         eval_identities: the people that rates were measured on.
         pairings: float, quantized and mixed.
         preprocessing: what the teacher and the student read and who says so, in words.
+
+    Example:
+        >>> result = qface.operating_thresholds("teacher.onnx", "student.onnx", "faces/", fpr="1e-2")
+        >>> result.fpr
+        '1e-2'
     """
 
     fpr: str
@@ -85,6 +90,11 @@ def operating_thresholds(
         ImagesError: the images cannot be read, carry no labels, or form no genuine or no impostor pairs.
         CheckpointError: a model file cannot be read.
         QFaceError: a model gives no finite embeddings, or the two models' do not compare.
+
+    Example:
+        >>> result = qface.operating_thresholds("teacher.onnx", "student.onnx", "faces/", fpr="1e-2")
+        >>> len(result.pairings)
+        3
     """
     tuned = _labeled(images, identities, fpr)
     others = None if eval_identities is None else _labeled(images, eval_identities, fpr)

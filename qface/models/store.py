@@ -71,6 +71,10 @@ def load(
         CheckpointError: the file is missing, damaged, of another network, or holds NaN.
         UnsupportedLayerError: an ``.onnx`` file holds an operation that cannot be imported.
         ConfigError: ``preprocessing`` names no field, or a value out of range.
+
+    Example:
+        >>> network = qface.load("teacher.safetensors")
+        >>> file = qface.load("teacher.onnx")
     """
     if Path(path_or_name).suffix.lower() == ".onnx":
         return _from_onnx(path_or_name, model, preprocessing)
@@ -175,6 +179,9 @@ def save(model: nn.Module, path: str | Path) -> None:
         UnsupportedLayerError: the model uses a layer or function that cannot be saved as data; it is named.
         CheckpointError: a weight is NaN or infinite.
         ExportError: the file cannot be written, or its name does not end in ``.safetensors``.
+
+    Example:
+        >>> qface.save(student, "copy.safetensors")
     """
     check_model_file(path)
     written, tensors = _as_data(model, path)

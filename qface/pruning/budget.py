@@ -49,6 +49,9 @@ class Budget:
 
     Raises:
         ConfigError: the limit is not above 0, or the unit unknown.
+
+    Example:
+        >>> pruned = qface.prune(teacher, Budget(7000, "parameters"))
     """
 
     limit: float

@@ -41,6 +41,10 @@ class PruningConfig:
 
     Raises:
         ConfigError: a setting is out of range.
+
+    Example:
+        >>> PruningConfig(round_to=16).round_to
+        16
     """
 
     importance: ImportanceName = "magnitude"

@@ -88,6 +88,9 @@ def calibrate(
     Raises:
         ConfigError: the model is not quantized.
         ImagesError: the images cannot be used.
+
+    Example:
+        >>> student = qface.calibrate(qface.quantize(teacher, bits=6), "faces/")
     """
     found = quantizers(student)
     if not found:

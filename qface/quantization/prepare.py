@@ -86,6 +86,10 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
         ConfigError: bits are out of range, an override names no layer, or the model is quantized already.
         TraceError: the model cannot be traced; the message gives the place.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
+
+    Example:
+        >>> student = qface.quantize(teacher, bits=6)
+        >>> student = qface.quantize(teacher, qface.QuantizationConfig(weight_bits=4, activation_bits=8))
     """
     config = as_config(bits)
     if is_quantized(model):

@@ -28,6 +28,10 @@ class LayerBits:
         weight: bits of its weight, 2 to 8; None keeps the network's.
         activation: bits of the tensor it reads, 2 to 8; None keeps the network's. Where several layers read one tensor,
             the narrowest counts.
+
+    Example:
+        >>> QuantizationConfig(6, 6, overrides={"fc": LayerBits(weight=8)}).overrides["fc"].weight
+        8
     """
 
     weight: int | None = None
@@ -60,6 +64,10 @@ class QuantizationConfig:
 
     Raises:
         ConfigError: a field is out of range.
+
+    Example:
+        >>> qface.inspect(teacher, QuantizationConfig(4, 8, ignored_layers=("fc",))).integer_share < 1
+        True
     """
 
     weight_bits: int = 6

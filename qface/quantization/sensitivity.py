@@ -76,6 +76,11 @@ class Sensitivity:
     Args:
         images: images that the losses are means over.
         layers: all convolutions and linear layers, in the order in which they run.
+
+    Example:
+        >>> result = qface.sensitivity(teacher, "faces/", num_images=8)
+        >>> qface.Sensitivity.from_dict(result.to_dict()) == result
+        True
     """
 
     images: int
@@ -163,6 +168,11 @@ def sensitivity(
         ImagesError: the images cannot be used, or there are none.
         TraceError: torch.fx cannot trace the network.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
+
+    Example:
+        >>> result = qface.sensitivity(teacher, "faces/", num_images=8)
+        >>> [layer.name for layer in result.layers][-1]
+        'fc'
     """
     _check_bit_widths(weight_bits, activation_bits)
     check_whole(1, batch_size=batch_size)

@@ -94,7 +94,7 @@ def describe(model: str | Path, bits: int = 6, preprocessing: PreprocessingOverr
         TraceError, UnsupportedLayerError: as :func:`qface.inspect`.
 
     Example:
-        >>> describe("student.onnx").kind  # doctest: +SKIP
+        >>> describe("student.onnx").kind
         'exported student'
     """
     text = str(model)

@@ -28,6 +28,10 @@ def measure_size(model_or_file: nn.Module | str | Path, bits: int | Quantization
         ConfigError: bits are out of range.
         TraceError: torch.fx cannot trace the network.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
+
+    Example:
+        >>> qface.measure_size("student.onnx").bytes == Path("student.onnx").stat().st_size
+        True
     """
     if isinstance(model_or_file, nn.Module):
         return SizeReport("prediction", tuple(entries_of_network(model_or_file, bits)))

@@ -60,6 +60,10 @@ class SizeReport:
     Args:
         source: ``"file"``, counted on the disk, or ``"prediction"``, from a network: tensors only.
         entries: what the bytes are spent on.
+
+    Example:
+        >>> qface.measure_size(student).bytes < qface.measure_size(student).fp32_bytes
+        True
     """
 
     source: str

@@ -44,8 +44,8 @@ def report(
         QFaceError: a model or the faces cannot be read.
 
     Example:
-        >>> record = qface.RunRecord("teacher.onnx", "student.safetensors", "student.onnx", "faces")  # doctest: +SKIP
-        >>> qface.report(record, "report.html").agreement["agrees"]  # doctest: +SKIP
+        >>> record = qface.RunRecord("teacher.onnx", "student.safetensors", "student.onnx", "faces")
+        >>> qface.report(record, "report.html", fpr="1e-2", latency_runs=1).agreement["agrees"]
         True
     """
     settings = ReportSettings(fpr, faces, latency_runs, progress, bootstrap)

@@ -1,0 +1,50 @@
+"""The examples of docstrings run as they are printed, in a folder of tiny files with the names that they use."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.doctest import DoctestItem
+
+PEOPLE = tuple(f"{name}_{number}" for name in ("Ann", "Bob", "Cid", "Dee") for number in range(3))
+
+
+@pytest.fixture(scope="session")
+def files_of_examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``faces/`` of 12 people in two groups, what alignment and IJB need, and a network in all its forms."""
+    import qface
+    from tests.crops import write_crops
+    from tests.data.ijb import SmallIjb
+    from tests.networks import tiny_face_net
+
+    folder = tmp_path_factory.mktemp("examples")
+    write_crops(folder / "faces", dict.fromkeys(PEOPLE, 6))
+    groups = (f"{name},{'AB'[number % 2]}\n" for number, name in enumerate(PEOPLE))
+    (folder / "groups.csv").write_text("".join(groups))
+    write_crops(folder / "photos", {"Ann": 1})
+    (folder / "landmarks.txt").write_text("Ann/Ann_0001.png 38 52 74 52 56 72 42 92 71 92\n")
+    SmallIjb(folder / "IJBC")
+    teacher = tiny_face_net()
+    student = qface.calibrate(qface.quantize(teacher, bits=6), folder / "faces")
+    for name, network in {"teacher": teacher, "student": student}.items():
+        qface.save(network, folder / f"{name}.safetensors")
+        qface.export(network, folder / f"{name}.onnx")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def example(request: pytest.FixtureRequest) -> None:
+    """Give each example a copy of the files, ``qface``, and both networks as ``teacher`` and ``student``."""
+    if not isinstance(request.node, DoctestItem):
+        return
+    import qface
+
+    copy: Path = request.getfixturevalue("tmp_path") / "files"
+    shutil.copytree(request.getfixturevalue("files_of_examples"), copy)
+    request.getfixturevalue("monkeypatch").chdir(copy)
+    networks = {name: qface.load(f"{name}.safetensors") for name in ("teacher", "student")}
+    names: dict[str, Any] = request.getfixturevalue("doctest_namespace")
+    names.update(networks, qface=qface)
