@@ -58,7 +58,7 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo measured."""
+    """The result of the demo."""
 
     identities: int
     images: int

@@ -67,7 +67,7 @@ class PairsError(QFaceError):
 
 
 class TraceError(QFaceError):
-    """A network cannot be traced by torch.fx."""
+    """torch.export cannot follow a network, or its captured form computes something else."""
 
 
 class TrainingError(QFaceError):

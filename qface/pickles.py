@@ -20,7 +20,7 @@ _FILLS = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUI
 _CALLS = frozenset({"REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"})
 """Opcodes that hand their arguments to a function, which may copy them."""
 _LINES = {"STRING": 1, "GLOBAL": 2, "INST": 2}
-"""How many lines the arguments of these take; pickletools reads them as ASCII only before Python 3.12.8."""
+"""Lines that the arguments of these opcodes take; pickletools reads them as ASCII only before Python 3.12.8."""
 _MOST_BITS = 8 * 255
 """Bits of an integer: one of numpy's random states has 128, and a product of many larger ones takes minutes."""
 _ENTRY = 100  # bytes of a container for each entry, about

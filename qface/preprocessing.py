@@ -1,4 +1,4 @@
-"""What a network wants to see: the part of the aligned 112x112 face crop it reads, and how bytes become floats.
+"""Preprocessing: the part of the aligned 112x112 face crop that a network reads, and how bytes become floats.
 
 A :class:`Preprocessing` travels with a model through every verb and lies in the metadata of every file that qface
 writes, so that nobody has to remember which network wants which mean.
@@ -99,7 +99,7 @@ class Preprocessing:
         return self.normalize(pixels)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """What the network reads of ``pixels``, RGB [N, 3, *size] of 0..255 in any type, as float32."""
+        """Normalize ``pixels``, RGB [N, 3, *size] of 0..255 in any type, to float32."""
         floats = self._between_orders(pixels).float()
         return (floats - self._per_channel(self.mean, floats)) / self._per_channel(self.std, floats)
 
@@ -156,7 +156,7 @@ class Preprocessing:
 
 
 def written_preprocessing(text: str, path: str | Path) -> Preprocessing:
-    """What the metadata of the file at ``path`` say.
+    """Read the preprocessing in the metadata of the file at ``path``.
 
     Raises:
         CheckpointError: they cannot be read.
@@ -217,7 +217,7 @@ def _short(values: tuple[float, float, float]) -> str:
 
 
 def _numbers(values: Any, count: int, kind: Any) -> bool:
-    """Whether ``values`` are ``count`` finite numbers of a kind of :mod:`numbers`."""
+    """True if ``values`` are ``count`` finite numbers of a kind of :mod:`numbers`."""
     if not isinstance(values, (tuple, list)) or len(values) != count:
         return False
     return all(isinstance(value, kind) and math.isfinite(value) for value in values)
@@ -241,7 +241,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """What ``model`` reads: float32, or the type that it was cast to as a whole."""
+    """The type that ``model`` reads: float32, or the one that it was cast to as a whole."""
     return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
 
 

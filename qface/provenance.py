@@ -1,4 +1,4 @@
-"""Where a model comes from: the steps that made it, carried along and written into every file."""
+"""Provenance of a model: the steps that made it, carried along and written into every file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def provenance_of(model: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def has_step(model: nn.Module, step: str) -> bool:
-    """Whether ``step`` is among those that made ``model``."""
+    """True if ``step`` is among those that made ``model``."""
     return any(made["step"] == step for made in provenance_of(model))
 
 

@@ -1,4 +1,4 @@
-"""What all commands share: how they fail, what they read, and how they show what came of them."""
+"""The base of all commands: common options, errors in one line, and output as a table or JSON."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def embedder(text: str, preprocessing: PreprocessingOverride | None = None) -> E
 
 
 def written(file: Path) -> dict[str, Any]:
-    """What every command that writes a file says of it."""
+    """Name and size of a file that a command wrote."""
     return {"output": str(file), "bytes": file.stat().st_size}
 
 

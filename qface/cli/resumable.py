@@ -18,7 +18,7 @@ __all__ = ["Run", "run_of"]
 
 @dataclass(frozen=True)
 class Run:
-    """Where a command keeps checkpoints, and whether it goes on from those that are there.
+    """The run folder of a command that trains.
 
     Args:
         folder: the run folder.

@@ -120,7 +120,7 @@ def quantize(
 
 
 def _refuse_run(run_dir: Path | None, resume: bool) -> None:
-    """Of a command that is not to train."""
+    """Refuse the options of a run where a command is not to train."""
     if resume or run_dir is not None:
         raise ConfigError("--run-dir and --resume are of the fine-tuning: give --distill as well, or leave them out")
 

@@ -221,7 +221,7 @@ class _Search:
         return kept, f"{self._name(rungs[at - 1])} loses too much without training"
 
     def _trained_largest(self, rungs: list[float]) -> tuple[Trial | None, str]:
-        """Where calibration alone misses the target with the most bits that are allowed."""
+        """Train, where calibration alone misses the target with the most bits that are allowed."""
         largest = self._trial(rungs[-1])
         if self.config.distill == "never" or any(_misses_beside_tpr(largest, self.target)):
             return None, f"{largest.name} is the largest file allowed, and misses the target: {_listed(largest)}"

@@ -20,7 +20,7 @@ Left and right are those of the viewer. A whole number is the middle of a pixel,
 ARCFACE_LANDMARKS: Landmarks = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
-"""Where they lie in the crop (InsightFace, ``face_align.py``)."""
+"""Their coordinates in the crop (InsightFace, ``face_align.py``)."""
 
 
 def similarity_transform(source: npt.ArrayLike, target: npt.ArrayLike) -> npt.NDArray[np.float64]:

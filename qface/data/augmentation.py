@@ -32,7 +32,7 @@ _SHIFT = 0.08  # of the side, each way
 _YAW = 60.0  # degrees, to either side
 _PITCH = 25.0
 _RADIUS = 1.35
-"""Of the cylinder that a turned face lies on, in half widths of a crop: ears lie just outside of an aligned crop."""
+"""Radius of the cylinder that a turned face lies on, in half widths of a crop: ears lie just outside of the crop."""
 _LEAST_SIDE = 20  # pixels that a small face has
 _BLUR = 2.0  # pixels, the standard deviation of the widest
 _QUALITY = (10, 70)  # of JPEG

@@ -31,11 +31,11 @@ from qface.errors import ImagesError, PairsError, one_line
 __all__ = ["CfpSplit", "is_cfp_split"]
 
 _LISTS = {"FF": ("F", "F"), "FP": ("F", "P")}
-"""Which list the first and the second number of a pair belong to."""
+"""The lists that the first and the second number of a pair belong to."""
 
 
 def is_cfp_split(path: Path) -> bool:
-    """Whether ``path`` is the folder ``Protocol/Split/FF`` or ``Protocol/Split/FP`` of CFP."""
+    """True if ``path`` is the folder ``Protocol/Split/FF`` or ``Protocol/Split/FP`` of CFP."""
     if not os.path.isdir(path):  # before resolve, which raises for names that no folder can have
         return False
     path = path.resolve()  # it may be ``.``

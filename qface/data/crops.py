@@ -32,7 +32,7 @@ Locate = Callable[[str, Image.Image], Landmarks | None]
 
 @dataclass(frozen=True)
 class AlignmentReport:
-    """What :func:`align` did, in numbers of photos and their names.
+    """The result of :func:`align`, in numbers of photos and their names.
 
     Args:
         photos: photos found.
@@ -165,7 +165,7 @@ def _files(root: Path, left_out: Path) -> Iterator[Path]:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """What one folder has under all its names."""
+    """Device and inode of a folder, the same under all its names."""
     try:
         status = folder.stat()
     except OSError as error:

@@ -36,7 +36,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings a photo upright, by EXIF's orientation."""
+"""Transpositions that bring a photo upright, by EXIF's orientation."""
 
 
 def size_of(file: Path) -> tuple[int, int]:

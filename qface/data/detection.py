@@ -15,7 +15,7 @@ __all__ = ["Detector", "default_detector", "main_face"]
 
 
 class Detector(Protocol):
-    """What uniface's detectors of five landmarks do."""
+    """The interface of uniface's detectors of five landmarks."""
 
     def detect(self, image: npt.NDArray[np.uint8], /) -> list[Any]:
         """The faces in ``image`` [height, width, 3], BGR, with ``bbox`` (x1, y1, x2, y2) and ``landmarks`` [5, 2]."""

@@ -66,7 +66,7 @@ class ImageFolder(IndexedImages):
 
     @property
     def num_identities(self) -> int:
-        """How many people are kept; 0 for a flat folder."""
+        """The number of people that are kept; 0 for a flat folder."""
         return len(self.names)
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ def warn_of_others(root: Path, others: Sequence[Path], gone: Sequence[str] = ())
 
 
 def not_allowed(error: OSError) -> ImagesError:
-    """What to raise for a folder that must not be read."""
+    """The error for a folder that must not be read."""
     return ImagesError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to")
 
 

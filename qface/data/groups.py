@@ -19,7 +19,7 @@ __all__ = ["Grouping", "read_groups"]
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """Which group each person is in.
+    """The group of each person.
 
     Args:
         names: the groups that have somebody, sorted.
@@ -31,7 +31,7 @@ class Grouping:
 
     @property
     def ungrouped(self) -> int:
-        """How many people are in no group."""
+        """The number of people in no group."""
         return int(np.count_nonzero(self.of_person < 0))
 
 

@@ -1,4 +1,4 @@
-"""Which identities of a folder are used: all, one half of them, or those that a file names."""
+"""Selection of a folder's identities: all, one half of them, or those that a file names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What images are to the verbs: a source of batches, which tensors and loaders become here.
+"""Image sources: the verbs read batches of images from them, and tensors and loaders become such sources here.
 
 Crops (a folder, or a uint8 tensor) are 112x112 RGB bytes that each model normalizes for itself; floats (a float
 tensor, or a loader that yields them) are already normalized and reach the model as they are.
@@ -38,7 +38,7 @@ __all__ = [
 
 Labels = npt.NDArray[np.int64]
 Images = Union[str, Path, Tensor, Iterable[Any], "ImageSource"]
-"""What users may pass as images; :func:`qface.data.sources.as_image_source` turns each into an :class:`ImageSource`."""
+"""Images that users may pass; :func:`qface.data.sources.as_image_source` makes an :class:`ImageSource` of each."""
 
 
 class ImageSource(ABC):
@@ -175,7 +175,7 @@ def identity_labels(labels: Tensor, count: int) -> Tensor:
 
 
 def length_of(loader: Iterable[Any]) -> int | None:
-    """How many batches ``loader`` has; None where it does not say, as a DataLoader of an IterableDataset."""
+    """The number of batches of ``loader``; None where it does not say, as a DataLoader of an IterableDataset."""
     try:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:

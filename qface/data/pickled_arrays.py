@@ -24,7 +24,7 @@ _PLAIN = re.compile(r"b1|[ui][1248]|f[48]|S\d{1,9}")
 
 
 def read_pickle(file: IO[bytes]) -> Any:
-    """What is pickled in ``file``; Python 2's strings are bytes, arrays are :class:`PickledArray`.
+    """Read the object that is pickled in ``file``; Python 2's strings are bytes, arrays :class:`PickledArray`.
 
     Raises:
         LimitError: it asks for more depth, objects or memory than is allowed.
@@ -144,13 +144,13 @@ class ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not run")
 
     def _encode(self, text: str, encoding: str = "latin1") -> bytes:
-        """What Python 3 writes bytes as, for protocols below 3."""
+        """Encode ``text``: Python 3 writes bytes in this way in protocols below 3."""
         if encoding not in ("latin1", "latin-1"):
             raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
         return text.encode("latin1")
 
     def _bytearray(self, content: Any = b"", encoding: str = "latin1") -> bytes:
-        """Of bytes, or of their text for protocols below 3; of a number it would be as long as that says."""
+        """Make bytes of bytes, or of their text in protocols below 3; a number would make as many bytes as it says."""
         if isinstance(content, str):
             return self._encode(content, encoding)
         if not isinstance(content, (bytes, bytearray)):

@@ -99,7 +99,7 @@ class RecordImages(IndexedImages):
             raise self._damaged(key, one_line(error)) from error
 
     def _walk(self) -> dict[int, int]:
-        """Where each record begins, numbered in the order of the file."""
+        """The offset of each record, in the order of the file."""
         offsets: list[int] = []
         offset, whole = 0, True
         while offset < len(self._data):
@@ -137,7 +137,7 @@ class RecordImages(IndexedImages):
         return people if any(person in self._offsets for person in known) else range(0)
 
     def _identities(self, people: range) -> npt.NDArray[np.int64]:
-        """Of each image, the record that stands for its person."""
+        """The record that stands for the person of each image."""
         identities = np.full(len(self._keys), -1, np.int64)
         for person in people:
             bounds = self._labels_of(person)
@@ -217,7 +217,7 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def _read_index(path: Path) -> dict[int, int]:
-    """Where each record begins, by key: lines ``key<TAB>offset``."""
+    """The offset of each record by key, of lines ``key<TAB>offset``."""
     try:
         lines = path.read_text(encoding="ascii").splitlines()
         offsets = {int(key): int(offset) for key, offset in (line.split() for line in lines if line.strip())}

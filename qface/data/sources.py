@@ -56,7 +56,7 @@ def _from_path(path: Path, identities: str | Path | None) -> ImageSource:
 
 
 def source_record(source: ImageSource) -> dict[str, Any]:
-    """What provenance keeps of ``source`` besides the number of images: of a folder, its name and whom it shows.
+    """The record of ``source`` for provenance, besides the number of images: of a folder, its name and whom it shows.
 
     Args:
         source: the images.

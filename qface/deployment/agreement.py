@@ -98,7 +98,7 @@ class LayerAgreement:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What :func:`verify` found; cosines are between the embeddings of student and file, running free.
+    """The result of :func:`verify`; cosines are between the embeddings of student and file, each from end to end.
 
     A file that computes in floats has no integer layers, and those of OpenVINO are not seen.
 
@@ -120,7 +120,7 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether every layer agrees, and the embeddings do."""
+        """True if every layer agrees, and the embeddings do."""
         mean, least = (
             (LEAST_MEAN_COSINE_WITH_FLOAT, LEAST_COSINE_WITH_FLOAT)
             if self.float_layers
@@ -265,7 +265,7 @@ def _round_parameters(layer: nn.Module | None) -> None:
 
 
 class _Shift(nn.Module):
-    """What an :class:`ImageFakeQuantize` does beside rounding."""
+    """Subtracts the offset of an :class:`ImageFakeQuantize`, without rounding."""
 
     def __init__(self, offset: float) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ _MOVES = (ir.MaxPoolOp, ir.FlattenOp, ir.MoveOp, ir.PadOp)
 
 
 def _is_rounded(operation: ir.IntegerOp) -> bool:
-    """Whether the operation ends in a quantizer of its own."""
+    """True if the operation ends in a quantizer of its own."""
     return operation.output.qparams is not None and not isinstance(operation, _MOVES)
 
 
@@ -335,7 +335,7 @@ class _Recorder(fx.Interpreter):
         return result
 
     def _value(self, quantizer: fx.Node) -> str:
-        """What ``quantizer`` rounds is called after itself or after what is before it, a clamp being no value."""
+        """The name of the value that ``quantizer`` rounds: its own, or the one before it, since a clamp is no value."""
         node = quantizer
         while value_name(node) not in self._values:
             (node,) = node.all_input_nodes

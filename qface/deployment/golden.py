@@ -54,11 +54,11 @@ NUM_DIGESTS = 16
 otherwise passes with four images two times in three, with sixteen one time in five."""
 
 LEAST_COSINE_OF_FLOATS = 0.999
-"""Of float32 and fp16 files, as ``verify`` asks of the least of several cosines."""
+"""Minimum cosine of float32 and fp16 files, as ``verify`` asks for."""
 LEAST_COSINE_WITH_ISLANDS = 0.95
-"""Of files with float islands, likewise: a float that is rounded after one may be rounded otherwise."""
+"""Minimum cosine of files with float islands: a float that is rounded after one may be rounded otherwise."""
 LEAST_COSINE_OF_FLOAT_OUTPUT = 0.999999
-"""Where only the embedding itself is computed from floats, such as its length."""
+"""Minimum cosine where only the embedding itself is computed from floats, such as its length."""
 
 Tolerance = Literal["equal"] | float
 Embeddings = npt.NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""What a file reads: normalized floats, or the bytes of the image, which whoever runs it then need not normalize."""
+"""Inputs of a file: normalized floats, or the bytes of an image, which the file then normalizes itself."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _reader_of_bytes(operation: ir.IntegerOp, images: ir.Value, normalize: ir.No
 
 
 def _keeps_bytes(quantize: ir.QuantizeImageOp, normalize: ir.NormalizeUint8Op) -> bool:
-    """Whether every byte, normalized and quantized, becomes the integer that it was."""
+    """True if every byte, normalized and quantized, becomes the integer that it was."""
     qparams = quantize.output.qparams
     assert qparams is not None
     pixels = np.arange(256, dtype=np.float32)[:, None]
@@ -85,7 +85,7 @@ def _keeps_bytes(quantize: ir.QuantizeImageOp, normalize: ir.NormalizeUint8Op) -
 
 
 def as_model_sees(graph: ir.IntegerGraph, images: Tensor) -> Tensor:
-    """What the network of ``graph`` sees of normalized ``images`` [N, 3, height, width]: rounded where it reads bytes.
+    """Normalized ``images`` [N, 3, height, width] as the network of ``graph`` sees them: rounded where it reads bytes.
 
     Only images that were resized are not bytes already.
     """

@@ -103,7 +103,7 @@ class IntegerOp:
 
     @property
     def kind(self) -> str:
-        """What it does, as ONNX calls it where ONNX has such an operator: ``"AveragePool"``."""
+        """The operation by its name in ONNX, where ONNX has such an operator: ``"AveragePool"``."""
         return type(self).__name__.removesuffix("Op")
 
 

@@ -1,4 +1,4 @@
-"""How long a file takes in onnxruntime, beside others: only the ratios within one comparison mean anything."""
+"""Latency of files in onnxruntime, side by side: only the ratios within one comparison mean anything."""
 
 from __future__ import annotations
 

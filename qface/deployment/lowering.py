@@ -370,7 +370,7 @@ class _ShapeRecorder(fx.Interpreter):
 
 
 def value_name(node: fx.Node) -> str:
-    """What the value is called that the operation of ``node`` makes."""
+    """The name of the value that the operation of ``node`` makes."""
     # The colon, which no node has, keeps a layer called "embedding" apart from the output of that name.
     return f"{node.name}:0"
 

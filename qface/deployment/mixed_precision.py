@@ -72,7 +72,7 @@ def allocate_bits(
             the model is quantized.
         ImagesError: the images cannot be used, or there are none.
         ExportError: the student of this network cannot be exported.
-        TraceError: torch.fx cannot trace the network.
+        TraceError: torch.export cannot follow the network.
         UnsupportedLayerError: a layer cannot be quantized or exported; it is named.
 
     Example:

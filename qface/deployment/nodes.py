@@ -1,4 +1,4 @@
-"""What writers of ONNX models share: collecting nodes and constants, and the frame around them."""
+"""The base of writers of ONNX models: nodes, constants, and the frame around them."""
 
 from __future__ import annotations
 

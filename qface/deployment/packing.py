@@ -24,7 +24,7 @@ Int8 = npt.NDArray[np.int8]
 
 
 class Place(NamedTuple):
-    """Where a run lies: from bit ``shift`` of ``plane`` on, and on into the next plane if it ``straddles``."""
+    """The place of a run: from bit ``shift`` of ``plane`` on, and on into the next plane if it ``straddles``."""
 
     plane: int
     shift: int
@@ -38,7 +38,7 @@ def places(bits: int) -> tuple[Place, ...]:
 
 
 def offset(bits: int) -> int:
-    """What is added before packing: half the range, or nothing at 8 bits, whose bytes need only be read as signed."""
+    """The number added before packing: half the range, or 0 at 8 bits, whose bytes need only be read as signed."""
     return 1 << (bits - 1) if bits < 8 else 0
 
 

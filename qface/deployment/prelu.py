@@ -1,4 +1,4 @@
-"""What a PReLU between two quantized values makes of each of the 256 integers that it may read."""
+"""Tables of a PReLU between two quantized values: its result for each of the 256 integers that it may read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PReluTable:
 
     @property
     def result(self) -> Int32:
-        """What the PReLU makes, [256, channels]."""
+        """Results of the PReLU, [256, channels]."""
         return np.where(self.positive, self.kept, self.scaled)
 
     @property

@@ -1,4 +1,4 @@
-"""How weights are stored in an ONNX file: as int8 tensors, or packed to their bits and unpacked by standard operators.
+"""Weights in an ONNX file: as int8 tensors, or packed to their bits and unpacked by standard operators.
 
 A weight format takes the integers of every weight under a name and, at the end, gives the initializers and nodes that
 provide them under those names.
@@ -22,7 +22,7 @@ __all__ = ["WEIGHT_FORMATS", "Int8Format", "PackedFormat", "WeightFormat", "chec
 
 
 class WeightFormat(Protocol):
-    """What the ONNX writer hands its weights to."""
+    """The interface through which the ONNX writer stores weights."""
 
     def add(self, name: str, integers: Int8, bits: int) -> None:
         """Provide ``integers`` as an int8 tensor called ``name``."""

@@ -1,4 +1,4 @@
-"""Which images form a batch, and which of them are mirrored: functions of the seed and the step alone.
+"""Batches and mirrored images, as functions of the seed and the step alone.
 
 Nothing here remembers anything, so a run that goes on after a crash draws exactly what it would have drawn.
 """
@@ -53,7 +53,7 @@ class PairSampler:
 
     @property
     def has_positives(self) -> bool:
-        """Whether every batch holds two images of one person."""
+        """True if every batch holds two images of one person."""
         return self._identities > 0
 
     def epoch(self, number: int) -> Iterator[list[int]]:
@@ -98,13 +98,13 @@ def _take(images: deque[int], count: int, excluded: set[int]) -> list[int]:
 
 
 def flips(count: int, seed: int, step: int) -> Tensor:
-    """Which of the ``count`` images of batch ``step`` are mirrored, bool [count]."""
+    """Draw which of the ``count`` images of batch ``step`` are mirrored, bool [count]."""
     return torch.from_numpy(np.random.default_rng((seed, step, _FLIPS)).random(count) < 0.5)
 
 
 @contextmanager
 def seeded_rng(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """What networks draw within, as functional dropout and stochastic depth do, is a function of seed and step too."""
+    """Make random draws of networks within, such as dropout and stochastic depth, a function of seed and step."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.default_rng([seed, step, _NETWORKS]).integers(2**63 - 1)))
         yield

@@ -22,7 +22,7 @@ __all__ = ["Batch", "Batches", "batches_of"]
 
 
 class Batch(NamedTuple):
-    """What one process trains on in one step."""
+    """Images and labels of one process in one step."""
 
     images: Tensor
     """This process's share of the batch, uint8 or float [n / processes, 3, height, width]."""
@@ -41,7 +41,7 @@ class Batches(ABC):
     """Number of identities, or None where they are unknown."""
 
     lacks_positives: bool = False
-    """Whether it is known that the images hold no two of one person."""
+    """True if it is known that the images hold no two of one person."""
 
     @abstractmethod
     def stream(self, start: int) -> Iterator[Batch]:

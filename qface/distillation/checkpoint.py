@@ -264,7 +264,7 @@ def _check_sums(path: Path) -> None:
 
 
 def _is_checkpoint(saved: Any) -> bool:
-    """Whether ``saved`` holds what :meth:`RunFolder.save` writes, as far as types tell."""
+    """True if ``saved`` holds what :meth:`RunFolder.save` writes, as far as types tell."""
     if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in _PARTS):
         return False
     return _is_plain(saved["config"]) and all(
@@ -273,7 +273,7 @@ def _is_checkpoint(saved: Any) -> bool:
 
 
 def _is_plain(settings: Mapping[Any, Any]) -> bool:
-    """Whether ``settings`` are plain values by name, or groups of such."""
+    """True if ``settings`` are plain values by name, or groups of such."""
     groups = [value for value in settings.values() if isinstance(value, dict)]
     flat = all(isinstance(value, (*_PLAIN, dict)) for value in settings.values())
     return flat and all(isinstance(value, _PLAIN) for group in groups for value in group.values())

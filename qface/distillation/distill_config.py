@@ -33,7 +33,7 @@ LR_PER_RMS_DISTANCE = 0.017
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How a student learns from a teacher; the defaults repair a quantized or pruned student in one epoch.
+    """Settings of a distillation; the defaults repair a quantized or pruned student in one epoch.
 
     They compare embeddings and residual sums, and take steps as large as the student is far from its teacher.
     EKD is off: beside an embedding term it costs more than it gives (``docs/distillation.md`` has the figures).
@@ -173,12 +173,12 @@ class DistillConfig:
 
     @property
     def uses_ekd(self) -> bool:
-        """Whether EKD is part of the loss."""
+        """True if EKD is part of the loss."""
         return self.ekd_weight > 0
 
     @property
     def uses_embedding_loss(self) -> bool:
-        """Whether the distance to the teacher's embedding is part of the loss."""
+        """True if the distance to the teacher's embedding is part of the loss."""
         return self.embedding_loss is not None and self.embedding_weight > 0
 
     @classmethod

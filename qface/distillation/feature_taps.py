@@ -1,4 +1,4 @@
-"""What student and teacher sum up behind each block: where few bits lose most, the embedding alone says too little.
+"""Residual sums of student and teacher: where few bits lose most, the embedding alone says too little.
 
 A quantized student computes its teacher's residual sums, each channel times a factor that equalization chose. So the
 factors are found once, by least squares, and the sums compared in parts of their variance.
@@ -21,11 +21,11 @@ from qface.graph.layers import Add
 __all__ = ["FeatureLoss", "FeaturePairs", "FeatureTaps"]
 
 FeaturePairs = Sequence[tuple[Tensor, Tensor]]
-"""Of each sum, what the student made and what the teacher did, [n, channels, ...] each."""
+"""The value of each sum in the student and in the teacher, [n, channels, ...] each."""
 
 
 class FeatureTaps:
-    """What some sums of a student and its teacher make.
+    """Values of some sums of a student and of its teacher.
 
     Args:
         student: the network that learns.

@@ -1,4 +1,4 @@
-"""What a student's embeddings are compared with: the teacher's ranking of pairs (EKD), or its embeddings."""
+"""Losses between embeddings of student and teacher: the ranking of pairs (EKD), or the distance."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def _scales(student: nn.Module) -> list[nn.Parameter]:
 
 
 def schedule_factor(config: DistillConfig, step: int, total: int) -> float:
-    """What the learning rate is multiplied with at step ``step`` of ``total``."""
+    """The factor of the learning rate at step ``step`` of ``total``."""
     warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
     return warm * (0.5 * (1 + math.cos(math.pi * step / total)) if config.schedule == "cosine" else 1.0)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 __all__ = ["RelativeAdam", "sizes"]
 
 _LEAST = 1e-3
-"""Of a row or column, in parts of the whole matrix: one that is zero can still learn."""
+"""Lower bound of the RMS of a row or column, relative to that of the matrix, so that rows of zeros can still train."""
 _LEAST_ELEMENT = 0.1
-"""Of a single value, in parts of the mean of all: the same for what has one dimension."""
+"""Lower bound of a value of a vector, relative to the mean absolute value, for the same reason."""
 
 
 class RelativeAdam(torch.optim.Optimizer):
@@ -68,7 +68,7 @@ class RelativeAdam(torch.optim.Optimizer):
 
 @torch.no_grad()
 def sizes(parameter: Tensor) -> Tensor:
-    """How large the values of ``parameter`` are, to be broadcast against it.
+    """The magnitude of the values of ``parameter``, to be broadcast against it.
 
     Of two dimensions or more: (root mean square of its row) x (of its column) / (of all), where the first dimension
     tells rows and the second one columns. Of one: the absolute value, at least a tenth of their mean. Of zeros: 1.

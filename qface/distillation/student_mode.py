@@ -1,4 +1,4 @@
-"""Which parts of the networks train, learn statistics or stand still, and how they become as they were."""
+"""Modes of the networks in training: parts that train, learn statistics or stand still, restored afterwards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mode_changes(config: DistillConfig) -> set[int]:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether ``model`` contains a batch norm of its own, not folded away."""
+    """True if ``model`` contains a batch norm of its own, not folded away."""
     return any(isinstance(module, _BATCH_NORMS) for module in model.modules())
 
 

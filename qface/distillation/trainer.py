@@ -227,7 +227,7 @@ class _Trainer:
 
     @torch.no_grad()
     def _compare(self, examples: Tensor) -> tuple[Tensor, Tensor, FeaturePairs]:
-        """What both networks make of some images: the student's embeddings, the teacher's, and residual sums."""
+        """Run both networks on some images: the student's embeddings, the teacher's, and residual sums."""
         with self.taps.attached():
             found, wanted = (self._embed(model, examples) for model in (self.student, self.teacher))
             features = self.taps.take(len(examples))

@@ -1,4 +1,4 @@
-"""How well a model verifies faces."""
+"""Evaluation of face verification and identification."""
 
 from qface.evaluation.bootstrap import (
     Interval,

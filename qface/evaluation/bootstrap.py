@@ -316,7 +316,7 @@ def each_draw(
     draws: Draws,
     measure: Callable[..., Floats],
 ) -> dict[str, Floats | None]:
-    """What ``measure`` finds in each draw, at the threshold that the draw has for each of ``fprs``.
+    """``measure`` of each draw, at the threshold that the draw has for each of ``fprs``.
 
     Args:
         probes: float32 [images, dimensions], L2-normalized.

@@ -37,14 +37,14 @@ class Embedder(Protocol):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What the network wants to see."""
+        """The preprocessing that the network needs."""
 
     def __call__(self, batch: Tensor, /) -> Tensor:
         """Embed float32 [N, 3, height, width] to [N, D]."""
 
 
 Model = nn.Module | str | Path | Embedder
-"""What users may pass as a model; :func:`as_embedder` turns each into an :class:`Embedder`."""
+"""Models that users may pass; :func:`as_embedder` turns each into an :class:`Embedder`."""
 
 
 class TorchEmbedder:
@@ -61,7 +61,7 @@ class TorchEmbedder:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are; the CPU for a module that has none."""
+        """The device of the parameters; the CPU for a module that has none."""
         parameter = next(self.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
@@ -197,7 +197,7 @@ def embedding_batches(
 
 
 def _views(batch: Tensor, flip: bool, preprocessing: Preprocessing) -> list[Tensor]:
-    """What the network reads of ``batch``: it, and its mirror image where that is wanted too."""
+    """``batch`` as the network reads it, and its mirror image where that is wanted too."""
     return [normalize(view, preprocessing) for view in ((batch, batch.flip(-1)) if flip else (batch,))]
 
 
@@ -232,6 +232,6 @@ def _check_usable(embeddings: Embeddings, start: int) -> None:
 
 
 def _lengths(embeddings: Embeddings) -> npt.NDArray[np.float64]:
-    """Of rows, in float64, so that large but finite values do not overflow when they are squared."""
+    """Lengths of rows, in float64, so that large but finite values do not overflow when they are squared."""
     lengths: npt.NDArray[np.float64] = np.linalg.norm(embeddings.astype(np.float64), axis=1)
     return lengths

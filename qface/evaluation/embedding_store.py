@@ -21,7 +21,7 @@ from qface.files import alone_in, replacing
 __all__ = ["embed_to_file"]
 
 _SAME_MODEL = 1e-2
-"""How far apart one model's embeddings of an image lie, in parts of their length, on one machine and another: 0.003 for
+"""Distance of one model's embeddings of an image on two machines, relative to their length: 0.003 for
 a file that computes in fp16 on one of them."""
 
 
@@ -102,7 +102,7 @@ def _opened(folder: Path, header: dict[str, Any]) -> Path:
 
 
 def _cut_to_rows(file: Path, width: int) -> int:
-    """How many rows of ``width`` bytes the file holds; one may have been cut off when the process was stopped."""
+    """The number of rows of ``width`` bytes in the file; one may have been cut off when the process was stopped."""
     rows = file.stat().st_size // width
     with file.open("r+b") as content:
         content.truncate(rows * width)

@@ -67,7 +67,7 @@ class ListedFigures:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What :func:`evaluate` measured; shares are fractions, 0..1.
+    """The result of :func:`evaluate`; shares are fractions, 0..1.
 
     Args:
         accuracy: mean over the folds of the pair list; of a list of one fold, at the threshold that is best on its own

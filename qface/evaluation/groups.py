@@ -93,7 +93,7 @@ class GroupRates:
 
 @dataclass(frozen=True)
 class Gap:
-    """What lies between the groups with the highest and the lowest error rate.
+    """The gap between the groups with the highest and the lowest error rate.
 
     Args:
         highest: the group with the highest rate.
@@ -109,7 +109,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class ModelGroups:
-    """How one model does in each group.
+    """The error rates of one model in each group.
 
     Args:
         threshold: the cosine above which a pair is accepted, in every group.
@@ -126,7 +126,7 @@ class ModelGroups:
 
 @dataclass(frozen=True)
 class GroupsResult:
-    """What :func:`evaluate_groups` measured.
+    """The result of :func:`evaluate_groups`.
 
     Args:
         at_fpr: the false-positive rate over everybody that sets the threshold, as a decimal.

@@ -85,7 +85,7 @@ class CountStore:
 def count_store(
     run_dir: Path, scores: PairScores, ranks: Mapping[str, int], parallel: Parallel
 ) -> Iterator[CountStore]:
-    """Where this process keeps its counts in ``run_dir``, out of which it keeps other runs until the end of the block.
+    """The file of this process's counts in ``run_dir``, which other runs are kept out of until the end of the block.
 
     Args:
         run_dir: it is made where it is missing.

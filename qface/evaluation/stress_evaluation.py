@@ -31,7 +31,7 @@ STRESS_FPRS = ("1e-3", "1e-4", "1e-5")
 
 @dataclass(frozen=True)
 class StressFigures:
-    """What models recognize under one condition; shares are fractions, 0..1.
+    """Verification figures under one condition; shares are fractions, 0..1.
 
     Args:
         condition: its name, ``"none"`` for the images as they are.

@@ -34,7 +34,7 @@ _PAIRS = 2**15  # pairs scored at a time: 128 MiB of embeddings of 512 dimension
 
 @dataclass(frozen=True)
 class TemplateResult:
-    """What :func:`evaluate_templates` measured; shares are fractions, 0..1.
+    """The result of :func:`evaluate_templates`; shares are fractions, 0..1.
 
     Args:
         protocol: how images were joined to templates, ``"paper"`` or ``"arcface"``.
@@ -194,7 +194,7 @@ def _whole_templates(owners: npt.NDArray[np.int64]) -> Iterator[slice]:
 
 
 def _starts(*sorted_keys: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
-    """Where a run of equal keys begins."""
+    """Indices at which a run of equal keys begins."""
     changes = np.any([key[1:] != key[:-1] for key in sorted_keys], axis=0)
     return np.concatenate([[0], 1 + np.flatnonzero(changes)])
 

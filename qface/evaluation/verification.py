@@ -50,7 +50,7 @@ _MIN_FALSE_POSITIVES = 10
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """How a model does at one false-positive rate.
+    """The operating point of a model at one false-positive rate.
 
     Args:
         tpr: share of genuine pairs accepted, 0..1; None where there are too few impostor pairs to tell.
@@ -63,7 +63,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a threshold accepts.
+    """Shares of pairs that a threshold accepts.
 
     Args:
         tpr: share of genuine pairs, 0..1.

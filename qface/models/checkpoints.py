@@ -78,7 +78,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether ``torch.jit.save`` wrote the file at ``path``: a zip archive with code beside its constants."""
+    """True if ``torch.jit.save`` wrote the file at ``path``: a zip archive with code beside its constants."""
     names = _names_in(path)
     return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
 
@@ -117,7 +117,7 @@ def recognize(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Modul
 
 
 def _check_dimensions(tensors: Mapping[str, Tensor], wanted: Mapping[str, int], path: str | Path) -> None:
-    """Of the tensors whose shapes say how large the network is."""
+    """Check the number of dimensions of the tensors whose shapes say how large the network is."""
     for name, dimensions in wanted.items():
         shape = list(tensors[name].shape)
         if len(shape) != dimensions or 0 in shape:

@@ -53,7 +53,7 @@ _LEAST_COSINE = 0.9999
 
 
 def is_exported_program(path: str | Path) -> bool:
-    """Whether ``torch.export.save`` wrote the file at ``path``, whatever its name."""
+    """True if ``torch.export.save`` wrote the file at ``path``, whatever its name."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -1,4 +1,4 @@
-"""What a convolution or linear layer multiplies with its weights, at places drawn at random."""
+"""Inputs that a convolution or linear layer multiplies with its weights, at places drawn at random."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Layer = nn.Conv2d | nn.Linear
 
 @dataclass(frozen=True)
 class Positions:
-    """Where outputs of a layer are looked at: image, row and column, each [M]."""
+    """Positions in a layer's output: image, row and column, each [M]."""
 
     image: Tensor
     row: Tensor

@@ -282,7 +282,7 @@ _KNOWN = {
 
 
 def _modules(shell: _Shell, prefix: str, depth: int) -> Iterator[tuple[str, _Shell]]:
-    """What stands for a module and those within it, with what the names of their tensors begin with."""
+    """Stand-ins of a module and of those within it, with the prefixes of their tensors' names."""
     if depth > _DEEPEST:
         raise CheckpointError("a pickled module holds itself; save model.state_dict() and load that")
     yield prefix, shell

@@ -47,7 +47,7 @@ FORMAT_VERSION = "4"
 _SUFFIX = ".safetensors"
 
 MODEL_NAMES = ("mobilefacenet", "mbf", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
-"""What :func:`load` takes instead of a path, for a network with random weights."""
+"""Names that :func:`load` takes in place of a path, for a network with random weights."""
 
 
 @torch.random.fork_rng(devices=[])  # layers draw weights at first
@@ -163,7 +163,7 @@ def _from_own_format(
 
 
 def _other_version(path: str | Path, version: str | None) -> str:
-    """What is wrong with a file of another format version, and what to do about it."""
+    """The message for a file of another format version."""
     known = version if version is not None and version.isdecimal() else "0"
     formats = f"(format {known}, this one reads {FORMAT_VERSION})"
     if int(known) > int(FORMAT_VERSION):
@@ -175,7 +175,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Write ``model`` with its architecture, preprocessing and provenance; :func:`load` needs nothing else.
 
     Raises:
-        TraceError: torch.fx cannot trace the model.
+        TraceError: torch.export cannot follow the model.
         UnsupportedLayerError: the model uses a layer or function that cannot be saved as data; it is named.
         CheckpointError: a weight is NaN or infinite.
         ExportError: the file cannot be written, or its name does not end in ``.safetensors``.
@@ -215,7 +215,7 @@ def check_savable(model: nn.Module) -> None:
 
     Raises:
         CheckpointError: a weight is NaN or infinite.
-        TraceError: torch.fx cannot trace the model.
+        TraceError: torch.export cannot follow the model.
         UnsupportedLayerError: it uses a layer or function that cannot be saved as data; it is named.
     """
     _as_data(model, "this network")
@@ -248,5 +248,5 @@ def check_model_file(path: str | Path) -> None:
 
 
 def _is_used(tensor: str, graph: Mapping[str, Any]) -> bool:
-    """Whether a node reads it; layers that none calls may hang on a GraphModule, and are not rebuilt."""
+    """True if a node reads it; layers that none calls may hang on a GraphModule, and are not rebuilt."""
     return tensor in graph["tensors"] or any(tensor.startswith(f"{layer}.") for layer in graph["layers"])

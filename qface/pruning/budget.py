@@ -1,4 +1,4 @@
-"""What a pruned network may cost at most, instead of a share of channels."""
+"""Budgets: the maximum cost of a pruned network, in place of a share of channels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BYTES = 4  # of a float32
 
 @dataclass(frozen=True)
 class Cost:
-    """What a float network costs.
+    """The cost of a float network.
 
     Args:
         parameters: how many it has.
@@ -35,7 +35,7 @@ class Cost:
 
 
 def cost_of(model: nn.Module) -> Cost:
-    """What ``model`` costs."""
+    """The cost of ``model``."""
     return Cost(count_parameters(model), _count_macs(model), _count_megabytes(model))
 
 
@@ -64,7 +64,7 @@ class Budget:
             raise ConfigError(f"a budget of {self.limit} {self.unit} leaves nothing: choose a limit above 0")
 
     def cost(self, model: nn.Module) -> float:
-        """What ``model`` costs, in the unit."""
+        """The cost of ``model``, in the unit."""
         return _COUNT[self.unit](model)
 
 

@@ -1,4 +1,4 @@
-"""How much channels are worth: torch-pruning's estimators, and the gradients that two of them read."""
+"""Channel importance: torch-pruning's estimators, and the gradients that two of them read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BATCH = 32
 
 
 def estimator(config: PruningConfig) -> Callable[[Any], Tensor]:
-    """What torch-pruning asks for the importance of each channel of a group."""
+    """A function that torch-pruning calls for the importance of each channel of a group."""
     # Imported late, since it costs as long as torch itself; by name, because it carries no types.
     pruner = import_module("torch_pruning.pruner.importance")
     if config.importance == "magnitude":
@@ -39,7 +39,7 @@ def estimator(config: PruningConfig) -> Callable[[Any], Tensor]:
 
 
 def gradients(model: nn.Module, images: Tensor, config: PruningConfig) -> Gradients:
-    """What ``taylor`` and ``hessian`` read of every parameter of ``model``, estimated on ``images``; of others nothing.
+    """Gradients of the parameters of ``model`` on ``images``, which ``taylor`` and ``hessian`` read; empty for others.
 
     A network that is compared with itself has no gradient. For ``taylor`` it is taught to embed mirror images alike;
     the gradient is that of the mean cosine distance. For ``hessian``, with embeddings z of length 1, the curvature of

@@ -185,7 +185,7 @@ def _without_share(
 
 
 def _measured(model: nn.Module, sample: Tensor | None, config: PruningConfig) -> Gradients:
-    """What importance reads of ``model`` beside its weights."""
+    """The gradients of ``model``, where importance needs them beside its weights."""
     return gradients(model, sample, config) if config.needs_images and sample is not None else []
 
 
@@ -272,7 +272,7 @@ def _pruner(model: nn.Module, share: float, config: PruningConfig, structure: St
 
 
 def _max_pruning_ratios(model: nn.Module, share: float, config: PruningConfig) -> dict[nn.Module, float]:
-    """What may go of layers that would lose all channels; torch-pruning leaves those whole."""
+    """The maximum pruning ratio of layers that would lose all channels: torch-pruning leaves such layers whole."""
     found: dict[nn.Module, float] = {}
     for layer in model.modules():
         if isinstance(layer, WEIGHTED):
@@ -284,7 +284,7 @@ def _max_pruning_ratios(model: nn.Module, share: float, config: PruningConfig) -
 
 
 class _Channels:
-    """Which channels of each convolution and linear layer of ``model`` are left."""
+    """The remaining channels of each convolution and linear layer of ``model``."""
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
         weighted = {name: cast("nn.Conv2d | nn.Linear", model.get_submodule(name)) for name in structure.weighted}
@@ -309,7 +309,7 @@ class _Channels:
 
 
 def _sizes(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
-    """How many channels it reads, of all groups together, and makes."""
+    """Numbers of input channels, of all groups together, and of output channels."""
     if isinstance(layer, nn.Conv2d):
         return layer.in_channels, layer.out_channels
     return layer.in_features, layer.out_features

@@ -14,7 +14,7 @@ __all__ = ["ImportanceName", "PruningConfig"]
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """How channels are chosen, and what is done about the loss.
+    """Settings of pruning: the choice of channels, and the repair of what is lost.
 
     The defaults choose as Ef-QuantFace does: the weakest channels of every layer by 2-norm of the weights (DepGraph,
     Fang et al., CVPR 2023).
@@ -74,5 +74,5 @@ class PruningConfig:
 
     @property
     def needs_images(self) -> bool:
-        """Whether importance is measured on images."""
+        """True if importance is measured on images."""
         return self.importance in ("taylor", "hessian")

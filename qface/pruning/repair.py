@@ -71,7 +71,7 @@ def repair(
 
 
 def _lost_inputs(layer: nn.Module, kept: Kept) -> bool:
-    """Whether ``layer`` mixes channels of which some are gone; a depthwise convolution mixes none."""
+    """True if ``layer`` mixes channels of which some are gone; a depthwise convolution mixes none."""
     grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
     return not grouped and len(kept.inputs) < cast(Tensor, layer.weight).shape[1]
 
@@ -110,7 +110,7 @@ def _output_sizes(model: nn.Module, names: Sequence[str], image: Tensor) -> dict
 def _outputs(
     model: nn.Module, names: Sequence[str], positions: Mapping[str, Positions], images: Tensor
 ) -> dict[str, Tensor]:
-    """What each layer makes at its positions, [M, channels]."""
+    """Outputs of each layer at its positions, [M, channels]."""
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
@@ -124,11 +124,11 @@ def _outputs(
 
 
 class _StopForward(Exception):  # noqa: N818 - as StopIteration
-    """What lies behind the layer need not run."""
+    """Ends a forward pass at the last layer that is needed."""
 
 
 def _inputs(model: nn.Module, layer: Layer, positions: Positions, images: Tensor) -> Tensor:
-    """What ``layer`` multiplies with its weights at ``positions``, [M, weights of a channel]."""
+    """Inputs that ``layer`` multiplies with its weights at ``positions``, [M, weights of a channel]."""
     parts: list[Tensor] = []
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]

@@ -73,6 +73,6 @@ class _Corrector(fx.Interpreter):
 
 
 def _mean(x: Tensor, layer: nn.Module) -> Tensor:
-    """Of each channel of what ``layer`` made; those of a linear layer come last."""
+    """The mean of each channel of an output of ``layer``; those of a linear layer come last."""
     channels = -1 if isinstance(layer, nn.Linear) else 1
     return x.movedim(channels, 0).flatten(1).mean(1)

@@ -36,7 +36,7 @@ _RELATIVE_FACTORS = torch.logspace(-0.26, 0.42, 17)
 _ZERO_POINTS = torch.linspace(0, 0.6, 13)
 """Tried for each tensor, in parts of the integers."""
 _SHARE_OF_ACTIVATIONS = 0.8
-"""Of the evening out where weights share a scale and are as wide; see :func:`_share_of_activations`."""
+"""Share of the equalization that activations get where weights share a scale; see :func:`_share_of_activations`."""
 
 _PASSES_FACTORS = (nn.PReLU, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, Add)
 
@@ -88,7 +88,7 @@ def _takes_factors(layer: nn.Module | None) -> TypeGuard[Scalable]:
 
 
 def _channels(region: Region) -> int:
-    """How many different numbers of channels the layers make: where there are two, a sum spreads one over the other."""
+    """The number of different channel counts of the layers: with two of them, a sum broadcasts one over the other."""
     return len({source.weight.shape[0] for source in region.sources})
 
 
@@ -162,7 +162,7 @@ def _channel_values(
 
 
 def _factors(region: Region, tensors: list[Tensor]) -> Tensor:
-    """What to multiply the channels by, [channels]; 1 on geometric average."""
+    """Factors of the channels, [channels]; 1 on geometric average."""
     values = torch.cat([each / _ranges(each).mean() for each in tensors], 1)
     factor = _fitting(values, _narrowest(region)[0].integer_range.num_steps, _importance(region))
     shared = [_weight_ranges(sink) for sink in region.sinks if not _has_a_scale_for_each_channel(sink)]
@@ -189,7 +189,7 @@ def _bounded(region: Region, factor: Tensor, narrow: list[Tensor], wider: dict[L
 
 
 def _share_of_activations(region: Region) -> float:
-    """How much of the evening out activations get, 0..1, where weights share a scale.
+    """The share of the equalization that activations get, 0..1, where weights share a scale.
 
     Squared errors of a tensor are in inverse proportion to 4^bits, and what errs more gets more. MobileFaceNet, not
     trained, 1 - cosine over 516 faces: w6a6 0.0206 (share 0.5), 0.0201 (0.8), 0.0210 (0.9); w4a8 0.0566 (0.2), 0.0596
@@ -231,7 +231,7 @@ def _error(values: Tensor, factor: Tensor, low: int, high: int) -> Tensor:
 
 
 def _importance(region: Region) -> Tensor:
-    """How much a squared error in each channel makes behind its sinks: the square of their weights, [channels]."""
+    """The factor of a squared error in each channel after its sinks: the square of their weights, [channels]."""
     return torch.stack([_squared_weights(sink) for sink in region.sinks]).sum(0)
 
 
@@ -256,7 +256,7 @@ def _has_a_scale_for_each_channel(layer: Scalable) -> bool:
 
 
 def _weight_ranges(layer: Scalable) -> Tensor:
-    """How large the weights of each input channel are, in parts of the greatest of their output, on average."""
+    """The magnitude of each input channel's weights relative to the greatest of their output, on average."""
     weight = layer.weight.detach()
     if isinstance(layer, nn.Conv2d):
         weight = (

@@ -116,7 +116,7 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
 
     @property
     def rounds_within_prelu(self) -> bool:
-        """Whether the PReLU before it rounds what it reads and makes at once, so that nothing is left to round."""
+        """True if the PReLU before it rounds what it reads and makes at once, so that nothing is left to round."""
         return self.behind_prelu and self.training and self.quantizing and self._ready and not self.observing
 
     def prelu(self, x: Tensor, slopes: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class SharedScaleFakeQuantize(nn.Module):
 
     @property
     def quantizing(self) -> bool:
-        """Whether it rounds."""
+        """True if it rounds."""
         return any(quantizer.quantizing for quantizer in self._owner)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class ImageFakeQuantize(_SwitchedFakeQuantize):
 
     @property
     def range(self) -> tuple[float, float]:
-        """What the bytes 0 and 255 are normalized to."""
+        """The normalized values of the bytes 0 and 255."""
         low, high = (self.scale * (byte - self.zero_point) + self.offset for byte in (0, QUINT8_MAX))
         return low, high
 

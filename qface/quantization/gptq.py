@@ -33,7 +33,7 @@ A mean is taken off that may be nearly all of them, and the errors of all weight
 """
 _BLOCK = 128  # weights, whose errors reach those behind the block all at once, by one product
 _MOST_WEIGHTS = 4608
-"""Of a channel, 512 x 3 x 3; the Hessian of more takes gigabytes, and there the order of rounding stays as it is."""
+"""Maximum weights of a channel, 512 x 3 x 3: the Hessian of more takes gigabytes, so those are rounded to nearest."""
 
 
 class HessianCollector:

@@ -1,4 +1,4 @@
-"""Where a student rounds: one quantizer after each value that something reads as integers."""
+"""Insertion of quantizers: one after each value that something reads as integers."""
 
 from __future__ import annotations
 

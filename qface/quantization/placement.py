@@ -1,4 +1,4 @@
-"""What w6a6 means: which tensor has how many bits. Quantization reads it, what follows the quantizers that it placed.
+"""The bits of each tensor, or what w6a6 means. Quantization reads them; later stages read the quantizers it placed.
 
 ===================  =====================  ==================================================================
 role                 bits                   tensor

@@ -139,7 +139,7 @@ def inspect(model: nn.Module, bits: int | QuantizationConfig = 6) -> Quantizatio
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether ``model`` holds fake-quant modules."""
+    """True if ``model`` holds fake-quant modules."""
     return any(isinstance(module, LSQFakeQuantize) for module in model.modules())
 
 
@@ -184,7 +184,7 @@ def _check_overrides(model: fx.GraphModule, config: QuantizationConfig) -> None:
 
 
 def _backend_config() -> BackendConfig:
-    """Which layers torch.ao observes: every one of ours with a fake-quant behind it, weights swapped."""
+    """The layers that torch.ao observes: each of ours gets a fake-quantizer after it, and its weights are swapped."""
     different = ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
     shared = ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
     backend = BackendConfig("qface")

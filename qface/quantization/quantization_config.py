@@ -1,4 +1,4 @@
-"""How a network is quantized: bits, and the observer that chooses each range."""
+"""Settings of quantization: bits, and the observer that chooses each range."""
 
 from __future__ import annotations
 

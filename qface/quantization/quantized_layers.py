@@ -52,16 +52,16 @@ class QuantContext:
 
     @property
     def complete(self) -> bool:
-        """Whether all of them are there."""
+        """True if no value stays float."""
         return None not in (*self.inputs, self.output)
 
     @property
     def rounding(self) -> bool:
-        """Whether all of them are there and switched on."""
+        """True if no value stays float and all quantizers are switched on."""
         return self.complete and all(cast(Quantizer, quantizer).quantizing for quantizer in (*self.inputs, self.output))
 
     def scales(self) -> tuple[Tensor, ...]:
-        """Of what is read and of what is made, where all of them are there."""
+        """The scales of inputs and output; no value may stay float."""
         return tuple(cast(Quantizer, quantizer).qparams().scale for quantizer in (*self.inputs, self.output))
 
 
@@ -74,7 +74,7 @@ def _take_weights(target: LayerT, source: nn.Module, quantizer: Any) -> LayerT:
 
 
 class _QuantizedMatmul(nn.Module):
-    """What convolution and linear layer share: the bias as int32, and the integer path of eval mode."""
+    """Base of convolution and linear layer: the bias as int32, and the integer path of eval mode."""
 
     weight: Any
     bias: Any
@@ -89,7 +89,7 @@ class _QuantizedMatmul(nn.Module):
 
     @property
     def weight_observer(self) -> str:
-        """How its ranges are chosen."""
+        """The observers of its ranges."""
         return self.weight_fake_quant.observer
 
     @property
@@ -171,7 +171,7 @@ class QuantizedConv2d(_QuantizedMatmul, nn.Conv2d):
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d) -> QuantizedConv2d:
-        """What torch.ao calls to swap ``layer``, which carries a ``qconfig``."""
+        """Make the quantized layer of ``layer``, which carries a ``qconfig``; torch.ao calls this to swap layers."""
         target = cls(
             layer.in_channels,
             layer.out_channels,
@@ -216,7 +216,7 @@ class QuantizedLinear(_QuantizedMatmul, nn.Linear):
 
     @classmethod
     def from_float(cls, layer: nn.Linear) -> QuantizedLinear:
-        """What torch.ao calls to swap ``layer``, which carries a ``qconfig``."""
+        """Make the quantized layer of ``layer``, which carries a ``qconfig``; torch.ao calls this to swap layers."""
         target = cls(layer.in_features, layer.out_features, layer.bias is not None)
         return _take_weights(target, layer, cast(Any, layer.qconfig).weight(num_channels=layer.out_features))
 
@@ -255,7 +255,7 @@ class QuantizedPReLU(nn.PReLU):
 
     @classmethod
     def from_float(cls, layer: nn.PReLU) -> QuantizedPReLU:
-        """What torch.ao calls to swap ``layer``."""
+        """Make the quantized layer of ``layer``; torch.ao calls this to swap layers."""
         target = cls(layer.num_parameters)
         return _take_weights(target, layer, target.weight_fake_quant)
 
@@ -322,5 +322,5 @@ WeightedLayer = (QuantizedConv2d, QuantizedLinear)
 
 
 def is_quantizer(node: fx.Node) -> bool:
-    """Whether ``node`` rounds a value."""
+    """True if ``node`` rounds a value."""
     return isinstance(layer_of(node), Quantizer)

@@ -51,7 +51,7 @@ _READ_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What quantizing one tensor of a convolution or linear layer costs, all else in float.
+    """The loss by quantizing one tensor of a convolution or linear layer, all else in float.
 
     Losses are means over images of 1 - cosine between the embedding and that of the float network, 0..2.
 
@@ -71,7 +71,7 @@ class LayerSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What :func:`sensitivity` measured.
+    """The result of :func:`sensitivity`.
 
     Args:
         images: images that the losses are means over.
@@ -87,7 +87,7 @@ class Sensitivity:
     layers: tuple[LayerSensitivity, ...]
 
     def losses(self, tensor: str) -> list[Mapping[int, float]]:
-        """Of each layer's ``"weight"`` or ``"activation"``."""
+        """The losses of each layer's ``"weight"`` or ``"activation"``, by bits."""
         return [layer.weight if tensor == "weight" else layer.activation for layer in self.layers]
 
     def bit_widths(self, tensor: str) -> list[int]:
@@ -142,7 +142,7 @@ def sensitivity(
     run_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Sensitivity:
-    """How much the embedding changes when one tensor at a time is quantized, for each layer that multiplies.
+    """Measure how much the embedding changes when one tensor at a time is quantized, for each layer that multiplies.
 
     A student's own ranges count at its own bits. At other bits, and wherever it is not calibrated, ranges are
     chosen by the student's observers: of a weight from its values, of an activation from those that ``images`` give
@@ -166,7 +166,7 @@ def sensitivity(
             or settings, or another run is in it.
         ExportError: ``run_dir`` cannot be made or written to.
         ImagesError: the images cannot be used, or there are none.
-        TraceError: torch.fx cannot trace the network.
+        TraceError: torch.export cannot follow the network.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
 
     Example:
@@ -282,7 +282,7 @@ def _source(node: fx.Node) -> fx.Node:
 
 
 def _has_configured_bits(source: fx.Node) -> bool:
-    """Whether ``source`` rounds to the bits of the config; the image has its own."""
+    """True if ``source`` rounds to the bits of the config; the image has its own."""
     quantizes = isinstance(layer_of(source), LSQFakeQuantize)
     return quantizes and role_of(cast(fx.Node, source.args[0])) is Role.MATMUL_INPUT
 

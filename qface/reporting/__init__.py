@@ -1,4 +1,4 @@
-"""What people look at: tables and figures of results."""
+"""Tables and figures of results."""
 
 from qface.reporting.figures import sensitivity_figure
 from qface.reporting.tables import (

@@ -1,4 +1,4 @@
-"""What a file that :func:`qface.export` wrote says of itself in its metadata."""
+"""The metadata of a file that :func:`qface.export` wrote."""
 
 from __future__ import annotations
 

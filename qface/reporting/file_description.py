@@ -39,7 +39,7 @@ _FLOAT_BITS = 32  # of every weight of a float network, once it is loaded
 
 @dataclass(frozen=True)
 class FileDescription:
-    """What a file or network is.
+    """Kind, input, size and origin of a file or network.
 
     Args:
         kind: ``"student"``, ``"float network"``, ``"exported student"``, ``"exported float network"`` or

@@ -67,7 +67,7 @@ def model_card(file: str | Path, figures: Sequence[str] = ()) -> str:
 
 
 def card_path(file: str | Path) -> Path:
-    """Where the card of ``file`` lies: beside it, with the ending ``.md``."""
+    """The path of the card of ``file``: beside it, with the ending ``.md``."""
     return Path(file).with_suffix(".md")
 
 

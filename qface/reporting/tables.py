@@ -188,7 +188,7 @@ def _hundredths(share: float) -> str:
 
 
 def stress_table(result: StressResult) -> Table:
-    """What a model recognizes under each condition, and what it loses against a reference."""
+    """Recognition under each condition, and the loss against a reference."""
     compared = bool(result.figures[0].reference_tpr_at_fpr)
     table = Table(title=f"{result.images:,} images of {result.identities:,} people", box=box.SIMPLE)
     table.add_column("condition")
@@ -230,7 +230,7 @@ def plan_table(plan: QuantizationPlan) -> Table:
 
 
 def description_table(found: FileDescription) -> Group:
-    """What a file or network is, a row a property; below it the plan of its layers, where it has one."""
+    """A file or network, a row a property; below it the plan of its layers, where it has one."""
     table = Table(box=box.SIMPLE, show_header=False)
     for name, value in _properties(found):
         table.add_row(name, escape(value))
@@ -285,7 +285,7 @@ def _add_rates(
 
 
 def alignment_table(report: AlignmentReport) -> Table:
-    """How many photos became crops, and the names of the first that did not."""
+    """The number of photos that became crops, and the names of the first that did not."""
     table = Table()
     for name in ("photos", "number", "first of them"):
         table.add_column(name, justify="right" if name == "number" else "left")
@@ -326,7 +326,7 @@ def compression_table(found: Compression) -> Table:
 
 
 def costs_table(before: Cost, after: Cost) -> Table:
-    """What a network costs before and after pruning."""
+    """The cost of a network before and after pruning."""
     table = Table()
     for name in ("", "before", "after", "left"):
         table.add_column(name, justify="right" if name else "left")
@@ -404,7 +404,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def size_tables(report: SizeReport, largest: int = 10) -> Group:
-    """What the bytes are spent on, a row a kind and in total, and the ``largest`` entries."""
+    """The bytes of a file, a row a kind and in total, and the ``largest`` entries."""
     origin = "" if report.source == "file" else ", predicted: tensors without names and nodes"
     kinds = Table(title=f"{report.bytes:,} bytes{origin}", box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for name in ("kind", "elements", "float32", "packed", "bytes", "MB", "MiB"):

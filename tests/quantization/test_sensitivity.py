@@ -202,7 +202,7 @@ def test_the_first_depthwise_convolution_of_mobilefacenet_needs_its_bits(faces: 
         "first-half",
         weight_bits=(2, 8),
         activation_bits=(),
-        num_images=8,
+        num_images=4,
         batch_size=8,
     )
     worst = max(table.layers, key=lambda layer: layer.weight[2])

@@ -16,7 +16,7 @@ __all__ = ["measure_size"]
 
 
 def measure_size(model_or_file: nn.Module | str | Path, bits: int | QuantizationConfig = 6) -> SizeReport:
-    """What each byte of a file is spent on, or would be.
+    """Count the bytes of a file by purpose, or predict them.
 
     Args:
         model_or_file: an ``.onnx`` file, counted to the byte; a student, calibrated or not, counted from its
@@ -26,7 +26,7 @@ def measure_size(model_or_file: nn.Module | str | Path, bits: int | Quantization
     Raises:
         CheckpointError: the file is missing, damaged, or keeps its weights in other files.
         ConfigError: bits are out of range.
-        TraceError: torch.fx cannot trace the network.
+        TraceError: torch.export cannot follow the network.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
 
     Example:

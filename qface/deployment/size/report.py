@@ -8,10 +8,10 @@ from typing import Any
 __all__ = ["KINDS", "PARAMETERS", "TENSORS", "SizeEntry", "SizeReport"]
 
 PARAMETERS = ("weight", "bias", "slope", "affine")
-"""What a float network holds too."""
+"""Kinds of entries that a float network has too."""
 TENSORS = (*PARAMETERS, "scale", "zero_point", "constant")
 KINDS = (*TENSORS, "header", "name", "node", "graph", "metadata")
-"""Of entries, in the order of reports; a tensor with several uses counts as the first of them.
+"""Kinds of entries, in the order of reports; a tensor with several uses counts as the first of them.
 
 ``header`` is type, shape and framing of the tensors, ``name`` every place that names a value, node or tensor, ``node``
 operators with their attributes, ``graph`` the interface and the frame of the graph, ``metadata`` the rest of the model.
@@ -40,12 +40,12 @@ class SizeEntry:
 
     @property
     def packed_bytes(self) -> int:
-        """What the numbers take without a wasted bit."""
+        """Bytes of the numbers without a wasted bit."""
         return self.bytes if self.bits is None else -(-self.elements * self.bits // 8)
 
     @property
     def fp32_bytes(self) -> int:
-        """What a float network spends on it: four bytes a parameter, nothing on what only integers need."""
+        """Bytes in a float network: four a parameter, none for what only integers need."""
         return 4 * self.elements if self.kind in PARAMETERS else 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class SizeReport:
 
     @property
     def bytes(self) -> int:
-        """Of all entries; the size of the file where the source is one."""
+        """Bytes of all entries; the size of the file where the source is one."""
         return sum(entry.bytes for entry in self.entries)
 
     @property

@@ -1,4 +1,4 @@
-"""What the tensors of an ONNX file are for."""
+"""The roles of the tensors of an ONNX file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Use(NamedTuple):
 
 
 class TensorRoles:
-    """What each initializer is for: the operators that read it, directly or unpacked by constant nodes."""
+    """The role of each initializer, by the operators that read it, directly or unpacked by constant nodes."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -86,7 +86,7 @@ class TensorRoles:
                 yield node.input[place], self._depthwise_kind(node) if kind == "weight" else kind
 
     def _depthwise_kind(self, node: onnx.NodeProto) -> str:
-        """What the weights of a convolution are: a depthwise 1x1 is how PReLUs and BatchNorms are written.
+        """The role of a convolution's weights: a depthwise 1x1 is how PReLUs and BatchNorms are written.
 
         Slopes share one scale, and may be ones, where a value only changes its scale.
         """

@@ -265,7 +265,7 @@ def _scales(run: Importer, node: Node, shape: Sequence[int]) -> list[float]:
 
 
 def _scale_input(run: Importer, node: Node) -> Array | None:
-    """Of opset 10 and of Upsample the second input, later the third."""
+    """The scales of a resize: the second input in opset 10 and of Upsample, later the third."""
     return run.array(node, 1 if node.op == "Upsample" or run.opset < 11 else 2)
 
 
@@ -306,7 +306,7 @@ _ROUNDING: dict[str, Callable[[Array], Array]] = {
 
 
 def _places(run: Importer, node: Node, transform: str, before: int, after: int, scale: float) -> Array:
-    """Where the pixels of the result lie among the pixels that they are made of."""
+    """Coordinates of the result's pixels among the pixels that they are made of."""
     pixels = np.arange(after, dtype=np.float32)
     if transform == "asymmetric":
         return pixels / np.float32(scale)
