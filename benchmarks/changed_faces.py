@@ -1,8 +1,8 @@
 """What each change of the training images brings: students trained with each alone, with all and with none, judged on
 faces as they are and under the stress protocol.
 
-    python benchmarks/augmentation.py [--data ../shared] [--network mobilefacenet] [--bits 6] [--arms none --arms all]
-                                      [--seed 0] [--every 5] [--epochs 1] [--max-steps N] [-o runs/augmentation]
+    python benchmarks/changed_faces.py [--data ../shared] [--network mobilefacenet] [--bits 6] [--arms none --arms all]
+                                      [--seed 0] [--every 5] [--epochs 1] [--max-steps N] [-o runs/changed_faces]
                                       [--json FILE]
 
 Ranges and training see the first half of LFW's people; the exported file is judged in onnxruntime on the second half,
@@ -62,7 +62,7 @@ ARMS: dict[str, qface.AugmentationConfig | None] = {
 @click.option("--every", type=click.IntRange(1), default=5, show_default=True, help="Of the people under stress.")
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--max-steps", type=click.IntRange(1), help="Of training, for a quick look.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/augmentation"), show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/changed_faces"), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(
     data: Path,
