@@ -12,6 +12,12 @@ from _pytest.doctest import DoctestItem
 PEOPLE = tuple(f"{name}_{number}" for name in ("Ann", "Bob", "Cid", "Dee") for number in range(3))
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave helpers of tests alone, which have no examples, and some of which run on other machines."""
+    helper = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
+    return True if helper and "tests" in collection_path.parts else None
+
+
 @pytest.fixture(scope="session")
 def files_of_examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``faces/`` of 12 people in two groups, what alignment and IJB need, and a network in all its forms."""
