@@ -15,7 +15,7 @@ PEOPLE = tuple(f"{name}_{number}" for name in ("Ann", "Bob", "Cid", "Dee") for n
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave helpers of tests alone, which have no examples, and some of which run on other machines."""
     helper = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
-    return True if helper and "tests" in collection_path.parts else None
+    return True if helper and collection_path.is_relative_to(Path(__file__).parent / "tests") else None
 
 
 @pytest.fixture(scope="session")
