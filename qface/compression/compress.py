@@ -218,7 +218,8 @@ class _Search:
             return self._trained_down(rungs[:at], kept)
         if at == 0:
             return kept, "there are no fewer bits"
-        return kept, f"{self._name(rungs[at - 1])} loses too much without training"
+        smaller = "" if self.config.distill == "never" else "; distill='for-size' trains smaller files as well"
+        return kept, f"{self._name(rungs[at - 1])} loses too much without training{smaller}"
 
     def _trained_largest(self, rungs: list[float]) -> tuple[Trial | None, str]:
         """Train, where calibration alone misses the target with the most bits that are allowed."""
