@@ -1,4 +1,4 @@
-"""What each change of the training images brings: students trained with each alone, with all and with none, judged on
+"""Measure each change of the training images: students trained with each alone, with all and with none, judged on
 faces as they are and under the stress protocol.
 
     python benchmarks/changed_faces.py [--data ../shared] [--network mobilefacenet] [--bits 6] [--arms none --arms all]

@@ -224,7 +224,8 @@ def _occlusion(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
     for place, at in ((rows, 0), (columns, 2)):
         length = draws.between(at, *_COVERED)
         start = draws.between(at + 1, 0, 1) * (1 - length)
-        inside &= _each((place >= _each(start)[:, 0]) & (place <= _each(start + length)[:, 0]))
+        low, high = (edge[:, None, None] for edge in (start, start + length))
+        inside &= _each((place >= low) & (place <= high))
     return torch.where(inside, _covers(faces, draws), faces)
 
 

@@ -35,7 +35,7 @@ from qface.evaluation.verification import (
 from qface.parallel import processes_for
 from qface.progress import shows_progress
 
-__all__ = ["EvaluationResult", "ListedFigures", "evaluate", "listed_cosines"]
+__all__ = ["EvaluationResult", "ListedFigures", "evaluate", "listed_cosines", "listed_pairs"]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -170,7 +170,7 @@ def evaluate(
     """
     check_whole(0, bootstrap=bootstrap)
     source = as_image_source(images, identities)
-    listed = _listed(pairs, source)
+    listed = listed_pairs(pairs, source)
     labels = _labels(source, needed=listed is None)
     genuine, impostors = _counts(labels, listed, ordered=gallery is not None)
     if listed is not None:
@@ -222,7 +222,12 @@ def _labels(source: ImageSource, needed: bool) -> Labels | None:
     return labels
 
 
-def _listed(pairs: str | Path | None, source: ImageSource) -> ResolvedPairs | None:
+def listed_pairs(pairs: str | Path | None, source: ImageSource) -> ResolvedPairs | None:
+    """The pairs of the list ``pairs`` as numbers of images, or those that ``source`` brings; None without either.
+
+    Raises:
+        PairsError: the list is malformed, does not fit the images, or comes beside pairs of their own.
+    """
     if isinstance(source, PairedImages):
         if pairs is not None:
             raise PairsError(f"{source.path} brings its own pairs: leave {pairs} out")

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 
 from qface.checks import check_whole
-from qface.data.folders import ImageFolder
-from qface.data.images import Images, ImageSource, IndexedImages, Labels, labels_of
-from qface.data.pairs import ResolvedPairs, read_pairs, resolve_pairs
+from qface.data.images import Images, IndexedImages, Labels, labels_of
+from qface.data.pairs import ResolvedPairs
 from qface.data.sources import as_image_source
 from qface.data.stress import STRESS_CONDITIONS, StressedImages
-from qface.errors import ConfigError, ImagesError, PairsError
+from qface.errors import ConfigError, ImagesError
 from qface.evaluation.bootstrap import TprDrop, bootstrap_tpr_drop
 from qface.evaluation.embedding import Embeddings, Model, as_embedder
-from qface.evaluation.evaluate import listed_cosines
+from qface.evaluation.evaluate import listed_cosines, listed_pairs
 from qface.evaluation.shared_embedding import embed_shared
 from qface.evaluation.verification import ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.parallel import processes_for
@@ -135,7 +134,10 @@ def evaluate_stress(
     if labels is None or not isinstance(source, IndexedImages):
         raise ImagesError("a stress test needs to know who is who: pass a folder with one subfolder a person")
     shown = {"none": source, **{name: StressedImages(source, name, seed) for name in conditions}}
-    judge = _Judge(labels, None if pairs is None else _listed(pairs, source), bootstrap, seed)
+    listed = None if pairs is None else listed_pairs(pairs, source)
+    if listed is not None:
+        usable_folds(listed.same, listed.fold)  # complains before the images take their time
+    judge = _Judge(labels, listed, bootstrap, seed)
     models = {"model": as_embedder(model)} | ({} if reference is None else {"reference": as_embedder(reference)})
     parallel = processes_for(None)
 
@@ -149,14 +151,6 @@ def evaluate_stress(
         probes = plain if condition == "none" else {name: embedded(name, condition) for name in models}
         figures.append(judge.figures(condition, [_Seen(probes[name], plain[name]) for name in models]))
     return StressResult(tuple(figures), len(source), len(np.unique(labels)), seed, bootstrap)
-
-
-def _listed(pairs: str | Path, source: ImageSource) -> ResolvedPairs:
-    if not isinstance(source, ImageFolder):
-        raise PairsError(f"the pairs of {pairs} name files: pass the folder that holds them as images")
-    listed = resolve_pairs(read_pairs(pairs), source)
-    usable_folds(listed.same, listed.fold)  # complains before the images take their time
-    return listed
 
 
 @dataclass(frozen=True)

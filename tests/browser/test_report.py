@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ from qface.errors import ConfigError
 from qface.reporting.report.data import ReportData
 from tests.browser.devtools import Page
 from tests.browser.test_page import complaints, page
-from tests.deployment.networks import calibrated
-from tests.networks import tiny_face_net
+from tests.small_record import write_record
 
 __all__ = ["page"]
 
@@ -24,16 +24,9 @@ PHONE = 390
 
 @pytest.fixture
 def record(tmp_path: Path, crops: Callable[..., Path]) -> qface.RunRecord:
-    faces = crops(dict.fromkeys(("Ann", "Bob", "Cid", "Dee", "Eve", "Fay"), 4))
-    network = tiny_face_net()
-    student = calibrated(network, 4)
-    qface.save(network, tmp_path / "teacher.safetensors")
-    qface.save(student, tmp_path / "student.safetensors")
-    qface.export(student, tmp_path / "student.onnx")
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"step": step, "loss": 1 / (1 + step)}) + "\n" for step in range(9)))
-    paths = (str(tmp_path / name) for name in ("teacher.safetensors", "student.safetensors", "student.onnx"))
-    return qface.RunRecord(*paths, images=str(faces), log=str(log), trials=({"bits": 4, "kept": True},))
+    return replace(write_record(tmp_path, crops), log=str(log), trials=({"bits": 4, "kept": True},))
 
 
 def written(record: qface.RunRecord, path: Path, faces: bool = True) -> tuple[ReportData, str]:

@@ -55,7 +55,7 @@ def demo_report(folder: Path, seed: int) -> DemoReport:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What each command prints with ``--json``, each time that it runs."""
+    """The output of each command with ``--json``, each time that it runs."""
     folder = tmp_path_factory.mktemp("json")
     write_crops(folder / "crops", dict.fromkeys(("Ann", "Bob", "Cid", "Dee", "Eve", "Fay"), 6))
     (folder / "groups.csv").write_text("Ann,x\nBob,x\nCid,y\nDee,y\n")

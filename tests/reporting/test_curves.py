@@ -17,8 +17,7 @@ from qface.evaluation import bootstrap_tpr, embed
 from qface.evaluation.score_histogram import ScoreHistogram
 from qface.reporting import figures
 from qface.reporting.report.data import Curve, ModelFigures
-from tests.deployment.networks import calibrated
-from tests.networks import tiny_face_net
+from tests.small_record import write_record
 
 CURVE = Curve((0.1, 0.01, 0.001), (1.0, 0.99, 0.9), (0.1, 0.2, 0.3), (1.0, 0.95, None), (1.0, 1.0, None))
 
@@ -51,14 +50,7 @@ def test_without_intervals_no_band_is_drawn() -> None:
 
 @pytest.fixture
 def record(tmp_path: Path, crops: Callable[..., Path]) -> qface.RunRecord:
-    faces = crops(dict.fromkeys(("Ann", "Bob", "Cid", "Dee", "Eve", "Fay"), 4))
-    network = tiny_face_net()
-    student = calibrated(network, 4)
-    qface.save(network, tmp_path / "teacher.safetensors")
-    qface.save(student, tmp_path / "student.safetensors")
-    qface.export(student, tmp_path / "student.onnx")
-    paths = (str(tmp_path / name) for name in ("teacher.safetensors", "student.safetensors", "student.onnx"))
-    return qface.RunRecord(*paths, images=str(faces))
+    return write_record(tmp_path, crops)
 
 
 def test_a_report_has_the_intervals_of_its_rates(record: qface.RunRecord, tmp_path: Path) -> None:
