@@ -47,6 +47,7 @@ ARMS: dict[str, qface.AugmentationConfig | None] = {
     NOT_TRAINED: None,
     "none": None,
     "all": qface.AugmentationConfig(),
+    "half": qface.AugmentationConfig(**{part: getattr(qface.AugmentationConfig(), part) / 2 for part in _PARTS}),
     "geometry": _alone("misalignment", "turn"),
     "appearance": _alone("low_resolution", "blur", "compression", "exposure", "color", "gray"),
     **{part: _alone(part) for part in _PARTS},
