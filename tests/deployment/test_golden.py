@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import shutil
 import zlib
@@ -256,8 +255,3 @@ def test_the_student_embeds_the_images_alike(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = student(PREPROCESSING.normalize(golden_images(PREPROCESSING.size)))
     assert torch.allclose(expected, torch.from_numpy(golden.embeddings), rtol=1e-5, atol=1e-6)
-
-
-def test_examples_of_docstrings_run() -> None:
-    found = doctest.testmod(qface.deployment.golden)
-    assert found.attempted > 0 and not found.failed
