@@ -17,18 +17,20 @@ __all__ = ["align", "demo", "pairs"]
     cls=Command,
     examples=(
         "qface align photos/ -o faces/",
+        "qface align photos/ --detector face_detection_yunet_2023mar.onnx -o faces/",
         "qface align photos/ --landmarks landmarks.txt -o faces/ --json",
     ),
 )
 @click.argument("photos", type=FilePath)
 @click.option("-o", "--output", required=True, type=FilePath, help="Folder of crops to write.")
 @click.option("--landmarks", type=FilePath, help="Lines 'file x1 y1 ... x5 y5', in pixels.  [default: look for faces]")
+@click.option("--detector", type=FilePath, help="ONNX file of SCRFD or YuNet.  [default: uniface's RetinaFace]")
 @json_option
-def align(photos: Path, output: Path, landmarks: Path | None, as_json: bool) -> None:
+def align(photos: Path, output: Path, landmarks: Path | None, detector: Path | None, as_json: bool) -> None:
     """Cut aligned 112x112 crops from PHOTOS, a folder; what is there already is kept."""
     from qface.reporting import alignment_table
 
-    report = qface.align(photos, output, landmarks)
+    report = qface.align(photos, output, landmarks, detector)
     show(report.to_dict(), alignment_table(report), as_json)
 
 

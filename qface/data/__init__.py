@@ -3,6 +3,7 @@
 from qface.data.alignment import ARCFACE_LANDMARKS, similarity_transform
 from qface.data.cfp import CfpSplit
 from qface.data.crops import AlignmentReport, align
+from qface.data.detector_files import load_detector
 from qface.data.folders import ImageFolder
 from qface.data.identities import select_identities
 from qface.data.images import Images, ImageSource, IndexedImages, LoaderImages, TensorImages, normalize
@@ -37,6 +38,7 @@ __all__ = [
     "VerificationBin",
     "align",
     "as_image_source",
+    "load_detector",
     "nested_subset",
     "normalize",
     "read_landmarks",

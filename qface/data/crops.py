@@ -15,10 +15,11 @@ from PIL import Image
 from qface.data.alignment import Landmarks, align_face, landmark_fault
 from qface.data.decoding import UNREADABLE, opened, upright
 from qface.data.detection import Detector, default_detector, main_face
+from qface.data.detector_files import load_detector
 from qface.data.folders import EXTENSIONS, warn_of_others
 from qface.data.identities import composed
 from qface.data.landmarks import check_landmarks, read_landmarks
-from qface.errors import ExportError, ImagesError, LimitError
+from qface.errors import ConfigError, ExportError, ImagesError, LimitError
 from qface.files import make_folder, replacing
 from qface.progress import shows_progress, track
 
@@ -66,7 +67,7 @@ def align(
     photos: str | Path,
     crops: str | Path,
     landmarks: str | Path | None = None,
-    detector: Detector | None = None,
+    detector: Detector | str | Path | None = None,
     progress: bool = False,
 ) -> AlignmentReport:
     """Write an aligned crop of the main face of every photo, as PNG, under the photo's name in the same subfolders.
@@ -79,7 +80,8 @@ def align(
         crops: the folder to write; it is made.
         landmarks: a file of landmarks (:func:`qface.data.read_landmarks`), by names relative to ``photos``; None
             looks for faces.
-        detector: what to look for them with; None takes :func:`qface.data.detection.default_detector`.
+        detector: what to look for them with: an object that detects, or an ONNX file of SCRFD or YuNet
+            (:func:`qface.data.load_detector`); None takes :func:`qface.data.detection.default_detector`.
         progress: show the stages on stderr.
 
     Raises:
@@ -87,11 +89,15 @@ def align(
             other photos, or most lines are of no face in their photo.
         ExportError: two photos would give one crop, or crops cannot be written, or would lie among the photos.
         DependencyError: there is nothing to look for faces with.
+        CheckpointError: the file of the detector is missing or damaged, or is neither of the two.
+        ConfigError: both landmarks and a detector are given.
 
     Example:
         >>> qface.align("photos", "crops", landmarks="landmarks.txt").aligned
         1
     """
+    if landmarks is not None and detector is not None:
+        raise ConfigError("landmarks and a detector contradict each other: give one of them")
     photos, crops = Path(photos), Path(crops)
     if _same(photos, crops):
         raise ExportError(f"crops would lie among the photos in {photos}: choose another folder")
@@ -194,12 +200,18 @@ def _targets(names: list[str], crops: Path) -> dict[str, Path]:
     return targets
 
 
-def _locator(names: list[str], landmarks: str | Path | None, detector: Detector | None) -> Locate:
+def _locator(names: list[str], landmarks: str | Path | None, detector: Detector | str | Path | None) -> Locate:
     if landmarks is not None:
         known = _points_of(names, landmarks)
         return lambda name, photo: known.get(name)
-    found = default_detector() if detector is None else detector
-    return lambda name, photo: main_face(found, photo)
+    chosen = _detector(detector)
+    return lambda name, photo: main_face(chosen, photo)
+
+
+def _detector(given: Detector | str | Path | None) -> Detector:
+    if given is None:
+        return default_detector()
+    return load_detector(given) if isinstance(given, (str, Path)) else given
 
 
 def _points_of(names: list[str], landmarks: str | Path) -> dict[str, Landmarks]:
