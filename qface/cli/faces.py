@@ -23,7 +23,11 @@ __all__ = ["align", "demo", "pairs"]
 )
 @click.argument("photos", type=FilePath)
 @click.option("-o", "--output", required=True, type=FilePath, help="Folder of crops to write.")
-@click.option("--landmarks", type=FilePath, help="Lines 'file x1 y1 ... x5 y5', in pixels.  [default: look for faces]")
+@click.option(
+    "--landmarks",
+    type=FilePath,
+    help="Lines 'file x1 y1 ... x5 y5' in pixels, or what mtcnn found.  [default: look for faces]",
+)
 @click.option("--detector", type=FilePath, help="ONNX file of SCRFD or YuNet.  [default: uniface's RetinaFace]")
 @json_option
 def align(photos: Path, output: Path, landmarks: Path | None, detector: Path | None, as_json: bool) -> None:

@@ -78,7 +78,7 @@ def align(
     Args:
         photos: a folder of photos, with subfolders or not, or links to folders; each folder is read once.
         crops: the folder to write; it is made.
-        landmarks: a file of landmarks (:func:`qface.data.read_landmarks`), by names relative to ``photos``; None
+        landmarks: a file of landmarks (:mod:`qface.data.landmarks` says which), by names relative to ``photos``; None
             looks for faces.
         detector: what to look for them with: an object that detects, or an ONNX file of SCRFD or YuNet
             (:func:`qface.data.load_detector`); None takes :func:`qface.data.detection.default_detector`.

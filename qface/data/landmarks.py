@@ -1,26 +1,35 @@
-"""Text files that say where faces lie: a line ``file x1 y1 ... x5 y5`` each, with or without a detector's score.
+"""Text files that say where faces lie.
 
-This is the format of ``ijbc_name_5pts_score.txt`` of IJB-B and IJB-C.
+Each line is ``file x1 y1 ... x5 y5``, with or without a detector's score, as in ``ijbc_name_5pts_score.txt`` of IJB-B
+and IJB-C; or ``file x1 ... x5 y1 ... y5``, as scripts around MTCNN write it; or ``file [{'box': ..., 'keypoints': ...,
+'confidence': ...}, ...]``, as the package mtcnn prints what it finds in a photo. A JSON object from files to these
+dictionaries is read too.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qface.data.alignment import Landmarks, landmark_fault
 from qface.data.text_lines import numbered_lines
 from qface.errors import ImagesError
+from qface.limits import parse_json
 
 __all__ = ["FaceLandmarks", "check_landmarks", "read_landmarks"]
 
 _LOGGER = logging.getLogger("qface")
 _LOOKED_AT = 1000  # lines at least, spread evenly: IJB-C has half a million
+_KEYPOINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")  # left is the viewer's, as everywhere here
+_DICTIONARIES = re.compile(r"""(?<=\s)((\[\s*)?\{\s*['"].*|\[\s*\])$""")
+_PYTHON_TO_JSON = str.maketrans("'()", '"[]')  # the dictionaries hold no other text than their keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +48,22 @@ class FaceLandmarks:
 
 
 def read_landmarks(path: str | Path) -> list[FaceLandmarks]:
-    """Read a file of landmarks, in its order.
+    """Read a file of landmarks, in its order; of several faces that mtcnn found in a photo, the largest.
 
     Raises:
         ImagesError: the file cannot be read, holds nothing, or a line is malformed; it is named.
+        LimitError: its dictionaries ask for more than :mod:`qface.limits` allows.
     """
     path = Path(path)
-    faces = [_face(path, number, line) for number, line in numbered_lines(path)]
+    lines = list(numbered_lines(path))
+    if lines and lines[0][1].lstrip().startswith("{"):
+        found = _faces_of_json(path, "".join(line for _, line in lines))
+    else:
+        found = [_face(path, number, line) for number, line in lines]
+    faces = [face for face in found if face is not None]
     if not faces:
         raise ImagesError(f"{path} holds no landmarks: expected lines 'file x1 y1 ... x5 y5'")
-    return faces
+    return _with_pairs(path, faces)
 
 
 def check_landmarks(path: str | Path, faces: Mapping[str, Landmarks]) -> None:
@@ -77,7 +92,60 @@ def check_landmarks(path: str | Path, faces: Mapping[str, Landmarks]) -> None:
     )
 
 
-def _face(path: Path, number: int, line: str) -> FaceLandmarks:
+def _with_pairs(path: Path, faces: list[FaceLandmarks]) -> list[FaceLandmarks]:
+    """``faces`` as x1 y1 ... x5 y5, read as x1 ... x5 y1 ... y5 if that makes faces of more lines."""
+    looked_at = [face.points for face in faces[:: max(1, len(faces) // _LOOKED_AT)]]
+    if _count_faces(list(map(_paired, looked_at))) <= _count_faces(looked_at):
+        return faces
+    _LOGGER.info("%s: its lines are read as x1 ... x5 y1 ... y5, as MTCNN gives them", path)
+    return [replace(face, points=_paired(face.points)) for face in faces]
+
+
+def _paired(points: Landmarks) -> Landmarks:
+    """The landmarks of which ``points`` holds the numbers in the order x1 ... x5 y1 ... y5."""
+    return points.reshape(2, 5).T
+
+
+def _count_faces(landmarks: Sequence[Landmarks]) -> int:
+    return sum(landmark_fault(points) is None for points in landmarks)
+
+
+def _faces_of_json(path: Path, text: str) -> list[FaceLandmarks | None]:
+    try:
+        photos = parse_json(text, f"{path}")
+    except ValueError as error:
+        raise ImagesError(f"{path} is no complete JSON ({error}): write it again") from error
+    return [_largest(file, found, f"{path}, {file}") for file, found in photos.items()]
+
+
+def _face_of_dictionaries(file: str, text: str, where: str) -> FaceLandmarks | None:
+    try:
+        found = parse_json(text.translate(_PYTHON_TO_JSON), where)
+    except ValueError:
+        found = None
+    return _largest(file, found, where)
+
+
+def _largest(file: str, found: Any, where: str) -> FaceLandmarks | None:
+    """The largest face of those that mtcnn found in one photo, a list or a single one; None where it found none."""
+    faces = found if isinstance(found, list) else [found]
+    if not faces:
+        return None
+    try:
+        face = max(faces, key=lambda face: face["box"][2] * face["box"][3])
+        points = np.array([face["keypoints"][name] for name in _KEYPOINTS], np.float64)
+        score = float(face["confidence"])
+    except (LookupError, TypeError, ValueError, OverflowError):
+        points, score = np.empty(0), math.nan
+    if points.shape == (5, 2) and np.isfinite(points).all() and math.isfinite(score):
+        return FaceLandmarks(file, points, score)
+    raise ImagesError(f"{where}: expected box, keypoints and confidence of each face, as the package mtcnn gives them")
+
+
+def _face(path: Path, number: int, line: str) -> FaceLandmarks | None:
+    if found := _DICTIONARIES.search(line.strip()):
+        file = found.string[: found.start()].strip()
+        return _face_of_dictionaries(file, found[0], f"{path}, line {number}")
     # File names may hold blanks, and perhaps numbers: what counts is how the line ends.
     numbers = _numbers(line.split())[-11:]
     if len(numbers) >= 10 and all(map(math.isfinite, numbers)):

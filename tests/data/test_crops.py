@@ -269,12 +269,23 @@ def test_landmarks_of_no_face_in_the_photo_are_named(reason: str, photos: Path, 
 
 
 def test_a_file_in_another_order_is_refused(photos: Path, tmp_path: Path) -> None:
-    wrong = " ".join(map(str, (ARCFACE_LANDMARKS + SHIFT).T.ravel()))
+    wrong = " ".join(map(str, (ARCFACE_LANDMARKS + SHIFT)[:, ::-1].ravel()))
     (tmp_path / "points.txt").write_text(f"Ann/1.png {wrong}\nBob/1.png {wrong}\n")
     with pytest.raises(
         ImagesError, match=r"2 of 2 lines in .* are of no face \(first: Ann/1.png, since they look like"
     ):
         align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
+
+
+def test_a_file_in_mtcnns_order_gives_the_same_crops(photos: Path, tmp_path: Path) -> None:
+    points = " ".join(map(str, (ARCFACE_LANDMARKS + SHIFT).T.ravel()))
+    (tmp_path / "mtcnn.txt").write_text("".join(f"{name} {points} 0.99\n" for name in ("Ann/1.png", "Bob/1.png")))
+    (tmp_path / "points.txt").write_text(line("Ann/1.png") + line("Bob/1.png"))
+    written = [tmp_path / "one", tmp_path / "other"]
+    for crops, landmarks in zip(written, ("mtcnn.txt", "points.txt"), strict=True):
+        assert align(photos, crops, landmarks=tmp_path / landmarks).aligned == 2
+    one, other = (ImageFolder(crops).read([0, 1]) for crops in written)
+    assert one.equal(other)
 
 
 def turned(yaw: float, pitch: float, roll: float) -> np.ndarray:
