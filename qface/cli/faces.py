@@ -17,6 +17,7 @@ __all__ = ["align", "demo", "pairs"]
     cls=Command,
     examples=(
         "qface align photos/ -o faces/",
+        "qface align photos/ --detector det_10g.onnx -o faces/",
         "qface align photos/ --detector face_detection_yunet_2023mar.onnx -o faces/",
         "qface align photos/ --landmarks landmarks.txt -o faces/ --json",
     ),
