@@ -213,7 +213,9 @@ def read_proto(path: str | Path) -> onnx.ModelProto:
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own errors, which differ between its versions
         if Path(path).suffix.lower() != ".onnx":
-            raise CheckpointError(f"{path} is no ONNX file; give a network that is one") from error
+            raise CheckpointError(
+                f"{path} is no ONNX file; give one that qface export makes, or that is published as ONNX"
+            ) from error
         raise CheckpointError(f"{path} is no complete ONNX file ({one_line(error, 200)}); fetch it again") from error
 
 
