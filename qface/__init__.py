@@ -57,6 +57,7 @@ __all__ = [
     "measure_size",
     "model_card",
     "operating_thresholds",
+    "plot",
     "prune",
     "quantize",
     "report",

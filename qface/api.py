@@ -33,6 +33,7 @@ from qface.pruning import Budget, PruningConfig, prune
 from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
 from qface.quantization.sensitivity import Sensitivity, sensitivity
 from qface.reporting.model_card import model_card
+from qface.reporting.plot import plot
 from qface.reporting.report.report import report
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "measure_size",
     "model_card",
     "operating_thresholds",
+    "plot",
     "prune",
     "quantize",
     "report",

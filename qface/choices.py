@@ -12,6 +12,7 @@ __all__ = [
     "TARGETS",
     "WEIGHT_FORMATS",
     "DistillName",
+    "FigureKind",
     "ImportanceName",
     "PrecisionName",
     "TemplateProtocol",
@@ -29,6 +30,7 @@ WEIGHT_FORMATS = ("packed", "int8")
 """Layouts of a student's weights in a file: packed to their bits, or a byte each."""
 
 DistillName = Literal["never", "if-needed", "for-size"]
+FigureKind = Literal["roc", "det", "histogram-teacher", "histogram-file", "size", "training"]
 ImportanceName = Literal["magnitude", "taylor", "hessian", "fpgm", "bn_scale"]
 PrecisionName = Literal["float32", "bf16"]
 TemplateProtocol = Literal["paper", "arcface"]

@@ -15,7 +15,7 @@ from qface.cli.compression import compress
 from qface.cli.deployment import bench, export, inspect, selftest, size, verify
 from qface.cli.evaluation import evaluate, identify, ijb, sensitivity, thresholds
 from qface.cli.faces import align, demo, pairs
-from qface.cli.reporting import report
+from qface.cli.reporting import plot, report
 from qface.cli.training import distill, prune, quantize
 
 __all__ = ["export_alias", "main"]
@@ -33,7 +33,7 @@ for _each in (
     *(compress, quantize, prune, distill),
     *(evaluate, identify, ijb, thresholds, sensitivity),
     *(inspect, export, verify, selftest, bench, size),
-    *(report, align, pairs, demo),
+    *(report, plot, align, pairs, demo),
 ):
     main.add_command(_each)
 

@@ -1,19 +1,20 @@
-"""Commands that show what came of a compression: report."""
+"""Commands that show what came of a compression: report, plot."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 import qface
-from qface.cli.command import Command, show
+from qface.choices import FigureKind
+from qface.cli.command import Command, show, written
 from qface.cli.options import FilePath, json_option
 from qface.errors import ConfigError
 
-__all__ = ["report"]
+__all__ = ["plot", "report"]
 
 _NEEDED = ("teacher", "student", "file", "images")
 
@@ -69,3 +70,24 @@ def _record(run: Path | None, fields: Mapping[str, Any]) -> qface.RunRecord:
     if missing:
         raise ConfigError(f"give a run folder, or also {', '.join(missing)}")
     return qface.RunRecord(**given)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "qface plot roc report.json -o roc.svg",
+        "qface plot size student.onnx -o size.png",
+        "qface plot training run/ -o training.svg",
+    ),
+)
+@click.argument("kind", type=click.Choice(get_args(FigureKind)))
+@click.argument("source", metavar="INPUT", type=FilePath)
+@click.option("-o", "--output", required=True, type=FilePath, help="File to write (.svg, .png or .pdf).")
+@json_option
+def plot(kind: FigureKind, source: Path, output: Path, as_json: bool) -> None:
+    """Draw one figure of a report.
+
+    INPUT is an exported file for size, log.jsonl or its run folder for training, and else what qface report --json
+    printed.
+    """
+    show(written(qface.plot(kind, source, output)), f"wrote {output}", as_json)

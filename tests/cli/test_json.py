@@ -44,6 +44,7 @@ LINES = (
     f"prune {NET} --ratio 0.5 -o pruned.safetensors",
     f"compress {NET} --images crops --max-mb 1 --at-fpr 1e-1 --run-dir found -o small.onnx",
     "report found --fpr 1e-1 --latency-runs 1 -o found.html",
+    "plot size student.onnx -o size.svg",
     "demo",
 )
 

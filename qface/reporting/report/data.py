@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from qface.errors import ConfigError, one_line
 from qface.evaluation.score_histogram import ScoreHistogram
 
-__all__ = ["ChangedPair", "Changes", "Curve", "LayerSize", "ModelFigures", "ReportData"]
+__all__ = [
+    "SHOWN_FPR",
+    "ChangedPair",
+    "Changes",
+    "Curve",
+    "LayerSize",
+    "ModelFigures",
+    "ReportData",
+    "verification_of_report",
+]
 
 SCHEMA_VERSION = 1
+SHOWN_FPR = "1e-3"
+"""False-positive rate whose threshold a histogram shows where no verdicts were compared."""
 
 
 @dataclass(frozen=True)
@@ -165,3 +177,33 @@ class ReportData:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+
+def verification_of_report(record: Any) -> tuple[tuple[ModelFigures, ...], str]:
+    """The models in what :meth:`ReportData.to_dict` returned, and the false-positive rate that histograms show.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        changes = record["changes"]
+        return tuple(map(_model, record["models"])), str(changes["fpr"]) if changes else SHOWN_FPR
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"this is no report ({type(error).__name__}: {one_line(error, 200)}): write it with qface report --json"
+        ) from error
+
+
+def _model(record: Mapping[str, Any]) -> ModelFigures:
+    curve = Curve(*(_numbers(record["curve"][field.name]) for field in fields(Curve)))
+    histogram = ScoreHistogram(*(_numbers(record["histogram"][field.name]) for field in fields(ScoreHistogram)))
+    thresholds = dict(zip(record["thresholds"], _numbers(record["thresholds"].values()), strict=True))
+    lengths = {len(values) for values in vars(curve).values()}
+    if len(lengths) != 1 or {len(histogram.genuine), len(histogram.impostors)} != {len(histogram.edges) - 1}:
+        raise ValueError("numbers are missing")
+    return ModelFigures(**{**record, "curve": curve, "histogram": histogram, "thresholds": thresholds})
+
+
+def _numbers(values: Iterable[Any]) -> tuple[Any, ...]:
+    """``values`` as floats; None, for what is not known, stays."""
+    return tuple(None if value is None else float(value) for value in values)

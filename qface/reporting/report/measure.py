@@ -38,7 +38,7 @@ from qface.quantization.sensitivity import Sensitivity
 from qface.reporting.report.data import ChangedPair, Changes, Curve, LayerSize, ModelFigures, ReportData
 from qface.reporting.steps import steps_in_words
 
-__all__ = ["ReportSettings", "measure_report"]
+__all__ = ["ReportSettings", "layer_sizes", "measure_report", "read_json", "read_training"]
 
 _RATES = tuple(f"{digit}e-{power}" for power in range(1, 7) for digit in (5, 2, 1))
 _RATES_WITH_CONFIDENCE = tuple(rate for rate in _RATES if float(rate) <= float(FPRS[0]))
@@ -78,7 +78,7 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
     Raises:
         QFaceError: a model, the faces or a file of the run cannot be read or used.
     """
-    sensitivity, training = _sensitivity(run.sensitivity), _training(run.log)
+    sensitivity, training = _sensitivity(run.sensitivity), () if run.log is None else read_training(run.log)
     faces = _Faces.of(run)
     network = None if _is_onnx(run.teacher) else resolve_model(run.teacher)
     teacher, file = as_embedder(run.teacher if network is None else network), as_embedder(run.file)
@@ -106,7 +106,7 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
         models=models,
         teacher_bytes=teacher_bytes,
         file_bytes=Path(run.file).stat().st_size,
-        layers=_layers(run.file),
+        layers=layer_sizes(run.file),
         processor=_processor(),
         latency=latency,
         sensitivity=sensitivity,
@@ -203,7 +203,12 @@ def _processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _layers(file: str) -> tuple[LayerSize, ...]:
+def layer_sizes(file: str) -> tuple[LayerSize, ...]:
+    """Bytes of each weight in an exported file.
+
+    Raises:
+        QFaceError: the file cannot be read.
+    """
     weights = measure_size(file).of_kind("weight").entries
     return tuple(
         LayerSize(each.name.removesuffix(".weight"), each.fp32_bytes, each.elements, each.bytes) for each in weights
@@ -259,16 +264,32 @@ def _picture(folder: ImageFolder, index: int) -> str:
 def _sensitivity(path: str | None) -> Mapping[str, Any] | None:
     if path is None:
         return None
-    return Sensitivity.from_dict(_parsed(path, Path(path).read_text)).to_dict()
+    return Sensitivity.from_dict(read_json(path)).to_dict()
 
 
-def _training(path: str | None) -> tuple[Mapping[str, float], ...]:
-    if path is None:
-        return ()
+def read_training(path: str) -> tuple[Mapping[str, float], ...]:
+    """The lines of ``log.jsonl`` of a distillation.
+
+    Raises:
+        ConfigError: the file cannot be read, or is something else.
+    """
     rows = _parsed(path, lambda encoding: f"[{','.join(Path(path).read_text(encoding=encoding).splitlines())}]")
-    if not all(isinstance(row, dict) and {"step", "loss"} <= row.keys() for row in rows):
+    if not all(isinstance(row, dict) and _are_numbers(row.get("step"), row.get("loss")) for row in rows):
         raise ConfigError(f"{path} is no log of a distillation: pass log.jsonl of a run folder")
     return tuple(rows)
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
+
+
+def read_json(path: str) -> Any:
+    """The value in a file of JSON.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    return _parsed(path, Path(path).read_text)
 
 
 def _parsed(path: str, read: Any) -> Any:

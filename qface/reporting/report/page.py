@@ -10,12 +10,11 @@ from qface.errors import DependencyError
 from qface.quantization.sensitivity import Sensitivity
 from qface.reporting import figures
 from qface.reporting.drawing import figure_class, inline_svg
-from qface.reporting.report.data import Curve, ModelFigures, ReportData
+from qface.reporting.report.data import SHOWN_FPR, Curve, ModelFigures, ReportData
 from qface.reporting.tables import percent
 
 __all__ = ["check_page", "report_page"]
 
-_SHOWN_FPR = "1e-3"
 _TRAINING_ROWS = 20
 
 
@@ -136,7 +135,7 @@ def _det(models: Sequence[ModelFigures]) -> Figure:
 
 
 def _histogram(model: ModelFigures, data: ReportData) -> Figure:
-    fpr = data.changes.fpr if data.changes else _SHOWN_FPR
+    fpr = data.changes.fpr if data.changes else SHOWN_FPR
     title = f"Cosines, {model.name}"
     name = f"histogram-{model.name}"
     svg = inline_svg(figures.histogram_figure(model, fpr), name, title, "Shares of genuine and of impostor pairs.")
