@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qface.graph.layers import along_channels
 from qface.graph.queries import layer_of
 from qface.progress import track
 from qface.quantization.quantized_layers import WeightedLayer
@@ -64,12 +65,14 @@ class _Corrector(fx.Interpreter):
         self._weight = weight
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
         layer = layer_of(n)
-        if isinstance(layer, WeightedLayer) and layer.bias is not None:
-            layer.bias.add_(self._weight * (self._wanted[n.name] - _mean(result, layer)))
-            result = super().run_node(n)
-        return result
+        if not isinstance(layer, WeightedLayer) or layer.bias is None:
+            return super().run_node(n)
+        (values,), _ = self.fetch_args_kwargs_from_env(n)
+        result = layer.simulate(values)
+        shift = self._weight * (self._wanted[n.name] - _mean(layer.in_steps(result), layer))
+        layer.bias.add_(shift)
+        return result + (shift if isinstance(layer, nn.Linear) else along_channels(shift, result))
 
 
 def _mean(x: Tensor, layer: nn.Module) -> Tensor:

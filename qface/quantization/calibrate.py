@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from qface.choices import CALIBRATION_IMAGES
 from qface.data.images import Images, check_normalized, normalize
-from qface.data.sample import evenly, sample_batches
+from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source, source_record
 from qface.errors import ConfigError
+from qface.memory_format import fastest_memory_format
 from qface.preprocessing import preprocessing_of
 from qface.progress import shows_progress, track
 from qface.provenance import record_step
@@ -31,8 +32,8 @@ __all__ = ["CALIBRATION_IMAGES", "calibrate", "scale_parameters", "set_observers
 
 _LOGGER = logging.getLogger("qface")
 
-_PART = 64  # of them, at which equalization and bias correction look at once
-_PARTS = 4
+_EQUALIZED = 128  # images at which equalization looks
+_CORRECTED = 256  # and bias correction: with 64 or 512 it is no better
 
 
 def quantizers(model: nn.Module) -> list[LSQFakeQuantize]:
@@ -104,38 +105,47 @@ def calibrate(
     device = found[0].scale.device
     for quantizer in found:
         quantizer.activation_post_process.reset()
-    sample = [normalize(part.to(device), preprocessing) for part in _spread(torch.cat(batches))] if new else []
-    with eval_mode(student), _in_float(found), torch.no_grad():
-        if new and equalize:
-            cross_layer_equalization(student, torch.cat(sample))
-        means = [channel_means(student, part) for part in sample] if correct_biases else []
-        hessians = HessianCollector(student)
-        with _observing(found), hessians if new and gptq else nullcontext():
-            for batch in track(batches, "observe"):
-                student(normalize(batch.to(device), preprocessing))
-    for quantizer in track(found, "choose ranges"):
-        quantizer.set_range()
-        quantizer.activation_post_process.reset()
-    _keep_biases_in_range(student)
-    if new and gptq:
-        gptq_weights(hessians)
-    if new and correct_biases:
-        with eval_mode(student):
-            correct_channel_means(student, sample, means)
-    parts = {"equalize": equalize, "gptq": gptq, "correct_biases": correct_biases}
-    left_out = [name for name, wanted in parts.items() if wanted and not new]
+    with eval_mode(student), torch.no_grad():
+        with _in_float(found):
+            parts = _parts(batches, batch_size, lambda part: normalize(part.to(device), preprocessing), student)
+            if new and equalize:
+                cross_layer_equalization(student, _first(parts, _EQUALIZED))
+            hessians = HessianCollector(student)
+            with _observing(found), hessians if new and gptq else nullcontext():
+                means = [channel_means(student, part) for part in track(parts, "observe")]
+        for quantizer in track(found, "choose ranges"):
+            quantizer.set_range()
+            quantizer.activation_post_process.reset()
+        _keep_biases_in_range(student)
+        if new and gptq:
+            gptq_weights(hessians)
+        if new and correct_biases:
+            corrected = _first(parts, _CORRECTED)
+            correct_channel_means(student, corrected, means[: len(corrected)])
+    stages = {"equalize": equalize, "gptq": gptq, "correct_biases": correct_biases}
+    left_out = [name for name, wanted in stages.items() if wanted and not new]
     if left_out:
         _LOGGER.warning("this student was calibrated before: it gets new ranges, without %s", ", ".join(left_out))
     seen = {"images": sum(map(len, batches)), **source_record(source)}
-    settings = {**seen, **{name: new and wanted for name, wanted in parts.items()}}
+    settings = {**seen, **{name: new and wanted for name, wanted in stages.items()}}
     return record_step(student, "calibrate", settings)
 
 
-def _spread(images: Tensor) -> list[Tensor]:
-    """Up to four parts of 64 of ``images``, each of them evenly spread over all."""
-    indices = evenly(len(images), _PARTS * _PART)
-    parts = -(-len(indices) // _PART)
-    return [images[indices[first::parts]] for first in range(parts)]
+@torch.no_grad()
+def _parts(
+    batches: list[Tensor], size: int, normalized: Callable[[Tensor], Tensor], student: fx.GraphModule
+) -> list[Tensor]:
+    """The images of ``batches``, normalized, in parts of about ``size``, each of them spread over all people."""
+    images = torch.cat(batches)
+    count = -(-len(images) // size)
+    parts = [normalized(images[first::count]) for first in range(count)]
+    memory_format = fastest_memory_format(parts[0][:1], student)
+    return [part.contiguous(memory_format=memory_format) for part in parts]
+
+
+def _first(parts: list[Tensor], num_images: int) -> list[Tensor]:
+    """The first parts, with about ``num_images`` images."""
+    return parts[: max(1, num_images // len(parts[0]))]
 
 
 @contextmanager

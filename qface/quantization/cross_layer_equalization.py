@@ -11,6 +11,7 @@ one scale; there activations and weights share what is to be evened out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
@@ -26,7 +27,6 @@ from qface.quantization.quantized_layers import WeightedLayer, is_quantizer
 
 __all__ = ["Region", "cross_layer_equalization", "find_regions"]
 
-_PART = 64  # images at a time
 _VALUES = 2048  # of each channel of a tensor that are looked at
 _TAIL = 1e-3
 """Share of a channel's values on either side that may lie beyond its range, around which factors are tried."""
@@ -115,15 +115,15 @@ class _Regions:
         self._regions = {node: kept if region is merged else region for node, region in self._regions.items()}
 
 
-def cross_layer_equalization(student: fx.GraphModule, images: Tensor) -> None:
+def cross_layer_equalization(student: fx.GraphModule, batches: Sequence[Tensor]) -> None:
     """Make the channels of every tensor of ``student`` share one scale at little loss, in place, with quantizers off.
 
     Args:
         student: what :func:`qface.quantize` returned.
-        images: normalized, float32 [N, 3, height, width].
+        batches: of normalized images, each float32 [N, 3, height, width].
     """
     regions = find_regions(student)
-    values = _channel_values(student, [quantizer for region in regions for quantizer in region.quantizers], images)
+    values = _channel_values(student, [quantizer for region in regions for quantizer in region.quantizers], batches)
     for region in track(regions, "equalize"):
         seen = {quantizer: values[quantizer] for quantizer in region.quantizers if quantizer in values}
         found = [seen.pop(quantizer) for quantizer in _narrowest(region) if quantizer in seen]
@@ -138,12 +138,11 @@ def _narrowest(region: Region) -> list[LSQFakeQuantize]:
 
 
 def _channel_values(
-    student: fx.GraphModule, quantizers: list[LSQFakeQuantize], images: Tensor
+    student: fx.GraphModule, quantizers: list[LSQFakeQuantize], batches: Sequence[Tensor]
 ) -> dict[LSQFakeQuantize, Tensor]:
     """Values of each channel of what ``quantizers`` read, [channels, values], save where all are zero."""
     parts: dict[LSQFakeQuantize, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
-    batches = torch.split(images, _PART)
 
     def look(quantizer: nn.Module, inputs: tuple[Any, ...]) -> None:
         channels = inputs[0].detach().transpose(0, 1).flatten(1)
@@ -212,22 +211,22 @@ def _fitting(values: Tensor, num_steps: int, importance: Tensor) -> Tensor:
     ranges = _ranges(values)
     middle = num_steps / ranges.clamp(min=_NARROWEST * float(ranges.max()))
     tried = [factor * middle for factor in _RELATIVE_FACTORS.tolist()]
-    least, best = torch.inf, middle
-    for share in _ZERO_POINTS.tolist():
-        zero_point = round(share * num_steps)
-        errors = torch.stack([_error(values, factor, -zero_point, num_steps - zero_point) for factor in tried])
-        smallest = errors.min(0)
-        loss = float((importance * smallest.values).sum())
-        if loss < least:
-            least, best = loss, torch.stack(tried).gather(0, smallest.indices[None])[0]
+    lows = [-round(share * num_steps) for share in _ZERO_POINTS.tolist()]
+    errors = torch.stack([_errors(values, factor, lows, num_steps) for factor in tried])
+    smallest = errors.min(0)  # of the factors, [zero points, channels]
+    zero_point = int((smallest.values @ importance).argmin())
+    best = torch.stack(tried).gather(0, smallest.indices[zero_point, None])[0]
     asleep = ranges == 0  # on these images; on others it may be as wide as the widest
     return torch.where(asleep, best[~asleep].min(), best)
 
 
-def _error(values: Tensor, factor: Tensor, low: int, high: int) -> Tensor:
-    """Mean squared error of each channel, [channels], multiplied by ``factor`` and rounded to integers."""
+def _errors(values: Tensor, factor: Tensor, lows: list[int], num_steps: int) -> Tensor:
+    """Mean squared error of each channel, multiplied by ``factor`` and rounded to the integers from each of ``lows``
+    on, [lows, channels]."""
     scaled = values * factor[:, None]
-    return scaled.round().clamp_(low, high).sub_(scaled).square_().mean(1) / factor.square()
+    rounded = scaled.round()
+    errors = [(rounded.clamp(low, low + num_steps) - scaled).square_().mean(1) for low in lows]
+    return torch.stack(errors) / factor.square()
 
 
 def _importance(region: Region) -> Tensor:

@@ -103,13 +103,29 @@ class _QuantizedMatmul(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The quantized layer: differentiable in training mode, exactly what is deployed in eval mode."""
-        (quantizer,) = self.quant_context.inputs
-        if quantizer is None or not quantizer.quantizing or not self.weight_fake_quant.quantizing:
-            return self.multiply(input, self.weight_fake_quant(self.weight), self.bias)
-        if self.training:
-            return self.multiply(input, self.weight_fake_quant(self.weight), self._fake_quantized_bias())
+        if self.training or not self._rounds_sums:
+            return self.simulate(input)
         with torch.no_grad():
-            return self._deployed(input, quantizer)
+            return self._deployed(input)
+
+    def simulate(self, input: Tensor) -> Tensor:
+        """The products of rounded values, in float and before they are rounded to what this layer makes."""
+        bias = self._fake_quantized_bias() if self._rounds_sums else self.bias
+        return self.multiply(input, self.weight_fake_quant(self.weight), bias)
+
+    def in_steps(self, values: Tensor) -> Tensor:
+        """``values`` of what this layer makes, rounded to the steps of its quantizer but not clamped."""
+        output = self.quant_context.output
+        if output is None or not output.quantizing:
+            return values
+        scale = output.qparams().scale
+        return (values / scale).round_().mul_(scale)
+
+    @property
+    def _rounds_sums(self) -> bool:
+        """True if what it reads and its weights are integers."""
+        (quantizer,) = self.quant_context.inputs
+        return quantizer is not None and quantizer.quantizing and self.weight_fake_quant.quantizing
 
     def _fake_quantized_bias(self) -> Tensor | None:
         """The bias that the integer kernel adds; its gradient passes to ``bias`` unchanged."""
@@ -134,10 +150,10 @@ class _QuantizedMatmul(nn.Module):
         assert quantizer is not None
         return quantizer.qparams().scale * self.weight_fake_quant.exact_scale()
 
-    def _deployed(self, x: Tensor, quantizer: Quantizer) -> Tensor:
+    def _deployed(self, x: Tensor) -> Tensor:
         weight = self.weight_fake_quant.integers(self.weight)
         bias = self.bias_integers()
-        scale = quantizer.qparams().scale
+        scale = cast(Quantizer, self.quant_context.inputs[0]).qparams().scale
         shape = (-1,) + (1,) * (self.weight.ndim - 2)
         sums = accumulate(self.multiply, (x / scale).round_(), weight, None if bias is None else bias.view(shape))
         weight_scale = self.weight_fake_quant.exact_scale().view(shape)

@@ -186,7 +186,7 @@ def sensitivity(
     device = example_input(network, 1).device
     batches = [normalize(batch.to(device), preprocessing_of(model)) for batch in torch.split(faces, batch_size)]
     if not any(quantizer.calibrated for quantizer in quantizers(network)):
-        cross_layer_equalization(network, torch.cat(batches))  # as calibration will
+        cross_layer_equalization(network, batches)  # as calibration will
     layers = [node for node in network.graph.nodes if isinstance(layer_of(node), WeightedLayer)]
     changes = [
         *_weight_changes(layers, sorted(set(weight_bits))),

@@ -77,7 +77,7 @@ def test_the_float_network_computes_what_it_did(body: Callable[[], nn.Module]) -
     student = floating(framed(body))
     with torch.no_grad():
         expected = student(images(seed=1))
-        cross_layer_equalization(student, images())
+        cross_layer_equalization(student, [images()])
         torch.testing.assert_close(student(images(seed=1)), expected, rtol=1e-3, atol=1e-5)
 
 
@@ -86,7 +86,7 @@ def test_whole_networks_compute_what_they_did(make: Callable[..., nn.Module]) ->
     student = floating(sized(make))
     with torch.no_grad():
         expected = student(images(seed=1))
-        cross_layer_equalization(student, images())
+        cross_layer_equalization(student, [images()])
         torch.testing.assert_close(student(images(seed=1)), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -114,7 +114,7 @@ def test_channels_in_front_of_a_depthwise_convolution_share_a_scale_at_little_lo
     with torch.no_grad():
         student(images())
         before = rounding_error(seen["values"], 6)
-        cross_layer_equalization(student, images())
+        cross_layer_equalization(student, [images()])
         student(images())
         after = rounding_error(seen["values"], 6)
     assert before.max() > 1e-2  # of the narrowest channel nothing is left
@@ -135,7 +135,7 @@ def test_a_channel_of_another_shape_gets_a_factor_of_its_own() -> None:
     with torch.no_grad():
         student(images())
         before = rounding_error(seen["values"], 4).mean()
-        cross_layer_equalization(student, images())
+        cross_layer_equalization(student, [images()])
         student(images())
         after = rounding_error(seen["values"], 4).mean()
     assert after < before
@@ -175,7 +175,7 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     student = floating(model)
     with torch.no_grad():
         expected = student(images())
-        cross_layer_equalization(student, images())
+        cross_layer_equalization(student, [images()])
         torch.testing.assert_close(student(images()), expected, rtol=1e-3, atol=1e-5)
     assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
 
@@ -251,7 +251,7 @@ def test_a_channel_that_wakes_on_other_images_is_not_clamped() -> None:
     with torch.no_grad():
         front.bias[0] = -10 * model.stem(images()).abs().max()
         student = floating(model)
-        cross_layer_equalization(student, images())
+        cross_layer_equalization(student, [images()])
         factors = student.get_submodule("body.0").bias / front.bias
     assert factors[0] == pytest.approx(float(factors[1:].min()), rel=0.1)
 
@@ -272,5 +272,5 @@ def test_features_of_tokens_are_no_channels() -> None:
     student = floating(model)
     with torch.no_grad():
         expected = student(images(seed=1))
-        cross_layer_equalization(student, images())
+        cross_layer_equalization(student, [images()])
         torch.testing.assert_close(student(images(seed=1)), expected, rtol=1e-3, atol=1e-5)
