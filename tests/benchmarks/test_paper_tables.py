@@ -45,7 +45,7 @@ def paper_once(data_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         qface.save(tiny_face_net(seed, size=(112, 112)), weights / f"{name}.safetensors")
     for name in ("lfw", "calfw", "cplfw"):
         write_bin(faces / f"{name}.bin")
-    SmallIjb(faces / "IJBC", people=15, templates=2)
+    SmallIjb(faces / "IJBC", people=6, templates=2)
     names = ImageFolder(faces / "lfw").names
     lines = []
     for number in range(20):
