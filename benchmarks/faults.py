@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -52,6 +53,8 @@ TRACES = ("Traceback", "Exception ignored", "Aborted")
 PAGE = 4096
 ROOM = 64 * 2**20
 OLD = b"an old file"
+IMPORTED = ("qface.api", "onnxruntime", "torch._dynamo")
+"""Imported before commands are forked, since each of them would spend most of its time on it."""
 
 
 @dataclass(frozen=True)
@@ -473,6 +476,8 @@ def main(rounds: int, seed: int, only: tuple[str, ...], as_json: bool) -> None:
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="qface-faults-"))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root / "torch")  # a folder that torch makes, empty, where it finds none
+    for module in IMPORTED:
+        importlib.import_module(module)
     inputs = root / "inputs"
     jobs = [job for job in jobs_on(inputs) if not only or job.name in only]
     made = Running(Job("inputs", lambda: write_inputs(inputs)), _new_case(root)).end()

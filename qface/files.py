@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -81,22 +82,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     _check_replaceable(Path(path))
     path = Path(os.path.realpath(path))
-    try:
-        _remove_abandoned(path.parent)
-        temporary, handle = _held(lambda: _new_file(path.parent))
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror or error}; choose a folder that exists") from error
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        sync(temporary)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-        _release(handle)
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(_temporary(path.parent, _make_file))
+        except OSError as error:
+            raise ExportError(f"cannot write {path}: {error.strerror or error}; choose a folder that exists") from error
+        try:
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())
+            sync(temporary)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise ExportError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
 
 
 @contextlib.contextmanager
@@ -108,17 +106,14 @@ def temporary_folder() -> Iterator[Path]:
     Raises:
         ExportError: none can be made.
     """
-    try:
-        parent = Path(tempfile.gettempdir())
-        _remove_abandoned(parent)
-        folder, handle = _held(lambda: Path(tempfile.mkdtemp(dir=parent, prefix=_PREFIX, suffix=_SUFFIX)))
-    except OSError as error:
-        raise ExportError(f"cannot make a temporary folder ({one_line(error)}): set TMPDIR to another place") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(_temporary(Path(tempfile.gettempdir()), _make_private_folder))
+        except OSError as error:
+            raise ExportError(
+                f"cannot make a temporary folder ({one_line(error)}): set TMPDIR to another place"
+            ) from error
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _release(handle)
 
 
 @contextlib.contextmanager
@@ -161,23 +156,44 @@ def _fsync(path: Path, flags: int) -> None:
         os.close(handle)
 
 
-def _new_file(folder: Path) -> Path:
-    # Not named after the file, whose name may be as long as names can be.
-    handle, name = tempfile.mkstemp(dir=folder, prefix=_PREFIX, suffix=_SUFFIX)
-    os.close(handle)
-    return Path(name)
+@contextlib.contextmanager
+def _temporary(folder: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a new path in ``folder`` where ``make`` has made something; it is removed at the end, if it is still there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    # Not named after the file that it may become, whose name may be as long as names can be. The name is known before
+    # anything has it, so that a signal right after it was made leaves nothing.
+    path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+    handle = None
+    try:
+        _remove_abandoned(folder)
+        handle = _held(path, make)
+        yield path
+    finally:
+        _remove(path)
+        _release(handle)
 
 
-def _held(make: Callable[[], Path]) -> tuple[Path, int | None]:
-    """A file or folder that ``make`` makes, with a lock that tells other processes that this one lives.
+def _make_file(path: Path) -> None:
+    path.touch(0o600, exist_ok=False)
+
+
+def _make_private_folder(path: Path) -> None:
+    path.mkdir(0o700)
+
+
+def _held(path: Path, make: Callable[[Path], None]) -> int | None:
+    """The lock of what ``make`` makes at ``path``, which tells other processes that this one lives.
 
     Another process that looks between the two takes it for abandoned, and it is made once more.
     """
     while True:
-        path = make()
+        make(path)
         handle = _lock(path, blocking=True)
         if os.path.exists(path):
-            return path, handle
+            return handle
         _release(handle)
 
 
@@ -217,7 +233,7 @@ def _remove_abandoned(folder: Path) -> None:
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):  # somebody else's
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
 
@@ -229,7 +245,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _umask() -> int:
-    # The mask can only be read by setting it; mkstemp's 0600 would surprise whoever shares the file.
+    # The mask can only be read by setting it; the 0600 of a temporary file would surprise whoever shares the file.
     mask = os.umask(0)
     os.umask(mask)
     return mask

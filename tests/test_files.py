@@ -3,6 +3,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -209,3 +211,21 @@ def test_one_run_is_alone_in_its_folder(tmp_path: Path) -> None:
         pytest.fail("two are in one folder")
     with alone_in(tmp_path):
         pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+@pytest.mark.parametrize("make", [lambda folder: replacing(folder / "file"), lambda _: temporary_folder()])
+def test_a_signal_right_after_it_was_made_leaves_nothing(
+    make: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def interrupt(*_: object) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", interrupt)
+    with pytest.raises(KeyboardInterrupt), make(tmp_path):
+        pytest.fail("nobody comes here")
+    assert not list(tmp_path.iterdir())

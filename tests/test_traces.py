@@ -8,6 +8,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,16 @@ def network() -> nn.Module:
     return with_preprocessing(tiny_face_net(), Preprocessing(source="user"))
 
 
-def student() -> Any:
+def new_student() -> Any:
     return qface.calibrate(qface.quantize(network()), random_faces(16))
+
+
+def student() -> Any:
+    """A copy of one that is made once."""
+    return copy.deepcopy(_student())
+
+
+_student = cache(new_student)
 
 
 def distill(_: Path) -> nn.Module:
@@ -62,7 +71,7 @@ VERBS: dict[str, Verb] = {
     "load onnx": lambda folder: qface.load(folder / "network.onnx"),
     "save": lambda folder: qface.save(student(), folder / "new.safetensors"),
     "inspect": lambda folder: qface.inspect(network()),
-    "quantize and calibrate": lambda folder: student(),
+    "quantize and calibrate": lambda folder: new_student(),
     "sensitivity": lambda folder: qface.sensitivity(network(), random_faces(16)),
     "allocate_bits": lambda folder: qface.allocate_bits(network(), random_faces(16), 0.1),
     "measure_size": lambda folder: qface.measure_size(network(), 6),

@@ -172,8 +172,12 @@ def _images_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images of ``folder``, sorted, and its other files."""
     with os.scandir(folder) as entries:
         files = [folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
-    images = [file for file in files if file.suffix.lower() in EXTENSIONS]
-    return sorted(images, key=lambda path: composed(path.name)), [file for file in files if file not in set(images)]
+    images = [file for file in files if _is_image(file)]
+    return sorted(images, key=lambda path: composed(path.name)), [file for file in files if not _is_image(file)]
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in EXTENSIONS
 
 
 def _labels(counts: Sequence[int]) -> Tensor:

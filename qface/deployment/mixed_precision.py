@@ -19,6 +19,7 @@ from qface.data.images import Images
 from qface.deployment.export import export
 from qface.errors import ConfigError
 from qface.files import temporary_folder
+from qface.graph.capture import capture
 from qface.progress import shows_progress
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.allocation import choose_bit_widths
@@ -33,7 +34,7 @@ _RESERVE = 2048
 _BYTES_PER_BIT_WIDTH = 1250
 """About what the nodes take that unpack the weights of one bit width."""
 _CALIBRATION_IMAGES = 8
-"""Enough to measure a file, whose size and time do not depend on its ranges."""
+"""Enough to measure a file, whose size and time do not depend on its ranges; nor do they on GPTQ, which is slow."""
 
 
 @shows_progress
@@ -82,6 +83,7 @@ def allocate_bits(
     if not math.isfinite(budget_mb) or budget_mb <= 0:
         raise ConfigError(f"budget_mb is {budget_mb}; it must be a number of megabytes above 0")
     faces = read_sample(images, identities, num_images)
+    model = capture(model)  # once, for all students to come
     narrowest = QuantizationConfig(MIN_BITS, activation_bits)
     smallest = _file_bytes(model, narrowest, faces)
     budget = int(budget_mb * _MB) - _RESERVE
@@ -145,7 +147,7 @@ def draft_file(model: nn.Module, config: QuantizationConfig, images: Images) -> 
 
     Its size and its time are those of the real one, its embeddings are not.
     """
-    student = calibrate(quantize(model, config), images, num_images=_CALIBRATION_IMAGES)
+    student = calibrate(quantize(model, config), images, num_images=_CALIBRATION_IMAGES, gptq=False)
     with temporary_folder() as folder:
         yield export(student, folder / "student.onnx")
 

@@ -13,13 +13,13 @@ import qface
 
 @pytest.fixture(scope="session")
 def mobilefacenet_file(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real MobileFaceNet at w6a6, calibrated on 128 faces once for all processes of the run, and saved."""
+    """The real MobileFaceNet at w6a6, calibrated on 32 faces once for all processes of the run, and saved."""
     worker = tmp_path_factory.getbasetemp()
     folder = worker.parent if "PYTEST_XDIST_WORKER" in os.environ else worker
     path = folder / "mobilefacenet_w6a6.safetensors"
     with FileLock(f"{path}.lock"):
         if not path.exists():
             student = qface.quantize(qface.load(faces / "weights" / "mobilefacenet_112x96.safetensors"), 6)
-            qface.calibrate(student, faces / "data" / "lfw", identities="first-half", num_images=128, progress=False)
+            qface.calibrate(student, faces / "data" / "lfw", identities="first-half", num_images=32, progress=False)
             qface.save(student, path)
     return path

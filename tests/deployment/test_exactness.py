@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -12,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import qface
 from qface.data.folders import ImageFolder
 from qface.deployment import OnnxEmbedder
+from qface.graph.capture import capture
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from tests.deployment.integers import assert_exact, compare, optimized_operators
 from tests.deployment.networks import (
@@ -92,7 +94,13 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("body", EXACT)
 def test_every_integer_is_equal(body: str, bits: int, tmp_path: Path) -> None:
-    assert_exact(calibrated(framed(EXACT[body]), bits), tmp_path / "net.onnx")
+    assert_exact(calibrated(captured(body), bits), tmp_path / "net.onnx")
+
+
+@cache
+def captured(body: str) -> fx.GraphModule:
+    """The network of EXACT, captured once for all bit widths."""
+    return capture(framed(EXACT[body]))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -128,7 +136,7 @@ def convolutions(draw: st.DrawFn) -> Callable[[], nn.Module]:
     return body
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=convolutions(), bits=st.sampled_from([2, 4, 6]), seed=st.integers(0, 1000))
 def test_any_convolutions_are_equal(body: Callable[[], nn.Module], bits: int, seed: int, tmp_path: Path) -> None:
     assert_exact(calibrated(framed(body, seed), bits), tmp_path / "net.onnx")
@@ -186,7 +194,7 @@ def test_prelu_of_a_float_is_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("body", ["ReLU6", "groups and dilation", "slopes on both sides of 1", "linear layers"])
 def test_onnxruntime_multiplies_integers_only(body: str, bits: int, tmp_path: Path) -> None:
-    student = calibrated(framed(EXACT[body]), bits)
+    student = calibrated(captured(body), bits)
     qface.export(student, tmp_path / "net.onnx")
     written = Counter(node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node)
     optimized = optimized_operators(tmp_path / "net.onnx", tmp_path)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 import qface
 from qface.deployment import OnnxEmbedder
 from qface.errors import ConfigError, ExportError, QFaceError, UnsupportedLayerError
+from qface.graph import capture
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.provenance import provenance_of
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
@@ -35,7 +37,13 @@ PREPROCESSING = Preprocessing(crop=(0, 8, 112, 104), size=(32, 28), color="BGR",
 
 
 def tiny(bits: int | QuantizationConfig = 4) -> fx.GraphModule:
-    return calibrated(network(), bits)
+    return calibrated(captured(), bits)
+
+
+@cache
+def captured() -> fx.GraphModule:
+    """The layers of :func:`network`, found once for all its students."""
+    return capture(network())
 
 
 def network() -> TinyFaceNet:

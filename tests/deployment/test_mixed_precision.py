@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ class Wide(nn.Module):
 
     def __init__(self, dim: int = 16, size: tuple[int, int] = SIZE.size) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 96, 8, stride=8)
-        self.idle = nn.Conv2d(96, 96, 3, padding=1)
-        self.busy = nn.Conv2d(96, 96, 3, padding=1)
-        self.fc = nn.Linear(96 * (size[0] // 8) * (size[1] // 8), dim)
+        self.stem = nn.Conv2d(3, 64, 8, stride=8)
+        self.idle = nn.Conv2d(64, 64, 3, padding=1)
+        self.busy = nn.Conv2d(64, 64, 3, padding=1)
+        self.fc = nn.Linear(64 * (size[0] // 8) * (size[1] // 8), dim)
         with torch.no_grad():
             self.idle.weight.mul_(1e-4)
 
@@ -52,12 +53,32 @@ def bit_widths(model: nn.Module, config: QuantizationConfig) -> dict[str, int]:
     return {name: config.weight_bits_of(name) for name in table}
 
 
+@pytest.fixture(scope="module")
+def extremes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[..., nn.Module]], list[int]]:
+    """Bytes of the files of a network at 2 and at 8 bits."""
+    folder = tmp_path_factory.mktemp("extremes")
+    return cache(lambda make: [file_bytes(network(make), QuantizationConfig(bits), folder) for bits in (2, 8)])
+
+
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantizationConfig, float]:
+    """What is chosen for :class:`Wide` where all weights at 4 bits would fit, and that budget in MB."""
+    model = network(Wide)
+    budget = file_bytes(model, QuantizationConfig(4), tmp_path_factory.mktemp("tight")) / 1e6
+    return qface.allocate_bits(model, FACES, budget), budget
+
+
 @pytest.mark.parametrize(
     ("make", "between"), [(tiny_face_net, 0.02), (tiny_face_net, 0.6), (foreign_net, 0.3), (Wide, 0.3)]
 )
-def test_the_file_keeps_the_budget(make: Callable[..., nn.Module], between: float, tmp_path: Path) -> None:
+def test_the_file_keeps_the_budget(
+    make: Callable[..., nn.Module],
+    between: float,
+    extremes: Callable[[Callable[..., nn.Module]], list[int]],
+    tmp_path: Path,
+) -> None:
     model = network(make)
-    smallest, largest = (file_bytes(model, QuantizationConfig(bits), tmp_path) for bits in (2, 8))
+    smallest, largest = extremes(make)
     budget = (smallest + 2048 + between * (largest - smallest)) / 1e6
     found = file_bytes(model, qface.allocate_bits(model, FACES, budget), tmp_path)
     assert found <= budget * 1e6
@@ -65,10 +86,8 @@ def test_the_file_keeps_the_budget(make: Callable[..., nn.Module], between: floa
         assert found > 0.9 * budget * 1e6
 
 
-def test_a_tight_budget_takes_bits_from_the_layer_that_needs_them_least(tmp_path: Path) -> None:
-    model = network(Wide)
-    budget = file_bytes(model, QuantizationConfig(4), tmp_path) / 1e6
-    chosen = bit_widths(model, qface.allocate_bits(model, FACES, budget))
+def test_a_tight_budget_takes_bits_from_the_layer_that_needs_least(tight: tuple[QuantizationConfig, float]) -> None:
+    chosen = bit_widths(network(Wide), tight[0])
     assert chosen["idle"] < 4 <= chosen["busy"]
 
 
@@ -88,10 +107,10 @@ def test_a_loader_is_read_once() -> None:
     assert isinstance(config, QuantizationConfig)
 
 
-def test_a_distilled_student_still_fits(tmp_path: Path) -> None:
+def test_a_distilled_student_still_fits(tight: tuple[QuantizationConfig, float], tmp_path: Path) -> None:
     model = network(Wide)
-    budget = file_bytes(model, QuantizationConfig(4), tmp_path) / 1e6
-    student = qface.calibrate(qface.quantize(model, qface.allocate_bits(model, FACES, budget)), FACES)
+    config, budget = tight
+    student = qface.calibrate(qface.quantize(model, config), FACES)
     qface.distill(student, model, FACES, qface.DistillConfig(batch_size=8))
     assert qface.export(student, tmp_path / "student.onnx").stat().st_size <= budget * 1e6
 

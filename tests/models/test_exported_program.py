@@ -30,8 +30,14 @@ def exported(path: Path, model: nn.Module, size: tuple[int, int] = (112, 112), d
     return path
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("make", [tiny_face_net, lambda: with_statistics(MobileFaceNet(8, (112, 96))).eval()])
+@pytest.mark.parametrize(
+    ("make", "dynamic"),
+    [
+        (tiny_face_net, True),
+        (tiny_face_net, False),
+        (lambda: with_statistics(MobileFaceNet(8, (112, 96))).eval(), True),
+    ],
+)
 def test_a_network_of_layers(make: Callable[[], nn.Module], dynamic: bool, tmp_path: Path) -> None:
     model = make()
     size = (112, 96) if isinstance(model, MobileFaceNet) else (112, 112)

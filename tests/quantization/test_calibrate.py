@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qface.data.images import Images
 from qface.errors import ConfigError, ImagesError
+from qface.graph import capture
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.provenance import provenance_of
 from qface.quantization import (
@@ -29,7 +31,13 @@ FACES = random_faces(12)
 
 
 def student(bits: int | QuantizationConfig = 6, make: Callable[..., nn.Module] = tiny_face_net) -> fx.GraphModule:
-    return quantize(with_preprocessing(make(size=SIZE.size), SIZE), bits)
+    return quantize(captured(make), bits)
+
+
+@cache
+def captured(make: Callable[..., nn.Module]) -> fx.GraphModule:
+    """The layers of a network, found once for all its students."""
+    return capture(with_preprocessing(make(size=SIZE.size), SIZE))
 
 
 def quantizers(model: nn.Module) -> list[LSQFakeQuantize]:

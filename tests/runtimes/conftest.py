@@ -3,15 +3,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 import qface
 from qface.data import ImageFolder
+from qface.graph.capture import capture
 from qface.preprocessing import preprocessing_of
 from tests.benchmarks.scripts import script
 from tests.runtimes.runtime import HOST, Embeddings, Images, Runtime
@@ -27,10 +29,6 @@ class Case:
     weight_bits: int
     activation_bits: int
     images: int
-
-    def teacher(self, faces: Path) -> nn.Module:
-        weights = faces / "weights" / f"{self.network}.safetensors"
-        return qface.load(weights) if weights.exists() else script("foreign_networks").NETWORKS[self.network].build()
 
 
 CASES = {
@@ -72,14 +70,29 @@ def exported(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 def write(case: Case, faces: Path, file: Path) -> Images:
     """Write the student of ``case``; return images of people on whom it is not calibrated."""
-    tuning, judging = (ImageFolder(faces / "data" / "lfw", identities=half) for half in ("first-half", "second-half"))
-    teacher = case.teacher(faces)
+    teacher = captured(case.network, faces)
     bits = {"weight_bits": case.weight_bits, "activation_bits": case.activation_bits}
     config = qface.QuantizationConfig(**bits, weight_observer="minmax", activation_observer="minmax")
     student = qface.quantize(teacher, config)
-    crops = tuning.read(range(CALIBRATION_IMAGES))
-    qface.calibrate(student, crops, equalize=False, gptq=False, correct_biases=False)  # the arithmetic is the same
+    tuning, judging = read_crops(faces)
+    qface.calibrate(student, tuning, equalize=False, gptq=False, correct_biases=False)  # the arithmetic is the same
     qface.export(student, file, input="uint8")
     preprocessing = preprocessing_of(teacher)
-    pixels = preprocessing.to_bytes(preprocessing(judging.read(range(case.images))))
+    pixels = preprocessing.to_bytes(preprocessing(judging[: case.images]))
     return np.ascontiguousarray(pixels.numpy())
+
+
+@cache
+def captured(network: str, faces: Path) -> nn.Module:
+    """The layers of a network, found once for all its bits."""
+    weights = faces / "weights" / f"{network}.safetensors"
+    return capture(qface.load(weights) if weights.exists() else script("foreign_networks").NETWORKS[network].build())
+
+
+@cache
+def read_crops(faces: Path) -> tuple[Tensor, Tensor]:
+    """Images to calibrate on, and as many as any case embeds of other people."""
+    halves = (ImageFolder(faces / "data" / "lfw", identities=half) for half in ("first-half", "second-half"))
+    numbers = (CALIBRATION_IMAGES, max(case.images for case in CASES.values()))
+    tuning, judging = (half.read(range(number)) for half, number in zip(halves, numbers, strict=True))
+    return tuning, judging
