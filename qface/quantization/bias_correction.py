@@ -8,7 +8,7 @@ float.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -69,9 +69,9 @@ class _Corrector(fx.Interpreter):
         if not isinstance(layer, WeightedLayer) or layer.bias is None:
             return super().run_node(n)
         (values,), _ = self.fetch_args_kwargs_from_env(n)
-        result = layer.simulate(values)
-        shift = self._weight * (self._wanted[n.name] - _mean(layer.in_steps(result), layer))
-        layer.bias.add_(shift)
+        result, bias = layer.simulate(values), cast(Tensor, layer.used_bias())
+        layer.bias.add_(self._weight * (self._wanted[n.name] - _mean(layer.in_steps(result), layer)))
+        shift = cast(Tensor, layer.used_bias()) - bias
         return result + (shift if isinstance(layer, nn.Linear) else along_channels(shift, result))
 
 

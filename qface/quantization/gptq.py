@@ -1,14 +1,16 @@
 """GPTQ: what the rounding of a weight changes, the weights that are rounded after it make up for.
 
 A layer's output loses least where the error of its weights is small in the metric of the second moments H of what it
-reads: error' H error. Weight by weight in order, the rest of the channel takes the share of the error that it can
-(Hassibi and Stork, Optimal Brain Surgeon, 1993; Frantar et al., GPTQ, ICLR 2023, equation 2 with the Cholesky factor of
-the inverse of H). Weights end as multiples of the scales that they have; ranges do not change.
+reads: error' H error. Weight by weight in order, each takes the share of the errors before it that it can make up for
+(Hassibi and Stork, Optimal Brain Surgeon, 1993; Frantar et al., GPTQ, ICLR 2023). The shares are those of a triangular
+factor of H, so that no inverse is needed (Chee et al., QuIP, NeurIPS 2023, theorem 6: GPTQ is LDLQ). Weights end as
+multiples of the scales that they have; ranges do not change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -36,6 +38,33 @@ _MOST_WEIGHTS = 4608
 """Maximum weights of a channel, 512 x 3 x 3: the Hessian of more takes gigabytes, so those are rounded to nearest."""
 
 
+@dataclass
+class _Moments:
+    """Sums over what a layer reads.
+
+    Args:
+        count: of positions.
+        sums: of their values, float64 [groups, weights of a channel].
+        products: of each two values, float64 [groups, weights, weights].
+    """
+
+    count: int
+    sums: Tensor
+    products: Tensor
+
+    @classmethod
+    def none(cls, groups: int, weights: int) -> _Moments:
+        """Of nothing seen."""
+        zeros = torch.zeros(groups, weights, weights, dtype=torch.float64)
+        return cls(0, zeros[:, 0].clone(), zeros)
+
+    def add(self, values: Tensor) -> None:
+        """Add ``values`` [groups, positions, weights]: products of one batch in float32, which is twice as fast."""
+        self.count += values.shape[1]
+        self.sums.add_(values.sum(1))
+        self.products.add_(values.mT @ values)
+
+
 class HessianCollector:
     """The Hessian of each layer: second moments, about their mean, of what each convolution and linear layer of a
     network reads.
@@ -53,7 +82,7 @@ class HessianCollector:
             if isinstance(layer, WeightedLayer) and layer.weight[0].numel() <= _MOST_WEIGHTS
         ]
         self._generator = torch.Generator().manual_seed(0)
-        self._sums: dict[nn.Module, tuple[int, Tensor, Tensor]] = {}
+        self._moments: dict[nn.Module, _Moments] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> HessianCollector:
@@ -72,19 +101,18 @@ class HessianCollector:
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         found = patches(cast(Layer, layer), inputs[0].detach().cpu(), positions)
         values = found.reshape(len(found), groups, -1).transpose(0, 1)  # [groups, M, weights]
-        count, sums, products = self._sums.get(layer, (0, torch.zeros(()), torch.zeros(())))
-        # Of one batch in float32, which is twice as fast; over all batches in float64.
-        new = (count + values.shape[1], sums + values.sum(1).double(), products + (values.mT @ values).double())
-        self._sums[layer] = new
+        if layer not in self._moments:
+            self._moments[layer] = _Moments.none(groups, values.shape[2])
+        self._moments[layer].add(values)
 
     def __len__(self) -> int:
         """Layers that were seen."""
-        return len(self._sums)
+        return len(self._moments)
 
     def items(self) -> Iterator[tuple[nn.Module, Tensor]]:
         """Each layer that was seen, and its damped Hessian, float64 [groups, weights of a channel, the same]."""
-        for layer, (count, sums, products) in self._sums.items():
-            mean, squares = sums / count, products / count
+        for layer, moments in self._moments.items():
+            count, mean, squares = moments.count, moments.sums / moments.count, moments.products / moments.count
             hessian = squares - mean[:, :, None] * mean[:, None, :]
             weights = hessian.shape[1]
             damping = (_PERCDAMP + weights / count) * _size(hessian) + weights * _PRECISION * _size(squares)
@@ -103,16 +131,16 @@ def _round(layer: Any, hessian: Tensor) -> None:
     groups, size = hessian.shape[:2]
     weight = layer.weight.detach().cpu().double().reshape(groups, -1, size)
     scale = quantizer.exact_scale().cpu().double().view(groups, -1)
-    factor = _inverse_factor(hessian)
+    shares = _shares(hessian)
     rounded, errors = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
+        wanted = weight[:, :, start:stop] + errors[:, :, :start] @ shares[:, :start, start:stop]
         for index in range(start, stop):
-            column = weight[:, :, index]
+            made_up = errors[:, :, start:index] @ shares[:, start:index, index, None]
+            column = wanted[:, :, index - start] + made_up[:, :, 0]
             rounded[:, :, index] = (column / scale).round().clamp_(quantizer.quant_min, quantizer.quant_max) * scale
-            errors[:, :, index] = (column - rounded[:, :, index]) / factor[:, None, index, index]
-            weight[:, :, index + 1 : stop] -= errors[:, :, index, None] * factor[:, None, index, index + 1 : stop]
-        weight[:, :, stop:] -= errors[:, :, start:stop] @ factor[:, start:stop, stop:]
+            errors[:, :, index] = weight[:, :, index] - rounded[:, :, index]
     layer.weight.copy_(rounded.view_as(layer.weight))
 
 
@@ -122,10 +150,11 @@ def _size(hessian: Tensor) -> Tensor:
     return torch.where(mean > torch.finfo(torch.float32).tiny, mean, 1.0)
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse, [groups, weights, weights].
+def _shares(hessian: Tensor) -> Tensor:
+    """Of the error of each weight (row), the share that each one behind it (column) makes up for; those above the
+    diagonal count, [groups, weights, weights].
 
-    With J the reversal of rows, and J H J = L L^T, it is J L^-1 J: the inverse itself is not needed.
+    With U the upper triangular matrix of U U^T = H, it is U with each column divided by its diagonal value.
 
     Where inputs hardly vary, the errors of float32 outweigh the damping: it grows until the matrix is positive.
     """
@@ -133,7 +162,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     while True:
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(1, 2))
         if not failed.any():
-            identity = torch.eye(lower.shape[1], dtype=lower.dtype)
-            return cast(Tensor, torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)).flip(1, 2)
+            upper = lower.flip(1, 2)
+            return cast(Tensor, upper / upper.diagonal(dim1=1, dim2=2)[:, None, :])
         hessian = hessian + torch.diag_embed(damping)
         damping = 4 * damping

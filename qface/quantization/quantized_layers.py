@@ -110,8 +110,7 @@ class _QuantizedMatmul(nn.Module):
 
     def simulate(self, input: Tensor) -> Tensor:
         """The products of rounded values, in float and before they are rounded to what this layer makes."""
-        bias = self._fake_quantized_bias() if self._rounds_sums else self.bias
-        return self.multiply(input, self.weight_fake_quant(self.weight), bias)
+        return self.multiply(input, self.weight_fake_quant(self.weight), self.used_bias())
 
     def in_steps(self, values: Tensor) -> Tensor:
         """``values`` of what this layer makes, rounded to the steps of its quantizer but not clamped."""
@@ -127,10 +126,11 @@ class _QuantizedMatmul(nn.Module):
         (quantizer,) = self.quant_context.inputs
         return quantizer is not None and quantizer.quantizing and self.weight_fake_quant.quantizing
 
-    def _fake_quantized_bias(self) -> Tensor | None:
-        """The bias that the integer kernel adds; its gradient passes to ``bias`` unchanged."""
-        rounded = self.rounded_bias()
-        return None if rounded is None else cast(Tensor, self.bias + (rounded - self.bias).detach())
+    def used_bias(self) -> Tensor | None:
+        """The bias that is added, rounded where products are integers; its gradient passes to ``bias`` unchanged."""
+        if self.bias is None or not self._rounds_sums:
+            return cast("Tensor | None", self.bias)
+        return cast(Tensor, self.bias + (cast(Tensor, self.rounded_bias()) - self.bias).detach())
 
     @torch.no_grad()
     def rounded_bias(self) -> Tensor | None:
