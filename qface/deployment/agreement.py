@@ -109,6 +109,7 @@ class Agreement:
         least_cosine: likewise.
         float_layers: names of the float islands, between which integers may differ by a rounding.
         runtime: that ran the file, one of :data:`RUNTIMES`.
+        preprocessing: what both read and who says so, in words.
     """
 
     layers: tuple[LayerAgreement, ...]
@@ -117,6 +118,7 @@ class Agreement:
     least_cosine: float
     float_layers: tuple[str, ...] = ()
     runtime: str = "onnxruntime"
+    preprocessing: str = ""
 
     @property
     def agrees(self) -> bool:
@@ -171,13 +173,14 @@ def verify(
     embedder = OpenVinoEmbedder(file) if on_openvino else OnnxEmbedder(file, providers=["CPUExecutionProvider"])
     graph = with_input_dtype(embedder.input, graph)
     batches = _batches(graph, as_image_source(images, identities))
+    read = graph.preprocessing.describe()
     in_floats = embedder.target != "cpu"
     if not (in_floats or on_openvino):
-        return compare_integers(student, graph, embedder, batches)
+        return replace(compare_integers(student, graph, embedder, batches), preprocessing=read)
     if not on_openvino:
         embedder = OnnxEmbedder(file, providers_for(embedder.target))
     network = without_rounded_activations(student) if in_floats else copy.deepcopy(student).cpu().eval()
-    return replace(compare_embeddings(network, embedder, batches), runtime=runtime)
+    return replace(compare_embeddings(network, embedder, batches), runtime=runtime, preprocessing=read)
 
 
 def compare_integers(

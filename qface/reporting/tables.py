@@ -360,7 +360,8 @@ def agreement_table(agreement: Agreement) -> Table:
     """Student against file: the embeddings, and each layer that differs anywhere."""
     verdict = "agree" if agreement.agrees else "DO NOT AGREE"
     layers = f"{len(agreement.layers)} layers, " if agreement.layers else ""
-    table = Table(title=f"student and file {verdict}: {layers}{agreement.images} images")
+    read = f"reads {agreement.preprocessing}" if agreement.preprocessing else None
+    table = Table(title=f"student and file {verdict}: {layers}{agreement.images} images", caption=read)
     table.add_column("compared")
     table.add_column("result", justify="right")
     table.add_row("embeddings, mean cosine", f"{agreement.mean_cosine:.7f}")

@@ -52,6 +52,7 @@ def test_a_file_agrees_with_its_student(student: fx.GraphModule, file: Path) -> 
     agreement = qface.verify(student, file, random_faces(80, seed=5))
     assert agreement.agrees
     assert agreement.images == 80
+    assert "32x32" in agreement.preprocessing
     assert agreement.least_cosine > 0.9999
     assert len(agreement.layers) > 5
     for layer in agreement.layers:
