@@ -8,18 +8,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from qface.errors import ConfigError, QFaceError
 from qface.progress import progress_shown
 
-if TYPE_CHECKING:
-    from qface.evaluation.embedding import Embedder
-    from qface.preprocessing import PreprocessingOverride
-
-__all__ = ["SCHEMA_VERSION", "Command", "embedder", "note", "show", "written"]
+__all__ = ["SCHEMA_VERSION", "Command", "note", "show", "written"]
 
 SCHEMA_VERSION = 1
 """First key of every JSON object that a command prints; it rises when a key goes or changes its meaning."""
@@ -132,16 +128,6 @@ def note(text: object) -> None:
     """Say on stderr what a command did, unless it is to be quiet."""
     if not click.get_current_context().meta.get(_QUIET):
         click.echo(text, err=True)
-
-
-def embedder(text: str, preprocessing: PreprocessingOverride | None = None) -> Embedder:
-    """A file in onnxruntime, or a network in torch; see :func:`resolve_model`."""
-    from qface.evaluation import as_embedder
-    from qface.models.resolve import resolve_model
-
-    if text.lower().endswith(".onnx"):
-        return as_embedder(Path(text), preprocessing)
-    return as_embedder(resolve_model(text, preprocessing=preprocessing))
 
 
 def written(file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qface.data.identities import FIRST_HALF, SECOND_HALF
 from qface.errors import ConfigError, one_line
-from qface.files import make_folder, replacing
+from qface.files import as_path, make_folder, replacing
 from qface.limits import named, parse_json
 
 __all__ = ["RUN_FILE", "RunRecord"]
@@ -80,7 +80,7 @@ class RunRecord:
         Raises:
             ConfigError: there is none, or it cannot be read.
         """
-        path = Path(folder) / RUN_FILE
+        path = as_path(folder) / RUN_FILE
         try:
             with named(path):
                 record = parse_json(path.read_text(encoding="utf-8"), "the record of the run")

@@ -32,6 +32,7 @@ from qface.deployment.openvino_runtime import OpenVinoEmbedder
 from qface.deployment.runtime import OnnxEmbedder, cpu_session, providers_for
 from qface.errors import ConfigError, ExportError, ImagesError
 from qface.graph.queries import layer_of
+from qface.models.resolve import NetworkLike, as_network
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
 from qface.quantization.binding import layers_near_ties
 from qface.quantization.quantized_layers import Quantizer, WeightedLayer
@@ -135,18 +136,18 @@ class Agreement:
 
 
 def verify(
-    student: nn.Module,
+    student: NetworkLike,
     file: str | Path,
     images: Images,
     identities: str | Path | None = None,
     runtime: str = "onnxruntime",
 ) -> Agreement:
-    """Compare ``student`` in eval mode with ``file``, which was exported from it.
+    """Compare ``student`` in eval mode with ``file``, which was exported from it. Does not change ``student``.
 
     A file for GPUs (``target="cuda"``) runs on one where there is one, all others on the CPU.
 
     Args:
-        student: calibrated; its mode is not changed.
+        student: calibrated: a module, the path of its file, or ``package.module:factory``.
         file: the ONNX file.
         images: faces; the first eight serve for the layers, all of them from end to end.
         identities: of a folder, which identities.
@@ -156,7 +157,7 @@ def verify(
         ConfigError: the student is not calibrated, or there is no such runtime.
         DependencyError: OpenVINO is wanted and not installed.
         ExportError: the file was not exported from this network.
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: a file is missing or damaged.
         ImagesError: the images cannot be used.
 
     Example:
@@ -166,6 +167,7 @@ def verify(
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
+    student = as_network(student)
     graph = lower(student)
     on_openvino = runtime == "openvino"
     embedder = OpenVinoEmbedder(file) if on_openvino else OnnxEmbedder(file, providers=["CPUExecutionProvider"])

@@ -359,10 +359,10 @@ def read_golden(path: str | Path) -> GoldenValues:
 
 
 def selftest(file: str | Path, providers: Sequence[str] | None = None) -> SelfTest:
-    """Compare what onnxruntime computes here with the golden values in ``file``.
+    """Compare what onnxruntime computes here with the golden values in ``file``. Does not change ``file``.
 
     Args:
-        file: an ONNX file that :func:`qface.export` wrote.
+        file: an ONNX file that :func:`qface.export` wrote; no network, since golden values are in such files only.
         providers: onnxruntime's execution providers in order of preference; by default the CPU, and for a file for GPUs
             CUDA where it works.
 

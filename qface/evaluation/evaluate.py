@@ -136,10 +136,11 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure how well ``model`` verifies faces: over all pairs of images, and over a list of pairs.
 
-    Under ``torchrun`` the processes share images and pairs, and all return the same.
+    Under ``torchrun`` the processes share images and pairs, and all return the same. Does not change ``model`` or
+    ``gallery``.
 
     Args:
-        model: a module, the path of a model file, or an Embedder. A module is left as it is.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         images: a folder of 112x112 crops with one subfolder a person, or other labeled images; or, for the accuracy
             alone, a flat folder with ``pairs``, or what brings its own: a ``.bin`` file of InsightFace, a split of CFP.
         pairs: a list of pairs (:func:`qface.data.read_pairs`); it needs a folder.

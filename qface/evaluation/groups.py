@@ -184,8 +184,10 @@ def evaluate_groups(
 ) -> GroupsResult:
     """Measure the error rates of groups of people at one threshold, and the gaps between groups.
 
+    Does not change ``model`` or ``reference``.
+
     Args:
-        model: a module, the path of a model file, or an Embedder. A module is left as it is.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         images: a folder of 112x112 crops with one subfolder a person.
         groups: a text file with one line ``person,group`` a person; see :func:`qface.data.groups.read_groups`.
         reference: another model to compare with, such as the float network; it has a threshold of its own.
@@ -211,7 +213,7 @@ def evaluate_groups(
     folder, labels = _named(images, identities)
     grouping = read_groups(groups, folder)
     _check_rate(at_fpr, labels)
-    embedders = [as_embedder(each) for each in (model, reference) if each is not None]
+    embedders = [as_embedder(model), *([] if reference is None else [as_embedder(reference)])]
     embeddings = [embed(each, folder, batch_size, flip) for each in embedders]
     return replace(
         measure_groups(embeddings, labels, grouping, at_fpr, bootstrap),

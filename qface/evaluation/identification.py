@@ -148,8 +148,10 @@ def evaluate_identification(
 ) -> IdentificationResult:
     """Measure how well ``model`` finds people among those enrolled, by the protocol of this module.
 
+    Does not change ``model``.
+
     Args:
-        model: a module, the path of a model file, or an Embedder. A module is left as it is.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
         identities: of a folder, which people; see :func:`qface.data.identities.select_identities`.
         seed: of the images that are enrolled, and of replicates.

@@ -69,8 +69,10 @@ def match_thresholds(
 ) -> MatchThresholds:
     """Measure the cosine above which two faces match, where ``model`` embeds both, at several false-positive rates.
 
+    Does not change ``model``.
+
     Args:
-        model: a module, the path of a model file, or an Embedder.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
         fprs: rates as decimals between 0 and 1; those with fewer than ten accepted impostors are left out.
         identities: of a folder, which people.
@@ -108,8 +110,11 @@ def match_thresholds(
 def write_thresholds(file: str | Path, thresholds: MatchThresholds) -> None:
     """Write ``thresholds`` into the metadata of the ONNX file ``file``, in place of those that it has.
 
+    Changes ``file`` in place and returns nothing.
+
     Args:
-        file: the file; it is replaced as a whole or not at all.
+        file: the file; no network, since only files for devices hold thresholds. It is replaced as a whole or not at
+            all.
         thresholds: measured with this file, or with the student that it was exported from.
 
     Raises:
@@ -123,10 +128,10 @@ def write_thresholds(file: str | Path, thresholds: MatchThresholds) -> None:
 
 
 def thresholds_of(file: str | Path) -> MatchThresholds | None:
-    """The thresholds in the metadata of the ONNX file ``file``.
+    """The thresholds in the metadata of the ONNX file ``file``. Does not change ``file``.
 
     Args:
-        file: the file.
+        file: the file; no network, since only files for devices hold thresholds.
 
     Returns:
         The thresholds, or None where none were written.

@@ -95,10 +95,10 @@ def evaluate_stress(
     """Measure how well ``model`` verifies changed faces against unchanged ones, under each of ``conditions``.
 
     Each probe is a changed face and each gallery face is as it is, both embedded by one model: of all pairs of two
-    different images, and of listed pairs, whose first image is the probe.
+    different images, and of listed pairs, whose first image is the probe. Does not change ``model`` or ``reference``.
 
     Args:
-        model: a module, the path of a model file, or an Embedder.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         images: 112x112 crops with labels: a folder with one subfolder a person, or a uint8 source.
         pairs: a list of pairs (:func:`qface.data.read_pairs`); it needs a folder.
         identities: of a folder, which people.

@@ -88,10 +88,10 @@ def evaluate_templates(
     """Verify the pairs of templates of IJB-B or IJB-C.
 
     Embeddings go to a file as they are computed, and are read from it in parts, so that memory does not grow with the
-    images.
+    images. Does not change ``model``.
 
     Args:
-        model: a module, the path of a model file, or an Embedder. A module is left as it is.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         folder: the benchmark's folder (:mod:`qface.data.templates`).
         protocol: ``"paper"`` takes the mean over the images of a template, ``"arcface"`` over those of each photo or
             video first, and then the sum of these.

@@ -75,8 +75,10 @@ def operating_thresholds(
 ) -> OperatingThresholds:
     """The thresholds for a false-positive rate where float meets float, quantized quantized, and quantized float.
 
+    Does not change ``teacher`` or ``student``.
+
     Args:
-        teacher: the float model: a module, the path of a model file, or an Embedder.
+        teacher: the float model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         student: the quantized one.
         images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
         fpr: the rate, a decimal between 0 and 1 such as ``"1e-4"``.
