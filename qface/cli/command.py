@@ -140,7 +140,7 @@ def show(record: dict[str, Any], words: Any, as_json: bool) -> None:
 
     Args:
         record: what docs/json.md lists, without the version.
-        words: the same as a line, or as a table of :mod:`rich`.
+        words: the same as a line, as a :class:`qface.results.Result`, or as a table of :mod:`rich`.
         as_json: which of both.
     """
     if os.environ.get("RANK", "0") != "0":
@@ -152,4 +152,4 @@ def show(record: dict[str, Any], words: Any, as_json: bool) -> None:
     else:
         from rich.console import Console  # only here, so that help does not wait for it
 
-        Console().print(words)
+        Console(emoji=False).print(words)

@@ -133,11 +133,10 @@ def verify(
 ) -> None:
     """Prove that FILE computes what STUDENT computes, layer by layer and from end to end."""
     from qface.models.resolve import resolve_model
-    from qface.reporting import agreement_table
 
     network = resolve_model(student, preprocessing=preprocessing)
     agreement = qface.verify(network, file, images, identities, runtime)
-    show(agreement.to_dict(), agreement_table(agreement), as_json)
+    show(agreement.to_dict(), agreement, as_json)
     if not agreement.agrees:
         raise click.exceptions.Exit(1)
 
@@ -203,7 +202,6 @@ def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: b
 
     from qface.models.resolve import resolve_architecture
     from qface.quantization import is_quantized
-    from qface.reporting.tables import size_tables
 
     is_file = model.lower().endswith(".onnx")
     useless = [*preprocessing, *(["bits"] if bits is not None else [])] if is_file else []
@@ -213,4 +211,4 @@ def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: b
     if bits is not None and isinstance(measured, nn.Module) and is_quantized(measured):
         raise _has_bits(model)
     report = qface.measure_size(measured, 6 if bits is None else bits)
-    show(report.to_dict(), size_tables(report), as_json)
+    show(report.to_dict(), report, as_json)

@@ -76,7 +76,6 @@ def evaluate(
 ) -> None:
     """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
     from qface.evaluation import as_embedder
-    from qface.reporting import evaluation_table, groups_tables, stress_table
 
     given = {"pairs": pairs, "gallery": gallery, "flip": flip, "run_dir": run_dir, "bootstrap": bootstrap}
     given |= {"groups": groups, "stress": stress, "reference": reference, "at_fpr": at_fpr}
@@ -86,13 +85,13 @@ def evaluate(
         compared = qface.evaluate_groups(
             chosen, images, groups, reference, at_fpr or "1e-3", identities, bootstrap, flip
         )
-        show(compared.to_dict(), groups_tables(compared), as_json)
+        show(compared.to_dict(), compared, as_json)
         return
     if stress:
         changed = qface.evaluate_stress(
             chosen, images, pairs, identities, reference, bootstrap=bootstrap, run_dir=run_dir
         )
-        show(changed.to_dict(), stress_table(changed), as_json)
+        show(changed.to_dict(), changed, as_json)
         return
     result = qface.evaluate(
         chosen,
@@ -104,7 +103,7 @@ def evaluate(
         run_dir=run_dir,
         bootstrap=bootstrap,
     )
-    show(result.to_dict(), evaluation_table(result), as_json)
+    show(result.to_dict(), result, as_json)
 
 
 _OPTIONS_OF = {
@@ -152,11 +151,10 @@ def identify(
 ) -> None:
     """Measure 1:N identification with one image of each person enrolled; MODEL as for evaluate."""
     from qface.evaluation import as_embedder
-    from qface.reporting import identification_table
 
     chosen = as_embedder(model, preprocessing)
     result = qface.evaluate_identification(chosen, images, identities, seed, bootstrap, flip)
-    show(result.to_dict(), identification_table(result), as_json)
+    show(result.to_dict(), result, as_json)
 
 
 @click.command(
@@ -195,11 +193,10 @@ def ijb(
 ) -> None:
     """Measure 1:1 verification of templates on IJB-B or IJB-C; MODEL as for evaluate."""
     from qface.evaluation import as_embedder
-    from qface.reporting import templates_table
 
     chosen = as_embedder(model, preprocessing)
     result = qface.evaluate_templates(chosen, data, protocol, flip, detector_score, run_dir)
-    show(result.to_dict(), templates_table(result), as_json)
+    show(result.to_dict(), result, as_json)
 
 
 @click.command(
@@ -236,14 +233,13 @@ def thresholds(
 ) -> None:
     """Set the cosine to accept where float meets float, quantized quantized, and quantized a float gallery."""
     from qface.evaluation import as_embedder
-    from qface.reporting import thresholds_table
 
     if file is not None:
         qface.thresholds_of(file)  # a file that cannot be read is told before any work
     result = qface.operating_thresholds(
         as_embedder(teacher, preprocessing), student, images, fpr, identities, eval_identities
     )
-    show(result.to_dict(), thresholds_table(result), as_json)
+    show(result.to_dict(), result, as_json)
     if file is not None:
         _write_thresholds(file, images, fpr, identities)
 
@@ -288,7 +284,7 @@ def sensitivity(
 ) -> None:
     """Measure what quantizing each layer alone costs, its weight and what it reads, at 2 to 8 bits."""
     from qface.models.resolve import resolve_model
-    from qface.reporting import sensitivity_figure, sensitivity_tables
+    from qface.reporting import sensitivity_figure
     from qface.reporting.figures import check_figure
 
     if figure is not None:
@@ -297,4 +293,4 @@ def sensitivity(
     result = qface.sensitivity(network, images, identities, num_images=num_images, run_dir=run_dir)
     if figure is not None:
         sensitivity_figure(result, figure)
-    show(result.to_dict(), sensitivity_tables(result), as_json)
+    show(result.to_dict(), result, as_json)

@@ -111,7 +111,7 @@ def quantize(
             student = qface.quantize(teacher, config)
         qface.calibrate(student, images, identities=identities, num_images=num_images)
         plan = qface.inspect(student)
-        note(plan)
+        note(plan.summary)
         if distill:
             with run.resumable():
                 qface.distill(student, teacher, images, settings, run.folder, run.resume, identities=identities)

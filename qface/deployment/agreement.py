@@ -9,7 +9,7 @@ compared from end to end too: it does not show its integers without computing ot
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,7 @@ from qface.models.resolve import NetworkLike, as_network
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
 from qface.quantization.binding import layers_near_ties
 from qface.quantization.quantized_layers import Quantizer, WeightedLayer
+from qface.results import Result
 
 __all__ = [
     "LAYER_IMAGES",
@@ -97,8 +98,8 @@ class LayerAgreement:
         return equal and self.integer_range[1] - self.integer_range[0] < 1 << self.bits
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, repr=False)
+class Agreement(Result):
     """The result of :func:`verify`; cosines are between the embeddings of student and file, each from end to end.
 
     A file that computes in floats has no integer layers, and those of OpenVINO are not seen.
@@ -129,6 +130,14 @@ class Agreement:
         )
         embeddings = self.mean_cosine >= mean and self.least_cosine >= least
         return embeddings and all(layer.agrees for layer in self.layers)
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {
+            "agrees": self.agrees,
+            "images": self.images,
+            "layers": len(self.layers),
+            "least_cosine": self.least_cosine,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from qface.evaluation.verification import (
 )
 from qface.parallel import processes_for
 from qface.progress import shows_progress
+from qface.results import Result
 
 __all__ = ["EvaluationResult", "ListedFigures", "evaluate", "listed_cosines", "listed_pairs"]
 
@@ -65,8 +67,8 @@ class ListedFigures:
     resampled: str | None
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
+@dataclass(frozen=True, repr=False)
+class EvaluationResult(Result):
     """The result of :func:`evaluate`; shares are fractions, 0..1.
 
     Args:
@@ -115,6 +117,9 @@ class EvaluationResult:
     bootstrap: int = 0
     tpr_intervals: dict[str, Interval | None] = field(default_factory=dict)
     listed: ListedFigures | None = None
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"images": self.images, "accuracy": self.accuracy, "tpr_at_fpr": self.tpr_at_fpr}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""

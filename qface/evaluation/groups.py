@@ -6,7 +6,7 @@ is the one that gives the wanted false match rate over all impostor pairs of eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
 from qface.evaluation.pair_scores import OwnedScores, PairScores
 from qface.evaluation.verification import count_pairs, impostors_needed, tpr_at_fpr, unmeasured
 from qface.progress import shows_progress
+from qface.results import Result
 
 __all__ = [
     "GENUINE_NEEDED",
@@ -124,8 +125,8 @@ class ModelGroups:
     fmr_gap: Gap | None
 
 
-@dataclass(frozen=True)
-class GroupsResult:
+@dataclass(frozen=True, repr=False)
+class GroupsResult(Result):
     """The result of :func:`evaluate_groups`.
 
     Args:
@@ -163,6 +164,9 @@ class GroupsResult:
     bootstrap: int
     runtimes: tuple[str, ...] = ()
     preprocessing: tuple[str, ...] = ()
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"images": self.images, "groups": len(self.groups), "at_fpr": self.at_fpr}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""

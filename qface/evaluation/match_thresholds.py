@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qface.evaluation.embedding import Model, embed
 from qface.evaluation.verification import count_pairs, ranks_of, tpr_at_fpr, unmeasured
 from qface.limits import parse_json
 from qface.progress import shows_progress
+from qface.results import Result
 
 __all__ = ["DEVICE_FPRS", "MatchThresholds", "match_thresholds", "thresholds_of", "write_thresholds"]
 
@@ -25,8 +26,8 @@ DEVICE_FPRS = ("1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 _KEY = "thresholds"  # the metadata's
 
 
-@dataclass(frozen=True)
-class MatchThresholds:
+@dataclass(frozen=True, repr=False)
+class MatchThresholds(Result):
     """Cosines above which two faces match, where one model embeds both, and what they were measured on.
 
     Args:
@@ -46,6 +47,9 @@ class MatchThresholds:
     identities: int
     impostor_pairs: int
     people: str | None = None
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"by_fpr": self.by_fpr, "images": self.images, "identities": self.identities}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and for file metadata."""

@@ -126,7 +126,7 @@ def inspect(model: NetworkLike, bits: int | QuantizationConfig = 6) -> Quantizat
         bits: as of :func:`quantize`.
 
     Returns:
-        A plan with one entry per layer; printed, it is one line.
+        A plan with one entry per layer; printed, it is a table of the kinds of layers.
 
     Raises:
         CheckpointError, ConfigError, TraceError, UnsupportedLayerError: as :func:`quantize`.
@@ -134,8 +134,8 @@ def inspect(model: NetworkLike, bits: int | QuantizationConfig = 6) -> Quantizat
     Example:
         >>> import qface
         >>> from qface.models import MobileFaceNet
-        >>> print(qface.inspect(MobileFaceNet()))
-        107 of 107 layers and 100.0% of the multiply-adds are integers; in float: nothing
+        >>> qface.inspect(MobileFaceNet()).summary
+        '107 of 107 layers and 100.0% of the multiply-adds are integers; in float: nothing'
     """
     model = as_architecture(model)
     student = model if isinstance(model, fx.GraphModule) and is_quantized(model) else quantize(model, bits)

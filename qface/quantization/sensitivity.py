@@ -39,6 +39,7 @@ from qface.quantization.placement import Role, role_of
 from qface.quantization.prepare import is_quantized, quantize
 from qface.quantization.quantization_config import MAX_BITS, MIN_BITS, QuantizationConfig
 from qface.quantization.quantized_layers import WeightedLayer
+from qface.results import Result
 
 __all__ = ["BIT_WIDTHS", "SENSITIVITY_IMAGES", "LayerSensitivity", "Sensitivity", "read_sample", "sensitivity"]
 
@@ -70,8 +71,8 @@ class LayerSensitivity:
     activation: Mapping[int, float]
 
 
-@dataclass(frozen=True)
-class Sensitivity:
+@dataclass(frozen=True, repr=False)
+class Sensitivity(Result):
     """The result of :func:`sensitivity`.
 
     Args:
@@ -86,6 +87,9 @@ class Sensitivity:
 
     images: int
     layers: tuple[LayerSensitivity, ...]
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"images": self.images, "layers": len(self.layers), "tensors": self.tensors}
 
     def losses(self, tensor: str) -> list[Mapping[int, float]]:
         """The losses of each layer's ``"weight"`` or ``"activation"``, by bits."""
