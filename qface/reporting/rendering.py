@@ -19,13 +19,18 @@ def as_text(table: Table | Group) -> str:
     console = Console(file=io.StringIO(), emoji=False, force_terminal=False, force_jupyter=False)
     with console.capture() as captured:
         console.print(table)
-    return captured.get().rstrip("\n")
+    return _printable(captured.get().rstrip("\n"))
 
 
 def as_html(table: Table | Group) -> str:
     """One ``<table>`` for each table, with all text escaped."""
     tables = table.renderables if isinstance(table, Group) else [table]
-    return "\n".join(_table(each) for each in tables if isinstance(each, Table))
+    return _printable("\n".join(_table(each) for each in tables if isinstance(each, Table)))
+
+
+def _printable(text: str) -> str:
+    """``text`` with bytes of names of files that are no UTF-8 as escapes, since nothing else can be printed."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _table(table: Table) -> str:
