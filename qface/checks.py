@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qface.errors import CheckpointError, ConfigError
 
-__all__ = ["check_finite", "check_seed", "check_whole"]
+__all__ = ["check_finite", "check_module", "check_seed", "check_whole"]
 
 _SEEDS = 2**63
 
@@ -47,4 +47,16 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
         raise CheckpointError(
             f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity (first: {broken[0]}); "
             "the training that wrote it diverged, use an earlier checkpoint"
+        )
+
+
+def check_module(model: object) -> None:
+    """Make sure that ``model`` is a network, where no path can take its place.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}; qface.load makes one of a file"
         )

@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError:  # Windows, which removes no file that is open
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone_in", "check_file", "check_folder", "make_folder", "replacing", "sync", "temporary_folder"]
+__all__ = ["alone_in", "as_path", "check_file", "check_folder", "make_folder", "replacing", "sync", "temporary_folder"]
 
 _PREFIX, _SUFFIX = ".qface-", ".part"
 _LOCK = ".lock"
@@ -28,12 +28,25 @@ _LOCK = ".lock"
 _LONGEST_NAME = 255  # bytes, on the file systems of Linux, macOS and Windows
 
 
+def as_path(path: str | Path) -> Path:
+    """Return ``path`` as a path.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"a file or folder is given by its path, not by {type(path).__name__}")
+    return Path(path)
+
+
 def check_file(path: str | Path) -> None:
     """Make sure that ``path`` is a file, before it is read as a network.
 
     Raises:
         CheckpointError: nothing is there, or a folder.
+        ConfigError: ``path`` is no path.
     """
+    path = as_path(path)
     if os.path.isdir(path):
         raise CheckpointError(f"{path} is a folder; give the file of a network")
     if not os.path.isfile(path):  # unlike Path.is_file, False for names that no file can have

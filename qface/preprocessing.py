@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from qface.checks import check_module
 from qface.errors import CheckpointError, ConfigError
 from qface.limits import check, named, parse_json
 
@@ -246,13 +247,21 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def with_preprocessing(model: ModuleT, preprocessing: Preprocessing) -> ModuleT:
-    """Attach ``preprocessing`` to ``model`` in place and return it.
+    """Attach ``preprocessing`` to ``model``. Changes ``model`` in place and returns it.
+
+    Args:
+        model: a network; of a file, :func:`qface.load` takes ``preprocessing``.
+        preprocessing: what it reads.
+
+    Raises:
+        ConfigError: ``model`` is no network.
 
     Example:
         >>> network = with_preprocessing(teacher, Preprocessing(color="BGR"))
         >>> preprocessing_of(network).color
         'BGR'
     """
+    check_module(model)
     return attach(model, _ATTRIBUTE, preprocessing)
 
 

@@ -8,18 +8,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from qface.errors import ConfigError, QFaceError
 from qface.progress import progress_shown
 
-if TYPE_CHECKING:
-    from qface.evaluation.embedding import Embedder
-    from qface.preprocessing import PreprocessingOverride
-
-__all__ = ["SCHEMA_VERSION", "Command", "embedder", "note", "show", "written"]
+__all__ = ["SCHEMA_VERSION", "Command", "note", "show", "written"]
 
 SCHEMA_VERSION = 1
 """First key of every JSON object that a command prints; it rises when a key goes or changes its meaning."""
@@ -134,16 +130,6 @@ def note(text: object) -> None:
         click.echo(text, err=True)
 
 
-def embedder(text: str, preprocessing: PreprocessingOverride | None = None) -> Embedder:
-    """A file in onnxruntime, or a network in torch; see :func:`resolve_model`."""
-    from qface.evaluation import as_embedder
-    from qface.models.resolve import resolve_model
-
-    if text.lower().endswith(".onnx"):
-        return as_embedder(Path(text), preprocessing)
-    return as_embedder(resolve_model(text, preprocessing=preprocessing))
-
-
 def written(file: Path) -> dict[str, Any]:
     """Name and size of a file that a command wrote."""
     return {"output": str(file), "bytes": file.stat().st_size}
@@ -154,7 +140,7 @@ def show(record: dict[str, Any], words: Any, as_json: bool) -> None:
 
     Args:
         record: what docs/json.md lists, without the version.
-        words: the same as a line, or as a table of :mod:`rich`.
+        words: the same as a line, as a :class:`qface.results.Result`, or as a table of :mod:`rich`.
         as_json: which of both.
     """
     if os.environ.get("RANK", "0") != "0":
@@ -166,4 +152,4 @@ def show(record: dict[str, Any], words: Any, as_json: bool) -> None:
     else:
         from rich.console import Console  # only here, so that help does not wait for it
 
-        Console().print(words)
+        Console(emoji=False).print(words)

@@ -77,14 +77,13 @@ def compress(
     means that no file keeps the target; none is written then.
     """
     from qface.models.resolve import resolve_model
-    from qface.reporting.tables import compression_table
 
     wanted = qface.CompressionTarget(**target)
     training = qface.DistillConfig(epochs=epochs)
     config = qface.CompressConfig(activation_bits, distill, prune, training=training)
     teacher = resolve_model(model, preprocessing=preprocessing)
     found = qface.compress(teacher, images, output, wanted, config, identities, eval_identities, run_dir)
-    show(found.to_dict(), compression_table(found), as_json)
+    show(found.to_dict(), found, as_json)
     if found.chosen is None:
         note(f"no file was written: {found.stopped}; the trials are in {found.run_dir}")
         raise click.exceptions.Exit(1)

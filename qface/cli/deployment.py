@@ -52,7 +52,7 @@ def inspect(model: str, bits: int | None, preprocessing: dict[str, Any], as_json
         "qface export student.safetensors --input uint8 --images faces/ -o camera.onnx",
     ),
 )
-@click.argument("student", type=FilePath)
+@click.argument("student")
 @click.option("-o", "--output", required=True, type=FilePath, help="File to write (.onnx).")
 @click.option(
     "--weight-format",
@@ -79,7 +79,7 @@ def inspect(model: str, bits: int | None, preprocessing: dict[str, Any], as_json
 @json_option
 @preprocessing_options
 def export(
-    student: Path,
+    student: str,
     output: Path,
     weight_format: str,
     images: Path | None,
@@ -92,10 +92,10 @@ def export(
 ) -> None:
     """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
     from qface.files import check_folder
-    from qface.models.resolve import load_file
+    from qface.models.resolve import resolve_model
 
     check_folder(output)
-    network = load_file(student, preprocessing)
+    network = resolve_model(student, preprocessing=preprocessing)
     qface.export(network, output, weight_format, images, input_type, target, normalize)
     record = written(output)
     show({**record, "input": input_type, "target": target}, f"wrote {output} ({record['bytes'] / 1e6:.2f} MB)", as_json)
@@ -110,7 +110,7 @@ def export(
         "qface verify student.safetensors student.onnx --images faces/ --people second-half --json",
     ),
 )
-@click.argument("student", type=FilePath)
+@click.argument("student")
 @click.argument("file", type=FilePath)
 @images_option
 @people_option
@@ -123,7 +123,7 @@ def export(
 @preprocessing_options
 @json_option
 def verify(
-    student: Path,
+    student: str,
     file: Path,
     images: Path,
     identities: str | None,
@@ -132,11 +132,11 @@ def verify(
     as_json: bool,
 ) -> None:
     """Prove that FILE computes what STUDENT computes, layer by layer and from end to end."""
-    from qface.models.resolve import load_file
-    from qface.reporting import agreement_table
+    from qface.models.resolve import resolve_model
 
-    agreement = qface.verify(load_file(student, preprocessing), file, images, identities, runtime)
-    show(agreement.to_dict(), agreement_table(agreement), as_json)
+    network = resolve_model(student, preprocessing=preprocessing)
+    agreement = qface.verify(network, file, images, identities, runtime)
+    show(agreement.to_dict(), agreement, as_json)
     if not agreement.agrees:
         raise click.exceptions.Exit(1)
 
@@ -202,7 +202,6 @@ def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: b
 
     from qface.models.resolve import resolve_architecture
     from qface.quantization import is_quantized
-    from qface.reporting.tables import size_tables
 
     is_file = model.lower().endswith(".onnx")
     useless = [*preprocessing, *(["bits"] if bits is not None else [])] if is_file else []
@@ -212,4 +211,4 @@ def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: b
     if bits is not None and isinstance(measured, nn.Module) and is_quantized(measured):
         raise _has_bits(model)
     report = qface.measure_size(measured, 6 if bits is None else bits)
-    show(report.to_dict(), size_tables(report), as_json)
+    show(report.to_dict(), report, as_json)

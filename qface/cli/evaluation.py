@@ -10,7 +10,7 @@ import click
 
 import qface
 from qface.choices import TemplateProtocol
-from qface.cli.command import Command, embedder, note, show
+from qface.cli.command import Command, note, show
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
 from qface.errors import ConfigError
 
@@ -75,31 +75,35 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
-    from qface.reporting import evaluation_table, groups_tables, stress_table
+    from qface.evaluation import as_embedder
 
     given = {"pairs": pairs, "gallery": gallery, "flip": flip, "run_dir": run_dir, "bootstrap": bootstrap}
     given |= {"groups": groups, "stress": stress, "reference": reference, "at_fpr": at_fpr}
     _check_options("groups" if groups else "stress" if stress else None, given)
-    chosen, other = embedder(model, preprocessing), embedder(reference) if reference else None
+    chosen = as_embedder(model, preprocessing)
     if groups is not None:
-        compared = qface.evaluate_groups(chosen, images, groups, other, at_fpr or "1e-3", identities, bootstrap, flip)
-        show(compared.to_dict(), groups_tables(compared), as_json)
+        compared = qface.evaluate_groups(
+            chosen, images, groups, reference, at_fpr or "1e-3", identities, bootstrap, flip
+        )
+        show(compared.to_dict(), compared, as_json)
         return
     if stress:
-        changed = qface.evaluate_stress(chosen, images, pairs, identities, other, bootstrap=bootstrap, run_dir=run_dir)
-        show(changed.to_dict(), stress_table(changed), as_json)
+        changed = qface.evaluate_stress(
+            chosen, images, pairs, identities, reference, bootstrap=bootstrap, run_dir=run_dir
+        )
+        show(changed.to_dict(), changed, as_json)
         return
     result = qface.evaluate(
         chosen,
         images,
         pairs=pairs,
         identities=identities,
-        gallery=embedder(gallery) if gallery else None,
+        gallery=gallery,
         flip=flip,
         run_dir=run_dir,
         bootstrap=bootstrap,
     )
-    show(result.to_dict(), evaluation_table(result), as_json)
+    show(result.to_dict(), result, as_json)
 
 
 _OPTIONS_OF = {
@@ -146,11 +150,11 @@ def identify(
     as_json: bool,
 ) -> None:
     """Measure 1:N identification with one image of each person enrolled; MODEL as for evaluate."""
-    from qface.reporting import identification_table
+    from qface.evaluation import as_embedder
 
-    chosen = embedder(model, preprocessing)
+    chosen = as_embedder(model, preprocessing)
     result = qface.evaluate_identification(chosen, images, identities, seed, bootstrap, flip)
-    show(result.to_dict(), identification_table(result), as_json)
+    show(result.to_dict(), result, as_json)
 
 
 @click.command(
@@ -188,11 +192,11 @@ def ijb(
     as_json: bool,
 ) -> None:
     """Measure 1:1 verification of templates on IJB-B or IJB-C; MODEL as for evaluate."""
-    from qface.reporting import templates_table
+    from qface.evaluation import as_embedder
 
-    chosen = embedder(model, preprocessing)
+    chosen = as_embedder(model, preprocessing)
     result = qface.evaluate_templates(chosen, data, protocol, flip, detector_score, run_dir)
-    show(result.to_dict(), templates_table(result), as_json)
+    show(result.to_dict(), result, as_json)
 
 
 @click.command(
@@ -228,13 +232,14 @@ def thresholds(
     as_json: bool,
 ) -> None:
     """Set the cosine to accept where float meets float, quantized quantized, and quantized a float gallery."""
-    from qface.reporting import thresholds_table
+    from qface.evaluation import as_embedder
 
     if file is not None:
         qface.thresholds_of(file)  # a file that cannot be read is told before any work
-    models = (embedder(teacher, preprocessing), embedder(student))
-    result = qface.operating_thresholds(*models, images, fpr, identities, eval_identities)
-    show(result.to_dict(), thresholds_table(result), as_json)
+    result = qface.operating_thresholds(
+        as_embedder(teacher, preprocessing), student, images, fpr, identities, eval_identities
+    )
+    show(result.to_dict(), result, as_json)
     if file is not None:
         _write_thresholds(file, images, fpr, identities)
 
@@ -279,7 +284,7 @@ def sensitivity(
 ) -> None:
     """Measure what quantizing each layer alone costs, its weight and what it reads, at 2 to 8 bits."""
     from qface.models.resolve import resolve_model
-    from qface.reporting import sensitivity_figure, sensitivity_tables
+    from qface.reporting import sensitivity_figure
     from qface.reporting.figures import check_figure
 
     if figure is not None:
@@ -288,4 +293,4 @@ def sensitivity(
     result = qface.sensitivity(network, images, identities, num_images=num_images, run_dir=run_dir)
     if figure is not None:
         sensitivity_figure(result, figure)
-    show(result.to_dict(), sensitivity_tables(result), as_json)
+    show(result.to_dict(), result, as_json)

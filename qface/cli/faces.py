@@ -33,10 +33,9 @@ __all__ = ["align", "demo", "pairs"]
 @json_option
 def align(photos: Path, output: Path, landmarks: Path | None, detector: Path | None, as_json: bool) -> None:
     """Cut aligned 112x112 crops from PHOTOS, a folder; what is there already is kept."""
-    from qface.reporting import alignment_table
 
     report = qface.align(photos, output, landmarks, detector)
-    show(report.to_dict(), alignment_table(report), as_json)
+    show(report.to_dict(), report, as_json)
 
 
 @click.command(

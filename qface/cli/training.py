@@ -111,7 +111,7 @@ def quantize(
             student = qface.quantize(teacher, config)
         qface.calibrate(student, images, identities=identities, num_images=num_images)
         plan = qface.inspect(student)
-        note(plan)
+        note(plan.summary)
         if distill:
             with run.resumable():
                 qface.distill(student, teacher, images, settings, run.folder, run.resume, identities=identities)
@@ -216,7 +216,7 @@ def _share_or_budget(ratio: float | None, **budgets: float | None) -> float | qf
         "qface distill student.safetensors --teacher t.onnx --images faces/ --run-dir run -o more.safetensors",
     ),
 )
-@click.argument("student", type=FilePath)
+@click.argument("student")
 @click.option("--teacher", required=True, help="Float network: a file or package.module:factory.")
 @images_option
 @people_option
@@ -225,7 +225,7 @@ def _share_or_budget(ratio: float | None, **budgets: float | None) -> float | qf
 @preprocessing_options
 @training_options
 def distill(
-    student: Path,
+    student: str,
     teacher: str,
     images: Path,
     identities: str | None,
@@ -237,12 +237,12 @@ def distill(
     **training: Any,
 ) -> None:
     """Fine-tune STUDENT, a file, to embed faces as its teacher does."""
-    from qface.models.resolve import load_file, resolve_model
+    from qface.models.resolve import resolve_model
     from qface.models.store import check_model_file
 
     check_model_file(output)
     settings = distill_config(**training)
-    learner, known = load_file(student), resolve_model(teacher, preprocessing=preprocessing)
+    learner, known = resolve_model(student), resolve_model(teacher, preprocessing=preprocessing)
     with run_of(output, run_dir, resume) as run:
         with run.resumable():
             qface.distill(learner, known, images, settings, run.folder, run.resume, identities=identities)

@@ -28,9 +28,10 @@ from qface.deployment import export
 from qface.deployment.mixed_precision import allocate_bits, average_bits, bits_for, draft_file
 from qface.distillation import distill
 from qface.errors import CheckpointError, ConfigError, ExportError
-from qface.files import alone_in, check_folder, make_folder, replacing
+from qface.files import alone_in, as_path, check_folder, make_folder, replacing
 from qface.model_digest import digest_of_structure, digest_of_values
 from qface.models import load, save
+from qface.models.resolve import NetworkLike, as_network
 from qface.models.store import check_savable
 from qface.preprocessing import preprocessing_of
 from qface.progress import shows_progress
@@ -53,7 +54,7 @@ _NEXT_RUNG = 0.25
 
 @shows_progress
 def compress(
-    model: nn.Module | str | Path,
+    model: NetworkLike,
     images: str | Path,
     output: str | Path,
     target: CompressionTarget,
@@ -67,10 +68,11 @@ def compress(
 
     Without ``max_drop`` the best file within ``max_mb`` and ``max_ms`` is written, trained unless ``config`` says
     ``"never"``. A call that was stopped goes on in its run folder. If no file keeps the target, none is written; the
-    run folder has all that were tried.
+    run folder has all that were tried. Does not change ``model``.
 
     Args:
-        model: a float network [N, 3, height, width] -> [N, dimensions], or its file.
+        model: a float network [N, 3, height, width] -> [N, dimensions]: a module, the path of its file, or
+            ``package.module:factory``.
         images: a folder of 112x112 crops, one subfolder a person.
         output: file to write (``.onnx``).
         target: what the file must keep.
@@ -97,11 +99,11 @@ def compress(
         >>> qface.compress("teacher.onnx", "faces/", "small.onnx", target, config).chosen.mb <= 0.1
         True
     """
-    output, config = Path(output), config or CompressConfig()
+    output, config = as_path(output), config or CompressConfig()
     if output.suffix != ".onnx":
         raise ExportError(f"{output} does not end in .onnx; choose such a name")
     check_folder(output)
-    teacher = load(model) if isinstance(model, (str, Path)) else model
+    teacher = as_network(model)
     check_savable(teacher)
     if is_quantized(teacher):
         raise ConfigError("this network is quantized already: compress the float network that it came from")

@@ -11,8 +11,9 @@ from typing import Any
 
 from qface.data.identities import FIRST_HALF, SECOND_HALF
 from qface.errors import ConfigError, one_line
-from qface.files import make_folder, replacing
+from qface.files import as_path, make_folder, replacing
 from qface.limits import named, parse_json
+from qface.results import Result
 
 __all__ = ["RUN_FILE", "RunRecord"]
 
@@ -24,8 +25,8 @@ _PATHS = (*_REQUIRED, "pairs", "tuning_people", "eval_people", "sensitivity", "l
 _HALVES = (FIRST_HALF, SECOND_HALF)
 
 
-@dataclass(frozen=True)
-class RunRecord:
+@dataclass(frozen=True, repr=False)
+class RunRecord(Result):
     """The inputs and results of one compression. Paths are absolute in memory, and relative in a folder's ``run.json``.
 
     Args:
@@ -59,6 +60,9 @@ class RunRecord:
     trials: tuple[Mapping[str, Any], ...] = ()
     stopped: str | None = None
 
+    def _key_figures(self) -> Mapping[str, object]:
+        return {name: getattr(self, name) for name in _REQUIRED}
+
     def write(self, folder: str | Path) -> Path:
         """Write ``run.json`` into ``folder``, which is made where it is missing; return its path.
 
@@ -80,7 +84,7 @@ class RunRecord:
         Raises:
             ConfigError: there is none, or it cannot be read.
         """
-        path = Path(folder) / RUN_FILE
+        path = as_path(folder) / RUN_FILE
         try:
             with named(path):
                 record = parse_json(path.read_text(encoding="utf-8"), "the record of the run")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from qface.compression.compress_config import CompressionTarget
 from qface.errors import CheckpointError
 from qface.files import replacing
 from qface.limits import named, parse_json
+from qface.results import Result
 
 __all__ = ["Compression", "Trial", "smallest_passing"]
 
@@ -85,8 +86,8 @@ class Trial:
             raise CheckpointError(f"{path} is damaged: delete its folder, and run again") from error
 
 
-@dataclass(frozen=True)
-class Compression:
+@dataclass(frozen=True, repr=False)
+class Compression(Result):
     """Result of :func:`qface.compress`.
 
     Args:
@@ -114,6 +115,9 @@ class Compression:
     chosen: Trial | None
     stopped: str
     run_dir: str
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"chosen": self.chosen and self.chosen.name, "trials": len(self.trials), "stopped": self.stopped}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -22,6 +22,7 @@ from qface.data.landmarks import check_landmarks, read_landmarks
 from qface.errors import ConfigError, ExportError, ImagesError, LimitError
 from qface.files import make_folder, replacing
 from qface.progress import shows_progress, track
+from qface.results import Result
 
 __all__ = ["AlignmentReport", "align"]
 
@@ -31,8 +32,8 @@ Locate = Callable[[str, Image.Image], Landmarks | None]
 """From a photo's name and pixels to the landmarks of its face."""
 
 
-@dataclass(frozen=True)
-class AlignmentReport:
+@dataclass(frozen=True, repr=False)
+class AlignmentReport(Result):
     """The result of :func:`align`, in numbers of photos and their names.
 
     Args:
@@ -56,6 +57,9 @@ class AlignmentReport:
     faceless: tuple[str, ...]
     misplaced: tuple[str, ...]
     unreadable: tuple[str, ...]
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"photos": self.photos, "aligned": self.aligned, "present": self.present}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""

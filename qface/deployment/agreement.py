@@ -9,7 +9,7 @@ compared from end to end too: it does not show its integers without computing ot
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -32,9 +32,11 @@ from qface.deployment.openvino_runtime import OpenVinoEmbedder
 from qface.deployment.runtime import OnnxEmbedder, cpu_session, providers_for
 from qface.errors import ConfigError, ExportError, ImagesError
 from qface.graph.queries import layer_of
+from qface.models.resolve import NetworkLike, as_network
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
 from qface.quantization.binding import layers_near_ties
 from qface.quantization.quantized_layers import Quantizer, WeightedLayer
+from qface.results import Result
 
 __all__ = [
     "LAYER_IMAGES",
@@ -96,8 +98,8 @@ class LayerAgreement:
         return equal and self.integer_range[1] - self.integer_range[0] < 1 << self.bits
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, repr=False)
+class Agreement(Result):
     """The result of :func:`verify`; cosines are between the embeddings of student and file, each from end to end.
 
     A file that computes in floats has no integer layers, and those of OpenVINO are not seen.
@@ -131,24 +133,32 @@ class Agreement:
         embeddings = self.mean_cosine >= mean and self.least_cosine >= least
         return embeddings and all(layer.agrees for layer in self.layers)
 
+    def _key_figures(self) -> Mapping[str, object]:
+        return {
+            "agrees": self.agrees,
+            "images": self.images,
+            "layers": len(self.layers),
+            "least_cosine": self.least_cosine,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {"agrees": self.agrees, **asdict(self)}
 
 
 def verify(
-    student: nn.Module,
+    student: NetworkLike,
     file: str | Path,
     images: Images,
     identities: str | Path | None = None,
     runtime: str = "onnxruntime",
 ) -> Agreement:
-    """Compare ``student`` in eval mode with ``file``, which was exported from it.
+    """Compare ``student`` in eval mode with ``file``, which was exported from it. Does not change ``student``.
 
     A file for GPUs (``target="cuda"``) runs on one where there is one, all others on the CPU.
 
     Args:
-        student: calibrated; its mode is not changed.
+        student: calibrated: a module, the path of its file, or ``package.module:factory``.
         file: the ONNX file.
         images: faces; the first eight serve for the layers, all of them from end to end.
         identities: of a folder, which identities.
@@ -158,7 +168,7 @@ def verify(
         ConfigError: the student is not calibrated, or there is no such runtime.
         DependencyError: OpenVINO is wanted and not installed.
         ExportError: the file was not exported from this network.
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: a file is missing or damaged.
         ImagesError: the images cannot be used.
 
     Example:
@@ -168,6 +178,7 @@ def verify(
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
+    student = as_network(student)
     graph = lower(student)
     on_openvino = runtime == "openvino"
     embedder = OpenVinoEmbedder(file) if on_openvino else OnnxEmbedder(file, providers=["CPUExecutionProvider"])

@@ -42,7 +42,8 @@ from qface.deployment.runtime import OnnxEmbedder, providers_for
 from qface.deployment.torch_onnx import torch_onnx_model
 from qface.deployment.weight_formats import check_weight_format
 from qface.errors import ConfigError, ExportError, ImagesError, one_line
-from qface.files import replacing
+from qface.files import as_path, replacing
+from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import Preprocessing, example_input, preprocessing_of
 from qface.provenance import provenance_of
 from qface.quantization import is_quantized
@@ -60,7 +61,7 @@ _QUOTED = 300  # characters of an error of torch or onnx, which can fill a page
 
 
 def export(
-    model: nn.Module,
+    model: NetworkLike,
     path: str | Path,
     weight_format: str = "packed",
     images: Images | None = None,
@@ -73,10 +74,10 @@ def export(
     The metadata also hold golden values, by which :func:`qface.selftest` and any device tell what they compute.
 
     A calibrated student becomes an integer graph that qface writes itself; a float network becomes float32 ONNX. Input
-    ``images`` [batch, 3, height, width]; output ``embedding`` float32 [batch, dimensions].
+    ``images`` [batch, 3, height, width]; output ``embedding`` float32 [batch, dimensions]. Does not change ``model``.
 
     Args:
-        model: a calibrated student, or a float network.
+        model: a calibrated student, or a float network: a module, the path of its file, or ``package.module:factory``.
         path: file to write, ``.onnx``.
         weight_format: of a student's weights: ``"packed"`` to their bits, which onnxruntime unpacks when it opens the
             file, or ``"int8"``, a byte each.
@@ -95,6 +96,7 @@ def export(
         The path.
 
     Raises:
+        CheckpointError: the file of the network cannot be read.
         ConfigError: the student is not calibrated, there is no such weight format, input or target, or a float network
             is to be written for a target of its own.
         UnsupportedLayerError: a node has no integer form; it is named, and nothing is written.
@@ -106,11 +108,12 @@ def export(
         >>> qface.export(student, "copy.onnx", input="uint8").name
         'copy.onnx'
     """
-    path = Path(path)
+    path = as_path(path)
     if path.suffix != ".onnx":
         raise ExportError(f"{path} does not end in .onnx; choose such a name")
     check_input(input)
     check_weight_format(weight_format)
+    model = as_network(model)
     _check_target(target, model)
     crops, name = _verification_images(images)
     metadata = {"qface": __version__, "provenance": json.dumps(provenance_of(model)), "verified": name}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from qface.deployment.metadata import add_metadata, read_metadata
 from qface.deployment.runtime import OnnxEmbedder, providers_for
 from qface.errors import CheckpointError, ExportError, one_line
 from qface.limits import parse_json
+from qface.results import Result
 
 __all__ = [
     "GoldenValues",
@@ -229,8 +230,8 @@ def _cosine(one: Embeddings, other: Embeddings) -> float:
     return min(product / lengths, 1.0) if np.isfinite(product) and lengths > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class SelfTest:
+@dataclass(frozen=True, repr=False)
+class SelfTest(Result):
     """The result of :func:`selftest`.
 
     Args:
@@ -257,6 +258,9 @@ class SelfTest:
     def agrees(self) -> bool:
         """True if the runtime computes what was trained."""
         return self.different == 0
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"agrees": self.agrees, "images": self.images, "different": self.different, "runtime": self.runtime}
 
     def __str__(self) -> str:
         """The verdict in one line."""
@@ -359,10 +363,10 @@ def read_golden(path: str | Path) -> GoldenValues:
 
 
 def selftest(file: str | Path, providers: Sequence[str] | None = None) -> SelfTest:
-    """Compare what onnxruntime computes here with the golden values in ``file``.
+    """Compare what onnxruntime computes here with the golden values in ``file``. Does not change ``file``.
 
     Args:
-        file: an ONNX file that :func:`qface.export` wrote.
+        file: an ONNX file that :func:`qface.export` wrote; no network, since golden values are in such files only.
         providers: onnxruntime's execution providers in order of preference; by default the CPU, and for a file for GPUs
             CUDA where it works.
 

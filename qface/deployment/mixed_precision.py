@@ -20,6 +20,7 @@ from qface.deployment.export import export
 from qface.errors import ConfigError
 from qface.files import temporary_folder
 from qface.graph.capture import capture
+from qface.models.resolve import NetworkLike, as_network
 from qface.progress import shows_progress
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.allocation import choose_bit_widths
@@ -39,7 +40,7 @@ _CALIBRATION_IMAGES = 8
 
 @shows_progress
 def allocate_bits(
-    model: nn.Module,
+    model: NetworkLike,
     images: Images,
     budget_mb: float,
     identities: str | Path | None = None,
@@ -52,10 +53,10 @@ def allocate_bits(
     """2 to 8 bits for each of the weights of ``model`` that change its embedding least within ``budget_mb``.
 
     It minimizes the sum over layers of what quantizing each alone costs (:func:`qface.sensitivity`), and makes sure
-    of the budget by exporting. Pass the result to :func:`qface.quantize`.
+    of the budget by exporting. Pass the result to :func:`qface.quantize`. Does not change ``model``.
 
     Args:
-        model: a float network.
+        model: a float network: a module, the path of its file, or ``package.module:factory``.
         images: a folder of crops, a tensor, or a loader.
         budget_mb: greatest size of the file that :func:`qface.export` writes by default, in MB of 10^6 bytes.
         identities: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
@@ -69,6 +70,7 @@ def allocate_bits(
         A config whose ``weight_bits`` is that of most layers and whose ``overrides`` hold the others'.
 
     Raises:
+        CheckpointError: the file of the network cannot be read.
         ConfigError: 2 bits everywhere do not fit into the budget, it is no number above 0, bits are out of range, or
             the model is quantized.
         ImagesError: the images cannot be used, or there are none.
@@ -82,6 +84,7 @@ def allocate_bits(
     """
     if not math.isfinite(budget_mb) or budget_mb <= 0:
         raise ConfigError(f"budget_mb is {budget_mb}; it must be a number of megabytes above 0")
+    model = as_network(model)
     faces = read_sample(images, identities, num_images)
     model = capture(model)  # once, for all students to come
     narrowest = QuantizationConfig(MIN_BITS, activation_bits)

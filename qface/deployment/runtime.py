@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
 from qface.errors import CheckpointError, ConfigError, DependencyError, QFaceError, one_line
+from qface.files import as_path
 from qface.models.onnx_import.image_input import ImageInput, described_input, find_image_input
 from qface.models.onnx_import.onnx_file import check_onnx, read_onnx, telling_damage
 from qface.network_output import as_rows
@@ -72,7 +73,7 @@ class OnnxEmbedder:
         threads: int | None = None,
         preprocessing: PreprocessingOverride | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         check_onnx(self.path)  # since onnxruntime computes whatever stands in a file
         self._session = _open(self.path, providers, threads)
         self._name, self.input, dtype, self._batch = _image_input(self.path, self._session)

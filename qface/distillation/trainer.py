@@ -28,6 +28,7 @@ from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.distillation.student_mode import has_batch_norm, mode_changes, on_device, set_observers, set_student_mode
 from qface.errors import ConfigError, TrainingError, UnsupportedLayerError
 from qface.memory_format import fastest_memory_format
+from qface.models.resolve import NetworkLike, as_network
 from qface.network_output import embedding_of
 from qface.parallel import Parallel, device_for, processes_for
 from qface.preprocessing import dtype_of, preprocessing_of
@@ -60,8 +61,8 @@ def check_run(config: DistillConfig, run_dir: str | Path | None = None, resume: 
 
 @shows_progress
 def distill(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: NetworkLike,
+    teacher: NetworkLike,
     images: Images,
     config: DistillConfig | None = None,
     run_dir: str | Path | None = None,
@@ -69,7 +70,10 @@ def distill(
     identities: str | Path | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Train ``student`` in place to embed faces as ``teacher`` does.
+    """Train ``student`` to embed faces as ``teacher`` does.
+
+    Changes ``student`` in place and returns it; of a path it loads, changes and returns the network, and the file stays
+    as it is. Does not change ``teacher``.
 
     Any two networks that map images to embeddings [N, D] will do: quantized ones, pruned ones, float ones,
     and, where EKD is the only loss, ones with embeddings of different length. Both come back on the device
@@ -81,8 +85,8 @@ def distill(
     writes it.
 
     Args:
-        student: the network that learns.
-        teacher: the network to learn from; it is not changed.
+        student: the network that learns: a module, the path of its file, or ``package.module:factory``.
+        teacher: the network to learn from, likewise.
         images: a folder, a tensor, a loader or an image source (:func:`qface.data.sources.as_image_source`).
             Bytes are normalized for each network by the preprocessing it carries, floats reach both as they
             are. Batches of one image that a loader yields are passed over. EKD uses identities where they are
@@ -101,10 +105,10 @@ def distill(
         progress: show the stages on stderr.
 
     Returns:
-        ``student``.
+        ``student``, trained.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged, or the file of a network cannot be read.
         ConfigError: settings contradict each other, the images, or the checkpoint, or another run is in the folder.
         DependencyError: several processes without Lightning Fabric.
         ExportError: the run folder cannot be made or written to.
@@ -115,6 +119,7 @@ def distill(
         >>> config = qface.DistillConfig(max_steps=2, device="cpu")
         >>> student = qface.distill(student, teacher, "faces/", config, run_dir="run")
     """
+    student, teacher = as_network(student), as_network(teacher)
     if student is teacher:
         raise TrainingError("student and teacher are one network: pass copy.deepcopy(network) as the teacher")
     config = config or DistillConfig()

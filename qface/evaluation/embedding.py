@@ -20,6 +20,7 @@ from qface.data.prefetch import prefetched
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, ImagesError, QFaceError, one_line
 from qface.memory_format import fastest_memory_format
+from qface.models.resolve import NetworkLike, resolve_model
 from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, PreprocessingOverride, dtype_of, preprocessing_of
 from qface.progress import shows_progress, track
@@ -43,7 +44,7 @@ class Embedder(Protocol):
         """Embed float32 [N, 3, height, width] to [N, D]."""
 
 
-Model = nn.Module | str | Path | Embedder
+Model = NetworkLike | Embedder
 """Models that users may pass; :func:`as_embedder` turns each into an :class:`Embedder`."""
 
 
@@ -101,7 +102,8 @@ def _is_observing(module: Any) -> bool:
 def as_embedder(model: Model, preprocessing: PreprocessingOverride | None = None) -> Embedder:
     """Turn a module, a file or an :class:`Embedder` into an :class:`Embedder`.
 
-    A path that ends in ``.onnx`` goes to onnxruntime, any other to :func:`qface.models.load`.
+    A path that ends in ``.onnx`` goes to onnxruntime, any other text to
+    :func:`qface.models.resolve.resolve_model`, which refuses a name without weights.
 
     Args:
         model: what embeds.
@@ -114,18 +116,19 @@ def as_embedder(model: Model, preprocessing: PreprocessingOverride | None = None
     if isinstance(model, nn.Module):
         return TorchEmbedder(model)
     if isinstance(model, (str, Path)):
-        return _from_file(model, preprocessing)
+        return _from_text(str(model), preprocessing)
     if isinstance(model, Embedder):
         return model
-    raise ConfigError(f"a model is an nn.Module, a path or an Embedder, not {type(model).__name__}")
+    raise ConfigError(
+        "a model is a torch.nn.Module, the path of a file, package.module:factory, or an Embedder, not "
+        f"{type(model).__name__}"
+    )
 
 
-def _from_file(path: str | Path, preprocessing: PreprocessingOverride | None) -> Embedder:
-    if Path(path).suffix.lower() == ".onnx":
-        return OnnxEmbedder(path, preprocessing=preprocessing)
-    from qface.models import load  # only here, so that ONNX files need no networks
-
-    return TorchEmbedder(load(path, preprocessing=preprocessing))
+def _from_text(text: str, preprocessing: PreprocessingOverride | None) -> Embedder:
+    if text.lower().endswith(".onnx"):
+        return OnnxEmbedder(text, preprocessing=preprocessing)
+    return TorchEmbedder(resolve_model(text, preprocessing=preprocessing))
 
 
 @shows_progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from qface.evaluation.verification import (
 )
 from qface.parallel import processes_for
 from qface.progress import shows_progress
+from qface.results import Result
 
 __all__ = ["EvaluationResult", "ListedFigures", "evaluate", "listed_cosines", "listed_pairs"]
 
@@ -65,8 +67,8 @@ class ListedFigures:
     resampled: str | None
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
+@dataclass(frozen=True, repr=False)
+class EvaluationResult(Result):
     """The result of :func:`evaluate`; shares are fractions, 0..1.
 
     Args:
@@ -116,6 +118,9 @@ class EvaluationResult:
     tpr_intervals: dict[str, Interval | None] = field(default_factory=dict)
     listed: ListedFigures | None = None
 
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"images": self.images, "accuracy": self.accuracy, "tpr_at_fpr": self.tpr_at_fpr}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
         return asdict(self)
@@ -136,10 +141,11 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure how well ``model`` verifies faces: over all pairs of images, and over a list of pairs.
 
-    Under ``torchrun`` the processes share images and pairs, and all return the same.
+    Under ``torchrun`` the processes share images and pairs, and all return the same. Does not change ``model`` or
+    ``gallery``.
 
     Args:
-        model: a module, the path of a model file, or an Embedder. A module is left as it is.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         images: a folder of 112x112 crops with one subfolder a person, or other labeled images; or, for the accuracy
             alone, a flat folder with ``pairs``, or what brings its own: a ``.bin`` file of InsightFace, a split of CFP.
         pairs: a list of pairs (:func:`qface.data.read_pairs`); it needs a folder.

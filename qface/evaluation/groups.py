@@ -6,7 +6,7 @@ is the one that gives the wanted false match rate over all impostor pairs of eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
 from qface.evaluation.pair_scores import OwnedScores, PairScores
 from qface.evaluation.verification import count_pairs, impostors_needed, tpr_at_fpr, unmeasured
 from qface.progress import shows_progress
+from qface.results import Result
 
 __all__ = [
     "GENUINE_NEEDED",
@@ -124,8 +125,8 @@ class ModelGroups:
     fmr_gap: Gap | None
 
 
-@dataclass(frozen=True)
-class GroupsResult:
+@dataclass(frozen=True, repr=False)
+class GroupsResult(Result):
     """The result of :func:`evaluate_groups`.
 
     Args:
@@ -164,6 +165,9 @@ class GroupsResult:
     runtimes: tuple[str, ...] = ()
     preprocessing: tuple[str, ...] = ()
 
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"images": self.images, "groups": len(self.groups), "at_fpr": self.at_fpr}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
         return asdict(self)
@@ -184,8 +188,10 @@ def evaluate_groups(
 ) -> GroupsResult:
     """Measure the error rates of groups of people at one threshold, and the gaps between groups.
 
+    Does not change ``model`` or ``reference``.
+
     Args:
-        model: a module, the path of a model file, or an Embedder. A module is left as it is.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         images: a folder of 112x112 crops with one subfolder a person.
         groups: a text file with one line ``person,group`` a person; see :func:`qface.data.groups.read_groups`.
         reference: another model to compare with, such as the float network; it has a threshold of its own.
@@ -211,7 +217,7 @@ def evaluate_groups(
     folder, labels = _named(images, identities)
     grouping = read_groups(groups, folder)
     _check_rate(at_fpr, labels)
-    embedders = [as_embedder(each) for each in (model, reference) if each is not None]
+    embedders = [as_embedder(model), *([] if reference is None else [as_embedder(reference)])]
     embeddings = [embed(each, folder, batch_size, flip) for each in embedders]
     return replace(
         measure_groups(embeddings, labels, grouping, at_fpr, bootstrap),

@@ -6,7 +6,7 @@ mated probes, and the images of people who have one image are non-mated probes, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
 from qface.evaluation.pair_scores import OwnedScores, Scores
 from qface.evaluation.verification import ranks_of
 from qface.progress import shows_progress
+from qface.results import Result
 
 __all__ = ["FPIRS", "IdentificationResult", "ProbeScores", "Protocol", "evaluate_identification", "probe_scores"]
 
@@ -90,8 +91,8 @@ class ProbeScores:
     highest: Scores
 
 
-@dataclass(frozen=True)
-class IdentificationResult:
+@dataclass(frozen=True, repr=False)
+class IdentificationResult(Result):
     """Figures of :func:`evaluate_identification`; shares are fractions, 0..1.
 
     Args:
@@ -130,6 +131,9 @@ class IdentificationResult:
     rank_intervals: dict[str, Interval | None] = field(default_factory=dict)
     tpir_intervals: dict[str, Interval | None] = field(default_factory=dict)
 
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"enrolled": self.enrolled, "rank_1": self.rank_1, "tpir_at_fpir": self.tpir_at_fpir}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
         return asdict(self)
@@ -148,8 +152,10 @@ def evaluate_identification(
 ) -> IdentificationResult:
     """Measure how well ``model`` finds people among those enrolled, by the protocol of this module.
 
+    Does not change ``model``.
+
     Args:
-        model: a module, the path of a model file, or an Embedder. A module is left as it is.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
         identities: of a folder, which people; see :func:`qface.data.identities.select_identities`.
         seed: of the images that are enrolled, and of replicates.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qface.evaluation.embedding import Model, embed
 from qface.evaluation.verification import count_pairs, ranks_of, tpr_at_fpr, unmeasured
 from qface.limits import parse_json
 from qface.progress import shows_progress
+from qface.results import Result
 
 __all__ = ["DEVICE_FPRS", "MatchThresholds", "match_thresholds", "thresholds_of", "write_thresholds"]
 
@@ -25,8 +26,8 @@ DEVICE_FPRS = ("1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 _KEY = "thresholds"  # the metadata's
 
 
-@dataclass(frozen=True)
-class MatchThresholds:
+@dataclass(frozen=True, repr=False)
+class MatchThresholds(Result):
     """Cosines above which two faces match, where one model embeds both, and what they were measured on.
 
     Args:
@@ -46,6 +47,9 @@ class MatchThresholds:
     identities: int
     impostor_pairs: int
     people: str | None = None
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"by_fpr": self.by_fpr, "images": self.images, "identities": self.identities}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and for file metadata."""
@@ -69,8 +73,10 @@ def match_thresholds(
 ) -> MatchThresholds:
     """Measure the cosine above which two faces match, where ``model`` embeds both, at several false-positive rates.
 
+    Does not change ``model``.
+
     Args:
-        model: a module, the path of a model file, or an Embedder.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
         fprs: rates as decimals between 0 and 1; those with fewer than ten accepted impostors are left out.
         identities: of a folder, which people.
@@ -108,8 +114,11 @@ def match_thresholds(
 def write_thresholds(file: str | Path, thresholds: MatchThresholds) -> None:
     """Write ``thresholds`` into the metadata of the ONNX file ``file``, in place of those that it has.
 
+    Changes ``file`` in place and returns nothing.
+
     Args:
-        file: the file; it is replaced as a whole or not at all.
+        file: the file; no network, since only files for devices hold thresholds. It is replaced as a whole or not at
+            all.
         thresholds: measured with this file, or with the student that it was exported from.
 
     Raises:
@@ -123,10 +132,10 @@ def write_thresholds(file: str | Path, thresholds: MatchThresholds) -> None:
 
 
 def thresholds_of(file: str | Path) -> MatchThresholds | None:
-    """The thresholds in the metadata of the ONNX file ``file``.
+    """The thresholds in the metadata of the ONNX file ``file``. Does not change ``file``.
 
     Args:
-        file: the file.
+        file: the file; no network, since only files for devices hold thresholds.
 
     Returns:
         The thresholds, or None where none were written.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qface.evaluation.shared_embedding import embed_shared
 from qface.evaluation.verification import ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.parallel import processes_for
 from qface.progress import shows_progress
+from qface.results import Result
 
 __all__ = ["STRESS_FPRS", "StressFigures", "StressResult", "evaluate_stress"]
 
@@ -51,8 +52,8 @@ class StressFigures:
     drops: dict[str, TprDrop | None]
 
 
-@dataclass(frozen=True)
-class StressResult:
+@dataclass(frozen=True, repr=False)
+class StressResult(Result):
     """The figures of all conditions, the images as they are first.
 
     Args:
@@ -72,6 +73,9 @@ class StressResult:
     identities: int
     seed: int
     bootstrap: int
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"images": self.images, "conditions": [each.condition for each in self.figures]}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
@@ -95,10 +99,10 @@ def evaluate_stress(
     """Measure how well ``model`` verifies changed faces against unchanged ones, under each of ``conditions``.
 
     Each probe is a changed face and each gallery face is as it is, both embedded by one model: of all pairs of two
-    different images, and of listed pairs, whose first image is the probe.
+    different images, and of listed pairs, whose first image is the probe. Does not change ``model`` or ``reference``.
 
     Args:
-        model: a module, the path of a model file, or an Embedder.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         images: 112x112 crops with labels: a folder with one subfolder a person, or a uint8 source.
         pairs: a list of pairs (:func:`qface.data.read_pairs`); it needs a folder.
         identities: of a folder, which people.

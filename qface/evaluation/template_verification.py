@@ -8,7 +8,7 @@ an embedding is its weight (``use_norm_score`` of InsightFace's ``eval_ijbc.py``
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from qface.evaluation.embedding_store import embed_to_file
 from qface.evaluation.verification import FPRS, tpr_at_fpr_of_scores
 from qface.files import temporary_folder
 from qface.progress import shows_progress, track
+from qface.results import Result
 
 __all__ = ["TemplateProtocol", "TemplateResult", "evaluate_templates", "pair_scores", "template_embeddings"]
 
@@ -32,8 +33,8 @@ _IMAGES = 2**13  # embeddings held at a time, save where one template has more
 _PAIRS = 2**15  # pairs scored at a time: 128 MiB of embeddings of 512 dimensions
 
 
-@dataclass(frozen=True)
-class TemplateResult:
+@dataclass(frozen=True, repr=False)
+class TemplateResult(Result):
     """The result of :func:`evaluate_templates`; shares are fractions, 0..1.
 
     Args:
@@ -69,6 +70,9 @@ class TemplateResult:
     seconds: float
     preprocessing: str = ""
 
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"templates": self.templates, "protocol": self.protocol, "tpr_at_fpr": self.tpr_at_fpr}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
         return asdict(self)
@@ -88,10 +92,10 @@ def evaluate_templates(
     """Verify the pairs of templates of IJB-B or IJB-C.
 
     Embeddings go to a file as they are computed, and are read from it in parts, so that memory does not grow with the
-    images.
+    images. Does not change ``model``.
 
     Args:
-        model: a module, the path of a model file, or an Embedder. A module is left as it is.
+        model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         folder: the benchmark's folder (:mod:`qface.data.templates`).
         protocol: ``"paper"`` takes the mean over the images of a template, ``"arcface"`` over those of each photo or
             video first, and then the sum of these.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from qface.errors import ImagesError
 from qface.evaluation.embedding import Embedder, Embeddings, Model, as_embedder, embed
 from qface.evaluation.verification import Rates, count_pairs, ranks_of, rates_at, tpr_at_fpr
 from qface.progress import shows_progress
+from qface.results import Result
 
 __all__ = ["OperatingThresholds", "PairingThreshold", "operating_thresholds"]
 
@@ -34,8 +36,8 @@ class PairingThreshold:
     rates_at_float: Rates | None
 
 
-@dataclass(frozen=True)
-class OperatingThresholds:
+@dataclass(frozen=True, repr=False)
+class OperatingThresholds(Result):
     """Thresholds for one false-positive rate.
 
     Args:
@@ -57,6 +59,9 @@ class OperatingThresholds:
     pairings: tuple[PairingThreshold, ...]
     preprocessing: tuple[str, str] = ("", "")
 
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"fpr": self.fpr, "thresholds": {each.pairing: each.threshold for each in self.pairings}}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
         return asdict(self)
@@ -75,8 +80,10 @@ def operating_thresholds(
 ) -> OperatingThresholds:
     """The thresholds for a false-positive rate where float meets float, quantized quantized, and quantized float.
 
+    Does not change ``teacher`` or ``student``.
+
     Args:
-        teacher: the float model: a module, the path of a model file, or an Embedder.
+        teacher: the float model: a module, the path of its file, ``package.module:factory``, or an Embedder.
         student: the quantized one.
         images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
         fpr: the rate, a decimal between 0 and 1 such as ``"1e-4"``.

@@ -1,4 +1,4 @@
-"""From what a user types to a model."""
+"""From what a user passes or types to a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,38 @@ from qface.errors import CheckpointError, ConfigError, one_line
 from qface.models.store import MODEL_NAMES, load
 from qface.preprocessing import PreprocessingOverride, overridden, preprocessing_of, with_preprocessing
 
-__all__ = ["load_file", "resolve_architecture", "resolve_model"]
+__all__ = ["NetworkLike", "as_architecture", "as_network", "resolve_architecture", "resolve_model"]
+
+NetworkLike = nn.Module | str | Path
+"""Networks that users may pass: a module, or a file or ``package.module:factory``, which :func:`as_network` loads."""
+
+
+def as_network(model: NetworkLike) -> nn.Module:
+    """Return ``model`` itself, or the network with its weights that it means, in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: there is no such file or factory, it cannot be read, or ``model`` is a name without weights.
+        ConfigError: ``model`` is something else.
+    """
+    return model if isinstance(model, nn.Module) else resolve_model(_text(model))
+
+
+def as_architecture(model: NetworkLike) -> nn.Module:
+    """Like :func:`as_network`, for verbs that look at layers and sizes only: a bare name gets random weights.
+
+    Raises:
+        CheckpointError: there is no such file, name or factory, or it cannot be read.
+        ConfigError: ``model`` is something else.
+    """
+    return model if isinstance(model, nn.Module) else resolve_architecture(_text(model))
+
+
+def _text(model: object) -> str:
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(
+            f"a model is a torch.nn.Module, the path of a file, or package.module:factory, not {type(model).__name__}"
+        )
+    return str(model)
 
 
 def resolve_model(
@@ -59,19 +90,10 @@ def resolve_architecture(text: str, preprocessing: PreprocessingOverride | None 
         return with_preprocessing(network, overridden(preprocessing_of(network), preprocessing))
     if text not in MODEL_NAMES and not os.path.exists(text):  # unlike Path.exists, of names too long as well
         raise CheckpointError(
-            f"there is no model {text!r}; give a file, one of {', '.join(MODEL_NAMES)}, or package.module:factory"
+            f"there is no file {text}; check the path, or give package.module:factory or one of "
+            f"{', '.join(MODEL_NAMES)}"
         )
     return load(text, preprocessing=preprocessing)
-
-
-def load_file(path: Path, preprocessing: PreprocessingOverride | None = None) -> nn.Module:
-    """Load the network in a file; unlike :func:`qface.load`, refuse a bare name.
-
-    Raises:
-        CheckpointError: ``path`` is a name without weights, or the file cannot be read.
-    """
-    _check_weights_known(str(path))
-    return load(path, preprocessing=preprocessing)
 
 
 def _check_weights_known(text: str) -> None:
@@ -79,7 +101,7 @@ def _check_weights_known(text: str) -> None:
     if text in MODEL_NAMES and not os.path.exists(text):
         raise CheckpointError(
             f"{text} is the name of an architecture, without weights: give a file instead, or, where a command has "
-            "the option, --weights FILE as well"
+            f"the option, --weights FILE as well (in Python qface.load(FILE, model=qface.load({text!r})))"
         )
 
 

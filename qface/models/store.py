@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qface.checks import check_finite
+from qface.checks import check_finite, check_module
 from qface.errors import CheckpointError, ExportError, one_line
-from qface.files import check_folder, replacing
+from qface.files import as_path, check_folder, replacing
 from qface.graph.capture import capture
 from qface.graph.graph_data import check_rebuilt, graph_from_data, graph_to_data
 from qface.limits import named, parse_json
@@ -56,13 +56,16 @@ def load(
 ) -> nn.Module:
     """Load a model in eval mode, on the CPU, with its :class:`Preprocessing` attached.
 
+    Changes ``model`` in place and returns it, where one is given.
+
     Args:
         path_or_name: a file that :func:`save` wrote; a checkpoint of an InsightFace IResNet or mbf or of a
             MobileFaceNet (safetensors, or torch: tensors, or a whole pickled module, of which only tensors are taken;
             fp16 becomes fp32); a ``.pt2`` file of ``torch.export.save``, of which nothing is unpickled
             (:mod:`qface.models.exported_program`); a float ``.onnx`` file (:mod:`qface.models.onnx_import`); or one of
             :data:`MODEL_NAMES`, which gives that architecture with random weights.
-        model: a network of your own, into which the weights of the file are loaded, in place.
+        model: a network of your own, into which the weights of the file are loaded; a module, since a path or name
+            would bring an architecture or weights of its own.
         preprocessing: what the file reads, where it does not say or says it wrongly: a :class:`Preprocessing`, or a
             mapping of those of its fields that differ from what is found. Of an ``.onnx`` file it is what goes into
             the graph; what the graph then does to the image first becomes part of the network's Preprocessing.
@@ -70,13 +73,16 @@ def load(
     Raises:
         CheckpointError: the file is missing, damaged, of another network, or holds NaN.
         UnsupportedLayerError: an ``.onnx`` file holds an operation that cannot be imported.
-        ConfigError: ``preprocessing`` names no field, or a value out of range.
+        ConfigError: ``path_or_name`` is no path, ``model`` is no network, or ``preprocessing`` names no field, or a
+            value out of range.
 
     Example:
         >>> network = qface.load("teacher.safetensors")
         >>> file = qface.load("teacher.onnx")
     """
-    if Path(path_or_name).suffix.lower() == ".onnx":
+    if model is not None:
+        check_module(model)
+    if as_path(path_or_name).suffix.lower() == ".onnx":
         return _from_onnx(path_or_name, model, preprocessing)
     if model is None and str(path_or_name) in MODEL_NAMES and not Path(path_or_name).exists():
         fresh = _fresh(str(path_or_name))
@@ -174,7 +180,14 @@ def _other_version(path: str | Path, version: str | None) -> str:
 def save(model: nn.Module, path: str | Path) -> None:
     """Write ``model`` with its architecture, preprocessing and provenance; :func:`load` needs nothing else.
 
+    Does not change ``model``.
+
+    Args:
+        model: a network; what is in a file already is written in this form with ``save(load(file), path)``.
+        path: the file, ``.safetensors``.
+
     Raises:
+        ConfigError: ``model`` is no network.
         TraceError: torch.export cannot follow the model.
         UnsupportedLayerError: the model uses a layer or function that cannot be saved as data; it is named.
         CheckpointError: a weight is NaN or infinite.
@@ -183,6 +196,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     Example:
         >>> qface.save(student, "copy.safetensors")
     """
+    check_module(model)
     check_model_file(path)
     written, tensors = _as_data(model, path)
     metadata = {
@@ -242,7 +256,7 @@ def check_model_file(path: str | Path) -> None:
     Raises:
         ExportError: its name does not end in ``.safetensors``, or no file can be written there.
     """
-    if Path(path).suffix.lower() != _SUFFIX:
+    if as_path(path).suffix.lower() != _SUFFIX:
         raise ExportError(f"cannot write {path}: the name of a network's file ends in {_SUFFIX}")
     check_folder(path)
 

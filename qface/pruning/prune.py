@@ -17,6 +17,7 @@ from qface.data.images import Images, ImageSource, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source, source_record
 from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_line
+from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import example_input, preprocessing_of
 from qface.progress import shows_progress
 from qface.provenance import carry, has_step, record_step
@@ -37,7 +38,7 @@ OnStepEnd = Callable[[nn.Module, int], object]
 
 @shows_progress
 def prune(
-    model: nn.Module,
+    model: NetworkLike,
     ratio: float | Budget = 0.2,
     images: Images | None = None,
     config: PruningConfig | None = None,
@@ -45,10 +46,11 @@ def prune(
     on_step_end: OnStepEnd | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """A smaller network of the same kind, in eval mode; ``model`` is untouched.
+    """A smaller network of the same kind, in eval mode. Does not change ``model``.
 
     Args:
-        model: a float network from images [N, 3, H, W] to embeddings [N, D] that torch.fx can trace.
+        model: a float network from images [N, 3, H, W] to embeddings [N, D] that torch.export can follow:
+            a module, the path of its file, or ``package.module:factory``.
         ratio: the share of channels to remove, above 0 and below 1, or a :class:`Budget` for what is left: the least
             share that meets it is taken.
         images: for importance, repair and batch norms, as for :func:`qface.calibrate`; None repairs nothing.
@@ -62,6 +64,7 @@ def prune(
         The pruned network, a module of the same class. It is saved, quantized and distilled like any other.
 
     Raises:
+        CheckpointError: the file of the network cannot be read.
         ConfigError: the network is quantized; the ratio, the budget, or an ignored layer is impossible; or no channel
             is removed.
         ImagesError: the images cannot be used, or are needed and missing.
@@ -73,7 +76,7 @@ def prune(
         >>> sum(each.numel() for each in pruned.parameters()) < sum(each.numel() for each in teacher.parameters())
         True
     """
-    config = config or PruningConfig()
+    config, model = config or PruningConfig(), as_network(model)
     _check(model, ratio, images, config)
     source = None if images is None else as_image_source(images, identities)
     sample = None if source is None else _sample(source, model, config)

@@ -16,6 +16,7 @@ from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source, source_record
 from qface.errors import ConfigError
 from qface.memory_format import fastest_memory_format
+from qface.models.resolve import as_network
 from qface.preprocessing import preprocessing_of
 from qface.progress import shows_progress, track
 from qface.provenance import record_step
@@ -54,7 +55,7 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @shows_progress
 def calibrate(
-    student: fx.GraphModule,
+    student: fx.GraphModule | str | Path,
     images: Images,
     identities: str | Path | None = None,
     num_images: int = CALIBRATION_IMAGES,
@@ -64,7 +65,10 @@ def calibrate(
     gptq: bool = True,
     correct_biases: bool = True,
 ) -> fx.GraphModule:
-    """Set all ranges of ``student``, in place, from the float values that ``images`` give rise to.
+    """Set all ranges of ``student`` from the float values that ``images`` give rise to.
+
+    Changes ``student`` in place and returns it; of a path it loads, changes and returns the network, and the file stays
+    as it is.
 
     The first time, its channels are made to share one scale well before
     (:mod:`qface.quantization.cross_layer_equalization`), which changes weights but not what the float network computes;
@@ -73,7 +77,7 @@ def calibrate(
     student that was calibrated already, and perhaps trained since, gets new ranges only.
 
     Args:
-        student: what :func:`qface.quantize` returned.
+        student: what :func:`qface.quantize` returned, or the path of its file.
         images: a folder of crops, a tensor, or a loader.
         identities: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
         num_images: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
@@ -87,15 +91,18 @@ def calibrate(
         ``student``, calibrated, its observers off, its mode and device as before.
 
     Raises:
+        CheckpointError: the file cannot be read.
         ConfigError: the model is not quantized.
         ImagesError: the images cannot be used.
 
     Example:
         >>> student = qface.calibrate(qface.quantize(teacher, bits=6), "faces/")
     """
-    found = quantizers(student)
-    if not found:
+    network = as_network(student)
+    found = quantizers(network)
+    if not isinstance(network, fx.GraphModule) or not found:
         raise ConfigError("this network is not quantized; calibrate what qface.quantize returned")
+    student = network
     new = not any(quantizer.calibrated for quantizer in found)
     source = as_image_source(images, identities)
     batches = sample_batches(source, num_images, batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ from qface.preprocessing import example_input
 from qface.quantization.fake_quantize import LSQFakeQuantize
 from qface.quantization.placement import computes_in_float
 from qface.quantization.quantized_layers import QuantizedAffine, Quantizer, WeightedLayer, is_quantizer
+from qface.results import Result
 
 __all__ = ["LayerPlan", "QuantizationPlan", "count_activation_bits", "plan_of", "unrounded"]
 
@@ -42,8 +44,8 @@ class LayerPlan:
     multiply_adds: int
 
 
-@dataclass(frozen=True)
-class QuantizationPlan:
+@dataclass(frozen=True, repr=False)
+class QuantizationPlan(Result):
     """All layers of a student that make values of their own, in the order in which they run.
 
     Example:
@@ -69,11 +71,15 @@ class QuantizationPlan:
         total = sum(layer.multiply_adds for layer in self.layers)
         return sum(layer.multiply_adds for layer in self.layers if layer.integer) / max(total, 1)
 
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"layers": len(self.layers), "integer_share": self.integer_share}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {"integer_share": self.integer_share, "layers": [asdict(layer) for layer in self.layers]}
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
         """One line: how many layers, and what stays in float."""
         total = len(self.layers)
         kinds = Counter(layer.kind for layer in self.float_layers)

@@ -26,6 +26,7 @@ from qface.graph.graph_data import CONVOLUTION_ARGUMENTS, LINEAR_ARGUMENTS, on_r
 from qface.graph.layers import OWN_LAYERS, ChannelAffine
 from qface.graph.queries import SHAPE_ONLY, input_of, layer_of, shape_of
 from qface.model_digest import sha256_of_values
+from qface.models.resolve import NetworkLike, as_architecture, as_network
 from qface.preprocessing import example_input, preprocessing_of
 from qface.provenance import carry, record_step
 from qface.quantization.binding import bind_quantizers
@@ -69,20 +70,21 @@ _LEAVES = (*OWN_LAYERS, QuantizedAffine, QuantizedGlobalAveragePool)
 
 
 @torch.random.fork_rng(devices=[])  # the layers that torch.ao swaps in draw weights at first
-def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphModule:
-    """A student of ``model`` that computes in low precision; ``model`` is untouched.
+def quantize(model: NetworkLike, bits: int | QuantizationConfig = 6) -> fx.GraphModule:
+    """A student of ``model`` that computes in low precision. Does not change ``model``.
 
     The student is what torch.ao's ``prepare_qat_fx`` returns: an FX graph with fake-quant modules, BatchNorm folded,
     in training or eval mode as ``model`` is.
     Next comes :func:`qface.calibrate`, which sets its ranges.
 
     Args:
-        model: any network from images [N, 3, H, W] to embeddings [N, D] that torch.fx can trace.
+        model: any network from images [N, 3, H, W] to embeddings [N, D] that torch.export can follow:
+            a module, the path of its file, or ``package.module:factory``.
         bits: of weights and activations, 2 to 8, or a config. What it applies to is
             :mod:`qface.quantization.placement`.
 
     Raises:
-        CheckpointError: a weight is NaN or infinite.
+        CheckpointError: a weight is NaN or infinite, or the file cannot be read.
         ConfigError: bits are out of range, an override names no layer, or the model is quantized already.
         TraceError: the model cannot be traced; the message gives the place.
         UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
@@ -91,7 +93,7 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
         >>> student = qface.quantize(teacher, bits=6)
         >>> student = qface.quantize(teacher, qface.QuantizationConfig(weight_bits=4, activation_bits=8))
     """
-    config = as_config(bits)
+    config, model = as_config(bits), as_network(model)
     if is_quantized(model):
         raise ConfigError("this network is quantized already; quantize the float network it came from")
     floating = canonicalize(model)
@@ -115,15 +117,16 @@ def quantize(model: nn.Module, bits: int | QuantizationConfig = 6) -> fx.GraphMo
     return record_step(carry(model, student), "quantize", settings)
 
 
-def inspect(model: nn.Module, bits: int | QuantizationConfig = 6) -> QuantizationPlan:
-    """Say which layers of ``model`` integer kernels will compute, and which stay in float; ``model`` is untouched.
+def inspect(model: NetworkLike, bits: int | QuantizationConfig = 6) -> QuantizationPlan:
+    """Say which layers of ``model`` integer kernels will compute, and which stay in float. Does not change ``model``.
 
     Args:
-        model: a float network, or a student, whose own bits count then.
+        model: a float network, or a student, whose own bits count then: a module, the path of its file,
+            ``package.module:factory``, or a name, since weights do not matter here.
         bits: as of :func:`quantize`.
 
     Returns:
-        A plan with one entry per layer; printed, it is one line.
+        A plan with one entry per layer; printed, it is a table of the kinds of layers.
 
     Raises:
         CheckpointError, ConfigError, TraceError, UnsupportedLayerError: as :func:`quantize`.
@@ -131,9 +134,10 @@ def inspect(model: nn.Module, bits: int | QuantizationConfig = 6) -> Quantizatio
     Example:
         >>> import qface
         >>> from qface.models import MobileFaceNet
-        >>> print(qface.inspect(MobileFaceNet()))
-        107 of 107 layers and 100.0% of the multiply-adds are integers; in float: nothing
+        >>> qface.inspect(MobileFaceNet()).summary
+        '107 of 107 layers and 100.0% of the multiply-adds are integers; in float: nothing'
     """
+    model = as_architecture(model)
     student = model if isinstance(model, fx.GraphModule) and is_quantized(model) else quantize(model, bits)
     return plan_of(student)
 

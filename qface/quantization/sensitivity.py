@@ -27,6 +27,7 @@ from qface.data.sources import as_image_source
 from qface.errors import ConfigError, one_line
 from qface.graph.queries import is_shape_only, layer_of
 from qface.model_digest import digest_of_structure, digest_of_values
+from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import example_input, preprocessing_of
 from qface.progress import shows_progress, stage
 from qface.provenance import provenance_of
@@ -38,6 +39,7 @@ from qface.quantization.placement import Role, role_of
 from qface.quantization.prepare import is_quantized, quantize
 from qface.quantization.quantization_config import MAX_BITS, MIN_BITS, QuantizationConfig
 from qface.quantization.quantized_layers import WeightedLayer
+from qface.results import Result
 
 __all__ = ["BIT_WIDTHS", "SENSITIVITY_IMAGES", "LayerSensitivity", "Sensitivity", "read_sample", "sensitivity"]
 
@@ -69,8 +71,8 @@ class LayerSensitivity:
     activation: Mapping[int, float]
 
 
-@dataclass(frozen=True)
-class Sensitivity:
+@dataclass(frozen=True, repr=False)
+class Sensitivity(Result):
     """The result of :func:`sensitivity`.
 
     Args:
@@ -85,6 +87,9 @@ class Sensitivity:
 
     images: int
     layers: tuple[LayerSensitivity, ...]
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"images": self.images, "layers": len(self.layers), "tensors": self.tensors}
 
     def losses(self, tensor: str) -> list[Mapping[int, float]]:
         """The losses of each layer's ``"weight"`` or ``"activation"``, by bits."""
@@ -132,7 +137,7 @@ def _layer_of_record(record: Mapping[str, Any]) -> LayerSensitivity:
 @shows_progress
 @torch.no_grad()
 def sensitivity(
-    model: nn.Module,
+    model: NetworkLike,
     images: Images,
     identities: str | Path | None = None,
     weight_bits: Sequence[int] = BIT_WIDTHS,
@@ -146,11 +151,13 @@ def sensitivity(
 
     A student's own ranges count at its own bits. At other bits, and wherever it is not calibrated, ranges are
     chosen by the student's observers: of a weight from its values, of an activation from those that ``images`` give
-    rise to. The time is that of about half a forward pass for each layer, tensor and number of bits.
+    rise to. The time is that of about half a forward pass for each layer, tensor and number of bits. Does not change
+    ``model``.
 
     Args:
-        model: a float network, or what :func:`qface.quantize` returned; it is left as it is. Of a student that
-            :func:`qface.calibrate` rounded with GPTQ, only activations can be measured.
+        model: a float network, or what :func:`qface.quantize` returned: a module, the path of its file, or
+            ``package.module:factory``. Of a student that :func:`qface.calibrate` rounded with GPTQ, only activations
+            can be measured.
         images: a folder of crops, a tensor, or a loader.
         identities: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
         weight_bits: bits to try on weights, 2 to 8.
@@ -162,6 +169,7 @@ def sensitivity(
         progress: show the stages on stderr.
 
     Raises:
+        CheckpointError: the file of the network cannot be read.
         ConfigError: bits are out of range, weights were rounded already, ``run_dir`` is of another model, other images
             or settings, or another run is in it.
         ExportError: ``run_dir`` cannot be made or written to.
@@ -176,6 +184,7 @@ def sensitivity(
     """
     _check_bit_widths(weight_bits, activation_bits)
     check_whole(1, batch_size=batch_size)
+    model = as_network(model)
     if weight_bits and any(step.get("gptq") for step in provenance_of(model) if step["step"] == "calibrate"):
         raise ConfigError(
             "calibration has rounded this student's weights, so that their loss cannot be measured any more: pass the "

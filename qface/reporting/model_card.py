@@ -33,10 +33,10 @@ def model_card(file: str | Path, figures: Sequence[str] = ()) -> str:
     """The model card of an exported file, Markdown with the front matter of the Hugging Face Hub.
 
     License and source network are fields to fill in: no file knows them. The card has a date only where the environment
-    sets ``SOURCE_DATE_EPOCH``.
+    sets ``SOURCE_DATE_EPOCH``. Does not change ``file``.
 
     Args:
-        file: an ONNX file that :func:`qface.export` wrote.
+        file: an ONNX file that :func:`qface.export` wrote; no network, since the card is of the file.
         figures: sentences with measured figures, which stand beside the thresholds in the file.
 
     Returns:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from qface.choices import FigureKind
 from qface.compression.run_record import RunRecord
 from qface.errors import ConfigError
+from qface.files import as_path
 from qface.reporting import figures
 from qface.reporting.drawing import check_figure, save_figure
 from qface.reporting.report.data import ModelFigures, verification_of_report
@@ -43,7 +44,7 @@ def plot(kind: FigureKind, source: str | Path, output: str | Path) -> Path:
     if kind not in get_args(FigureKind):
         raise ConfigError(f"kind is one of {', '.join(get_args(FigureKind))}, not {kind!r}")
     check_figure(output)
-    return save_figure(_drawn(kind, Path(source)), output)
+    return save_figure(_drawn(kind, as_path(source)), output)
 
 
 def _drawn(kind: FigureKind, source: Path) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import singledispatch
 
 from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from qface.compression.run_record import RunRecord
 from qface.compression.trials import Compression
 from qface.data import AlignmentReport
 from qface.demo import DemoReport
-from qface.deployment import Agreement, SizeReport
+from qface.deployment import Agreement, SelfTest, SizeReport
 from qface.deployment.latency import Latency
 from qface.evaluation import (
     STRESS_FPRS,
@@ -21,6 +24,7 @@ from qface.evaluation import (
     IdentificationResult,
     Interval,
     ListedFigures,
+    MatchThresholds,
     OperatingThresholds,
     Rates,
     StressFigures,
@@ -33,6 +37,8 @@ from qface.pruning import Cost
 from qface.quantization import QuantizationPlan
 from qface.quantization.sensitivity import Sensitivity
 from qface.reporting.file_description import FileDescription
+from qface.reporting.report.data import ReportData
+from qface.results import Result
 
 __all__ = [
     "agreement_table",
@@ -49,9 +55,16 @@ __all__ = [
     "sensitivity_tables",
     "size_tables",
     "stress_table",
+    "table_of",
     "templates_table",
     "thresholds_table",
 ]
+
+
+@singledispatch
+def table_of(result: Result) -> Table | Group:
+    """The table of any :class:`qface.results.Result`: a function of this module for each kind, registered here."""
+    raise NotImplementedError(f"{type(result).__name__} has no table: register one in qface.reporting.tables")
 
 
 def percent(value: float | None) -> str:
@@ -59,6 +72,7 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
+@table_of.register
 def evaluation_table(result: EvaluationResult) -> Table:
     """One evaluation: counts in the title, a row a figure."""
     table = _figures(f"{result.images} images of {result.identities} people, {result.runtime}")
@@ -102,6 +116,7 @@ def _between(interval: Interval | None) -> str:
     return "" if interval is None else f" \\[{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
 
 
+@table_of.register
 def identification_table(result: IdentificationResult) -> Table:
     """One evaluation of identification: counts in the title, a row a figure."""
     counts = f"{result.mated_probes} mated and {result.non_mated_probes} non-mated probes"
@@ -121,10 +136,11 @@ def identification_table(result: IdentificationResult) -> Table:
     return table
 
 
+@table_of.register
 def groups_tables(result: GroupsResult) -> Group:
     """The groups with their pairs, and error rates of the model beside those of the reference, a row a group."""
     runtimes = " and ".join(dict.fromkeys(result.runtimes))
-    counts = Table(title=f"{result.images:,} images of {result.identities:,} people, {runtimes}")
+    counts = Table(title=escape(f"{result.images:,} images of {result.identities:,} people, {runtimes}"))
     for name in ("group", "people", "images", "genuine pairs", "impostor pairs"):
         counts.add_column(name, justify="left" if name == "group" else "right", overflow="fold")
     for group in result.groups:
@@ -187,6 +203,7 @@ def _hundredths(share: float) -> str:
     return f"{100 * share:.2f}"
 
 
+@table_of.register
 def stress_table(result: StressResult) -> Table:
     """Recognition under each condition, and the loss against a reference."""
     compared = bool(result.figures[0].reference_tpr_at_fpr)
@@ -197,7 +214,7 @@ def stress_table(result: StressResult) -> Table:
         table.add_column(name, justify="right")
     for each in result.figures:
         found = [*each.tpr_at_fpr.values(), each.accuracy]
-        table.add_row(each.condition, *map(percent, found), *(_losses(each, found) if compared else []))
+        table.add_row(escape(each.condition), *map(percent, found), *(_losses(each, found) if compared else []))
     notes = ["changed faces meet faces as they are; percent"]
     if result.bootstrap:
         notes.append(f"in brackets: at most, with 95 % confidence, {result.bootstrap} replicates over people")
@@ -216,16 +233,17 @@ def _losses(figures: StressFigures, found: Sequence[float | None]) -> list[str]:
     ]
 
 
+@table_of.register
 def plan_table(plan: QuantizationPlan) -> Table:
     """The layers of a student, by kind: how many there are, and what they compute with."""
-    table = Table(title=str(plan), box=box.SIMPLE)
+    table = Table(title=escape(plan.summary), box=box.SIMPLE)
     for name in ("layers", "number", "computes in", "multiply-adds"):
         table.add_column(name, justify="left" if name == "layers" else "right")
     kinds = dict.fromkeys((layer.kind, layer.integer) for layer in plan.layers)
     for kind, integer in kinds:
         layers = [layer for layer in plan.layers if (layer.kind, layer.integer) == (kind, integer)]
         work = sum(layer.multiply_adds for layer in layers)
-        table.add_row(kind, str(len(layers)), "integers" if integer else "float", f"{work:,}" if work else "")
+        table.add_row(escape(kind), str(len(layers)), "integers" if integer else "float", f"{work:,}" if work else "")
     return table
 
 
@@ -257,6 +275,7 @@ def _by_bits(counts: Mapping[int, int]) -> str:
     return ", ".join(f"{count} with {bits} bits" for bits, count in counts.items()) or "in float"
 
 
+@table_of.register
 def templates_table(result: TemplateResult) -> Table:
     """One evaluation of templates: how it was done and counts in the title, a row a rate."""
     added = [name for name, used in (("flip", result.flip), ("detector score", result.detector_score)) if used]
@@ -269,7 +288,7 @@ def templates_table(result: TemplateResult) -> Table:
 
 
 def _figures(title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for name in ("figure", "value", "threshold"):
         table.add_column(name, justify="left" if name == "figure" else "right")
     return table
@@ -284,6 +303,7 @@ def _add_rates(
         table.add_row(f"TPR at FPR {fpr}", value, "-" if threshold is None else f"{threshold:.4f}")
 
 
+@table_of.register
 def alignment_table(report: AlignmentReport) -> Table:
     """The number of photos that became crops, and the names of the first that did not."""
     table = Table()
@@ -303,6 +323,7 @@ def _first_of(names: Sequence[str]) -> str:
     return ", ".join(escape(name.encode(errors="backslashreplace").decode()) for name in names[:3])
 
 
+@table_of.register
 def compression_table(found: Compression) -> Table:
     """Trials of a compression, a row each; the chosen one has a mark."""
     target = found.target
@@ -313,7 +334,7 @@ def compression_table(found: Compression) -> Table:
         table.add_column(name, justify="right" if name else "left")
     for trial in found.trials:
         table.add_row(
-            trial.name,
+            escape(trial.name),
             f"{trial.weight_bits:.2f}",
             f"{trial.mb:.3f}",
             f"{trial.tpr:.2f}",
@@ -340,6 +361,7 @@ def costs_table(before: Cost, after: Cost) -> Table:
     return table
 
 
+@table_of.register
 def thresholds_table(result: OperatingThresholds) -> Table:
     """Thresholds for one false-positive rate, a row a pairing."""
     people = f"set on {result.identities or 'all people'}, judged on {result.eval_identities or 'all people'}"
@@ -348,7 +370,7 @@ def thresholds_table(result: OperatingThresholds) -> Table:
         table.add_column(name, justify="left" if name == "probe and gallery" else "right")
     for row in result.pairings:
         threshold = "-" if row.threshold is None else f"{row.threshold:.4f}"
-        table.add_row(row.pairing, threshold, *_rates(row.rates), *_rates(row.rates_at_float))
+        table.add_row(escape(row.pairing), threshold, *_rates(row.rates), *_rates(row.rates_at_float))
     return table
 
 
@@ -356,6 +378,7 @@ def _rates(rates: Rates | None) -> tuple[str, str]:
     return ("-", "-") if rates is None else (percent(rates.tpr), f"{rates.fpr:.1e}")
 
 
+@table_of.register
 def agreement_table(agreement: Agreement) -> Table:
     """Student against file: the embeddings, and each layer that differs anywhere."""
     verdict = "agree" if agreement.agrees else "DO NOT AGREE"
@@ -371,7 +394,7 @@ def agreement_table(agreement: Agreement) -> Table:
         table.add_row("integers that differ", f"{different} of {sum(layer.elements for layer in agreement.layers)}")
     for layer in agreement.layers:
         if layer.different:
-            table.add_row(layer.layer, f"{layer.different} of {layer.elements}, by up to {layer.greatest_step}")
+            table.add_row(escape(layer.layer), f"{layer.different} of {layer.elements}, by up to {layer.greatest_step}")
     return table
 
 
@@ -404,6 +427,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+@table_of.register
 def size_tables(report: SizeReport, largest: int = 10) -> Group:
     """The bytes of a file, a row a kind and in total, and the ``largest`` entries."""
     origin = "" if report.source == "file" else ", predicted: tensors without names and nodes"
@@ -430,6 +454,7 @@ def _size_row(name: str, report: SizeReport) -> list[str]:
     return [name, *counts, f"{report.mb:.3f}", f"{report.mib:.3f}"]
 
 
+@table_of.register
 def sensitivity_tables(result: Sensitivity) -> Group:
     """Losses of single tensors in thousandths, a row a layer: a table for weights and one for activations."""
     return Group(*(_sensitivity_table(result, tensor) for tensor in result.tensors))
@@ -445,5 +470,52 @@ def _sensitivity_table(result: Sensitivity, tensor: str) -> Table:
         table.add_column(name, justify="right", overflow="fold")
     for layer, losses in zip(result.layers, result.losses(tensor), strict=True):
         figures = (f"{1000 * losses[bits]:.3f}" if bits in losses else "-" for bits in bit_widths)
-        table.add_row(layer.name, f"{layer.elements:,}", *figures)
+        table.add_row(escape(layer.name), f"{layer.elements:,}", *figures)
+    return table
+
+
+@table_of.register
+def selftest_table(result: SelfTest) -> Table:
+    """Embeddings of a device against those that were stored."""
+    table = Table(title=escape(f"{'computes' if result.agrees else 'DIFFERS from'} what was trained, {result.runtime}"))
+    for name in ("figure", "value"):
+        table.add_column(name, justify="left" if name == "figure" else "right")
+    table.add_row("embeddings that differ", f"{result.different} of {result.images}")
+    table.add_row(f"least cosine of the first {result.cosines}", f"{result.least_cosine:.6f}")
+    table.add_row("tolerance", str(result.tolerance))
+    return table
+
+
+@table_of.register
+def match_thresholds_table(result: MatchThresholds) -> Table:
+    """Thresholds of one model, a row a false-positive rate."""
+    people = f"{result.identities:,} people, {result.impostor_pairs:,} impostor pairs"
+    table = Table(title=f"{result.images:,} images of {people}")
+    for name in ("FPR", "threshold"):
+        table.add_column(name, justify="right")
+    for fpr, threshold in result.by_fpr.items():
+        table.add_row(escape(fpr), f"{threshold:.4f}")
+    return table
+
+
+@table_of.register
+def run_table(record: RunRecord) -> Table:
+    """The files of one compression and how its search ended, a row each."""
+    table = Table(box=box.SIMPLE, show_header=False)
+    fields = {**asdict(record), "trials": len(record.trials) or None}
+    for name, value in fields.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), escape(str(value)))
+    return table
+
+
+@table_of.register
+def report_table(report: ReportData) -> Table:
+    """Verification by the teacher and the file of a report, a row a figure."""
+    table = Table(title=f"{report.images:,} images of {report.identities:,} people")
+    for name in ("figure", *(model.name for model in report.models)):
+        table.add_column(escape(name), justify="left" if name == "figure" else "right")
+    for fpr in report.models[0].tpr_at_fpr:
+        table.add_row(f"TPR at FPR {fpr}", *(percent(model.tpr_at_fpr[fpr]) for model in report.models))
+    table.add_row("accuracy", *(percent(model.accuracy) for model in report.models))
     return table

@@ -8,7 +8,7 @@ import qface
 from qface.cli import main
 from qface.errors import CheckpointError
 from qface.models import MODEL_NAMES
-from qface.models.resolve import load_file, resolve_architecture, resolve_model
+from qface.models.resolve import as_network, resolve_architecture, resolve_model
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_a_name_alone_is_no_trained_network(name: str) -> None:
-    for refused in (lambda: resolve_model(name), lambda: load_file(Path(name))):
+    for refused in (lambda: resolve_model(name), lambda: as_network(Path(name))):
         with pytest.raises(CheckpointError, match=f"^{name} is the name of an architecture, without weights: give"):
             refused()
 
@@ -44,7 +44,7 @@ def test_an_architecture_needs_no_weights() -> None:
 def test_a_file_with_the_name_of_an_architecture_is_a_file() -> None:
     weights = qface.load("mobilefacenet").state_dict()
     torch.save(weights, "mobilefacenet")
-    for found in (resolve_model("mobilefacenet"), load_file(Path("mobilefacenet"))):
+    for found in (resolve_model("mobilefacenet"), as_network(Path("mobilefacenet"))):
         assert all(torch.equal(tensor, weights[name]) for name, tensor in found.state_dict().items())
 
 

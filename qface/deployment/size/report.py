@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from qface.results import Result
 
 __all__ = ["KINDS", "PARAMETERS", "TENSORS", "SizeEntry", "SizeReport"]
 
@@ -53,8 +56,8 @@ class SizeEntry:
         return {**asdict(self), "packed_bytes": self.packed_bytes, "fp32_bytes": self.fp32_bytes}
 
 
-@dataclass(frozen=True)
-class SizeReport:
+@dataclass(frozen=True, repr=False)
+class SizeReport(Result):
     """Every entry of a file, or of the packed file that a network would become.
 
     Args:
@@ -68,6 +71,9 @@ class SizeReport:
 
     source: str
     entries: tuple[SizeEntry, ...]
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"source": self.source, "bytes": self.bytes, "entries": len(self.entries)}
 
     @property
     def bytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qface.errors import ConfigError, one_line
 from qface.evaluation.score_histogram import ScoreHistogram
+from qface.results import Result
 
 __all__ = [
     "SHOWN_FPR",
@@ -115,8 +116,8 @@ class Changes:
     pairs: tuple[ChangedPair, ...]
 
 
-@dataclass(frozen=True)
-class ReportData:
+@dataclass(frozen=True, repr=False)
+class ReportData(Result):
     """Everything that a report shows.
 
     Args:
@@ -173,6 +174,9 @@ class ReportData:
     trials: tuple[Mapping[str, Any], ...]
     stopped: str | None
     bootstrap: int
+
+    def _key_figures(self) -> Mapping[str, object]:
+        return {"student": self.student, "images": self.images, "agrees": self.agreement["agrees"]}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -32,7 +32,7 @@ from qface.evaluation.verdicts import VerdictChange, Verifier, verdict_changes
 from qface.evaluation.verification import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.files import temporary_folder
 from qface.limits import named, parse_json
-from qface.models.resolve import load_file, resolve_model
+from qface.models.resolve import as_network
 from qface.provenance import provenance_of
 from qface.quantization.sensitivity import Sensitivity
 from qface.reporting.report.data import ChangedPair, Changes, Curve, LayerSize, ModelFigures, ReportData
@@ -80,9 +80,9 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
     """
     sensitivity, training = _sensitivity(run.sensitivity), () if run.log is None else read_training(run.log)
     faces = _Faces.of(run)
-    network = None if _is_onnx(run.teacher) else resolve_model(run.teacher)
+    network = None if _is_onnx(run.teacher) else as_network(run.teacher)
     teacher, file = as_embedder(run.teacher if network is None else network), as_embedder(run.file)
-    student = load_file(Path(run.student))
+    student = as_network(run.student)
     found = [embed(each, faces.folder, progress=settings.progress) for each in (teacher, file)]
     models = tuple(
         _figures(name, embedder, embeddings, faces, settings.bootstrap)
