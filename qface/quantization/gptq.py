@@ -34,6 +34,7 @@ _PRECISION = 4 * torch.finfo(torch.float32).eps
 A mean is taken off that may be nearly all of them, and the errors of all weights may have one direction.
 """
 _BLOCK = 128  # weights, whose errors reach those behind the block all at once, by one product
+_PRODUCTS = 1024  # rows of a matrix of products that are computed at once, as far as they are not those of others
 _MOST_WEIGHTS = 4608
 """Maximum weights of a channel, 512 x 3 x 3: the Hessian of more takes gigabytes, so those are rounded to nearest."""
 
@@ -45,7 +46,7 @@ class _Moments:
     Args:
         count: of positions.
         sums: of their values, float64 [groups, weights of a channel].
-        products: of each two values, float64 [groups, weights, weights].
+        products: of each two values, float64 [groups, weights, weights]; those above the diagonal count.
     """
 
     count: int
@@ -62,7 +63,9 @@ class _Moments:
         """Add ``values`` [groups, positions, weights]: products of one batch in float32, which is twice as fast."""
         self.count += values.shape[1]
         self.sums.add_(values.sum(1))
-        self.products.add_(values.mT @ values)
+        for start in range(0, values.shape[2], _PRODUCTS):
+            rows = slice(start, start + _PRODUCTS)
+            self.products[:, rows, start:].add_(values[:, :, rows].mT @ values[:, :, start:])
 
 
 class HessianCollector:
@@ -110,7 +113,8 @@ class HessianCollector:
         return len(self._moments)
 
     def items(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Each layer that was seen, and its damped Hessian, float64 [groups, weights of a channel, the same]."""
+        """Each layer that was seen, and its damped Hessian, float64 [groups, weights of a channel, the same];
+        what is above its diagonal counts."""
         for layer, moments in self._moments.items():
             count, mean, squares = moments.count, moments.sums / moments.count, moments.products / moments.count
             hessian = squares - mean[:, :, None] * mean[:, None, :]
