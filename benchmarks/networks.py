@@ -147,7 +147,7 @@ class Measurement:
         row.parameters = sum(parameter.numel() for parameter in model.parameters())
         canonical = self._step("capture", lambda: canonicalize(model))
         row.integer_share = integer_share(canonical)
-        student = self._step("quantize", lambda: qface.quantize(model, self.bits))
+        student = self._step("quantize", lambda: qface.quantize(canonical, self.bits))
         row.float_operators = float_operators(student)
         self._step("calibrate", lambda: qface.calibrate(student, crops, num_images=CROPS, progress=False))
         self._step("export", lambda: qface.export(student, self.file))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 from torch import fx, nn
 
 from qface.graph.edit import add_layer, bypass
@@ -21,14 +18,9 @@ from qface.quantization.quantized_layers import (
     is_quantizer,
 )
 
-__all__ = ["activation_quantizer", "place_quantizers"]
+__all__ = ["place_quantizers"]
 
 _NAME = "activation_post_process"  # torch.ao's
-
-
-def activation_quantizer(bits: int, config: QuantizationConfig) -> Any:
-    """The factory of quantizers of ``bits`` bits."""
-    return partial(LSQFakeQuantize, bits=bits, observer=config.activation_observer, percentile=config.percentile)
 
 
 def place_quantizers(student: fx.GraphModule, config: QuantizationConfig, preprocessing: Preprocessing) -> None:
@@ -48,7 +40,7 @@ def place_quantizers(student: fx.GraphModule, config: QuantizationConfig, prepro
         elif _shares_the_scale_of_a_prelu(node, config):
             quantizer = SharedScaleFakeQuantize()
         else:
-            quantizer = activation_quantizer(bits, config)()
+            quantizer = LSQFakeQuantize(bits, observer=config.activation_observer, percentile=config.percentile)
         _insert(student, node, quantizer, placed.get(node))
 
 

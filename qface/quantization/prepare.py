@@ -31,7 +31,7 @@ from qface.preprocessing import example_input, preprocessing_of
 from qface.provenance import carry, record_step
 from qface.quantization.binding import bind_quantizers
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
-from qface.quantization.insertion import activation_quantizer, place_quantizers
+from qface.quantization.insertion import place_quantizers
 from qface.quantization.placement import INTEGER_LAYERS, OTHER_BITS
 from qface.quantization.plan import QuantizationPlan, plan_of
 from qface.quantization.quantization_config import QuantizationConfig, as_config
@@ -203,22 +203,26 @@ def _backend_config() -> BackendConfig:
 
 def _qconfig_mapping(model: fx.GraphModule, config: QuantizationConfig) -> QConfigMapping:
     """8 bits behind every layer for now, and each weight's own bits."""
-    activation = activation_quantizer(OTHER_BITS, config)
-    mapping = QConfigMapping().set_global(_qconfig(activation, _weight_quantizer(config.weight_bits, config)))
+    mapping = QConfigMapping().set_global(_qconfig(config.weight_bits, config))
     for name in config.overrides:
-        mapping.set_module_name(name, _qconfig(activation, _weight_quantizer(config.weight_bits_of(name), config)))
+        mapping.set_module_name(name, _qconfig(config.weight_bits_of(name), config))
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and config.ignores(name):
             mapping.set_module_name(name, None)
     return mapping
 
 
-def _qconfig(activation: Any, weight: Any) -> Any:
-    return QConfig(activation, weight)  # type: ignore[no-untyped-call]
+def _qconfig(weight_bits: int, config: QuantizationConfig) -> Any:
+    """Factories that return the same quantizer each time: torch.ao looks at their dtype some 20 times for each layer.
+
+    Neither rounds anything: that of activations only marks where :func:`place_quantizers` puts others, and a layer that
+    is swapped in makes its own of the settings of that of weights.
+    """
+    activation = LSQFakeQuantize(OTHER_BITS)
+    weight = LSQFakeQuantize(weight_bits, 1, config.weight_observer, config.percentile)
+    return QConfig(partial(_itself, activation), partial(_itself, weight))  # type: ignore[no-untyped-call]
 
 
-def _weight_quantizer(bits: int, config: QuantizationConfig) -> Any:
-    # torch.ao builds one without arguments to look at its dtype; the layer that is swapped in gives its channels.
-    return partial(
-        LSQFakeQuantize, bits=bits, num_channels=1, observer=config.weight_observer, percentile=config.percentile
-    )
+def _itself(quantizer: LSQFakeQuantize) -> LSQFakeQuantize:
+    # No lambda, which could not be pickled with the student, whose layers keep their qconfig.
+    return quantizer

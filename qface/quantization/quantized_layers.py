@@ -65,12 +65,21 @@ class QuantContext:
         return tuple(cast(Quantizer, quantizer).qparams().scale for quantizer in (*self.inputs, self.output))
 
 
-def _take_weights(target: LayerT, source: nn.Module, quantizer: Any) -> LayerT:
-    """Move the parameters of ``source`` into ``target`` and give it a quantizer of its qconfig."""
+def _take_weights(target: LayerT, source: nn.Module) -> LayerT:
+    """Move the parameters of ``source`` into ``target``."""
     target._parameters.update(source._parameters)
-    target.weight_fake_quant = quantizer
     target.train(source.training)
     return target.to(cast(Tensor, source.weight).device)
+
+
+def _weight_settings(layer: nn.Module) -> dict[str, Any]:
+    """The settings of the weight's quantizer in the qconfig of ``layer``, as constructors take them."""
+    quantizer: LSQFakeQuantize = cast(Any, layer.qconfig).weight()
+    return {
+        "weight_bits": quantizer.bits,
+        "weight_observer": quantizer.observer,
+        "percentile": quantizer.percentile,
+    }
 
 
 class _QuantizedMatmul(nn.Module):
@@ -198,8 +207,9 @@ class QuantizedConv2d(_QuantizedMatmul, nn.Conv2d):
             layer.groups,
             layer.bias is not None,
             layer.padding_mode,
+            **_weight_settings(layer),
         )
-        return _take_weights(target, layer, cast(Any, layer.qconfig).weight(num_channels=layer.out_channels))
+        return _take_weights(target, layer)
 
 
 class QuantizedLinear(_QuantizedMatmul, nn.Linear):
@@ -233,8 +243,8 @@ class QuantizedLinear(_QuantizedMatmul, nn.Linear):
     @classmethod
     def from_float(cls, layer: nn.Linear) -> QuantizedLinear:
         """Make the quantized layer of ``layer``, which carries a ``qconfig``; torch.ao calls this to swap layers."""
-        target = cls(layer.in_features, layer.out_features, layer.bias is not None)
-        return _take_weights(target, layer, cast(Any, layer.qconfig).weight(num_channels=layer.out_features))
+        target = cls(layer.in_features, layer.out_features, layer.bias is not None, **_weight_settings(layer))
+        return _take_weights(target, layer)
 
 
 class QuantizedPReLU(nn.PReLU):
@@ -272,8 +282,7 @@ class QuantizedPReLU(nn.PReLU):
     @classmethod
     def from_float(cls, layer: nn.PReLU) -> QuantizedPReLU:
         """Make the quantized layer of ``layer``; torch.ao calls this to swap layers."""
-        target = cls(layer.num_parameters)
-        return _take_weights(target, layer, target.weight_fake_quant)
+        return _take_weights(cls(layer.num_parameters), layer)
 
 
 class QuantizedGlobalAveragePool(nn.AdaptiveAvgPool2d):

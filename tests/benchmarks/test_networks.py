@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from tests.benchmarks.scripts import run, script
 
@@ -20,26 +24,65 @@ def measure(*arguments: str) -> dict[str, Any]:
     return json.loads(result.output)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(
-    ("package", "name"),
-    [*(("pytorchcv", name) for name in PYTORCHCV), *(("transformers", name) for name in TRANSFORMERS)],
-)
-def test_a_network_of_others_goes_the_whole_way(package: str, name: str) -> None:
-    pytest.importorskip(package)
+@pytest.mark.parametrize("name", PYTORCHCV)
+def test_a_network_of_pytorchcv_goes_the_whole_way(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("pytorchcv")
+    row = measure_shortened(name, tmp_path, onnx=False)
+    assert_whole_way(row)
+    assert row["size_ratio"] < 2
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_network_of_transformers_goes_the_whole_way(name: str) -> None:
+    pytest.importorskip("transformers")
     (row,) = measure("--names", name, "--no-onnx")["rows"]
+    assert_whole_way(row)
+    assert row["size_ratio"] < 8  # constants of attention stay float
+
+
+def assert_whole_way(row: dict[str, Any]) -> None:
     assert (row["refused"], row["agrees"], row["different_elsewhere"]) == (None, True, 0)
     assert 0.5 < row["integer_share"] <= 1
     assert row["float_operators"] or row["integer_share"] == 1
-    assert row["size_ratio"] < (2 if package == "pytorchcv" else 8)  # constants of attention stay float
 
 
-@pytest.mark.parametrize("name", ["ViT", "idiom: squeeze and excite by view"])
-def test_the_onnx_of_a_network_goes_the_whole_way(name: str) -> None:
+def test_the_onnx_of_a_transformer_goes_the_whole_way(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("onnxscript")
-    (row,) = measure("--names", name)["rows"]
+    assert_read(measure_shortened("ViT", tmp_path, onnx=True))
+
+
+def test_the_onnx_of_an_idiom_goes_the_whole_way() -> None:
+    pytest.importorskip("onnxscript")
+    (row,) = measure("--names", "idiom: squeeze and excite by view")["rows"]
+    assert_read(row)
+
+
+def assert_read(row: dict[str, Any]) -> None:
     assert (row["refused"], row["agrees"], row["onnx"], row["newer_onnx"]) == (None, True, "read", "read")
     assert row["onnx_different"] == 0 or row["float_operators"]
+
+
+def measure_shortened(name: str, folder: Path, onnx: bool) -> dict[str, Any]:
+    networks = script("networks")
+    whole = networks.NETWORKS[name]
+    shortened = replace(whole, make=lambda: without_repeats(whole.make()))
+    return asdict(networks.Measurement(shortened, 8, 0, folder, onnx).run())
+
+
+def without_repeats(model: nn.Module) -> nn.Module:
+    """``model`` without the blocks that have the shapes of the block before: they add time and no kind of layer."""
+    for sequence in list(model.modules()):
+        if isinstance(sequence, (nn.Sequential, nn.ModuleList)):
+            blocks = [(shapes_of(block), name) for name, block in sequence.named_children() if any(block.children())]
+            for (before, _), (shapes, name) in pairwise(blocks):
+                if shapes == before:
+                    delattr(sequence, name)
+    return model
+
+
+def shapes_of(block: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, value.shape) for name, value in block.state_dict().items()]
 
 
 def test_an_idiom_is_a_network_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from qface.data.images import IndexedImages, TensorImages
 from qface.distillation import DistillConfig
+from qface.model_digest import digest_of_structure, digest_of_values
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import calibrate, quantize
 
@@ -82,8 +84,15 @@ def face_images(people: int = 8, each: int = 4, seed: int = 0, **options: Any) -
     return TensorImages((faces + noise).flatten(0, 1), torch.arange(people).repeat_interleave(each))
 
 
+_STUDENTS: dict[tuple[str, str, int, bool], nn.Module] = {}
+
+
 def student_of(teacher: nn.Module, bits: int = 3) -> nn.Module:
-    return calibrate(quantize(teacher, bits), face_images().images)
+    """A calibrated student of ``teacher``: a copy of one that is made once for all equal teachers."""
+    key = (digest_of_structure(teacher), digest_of_values(teacher), bits, teacher.training)
+    if key not in _STUDENTS:
+        _STUDENTS[key] = calibrate(quantize(teacher, bits), face_images().images)
+    return copy.deepcopy(_STUDENTS[key])
 
 
 def weights(model: nn.Module) -> list[Tensor]:

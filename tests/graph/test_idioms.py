@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -27,15 +28,23 @@ BEHIND_ISLANDS = "Quantize"
 
 @pytest.mark.parametrize("name", IDIOMS)
 def test_an_idiom_goes_the_whole_way(name: str, tmp_path: Path) -> None:
-    idiom, model = IDIOMS[name], build(IDIOMS[name])
-    crops = synthetic_crops(8)
-    check_layers(idiom, model)
-    student = qface.quantize(model, 6)
-    qface.calibrate(student, crops, num_images=8, progress=False)
+    idiom, crops = IDIOMS[name], synthetic_crops(8)
+    model, layers, student = steps(name)
+    check_layers(idiom, layers)
     check_floats(idiom, student)
     qface.save(student, tmp_path / "student.safetensors")
     check_file(qface.load(tmp_path / "student.safetensors"), tmp_path / "student.onnx", crops)
     check_student(model, student, crops)
+
+
+@cache
+def steps(name: str) -> tuple[nn.Module, fx.GraphModule, fx.GraphModule]:
+    """An idiom's network, its layers, which were compared with it, and a calibrated student of them; made once."""
+    model = build(IDIOMS[name])
+    layers = canonicalize(model)
+    student = qface.quantize(layers, 6)
+    qface.calibrate(student, synthetic_crops(8), num_images=8, progress=False)
+    return model, layers, student
 
 
 def check_file(student: nn.Module, file: Path, crops: Tensor) -> None:
@@ -45,8 +54,8 @@ def check_file(student: nn.Module, file: Path, crops: Tensor) -> None:
     assert [layer for layer in agreement.layers if layer.different and layer.operation != BEHIND_ISLANDS] == []
 
 
-def check_layers(idiom: Idiom, model: nn.Module) -> None:
-    found = Counter(kinds(canonicalize(model)))
+def check_layers(idiom: Idiom, layers: fx.GraphModule) -> None:
+    found = Counter(kinds(layers))
     assert found == idiom.common + Counter(idiom.layers)
 
 
@@ -66,10 +75,8 @@ def check_student(model: nn.Module, student: nn.Module, crops: Tensor) -> None:
 
 
 def exported(name: str, folder: Path) -> Path:
-    student = qface.quantize(build(IDIOMS[name]), 6)
-    qface.calibrate(student, synthetic_crops(8), num_images=8, progress=False)
     file = folder / "student.onnx"
-    qface.export(student, file)
+    qface.export(steps(name)[-1], file)
     return file
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -261,6 +262,7 @@ def test_a_copy_is_equal_and_independent(make: Callable[[], nn.Module]) -> None:
         if isinstance(module, LSQFakeQuantize):
             module.scale.data.mul_(3)
     assert torch.equal(fresh(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(student))(x), student(x))
 
 
 @pytest.mark.parametrize("make", [tiny, foreign])
