@@ -197,7 +197,7 @@ def test_printed_results_are_what_the_commands_print(tmp_path: Path, monkeypatch
         "selftest student.onnx": lambda: qface.selftest("student.onnx"),
         "evaluate student.onnx --images faces": lambda: qface.evaluate("student.onnx", "faces"),
         "verify student.safetensors student.onnx --images faces": lambda: qface.verify(
-            student, "student.onnx", "faces"
+            "student.safetensors", "student.onnx", "faces"
         ),
     }
     for command, verb in commands.items():
