@@ -33,7 +33,6 @@ __all__ = ["align", "demo", "pairs"]
 @json_option
 def align(photos: Path, output: Path, landmarks: Path | None, detector: Path | None, as_json: bool) -> None:
     """Cut aligned 112x112 crops from PHOTOS, a folder; what is there already is kept."""
-
     report = qface.align(photos, output, landmarks, detector)
     show(report.to_dict(), report, as_json)
 

@@ -112,14 +112,15 @@ def calibrate(
     device = found[0].scale.device
     for quantizer in found:
         quantizer.activation_post_process.reset()
+    parts = _mixed(batches, batch_size)
     with eval_mode(student), torch.no_grad():
         with _in_float(found):
-            parts = _parts(batches, batch_size, lambda part: normalize(part.to(device), preprocessing), student)
+            ready = _preparer(student, parts[0], device)
             if new and equalize:
-                cross_layer_equalization(student, _first(parts, _EQUALIZED))
+                cross_layer_equalization(student, [ready(part) for part in _first(parts, _EQUALIZED)])
             hessians = HessianCollector(student)
             with _observing(found), hessians if new and gptq else nullcontext():
-                means = [channel_means(student, part) for part in track(parts, "observe")]
+                means = [channel_means(student, ready(part)) for part in track(parts, "observe")]
         for quantizer in track(found, "choose ranges"):
             quantizer.set_range()
             quantizer.activation_post_process.reset()
@@ -127,7 +128,7 @@ def calibrate(
         if new and gptq:
             gptq_weights(hessians)
         if new and correct_biases:
-            corrected = _first(parts, _CORRECTED)
+            corrected = [ready(part) for part in _first(parts, _CORRECTED)]
             correct_channel_means(student, corrected, means[: len(corrected)])
     stages = {"equalize": equalize, "gptq": gptq, "correct_biases": correct_biases}
     left_out = [name for name, wanted in stages.items() if wanted and not new]
@@ -138,16 +139,18 @@ def calibrate(
     return record_step(student, "calibrate", settings)
 
 
-@torch.no_grad()
-def _parts(
-    batches: list[Tensor], size: int, normalized: Callable[[Tensor], Tensor], student: fx.GraphModule
-) -> list[Tensor]:
-    """The images of ``batches``, normalized, in parts of about ``size``, each of them spread over all people."""
+def _mixed(batches: list[Tensor], size: int) -> list[Tensor]:
+    """The images of ``batches`` in parts of about ``size``, each of them spread over all people."""
     images = torch.cat(batches)
     count = -(-len(images) // size)
-    parts = [normalized(images[first::count]) for first in range(count)]
-    memory_format = fastest_memory_format(parts[0][:1], student)
-    return [part.contiguous(memory_format=memory_format) for part in parts]
+    return [images[first::count] for first in range(count)]
+
+
+def _preparer(student: fx.GraphModule, images: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The function that makes of ``images`` what ``student`` reads, in the order in memory that it is fastest in."""
+    preprocessing = preprocessing_of(student)
+    memory_format = fastest_memory_format(normalize(images[:1].to(device), preprocessing), student)
+    return lambda part: normalize(part.to(device), preprocessing).contiguous(memory_format=memory_format)
 
 
 def _first(parts: list[Tensor], num_images: int) -> list[Tensor]:

@@ -155,8 +155,9 @@ def _size(hessian: Tensor) -> Tensor:
 
 
 def _shares(hessian: Tensor) -> Tensor:
-    """Of the error of each weight (row), the share that each one behind it (column) makes up for; those above the
-    diagonal count, [groups, weights, weights].
+    """Return which share of the error of each weight (row) each one behind it (column) makes up for.
+
+    The result is [groups, weights, weights]; what is above its diagonal counts.
 
     With U the upper triangular matrix of U U^T = H, it is U with each column divided by its diagonal value.
 

@@ -30,7 +30,7 @@ Outputs = dict[str, np.ndarray]
 
 
 def no_faces(*kinds: str) -> Outputs:
-    """What SCRFD makes of a photo without faces: two rows a cell, of zeros."""
+    """Return SCRFD's outputs for a photo without faces: two rows a cell, of zeros."""
     rows = {stride: 2 * (SIDE // stride) ** 2 for stride in STRIDES}
     return {
         f"{kind}_{stride}": np.zeros((rows[stride], WIDTHS[kind]), np.float32)

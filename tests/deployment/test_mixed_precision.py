@@ -62,7 +62,7 @@ def extremes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[...
 
 @pytest.fixture(scope="module")
 def tight(tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantizationConfig, float]:
-    """What is chosen for :class:`Wide` where all weights at 4 bits would fit, and that budget in MB."""
+    """Return the bits chosen for :class:`Wide` where all weights at 4 bits would fit, and that budget in MB."""
     model = network(Wide)
     budget = file_bytes(model, QuantizationConfig(4), tmp_path_factory.mktemp("tight")) / 1e6
     return qface.allocate_bits(model, FACES, budget), budget
