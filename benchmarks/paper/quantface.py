@@ -27,7 +27,7 @@ from qface.errors import CheckpointError
 from qface.graph import Add
 from qface.models.iresnet import IResNetBlock
 from qface.models.mobilefacenet import Bottleneck
-from qface.models.pickled_modules import read_pickled_module
+from qface.pickles import read_pickled_module
 from qface.preprocessing import preprocessing_of, with_preprocessing
 
 STEPS_OF_RANGES = 299

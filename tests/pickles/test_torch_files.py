@@ -18,7 +18,7 @@ from torch import nn
 import qface
 from qface.errors import CheckpointError, LimitError
 from qface.models import MobileFaceNet
-from qface.models.pickled_modules import read_pickled_module
+from qface.pickles import read_pickled_module
 from tests.networks import TinyFaceNet, tiny_face_net, with_statistics
 
 

@@ -26,12 +26,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from qface.data.pickled_arrays import ArrayUnpickler
 from qface.errors import CheckpointError, LimitError, one_line
 from qface.limits import Allowance, elements_of, named
-from qface.pickles import check_pickle
+from qface.pickles.arrays import ArrayUnpickler
+from qface.pickles.check import check_pickle
 
-__all__ = ["UnknownTensor", "is_pickled_module", "module_tensors", "read_pickled", "read_pickled_module"]
+__all__ = ["UnknownTensor", "is_pickled_module", "module_tensors", "read_pickled_module", "read_torch_file"]
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -51,7 +51,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _COUNT = struct.Struct("<q")
 
 
-def read_pickled(path: str | Path) -> Any:
+def read_torch_file(path: str | Path) -> Any:
     """The object in the torch file ``path``, with a shell in the place of whatever is no tensor, array or plain value.
 
     Raises:
@@ -81,7 +81,7 @@ def read_pickled_module(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is no such file, is damaged, or holds no module.
     """
-    root = read_pickled(path)
+    root = read_torch_file(path)
     if not is_pickled_module(root):
         raise CheckpointError(
             f"{path} holds more than tensors and is no module either, and qface does not run code from files; "

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qface.limits import check, elements_of
-from qface.pickles import check_pickle
+from qface.pickles.check import check_pickle
 
 __all__ = ["ArrayUnpickler", "PickledArray", "read_pickle"]
 
