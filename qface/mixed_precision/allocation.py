@@ -20,12 +20,12 @@ from qface.deployment.export import export
 from qface.errors import ConfigError
 from qface.files import temporary_folder
 from qface.graph.capture import capture
+from qface.mixed_precision.knapsack import choose_bit_widths
+from qface.mixed_precision.sensitivity import SENSITIVITY_IMAGES, Sensitivity, read_sample, sensitivity
 from qface.models.resolve import NetworkLike, as_network
 from qface.progress import shows_progress
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
-from qface.quantization.allocation import choose_bit_widths
 from qface.quantization.quantization_config import MIN_BITS
-from qface.quantization.sensitivity import SENSITIVITY_IMAGES, Sensitivity, read_sample, sensitivity
 
 __all__ = ["allocate_bits", "average_bits", "bits_for", "draft_file"]
 

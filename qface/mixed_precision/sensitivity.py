@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.ao.quantization import disable_fake_quant, disable_observer
 
 from qface.checks import check_whole
 from qface.data.images import Images, bytes_of, normalize
@@ -26,6 +25,7 @@ from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, one_line
 from qface.graph.queries import is_shape_only, layer_of
+from qface.mixed_precision.loss_store import Losses, loss_store
 from qface.model_digest import digest_of_structure, digest_of_values
 from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import example_input, preprocessing_of
@@ -33,8 +33,7 @@ from qface.progress import shows_progress, stage
 from qface.provenance import provenance_of
 from qface.quantization.calibrate import quantizers
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
-from qface.quantization.fake_quantize import LSQFakeQuantize
-from qface.quantization.loss_store import Losses, loss_store
+from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize
 from qface.quantization.placement import Role, role_of
 from qface.quantization.prepare import is_quantized, quantize
 from qface.quantization.quantization_config import MAX_BITS, MIN_BITS, QuantizationConfig
@@ -241,7 +240,11 @@ def _switched_off(model: nn.Module) -> fx.GraphModule:
     """A student of ``model``, or a copy of it where it is one, that computes in float."""
     student = copy.deepcopy(model) if is_quantized(model) else quantize(model)
     assert isinstance(student, fx.GraphModule)
-    return student.eval().apply(disable_observer).apply(disable_fake_quant)
+    for layer in student.modules():
+        if isinstance(layer, (ImageFakeQuantize, LSQFakeQuantize)):
+            layer.disable_fake_quant()
+            layer.disable_observer()
+    return student.eval()
 
 
 # ---- what is changed

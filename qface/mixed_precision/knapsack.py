@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qface.errors import ConfigError
-from qface.quantization.sensitivity import Sensitivity
+from qface.mixed_precision.sensitivity import Sensitivity
 
 __all__ = ["choose_bit_widths"]
 
