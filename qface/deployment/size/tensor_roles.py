@@ -44,11 +44,6 @@ class TensorRoles:
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
-        self._makers = {name: node for node in graph.node for name in node.output}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
         self._constant = set(self._tensors)
         self._unpacked: dict[str, tuple[onnx.NodeProto, int]] = {}  # constants that nodes make, without cycles
         for node in graph.node:

@@ -1,12 +1,12 @@
-"""One of the paper's tables: run what can be run, and print it beside what the paper prints.
+"""Run one of the Ef-QuantFace paper's tables, and print each figure next to the paper's.
 
-    python benchmarks/table1.py [--weights DIR] [--data DIR] [--recipe paper|qface|qface-bf16] [--networks R18] [-o DIR]
+    python benchmarks/paper_table.py 1 [--weights DIR] [--data DIR] [--recipe paper|qface|qface-bf16] [--networks R18]
 
-paper/rows.py has the printed figures, paper/sources.py says which files are looked for. With the paper's files all rows
-of the paper are run; beside them, or without them, its methods on the stand-ins, tuned on the first half of LFW's
-people and judged on the second. What a model lost is against its own float network, whatever that was trained on, and
-so compares where absolute figures do not. Figures are kept in the output folder, which the five tables share: what one
-has measured the others need not, and the same command goes on from there.
+``paper/rows.py`` holds the printed figures, ``paper/sources.py`` lists the files that are looked for. With the paper's
+files, all rows of the paper run. The paper's methods also run on the stand-in networks, trained on the first half of
+LFW's identities and evaluated on the second half. "lost" compares a model with its own float network, so it is
+comparable where absolute figures are not. All tables keep their figures in one output folder: a figure that another
+table measured is reused, and an interrupted command continues there.
 """
 
 from __future__ import annotations
@@ -21,67 +21,59 @@ from harness.benchmark_command import BenchmarkCommand
 from harness.recipes import RECIPES
 from harness.records import Record, Records
 from harness.report_files import markdown_table, terminal_table, write_figure, write_json, write_text
-from rich.console import Console
-
-import qface
 from paper.arms import Arms, Unavailable
 from paper.rows import FLOAT, SETS, TABLES, PaperTable, Row
 from paper.sources import HALF_COLUMNS, STAND_INS, Sources
+from rich.console import Console
+
+import qface
 from qface.files import make_folder
 
-__all__ = ["command"]
+__all__ = ["main"]
 
 _Path = click.Path(path_type=Path)
 
 
-def command(number: int) -> click.Command:
-    """The command line of table ``number``."""
-
-    @click.command(cls=BenchmarkCommand, help=f"Table {number} of Ef-QuantFace: {TABLES[number].title.lower()}.")
-    @click.option("--weights", type=_Path, default=Path("../shared/weights"), show_default=True, help="Networks.")
-    @click.option("--data", type=_Path, default=Path("../shared/data"), show_default=True, help="Faces.")
-    @click.option("--recipe", type=click.Choice(list(RECIPES)), default="qface", show_default=True)
-    @click.option("--networks", multiple=True, help="Only these, of R18, R34, R50, R100 and the stand-ins; repeatable.")
-    @click.option("--seed", type=int, default=0, show_default=True)
-    @click.option("--max-steps", type=click.IntRange(1), help="Of each training.  [default: one epoch]")
-    @click.option("-o", "--output", type=_Path, default=Path("runs/paper"), show_default=True)
-    @click.option("--json", "json_file", type=_Path, help="Also write all figures here.")
-    def main(
-        weights: Path,
-        data: Path,
-        recipe: str,
-        networks: Sequence[str],
-        seed: int,
-        max_steps: int | None,
-        output: Path,
-        json_file: Path | None,
-    ) -> None:
-        table = TABLES[number]
-        _check_networks(networks, table)
-        make_folder(output)
-        sources = Sources(weights, data)
-        arms = Arms(sources, Records(output), recipe, table.teacher_of, seed, max_steps)
-        wanted = [row for row in _rows(table, sources) if not networks or row.network in networks]
-        lines: list[Record] = []
-        try:
-            for row in wanted:
+@click.command(cls=BenchmarkCommand)
+@click.argument("number", type=click.IntRange(min(TABLES), max(TABLES)))
+@click.option("--weights", type=_Path, default=Path("../shared/weights"), show_default=True, help="Folder of networks.")
+@click.option("--data", type=_Path, default=Path("../shared/data"), show_default=True, help="Folder of face images.")
+@click.option("--recipe", type=click.Choice(list(RECIPES)), default="qface", show_default=True)
+@click.option("--networks", multiple=True, help="Only these: R18, R34, R50, R100 or a stand-in; repeatable.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--max-steps", type=click.IntRange(1), help="Steps per training.  [default: one epoch]")
+@click.option("-o", "--output", type=_Path, default=Path("runs/paper"), show_default=True)
+@click.option("--json", "json_file", type=_Path, help="Also write all figures to this file.")
+def main(
+    number: int,
+    weights: Path,
+    data: Path,
+    recipe: str,
+    networks: Sequence[str],
+    seed: int,
+    max_steps: int | None,
+    output: Path,
+    json_file: Path | None,
+) -> None:
+    """Table NUMBER (1 to 5) of Ef-QuantFace, measured next to printed."""
+    table = TABLES[number]
+    _check_networks(networks, table)
+    make_folder(output)
+    sources = Sources(weights, data)
+    arms = Arms(sources, Records(output), recipe, table.teacher_of, seed, max_steps)
+    lines: list[Record] = []
+    try:
+        for row in _rows(table, sources):
+            if not networks or row.network in networks:
                 lines.append(_line(row, arms))
-        except KeyboardInterrupt:
-            click.echo("interrupted: the same command goes on from here", err=True)
-            sys.exit(130)
-        finally:
-            _report(
-                table,
-                lines,
-                sources.missing(list(dict.fromkeys(row.network for row in table.rows))),
-                recipe,
-                output,
-                json_file,
-            )
-        if any(line["failed"] for line in lines):
-            sys.exit(1)
-
-    return main
+    except KeyboardInterrupt:
+        click.echo("interrupted: the same command continues from here", err=True)
+        sys.exit(130)
+    finally:
+        missing = sources.missing(list(dict.fromkeys(row.network for row in table.rows)))
+        _report(table, lines, missing, recipe, output, json_file)
+    if any(line["failed"] for line in lines):
+        sys.exit(1)
 
 
 def _check_networks(wanted: Sequence[str], table: PaperTable) -> None:
@@ -92,20 +84,20 @@ def _check_networks(wanted: Sequence[str], table: PaperTable) -> None:
 
 
 def _rows(table: PaperTable, sources: Sources) -> list[Row]:
-    """The paper's rows, and its methods for each stand-in that is there."""
+    """Return the paper's rows, then its methods for each available stand-in network."""
     stand_ins = [name for name in STAND_INS if sources.network(name) is not None]
     return [*table.rows, *(row for name in stand_ins for row in _methods_for(table, name))]
 
 
 def _methods_for(table: PaperTable, stand_in: str) -> list[Row]:
-    """QuantFace publishes no stand-ins, and of those in a table of distillation only the smaller one learns."""
+    """Return rows for a stand-in: no published models, and a distillation table only trains the smaller network."""
     learns = not table.teacher_of or stand_in in table.teacher_of
     others = [method for method in table.methods() if learns and method.kind not in ("float", "published")]
     return [Row(stand_in, method.name, method) for method in (FLOAT, *others)]
 
 
 def _line(row: Row, arms: Arms) -> Record:
-    """What the paper prints of a row, and what came of it here."""
+    """Return the printed and the measured figures of a row."""
     click.echo(f"{row.network}, {row.label} ({row.method.name})", err=True)
     line = {"network": row.network, "label": row.label, "method": row.method.name, **_printed(row)}
     try:
@@ -123,7 +115,7 @@ def _printed(row: Row) -> Record:
 
 
 def _printed_float(row: Row) -> dict[str, float]:
-    """What the paper prints for the float network that a model was made of; it is not that of others' models."""
+    """Return the paper's figures for the float network of a row; empty for models of other authors."""
     if row.method.kind not in ("ours", "pruned"):
         return {}
     floats = (each for each in TABLES[1].rows if each.method.kind == "float")
@@ -131,15 +123,15 @@ def _printed_float(row: Row) -> dict[str, float]:
 
 
 def _lost(row: Row, figures: Record, teacher: Record) -> float | None:
-    """Points of TPR at FPR 1e-4 that the float network is ahead."""
+    """Return the loss in TPR at FPR 1e-4 relative to the float network, in percentage points."""
     if row.method.kind == "float":
         return None
-    ahead, behind = _at_1e_4(teacher), _at_1e_4(figures)
-    return None if ahead is None or behind is None else ahead - behind
+    before, after = _at_1e_4(teacher), _at_1e_4(figures)
+    return None if before is None or after is None else before - after
 
 
 def _at_1e_4(figures: Record) -> float | None:
-    """TPR at FPR 1e-4, on whichever images it was measured."""
+    """Return TPR at FPR 1e-4, on IJB-C if measured there, else on the second half of LFW."""
     columns = ("ijbc-1e-4", HALF_COLUMNS["1e-4"])
     return next((value for column in columns if (value := figures.get(column)) is not None), None)
 
@@ -172,7 +164,7 @@ def _as_data(table: PaperTable) -> Record:
 
 
 def _columns(lines: Sequence[Record]) -> dict[str, str]:
-    """The columns of figures that any row has, by their keys."""
+    """Return the headings of all figures that occur in any row, by key."""
     known = {**SETS, **{heading: heading for heading in HALF_COLUMNS.values()}}
     used = {key for line in lines for key in (*line["measured"], *line["printed"])}
     return {key: heading for key, heading in known.items() if key in used}
@@ -194,7 +186,7 @@ def _cells(line: Record, columns: dict[str, str]) -> list[str]:
 
 
 def _cell(measured: float | None, printed: float | None, digits: int = 2) -> str:
-    """``93.50 (93.79, -0.29)``; either may be missing."""
+    """Format a cell as ``93.50 (93.79, -0.29)``: measured, printed, difference. Either may be missing."""
     if measured is None:
         return "" if printed is None else f"({printed:,.{digits}f})"
     if printed is None:
@@ -211,7 +203,7 @@ def _markdown(headings: Sequence[str], cells: Sequence[Sequence[str]], notes: Se
 
 
 def _draw(table: PaperTable, lines: Sequence[Record], path: Path) -> None:
-    """TPR at 1e-4, measured and printed, a row a model; nothing without matplotlib or figures."""
+    """Draw TPR at FPR 1e-4, measured and printed, one row per model; draw nothing without matplotlib or figures."""
     marks: dict[str, Callable[[Record], Any]] = {
         "measured": lambda line: _at_1e_4(line["measured"]),
         "printed": lambda line: _at_1e_4(line["printed"]),
