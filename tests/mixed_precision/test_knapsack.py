@@ -82,7 +82,7 @@ def test_networks_of_odd_millions_of_weights_take_few_states() -> None:
 
 @pytest.mark.parametrize(
     ("of", "budget", "hint"),
-    [(table((10, {2: 0.0})), 19, "19 bits"), (table((10, {})), 99, "no bit widths"), (table(), 9, "no")],
+    [(table((10, {2: 0.0})), 19, "19 bits"), (table((10, {})), 99, "no losses of weights"), (table(), 9, "no")],
 )
 def test_what_cannot_be_solved_is_refused(of: Sensitivity, budget: int, hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
