@@ -21,12 +21,12 @@ from harness.benchmark_command import BenchmarkCommand
 from harness.recipes import RECIPES
 from harness.records import Record, Records
 from harness.report_files import markdown_table, terminal_table, write_figure, write_json, write_text
-from paper.arms import Arms, Unavailable
+from paper.arms import Arms
+from paper.comparison import compare, format_cell, tpr_at_1e_4
 from paper.rows import FLOAT, SETS, TABLES, PaperTable, Row
 from paper.sources import HALF_COLUMNS, STAND_INS, Sources
 from rich.console import Console
 
-import qface
 from qface.files import make_folder
 
 __all__ = ["main"]
@@ -65,7 +65,8 @@ def main(
     try:
         for row in _rows(table, sources):
             if not networks or row.network in networks:
-                lines.append(_line(row, arms))
+                click.echo(f"{row.network}, {row.label} ({row.method.name})", err=True)
+                lines.append(compare(row, arms))
     except KeyboardInterrupt:
         click.echo("interrupted: the same command continues from here", err=True)
         sys.exit(130)
@@ -94,46 +95,6 @@ def _methods_for(table: PaperTable, stand_in: str) -> list[Row]:
     learns = not table.teacher_of or stand_in in table.teacher_of
     others = [method for method in table.methods() if learns and method.kind not in ("float", "published")]
     return [Row(stand_in, method.name, method) for method in (FLOAT, *others)]
-
-
-def _line(row: Row, arms: Arms) -> Record:
-    """Return the printed and the measured figures of a row."""
-    click.echo(f"{row.network}, {row.label} ({row.method.name})", err=True)
-    line = {"network": row.network, "label": row.label, "method": row.method.name, **_printed(row)}
-    try:
-        measured, teacher = arms.figures(row.network, row.method), arms.figures(row.network, FLOAT)
-    except (Unavailable, qface.QFaceError) as error:
-        return {**line, "measured": {}, "missing": str(error), "failed": not isinstance(error, Unavailable)}
-    measured = {**measured, "lost": _lost(row, measured, teacher)}
-    return {**line, "measured": measured, "missing": None, "failed": False}
-
-
-def _printed(row: Row) -> Record:
-    images = None if row.images is None else round(1e6 * row.images)
-    printed = {**row.printed, "mb": row.mb, "images": images, "lost": _lost(row, row.printed, _printed_float(row))}
-    return {"printed": printed, "remark": row.remark}
-
-
-def _printed_float(row: Row) -> dict[str, float]:
-    """Return the paper's figures for the float network of a row; empty for models of other authors."""
-    if row.method.kind not in ("ours", "pruned"):
-        return {}
-    floats = (each for each in TABLES[1].rows if each.method.kind == "float")
-    return next((each.printed for each in floats if each.network == row.network), {})
-
-
-def _lost(row: Row, figures: Record, teacher: Record) -> float | None:
-    """Return the loss in TPR at FPR 1e-4 relative to the float network, in percentage points."""
-    if row.method.kind == "float":
-        return None
-    before, after = _at_1e_4(teacher), _at_1e_4(figures)
-    return None if before is None or after is None else before - after
-
-
-def _at_1e_4(figures: Record) -> float | None:
-    """Return TPR at FPR 1e-4, on IJB-C if measured there, else on the second half of LFW."""
-    columns = ("ijbc-1e-4", HALF_COLUMNS["1e-4"])
-    return next((value for column in columns if (value := figures.get(column)) is not None), None)
 
 
 def _report(
@@ -176,22 +137,13 @@ def _headings(lines: Sequence[Record]) -> list[str]:
 
 def _cells(line: Record, columns: dict[str, str]) -> list[str]:
     measured, printed = line["measured"], line["printed"]
-    figures = [_cell(measured.get(key), printed.get(key)) for key in columns]
-    images = _cell(measured.get("images"), printed["images"], digits=0)
-    size = _cell(measured.get("mb"), printed["mb"])
-    lost = _cell(measured.get("lost"), printed["lost"])
+    figures = [format_cell(measured.get(key), printed.get(key)) for key in columns]
+    images = format_cell(measured.get("images"), printed["images"], digits=0)
+    size = format_cell(measured.get("mb"), printed["mb"])
+    lost = format_cell(measured.get("lost"), printed["lost"])
     seconds = "" if measured.get("seconds") is None else f"{measured['seconds']:.0f}"
     last = line["missing"] or ("see below" if line["remark"] else "")
     return [line["network"], line["label"], line["method"], images, size, *figures, lost, seconds, last]
-
-
-def _cell(measured: float | None, printed: float | None, digits: int = 2) -> str:
-    """Format a cell as ``93.50 (93.79, -0.29)``: measured, printed, difference. Either may be missing."""
-    if measured is None:
-        return "" if printed is None else f"({printed:,.{digits}f})"
-    if printed is None:
-        return f"{measured:,.{digits}f}"
-    return f"{measured:,.{digits}f} ({printed:,.{digits}f}, {measured - printed:+,.{digits}f})"
 
 
 def _remarks(lines: Sequence[Record]) -> list[str]:
@@ -205,8 +157,8 @@ def _markdown(headings: Sequence[str], cells: Sequence[Sequence[str]], notes: Se
 def _draw(table: PaperTable, lines: Sequence[Record], path: Path) -> None:
     """Draw TPR at FPR 1e-4, measured and printed, one row per model; draw nothing without matplotlib or figures."""
     marks: dict[str, Callable[[Record], Any]] = {
-        "measured": lambda line: _at_1e_4(line["measured"]),
-        "printed": lambda line: _at_1e_4(line["printed"]),
+        "measured": lambda line: tpr_at_1e_4(line["measured"]),
+        "printed": lambda line: tpr_at_1e_4(line["printed"]),
     }
     shown = [line for line in lines if any(read(line) is not None for read in marks.values())]
     try:

@@ -216,7 +216,7 @@ def test_an_interrupted_table_shows_what_is_there(data: Path, monkeypatch: pytes
 
 
 def test_differences_are_printed() -> None:
-    cell = script("paper_table")._cell
+    cell = script("paper.comparison").format_cell
     assert cell(93.5, 93.79) == "93.50 (93.79, -0.29)"
     assert cell(None, 93.79) == "(93.79)"
     assert cell(93.5, None) == "93.50"
@@ -230,15 +230,13 @@ class Fixed:
 
 
 def test_losses_are_against_the_float_network_of_the_same_name() -> None:
-    rows = script("paper.rows").TABLES[1].rows
-    lines = {
-        line["label"]: line for row in rows if (line := script("paper_table")._line(row, Fixed()))["network"] == "R34"
-    }
+    rows, compare = script("paper.rows").TABLES[1].rows, script("paper.comparison").compare
+    lines = {line["label"]: line for row in rows if (line := compare(row, Fixed()))["network"] == "R34"}
     assert lines["Ours (w6a6)"]["measured"]["lost"] == pytest.approx(1.5)
     assert lines["Ours (w6a6)"]["printed"]["lost"] == pytest.approx(96.56 - 95.56)
     assert lines["Ours, pruned"]["printed"]["lost"] == pytest.approx(96.56 - 89.11)
     assert lines["teacher"]["measured"]["lost"] is None and lines["teacher"]["printed"]["lost"] is None
-    others = [script("paper_table")._line(row, Fixed()) for row in rows if row.method.kind == "quantface"]
+    others = [compare(row, Fixed()) for row in rows if row.method.kind == "quantface"]
     assert {line["printed"]["lost"] for line in others} == {None}
 
 
@@ -334,5 +332,5 @@ def test_a_published_file_of_another_network_is_refused(change: str, tmp_path: P
         "other shapes": tensors | {first: torch.ones(1, 2)},
     }
     torch.save(module_of(other[change]), file)
-    with pytest.raises(qface.QFaceError, match="it is of another network"):
+    with pytest.raises(qface.QFaceError, match="pass the network that it belongs to"):
         quantface.load_published(file, model, 6, 6)

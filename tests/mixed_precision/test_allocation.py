@@ -138,5 +138,5 @@ def test_images_that_are_missing_are_refused(images: Any) -> None:
 def test_students_and_impossible_bits_are_refused() -> None:
     with pytest.raises(ConfigError, match="already"):
         qface.allocate_bits(qface.quantize(network(tiny_face_net)), FACES, 1)
-    with pytest.raises(ConfigError, match="activation_bits must be .* got 9"):
+    with pytest.raises(ConfigError, match=r"activation_bits must be .* got 9"):
         qface.allocate_bits(network(tiny_face_net), FACES, 1, activation_bits=9)
