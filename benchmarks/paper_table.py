@@ -91,7 +91,7 @@ def _rows(table: PaperTable, sources: Sources) -> list[Row]:
 
 
 def _methods_for(table: PaperTable, stand_in: str) -> list[Row]:
-    """Return rows for a stand-in: no published models, and a distillation table only trains the smaller network."""
+    """Return rows for a stand-in, which has no published models; only the smaller one is distilled."""
     learns = not table.teacher_of or stand_in in table.teacher_of
     others = [method for method in table.methods() if learns and method.kind not in ("float", "published")]
     return [Row(stand_in, method.name, method) for method in (FLOAT, *others)]
@@ -155,7 +155,7 @@ def _markdown(headings: Sequence[str], cells: Sequence[Sequence[str]], notes: Se
 
 
 def _draw(table: PaperTable, lines: Sequence[Record], path: Path) -> None:
-    """Draw TPR at FPR 1e-4, measured and printed, one row per model; draw nothing without matplotlib or figures."""
+    """Draw TPR at FPR 1e-4 per model, measured and printed, if matplotlib and figures exist."""
     marks: dict[str, Callable[[Record], Any]] = {
         "measured": lambda line: tpr_at_1e_4(line["measured"]),
         "printed": lambda line: tpr_at_1e_4(line["printed"]),

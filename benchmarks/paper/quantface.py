@@ -1,11 +1,12 @@
-"""QuantFace's quantization and training (Boutros, Damer, Kuijper: QuantFace, ICPR 2022), as a baseline.
+"""Quantization and training of QuantFace, as a baseline.
 
-As in its published code: weights are asymmetric per output channel, with a range from the current weights at each step;
-activations after PReLUs and residual sums have a running min/max range, which is frozen after 299 steps; slopes have as
-many bits as activations. Training minimizes the MSE of normalized embeddings with SGD and Nesterov momentum, learning
-rate 0.1 / 512 per image and gradient norm clipped to 5. BatchNorm stays float. There is no integer file: weights have
-zero points per channel, which onnxruntime's integer convolutions do not support, so students run in torch. Two
-differences: weight decay applies to weights only (not biases, norms, slopes), and dropout is off.
+Boutros, Damer, Kuijper: QuantFace, ICPR 2022. As in its published code: weights are asymmetric per output channel, with
+a range from the current weights at each step; activations after PReLUs and residual sums have a running min/max range,
+which is frozen after 299 steps; slopes have as many bits as activations. Training minimizes the MSE of normalized
+embeddings with SGD and Nesterov momentum, learning rate 0.1 / 512 per image and gradient norm clipped to 5. BatchNorm
+stays float. There is no integer file: weights have zero points per channel, which onnxruntime's integer convolutions do
+not support, so students run in torch. Two differences: weight decay applies to weights only (not biases, norms,
+slopes), and dropout is off.
 
 Layers of IResNet and MobileFaceNet have the names of QuantFace's files, so that :func:`load_published` finds them.
 """

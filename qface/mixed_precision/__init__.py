@@ -1,4 +1,4 @@
-"""Mixed precision: sensitivity of each layer to quantization, and bits per weight tensor for a file size budget."""
+"""Mixed precision: sensitivity of layers to quantization, and bits per weight tensor for a budget."""
 
 from qface.mixed_precision.allocation import allocate_bits, average_bits, bits_for, draft_file
 from qface.mixed_precision.knapsack import choose_bit_widths

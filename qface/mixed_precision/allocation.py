@@ -133,7 +133,7 @@ def average_bits(table: Sensitivity, config: QuantizationConfig) -> float:
 def _fitting(
     model: nn.Module, narrowest: QuantizationConfig, table: Sensitivity, faces: Tensor, budget: int, smallest: int
 ) -> QuantizationConfig:
-    """Return the best config whose file has <= ``budget`` bytes; the file of ``narrowest`` has ``smallest`` bytes."""
+    """Return the best config whose file has <= ``budget`` bytes."""
     minimum = MIN_BITS * sum(layer.elements for layer in table.layers) + 8 * _BYTES_PER_BIT_WIDTH
     room = 8 * (budget - smallest) + minimum
     while True:

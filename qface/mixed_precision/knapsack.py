@@ -75,13 +75,13 @@ def _best_choice(elements: Sequence[int], options: Sequence[Options], budget: in
 
 
 def _unit(extras: Sequence[Ints], spare: int) -> int:
-    """Return the unit of cost: the common divisor of all costs, or a multiple that gives :data:`_STATES` budgets."""
+    """Return the unit of cost: a multiple of the costs' common divisor with <= `_STATES` budgets."""
     common = max(int(np.gcd.reduce(np.concatenate(extras))), 1)
     return common * max(-(-spare // (common * _STATES)), 1)
 
 
 def _knapsack(costs: Sequence[Ints], losses: Sequence[Floats], budget: int) -> list[int]:
-    """Return the option of each item with minimum summed loss and summed cost <= ``budget``; the first costs 0."""
+    """Return each item's option, with minimum summed loss; the first option of an item costs 0."""
     budget = min(budget, sum(int(cost.max()) for cost in costs))
     minimum = np.zeros(budget + 1)  # minimum loss of the items so far, for each budget
     picks = []

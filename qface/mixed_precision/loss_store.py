@@ -69,7 +69,7 @@ def _line(item: tuple[Key, float]) -> str:
 
 
 def _parsed(lines: list[str]) -> Iterator[tuple[Key, float]]:
-    """Yield the losses of ``lines`` up to the first damaged line, such as the last one of an interrupted run."""
+    """Yield the losses up to the first damaged line, such as the last one of an interrupted run."""
     for line in lines:
         try:
             batch, node, bits, loss = json.loads(line)

@@ -258,7 +258,7 @@ def _without_quantization(model: nn.Module) -> fx.GraphModule:
 
 @dataclass(frozen=True)
 class _Change:
-    """One tensor quantized to ``bits`` bits; ``compute`` maps the input of ``node`` to its quantized output."""
+    """One tensor quantized to ``bits`` bits; ``compute`` maps the input of ``node`` to its output."""
 
     node: fx.Node
     bits: int

@@ -48,7 +48,9 @@ _COUNT = struct.Struct("<q")
 
 
 def read_torch_file(path: str | Path) -> Any:
-    """Read the object that ``torch.save`` wrote, with stand-ins for other classes than tensors and plain values.
+    """Read the object that ``torch.save`` wrote.
+
+    Classes other than tensors, arrays and plain values become stand-ins.
 
     Args:
         path: a ``.pth`` or ``.pt`` file.
@@ -119,7 +121,7 @@ class _TensorUnpickler(ArrayUnpickler):
             return UnknownTensor if is_tensor else ObjectStandIn
 
     def _rebuild_tensor(self, storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-        """Return a view of ``storage``; its elements count as a copy, since a view may repeat the same numbers."""
+        """Return a view of ``storage``, counted as a copy, since a view may repeat elements."""
         self._allowance.spend(elements_of(size, "a tensor") * storage.itemsize)
         return storage.as_strided(tuple(size), tuple(stride), offset)
 
@@ -230,7 +232,7 @@ def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
 
 
 def _rebuild_with_attributes(rebuild: Any, kind: Any, arguments: Any, *_: Any) -> Any:
-    """Rebuild a tensor that carries Python attributes, such as an ``nn.Buffer``; the attributes are dropped."""
+    """Rebuild a tensor with Python attributes, such as an ``nn.Buffer``, without the attributes."""
     return rebuild(*arguments)
 
 

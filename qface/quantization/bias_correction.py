@@ -37,7 +37,7 @@ def channel_means(student: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
 
 
 def correct_biases(student: fx.GraphModule, batches: Sequence[Tensor], wanted: Sequence[dict[str, Tensor]]) -> None:
-    """Correct the biases of ``student`` in place, so that its channel means match those of the float network.
+    """Correct the biases of ``student`` in place, to restore the channel means of the float network.
 
     Each batch corrects the error that earlier batches left; all batches have equal weight.
 

@@ -41,7 +41,9 @@ _AVERAGE_ROUNDINGS = 6
 
 
 def bind_quantizers(student: fx.GraphModule) -> None:
-    """Set the quantizers of each layer and the scale rule of each quantizer; call again after a graph change.
+    """Set the quantizers of each layer and the scale rule of each quantizer.
+
+    Call it again after a change of the graph.
 
     Args:
         student: changed in place.

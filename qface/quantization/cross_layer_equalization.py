@@ -1,4 +1,4 @@
-"""Cross-layer equalization (CLE): scale channels so that they can share one quantization scale at little loss.
+"""Cross-layer equalization (CLE): rescale channels so that one quantization scale fits all.
 
 An activation tensor has one scale and zero point, which its widest channel decides. A positive factor per channel
 passes through sums and homogeneous activation functions, so it can be moved into the weights before and after them
@@ -179,7 +179,7 @@ def _factors(region: Region, tensors: list[Tensor]) -> Tensor:
 
 
 def _bounded(region: Region, factor: Tensor, narrow: list[Tensor], wider: dict[LSQFakeQuantize, Tensor]) -> Tensor:
-    """Limit the factors, so that quantizers with more bits keep at most half the step of those with the fewest.
+    """Limit the factors so that quantizers with more bits keep at most half the lowest-bit step.
 
     Values that a later ReLU clips count here. A channel that is never active after the ReLU could get any factor, and
     would then dominate the scale of a quantizer before the ReLU.
@@ -234,7 +234,7 @@ def _errors(values: Tensor, factor: Tensor, lows: list[int], num_steps: int) -> 
 
 
 def _importance(region: Region) -> Tensor:
-    """Return the gain of a squared error in each channel through the consumers: their squared weights, [C]."""
+    """Return the gain of each channel's squared error: the consumers' squared weights, [C]."""
     return torch.stack([_squared_weights(sink) for sink in region.sinks]).sum(0)
 
 

@@ -1,4 +1,4 @@
-"""Exact scales: scales adjusted so that no result lies near a rounding tie and all processors round alike.
+"""Exact scales: no result lies near a rounding tie, so all processors round alike.
 
 Convolutions and matrix products multiply an int32 sum by one float32 factor and round half to even, which is the same
 everywhere. Kernels of sums, products, averages and lookups differ between processors in the last bits, which matters
@@ -134,7 +134,7 @@ class ScaleGroup:
 
 @dataclass(eq=False)
 class ScaleRatio:
-    """Ratio of a product or average, which rounds integers times ``prod(input scales) / (count x output scale)``.
+    """Ratio ``prod(input scales) / (count x output scale)`` by which a product or average rounds.
 
     If the ratio is k / q with an odd q, every integer multiple of it is at least 1 / (2 q) away from a tie.
 
@@ -263,7 +263,7 @@ class ExactWeightScale:
 
 
 def exact_weight_scale(raw: Tensor, source_scale: Tensor, output_scale: Tensor) -> Tensor:
-    """Return the scales nearest to ``raw`` for which ``source_scale * scale / output_scale`` is k / q, float64.
+    """Return the nearest scales whose ``source_scale * scale / output_scale`` is k / q, float64.
 
     Args:
         raw: scales of a weight, any shape.

@@ -21,7 +21,7 @@ _MIN_SCALE = 1e-12
 
 
 class _SwitchedFakeQuantize(FakeQuantizeBase):
-    """Base that mirrors torch.ao's two switch tensors as Python bools, to avoid a CUDA sync in each forward."""
+    """Base that mirrors torch.ao's switch tensors as bools, to avoid a CUDA sync in each forward."""
 
     def __init__(self) -> None:
         super().__init__()

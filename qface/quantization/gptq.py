@@ -111,7 +111,7 @@ class HessianCollector:
         return len(self._moments)
 
     def items(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Yield each observed layer and its damped Hessian, float64 [groups, K, K]; the upper triangle is valid."""
+        """Yield each layer and its damped Hessian, float64 [groups, K, K], upper triangle valid."""
         for layer, moments in self._moments.items():
             count, mean, squares = moments.count, moments.sums / moments.count, moments.products / moments.count
             hessian = squares - mean[:, :, None] * mean[:, None, :]
@@ -157,7 +157,9 @@ def _mean_diagonal(hessian: Tensor) -> Tensor:
 
 
 def _shares(hessian: Tensor) -> Tensor:
-    """Return the share of each weight's error (row) that each later weight (column) compensates, [groups, K, K].
+    """Return the share of each weight's error that later weights compensate, [groups, K, K].
+
+    Rows are the rounded weights, columns the later ones.
 
     With U upper triangular and U U^T = H, this is U with each column divided by its diagonal element; the upper
     triangle is valid. If float32 errors outweigh the damping, the damping grows until H is positive definite.

@@ -24,10 +24,11 @@ _NAME = "activation_post_process"  # torch.ao's name for observers and fake-quan
 
 
 def place_quantizers(student: fx.GraphModule, config: QuantizationConfig, preprocessing: Preprocessing) -> None:
-    """Replace torch.ao's quantizers by exactly those of the placement table (:mod:`qface.quantization.placement`).
+    """Replace torch.ao's quantizers by those of the placement table.
 
-    torch.ao places a quantizer after every layer that it knows. That lacks those after float layers, and adds useless
-    ones: after layers that only move values, before a fused clamp, and where no consumer computes in integers.
+    The table is :mod:`qface.quantization.placement`. torch.ao places a quantizer after every layer that it knows: none
+    after float layers, and useless ones after layers that only move values, before a fused clamp, and where no
+    consumer computes in integers.
 
     Args:
         student: the result of ``prepare_qat_fx``; changed in place.
@@ -96,7 +97,7 @@ def _feeds_only_clamps(node: fx.Node) -> bool:
 
 
 def _shares_scale_of_prelu(node: fx.Node, config: QuantizationConfig) -> bool:
-    """Return True if the sole consumer is a PReLU with fewer than 8 output bits; both then share one uint8 scale."""
+    """True if the sole consumer is a PReLU with fewer than 8 output bits; both share one scale."""
     (consumer, *others) = node.users
     if others or not isinstance(layer_of(consumer), QuantizedPReLU) or computes_in_float(node):
         return False
@@ -105,7 +106,7 @@ def _shares_scale_of_prelu(node: fx.Node, config: QuantizationConfig) -> bool:
 
 
 def _image_quantizer(preprocessing: Preprocessing) -> ImageFakeQuantize | None:
-    """Return a quantizer that maps every pixel value to itself; None if mean or std differ between channels."""
+    """Return a quantizer lossless for pixels, or None if mean or std differ between channels."""
     if len(set(preprocessing.mean)) > 1 or len(set(preprocessing.std)) > 1:
         return None
     mean, std = preprocessing.mean[0], preprocessing.std[0]

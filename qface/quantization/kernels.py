@@ -34,7 +34,7 @@ def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int
 
 
 def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute ``multiply(x, weight) + bias`` on integers exactly, then convert to float32 as kernels convert int32.
+    """Compute ``multiply(x, weight) + bias`` on integers exactly, then round it to float32.
 
     Args:
         multiply: a convolution or matrix product.

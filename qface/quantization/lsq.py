@@ -24,7 +24,7 @@ _above = torch.ops.aten.threshold_backward
 
 
 def lsq_fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_factor: float) -> Tensor:
-    """Fake-quantize ``x`` to multiples of ``scale``; the gradient passes up to half a step outside the range.
+    """Fake-quantize ``x``; the gradient passes up to half a step outside the range.
 
     Args:
         x: any shape, float32.

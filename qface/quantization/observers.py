@@ -116,7 +116,7 @@ class MinMaxObserver(RangeObserver):
 
 
 class MovingAverageObserver(MinMaxObserver):
-    """Observer of the moving average of each tensor's minimum and maximum, with weight 0.01 for a new tensor."""
+    """Observer of the moving averages of minimum and maximum, with weight 0.01 for a new tensor."""
 
     def merge(self, low: Tensor, new_low: Tensor, high: Tensor, new_high: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ends of the range, updated with those of a new tensor."""

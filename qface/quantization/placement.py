@@ -1,4 +1,6 @@
-"""Placement table: the bits of each tensor. Quantization follows it; later stages look at the quantizers it placed.
+"""Placement table: the bits of each tensor.
+
+Quantization follows the table; later stages look at the quantizers it placed.
 
 ===================  =====================  ==================================================================
 role                 bits                   tensor

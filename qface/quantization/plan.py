@@ -103,7 +103,9 @@ def plan_of(student: fx.GraphModule) -> QuantizationPlan:
 
 
 def unrounded(model: ModuleT) -> ModuleT:
-    """Return a copy of ``model`` in eval mode without LSQ fake quantization, which runs before calibration too.
+    """Return a copy of ``model`` in eval mode with LSQ fake quantization off.
+
+    The copy runs before calibration too.
 
     Args:
         model: a student, calibrated or not.

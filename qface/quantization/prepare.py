@@ -157,7 +157,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def _swap_leaves(model: fx.GraphModule) -> None:
-    """Swap the layers that torch.ao does not: it sets no qconfig on leaf modules, and skips layers without one."""
+    """Swap the leaf modules, which torch.ao skips, since it sets no qconfig on them."""
     for node in model.graph.nodes:
         layer = layer_of(node)
         if isinstance(layer, ChannelAffine) and _has_integer_form(node, layer):
@@ -167,7 +167,7 @@ def _swap_leaves(model: fx.GraphModule) -> None:
 
 
 def _has_integer_form(node: fx.Node, layer: ChannelAffine) -> bool:
-    """Return True for an affine layer along the channels of [N, C] or [N, C, H, W], a depthwise convolution."""
+    """Return True for an affine layer along the channels of [N, C] or [N, C, H, W]."""
     return layer.dim == 1 and layer.num_channels > 1 and len(shape_of(node)) in (2, 4)
 
 
@@ -222,10 +222,11 @@ def _qconfig_mapping(model: fx.GraphModule, config: QuantizationConfig) -> QConf
 
 
 def _qconfig(weight_bits: int, config: QuantizationConfig) -> Any:
-    """Return factories of one shared quantizer each, since torch.ao calls them about 20 times per layer for the dtype.
+    """Return factories of one shared quantizer each.
 
-    Neither quantizes anything: :func:`place_quantizers` replaces the activation's, and a swapped layer builds its own
-    from the settings of the weight's.
+    torch.ao calls a factory about 20 times per layer, to get the dtype. Neither quantizes anything:
+    :func:`place_quantizers` replaces the activation's, and a swapped layer builds its own from the settings of the
+    weight's.
     """
     activation = LSQFakeQuantize(OTHER_BITS)
     weight = LSQFakeQuantize(weight_bits, 1, config.weight_observer, config.percentile)

@@ -49,7 +49,9 @@ class LayerBits:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Bits and observers of a quantized network; :mod:`qface.quantization.placement` lists which tensor has which bits.
+    """Bits and observers of a quantized network.
+
+    :mod:`qface.quantization.placement` lists which tensor has which bits.
 
     Args:
         weight_bits: bits of all convolution and linear weights, 2 to 8 (default 6).

@@ -1,4 +1,4 @@
-"""Quantized layers: fake quantization in training mode, and exactly the deployed integer arithmetic in eval mode.
+"""Quantized layers: fake quantization in training mode, deployed integer arithmetic in eval mode.
 
 In training mode a convolution multiplies fake-quantized floats, with gradients. In eval mode it multiplies integers as
 onnxruntime does (:mod:`qface.quantization.kernels`). For that, a layer needs the quantization parameters of its inputs

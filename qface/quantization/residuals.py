@@ -23,10 +23,11 @@ _WITH_CHANNELS = (2, 4)  # numbers of dimensions of tensors with a channel dimen
 
 
 def widen_residuals(network: fx.GraphModule, config: QuantizationConfig, wide: int) -> None:
-    """Give convolutions and linear layers with fewer than ``wide`` bits their own copy of a residual tensor; in place.
+    """Insert copies of residual tensors for layers with fewer than ``wide`` bits, in place.
 
-    The copy of a sum is a second sum, that of any other tensor an identity
-    :class:`~qface.graph.layers.ChannelAffine`; both have integer kernels. The network's output does not change.
+    Such convolutions and linear layers consume the copy instead of the tensor. The copy of a sum is a second sum, that
+    of any other tensor an identity :class:`~qface.graph.layers.ChannelAffine`; both have integer kernels. The network's
+    output does not change.
 
     Args:
         network: canonical float network.

@@ -32,7 +32,7 @@ _COMBINING = frozenset({"BitwiseOr", "BitwiseXor", "Concat", "Mul"})
 
 
 class _Use(NamedTuple):
-    """A constant unpacked from an initializer: kind, name, and number of elements if the initializer holds several."""
+    """A constant unpacked from an initializer; ``length`` is its elements if there are several."""
 
     kind: str
     name: str
@@ -40,7 +40,7 @@ class _Use(NamedTuple):
 
 
 class TensorRoles:
-    """Role of each initializer, found from the operators that consume it, directly or after unpacking nodes.
+    """Role of each initializer, from the operators that consume it directly or unpacked.
 
     Args:
         graph: the graph of the file.
@@ -90,9 +90,10 @@ class TensorRoles:
                 yield node.input[place], self._weight_kind(node) if kind == "weight" else kind
 
     def _weight_kind(self, node: onnx.NodeProto) -> str:
-        """Return the kind of a convolution's weights; export writes PReLU and BatchNorm as depthwise 1x1 convolutions.
+        """Return the kind of a convolution's weights.
 
-        Slopes share one scale; slopes of 1 only requantize a value.
+        Export writes PReLU and BatchNorm as depthwise 1x1 convolutions. Slopes share one scale; slopes of 1 only
+        requantize a value.
         """
         groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), None)
         producer = self._constant_producer(node.input[1])
@@ -139,7 +140,7 @@ class TensorRoles:
         return self._unpacked[value][0] if value in self._unpacked else None
 
     def _sources(self, value: str, length: int | None) -> Iterator[tuple[str, int | None]]:
-        """Yield the initializers that ``value`` comes from, with its number of elements if an initializer is split."""
+        """Yield the initializers of ``value``, with its number of elements if they are split."""
         if value in self._tensors:
             yield value, length
         elif value in self._unpacked:
