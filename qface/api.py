@@ -6,7 +6,6 @@ from qface.data.augmentation import AugmentationConfig
 from qface.data.crops import AlignmentReport, align
 from qface.data.pair_drawing import make_pairs
 from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
-from qface.deployment.mixed_precision import allocate_bits
 from qface.distillation import DistillConfig, distill
 from qface.errors import QFaceError
 from qface.evaluation import (
@@ -27,11 +26,11 @@ from qface.evaluation import (
     thresholds_of,
     write_thresholds,
 )
+from qface.mixed_precision import Sensitivity, allocate_bits, sensitivity
 from qface.models import load, save
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.pruning import Budget, PruningConfig, prune
 from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
-from qface.quantization.sensitivity import Sensitivity, sensitivity
 from qface.reporting.model_card import model_card
 from qface.reporting.plot import plot
 from qface.reporting.report.report import report

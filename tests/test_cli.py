@@ -401,7 +401,7 @@ def test_quantize_within_a_budget(workplace: Path) -> None:
     assert run("export", "student.safetensors", "-o", "student.onnx").exit_code == 0
     assert Path("student.onnx").stat().st_size <= 15_000
     other = (*arguments, "-o", "other.safetensors")
-    assert "MB are too few" in refusal(run(*other, "--budget-mb", "0.001"))
+    assert "budget_mb must be >= " in refusal(run(*other, "--budget-mb", "0.001"))
     assert "--weight-bits" in refusal(run(*other, "--budget-mb", "1", "--weight-bits", "4"))
     assert not Path("other.safetensors").exists()
 

@@ -23,8 +23,8 @@ from qface.evaluation import Interval, ListedFigures, Rates, StressFigures
 from qface.evaluation.groups import Estimate, Gap, Group, GroupRates, ModelGroups
 from qface.evaluation.score_histogram import ScoreHistogram
 from qface.evaluation.thresholds import PairingThreshold
+from qface.mixed_precision import LayerSensitivity
 from qface.quantization.plan import LayerPlan
-from qface.quantization.sensitivity import LayerSensitivity
 from qface.reporting.report.data import Curve, ModelFigures, ReportData
 from qface.results import Result
 from tests.crops import write_crops

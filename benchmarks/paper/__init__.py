@@ -1,1 +1,1 @@
-"""The tables of Ef-QuantFace: what it prints, and what its methods and ours give here."""
+"""Tables of the Ef-QuantFace paper: printed figures, and measured ones of its methods and of qface."""

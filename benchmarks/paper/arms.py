@@ -1,4 +1,4 @@
-"""Makes the models that the paper's rows are of, and judges them; each once, on disk with its figures."""
+"""Models of the paper's rows: each is made and evaluated once, and kept on disk with its figures."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ __all__ = ["Arms", "Unavailable"]
 
 PRUNED_SHARE = 0.2
 FROM_SCRATCH = replace(qface.DistillConfig.paper(), learning_rate=0.1)
-"""For a network that knows nothing yet: the rate that Tencent/TFace, recognition/tasks/ekd, begins with."""
+"""Settings for a randomly initialized network; the learning rate is that of Tencent/TFace, recognition/tasks/ekd."""
 
 
-class Unavailable(Exception):  # noqa: N818 - it says what is missing, and is no failure
-    """Something that a row needs is not there."""
+class Unavailable(Exception):  # noqa: N818 - reports a missing input, not a failure
+    """An input of a row is missing."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A model of a table.
+    """One model of a table.
 
     Args:
-        network: the paper's name of it.
-        method: how it comes about.
-        images: what it is tuned on, if anything.
-        settings: all that it depends on.
+        network: the paper's name of the network.
+        method: method that makes the model.
+        images: training images, if any.
+        settings: everything that the model depends on.
     """
 
     network: str
@@ -53,7 +53,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """As part of file names."""
+        """Name for use in file names."""
         return f"{self.network}-{self.method.name.replace(' ', '-').replace('%', 'pc')}"
 
 
@@ -62,12 +62,12 @@ class Arms:
     """All models of one run of a table.
 
     Args:
-        sources: networks and faces.
-        records: where models and figures are kept.
-        recipe: of :data:`RECIPES`, for what is ours.
-        teacher_of: of a network that is distilled, the network it learns from.
-        seed: of subsets, of weights of fresh networks, and of training.
-        max_steps: of each training.
+        sources: networks and face images.
+        records: store of models and figures.
+        recipe: key of :data:`RECIPES`, for qface's own methods.
+        teacher_of: teacher network by name of a distilled network.
+        seed: seed of subsets, initial weights and training.
+        max_steps: maximum steps of each training.
     """
 
     sources: Sources
@@ -78,16 +78,20 @@ class Arms:
     max_steps: int | None = None
 
     def figures(self, network: str, method: Method) -> Record:
-        """Figures by column, ``mb``, ``images`` and ``seconds`` of a network treated in one way.
+        """Return the figures of a model by column, and its ``mb``, ``images`` and ``seconds``.
 
-        None stands for what has no meaning there, and for the seconds of a training that was interrupted.
+        ``seconds`` is None if the training was interrupted.
+
+        Args:
+            network: the paper's name of the network.
+            method: method that makes the model.
 
         Raises:
-            Unavailable: the network, its images, or everything to judge it on is missing.
+            Unavailable: the network, its images, or every evaluation set is missing.
         """
         weights, judges = self._weights(network), self.sources.judges(network)
         if not judges:
-            raise Unavailable(f"nothing to judge {network} on")
+            raise Unavailable(f"no evaluation set for {network}")
         arm = self._arm(network, method, weights)
         figures = dict(self.records.recall(arm.name, arm.settings, lambda: self._make(arm)))
         shutil.rmtree(self._path(arm, ".training"), ignore_errors=True)
@@ -102,7 +106,7 @@ class Arms:
     def _arm(self, network: str, method: Method, weights: Path) -> Arm:
         images = None if method.kind in ("float", "published") else self._images_of(network, method)
         if images is not None and images.labels is None:
-            # One training where there is no folder of its own: QuantFace's loss knows nobody's name either way.
+            # Same training as the labeled row if no unlabeled folder exists: QuantFace's loss ignores labels.
             method = replace(method, labeled=False)
         settings = {
             "version": qface.__version__,
@@ -126,7 +130,7 @@ class Arms:
     def _images_of(self, network: str, method: Method) -> IndexedImages:
         images = self.sources.training(network, method.labeled)
         if images is None:
-            raise Unavailable(f"no faces to tune {network} on")
+            raise Unavailable(f"no training images for {network}")
         if method.kind == "quantface":
             images = Relabeled(images, None)
         return images if method.share == 1 else nested_subset(images, method.share, self.seed)
@@ -150,7 +154,7 @@ class Arms:
         return self.records.path(arm.name, arm.settings, ending)
 
     def _make(self, arm: Arm) -> Record:
-        """Write the model, and tell what is known of it beside its figures."""
+        """Make and write the model; return its size and, if trained, images and seconds."""
         make: dict[Kind, Callable[[Arm], float]] = {
             "float": self._float,
             "ours": self._ours,
@@ -167,7 +171,7 @@ class Arms:
         return facts
 
     def _model(self, arm: Arm) -> Model:
-        """What :meth:`_make` has written: a file for onnxruntime, save QuantFace's, of which there are none."""
+        """Return the model that :meth:`_make` wrote: an ONNX file, or a torch module for QuantFace's methods."""
         if arm.method.kind == "published":
             assert arm.method.bits is not None
             file, bits = self._published(arm.network, arm.method), arm.method.bits
@@ -182,7 +186,7 @@ class Arms:
         return qface.load(self._weights(network))
 
     def _training(self, method: Method) -> qface.DistillConfig:
-        """The settings of the recipe for ``method``; without labels EKD sees negative pairs only, or the teacher's."""
+        """Return the recipe's training settings; without labels, the reference EKD has no genuine pairs."""
         config = RECIPES[self.recipe].training
         return replace(
             config,
@@ -232,12 +236,12 @@ class Arms:
         return quantface.student_of(self._teacher(arm.network), arm.method.bits, arm.method.bits)
 
     def _size_of_quantface(self, arm: Arm) -> float:
-        """The paper's formula."""
+        """Return the size in MB by the paper's formula."""
         assert arm.method.bits is not None
         return cost_of(self._teacher(arm.network)).mb * arm.method.bits / 32
 
     def _distilled(self, arm: Arm) -> float:
-        """A fresh network of the same kind, taught with EKD."""
+        """Train a randomly initialized network with EKD."""
         teacher = self._teacher(self.teacher_of[arm.network])
         student = _fresh(arm.network, self._teacher(arm.network), self.seed)
         settings = {"class_head": arm.method.class_head, "seed": self.seed, "max_steps": self.max_steps}
@@ -247,7 +251,7 @@ class Arms:
 
 
 def _fresh(network: str, trained: nn.Module, seed: int) -> nn.Module:
-    """``trained`` with weights as before any training, the same for each seed."""
+    """Return ``trained`` with initial weights, which depend on the seed only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _initialized(network, trained)
@@ -259,7 +263,7 @@ def _initialized(network: str, trained: nn.Module) -> nn.Module:
     shapes = {key: value.shape for key, value in trained.state_dict().items()}
     if {key: value.shape for key, value in fresh.state_dict().items()} == shapes:
         return fresh
-    for module in trained.modules():  # a network of its own
+    for module in trained.modules():  # an architecture that qface does not know
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     return trained

@@ -1,15 +1,14 @@
-"""QuantFace's way to quantize (Boutros, Damer, Kuijper: QuantFace, ICPR 2022), to compare with in one run.
+"""Quantization and training of QuantFace, as a baseline.
 
-After its published code: weights quantized asymmetrically for each output channel, found anew at each step; activations
-behind PReLUs and residual sums between the least and the greatest value ever seen, which is followed for the first
-299 steps and then kept; slopes with as many bits as activations. The student is trained to the teacher's normalized
-embeddings by their squared error, with SGD and Nesterov's momentum, at a rate of 0.1 / 512 an image and gradients of at
-most 5. Batch norms stay float. There is no integer file of it: weights have zero points of their own for each channel,
-which integer convolutions of onnxruntime do not take, so its students run in torch. Two things differ: weights alone
-decay, and not biases, norms and slopes, and dropout is off.
+Boutros, Damer, Kuijper: QuantFace, ICPR 2022. As in its published code: weights are asymmetric per output channel, with
+a range from the current weights at each step; activations after PReLUs and residual sums have a running min/max range,
+which is frozen after 299 steps; slopes have as many bits as activations. Training minimizes the MSE of normalized
+embeddings with SGD and Nesterov momentum, learning rate 0.1 / 512 per image and gradient norm clipped to 5. BatchNorm
+stays float. There is no integer file: weights have zero points per channel, which onnxruntime's integer convolutions do
+not support, so students run in torch. Two differences: weight decay applies to weights only (not biases, norms,
+slopes), and dropout is off.
 
-Layers of IResNet and MobileFaceNet have the names that they have in QuantFace's files, so that :func:`load_published`
-finds them.
+Layers of IResNet and MobileFaceNet have the names of QuantFace's files, so that :func:`load_published` finds them.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from qface.errors import CheckpointError
 from qface.graph import Add
 from qface.models.iresnet import IResNetBlock
 from qface.models.mobilefacenet import Bottleneck
-from qface.models.pickled_modules import read_pickled_module
+from qface.pickles import read_pickled_module
 from qface.preprocessing import preprocessing_of, with_preprocessing
 
 STEPS_OF_RANGES = 299
-BATCH_SIZE = 64  # of Ef-QuantFace's comparison; QuantFace's is 128
+BATCH_SIZE = 64  # Ef-QuantFace's comparison; QuantFace itself uses 128
 RATE_OF_AN_IMAGE = 0.1 / 512
-_NOT_READ = ("beta", "beta_t")  # buffers of QuantFace's quantizers that its forward pass leaves alone
+_NOT_READ = ("beta", "beta_t")  # unused buffers of QuantFace's quantizers
 
 TRAINING = qface.DistillConfig(
     batch_size=BATCH_SIZE,
@@ -53,7 +52,7 @@ TRAINING = qface.DistillConfig(
 
 
 def fake_quantize(x: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
-    """``x`` rounded to 2^bits values between ``low`` and ``high``; gradients pass as if nothing was rounded."""
+    """Fake-quantize ``x`` to 2^bits values between ``low`` and ``high``, with a straight-through gradient."""
     steps = 2**bits - 1
     step = (high - low).clamp(min=1e-8) / steps
     zero = (low / step).round()
@@ -62,7 +61,7 @@ def fake_quantize(x: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
 
 
 class RangeQuantizer(nn.Module):
-    """Rounds activations between the least and the greatest value that training has shown."""
+    """Fake quantization of activations with a running min/max range."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -72,7 +71,7 @@ class RangeQuantizer(nn.Module):
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` rounded."""
+        """Fake-quantize ``x``."""
         if self.training and self.steps < STEPS_OF_RANGES:
             self.steps += 1
             self.x_min.copy_(torch.minimum(self.x_min, x.detach().min()))
@@ -81,48 +80,48 @@ class RangeQuantizer(nn.Module):
 
 
 class RangeConv2d(nn.Conv2d):
-    """A convolution whose weights are rounded between the extremes of each output channel."""
+    """Convolution with weights fake-quantized to the min/max range of each output channel."""
 
     bits: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve."""
+        """Convolve ``x``."""
         return self._conv_forward(x, rounded_rows(self.weight, self.bits), self.bias)
 
 
 class RangeLinear(nn.Linear):
-    """The same for a linear layer."""
+    """Linear layer with weights fake-quantized to the min/max range of each output channel."""
 
     bits: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply."""
+        """Apply the layer to ``x``."""
         return F.linear(x, rounded_rows(self.weight, self.bits), self.bias)
 
 
 def rounded_rows(weight: Tensor, bits: int) -> Tensor:
-    """``weight`` rounded between the extremes of each of its rows."""
+    """Fake-quantize ``weight`` to the min/max range of each row."""
     rows = weight.detach().flatten(1)
     shape = (-1,) + (1,) * (weight.ndim - 1)
     return fake_quantize(weight, bits, rows.amin(1).view(shape), rows.amax(1).view(shape))
 
 
 class RangePReLU(nn.PReLU):
-    """PReLU whose slopes and results are rounded."""
+    """PReLU with fake-quantized slopes and output."""
 
     def __init__(self, channels: int, bits: int) -> None:
         super().__init__(channels)
         self.quantAct = RangeQuantizer(bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rounded PReLU of ``x``."""
+        """Apply PReLU to ``x`` and fake-quantize the result."""
         slopes = self.weight.detach()
         rounded = fake_quantize(self.weight, self.quantAct.bits, slopes.min(), slopes.max())
         return self.quantAct(F.prelu(x, rounded))
 
 
 def student_of(teacher: nn.Module, weight_bits: int, activation_bits: int) -> nn.Module:
-    """A copy of ``teacher``, of its blocks or as a graph, that rounds as QuantFace's students do."""
+    """Return a copy of ``teacher`` with QuantFace's fake quantization."""
     student = _rounding(copy.deepcopy(teacher), weight_bits, activation_bits)
     if isinstance(student, fx.GraphModule):
         _round_sums(student, activation_bits)
@@ -151,7 +150,7 @@ def _ends_in_sum(module: nn.Module) -> bool:
 
 
 def _round_sums(student: fx.GraphModule, bits: int) -> None:
-    """The same for a network that has no blocks, only the operations in them."""
+    """Insert quantizers after residual sums of a network without known blocks."""
     graph = student.graph
     for node in [node for node in graph.nodes if _is_sum(node, student)]:
         name = f"{node.name}_quantAct"
@@ -169,16 +168,16 @@ def _is_sum(node: fx.Node, network: fx.GraphModule) -> bool:
 
 
 def load_published(path: Path, model: nn.Module, weight_bits: int, activation_bits: int) -> nn.Module:
-    """A student with the weights and ranges of a file that QuantFace published; a whole pickled module.
+    """Return a student with weights and ranges from a published QuantFace file, a pickled module.
 
     Args:
         path: the file.
         model: the network, with any weights.
-        weight_bits: what it was trained with.
-        activation_bits: likewise.
+        weight_bits: bits of weights that the file was trained with.
+        activation_bits: bits of activations that the file was trained with.
 
     Raises:
-        CheckpointError: the file is of another network.
+        CheckpointError: the file belongs to another network.
     """
     student = student_of(model, weight_bits, activation_bits)
     own, tensors = student.state_dict(), read_pickled_module(path)
@@ -187,7 +186,7 @@ def load_published(path: Path, model: nn.Module, weight_bits: int, activation_bi
     differing += [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
     if differing:
         raise CheckpointError(
-            f"{path} differs in {len(differing)} tensors (first: {differing[0]}): it is of another network"
+            f"{path} differs in {len(differing)} tensors (first: {differing[0]}); pass the network that it belongs to"
         )
     student.load_state_dict({name: tensors.get(name, value) for name, value in own.items()})
     return student.eval()

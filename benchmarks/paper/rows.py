@@ -1,4 +1,4 @@
-"""What Ef-QuantFace's tables 1 to 5 print, row by row, and where they are at odds with themselves or their sources."""
+"""Printed figures of Ef-QuantFace's tables 1 to 5, and remarks on contradictions in them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ LFW_IMAGES = 13_233
 
 @dataclass(frozen=True)
 class Method:
-    """How a row's model comes about.
+    """Method that makes the model of a row.
 
     Args:
-        kind: ``"float"``, the network as it is; ``"ours"``, quantized and distilled by the recipe of --recipe;
-            ``"pruned"``, 20 % of its channels removed and distilled; ``"quantface"``, QuantFace's quantization and
-            training; ``"published"``, a checkpoint that QuantFace gives out; ``"distilled"``, a fresh network that
-            learns from a larger one.
-        bits: of weights and activations, where they are quantized.
-        share: of the images.
-        labeled: whether training knows who is who.
-        class_head: whether a class head is trained beside the student.
+        kind: ``"float"``, the unchanged network; ``"ours"``, quantized and distilled with the --recipe; ``"pruned"``,
+            20 % of the channels removed, then distilled; ``"quantface"``, QuantFace's quantization and training;
+            ``"published"``, a checkpoint published by QuantFace; ``"distilled"``, a randomly initialized network
+            distilled from a larger one.
+        bits: bits of weights and activations, if quantized.
+        share: fraction of the images used.
+        labeled: True to train with identity labels.
+        class_head: True to train a class head with the student.
     """
 
     kind: Kind
@@ -45,7 +45,7 @@ class Method:
 
     @property
     def name(self) -> str:
-        """In words, and as part of file names."""
+        """Name for tables and file names."""
         words = [self.kind, f"w{self.bits}a{self.bits}" if self.bits else ""]
         words += ["" if self.share == 1 else f"{self.share:.0%} of images", "" if self.labeled else "unlabeled"]
         return " ".join([word for word in (*words, "class head" if self.class_head else "") if word])
@@ -53,16 +53,16 @@ class Method:
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it is printed.
+    """One row as printed.
 
     Args:
-        network: the paper's name of it.
-        label: what the paper calls the model.
-        method: what that is here.
-        printed: percent, by the keys of :data:`SETS`.
-        mb: megabytes printed.
-        images: millions of images printed.
-        remark: what is wrong with the row.
+        network: the paper's name of the network.
+        label: the paper's name of the model.
+        method: the corresponding method.
+        printed: figures in percent, by the keys of :data:`SETS`.
+        mb: printed MB.
+        images: printed number of images, in millions.
+        remark: error in the printed row, if any.
     """
 
     network: str
@@ -76,14 +76,14 @@ class Row:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table.
+    """A table of the paper.
 
     Args:
-        number: of the table in the paper.
-        title: what it shows.
-        rows: as printed.
-        remarks: what is wrong with the whole of it.
-        teacher_of: of a network that is distilled, the network it learns from.
+        number: number of the table.
+        title: title of the table.
+        rows: rows as printed.
+        remarks: errors in the whole table.
+        teacher_of: teacher network by name of a distilled network.
     """
 
     number: int
@@ -93,12 +93,12 @@ class PaperTable:
     teacher_of: dict[str, str] = field(default_factory=dict)
 
     def methods(self) -> list[Method]:
-        """Each method once, in order."""
+        """Return the distinct methods, in order."""
         return list(dict.fromkeys(row.method for row in self.rows))
 
 
 def _figures(*values: float | None) -> dict[str, float]:
-    """In the order of the paper's columns; None where it prints a dash."""
+    """Return figures by column; None stands for a dash in the paper."""
     return {name: value for name, value in zip(SETS, values, strict=True) if value is not None}
 
 
@@ -107,7 +107,7 @@ def _ijbc(low: float | None, high: float) -> dict[str, float]:
 
 
 FLOAT = Method("float")
-"""The network as it is."""
+"""The unchanged network."""
 _W6, _W8 = Method("ours", 6), Method("ours", 8)
 _REAL6, _REAL8 = Method("quantface", 6), Method("quantface", 8)
 _SYNTHETIC6, _SYNTHETIC8 = Method("quantface", 6, labeled=False), Method("quantface", 8, labeled=False)

@@ -1,4 +1,4 @@
-"""What the tables can find: networks in --weights, sets of faces in --data, and where users get what is missing."""
+"""Inputs of the tables: networks in --weights, face images in --data, and where to get missing ones."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qface.evaluation import embed
 
 __all__ = ["HALF_COLUMNS", "STAND_INS", "Figures", "Judge", "Model", "Sources"]
 
-Model = Any  # what qface.evaluate takes
+Model = Any  # anything that qface.evaluate accepts
 Figures = dict[str, float | None]
 
 STAND_INS = {"mobilefacenet": "mobilefacenet_112x96", "iresnet18": "iresnet18"}
-"""Networks that come with LFW in halves instead of the paper's, by the names of their files."""
+"""Stand-in networks, evaluated on the second half of LFW, and their file names."""
 HALF_COLUMNS = {"lfw": "LFW, second half", "1e-5": "TPR at 1e-5, second half", "1e-4": "TPR at 1e-4, second half"}
 
 _ENDINGS = (".safetensors", ".pth", ".pt", ".onnx")
@@ -31,11 +31,11 @@ _SETS = {"lfw": "lfw.bin", "calfw": "calfw.bin", "cplfw": "cplfw.bin"}
 
 @dataclass(frozen=True)
 class Judge:
-    """A set of faces to measure models on.
+    """An evaluation set.
 
     Args:
-        word: tells it from another set of the same name.
-        measure: gives a model's figures in percent, by their columns.
+        word: digest of the set.
+        measure: function from a model to its figures in percent, by column.
     """
 
     word: str
@@ -44,24 +44,24 @@ class Judge:
 
 @dataclass(frozen=True)
 class Sources:
-    """Two folders.
+    """The folders of networks and of face images.
 
     Args:
         weights: ``R18.pth``, ``R34.pth``, ``R50.pth``, ``R100.pth`` (or .safetensors, .pt, .onnx); the stand-ins;
             ``quantface/R18_w6a6.pth`` and so on, as QuantFace publishes them.
         data: ``lfw/`` with ``lfw_pairs.txt``, ``lfw.bin``, ``calfw.bin``, ``cplfw.bin``, ``sllfw_pairs.txt``,
-            ``IJBC/``; ``unlabeled/``, faces without names.
+            ``IJBC/``; ``unlabeled/``, face images without labels.
     """
 
     weights: Path
     data: Path
 
     def network(self, name: str) -> Path | None:
-        """The file of a network."""
+        """Return the file of a network, if present."""
         return self._file(self.weights / STAND_INS.get(name, name))
 
     def published(self, name: str, bits: int) -> Path | None:
-        """QuantFace's file of a network."""
+        """Return the published QuantFace file of a network, if present."""
         return self._file(self.weights / "quantface" / f"{name}_w{bits}a{bits}")
 
     @staticmethod
@@ -71,17 +71,17 @@ class Sources:
 
     @cached_property
     def halves(self) -> Halves | None:
-        """LFW in two halves, for the stand-ins."""
+        """LFW in two halves, for the stand-ins; None if missing."""
         there = (self.data / "lfw").is_dir() and (self.data / "lfw_pairs.txt").exists()
         return Halves(self.data) if there else None
 
     @cached_property
     def _lfw(self) -> ImageFolder:
-        """All of LFW, whose headers are looked at once."""
+        """All of LFW, scanned only once."""
         return ImageFolder(self.data / "lfw")
 
     def training(self, network: str, labeled: bool) -> IndexedImages | None:
-        """What a network is tuned on: the paper's on all of LFW, a stand-in on the first half of its people."""
+        """Return training images: all of LFW, or the first half of its identities for stand-ins."""
         if not (self.data / "lfw").is_dir():
             return None
         if network in STAND_INS:
@@ -94,7 +94,7 @@ class Sources:
         return Relabeled(ImageFolder(unlabeled) if unlabeled.is_dir() else images, None)
 
     def judges(self, network: str) -> dict[str, Judge]:
-        """What a network is judged on, by name."""
+        """Return the evaluation sets of a network, by name."""
         if network in STAND_INS:
             return {"halves": Judge(digest(self.halves.names()), self._on_halves)} if self.halves else {}
         found = {
@@ -126,7 +126,7 @@ class Sources:
         return {f"ijbc-{fpr}": _percent(rates[fpr]) for fpr in ("1e-5", "1e-4")}
 
     def missing(self, networks: list[str]) -> list[str]:
-        """What is not there, and where to get it."""
+        """Return a line for each missing file, with where to get it."""
         lacks = [
             f"no weights of {name}: {_MODEL_ZOO.format(name.lower())}, as {self.weights / name}.pth"
             for name in networks
@@ -144,7 +144,7 @@ class Sources:
 
 
 def _digest_of_meta(folder: Path) -> str:
-    """A word for the lists of IJB-C, by their sizes: they are long."""
+    """Return a digest of IJB-C's list files by size, since reading them takes long."""
     return digest("\n".join(f"{path.name} {path.stat().st_size}" for path in sorted((folder / "meta").iterdir())))
 
 

@@ -25,10 +25,10 @@ from qface.data.content_digest import digest_of_images
 from qface.data.folders import ImageFolder
 from qface.data.identities import FIRST_HALF, SECOND_HALF
 from qface.deployment import export
-from qface.deployment.mixed_precision import allocate_bits, average_bits, bits_for, draft_file
 from qface.distillation import distill
 from qface.errors import CheckpointError, ConfigError, ExportError
 from qface.files import alone_in, as_path, check_folder, make_folder, replacing
+from qface.mixed_precision import Sensitivity, allocate_bits, average_bits, bits_for, draft_file, sensitivity
 from qface.model_digest import digest_of_structure, digest_of_values
 from qface.models import load, save
 from qface.models.resolve import NetworkLike, as_network
@@ -39,7 +39,6 @@ from qface.pruning import Budget, cost_of, prune
 from qface.quantization import QuantizationConfig, calibrate, quantize
 from qface.quantization.prepare import is_quantized
 from qface.quantization.quantization_config import MAX_BITS
-from qface.quantization.sensitivity import Sensitivity, sensitivity
 
 __all__ = ["compress"]
 

@@ -10,9 +10,9 @@ from qface.checks import check_whole
 from qface.choices import DistillName
 from qface.distillation.distill_config import DistillConfig
 from qface.errors import ConfigError
+from qface.mixed_precision import SENSITIVITY_IMAGES
 from qface.quantization.calibrate import CALIBRATION_IMAGES
 from qface.quantization.quantization_config import QuantizationConfig
-from qface.quantization.sensitivity import SENSITIVITY_IMAGES
 
 __all__ = ["CompressConfig", "CompressionTarget"]
 

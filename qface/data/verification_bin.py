@@ -1,7 +1,7 @@
 """InsightFace's verification sets, ``lfw.bin``, ``cfp_fp.bin``, ``agedb_30.bin`` and others.
 
 Each is a pickle of two lists: encoded images, two for each pair, and whether the two show one person. It is read
-without running what a pickle may ask for (:mod:`qface.data.pickled_arrays`).
+without running what a pickle may ask for (:mod:`qface.pickles`).
 Folds are as InsightFace's: ten runs of pairs in the order of the file. Where a run would hold one kind of pairs alone,
 as in files that list all pairs of one person first, they are ten runs of each kind.
 """
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from qface.data.decoding import UNREADABLE, decode, opened, stack_crops
 from qface.data.pairs import PairedImages, ResolvedPairs, folds_of_each_kind
-from qface.data.pickled_arrays import PickledArray, read_pickle
 from qface.errors import ImagesError, LimitError, PairsError, one_line
 from qface.limits import named
+from qface.pickles import PickledArray, read_pickle
 from qface.preprocessing import CROP_SIZE
 
 __all__ = ["VerificationBin"]

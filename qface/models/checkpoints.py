@@ -16,8 +16,8 @@ from qface.files import check_file
 from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.models.iresnet import IRESNET_BLOCKS, IResNet
 from qface.models.mobilefacenet import MobileFaceNet
-from qface.models.pickled_modules import read_pickled
 from qface.models.state_dicts import network_tensors, state_dict_of
+from qface.pickles import read_torch_file
 from qface.preprocessing import Preprocessing, crop_for
 
 __all__ = ["fill", "preprocessing_for", "read_tensors", "recognize"]
@@ -34,7 +34,7 @@ _IRESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a ``.safetensors`` or torch file by name, and its metadata.
 
-    Torch files are read without running anything in them (:mod:`qface.models.pickled_modules`); of several entries the
+    Torch files are read without running anything in them (:mod:`qface.pickles`); of several entries the
     network's is taken (:mod:`qface.models.state_dicts`).
 
     Raises:
@@ -74,7 +74,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"{path} is a TorchScript archive, which holds code, and qface does not run code from files; "
             "export the network to .onnx, or save the state_dict() of torch.jit.load of it"
         )
-    return state_dict_of(read_pickled(path), path)
+    return state_dict_of(read_torch_file(path), path)
 
 
 def is_torchscript(path: Path) -> bool:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qface.data.pickled_arrays import PickledArray
 from qface.errors import CheckpointError
-from qface.models.pickled_modules import UnknownTensor, is_pickled_module, module_tensors
+from qface.pickles import PickledArray, UnknownTensor, is_pickled_module, module_tensors
 
 __all__ = ["network_tensors", "state_dict_of"]
 

@@ -1,4 +1,4 @@
-"""Low-bit quantization-aware training on torch.ao's FX graph mode; the only package that imports ``torch.ao``."""
+"""Quantization-aware training on torch.ao's FX graph mode; the only package that imports ``torch.ao``."""
 
 from qface.quantization.calibrate import calibrate, scale_parameters, set_observers
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize

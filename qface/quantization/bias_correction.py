@@ -1,8 +1,7 @@
-"""Bias correction: what rounding adds to the mean of a channel, taken off its bias again.
+"""DFQ bias correction (Nagel et al., Data-Free Quantization, ICCV 2019).
 
-Rounded weights, and clipped activations, shift the mean of what a layer makes (Nagel et al., Data-Free Quantization,
-ICCV 2019). Layer by layer, each one behind those corrected before it, its bias takes up the difference to the mean in
-float.
+Rounded weights and clipped activations shift the mean of each output channel. Layer by layer, each after the corrected
+layers before it, the difference to the mean of the float network is added to the bias.
 """
 
 from __future__ import annotations
@@ -22,7 +21,15 @@ __all__ = ["channel_means", "correct_biases"]
 
 
 def channel_means(student: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
-    """Mean of each output channel of every convolution and linear layer, [channels], by the name of its node."""
+    """Measure the mean of each output channel of every convolution and linear layer.
+
+    Args:
+        student: in eval mode.
+        images: normalized images, float32 [N, 3, H, W].
+
+    Returns:
+        Means [C] by node name.
+    """
     recorder = _Recorder(student)
     with torch.no_grad():
         recorder.run(images)
@@ -30,14 +37,14 @@ def channel_means(student: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
 
 
 def correct_biases(student: fx.GraphModule, batches: Sequence[Tensor], wanted: Sequence[dict[str, Tensor]]) -> None:
-    """Give every channel of ``student``, in place, the mean that it is ``wanted`` to have; biases only.
+    """Correct the biases of ``student`` in place, to restore the channel means of the float network.
 
-    Each batch corrects what those before it left, and counts as much as each of them.
+    Each batch corrects the error that earlier batches left; all batches have equal weight.
 
     Args:
         student: calibrated, in eval mode.
-        batches: normalized images, float32 [N, 3, height, width].
-        wanted: what :func:`channel_means` returned for each batch with quantizers off.
+        batches: normalized images, each float32 [N, 3, H, W].
+        wanted: the result of :func:`channel_means` for each batch, with fake quantization off.
     """
     with torch.no_grad():
         parts = list(zip(batches, wanted, strict=True))
@@ -76,6 +83,6 @@ class _Corrector(fx.Interpreter):
 
 
 def _mean(x: Tensor, layer: nn.Module) -> Tensor:
-    """The mean of each channel of an output of ``layer``; those of a linear layer come last."""
+    """Return the mean of each output channel of ``layer``, [C]; a linear layer has its channels last."""
     channels = -1 if isinstance(layer, nn.Linear) else 1
     return x.movedim(channels, 0).flatten(1).mean(1)

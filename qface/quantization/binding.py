@@ -1,4 +1,4 @@
-"""Bind layers to their quantizers, and scales to those that they depend on, by the graph of a student."""
+"""Binding of layers to their quantizers, and of scales to the scales that they depend on."""
 
 from __future__ import annotations
 
@@ -34,14 +34,20 @@ __all__ = ["bind_quantizers", "layers_near_ties"]
 
 _WITH_CONTEXT = (*WeightedLayer, QuantizedAffine, QuantizedPReLU)
 _LINKING = (Add, Concat, Maximum)
-# To float32 on the way to a result, in torch or in the kernel that has most of them.
+# Maximum number of float32 roundings between input and result, over torch and all kernels.
 _PRODUCT_ROUNDINGS = 6
 _GLOBAL_AVERAGE_ROUNDINGS = 5
 _AVERAGE_ROUNDINGS = 6
 
 
 def bind_quantizers(student: fx.GraphModule) -> None:
-    """Tell layers of ``student`` their quantizers, and quantizers their rule; after a change of the graph, again."""
+    """Set the quantizers of each layer and the scale rule of each quantizer.
+
+    Call it again after a change of the graph.
+
+    Args:
+        student: changed in place.
+    """
     for node in student.graph.nodes:
         layer = layer_of(node)
         if isinstance(layer, _WITH_CONTEXT):
@@ -49,20 +55,21 @@ def bind_quantizers(student: fx.GraphModule) -> None:
         elif isinstance(layer, SharedScaleFakeQuantize):
             (activation,) = node.users
             layer.share_scale_of(cast(LSQFakeQuantize, _quantizer_after(activation)))
-    nodes = [node for node in student.graph.nodes if _rounds(node)]
+    nodes = [node for node in student.graph.nodes if _is_integer_node(node)]
     _bind_scales(nodes)
     _bind_weight_scales(nodes)
 
 
 def layers_near_ties(student: fx.GraphModule) -> tuple[str, ...]:
-    """Names of the products and averages whose results may lie so near to a tie that processors round them differently.
+    """Return the names of layers whose results may be so close to a rounding tie that processors disagree.
 
-    The scales of such a layer all suit other layers, or it averages too many values.
+    These are products and averages: all scales of the layer are already constrained by other layers, or the layer
+    averages too many values.
 
     Args:
         student: calibrated.
     """
-    nodes = [node for node in student.graph.nodes if _rounds(node)]
+    nodes = [node for node in student.graph.nodes if _is_integer_node(node)]
     return tuple(str(node.target) for node in nodes for ratio in _ratios(node) if not ratio.keeps_distance())
 
 
@@ -71,13 +78,13 @@ def _inputs(node: fx.Node) -> Iterator[Quantizer | None]:
 
 
 def _quantizer_before(node: fx.Node) -> Quantizer | None:
-    """The quantizer of the values of ``node``, which may have been moved since."""
+    """Return the quantizer of the values of ``node``, looking through layers that only move values."""
     node = source_of_values(node)
     return cast(Quantizer, layer_of(node)) if is_quantizer(node) else None
 
 
 def _quantizer_after(node: fx.Node) -> Quantizer | None:
-    """The quantizer of what ``node`` makes, which may be clamped before."""
+    """Return the quantizer of the output of ``node``, looking through clamps."""
     users = list(node.users)
     while len(users) == 1 and is_clamp(users[0]):
         users = list(users[0].users)
@@ -89,14 +96,14 @@ def _quantizer_after(node: fx.Node) -> Quantizer | None:
 # ---- scales
 
 
-def _rounds(node: fx.Node) -> bool:
-    """True if ``node`` reads quantized values only, and a quantizer rounds what it makes.
+def _is_integer_node(node: fx.Node) -> bool:
+    """Return True if all inputs of ``node`` and its output are quantized.
 
-    A clamp right after the layer that it belongs to reads what is not rounded yet.
+    This is False for a clamp fused into the layer before it, whose input is not rounded yet.
     """
     if node.op != "call_module" or is_quantizer(node) or is_shape_only(node):
         return False
-    # What is before a layer goes first: it is near, while chains of clamps after one may be long.
+    # Inputs first: they are adjacent, while a chain of clamps after the layer may be long.
     return all(each is not None for each in _inputs(node)) and _quantizer_after(node) is not None
 
 
@@ -116,16 +123,16 @@ def _bind_weight_scales(nodes: list[fx.Node]) -> None:
     for node in nodes:
         layer = layer_of(node)
         if isinstance(layer, (*WeightedLayer, QuantizedPReLU)):
-            (source,) = _scales_read(node)
+            (source,) = _input_scales(node)
             quantizer = layer.weight_fake_quant
             quantizer.scale_rule = ExactWeightScale(quantizer, source, cast(Quantizer, _quantizer_after(node)))
 
 
 def _groups(nodes: Iterable[fx.Node]) -> dict[Scaled, ScaleGroup]:
-    """The group of each quantizer that one of ``nodes`` reads or makes values of."""
+    """Return the scale group of each quantizer at an input or output of ``nodes``."""
     groups: dict[Scaled, ScaleGroup] = {}
     for node in nodes:
-        scaled: list[Scaled] = list(dict.fromkeys((*_scales_read(node), _output(node))))
+        scaled: list[Scaled] = list(dict.fromkeys((*_input_scales(node), _output(node))))
         for each in scaled:
             groups.setdefault(each, ScaleGroup([each]))
         if isinstance(layer_of(node), _LINKING) or is_clamp(node):
@@ -135,30 +142,31 @@ def _groups(nodes: Iterable[fx.Node]) -> dict[Scaled, ScaleGroup]:
 
 
 def _ratios(node: fx.Node) -> Iterator[ScaleRatio]:
-    layer, read, made = layer_of(node), _scales_read(node), _output(node)
-    if isinstance(layer, Multiply) or (isinstance(layer, QuantizedPReLU) and read != (made,)):
-        yield ScaleRatio(read, made, 1, _PRODUCT_ROUNDINGS)
+    layer, inputs, output = layer_of(node), _input_scales(node), _output(node)
+    if isinstance(layer, Multiply) or (isinstance(layer, QuantizedPReLU) and inputs != (output,)):
+        yield ScaleRatio(inputs, output, 1, _PRODUCT_ROUNDINGS)
     elif isinstance(layer, QuantizedGlobalAveragePool):
-        yield ScaleRatio(read, made, layer.num_values, _GLOBAL_AVERAGE_ROUNDINGS)
+        yield ScaleRatio(inputs, output, layer.num_values, _GLOBAL_AVERAGE_ROUNDINGS)
     elif isinstance(layer, nn.AvgPool2d):
-        yield ScaleRatio(read, made, _common_count(layer), _AVERAGE_ROUNDINGS, math.prod(pair_of(layer.kernel_size)))
+        terms = math.prod(pair_of(layer.kernel_size))
+        yield ScaleRatio(inputs, output, _common_count(layer), _AVERAGE_ROUNDINGS, terms)
 
 
 def _common_count(layer: nn.AvgPool2d) -> int:
-    """The least common multiple of the numbers of values that ``layer`` averages, fewer of them at an edge."""
+    """Return the least common multiple of the numbers of averaged values, which is lower at the edges."""
     kernel, padding = pair_of(layer.kernel_size), pair_of(layer.padding)
     if layer.count_include_pad and not layer.ceil_mode:
         return math.prod(kernel)
-    least = (1, 1) if layer.ceil_mode else (kernel[0] - padding[0], kernel[1] - padding[1])
-    return math.prod(math.lcm(*range(low, high + 1)) for low, high in zip(least, kernel, strict=True))
+    smallest = (1, 1) if layer.ceil_mode else (kernel[0] - padding[0], kernel[1] - padding[1])
+    return math.prod(math.lcm(*range(low, high + 1)) for low, high in zip(smallest, kernel, strict=True))
 
 
 def _function(node: fx.Node) -> FunctionValues:
-    (source,) = _scales_read(node)
+    (source,) = _input_scales(node)
     return FunctionValues(cast(nn.Module, layer_of(node)), source)
 
 
-def _scales_read(node: fx.Node) -> tuple[Scaled, ...]:
+def _input_scales(node: fx.Node) -> tuple[Scaled, ...]:
     return tuple(_scaled(cast(Quantizer, each)) for each in _inputs(node))
 
 

@@ -1,12 +1,13 @@
-"""Cross-layer equalization: the channels of a tensor made to share one scale at little loss.
+"""Cross-layer equalization (CLE): rescale channels so that one quantization scale fits all.
 
-A tensor has one scale and zero point, and its widest channel decides them. A factor for each channel passes through
-sums and through activation functions that are homogeneous, into the weights before and behind them (Nagel et al.,
-Data-Free Quantization, ICCV 2019), so that the network computes what it did. Factors are chosen here for what rounding
-and clamping with the tensor's scale lose: of all zero points, the one with which all channels lose least, each with the
-factor that is best for it. A depthwise convolution or a BatchNorm behind the tensor takes any factor without loss,
-since each of its channels has a scale of its own. Any other layer holds the weights of all channels that it reads on
-one scale; there activations and weights share what is to be evened out.
+An activation tensor has one scale and zero point, which its widest channel decides. A positive factor per channel
+passes through sums and homogeneous activation functions, so it can be moved into the weights before and after them
+without changing the network's output (Nagel et al., Data-Free Quantization, ICCV 2019).
+
+Here the factors minimize the rounding and clipping error of the shared scale: over all zero points, the one with the
+smallest total error, with the best factor for each channel. A depthwise convolution or BatchNorm that consumes the
+tensor has a scale per channel, so any factor is free. Other consumers hold the weights of all input channels on one
+scale per output channel; there the factor is a compromise between activations and weights.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ from qface.quantization.quantized_layers import WeightedLayer, is_quantizer
 
 __all__ = ["Region", "cross_layer_equalization", "find_regions"]
 
-_VALUES = 2048  # of each channel of a tensor that are looked at
+_VALUES = 2048  # sampled values per channel of a tensor
 _TAIL = 1e-3
-"""Share of a channel's values on either side that may lie beyond its range, around which factors are tried."""
-_NARROWEST = 1e-3  # of the widest channel's range: none is made wider than its inverse says
+"""Fraction of a channel's values outside its range on either side; candidate factors are relative to this range."""
+_MIN_RANGE = 1e-3  # minimum range relative to the widest channel's; bounds the factors by its inverse
 _RELATIVE_FACTORS = torch.logspace(-0.26, 0.42, 17)
-"""Tried for each channel, in parts of the factor that makes its range as long as all integers: 0.55 to 2.6."""
+"""Candidate factors 0.55 to 2.6, relative to the factor that maps a channel's range to all integers."""
 _ZERO_POINTS = torch.linspace(0, 0.6, 13)
-"""Tried for each tensor, in parts of the integers."""
+"""Candidate zero points of a tensor, as a fraction of the integer range."""
 _SHARE_OF_ACTIVATIONS = 0.8
-"""Share of the equalization that activations get where weights share a scale; see :func:`_share_of_activations`."""
+"""Weight of the activations where consumers share a scale; see :func:`_share_of_activations`."""
 
 _PASSES_FACTORS = (nn.PReLU, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, Add)
 
 
 @dataclass
 class Region:
-    """Tensors whose channels can only be multiplied by the same factors.
+    """A set of tensors whose channels must all be multiplied by the same factors.
 
     Args:
-        sources: layers whose outputs they are.
-        sinks: layers that read them.
-        quantizers: that round them, where they have a range of their own.
-        closed: whether nothing else makes or reads them.
+        sources: layers that produce the tensors.
+        sinks: layers that consume the tensors.
+        quantizers: quantizers of the tensors that have a range of their own.
+        closed: True if no other layer produces or consumes the tensors.
     """
 
     sources: list[Scalable] = field(default_factory=list)
@@ -59,9 +60,13 @@ class Region:
 
 
 def find_regions(student: fx.GraphModule) -> list[Region]:
-    """All regions through which factors can pass."""
+    """Return all regions whose channels can be rescaled.
+
+    Args:
+        student: the result of :func:`qface.quantize`.
+    """
     regions = _Regions()
-    rows: set[fx.Node] = set()  # tensors [N, channels]
+    rows: set[fx.Node] = set()  # nodes whose output is [N, C]
     for node in student.graph.nodes:
         layer = layer_of(node)
         inputs = node.all_input_nodes
@@ -83,17 +88,17 @@ def find_regions(student: fx.GraphModule) -> list[Region]:
 
 
 def _takes_factors(layer: nn.Module | None) -> TypeGuard[Scalable]:
-    """True of quantized layers; one that stays in float keeps its weights."""
+    """Return True for quantized layers; layers that stay in float keep their weights."""
     return isinstance(layer, WeightedLayer) or (isinstance(layer, ChannelAffine) and layer.dim == 1)
 
 
 def _channels(region: Region) -> int:
-    """The number of different channel counts of the layers: with two of them, a sum broadcasts one over the other."""
+    """Return the number of distinct channel counts; with two of them, a sum broadcasts."""
     return len({source.weight.shape[0] for source in region.sources})
 
 
 class _Regions:
-    """A region for each node's tensor; joined ones share it."""
+    """Regions by node; joined nodes share one region."""
 
     def __init__(self) -> None:
         self._regions: dict[fx.Node, Region] = {}
@@ -116,31 +121,31 @@ class _Regions:
 
 
 def cross_layer_equalization(student: fx.GraphModule, batches: Sequence[Tensor]) -> None:
-    """Make the channels of every tensor of ``student`` share one scale at little loss, in place, with quantizers off.
+    """Equalize the channels of every tensor of ``student`` in place; fake quantization must be off.
 
     Args:
-        student: what :func:`qface.quantize` returned.
-        batches: of normalized images, each float32 [N, 3, height, width].
+        student: the result of :func:`qface.quantize`.
+        batches: normalized images, each float32 [N, 3, H, W].
     """
     regions = find_regions(student)
     values = _channel_values(student, [quantizer for region in regions for quantizer in region.quantizers], batches)
     for region in track(regions, "equalize"):
         seen = {quantizer: values[quantizer] for quantizer in region.quantizers if quantizer in values}
-        found = [seen.pop(quantizer) for quantizer in _narrowest(region) if quantizer in seen]
+        found = [seen.pop(quantizer) for quantizer in _lowest_bit_quantizers(region) if quantizer in seen]
         if found:
             _multiply(region, _bounded(region, _factors(region, found), found, seen))
 
 
-def _narrowest(region: Region) -> list[LSQFakeQuantize]:
-    """The quantizers with the fewest bits: wider ones lose next to nothing, within bounds."""
-    least = min((quantizer.bits for quantizer in region.quantizers), default=0)
-    return [quantizer for quantizer in region.quantizers if quantizer.bits == least]
+def _lowest_bit_quantizers(region: Region) -> list[LSQFakeQuantize]:
+    """Return the quantizers with the fewest bits; the others hardly lose anything, within bounds."""
+    bits = min((quantizer.bits for quantizer in region.quantizers), default=0)
+    return [quantizer for quantizer in region.quantizers if quantizer.bits == bits]
 
 
 def _channel_values(
     student: fx.GraphModule, quantizers: list[LSQFakeQuantize], batches: Sequence[Tensor]
 ) -> dict[LSQFakeQuantize, Tensor]:
-    """Values of each channel of what ``quantizers`` read, [channels, values], save where all are zero."""
+    """Sample the inputs of ``quantizers``, [C, values]; tensors of zeros only are left out."""
     parts: dict[LSQFakeQuantize, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
 
@@ -161,25 +166,25 @@ def _channel_values(
 
 
 def _factors(region: Region, tensors: list[Tensor]) -> Tensor:
-    """Factors of the channels, [channels]; 1 on geometric average."""
+    """Return the factor of each channel, [C], with geometric mean 1."""
     values = torch.cat([each / _ranges(each).mean() for each in tensors], 1)
-    factor = _fitting(values, _narrowest(region)[0].integer_range.num_steps, _importance(region))
-    shared = [_weight_ranges(sink) for sink in region.sinks if not _has_a_scale_for_each_channel(sink)]
+    factor = _best_factors(values, _lowest_bit_quantizers(region)[0].integer_range.num_steps, _importance(region))
+    shared = [_weight_ranges(sink) for sink in region.sinks if not _has_scale_per_input_channel(sink)]
     weights = torch.stack(shared).amax(0) if shared else torch.zeros(())
-    if weights.any():  # sinks whose weights are all zero do not mind
-        weights = weights.clamp(min=_NARROWEST * float(weights.max()))
+    if weights.any():  # for consumers with zero weights, any factor is free
+        weights = weights.clamp(min=_MIN_RANGE * float(weights.max()))
         share = _share_of_activations(region)
         factor = factor**share * weights ** (1 - share)
     return factor / factor.log().mean().exp()
 
 
 def _bounded(region: Region, factor: Tensor, narrow: list[Tensor], wider: dict[LSQFakeQuantize, Tensor]) -> Tensor:
-    """``factor``, but none that makes the steps of a quantizer with more bits coarser than half those with fewest bits.
+    """Limit the factors so that quantizers with more bits keep at most half the lowest-bit step.
 
-    What a ReLU hides counts there: a channel that is never active could have any factor for what is behind the ReLU,
-    and would leave a quantizer before it no step for the others.
+    Values that a later ReLU clips count here. A channel that is never active after the ReLU could get any factor, and
+    would then dominate the scale of a quantizer before the ReLU.
     """
-    num_steps = _narrowest(region)[0].integer_range.num_steps
+    num_steps = _lowest_bit_quantizers(region)[0].integer_range.num_steps
     narrow_step = max(float((factor * _ranges(values)).max()) for values in narrow) / num_steps
     for quantizer, values in wider.items():
         longest = quantizer.integer_range.num_steps * narrow_step / 2
@@ -188,41 +193,40 @@ def _bounded(region: Region, factor: Tensor, narrow: list[Tensor], wider: dict[L
 
 
 def _share_of_activations(region: Region) -> float:
-    """The share of the equalization that activations get, 0..1, where weights share a scale.
+    """Return the exponent of the activations in the factor, 0..1, where consumers share a scale.
 
-    Squared errors of a tensor are in inverse proportion to 4^bits, and what errs more gets more. MobileFaceNet, not
-    trained, 1 - cosine over 516 faces: w6a6 0.0206 (share 0.5), 0.0201 (0.8), 0.0210 (0.9); w4a8 0.0566 (0.2), 0.0596
-    (0.5), 0.0639 (0.8).
+    A squared error is proportional to 4^-bits, and the side with the larger error gets the larger exponent. Measured
+    1 - cosine over 516 faces of a calibrated MobileFaceNet without training: w6a6 0.0206 (exponent 0.5), 0.0201 (0.8),
+    0.0210 (0.9); w4a8 0.0566 (0.2), 0.0596 (0.5), 0.0639 (0.8).
     """
-    sinks = [sink for sink in region.sinks if not _has_a_scale_for_each_channel(sink)]
+    sinks = [sink for sink in region.sinks if not _has_scale_per_input_channel(sink)]
     weight_bits = min(sink.weight_bits for sink in sinks if isinstance(sink, WeightedLayer))
-    weights = (1 - _SHARE_OF_ACTIVATIONS) * 4.0 ** (_narrowest(region)[0].bits - weight_bits)
+    weights = (1 - _SHARE_OF_ACTIVATIONS) * 4.0 ** (_lowest_bit_quantizers(region)[0].bits - weight_bits)
     return _SHARE_OF_ACTIVATIONS / (_SHARE_OF_ACTIVATIONS + weights)
 
 
-def _fitting(values: Tensor, num_steps: int, importance: Tensor) -> Tensor:
-    """The factor of each channel, [channels], with which ``num_steps`` steps of 1 lose least.
+def _best_factors(values: Tensor, num_steps: int, importance: Tensor) -> Tensor:
+    """Return the factor of each channel, [C], with the smallest quantization error at scale 1.
 
     Args:
-        values: of each channel, [channels, values].
-        num_steps: from the least to the greatest integer.
-        importance: of a squared error in each channel, [channels].
+        values: sampled values, [C, values].
+        num_steps: number of integer steps.
+        importance: weight of a squared error in each channel, [C].
     """
     ranges = _ranges(values)
-    middle = num_steps / ranges.clamp(min=_NARROWEST * float(ranges.max()))
+    middle = num_steps / ranges.clamp(min=_MIN_RANGE * float(ranges.max()))
     tried = [factor * middle for factor in _RELATIVE_FACTORS.tolist()]
     lows = [-round(share * num_steps) for share in _ZERO_POINTS.tolist()]
     errors = torch.stack([_errors(values, factor, lows, num_steps) for factor in tried])
-    smallest = errors.min(0)  # of the factors, [zero points, channels]
+    smallest = errors.min(0)  # over the factors, [zero points, C]
     zero_point = int((smallest.values @ importance).argmin())
     best = torch.stack(tried).gather(0, smallest.indices[zero_point, None])[0]
-    asleep = ranges == 0  # on these images; on others it may be as wide as the widest
-    return torch.where(asleep, best[~asleep].min(), best)
+    inactive = ranges == 0  # on these images; on others the channel may be as wide as the widest
+    return torch.where(inactive, best[~inactive].min(), best)
 
 
 def _errors(values: Tensor, factor: Tensor, lows: list[int], num_steps: int) -> Tensor:
-    """Mean squared error of each channel, multiplied by ``factor`` and rounded to the integers from each of ``lows``
-    on, [lows, channels]."""
+    """Return the mean squared error per channel for each minimum integer in ``lows``, [lows, C]."""
     scaled = values * factor[:, None]
     rounded = scaled.round()
     errors = [(rounded.clamp(low, low + num_steps) - scaled).square_().mean(1) for low in lows]
@@ -230,7 +234,7 @@ def _errors(values: Tensor, factor: Tensor, lows: list[int], num_steps: int) -> 
 
 
 def _importance(region: Region) -> Tensor:
-    """The factor of a squared error in each channel after its sinks: the square of their weights, [channels]."""
+    """Return the gain of each channel's squared error: the consumers' squared weights, [C]."""
     return torch.stack([_squared_weights(sink) for sink in region.sinks]).sum(0)
 
 
@@ -242,29 +246,28 @@ def _squared_weights(layer: Scalable) -> Tensor:
 
 
 def _ranges(values: Tensor) -> Tensor:
-    """From the least to the greatest of ``values`` [channels, values] but for the tails, zero included; [channels]."""
+    """Return the range of each channel of ``values`` [C, values], without the tails, zero included; [C]."""
     tail = max(1, int(_TAIL * values.shape[1]))
     high, low = values.topk(tail).values[:, -1], values.topk(tail, largest=False).values[:, -1]
     return high.clamp(min=0) - low.clamp(max=0)
 
 
-def _has_a_scale_for_each_channel(layer: Scalable) -> bool:
+def _has_scale_per_input_channel(layer: Scalable) -> bool:
     if isinstance(layer, nn.Conv2d):
         return layer.groups == layer.in_channels
     return isinstance(layer, ChannelAffine)
 
 
 def _weight_ranges(layer: Scalable) -> Tensor:
-    """The magnitude of each input channel's weights relative to the greatest of their output, on average."""
+    """Return the RMS of each input channel's weights relative to the maximum of their output channel, [C]."""
     weight = layer.weight.detach()
     if isinstance(layer, nn.Conv2d):
-        weight = (
-            weight.reshape(layer.groups, -1, *weight.shape[1:]).flatten(3).abs().amax(3)
-        )  # [groups, outputs, inputs]
+        # [groups, outputs, inputs]
+        weight = weight.reshape(layer.groups, -1, *weight.shape[1:]).flatten(3).abs().amax(3)
     else:
         weight = weight.abs().unsqueeze(0)
-    greatest = weight.amax(2, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-    return (weight / greatest).square().mean(1).sqrt().flatten()
+    maximum = weight.amax(2, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    return (weight / maximum).square().mean(1).sqrt().flatten()
 
 
 def _multiply(region: Region, factor: Tensor) -> None:

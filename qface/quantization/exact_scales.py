@@ -1,9 +1,9 @@
-"""Scales with which every processor rounds alike, because no result lies near a rounding tie.
+"""Exact scales: no result lies near a rounding tie, so all processors round alike.
 
-Convolutions and matrix products round an int32 sum times one float32 factor, half to even, which is the same
+Convolutions and matrix products multiply an int32 sum by one float32 factor and round half to even, which is the same
 everywhere. Kernels of sums, products, averages and lookups differ between processors in the last bits, which matters
-next to a tie only. So their scales are moved a little, until the exact result is further from every tie than any kernel
-errs. docs/exactness.md has the proof and the bound of each kernel.
+only near a tie. So their scales are adjusted slightly, until every exact result is further from a tie than the error of
+any kernel. docs/exactness.md has the proof and the error bound of each kernel.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ __all__ = [
 ]
 
 _PRODUCT_DISTANCE = 2.0**-13
-"""Distance from a tie, in steps, that products with weights keep.
+"""Minimum distance from a tie, in steps, of products with weights.
 
-OpenVINO adds bias and zero point in float32 before it rounds; values nearer than 2e-5 were seen to be rounded
-otherwise.
+OpenVINO adds bias and zero point in float32 before it rounds, which was observed to round values within 2e-5 of a tie
+differently.
 """
 MULTIPLE_BITS = 10
-"""Bits of the odd multiples in a group. With 10, a sum is further from a tie than the fixed point of ARM errs."""
-_BYTE = 256.0  # above every value that is rounded, zero point included
-_HALF_ULP = 2.0**-24  # the most by which rounding to float32 errs, relative
+"""Bits of the odd multiples in a group. With 10, the distance of a sum from a tie exceeds ARM's fixed-point error."""
+_BYTE = 256.0  # upper bound of every value before rounding, zero point included
+_HALF_ULP = 2.0**-24  # maximum relative error of rounding to float32
 _LOOKUP_DISTANCE = 2.0**-11
-"""Distance from a tie, in steps, that a function of one byte keeps: more than 255 times the error of any sigmoid."""
-_ROUNDED_SCALES = 2.0**-21  # relative; a ratio of three float32 scales is nearer than that to what it was meant to be
+"""Minimum distance from a tie, in steps, of a function of one byte: above 255 times the error of any sigmoid."""
+_ROUNDED_SCALES = 2.0**-21  # maximum relative error of a ratio of three scales by their rounding to float32
 _STEPS = (0, *(sign * step for step in range(1, 17) for sign in (1, -1)))
 _STEP = 2.0**-10  # relative
 
@@ -52,47 +52,48 @@ class Scaled(Protocol):
 
     @property
     def scale(self) -> Any:
-        """The parameter that was learned, or the number that an image has."""
+        """Learned parameter, or the fixed number of the image."""
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Least and greatest integer, counted from the zero point."""
+        """Minimum and maximum integer minus the zero point."""
 
     def exact_scale(self) -> Tensor:
-        """The scale that rounds, float32 [1]."""
+        """Return the scale used for rounding, float32 [1]."""
 
     def qparams(self) -> QParams:
-        """With that scale."""
+        """Return the quantization parameters with that scale."""
 
 
 def nearest_fraction(ratio: Tensor, error: Tensor | float) -> Tensor:
-    """The nearest k / q with an odd q of at most 1 / (2 error), so that k / q times an integer keeps off ties by that.
+    """Return the fraction k / q nearest to ``ratio`` with an odd q <= 1 / (2 error).
 
-    A ratio below 2 error is 1 / q with a greater q.
+    An integer times k / q is at least ``error`` away from every tie. A ratio below ``2 error`` becomes 1 / q with a
+    larger q.
 
     Args:
         ratio: float64, any shape.
-        error: how much kernels err, in steps of the output; a number, or float64 of that shape.
+        error: maximum error of a kernel in steps of the output; a number, or float64 of the same shape.
     """
     numerator = torch.floor(ratio / (2 * error)).clamp(min=1)
     return numerator / _odd(numerator / ratio)
 
 
 def _odd(values: Tensor) -> Tensor:
-    """The nearest odd integer, at least 1."""
+    """Return the nearest odd integer >= 1."""
     return 2 * torch.floor(values / 2) + 1
 
 
 @dataclass(eq=False)
 class ScaleGroup:
-    """Scales that meet in sums, concatenations, maxima or clamps: odd multiples of one unit.
+    """Scales joined by sums, concatenations, maxima or clamps: odd multiples of one unit.
 
-    The ratio of two of them is k / q with an odd q, so that no sum of multiples of such ratios is half an integer. A
-    group of one is free, but for its ratio.
+    The ratio of any two scales is then k / q with an odd q, so no sum of integer multiples of such ratios is half an
+    integer. The scale of a group with one member is only constrained by ``ratio``.
 
     Args:
-        members: quantizers, each once.
-        ratio: an operation whose rounding the unit of this group has to suit.
+        members: quantizers, without duplicates.
+        ratio: the product or average whose rounding the unit of this group makes exact, if any.
     """
 
     members: list[Scaled]
@@ -100,45 +101,50 @@ class ScaleGroup:
 
     @property
     def fixed(self) -> Scaled | None:
-        """The quantizer of the image, if it is a member: its scale cannot be moved."""
+        """The member with a fixed scale, the image's quantizer, if any."""
         return next((each for each in self.members if not isinstance(each.scale, Tensor)), None)
 
     def scales_near(self, raw: Tensor, steps: Tensor) -> Tensor:
-        """Scales that a member may have, float64, the nearest to ``raw`` and so many ``steps`` from it."""
+        """Return allowed scales of a member, float64, ``steps`` steps from the one nearest to ``raw``.
+
+        Args:
+            raw: learned scale, float64 [1].
+            steps: step counts, float64 [n]; zero for the nearest scale.
+        """
         if len(self.members) == 1:
-            return self._settled(raw * (1 + _STEP * steps))
+            return self._solve_unit(raw * (1 + _STEP * steps))
         base = self._base()
-        return (_odd(raw / base) + 2 * steps).clamp(min=1) * self._settled(base)
+        return (_odd(raw / base) + 2 * steps).clamp(min=1) * self._solve_unit(base)
 
     def multiple(self, member: Scaled) -> Tensor | float:
-        """The odd number by which the scale of ``member`` is a multiple of the unit."""
+        """Return the odd multiple of the unit that is the scale of ``member``."""
         return 1.0 if len(self.members) == 1 else _odd(_raw(member) / self._base())
 
     def _base(self) -> Tensor:
-        """A power of two of which the largest scale is between 2^9 and 2^10 times."""
+        """Return the power of two b with 2^9 b <= largest scale < 2^10 b."""
         largest = torch.cat([_raw(member) for member in self.members]).amax(0, keepdim=True)
         return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - MULTIPLE_BITS)
 
-    def _settled(self, unit: Tensor) -> Tensor:
+    def _solve_unit(self, unit: Tensor) -> Tensor:
         if self.fixed is not None:
             scale = _raw(self.fixed)
             return scale / self.multiple(self.fixed)
-        return unit if self.ratio is None else self.ratio.settled(self, unit)
+        return unit if self.ratio is None else self.ratio.solve_unit(self, unit)
 
 
 @dataclass(eq=False)
 class ScaleRatio:
-    """An operation that rounds integers times ``product of input scales / (count x output scale)``.
+    """Ratio ``prod(input scales) / (count x output scale)`` by which a product or average rounds.
 
-    Where this is k / q with an odd q, no integer times it is half an integer, and none is nearer to one than 1 / (2 q).
+    If the ratio is k / q with an odd q, every integer multiple of it is at least 1 / (2 q) away from a tie.
 
     Args:
         inputs: quantizers of the factors.
         output: quantizer of the result.
-        count: what the product is divided by: values of an average.
-        roundings: to float32 of the result, in the kernel that has most of them; the last adds the zero point, which
-            makes a value below 256. A result that is clamped does not count.
-        terms: dequantized values that a kernel adds in float32 before that.
+        count: divisor of the product: the number of averaged values, 1 for products.
+        roundings: maximum number of float32 roundings of the result, over all kernels. The last one adds the zero
+            point, which gives a value below 256 unless it is clamped.
+        terms: number of dequantized values that a kernel adds in float32 before that.
     """
 
     inputs: tuple[Scaled, ...]
@@ -148,18 +154,18 @@ class ScaleRatio:
     terms: int = 0
 
     def groups(self, groups: Mapping[Scaled, ScaleGroup]) -> set[ScaleGroup]:
-        """The groups of its scales."""
+        """Return the groups of its scales."""
         return {groups[each] for each in (*self.inputs, self.output)}
 
-    def settled(self, group: ScaleGroup, unit: Tensor) -> Tensor:
-        """The unit of ``group`` nearest to ``unit`` that makes the ratio k / q."""
+    def solve_unit(self, group: ScaleGroup, unit: Tensor) -> Tensor:
+        """Return the unit of ``group`` nearest to ``unit`` that turns the ratio into k / q."""
         inputs = [self._scale(quantizer, group, unit) for quantizer in self.inputs]
         ratio = self._value(inputs, self._scale(self.output, group, unit))
         fraction = nearest_fraction(ratio, self._error(ratio))
         return unit * (ratio / fraction if self.output in group.members else fraction / ratio)
 
     def keeps_distance(self) -> bool:
-        """True if the ratio is k / q, and q is small enough."""
+        """Return True if the ratio is k / q with a small enough q."""
         inputs = [quantizer.exact_scale().double() for quantizer in self.inputs]
         ratio = self._value(inputs, self.output.exact_scale().double())
         error = self._error(ratio)
@@ -170,7 +176,7 @@ class ScaleRatio:
         return math.prod(inputs, start=torch.ones_like(output)) / (self.count * output)
 
     def _error(self, ratio: Tensor) -> Tensor:
-        """The error of a kernel at most, in steps of the output."""
+        """Return the maximum error of a kernel in steps of the output."""
         low, high = self.output.bounds
         of_result = (self.roundings - 1) * (high - low + 1) + _BYTE
         return _HALF_ULP * (of_result + self.terms * _BYTE * self.count * ratio)
@@ -183,18 +189,18 @@ class ScaleRatio:
 
 @dataclass(eq=False)
 class FunctionValues:
-    """All values that a function of one byte makes.
+    """All values of an elementwise function of a uint8 tensor.
 
     Args:
-        function: of each value alone.
-        source: quantizer of what it reads.
+        function: an elementwise module.
+        source: quantizer of its input.
     """
 
     function: nn.Module
     source: Scaled
 
     def __call__(self) -> Tensor:
-        """The results, float64 [number of integers]."""
+        """Return the results for all integers, float64 [n]."""
         scale, zero_point, low, high = self.source.qparams()
         integers = torch.arange(low, high + 1, device=scale.device)
         with torch.no_grad():
@@ -203,12 +209,12 @@ class FunctionValues:
 
 @dataclass(eq=False)
 class ExactScale:
-    """The rule for the scale of one quantizer.
+    """Rule that computes the exact scale of an activation's quantizer.
 
     Args:
-        quantizer: whose scale it is.
-        group: its group.
-        values: what it rounds, where that is a function of one byte.
+        quantizer: the quantizer.
+        group: group of its scale.
+        values: its input, if that is a function of a uint8 tensor.
     """
 
     quantizer: Scaled
@@ -217,7 +223,7 @@ class ExactScale:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """The scale nearest to the learned one, float32 [1]."""
+        """Return the exact scale nearest to the learned one, float32 [1]."""
         raw = _raw(self.quantizer)
         if self.values is None:
             return self.group.scales_near(raw, torch.zeros_like(raw)).float()
@@ -225,7 +231,7 @@ class ExactScale:
         return self._first_far_from_ties(self.group.scales_near(raw, steps).float(), self.values())
 
     def _first_far_from_ties(self, candidates: Tensor, values: Tensor) -> Tensor:
-        """The first of ``candidates`` [n] with which no value is near a tie; else the first of all."""
+        """Return the first of ``candidates`` [n] that keeps all values away from ties, else the first."""
         low, high = self.quantizer.bounds
         steps = (values / candidates.double()[:, None]).clamp(low, high)
         distances = (steps - steps.floor() - 0.5).abs().amin(1)
@@ -234,15 +240,15 @@ class ExactScale:
 
 @dataclass(eq=False)
 class ExactWeightScale:
-    """The rule for the scales of a weight.
+    """Rule that computes the exact scales of a weight.
 
     onnxruntime multiplies an int32 sum by one float32 ratio on every processor. OpenVINO adds the zero point before it
-    rounds, so that ratio is k / q too.
+    rounds, so this ratio must be k / q too.
 
     Args:
-        quantizer: of the weight, whose scale is [channels] or [1].
-        source: of what the layer reads.
-        output: of what it makes.
+        quantizer: quantizer of the weight, with a scale [C] or [1].
+        source: quantizer of the layer's input.
+        output: quantizer of the layer's output.
     """
 
     quantizer: Scaled
@@ -251,25 +257,25 @@ class ExactWeightScale:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """The scales nearest to the learned ones, float32, of their shape."""
+        """Return the exact scales nearest to the learned ones, float32, same shape."""
         raw = _raw(self.quantizer)
         return exact_weight_scale(raw, self.source.exact_scale(), self.output.exact_scale()).float()
 
 
 def exact_weight_scale(raw: Tensor, source_scale: Tensor, output_scale: Tensor) -> Tensor:
-    """The scales, float64, nearest to ``raw`` with which ``source_scale * scale / output_scale`` is k / q.
+    """Return the nearest scales whose ``source_scale * scale / output_scale`` is k / q, float64.
 
     Args:
-        raw: any shape.
-        source_scale: [1], of what a layer reads.
-        output_scale: [1], of what it makes.
+        raw: scales of a weight, any shape.
+        source_scale: scale of the layer's input, [1].
+        output_scale: scale of the layer's output, [1].
     """
     ratio = raw.double() * (source_scale.double() / output_scale.double())
     return raw * (nearest_fraction(ratio, _PRODUCT_DISTANCE) / ratio)
 
 
 def _raw(quantizer: Scaled) -> Tensor:
-    """The scale as it was learned or given, float64 [1]."""
+    """Return the learned or fixed scale, float64 [1]."""
     scale = quantizer.scale
     return scale.detach().double() if isinstance(scale, Tensor) else quantizer.exact_scale().double()
 
@@ -277,14 +283,15 @@ def _raw(quantizer: Scaled) -> Tensor:
 def pin_ratios(
     ratios: Sequence[ScaleRatio], groups: Mapping[Scaled, ScaleGroup], sources: Mapping[Scaled, Scaled]
 ) -> None:
-    """Give each ratio a group of its own that suits it, so that no scale depends on itself.
+    """Assign to each ratio one scale group that is adjusted for it, without cyclic dependencies of scales.
 
-    A ratio for which no group is left has none.
+    A ratio without a free group stays unassigned.
 
     Args:
-        ratios: all of a network.
-        groups: of each quantizer.
-        sources: what a function of one byte reads, by what it makes, whose scale depends on that.
+        ratios: all ratios of a network.
+        groups: group of each quantizer; ``ratio`` of a group is set in place.
+        sources: quantizer of the input by quantizer of the output, for each function of a uint8 tensor; the output
+            scale depends on the input scale.
     """
     depends = {group: {groups[sources[each]] for each in group.members if each in sources} for group in groups.values()}
     readers = Counter(group for ratio in ratios for group in ratio.groups(groups))
@@ -304,7 +311,7 @@ def pin_ratios(
 def _free(
     ratio: ScaleRatio, readers: Mapping[ScaleGroup, int], groups: Mapping[Scaled, ScaleGroup]
 ) -> list[ScaleGroup]:
-    """Groups that may suit ``ratio``: no other open ratio reads them; those of one member, and the output, first."""
+    """Return groups that no other open ratio uses; groups with one member first, the output before inputs."""
     used = [groups[each] for each in (ratio.output, *ratio.inputs)]
     free = [
         group
@@ -320,7 +327,7 @@ def _depends_on_itself(
     groups: Mapping[Scaled, ScaleGroup],
     depends: Mapping[ScaleGroup, set[ScaleGroup]],
 ) -> bool:
-    """True if ``group`` would, once it suits ``ratio``."""
+    """Return True if ``group`` would depend on itself once it is assigned to ``ratio``."""
     reached: set[ScaleGroup] = set()
     left = list(ratio.groups(groups) - {group}) + list(depends[group])
     while left:

@@ -1,4 +1,4 @@
-"""Fake-quant modules: they round a float tensor to few integers, with gradients for the tensor and for the scale."""
+"""Fake quantization with learned scales (LSQ)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MIN_SCALE = 1e-12
 
 
 class _SwitchedFakeQuantize(FakeQuantizeBase):
-    """Mirrors torch.ao's two switches, which are tensors, in Python: a forward on CUDA need not wait for them."""
+    """Base that mirrors torch.ao's switch tensors as bools, to avoid a CUDA sync in each forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class _SwitchedFakeQuantize(FakeQuantizeBase):
         self.quantizing = bool(self.fake_quant_enabled.item())
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Switch rounding on or off."""
+        """Switch fake quantization on or off."""
         super().enable_fake_quant(enabled)
         self._mirror()
 
     def enable_observer(self, enabled: bool = True) -> None:
-        """Switch observation on or off."""
+        """Switch the observer on or off."""
         super().enable_observer(enabled)
         self._mirror()
 
@@ -47,23 +47,23 @@ class _SwitchedFakeQuantize(FakeQuantizeBase):
 
 
 class LSQFakeQuantize(_SwitchedFakeQuantize):
-    """Rounds to ``bits`` bits: per tensor and affine for activations, per channel and symmetric for weights.
+    """Learned step size quantization (LSQ, Esser et al., ICLR 2020) of a weight or an activation.
 
-    Its ``scale`` is a parameter, so that an optimizer can learn it (LSQ, Esser et al., ICLR 2020); it starts where
-    ``observer`` puts it in :func:`qface.calibrate`.
+    Weights are quantized per channel and symmetrically, activations per tensor and affinely. ``scale`` is a parameter,
+    so that an optimizer can train it; :func:`qface.calibrate` initializes it with the observer.
 
     Args:
         bits: 2 to 8.
-        num_channels: output channels of a weight; None for an activation.
-        observer: how the range is chosen, see :class:`qface.quantization.QuantizationConfig`.
-        percentile: for the observer ``"percentile"``.
+        num_channels: number of output channels of a weight; None for an activation.
+        observer: name of the observer, see :class:`qface.quantization.QuantizationConfig`.
+        percentile: percentage of the values inside the range, for the observer ``"percentile"``.
     """
 
     scale: nn.Parameter
     zero_point: Tensor
     calibrated: Tensor
     scale_rule: ExactScale | ExactWeightScale | None = None
-    """The rule by which the scale that rounds follows from ``scale``; None where it is ``scale`` itself."""
+    """Rule that computes the scale used for rounding from the learned one; None if both are the same."""
 
     def __init__(
         self, bits: int, num_channels: int | None = None, observer: str = "mse", percentile: float = 99.99
@@ -74,12 +74,12 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         self.observer = observer
         self.percentile = percentile
         self.integer_range = IntegerRange(bits, symmetric=num_channels is not None)
-        # What torch.ao asks of a fake-quant module.
+        # Attributes that torch.ao expects of a fake-quant module.
         self.dtype = torch.qint8 if self.integer_range.symmetric else torch.quint8
         self.quant_min, self.quant_max = self.integer_range.quant_min, self.integer_range.quant_max
         self.is_dynamic = False
         self.ch_axis = 0
-        self.behind_prelu = False  # one that reads values of the same step
+        self.behind_prelu = False  # True after a PReLU whose input shares this scale
         self.activation_post_process = make_observer(observer, self.integer_range, num_channels is not None, percentile)
         self.scale = nn.Parameter(torch.ones(num_channels or 1))
         self.register_buffer("zero_point", torch.zeros(num_channels or 1, dtype=torch.int32))
@@ -92,7 +92,7 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         self._zero = int(self.zero_point[0].item()) if "zero_point" in self._buffers else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` rounded, in its own shape.
+        """Fake-quantize ``x``.
 
         Raises:
             ConfigError: the scale was never set.
@@ -110,80 +110,80 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         return self.fake_quantize(x, self.quant_min, self.quant_max)
 
     def fake_quantize(self, x: Tensor, quant_min: int, quant_max: int) -> Tensor:
-        """``x`` rounded with this scale, clamped to the integers ``quant_min`` .. ``quant_max``; differentiable."""
+        """Fake-quantize ``x`` with this scale and the integers ``quant_min`` to ``quant_max``; differentiable."""
         scale = self._learned_scale().view(self._shape(x))
         return lsq_fake_quantize(x, scale, quant_min - self._zero, quant_max - self._zero, self._grad_factor(x))
 
     @property
     def rounds_within_prelu(self) -> bool:
-        """True if the PReLU before it rounds what it reads and makes at once, so that nothing is left to round."""
+        """True if the PReLU before this quantizer already rounds its input and output in one fused pass."""
         return self.behind_prelu and self.training and self.quantizing and self._ready and not self.observing
 
     def prelu(self, x: Tensor, slopes: Tensor) -> Tensor:
-        """The PReLU of ``x`` [N, C, ...], rounded before it to all integers of a byte, and behind it to its own."""
+        """Apply PReLU to ``x`` [N, C, ...]; round its input to uint8 and its output to this integer range."""
         return lsq_fake_quantize_prelu(
             x, slopes, self._learned_scale(), -self._zero, *self.bounds, self._grad_factor(x)
         )
 
     def _learned_scale(self) -> Tensor:
-        # Through ``data``, since whoever shares the scale may have used it for its own gradient already.
+        # In place on ``data``, since a quantizer that shares the scale may already have saved it for its backward.
         self.scale.data.clamp_(min=_MIN_SCALE)
         if self.scale_rule is None:
             return self.scale
         return self.scale + (self.exact_scale() - self.scale).detach()
 
     def exact_scale(self) -> Tensor:
-        """The scale that rounds, [channels] or [1], without gradient."""
+        """Return the scale used for rounding, [C] or [1], without gradient."""
         return self.scale.detach() if self.scale_rule is None else self.scale_rule()
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Least and greatest integer, counted from the zero point."""
+        """Minimum and maximum integer minus the zero point."""
         return self.quant_min - self._zero, self.quant_max - self._zero
 
     def _grad_factor(self, x: Tensor) -> float:
-        """LSQ's: one over the root of (values that share the scale, in one image) x (greatest integer)."""
+        """Return LSQ's gradient scale: 1 / sqrt(values per image that share the scale x number of steps)."""
         return float((x[0].numel() * self.integer_range.num_steps) ** -0.5)
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:
-        """In which scale and zero point broadcast against ``x``."""
+        """Return the shape in which scale and zero point broadcast against ``x``."""
         return (1,) if self.num_channels is None else (-1,) + (1,) * (x.ndim - 1)
 
     def observe(self, x: Tensor) -> None:
-        """Let the observer see ``x``; of a weight only the last tensor counts."""
+        """Pass ``x`` to the observer; for a weight, only the last tensor counts."""
         if self.num_channels is not None:
             self.activation_post_process.reset()
         self.activation_post_process(x)
-        if self.quantizing:  # during training the range follows at once
+        if self.quantizing:  # during training, update the range at once
             self.set_range()
 
     def set_range(self) -> None:
-        """Take scale and zero point from the observer.
+        """Set scale and zero point from the observer.
 
         Raises:
-            ConfigError: it has seen nothing.
+            ConfigError: the observer has seen no tensor.
         """
         scale, zero_point = self.calculate_qparams()
         self.set_qparams(scale, zero_point)
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Set scale and zero point, each of as many values as there are channels."""
+        """Set scale and zero point, each [C] or [1]."""
         self.scale.data.copy_(scale)
         self.zero_point.copy_(zero_point)
         self.calibrated[0] = 1
         self._mirror()
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Scale and zero point that the observer chooses."""
+        """Return the scale and zero point that the observer chooses."""
         return self.activation_post_process.calculate_qparams()
 
     def qparams(self) -> QParams:
-        """Scale, zero point and integers, without gradient."""
+        """Return the quantization parameters, without gradient."""
         return QParams(self.exact_scale(), self.zero_point, self.quant_min, self.quant_max)
 
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
-        """The integers that stand for ``x``, as floats of its shape."""
+        """Quantize ``x``; return the integers as floats of the same shape."""
         return quantize_affine(x, *self._qparams_along(x))
 
     @torch.no_grad()
@@ -192,26 +192,26 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         return quantize_affine(x, *qparams).sub_(qparams.zero_point).mul_(qparams.scale)
 
     def _qparams_along(self, x: Tensor) -> QParams:
-        """In a shape that broadcasts against ``x``."""
+        """Return the quantization parameters in a shape that broadcasts against ``x``."""
         qparams, shape = self.qparams(), self._shape(x)
         return qparams._replace(scale=qparams.scale.view(shape), zero_point=qparams.zero_point.view(shape))
 
 
 class SharedScaleFakeQuantize(nn.Module):
-    """Rounds what a PReLU reads to 8 bits, with scale and zero point of what it makes, over all 256 integers of a byte.
+    """Fake quantization of a PReLU's input to uint8, with the scale and zero point of the PReLU's output.
 
-    A positive value then passes the PReLU as the integer that it is, rounded once, and a negative one is multiplied by
-    its slope in integers. It has no range of its own, and is on while the one whose scale it shares is.
+    With one scale before and after the PReLU, a positive integer passes unchanged and is rounded only once; a negative
+    one is multiplied by its slope in integer arithmetic. The module has no range or switches of its own.
     """
 
     bits = 8
 
     def __init__(self) -> None:
         super().__init__()
-        self._owner: tuple[LSQFakeQuantize, ...] = ()  # in a tuple, so that it is no submodule
+        self._owner: tuple[LSQFakeQuantize, ...] = ()  # in a tuple, so that torch does not register it as a submodule
 
     def share_scale_of(self, quantizer: LSQFakeQuantize) -> None:
-        """Take scale and zero point from ``quantizer``, which rounds what the PReLU makes."""
+        """Share scale and zero point of ``quantizer``, which quantizes the PReLU's output."""
         self._owner = (quantizer,)
         quantizer.behind_prelu = True
 
@@ -222,25 +222,25 @@ class SharedScaleFakeQuantize(nn.Module):
 
     @property
     def scale(self) -> nn.Parameter:
-        """The owner's scale, as it was learned."""
+        """The learned scale of the owner."""
         return self.owner.scale
 
     def exact_scale(self) -> Tensor:
-        """The scale that rounds, [1], without gradient."""
+        """Return the scale used for rounding, [1], without gradient."""
         return self.owner.exact_scale()
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Least and greatest integer, counted from the zero point."""
+        """Minimum and maximum integer minus the zero point."""
         return -self.owner._zero, QUINT8_MAX - self.owner._zero
 
     @property
     def quantizing(self) -> bool:
-        """True if it rounds."""
+        """True if fake quantization is on."""
         return any(quantizer.quantizing for quantizer in self._owner)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` rounded, in its own shape."""
+        """Fake-quantize ``x``."""
         if not self.quantizing or self.owner.rounds_within_prelu:
             return x
         if self.training:
@@ -249,22 +249,22 @@ class SharedScaleFakeQuantize(nn.Module):
         return quantize_affine(x, *qparams).sub_(qparams.zero_point).mul_(qparams.scale)
 
     def qparams(self) -> QParams:
-        """Scale, zero point and integers, without gradient."""
+        """Return the quantization parameters, without gradient."""
         return self.owner.qparams()._replace(quant_min=0, quant_max=QUINT8_MAX)
 
 
 class ImageFakeQuantize(_SwitchedFakeQuantize):
-    """Rounds a normalized image to 8 bits, so that every byte value is exact.
+    """Fake quantization of a normalized image to uint8, lossless for every pixel value.
 
-    Bytes x reach the network as ``(x - mean) / std``. With ``scale = 1 / std`` and ``zero_point = round(mean)``, the
-    integer of a pixel is its byte, and what the network reads is ``(x - zero_point) / std``: with InsightFace's mean of
-    127.5 half a gray level darker than before, the same for every pixel. So no gray level is lost, zero padding is
-    exact, and the first convolution may read the bytes of the image as they are.
+    A pixel x in 0..255 is normalized to ``(x - mean) / std``. With ``scale = 1 / std`` and ``zero_point = round(mean)``
+    its integer is x itself, and the network's input becomes ``(x - zero_point) / std``: with InsightFace's mean of
+    127.5, every pixel is half a gray level darker. No gray level is lost, zero padding is exact, and the first
+    convolution of the exported file takes the bytes of the image as they are.
 
     Args:
         scale: one gray level, ``1 / std``.
-        zero_point: the byte that reads as zero, 0 to 255.
-        offset: what is subtracted from the normalized image before rounding, ``(zero_point - mean) / std``.
+        zero_point: the byte that represents zero, 0 to 255.
+        offset: ``(zero_point - mean) / std``, subtracted from the normalized image before rounding.
     """
 
     def __init__(self, scale: float, zero_point: int, offset: float) -> None:
@@ -279,32 +279,32 @@ class ImageFakeQuantize(_SwitchedFakeQuantize):
         self.disable_observer()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The image, rounded to its bytes."""
+        """Round the image to its uint8 values."""
         if not self.quantizing:
             return x
-        # Half a gray level away from the next tie, so that any way of rounding gives the same byte.
+        # Values are half a gray level away from any rounding tie, so every rounding mode gives the same byte.
         return torch.fake_quantize_per_tensor_affine(x - self.offset, self.scale, self.zero_point, 0, QUINT8_MAX)
 
     @property
     def range(self) -> tuple[float, float]:
-        """The normalized values of the bytes 0 and 255."""
+        """Normalized values of the bytes 0 and 255."""
         low, high = (self.scale * (byte - self.zero_point) + self.offset for byte in (0, QUINT8_MAX))
         return low, high
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Least and greatest integer, counted from the zero point."""
+        """Minimum and maximum integer minus the zero point."""
         return self.quant_min - self.zero_point, self.quant_max - self.zero_point
 
     def exact_scale(self) -> Tensor:
-        """One gray level, [1]."""
+        """Return the scale, one gray level, [1]."""
         return torch.tensor([self.scale], device=self.fake_quant_enabled.device)
 
     def qparams(self) -> QParams:
-        """Scale, zero point and integers."""
+        """Return the quantization parameters."""
         zero_point = torch.tensor([self.zero_point], device=self.fake_quant_enabled.device)
         return QParams(self.exact_scale(), zero_point, self.quant_min, self.quant_max)
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Its fixed scale and zero point."""
+        """Return the fixed scale and zero point."""
         return torch.tensor([self.scale]), torch.tensor([self.zero_point], dtype=torch.int32)

@@ -1,10 +1,9 @@
-"""GPTQ: what the rounding of a weight changes, the weights that are rounded after it make up for.
+"""GPTQ: weight rounding in which later weights compensate for the errors of earlier ones.
 
-A layer's output loses least where the error of its weights is small in the metric of the second moments H of what it
-reads: error' H error. Weight by weight in order, each takes the share of the errors before it that it can make up for
-(Hassibi and Stork, Optimal Brain Surgeon, 1993; Frantar et al., GPTQ, ICLR 2023). The shares are those of a triangular
-factor of H, so that no inverse is needed (Chee et al., QuIP, NeurIPS 2023, theorem 6: GPTQ is LDLQ). Weights end as
-multiples of the scales that they have; ranges do not change.
+The output error of a layer is error' H error, with H the second moments of its inputs. Weights are rounded one by one;
+each is first shifted by its share of the earlier errors (Hassibi and Stork, Optimal Brain Surgeon, 1993; Frantar et
+al., GPTQ, ICLR 2023). The shares come from a triangular factor of H, so no inverse is needed (LDLQ; Chee et al., QuIP,
+NeurIPS 2023, theorem 6: GPTQ equals LDLQ). The rounded weights are multiples of the given scales.
 """
 
 from __future__ import annotations
@@ -22,31 +21,31 @@ from qface.quantization.quantized_layers import WeightedLayer
 
 __all__ = ["HessianCollector", "gptq"]
 
-_POSITIONS = 1024  # of a layer and batch
+_POSITIONS = 1024  # sampled positions per layer and batch
 _PERCDAMP = 1e-2
 """Hessian damping, as a fraction of mean(diag(H)), plus num_weights / num_samples.
 
-Few samples say little of how inputs vary together: what they do not show, GPTQ would spoil.
+With few samples, H misses directions of the inputs, and GPTQ would put large errors there.
 """
 _PRECISION = 4 * torch.finfo(torch.float32).eps
-"""Error of products in float32, in parts of them, for each weight.
+"""Relative error of float32 products, per weight.
 
-A mean is taken off that may be nearly all of them, and the errors of all weights may have one direction.
+Subtracting the mean may cancel nearly the whole product, and the errors of all weights may add up in one direction.
 """
-_BLOCK = 128  # weights, whose errors reach those behind the block all at once, by one product
-_PRODUCTS = 1024  # rows of a matrix of products that are computed at once, as far as they are not those of others
+_BLOCK = 128  # weights per block; later weights get a block's errors by one matrix product
+_PRODUCTS = 1024  # rows of the second moments per matrix product, which skips most of the lower triangle
 _MOST_WEIGHTS = 4608
-"""Maximum weights of a channel, 512 x 3 x 3: the Hessian of more takes gigabytes, so those are rounded to nearest."""
+"""Maximum weights per output channel, 512 x 3 x 3. Larger layers are rounded to nearest: their H takes gigabytes."""
 
 
 @dataclass
 class _Moments:
-    """Sums over what a layer reads.
+    """Sums over the input patches of a layer.
 
     Args:
-        count: of positions.
-        sums: of their values, float64 [groups, weights of a channel].
-        products: of each two values, float64 [groups, weights, weights]; those above the diagonal count.
+        count: number of patches.
+        sums: sums of values, float64 [groups, K] with K weights per output channel.
+        products: sums of products, float64 [groups, K, K]; only the upper triangle is valid.
     """
 
     count: int
@@ -55,12 +54,12 @@ class _Moments:
 
     @classmethod
     def none(cls, groups: int, weights: int) -> _Moments:
-        """Of nothing seen."""
+        """Return moments of no patches."""
         zeros = torch.zeros(groups, weights, weights, dtype=torch.float64)
         return cls(0, zeros[:, 0].clone(), zeros)
 
     def add(self, values: Tensor) -> None:
-        """Add ``values`` [groups, positions, weights]: products of one batch in float32, which is twice as fast."""
+        """Add patches ``values`` [groups, M, K]; products within a batch are float32, which is twice as fast."""
         self.count += values.shape[1]
         self.sums.add_(values.sum(1))
         for start in range(0, values.shape[2], _PRODUCTS):
@@ -69,13 +68,12 @@ class _Moments:
 
 
 class HessianCollector:
-    """The Hessian of each layer: second moments, about their mean, of what each convolution and linear layer of a
-    network reads.
+    """Collector of each layer's Hessian: the covariance of its input patches.
 
-    Within ``with`` every forward pass of the network is looked at.
+    As a context manager, it observes every forward pass of the network.
 
     Args:
-        student: the network.
+        student: a network with quantized convolutions and linear layers.
     """
 
     def __init__(self, student: fx.GraphModule) -> None:
@@ -89,16 +87,16 @@ class HessianCollector:
         self._hooks: list[Any] = []
 
     def __enter__(self) -> HessianCollector:
-        self._hooks = [layer.register_forward_hook(self._look) for layer in self._layers]
+        self._hooks = [layer.register_forward_hook(self._observe) for layer in self._layers]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _look(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _observe(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.ndim not in (2, 4) or (isinstance(layer, nn.Linear) and output.ndim != 2):
-            return  # a linear layer over pixels
+            return  # a linear layer over the positions of a sequence or map
         height, width = as_map(output).shape[2:]
         positions = Positions.drawn(len(output), height, width, _POSITIONS, self._generator)
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
@@ -109,23 +107,27 @@ class HessianCollector:
         self._moments[layer].add(values)
 
     def __len__(self) -> int:
-        """Layers that were seen."""
+        """Return the number of observed layers."""
         return len(self._moments)
 
     def items(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Each layer that was seen, and its damped Hessian, float64 [groups, weights of a channel, the same];
-        what is above its diagonal counts."""
+        """Yield each layer and its damped Hessian, float64 [groups, K, K], upper triangle valid."""
         for layer, moments in self._moments.items():
             count, mean, squares = moments.count, moments.sums / moments.count, moments.products / moments.count
             hessian = squares - mean[:, :, None] * mean[:, None, :]
             weights = hessian.shape[1]
-            damping = (_PERCDAMP + weights / count) * _size(hessian) + weights * _PRECISION * _size(squares)
+            damping = (_PERCDAMP + weights / count) * _mean_diagonal(hessian)
+            damping += weights * _PRECISION * _mean_diagonal(squares)
             yield layer, hessian + torch.diag_embed(damping[:, None].expand(-1, weights))
 
 
 @torch.no_grad()
 def gptq(hessians: HessianCollector) -> None:
-    """Round the weights of all layers that ``hessians`` has seen, in place; their scales stay as they are."""
+    """Round the weights of all observed layers in place; scales do not change.
+
+    Args:
+        hessians: filled by forward passes over the calibration set.
+    """
     for layer, hessian in track(hessians.items(), "round weights", len(hessians)):
         _round(cast(Any, layer), hessian)
 
@@ -141,29 +143,28 @@ def _round(layer: Any, hessian: Tensor) -> None:
         stop = min(start + _BLOCK, size)
         wanted = weight[:, :, start:stop] + errors[:, :, :start] @ shares[:, :start, start:stop]
         for index in range(start, stop):
-            made_up = errors[:, :, start:index] @ shares[:, start:index, index, None]
-            column = wanted[:, :, index - start] + made_up[:, :, 0]
+            compensation = errors[:, :, start:index] @ shares[:, start:index, index, None]
+            column = wanted[:, :, index - start] + compensation[:, :, 0]
             rounded[:, :, index] = (column / scale).round().clamp_(quantizer.quant_min, quantizer.quant_max) * scale
             errors[:, :, index] = weight[:, :, index] - rounded[:, :, index]
     layer.weight.copy_(rounded.view_as(layer.weight))
 
 
-def _size(hessian: Tensor) -> Tensor:
-    """The mean of the diagonal of each group, [groups]; where all is zero, 1."""
+def _mean_diagonal(hessian: Tensor) -> Tensor:
+    """Return the mean of the diagonal per group, [groups]; 1 for a zero matrix."""
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0)
     return torch.where(mean > torch.finfo(torch.float32).tiny, mean, 1.0)
 
 
 def _shares(hessian: Tensor) -> Tensor:
-    """Return which share of the error of each weight (row) each one behind it (column) makes up for.
+    """Return the share of each weight's error that later weights compensate, [groups, K, K].
 
-    The result is [groups, weights, weights]; what is above its diagonal counts.
+    Rows are the rounded weights, columns the later ones.
 
-    With U the upper triangular matrix of U U^T = H, it is U with each column divided by its diagonal value.
-
-    Where inputs hardly vary, the errors of float32 outweigh the damping: it grows until the matrix is positive.
+    With U upper triangular and U U^T = H, this is U with each column divided by its diagonal element; the upper
+    triangle is valid. If float32 errors outweigh the damping, the damping grows until H is positive definite.
     """
-    damping = _PERCDAMP * _size(hessian)[:, None].expand(hessian.shape[:2])
+    damping = _PERCDAMP * _mean_diagonal(hessian)[:, None].expand(hessian.shape[:2])
     while True:
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(1, 2))
         if not failed.any():

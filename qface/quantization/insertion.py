@@ -1,4 +1,4 @@
-"""Insertion of quantizers: one after each value that something reads as integers."""
+"""Insertion of a quantizer after each value that has integer consumers."""
 
 from __future__ import annotations
 
@@ -20,39 +20,45 @@ from qface.quantization.quantized_layers import (
 
 __all__ = ["place_quantizers"]
 
-_NAME = "activation_post_process"  # torch.ao's
+_NAME = "activation_post_process"  # torch.ao's name for observers and fake-quant modules
 
 
 def place_quantizers(student: fx.GraphModule, config: QuantizationConfig, preprocessing: Preprocessing) -> None:
-    """Leave a quantizer of the bits of the placement table after each value that has one, and no other.
+    """Replace torch.ao's quantizers by those of the placement table.
 
-    torch.ao observes every layer that it knows; what is missing is after a float layer, and what is too much carries no
-    information: after layers that only move values, before a clamp, and where nothing reads integers.
+    The table is :mod:`qface.quantization.placement`. torch.ao places a quantizer after every layer that it knows: none
+    after float layers, and useless ones after layers that only move values, before a fused clamp, and where no
+    consumer computes in integers.
+
+    Args:
+        student: the result of ``prepare_qat_fx``; changed in place.
+        config: bits and observers.
+        preprocessing: of the student's images.
     """
-    placed = _taken_out(student)
+    old_names = _remove_quantizers(student)
     image_quantizer = _image_quantizer(preprocessing)
     for node in list(student.graph.nodes):
         bits = None if node.op == "output" or is_shape_only(node) else _bits(node, config)
-        if bits is None or _feeds_only_a_clamp(node):
+        if bits is None or _feeds_only_clamps(node):
             continue
         if node.op == "placeholder" and image_quantizer is not None:
             quantizer: nn.Module = image_quantizer
-        elif _shares_the_scale_of_a_prelu(node, config):
+        elif _shares_scale_of_prelu(node, config):
             quantizer = SharedScaleFakeQuantize()
         else:
             quantizer = LSQFakeQuantize(bits, observer=config.activation_observer, percentile=config.percentile)
-        _insert(student, node, quantizer, placed.get(node))
+        _insert(student, node, quantizer, old_names.get(node))
 
 
-def _taken_out(student: fx.GraphModule) -> dict[fx.Node, str]:
-    """Erase all quantizers of activations; their names, by what they rounded."""
-    placed: dict[fx.Node, str] = {}
+def _remove_quantizers(student: fx.GraphModule) -> dict[fx.Node, str]:
+    """Remove all activation quantizers; return their names by the node that they quantized."""
+    old_names: dict[fx.Node, str] = {}
     for node in list(student.graph.nodes):
         if is_quantizer(node):
-            placed.setdefault(input_of(node), str(node.target))
+            old_names.setdefault(input_of(node), str(node.target))
             bypass(node, input_of(node))
             student.delete_submodule(str(node.target))
-    return placed
+    return old_names
 
 
 def _bits(node: fx.Node, config: QuantizationConfig) -> int | None:
@@ -62,45 +68,45 @@ def _bits(node: fx.Node, config: QuantizationConfig) -> int | None:
 
 
 def _insert(student: fx.GraphModule, node: fx.Node, quantizer: nn.Module, name: str | None) -> None:
-    """Round what ``node`` makes; the float readers of a float value read it as it is."""
-    readers = [user for user in node.users if not (_is_float(node) and _leads_to_float_only(user))]
+    """Insert a quantizer after ``node``; float consumers of a float node keep the unquantized value."""
+    consumers = [user for user in node.users if not (_is_float(node) and _is_float_consumer(user))]
     path = name or add_layer(student, f"{_NAME}_{node.name}", quantizer)
     student.add_submodule(path, quantizer.train(student.training))
     with student.graph.inserting_after(node):
-        rounded = student.graph.call_module(path, (node,))
-    rounded.meta = dict(node.meta)
-    for reader in readers:
-        reader.replace_input_with(node, rounded)
+        quantized = student.graph.call_module(path, (node,))
+    quantized.meta = dict(node.meta)
+    for consumer in consumers:
+        consumer.replace_input_with(node, quantized)
 
 
 def _is_float(node: fx.Node) -> bool:
     return computes_in_float(node) or node.op == "placeholder"
 
 
-def _leads_to_float_only(node: fx.Node) -> bool:
+def _is_float_consumer(node: fx.Node) -> bool:
     if is_shape_only(node):
-        return all(_leads_to_float_only(user) for user in node.users)
+        return all(_is_float_consumer(user) for user in node.users)
     return computes_in_float(node) or node.op == "output"
 
 
-def _feeds_only_a_clamp(node: fx.Node) -> bool:
-    """ReLU and ReLU6 are part of the rounding that follows them, so nothing is rounded in between."""
+def _feeds_only_clamps(node: fx.Node) -> bool:
+    """Return True if all consumers are ReLU or ReLU6, which are fused into the quantizer after them."""
     if not isinstance(layer_of(node), (*WeightedLayer, Add, QuantizedAffine)):
         return False
     return len(node.users) == 1 and all(is_clamp(user) for user in node.users)
 
 
-def _shares_the_scale_of_a_prelu(node: fx.Node, config: QuantizationConfig) -> bool:
-    """True if the sole consumer is a PReLU with fewer than 8 output bits; both then share one uint8 scale."""
-    (reader, *others) = node.users
-    if others or not isinstance(layer_of(reader), QuantizedPReLU) or computes_in_float(node):
+def _shares_scale_of_prelu(node: fx.Node, config: QuantizationConfig) -> bool:
+    """True if the sole consumer is a PReLU with fewer than 8 output bits; both share one scale."""
+    (consumer, *others) = node.users
+    if others or not isinstance(layer_of(consumer), QuantizedPReLU) or computes_in_float(node):
         return False
-    bits = activation_bits(reader, config)
+    bits = activation_bits(consumer, config)
     return bits is not None and bits < OTHER_BITS
 
 
 def _image_quantizer(preprocessing: Preprocessing) -> ImageFakeQuantize | None:
-    """Rounds every byte to itself; None where the channels have no scale in common."""
+    """Return a quantizer lossless for pixels, or None if mean or std differ between channels."""
     if len(set(preprocessing.mean)) > 1 or len(set(preprocessing.std)) > 1:
         return None
     mean, std = preprocessing.mean[0], preprocessing.std[0]

@@ -1,7 +1,7 @@
-"""The arithmetic of onnxruntime's integer kernels, bit for bit, on integers held in float tensors.
+"""Bit-exact emulation of onnxruntime's integer kernels, with integers held in float tensors.
 
-A student in eval mode computes with these. A low-bit network is chaotic: one value that rounds the other way changes
-many of the next layer, and 1e-7 of float noise is enough for that. So "the same up to float noise" does not do.
+A student in eval mode computes with these. "Equal up to float noise" is not enough: 1e-7 of noise makes some value
+round the other way, and in a low-bit network that changes many values of the next layer.
 """
 
 from __future__ import annotations
@@ -13,23 +13,34 @@ from torch import Tensor
 
 __all__ = ["accumulate", "quantize_affine", "requantize"]
 
-# float32 holds every integer below.
+# float32 represents all integers up to here exactly.
 _EXACT_FLOAT32 = 2**24
 
 
 def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """The integers of ``x`` as floats, zero point included; divides and rounds half to even, as QuantizeLinear does."""
+    """Quantize ``x`` as ONNX QuantizeLinear does: divide, round half to even, add the zero point, clamp.
+
+    Args:
+        x: float tensor.
+        scale: broadcasts against ``x``.
+        zero_point: broadcasts against ``x``.
+        quant_min: minimum integer.
+        quant_max: maximum integer.
+
+    Returns:
+        The integers as floats, zero point included.
+    """
     return (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
 
 
 def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``multiply(x, weight) + bias`` of integer tensors, exact, then rounded to float32 as a kernel rounds its int32.
+    """Compute ``multiply(x, weight) + bias`` on integers exactly, then round it to float32.
 
     Args:
-        multiply: a convolution or matrix product that only sums products.
-        x: integers without their zero point, [N, ...].
+        multiply: a convolution or matrix product.
+        x: integers minus the zero point, [N, ...].
         weight: integers [out_channels, ...].
-        bias: integers that broadcast against the result.
+        bias: integers that broadcast against the result, or None.
     """
     low, high = x.aminmax()
     bound = weight.abs().reshape(len(weight), -1).sum(1).max() * torch.maximum(-low, high)
@@ -41,5 +52,12 @@ def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: 
 
 
 def requantize(sums: Tensor, input_scale: Tensor, weight_scale: Tensor, output_scale: Tensor) -> Tensor:
-    """``sums``, overwritten, in steps of ``output_scale``, rounded half to even; the scales broadcast against them."""
+    """Requantize accumulator values in place; round half to even, without zero point or clamp.
+
+    Args:
+        sums: accumulator integers as float32; overwritten.
+        input_scale: scale of the input; all scales broadcast against ``sums``.
+        weight_scale: scale of the weight.
+        output_scale: scale of the output.
+    """
     return sums.mul_(input_scale * weight_scale / output_scale).round_()

@@ -1,10 +1,10 @@
-"""Quantized training with learned scales (LSQ, Esser et al., ICLR 2020), with gradients of our own.
+"""LSQ fake quantization (Esser et al., ICLR 2020) and PReLU with hand-written gradients.
 
-torch's fake-quant and PReLU kernels handle one value at a time: on a CPU they take ten times as long as the few
-vectorized passes that the same forward and backward are made of here. Rounding is straight through inside the range.
+On a CPU, torch's fake-quantize and PReLU kernels take ten times as long as the few vectorized passes used here, since
+they handle one value at a time. Rounding uses the straight-through estimator inside the range.
 
-All functions here are homogeneous, ``y(x, s) = s f(x / s)``, so that the scale's gradient needs no pass of its own: the
-derivative of y by s is ``(y - x dy/dx) / s``.
+All functions here are homogeneous, ``y(x, s) = s f(x / s)``. By Euler's theorem the gradient of y with respect to the
+scale s is ``(y - x dy/dx) / s``, which needs no pass of its own.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from qface.graph.layers import along_channels
 
 __all__ = ["lsq_fake_quantize", "lsq_fake_quantize_prelu", "prelu"]
 
-# Their one-pass kernels, which have no name in torch's interface: the gradient where low < x < high, and where x > low.
+# One-pass masking kernels without a public name in torch: they pass the gradient where low < x < high, or x > low.
 _between = torch.ops.aten.hardtanh_backward
 _above = torch.ops.aten.threshold_backward
 
 
 def lsq_fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_factor: float) -> Tensor:
-    """``x`` rounded to multiples of ``scale``, in its own shape; the gradient passes half a step beyond both bounds.
+    """Fake-quantize ``x``; the gradient passes up to half a step outside the range.
 
     Args:
         x: any shape, float32.
-        scale: [1], or one for each slice of dimension 0, [C, 1, ...].
-        quant_min: least integer, counted from the zero point.
-        quant_max: greatest integer, likewise.
-        grad_factor: what the gradient of ``scale`` is multiplied with.
+        scale: [1], or [C, 1, ...] with one value per slice of dimension 0.
+        quant_min: minimum integer minus the zero point.
+        quant_max: maximum integer minus the zero point.
+        grad_factor: factor of the gradient of ``scale``.
     """
     found = _LSQFakeQuantize.apply(x, scale, quant_min, quant_max, grad_factor)  # type: ignore[no-untyped-call]
     return cast(Tensor, found)
@@ -46,20 +46,21 @@ def lsq_fake_quantize_prelu(
     quant_max: int,
     grad_factor: float,
 ) -> Tensor:
-    """The PReLU of ``x``, rounded before it and behind it, as two :func:`lsq_fake_quantize` with a PReLU in between.
+    """Fake-quantize ``x``, apply PReLU, and fake-quantize the result, in one fused pass.
 
-    Only the gradient of the slopes differs: it is taken of ``x`` as it was before rounding, where nothing clips it.
+    The result and gradients equal two :func:`lsq_fake_quantize` with a PReLU in between, except the gradient of the
+    slopes: it uses ``x`` before rounding, where nothing clips it.
 
     Args:
         x: [N, C, ...], float32.
         slopes: [C] or [1].
-        scale: [1], of both roundings.
-        input_quant_min: least integer of what the PReLU reads, counted from the zero point.
-        quant_min: least integer of what it makes, likewise.
-        quant_max: greatest integer of both, likewise.
-        grad_factor: what the gradient of ``scale`` is multiplied with.
+        scale: [1], shared by input and output.
+        input_quant_min: minimum integer of the PReLU's input, minus the zero point.
+        quant_min: minimum integer of the PReLU's output, minus the zero point.
+        quant_max: maximum integer of both, minus the zero point.
+        grad_factor: factor of the gradient of ``scale``.
     """
-    with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the slopes, and so the results, were others
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would change the slopes and so the results
         found = _LSQFakeQuantizePReLU.apply(  # type: ignore[no-untyped-call]
             x, slopes, scale, input_quant_min, quant_min, quant_max, grad_factor
         )
@@ -67,7 +68,12 @@ def lsq_fake_quantize_prelu(
 
 
 def prelu(x: Tensor, slopes: Tensor) -> Tensor:
-    """``torch.prelu`` of ``x`` [N, C, ...] with ``slopes`` [C] or [1]."""
+    """Compute ``torch.prelu`` with a faster backward.
+
+    Args:
+        x: [N, C, ...].
+        slopes: [C] or [1].
+    """
     with torch.autocast(x.device.type, enabled=False):
         return cast(Tensor, _PReLU.apply(x, slopes))  # type: ignore[no-untyped-call]
 
@@ -103,23 +109,23 @@ class _LSQFakeQuantizePReLU(torch.autograd.Function):
     ) -> Tensor:
         steps = x / scale
         read = steps.round().clamp_(input_quant_min, quant_max)
-        made = torch.prelu(read, slopes).round_().clamp_(quant_min, quant_max).mul_(scale)
-        ctx.save_for_backward(steps, slopes, made, scale)
+        output = torch.prelu(read, slopes).round_().clamp_(quant_min, quant_max).mul_(scale)
+        ctx.save_for_backward(steps, slopes, output, scale)
         ctx.input_quant_min, ctx.quant_min, ctx.quant_max = input_quant_min, quant_min, quant_max
         ctx.grad_factor = grad_factor
-        return made
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        steps, slopes, made, scale = ctx.saved_tensors
+        steps, slopes, output, scale = ctx.saved_tensors
         positive = _between(gradient, steps, 0.0, ctx.quant_max + 0.5)
-        # The least input that is not clipped differs by channel: divided by it, all end at -1.
-        least = along_channels(_least_input(slopes, ctx.input_quant_min, ctx.quant_min, ctx.quant_max), steps)
-        negative = _between(gradient, steps / -least, -1.0, torch.finfo(steps.dtype).tiny)
+        # The lower clipping bound differs by channel; dividing by its magnitude maps all of them to -1.
+        lower = along_channels(_lower_input_bound(slopes, ctx.input_quant_min, ctx.quant_min, ctx.quant_max), steps)
+        negative = _between(gradient, steps / -lower, -1.0, torch.finfo(steps.dtype).tiny)
         passed = positive.addcmul_(negative, along_channels(slopes, steps))
         of_slopes = scale * _sum_to(negative.mul_(steps), slopes)
-        of_scale = ctx.grad_factor * _scale_gradient(gradient, made, passed, steps, scale)
+        of_scale = ctx.grad_factor * _scale_gradient(gradient, output, passed, steps, scale)
         return passed, of_slopes, of_scale, None, None, None, None
 
 
@@ -137,32 +143,32 @@ class _PReLU(torch.autograd.Function):
         return passed, _sum_to(x.clamp(max=0).mul_(gradient), slopes)
 
 
-def _scale_gradient(gradient: Tensor, made: Tensor, passed: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of the scale; ``steps`` is what was read, in steps, and ``passed`` the gradient of it."""
-    return _dot(gradient, made, scale) / scale - _dot(passed, steps, scale)
+def _scale_gradient(gradient: Tensor, output: Tensor, passed: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
+    """Return the scale's gradient; ``steps`` is the input / scale, and ``passed`` the input's gradient."""
+    return _dot(gradient, output, scale) / scale - _dot(passed, steps, scale)
 
 
 def _dot(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """The sum of products, for each scale."""
+    """Return the sum of products per scale."""
     if scale.numel() == 1:
         return torch.dot(_flat(a, like=a), _flat(b, like=a))
     return (a * b).flatten(1).sum(1).view_as(scale)
 
 
 def _flat(x: Tensor, like: Tensor) -> Tensor:
-    """The values of ``x`` in the order in which ``like`` keeps its own, which for ``like`` itself needs no copy."""
+    """Flatten ``x`` in the memory order of ``like``, which avoids a copy of ``like`` itself."""
     channels_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
     return (x.movedim(1, -1) if channels_last else x).flatten()
 
 
-def _least_input(slopes: Tensor, input_quant_min: int, quant_min: int, quant_max: int) -> Tensor:
-    """The end of the range of what a PReLU reads, in steps, below which it is clipped before or behind it; [slopes]."""
+def _lower_input_bound(slopes: Tensor, input_quant_min: int, quant_min: int, quant_max: int) -> Tensor:
+    """Return the lower bound of a PReLU's unclipped input in steps, [C] or [1]; its output may clip first."""
     end = torch.where(slopes > 0, quant_min - 0.5, quant_max + 0.5)
     return torch.where(slopes == 0, -torch.inf, end / slopes).clamp(min=input_quant_min - 0.5)
 
 
 def _sum_to(values: Tensor, slopes: Tensor) -> Tensor:
-    """The sum of ``values`` [N, C, ...] for each channel, or for all where they share one slope."""
+    """Sum ``values`` [N, C, ...] per channel, or over all channels if they share one slope."""
     if slopes.numel() == 1:
         return values.sum().view_as(slopes)
     return values.sum([dimension for dimension in range(values.ndim) if dimension != 1])

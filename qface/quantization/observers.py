@@ -1,11 +1,11 @@
-"""Observers: they see tensors and choose scale and zero point.
+"""Observers, which choose scale and zero point from the tensors that they see.
 
-Every observer works on rows: one row for a whole activation tensor, one row per output channel for a weight. The
-integers of ``bits`` bits are affine and unsigned for activations, ``scale * (q - zero_point)`` with q in 256 - 2^bits
-.. 255, and symmetric and signed for weights, ``scale * q`` with q in -2^(bits-1) .. 2^(bits-1) - 1.
+An observer works on rows: the flattened tensor as one row for an activation, one row per output channel for a weight.
+Activations are affine and unsigned, ``scale * (q - zero_point)`` with q in 256 - 2^bits .. 255; weights are symmetric
+and signed, ``scale * q`` with q in -2^(bits-1) .. 2^(bits-1) - 1.
 
-Activations take the top of a byte because integer kernels saturate there: the upper clamp costs nothing, and below the
-least integer there is room for what a PReLU reads (:class:`qface.quantization.fake_quantize.SharedScaleFakeQuantize`).
+Activations use the top of a byte because integer kernels saturate at 255, so that the upper clamp is free. The integers
+below the range hold the input of a PReLU (:class:`qface.quantization.fake_quantize.SharedScaleFakeQuantize`).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ __all__ = [
     "make_observer",
 ]
 
-_AVERAGING = 0.01  # torch.ao's default for moving averages of ranges
-_SAMPLES = 32_768  # values of an activation that a percentile or squared error is computed from
+_AVERAGING = 0.01  # torch.ao's default averaging constant
+_SAMPLES = 32_768  # sampled values per activation for percentiles and squared errors
 _SAMPLES_PER_CALL = 8_192
-_AFFINE_STEPS = 15  # candidates for each end of the range
-_SYMMETRIC_FRACTIONS = torch.linspace(0.2, 1.0, 41)  # candidates for a channel's scale, of its largest weight
+_AFFINE_STEPS = 15  # candidates for either end of the range
+_SYMMETRIC_FRACTIONS = torch.linspace(0.2, 1.0, 41)  # candidate clipping bounds, relative to a channel's maximum weight
 
 
 class RangeObserver(ObserverBase):
-    """Base: turns tensors into rows, hands them to :meth:`observe`, and asks :meth:`calculate_qparams` for the result.
+    """Base class of observers: it flattens tensors to rows for :meth:`observe`.
 
     Args:
-        integer_range: the integers to choose a scale for.
-        per_channel: rows are the slices of dimension 0, or else the tensor is one row.
+        integer_range: integers to choose scale and zero point for.
+        per_channel: True for one row per slice of dimension 0, False for one row per tensor.
     """
 
     def __init__(self, integer_range: IntegerRange, per_channel: bool) -> None:
@@ -57,10 +57,10 @@ class RangeObserver(ObserverBase):
         return x
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Scale (float32) and zero point (int32), one per row.
+        """Return scale (float32) and zero point (int32), one per row.
 
         Raises:
-            ConfigError: nothing was observed.
+            ConfigError: no tensor was observed.
         """
         if self.empty:
             raise ConfigError("no tensor was observed; pass at least one image to calibrate")
@@ -69,32 +69,32 @@ class RangeObserver(ObserverBase):
     @property
     @abstractmethod
     def empty(self) -> bool:
-        """Nothing was observed yet."""
+        """True if no tensor was observed yet."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget everything."""
+        """Discard everything observed so far."""
 
     @abstractmethod
     def observe(self, rows: Tensor) -> None:
-        """Take in float32 [rows, n]."""
+        """Add the values of ``rows``, float32 [num_rows, n]."""
 
     @abstractmethod
     def choose(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point from what was observed."""
+        """Return scale and zero point, one per row."""
 
 
 class MinMaxObserver(RangeObserver):
-    """The range from the least to the greatest value ever seen."""
+    """Observer of the minimum and maximum of all values."""
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Discard everything observed so far."""
         self.low: Tensor | None = None
         self.high: Tensor | None = None
 
     @property
     def empty(self) -> bool:
-        """Nothing was observed yet."""
+        """True if no tensor was observed yet."""
         return self.low is None
 
     def observe(self, rows: Tensor) -> None:
@@ -106,43 +106,43 @@ class MinMaxObserver(RangeObserver):
             self.low, self.high = self.merge(self.low, low, self.high, high)
 
     def merge(self, low: Tensor, new_low: Tensor, high: Tensor, new_high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range after another tensor that reaches from ``new_low`` to ``new_high``."""
+        """Return the ends of the range, updated with those of a new tensor."""
         return torch.minimum(low, new_low), torch.maximum(high, new_high)
 
     def choose(self) -> tuple[Tensor, Tensor]:
-        """Cover the range."""
+        """Return scale and zero point for the observed range."""
         assert self.low is not None and self.high is not None
         return self.integer_range.choose_qparams(self.low, self.high)
 
 
 class MovingAverageObserver(MinMaxObserver):
-    """The moving average, with weight 0.01 on the new value, of each tensor's least and greatest value."""
+    """Observer of the moving averages of minimum and maximum, with weight 0.01 for a new tensor."""
 
     def merge(self, low: Tensor, new_low: Tensor, high: Tensor, new_high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range after another tensor that reaches from ``new_low`` to ``new_high``."""
+        """Return the ends of the range, updated with those of a new tensor."""
         return low.lerp(new_low, _AVERAGING), high.lerp(new_high, _AVERAGING)
 
 
 class _SamplingObserver(RangeObserver):
-    """Keeps a uniform sample of the values of an activation, and of a weight all values of the last tensor.
+    """Base of observers that keep a uniform sample of an activation's values, or the last weight.
 
-    Each value draws a random key and the least keys stay, so that early and late batches count alike; the keys are
-    seeded, so that calibration repeats.
+    Each value gets a random key, and the smallest keys are kept, so that early and late batches count equally. The keys
+    are seeded, so that calibration is reproducible.
     """
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Discard everything observed so far."""
         self.samples: Tensor | None = None
         self._keys = torch.empty(0)
         self._generator = torch.Generator().manual_seed(0)
 
     @property
     def empty(self) -> bool:
-        """Nothing was observed yet."""
+        """True if no tensor was observed yet."""
         return self.samples is None
 
     def observe(self, rows: Tensor) -> None:
-        """Add values to the sample."""
+        """Add the values of ``rows`` to the sample."""
         if self.per_channel:
             self.samples = rows
             return
@@ -158,12 +158,12 @@ class _SamplingObserver(RangeObserver):
 
 
 class PercentileObserver(_SamplingObserver):
-    """The range that leaves out the same small share of the values at both ends.
+    """Observer that clips the same fraction of the values at both ends.
 
     Args:
         integer_range: see :class:`RangeObserver`.
         per_channel: see :class:`RangeObserver`.
-        percentile: share of the values inside the range, in percent.
+        percentile: percentage of the values inside the range.
     """
 
     def __init__(self, integer_range: IntegerRange, per_channel: bool, percentile: float) -> None:
@@ -171,7 +171,7 @@ class PercentileObserver(_SamplingObserver):
         self.percentile = percentile
 
     def choose(self) -> tuple[Tensor, Tensor]:
-        """Cover the percentile."""
+        """Return scale and zero point for the range of the percentile."""
         assert self.samples is not None
         tail = (1 - self.percentile / 100) / 2
         return self.integer_range.choose_qparams(
@@ -180,13 +180,13 @@ class PercentileObserver(_SamplingObserver):
 
 
 class MSEObserver(_SamplingObserver):
-    """The range with the least mean squared rounding and clipping error over the sample.
+    """Observer that minimizes the mean squared quantization error over the sample.
 
-    A search: for affine ranges over both ends of the range, coarse and then fine; for symmetric ranges over the scale.
+    It searches both ends of an affine range, first coarse, then fine, and the clipping bound of a symmetric one.
     """
 
     def choose(self) -> tuple[Tensor, Tensor]:
-        """Search the range."""
+        """Return the scale and zero point with the smallest error."""
         assert self.samples is not None
         return self._symmetric(self.samples) if self.integer_range.symmetric else self._affine(self.samples)
 
@@ -215,7 +215,7 @@ class MSEObserver(_SamplingObserver):
         return scale.reshape(1), zero_point.reshape(1)
 
     def _best(self, values: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair of ends with the least squared error."""
+        """Return the pair of ends with the smallest squared error."""
         errors = torch.stack([self._errors(values, low.expand_as(highs), highs) for low in lows])
         row, column = divmod(int(errors.argmin()), len(highs))
         return lows[row], highs[column]
@@ -226,7 +226,14 @@ class MSEObserver(_SamplingObserver):
 
 
 def make_observer(observer: str, integer_range: IntegerRange, per_channel: bool, percentile: float) -> RangeObserver:
-    """The observer that :class:`qface.quantization.QuantizationConfig` calls ``observer``."""
+    """Build an observer by name.
+
+    Args:
+        observer: one of the names in :class:`qface.quantization.QuantizationConfig`.
+        integer_range: integers to choose scale and zero point for.
+        per_channel: True for weights, False for activations.
+        percentile: percentage of the values inside the range, for ``"percentile"``.
+    """
     if observer == "percentile":
         return PercentileObserver(integer_range, per_channel, percentile)
     kinds: dict[str, type[RangeObserver]] = {

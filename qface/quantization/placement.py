@@ -1,21 +1,23 @@
-"""The bits of each tensor, or what w6a6 means. Quantization reads them; later stages read the quantizers it placed.
+"""Placement table: the bits of each tensor.
+
+Quantization follows the table; later stages look at the quantizers it placed.
 
 ===================  =====================  ==================================================================
 role                 bits                   tensor
 ===================  =====================  ==================================================================
-``IMAGE``            8                      the image, as the bytes it came in
-``MATMUL_INPUT``     ``activation_bits``    whatever a convolution or linear layer reads, save the image
-``OTHER``            8                      every other value: before an activation function, a gate, a residual
-                                            sum (:mod:`qface.quantization.residuals`); before a PReLU with fewer
-                                            bits behind it, with the scale of what is behind it
-``WEIGHT``           ``weight_bits``        weights of all convolutions and linear layers, first and last too
-``SLOPE``            8                      slopes of PReLU
+``IMAGE``            8                      image, as uint8 pixels
+``MATMUL_INPUT``     ``activation_bits``    input of a convolution or linear layer, except the image
+``OTHER``            8                      every other activation: input of an activation function, gate or
+                                            residual sum (:mod:`qface.quantization.residuals`). The input of a
+                                            PReLU with fewer output bits uses the output's scale
+``WEIGHT``           ``weight_bits``        weights of all convolutions and linear layers, first and last included
+``SLOPE``            8                      PReLU slopes
 ``BIAS``             32                     biases, in units of input scale x weight scale
-``FLOAT``            float                  what the network returns, and what only float layers read, save after a
-                                            convolution
+``FLOAT``            float                  output of the network, and values with only float consumers, except the
+                                            output of a convolution
 ===================  =====================  ==================================================================
 
-The scale of a BatchNorm that cannot be folded loses nothing, as a weight of 8 bits with a float scale for each channel.
+A BatchNorm that cannot be folded has 8-bit weights with one scale per channel, which is lossless.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ BIAS_BITS = 32
 
 
 class Role(enum.Enum):
-    """Part that an activation plays in the network."""
+    """Role of an activation in the network, which decides its bits."""
 
     IMAGE = "image"
     MATMUL_INPUT = "matmul_input"
@@ -76,11 +78,11 @@ INTEGER_LAYERS = (
     Concat,
     Maximum,
 )
-"""Layers that read and make quantized values; all others compute in float."""
+"""Layers with quantized inputs and outputs; all others compute in float."""
 
 
 def computes_in_float(node: fx.Node) -> bool:
-    """True if ``node`` is part of a float island: it has no integer form, and makes values of its own."""
+    """Return True if ``node`` computes new values and has no integer form."""
     if node.op in ("placeholder", "output", "get_attr") or is_quantizer(node) or is_shape_only(node):
         return False
     layer = layer_of(node)
@@ -89,35 +91,47 @@ def computes_in_float(node: fx.Node) -> bool:
     return not isinstance(layer, INTEGER_LAYERS)
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """Nodes that read the values of ``node``, looking through quantizers' and shape-only nodes."""
+def _consumers(node: fx.Node) -> list[fx.Node]:
+    """Return the consumers of the values of ``node``, looking through quantizers and shape-only nodes."""
     found = []
     for user in node.users:
         if is_shape_only(user) or is_quantizer(user):
-            found.extend(_readers(user))
+            found.extend(_consumers(user))
         else:
             found.append(user)
     return found
 
 
 def role_of(node: fx.Node) -> Role:
-    """The role of the value that ``node`` produces."""
+    """Return the role of the output of ``node``.
+
+    Args:
+        node: a node of a student or of a canonical float network.
+    """
     if node.op == "placeholder":
         return Role.IMAGE
-    readers = _readers(node)
-    if any(isinstance(layer_of(reader), WeightedLayer) for reader in readers):
+    consumers = _consumers(node)
+    if any(isinstance(layer_of(consumer), WeightedLayer) for consumer in consumers):
         return Role.MATMUL_INPUT
-    if any(reader.op == "output" or isinstance(layer_of(reader), L2Normalize) for reader in readers):
+    if any(consumer.op == "output" or isinstance(layer_of(consumer), L2Normalize) for consumer in consumers):
         return Role.FLOAT
-    if all(computes_in_float(reader) for reader in readers) and not isinstance(layer_of(node), QuantizedConv2d):
+    if all(computes_in_float(consumer) for consumer in consumers) and not isinstance(layer_of(node), QuantizedConv2d):
         return Role.FLOAT
     return Role.OTHER
 
 
 def activation_bits(node: fx.Node, config: QuantizationConfig) -> int | None:
-    """Bits of the value that ``node`` produces; None for float."""
+    """Return the bits of the output of ``node``.
+
+    Args:
+        node: a node of a student or of a canonical float network.
+        config: bits of the network and of single layers.
+
+    Returns:
+        2 to 8; None for float. With several convolutions or linear layers as consumers, the minimum of their bits.
+    """
     role = role_of(node)
     if role is Role.MATMUL_INPUT:
-        readers = [reader for reader in _readers(node) if isinstance(layer_of(reader), WeightedLayer)]
-        return min(config.activation_bits_of(str(reader.target)) for reader in readers)
+        consumers = [consumer for consumer in _consumers(node) if isinstance(layer_of(consumer), WeightedLayer)]
+        return min(config.activation_bits_of(str(consumer.target)) for consumer in consumers)
     return {Role.IMAGE: IMAGE_BITS, Role.OTHER: OTHER_BITS, Role.FLOAT: None}[role]

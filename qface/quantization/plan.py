@@ -1,4 +1,4 @@
-"""The layers of a student that compute with integers, those in float, and how much of the work each does."""
+"""Quantization plan: which layers compute in integers, which in float, and their multiply-adds."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class LayerPlan:
     """One layer of a student.
 
     Args:
-        name: in the network.
+        name: name in the network.
         kind: class of the layer, or name of the operator.
-        integer: True if it computes with integers.
-        weight_bits: of its weight; None where it has none or keeps it in float.
-        multiply_adds: for one image.
+        integer: True if it computes in integers.
+        weight_bits: bits of its weight; None without a weight or with a float weight.
+        multiply_adds: multiply-adds per image.
     """
 
     name: str
@@ -46,7 +46,10 @@ class LayerPlan:
 
 @dataclass(frozen=True, repr=False)
 class QuantizationPlan(Result):
-    """All layers of a student that make values of their own, in the order in which they run.
+    """All layers of a student that compute new values, in execution order.
+
+    Args:
+        layers: the layers.
 
     Example:
         >>> import qface
@@ -62,12 +65,12 @@ class QuantizationPlan(Result):
 
     @property
     def float_layers(self) -> tuple[LayerPlan, ...]:
-        """Those that compute in float, between a dequantize and a quantize."""
+        """The layers that compute in float, between a dequantize and a quantize."""
         return tuple(layer for layer in self.layers if not layer.integer)
 
     @property
     def integer_share(self) -> float:
-        """Share of the multiply-adds that integer kernels do, 0..1."""
+        """Fraction of the multiply-adds in integer kernels, 0..1."""
         total = sum(layer.multiply_adds for layer in self.layers)
         return sum(layer.multiply_adds for layer in self.layers if layer.integer) / max(total, 1)
 
@@ -75,12 +78,12 @@ class QuantizationPlan(Result):
         return {"layers": len(self.layers), "integer_share": self.integer_share}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the fields as plain values, for JSON."""
         return {"integer_share": self.integer_share, "layers": [asdict(layer) for layer in self.layers]}
 
     @property
     def summary(self) -> str:
-        """One line: how many layers, and what stays in float."""
+        """One line with the number of integer layers and the kinds of float layers."""
         total = len(self.layers)
         kinds = Counter(layer.kind for layer in self.float_layers)
         left = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
@@ -89,18 +92,24 @@ class QuantizationPlan(Result):
 
 
 def plan_of(student: fx.GraphModule) -> QuantizationPlan:
-    """The plan of ``student``, calibrated or not; it is not changed.
+    """Return the plan of ``student``, which is not changed.
 
     Args:
-        student: the result of :func:`qface.quantize`.
+        student: the result of :func:`qface.quantize`, calibrated or not.
     """
     trial = unrounded(student)
     propagate_shapes(trial, example_input(student))
-    return QuantizationPlan(tuple(_layer_plan(node) for node in trial.graph.nodes if _makes_values(node)))
+    return QuantizationPlan(tuple(_layer_plan(node) for node in trial.graph.nodes if _computes_values(node)))
 
 
 def unrounded(model: ModuleT) -> ModuleT:
-    """A copy of ``model`` in eval mode that rounds no activation or weight, so that it runs before it is calibrated."""
+    """Return a copy of ``model`` in eval mode with LSQ fake quantization off.
+
+    The copy runs before calibration too.
+
+    Args:
+        model: a student, calibrated or not.
+    """
     trial = copy.deepcopy(model).eval()
     for layer in trial.modules():
         if isinstance(layer, LSQFakeQuantize):
@@ -109,7 +118,13 @@ def unrounded(model: ModuleT) -> ModuleT:
 
 
 def count_activation_bits(student: fx.GraphModule) -> dict[int, int]:
-    """The number of values that ``student`` rounds to each number of bits, its image included, by rising bits.
+    """Count the activation tensors of ``student`` per number of bits, image included.
+
+    Args:
+        student: the result of :func:`qface.quantize`.
+
+    Returns:
+        Counts by bits, in ascending order of bits.
 
     Example:
         >>> import qface
@@ -122,7 +137,7 @@ def count_activation_bits(student: fx.GraphModule) -> dict[int, int]:
     return dict(sorted(bits.items()))
 
 
-def _makes_values(node: fx.Node) -> bool:
+def _computes_values(node: fx.Node) -> bool:
     if node.op not in ("call_module", "call_function") or node.target in SYMBOLIC_FUNCTIONS:
         return False
     return not is_quantizer(node) and not is_shape_only(node) and bool(shape_of(node))
@@ -140,7 +155,7 @@ def _layer_plan(node: fx.Node) -> LayerPlan:
 
 
 def _multiply_adds(node: fx.Node, layer: nn.Module | None) -> int:
-    """For one of two images."""
+    """Return the multiply-adds per image; shapes are for a batch of two."""
     values = math.prod(shape_of(node)) // 2
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         return values * layer.weight[0].numel()
@@ -149,6 +164,6 @@ def _multiply_adds(node: fx.Node, layer: nn.Module | None) -> int:
     name = operator_name(node.target)
     if name in ("matmul", "bmm", "mm"):
         return values * shape_of(input_of(node))[-1]
-    if name == "scaled_dot_product_attention":  # queries by keys, and their weights by values
+    if name == "scaled_dot_product_attention":  # queries x keys, then attention weights x values
         return values * 2 * shape_of(node.all_input_nodes[1])[-2]
     return 0

@@ -1,4 +1,4 @@
-"""``quantize``: from a float network to a prepared student, through torch.ao's ``prepare_qat_fx``."""
+"""``quantize``, which turns a float network into a student with torch.ao's ``prepare_qat_fx``."""
 
 from __future__ import annotations
 
@@ -65,29 +65,31 @@ _SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
     nn.PReLU: QuantizedPReLU,
 }
-_OBSERVED = (*_SWAPPED, *INTEGER_LAYERS)  # torch.ao swaps first and matches afterwards
+_OBSERVED = (*_SWAPPED, *INTEGER_LAYERS)  # torch.ao swaps layers first and matches patterns afterwards
 _LEAVES = (*OWN_LAYERS, QuantizedAffine, QuantizedGlobalAveragePool)
 
 
-@torch.random.fork_rng(devices=[])  # the layers that torch.ao swaps in draw weights at first
+@torch.random.fork_rng(devices=[])  # torch.ao's layer swap draws random weights
 def quantize(model: NetworkLike, bits: int | QuantizationConfig = 6) -> fx.GraphModule:
-    """A student of ``model`` that computes in low precision. Does not change ``model``.
+    """Return a quantized student of a float network; ``model`` does not change.
 
-    The student is what torch.ao's ``prepare_qat_fx`` returns: an FX graph with fake-quant modules, BatchNorm folded,
-    in training or eval mode as ``model`` is.
-    Next comes :func:`qface.calibrate`, which sets its ranges.
+    The student is an FX graph from torch.ao's ``prepare_qat_fx`` with fake-quant modules and folded BatchNorm, in the
+    training or eval mode of ``model``. Call :func:`qface.calibrate` next, to set its scales.
 
     Args:
-        model: any network from images [N, 3, H, W] to embeddings [N, D] that torch.export can follow:
-            a module, the path of its file, or ``package.module:factory``.
-        bits: of weights and activations, 2 to 8, or a config. What it applies to is
-            :mod:`qface.quantization.placement`.
+        model: a network from images [N, 3, H, W] to embeddings [N, D] that torch.export can trace: a module, the path
+            of its file, or ``package.module:factory``.
+        bits: bits of weights and activations, 2 to 8 (default 6), or a config. Which tensors get these bits is listed
+            in :mod:`qface.quantization.placement`.
+
+    Returns:
+        The student, which is not calibrated.
 
     Raises:
         CheckpointError: a weight is NaN or infinite, or the file cannot be read.
-        ConfigError: bits are out of range, an override names no layer, or the model is quantized already.
-        TraceError: the model cannot be traced; the message gives the place.
-        UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
+        ConfigError: bits are out of range, an override matches no layer, or the model is already quantized.
+        TraceError: the model cannot be traced; the message names the location.
+        UnsupportedLayerError: a layer has weights that cannot be quantized; the message names it.
 
     Example:
         >>> student = qface.quantize(teacher, bits=6)
@@ -95,7 +97,7 @@ def quantize(model: NetworkLike, bits: int | QuantizationConfig = 6) -> fx.Graph
     """
     config, model = as_config(bits), as_network(model)
     if is_quantized(model):
-        raise ConfigError("this network is quantized already; quantize the float network it came from")
+        raise ConfigError("this network is already quantized; pass the float network that it was made from")
     floating = canonicalize(model)
     _check_overrides(floating, config)
     if config.wide_residuals:
@@ -111,25 +113,28 @@ def quantize(model: NetworkLike, bits: int | QuantizationConfig = 6) -> fx.Graph
     place_quantizers(student, config, preprocessing_of(model))
     student.recompile()
     bind_quantizers(student)
-    student.requires_grad_(True)  # also what was frozen as a teacher's
-    student.train(model.training)  # new modules are in training mode, and torch.ao leaves them there
+    student.requires_grad_(True)  # a teacher's parameters may be frozen
+    student.train(model.training)  # torch.ao leaves new modules in training mode
     settings = {**config.to_dict(), "source_sha256": sha256_of_values(model)}
     return record_step(carry(model, student), "quantize", settings)
 
 
 def inspect(model: NetworkLike, bits: int | QuantizationConfig = 6) -> QuantizationPlan:
-    """Say which layers of ``model`` integer kernels will compute, and which stay in float. Does not change ``model``.
+    """Report which layers run on integer kernels and which stay in float; ``model`` does not change.
 
     Args:
-        model: a float network, or a student, whose own bits count then: a module, the path of its file,
-            ``package.module:factory``, or a name, since weights do not matter here.
-        bits: as of :func:`quantize`.
+        model: a float network or a student: a module, the path of its file, ``package.module:factory``, or the name of
+            an architecture, since weights do not matter here.
+        bits: bits of a float network's student, 2 to 8 (default 6), or a config; a student keeps its own.
 
     Returns:
-        A plan with one entry per layer; printed, it is a table of the kinds of layers.
+        A plan with one entry per layer; printed, it is a table by kind of layer.
 
     Raises:
-        CheckpointError, ConfigError, TraceError, UnsupportedLayerError: as :func:`quantize`.
+        CheckpointError: a weight is NaN or infinite, or the file cannot be read.
+        ConfigError: bits are out of range, or an override matches no layer.
+        TraceError: the model cannot be traced; the message names the location.
+        UnsupportedLayerError: a layer has weights that cannot be quantized; the message names it.
 
     Example:
         >>> import qface
@@ -143,26 +148,30 @@ def inspect(model: NetworkLike, bits: int | QuantizationConfig = 6) -> Quantizat
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """True if ``model`` holds fake-quant modules."""
+    """Return True if ``model`` contains fake-quant modules.
+
+    Args:
+        model: any module.
+    """
     return any(isinstance(module, LSQFakeQuantize) for module in model.modules())
 
 
 def _swap_leaves(model: fx.GraphModule) -> None:
-    """Swap what torch.ao does not: layers that are not traced get no qconfig, and without one it leaves them alone."""
+    """Swap the leaf modules, which torch.ao skips, since it sets no qconfig on them."""
     for node in model.graph.nodes:
         layer = layer_of(node)
         if isinstance(layer, ChannelAffine) and _has_integer_form(node, layer):
             set_layer(model, str(node.target), QuantizedAffine.from_float(layer))
-        elif layer is not None and _averages_the_map(node, layer):
+        elif layer is not None and _is_global_average(node, layer):
             set_layer(model, str(node.target), QuantizedGlobalAveragePool(math.prod(shape_of(input_of(node))[2:])))
 
 
 def _has_integer_form(node: fx.Node, layer: ChannelAffine) -> bool:
-    """True of one along the channels of maps or rows, which is a depthwise convolution."""
+    """Return True for an affine layer along the channels of [N, C] or [N, C, H, W]."""
     return layer.dim == 1 and layer.num_channels > 1 and len(shape_of(node)) in (2, 4)
 
 
-def _averages_the_map(node: fx.Node, layer: nn.Module) -> bool:
+def _is_global_average(node: fx.Node, layer: nn.Module) -> bool:
     if isinstance(layer, nn.AdaptiveAvgPool2d):
         return layer.output_size in (1, (1, 1), [1, 1])
     if not isinstance(layer, nn.AvgPool2d):
@@ -176,7 +185,7 @@ def _check_overrides(model: fx.GraphModule, config: QuantizationConfig) -> None:
     unknown = sorted(set(config.overrides) - set(layers))
     if unknown:
         raise ConfigError(
-            f"{len(unknown)} overrides name no convolution or linear layer (first: {unknown[0]!r}); "
+            f"{len(unknown)} overrides match no convolution or linear layer (first: {unknown[0]!r}); "
             f"the first of this network's {len(layers)} is {layers[0] if layers else None!r}"
         )
     for pattern in config.ignored_layers:
@@ -188,7 +197,7 @@ def _check_overrides(model: fx.GraphModule, config: QuantizationConfig) -> None:
 
 
 def _backend_config() -> BackendConfig:
-    """The layers that torch.ao observes: each of ours gets a fake-quantizer after it, and its weights are swapped."""
+    """Return the layers that torch.ao observes, and those that it swaps for quantized ones."""
     different = ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT
     shared = ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
     backend = BackendConfig("qface")
@@ -202,7 +211,7 @@ def _backend_config() -> BackendConfig:
 
 
 def _qconfig_mapping(model: fx.GraphModule, config: QuantizationConfig) -> QConfigMapping:
-    """8 bits behind every layer for now, and each weight's own bits."""
+    """Return the qconfig of each layer: the bits of its weight, and a placeholder for its output."""
     mapping = QConfigMapping().set_global(_qconfig(config.weight_bits, config))
     for name in config.overrides:
         mapping.set_module_name(name, _qconfig(config.weight_bits_of(name), config))
@@ -213,10 +222,11 @@ def _qconfig_mapping(model: fx.GraphModule, config: QuantizationConfig) -> QConf
 
 
 def _qconfig(weight_bits: int, config: QuantizationConfig) -> Any:
-    """Factories that return the same quantizer each time: torch.ao looks at their dtype some 20 times for each layer.
+    """Return factories of one shared quantizer each.
 
-    Neither rounds anything: that of activations only marks where :func:`place_quantizers` puts others, and a layer that
-    is swapped in makes its own of the settings of that of weights.
+    torch.ao calls a factory about 20 times per layer, to get the dtype. Neither quantizes anything:
+    :func:`place_quantizers` replaces the activation's, and a swapped layer builds its own from the settings of the
+    weight's.
     """
     activation = LSQFakeQuantize(OTHER_BITS)
     weight = LSQFakeQuantize(weight_bits, 1, config.weight_observer, config.percentile)
@@ -224,5 +234,5 @@ def _qconfig(weight_bits: int, config: QuantizationConfig) -> Any:
 
 
 def _itself(quantizer: LSQFakeQuantize) -> LSQFakeQuantize:
-    # No lambda, which could not be pickled with the student, whose layers keep their qconfig.
+    # Not a lambda: layers of the student keep their qconfig, and a student must be picklable.
     return quantizer

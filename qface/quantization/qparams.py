@@ -1,4 +1,4 @@
-"""The integers of a quantized tensor, and the scale and zero point by which they stand for floats."""
+"""Quantization parameters: scale, zero point and integer range."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 __all__ = ["QUINT8_MAX", "IntegerRange", "QParams"]
 
 QUINT8_MAX = 255
-"""Greatest integer of an activation, which is a byte whatever its bits."""
+"""Maximum integer of an activation, which is stored as uint8 whatever its bits."""
 
 
 class QParams(NamedTuple):
-    """Quantization parameters: the integer ``q`` stands for ``scale * (q - zero_point)``.
+    """Quantization parameters: an integer ``q`` represents the float ``scale * (q - zero_point)``.
 
     Args:
-        scale: float32, [1], or one value per output channel of a weight.
-        zero_point: int32, of the same shape.
-        quant_min: least integer.
-        quant_max: greatest integer.
+        scale: float32 [1], or [C] with one value per output channel of a weight.
+        zero_point: int32, same shape as the scale.
+        quant_min: minimum integer.
+        quant_max: maximum integer.
     """
 
     scale: Tensor
@@ -32,11 +32,12 @@ class QParams(NamedTuple):
 
 @dataclass(frozen=True)
 class IntegerRange:
-    """The integers of a quantized tensor, before it has a scale.
+    """Integer range of a quantized tensor.
 
     Args:
         bits: 2 to 8.
-        symmetric: signed with zero point 0 (weights), or unsigned with a zero point (activations).
+        symmetric: True for signed integers with zero point 0 (weights), False for uint8 with a zero point
+            (activations), which use the top ``2**bits`` integers of the byte.
     """
 
     bits: int
@@ -44,30 +45,35 @@ class IntegerRange:
 
     @property
     def quant_min(self) -> int:
-        """Least integer."""
+        """Minimum integer."""
         return -(1 << (self.bits - 1)) if self.symmetric else QUINT8_MAX + 1 - (1 << self.bits)
 
     @property
     def quant_max(self) -> int:
-        """Greatest integer."""
+        """Maximum integer."""
         return (1 << (self.bits - 1)) - 1 if self.symmetric else QUINT8_MAX
 
     @property
     def num_steps(self) -> int:
-        """Steps from zero to the greatest weight, or from the least to the greatest activation."""
+        """Number of steps from 0 to ``quant_max`` (symmetric) or from ``quant_min`` to ``quant_max`` (affine)."""
         return self.quant_max if self.symmetric else self.quant_max - self.quant_min
 
     def choose_qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point (float32 and int32, like ``low``) that cover ``low`` .. ``high`` and hold zero exactly.
+        """Return scale and zero point for the range from ``low`` to ``high``, widened to contain zero.
 
-        A range of nothing but zeros gets the scale 1.
+        Args:
+            low: lower ends, any shape.
+            high: upper ends, same shape.
+
+        Returns:
+            Scale (float32) and zero point (int32), same shape; a range of zeros only gets scale 1.
         """
         low, high = low.double().clamp(max=0), high.double().clamp(min=0)
         if self.symmetric:
             scale = torch.maximum(-low, high) / self.num_steps
         else:
             scale = (high - low) / self.num_steps
-        # float32 has no smaller normal number, and a division by zero would spread NaN.
+        # Dividing by a zero or subnormal scale would produce NaN.
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
         if self.symmetric:
             return scale.float(), torch.zeros_like(scale).int()
@@ -75,6 +81,6 @@ class IntegerRange:
         return scale.float(), zero_point.int()
 
     def fake_quantize(self, rows: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """``rows`` quantized and dequantized; scale and zero point broadcast against it."""
+        """Quantize and dequantize ``rows``; scale and zero point must broadcast against it."""
         integers = (rows / scale).round_().add_(zero_point).clamp_(self.quant_min, self.quant_max)
         return integers.sub_(zero_point).mul_(scale)

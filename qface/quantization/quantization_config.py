@@ -1,4 +1,4 @@
-"""Settings of quantization: bits, and the observer that chooses each range."""
+"""Settings of quantization: bits and observers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ OBSERVERS = ("mse", "minmax", "moving_average", "percentile")
 
 def _check_bits(name: str, bits: int) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ConfigError(f"{name} is {bits!r}; it must be a whole number from {MIN_BITS} to {MAX_BITS}")
+        raise ConfigError(f"{name} must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
 
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of one convolution or linear layer that differ from the network's.
+    """Bits of one convolution or linear layer, as an override of the network's.
 
     Args:
-        weight: bits of its weight, 2 to 8; None keeps the network's.
-        activation: bits of the tensor it reads, 2 to 8; None keeps the network's. Where several layers read one tensor,
-            the narrowest counts.
+        weight: bits of the weight, 2 to 8; None keeps the network's.
+        activation: bits of the input, 2 to 8; None keeps the network's. If several layers consume one tensor, the
+            minimum applies.
+
+    Raises:
+        ConfigError: a field is out of range.
 
     Example:
         >>> QuantizationConfig(6, 6, overrides={"fc": LayerBits(weight=8)}).overrides["fc"].weight
@@ -46,21 +49,22 @@ class LayerBits:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Bits and observers of a quantized network. What the bits apply to is :mod:`qface.quantization.placement`.
+    """Bits and observers of a quantized network.
+
+    :mod:`qface.quantization.placement` lists which tensor has which bits.
 
     Args:
-        weight_bits: bits of every convolution and linear weight, 2 to 8.
-        activation_bits: bits of every tensor that a convolution or linear layer reads, 2 to 8.
-        overrides: other bits for single layers, by their name in the network (``"layer1.0.conv1"``).
-        weight_observer: chooses the range of weights, per channel: ``"mse"`` (least squared rounding error),
+        weight_bits: bits of all convolution and linear weights, 2 to 8 (default 6).
+        activation_bits: bits of the inputs of all convolutions and linear layers, 2 to 8 (default 6).
+        overrides: bits of single layers, by their name in the network (``"layer1.0.conv1"``).
+        weight_observer: observer of weights, per channel: ``"mse"`` (minimum squared quantization error, the default),
             ``"minmax"`` or ``"percentile"``.
-        activation_observer: chooses the range of activations, per tensor: those three, or ``"moving_average"`` of the
-            batches' minima and maxima.
-        percentile: share of the values, in percent, that ``"percentile"`` keeps inside the range.
-        wide_residuals: let a sum read 8 bits of what a convolution beside it reads with fewer
-            (:mod:`qface.quantization.residuals`); otherwise both read the same.
-        ignored_layers: convolutions and linear layers that stay in float, by name or by a pattern of file names
-            (``"layer4.*"``).
+        activation_observer: observer of activations, per tensor: one of these three (default ``"mse"``), or
+            ``"moving_average"`` of the batches' minima and maxima.
+        percentile: percentage of the values inside the range, for ``"percentile"``.
+        wide_residuals: True (default) to keep 8 bits for the inputs of residual sums where a convolution that consumes
+            the same tensor has fewer (:mod:`qface.quantization.residuals`); False to use the same bits for both.
+        ignored_layers: convolutions and linear layers that stay in float, as names or glob patterns (``"layer4.*"``).
 
     Raises:
         ConfigError: a field is out of range.
@@ -84,41 +88,46 @@ class QuantizationConfig:
         _check_bits("activation_bits", self.activation_bits)
         for name, bits in self.overrides.items():
             if not isinstance(bits, LayerBits):
-                raise ConfigError(f"the override of {name!r} is {bits!r}; it must be a LayerBits")
+                raise ConfigError(f"overrides[{name!r}] must be a LayerBits, got {bits!r}")
         if self.weight_observer not in OBSERVERS or self.weight_observer == "moving_average":
-            raise ConfigError(f"weight_observer {self.weight_observer!r} is none of mse, minmax, percentile")
+            raise ConfigError(f"weight_observer must be one of mse, minmax, percentile, got {self.weight_observer!r}")
         if self.activation_observer not in OBSERVERS:
-            raise ConfigError(f"activation_observer {self.activation_observer!r} is none of {', '.join(OBSERVERS)}")
+            raise ConfigError(
+                f"activation_observer must be one of {', '.join(OBSERVERS)}, got {self.activation_observer!r}"
+            )
         if isinstance(self.ignored_layers, str):
-            raise ConfigError(f"ignored_layers is {self.ignored_layers!r}; it must be a tuple of names or patterns")
+            raise ConfigError(f"ignored_layers must be a tuple of names or patterns, got {self.ignored_layers!r}")
         object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))  # JSON gives a list
         if not 50 < self.percentile <= 100:
-            raise ConfigError(f"percentile is {self.percentile}; it must be above 50 and at most 100")
+            raise ConfigError(f"percentile must be > 50 and <= 100, got {self.percentile}")
 
     def ignores(self, layer: str) -> bool:
-        """True if ``layer`` stays in float."""
+        """Return True if ``layer`` stays in float."""
         return any(fnmatchcase(layer, pattern) for pattern in self.ignored_layers)
 
     def weight_bits_of(self, layer: str) -> int:
-        """Bits of the weight of ``layer``."""
+        """Return the bits of the weight of ``layer``."""
         override = self.overrides.get(layer)
         return override.weight if override and override.weight else self.weight_bits
 
     def activation_bits_of(self, layer: str) -> int:
-        """Bits of the tensor that ``layer`` reads."""
+        """Return the bits of the input of ``layer``."""
         override = self.overrides.get(layer)
         return override.activation if override and override.activation else self.activation_bits
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the fields as plain values, for JSON."""
         return asdict(self) | {"overrides": {name: asdict(bits) for name, bits in self.overrides.items()}}
 
 
 def as_config(bits: int | QuantizationConfig) -> QuantizationConfig:
-    """``bits`` for weights and activations alike, or a config as it is.
+    """Return a config with ``bits`` for weights and activations; return a config unchanged.
+
+    Args:
+        bits: 2 to 8, or a config.
 
     Raises:
-        ConfigError: ``bits`` is not a whole number from 2 to 8.
+        ConfigError: ``bits`` is not an integer from 2 to 8.
     """
     if isinstance(bits, QuantizationConfig):
         return bits

@@ -1,9 +1,8 @@
-"""Layers that train on rounded values, and in eval mode compute what is deployed, bit for bit.
+"""Quantized layers: fake quantization in training mode, deployed integer arithmetic in eval mode.
 
-In training mode a convolution multiplies rounded floats, differentiably. In eval mode it multiplies the
-integers, as onnxruntime does (:mod:`qface.quantization.kernels`). For that a layer must know the qparams of what it
-reads and of what it makes, which torch.ao keeps in neighboring modules: :mod:`qface.quantization.binding` tells every
-layer its quantizers.
+In training mode a convolution multiplies fake-quantized floats, with gradients. In eval mode it multiplies integers as
+onnxruntime does (:mod:`qface.quantization.kernels`). For that, a layer needs the quantization parameters of its inputs
+and output, which torch.ao keeps in separate modules; :mod:`qface.quantization.binding` sets them.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ __all__ = [
 
 SLOPE_BITS = 8
 AFFINE_BITS = 8
-# Integers up to here are exact in float32, in which the student trains.
+# float32, in which the student trains, represents all integers up to here exactly.
 MAX_BIAS = 2**24
 
 Quantizer = ImageFakeQuantize | LSQFakeQuantize | SharedScaleFakeQuantize
@@ -45,23 +44,23 @@ LayerT = TypeVar("LayerT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class QuantContext:
-    """The quantizers of what a layer reads and of what it makes; None where a value stays float."""
+    """Quantizers of the inputs and the output of a layer; None for a float tensor."""
 
     inputs: tuple[Quantizer | None, ...] = (None,)
     output: Quantizer | None = None
 
     @property
     def complete(self) -> bool:
-        """True if no value stays float."""
+        """True if all inputs and the output are quantized."""
         return None not in (*self.inputs, self.output)
 
     @property
     def rounding(self) -> bool:
-        """True if no value stays float and all quantizers are switched on."""
+        """True if all inputs and the output are quantized, and fake quantization is on."""
         return self.complete and all(cast(Quantizer, quantizer).quantizing for quantizer in (*self.inputs, self.output))
 
     def scales(self) -> tuple[Tensor, ...]:
-        """The scales of inputs and output; no value may stay float."""
+        """Return the scales of inputs and output, which must all be quantized."""
         return tuple(cast(Quantizer, quantizer).qparams().scale for quantizer in (*self.inputs, self.output))
 
 
@@ -73,7 +72,7 @@ def _take_weights(target: LayerT, source: nn.Module) -> LayerT:
 
 
 def _weight_settings(layer: nn.Module) -> dict[str, Any]:
-    """The settings of the weight's quantizer in the qconfig of ``layer``, as constructors take them."""
+    """Return the weight quantizer's settings in the qconfig of ``layer``, as constructor arguments."""
     quantizer: LSQFakeQuantize = cast(Any, layer.qconfig).weight()
     return {
         "weight_bits": quantizer.bits,
@@ -83,14 +82,14 @@ def _weight_settings(layer: nn.Module) -> dict[str, Any]:
 
 
 class _QuantizedMatmul(nn.Module):
-    """Base of convolution and linear layer: the bias as int32, and the integer path of eval mode."""
+    """Base of quantized convolution and linear layer: int32 bias, and integer arithmetic in eval mode."""
 
     weight: Any
     bias: Any
     weight_fake_quant: LSQFakeQuantize
     quant_context = QuantContext()
 
-    # What the constructor was told, read back from the quantizer, as saving a graph needs it.
+    # Saving a graph needs the constructor arguments back; the quantizer has them.
     @property
     def weight_bits(self) -> int:
         """Bits of the weight."""
@@ -98,31 +97,31 @@ class _QuantizedMatmul(nn.Module):
 
     @property
     def weight_observer(self) -> str:
-        """The observers of its ranges."""
+        """Name of the weight observer."""
         return self.weight_fake_quant.observer
 
     @property
     def percentile(self) -> float:
-        """For the observer ``"percentile"``."""
+        """Percentage of the weights inside the range, for the observer ``"percentile"``."""
         return self.weight_fake_quant.percentile
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The sum of products of this layer."""
+        """Convolve or multiply ``x`` with ``weight`` and add ``bias``."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """The quantized layer: differentiable in training mode, exactly what is deployed in eval mode."""
-        if self.training or not self._rounds_sums:
+        """Apply the layer: differentiable in training mode, the deployed integer arithmetic in eval mode."""
+        if self.training or not self._has_integer_products:
             return self.simulate(input)
         with torch.no_grad():
             return self._deployed(input)
 
     def simulate(self, input: Tensor) -> Tensor:
-        """The products of rounded values, in float and before they are rounded to what this layer makes."""
+        """Apply the layer to fake-quantized values in float, before the output is quantized."""
         return self.multiply(input, self.weight_fake_quant(self.weight), self.used_bias())
 
     def in_steps(self, values: Tensor) -> Tensor:
-        """``values`` of what this layer makes, rounded to the steps of its quantizer but not clamped."""
+        """Round output ``values`` to the steps of the output quantizer, without a clamp."""
         output = self.quant_context.output
         if output is None or not output.quantizing:
             return values
@@ -130,26 +129,26 @@ class _QuantizedMatmul(nn.Module):
         return (values / scale).round_().mul_(scale)
 
     @property
-    def _rounds_sums(self) -> bool:
-        """True if what it reads and its weights are integers."""
+    def _has_integer_products(self) -> bool:
+        """True if its input and weight are quantized."""
         (quantizer,) = self.quant_context.inputs
         return quantizer is not None and quantizer.quantizing and self.weight_fake_quant.quantizing
 
     def used_bias(self) -> Tensor | None:
-        """The bias that is added, rounded where products are integers; its gradient passes to ``bias`` unchanged."""
-        if self.bias is None or not self._rounds_sums:
+        """Return the bias in use, rounded for integer products; the gradient passes straight through."""
+        if self.bias is None or not self._has_integer_products:
             return cast("Tensor | None", self.bias)
         return cast(Tensor, self.bias + (cast(Tensor, self.rounded_bias()) - self.bias).detach())
 
     @torch.no_grad()
     def rounded_bias(self) -> Tensor | None:
-        """The bias that the integer kernel adds, as floats [out_channels]."""
+        """Return the bias that the integer kernel adds, float32 [C]."""
         integers = self.bias_integers()
         return None if integers is None else integers * self._step()
 
     @torch.no_grad()
     def bias_integers(self) -> Tensor | None:
-        """The bias in units of input scale x weight scale, as float32 integers [out_channels]."""
+        """Return the bias in units of input scale x weight scale, integers as float32 [C]."""
         if self.bias is None:
             return None
         return cast(Tensor, self.bias / self._step()).round_().clamp_(-MAX_BIAS, MAX_BIAS)
@@ -177,11 +176,11 @@ class QuantizedConv2d(_QuantizedMatmul, nn.Conv2d):
     """``nn.Conv2d`` with a per-channel fake-quantized weight.
 
     Args:
-        *args: of ``nn.Conv2d``.
-        weight_bits: of the weight, 2 to 8.
-        weight_observer: how its ranges are chosen.
-        percentile: for the observer ``"percentile"``.
-        **kwargs: of ``nn.Conv2d``.
+        *args: arguments of ``nn.Conv2d``.
+        weight_bits: bits of the weight, 2 to 8.
+        weight_observer: name of the weight observer.
+        percentile: percentage of the weights inside the range, for the observer ``"percentile"``.
+        **kwargs: arguments of ``nn.Conv2d``.
     """
 
     def __init__(
@@ -191,12 +190,12 @@ class QuantizedConv2d(_QuantizedMatmul, nn.Conv2d):
         self.weight_fake_quant = LSQFakeQuantize(weight_bits, self.out_channels, weight_observer, percentile)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Convolve."""
+        """Convolve ``x`` with ``weight`` and add ``bias``."""
         return cast(Tensor, self._conv_forward(x, weight, bias))
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d) -> QuantizedConv2d:
-        """Make the quantized layer of ``layer``, which carries a ``qconfig``; torch.ao calls this to swap layers."""
+        """Return the quantized form of ``layer``, which has a ``qconfig``; torch.ao calls this to swap layers."""
         target = cls(
             layer.in_channels,
             layer.out_channels,
@@ -216,12 +215,12 @@ class QuantizedLinear(_QuantizedMatmul, nn.Linear):
     """``nn.Linear`` with a per-channel fake-quantized weight.
 
     Args:
-        in_features: of ``nn.Linear``.
-        out_features: of ``nn.Linear``.
-        bias: of ``nn.Linear``.
-        weight_bits: of the weight, 2 to 8.
-        weight_observer: how its ranges are chosen.
-        percentile: for the observer ``"percentile"``.
+        in_features: number of input features.
+        out_features: number of output features.
+        bias: True to add a bias.
+        weight_bits: bits of the weight, 2 to 8.
+        weight_observer: name of the weight observer.
+        percentile: percentage of the weights inside the range, for the observer ``"percentile"``.
     """
 
     def __init__(
@@ -237,18 +236,22 @@ class QuantizedLinear(_QuantizedMatmul, nn.Linear):
         self.weight_fake_quant = LSQFakeQuantize(weight_bits, out_features, weight_observer, percentile)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply with the transposed weight."""
+        """Multiply ``x`` by the transposed ``weight`` and add ``bias``."""
         return F.linear(x, weight, bias)
 
     @classmethod
     def from_float(cls, layer: nn.Linear) -> QuantizedLinear:
-        """Make the quantized layer of ``layer``, which carries a ``qconfig``; torch.ao calls this to swap layers."""
+        """Return the quantized form of ``layer``, which has a ``qconfig``; torch.ao calls this to swap layers."""
         target = cls(layer.in_features, layer.out_features, layer.bias is not None, **_weight_settings(layer))
         return _take_weights(target, layer)
 
 
 class QuantizedPReLU(nn.PReLU):
-    """``nn.PReLU`` whose slopes have 8 bits, and one scale for all channels."""
+    """``nn.PReLU`` with 8-bit slopes and one scale for all channels.
+
+    Args:
+        num_parameters: number of slopes: 1, or the number of channels.
+    """
 
     weight_fake_quant: LSQFakeQuantize
     quant_context = QuantContext()
@@ -258,7 +261,7 @@ class QuantizedPReLU(nn.PReLU):
         self.weight_fake_quant = LSQFakeQuantize(SLOPE_BITS, num_channels=1, observer="minmax")
 
     def forward(self, input: Tensor) -> Tensor:
-        """``x`` where it is positive, else slope times ``x``."""
+        """Apply PReLU to ``input`` [N, C, ...]."""
         if not self.training and self.quant_context.rounding:
             with torch.no_grad():
                 return self._deployed(input, *self.quant_context.scales())
@@ -269,7 +272,7 @@ class QuantizedPReLU(nn.PReLU):
         return prelu(input, slopes)
 
     def slope_integers(self) -> Tensor:
-        """The slopes in units of their scale, as floats [channels]."""
+        """Return the quantized slopes, integers as floats [C]."""
         return self.weight_fake_quant.integers(self.weight.unsqueeze(0)).squeeze(0)
 
     def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
@@ -281,15 +284,15 @@ class QuantizedPReLU(nn.PReLU):
 
     @classmethod
     def from_float(cls, layer: nn.PReLU) -> QuantizedPReLU:
-        """Make the quantized layer of ``layer``; torch.ao calls this to swap layers."""
+        """Return the quantized form of ``layer``; torch.ao calls this to swap layers."""
         return _take_weights(cls(layer.num_parameters), layer)
 
 
 class QuantizedGlobalAveragePool(nn.AdaptiveAvgPool2d):
-    """Mean over height and width, which become 1; in eval mode no sum is rounded, however large the map.
+    """Global average pooling; in eval mode the sum is exact for feature maps of any size.
 
     Args:
-        num_values: height x width of the map.
+        num_values: height x width of the feature map.
     """
 
     def __init__(self, num_values: int) -> None:
@@ -297,22 +300,22 @@ class QuantizedGlobalAveragePool(nn.AdaptiveAvgPool2d):
         self.num_values = num_values
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, C, 1, 1]."""
+        """Average ``input`` [N, C, H, W] to [N, C, 1, 1]."""
         if self.training:
             return super().forward(input)
         return super().forward(input.double()).to(input.dtype)
 
 
 class QuantizedAffine(ChannelAffine):
-    """``weight[c] * x + bias[c]``, deployed as a depthwise 1x1 convolution.
+    """Per-channel affine layer ``weight[c] * x + bias[c]``, deployed as a depthwise 1x1 convolution.
 
-    Weights of 8 bits lose nothing there, since each channel has a scale of its own.
+    Its 8-bit weights are lossless, since each channel has its own scale.
     """
 
     quant_context = QuantContext()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale and shift each channel."""
+        """Scale and shift each channel of ``x``."""
         if self.training or not self.quant_context.rounding:
             return super().forward(x)
         with torch.no_grad():
@@ -320,11 +323,14 @@ class QuantizedAffine(ChannelAffine):
 
     @torch.no_grad()
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights, their scales, and biases in units of input scale x weight scale, each [channels], as floats."""
+        """Return integer weights, their scales, and integer biases, each float [C].
+
+        Biases are in units of input scale x weight scale.
+        """
         input_scale, output_scale = self.quant_context.scales()
-        greatest = (1 << (AFFINE_BITS - 1)) - 1
-        # A channel that is next to nothing but shift gets a step in which the shift fits its integer.
-        step = torch.maximum(self.weight.abs() / greatest, self.bias.abs() / (input_scale * MAX_BIAS / 2))
+        quant_max = (1 << (AFFINE_BITS - 1)) - 1
+        # If a channel is dominated by its bias, the step must be large enough for the bias to fit its integer.
+        step = torch.maximum(self.weight.abs() / quant_max, self.bias.abs() / (input_scale * MAX_BIAS / 2))
         step = step.clamp(min=torch.finfo(step.dtype).tiny)
         step = exact_weight_scale(step, input_scale, output_scale).to(step.dtype)
         return (self.weight / step).round(), step, (self.bias / (input_scale * step)).round()
@@ -336,16 +342,16 @@ class QuantizedAffine(ChannelAffine):
 
     @classmethod
     def from_float(cls, layer: ChannelAffine) -> QuantizedAffine:
-        """The same map, which will know its quantizers."""
+        """Return the quantized form of ``layer``."""
         target = cls(layer.num_channels, layer.dim)
         target._parameters.update(layer._parameters)
         return target.train(layer.training)
 
 
 WeightedLayer = (QuantizedConv2d, QuantizedLinear)
-"""Layers that multiply: what they read has ``activation_bits``."""
+"""Convolution and linear layers; their inputs have ``activation_bits``."""
 
 
 def is_quantizer(node: fx.Node) -> bool:
-    """True if ``node`` rounds a value."""
+    """Return True if ``node`` is a quantizer."""
     return isinstance(layer_of(node), Quantizer)

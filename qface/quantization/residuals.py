@@ -1,7 +1,8 @@
-"""Residual connections keep their bits where convolutions read fewer.
+"""Residual sums keep 8 bits where the convolutions beside them have fewer.
 
-A sum hands on what it reads. If a convolution's few bits counted for it too, each block would round what all blocks
-before have added up. So the sum reads bytes, and the convolution beside it a value of its own, which has its bits.
+A residual connection carries the sum of all earlier blocks. If it had the few bits of the convolution that consumes the
+same tensor, every block would round that sum again. So the residual sum consumes an 8-bit tensor, and the convolution
+consumes a copy with its own bits.
 """
 
 from __future__ import annotations
@@ -18,49 +19,50 @@ from qface.quantization.quantization_config import QuantizationConfig
 
 __all__ = ["widen_residuals"]
 
-_WITH_CHANNELS = (2, 4)  # dimensions
+_WITH_CHANNELS = (2, 4)  # numbers of dimensions of tensors with a channel dimension
 
 
 def widen_residuals(network: fx.GraphModule, config: QuantizationConfig, wide: int) -> None:
-    """Let convolutions and linear layers of fewer than ``wide`` bits read a value of their own beside a sum; in place.
+    """Insert copies of residual tensors for layers with fewer than ``wide`` bits, in place.
 
-    Of a sum that is a second sum, and otherwise a :class:`~qface.graph.layers.ChannelAffine` that changes nothing.
-    Both have integer kernels, and the network computes what it did.
+    Such convolutions and linear layers consume the copy instead of the tensor. The copy of a sum is a second sum, that
+    of any other tensor an identity :class:`~qface.graph.layers.ChannelAffine`; both have integer kernels. The network's
+    output does not change.
 
     Args:
-        network: canonical, in float.
-        config: bits of what each layer reads.
-        wide: bits of what a sum reads otherwise.
+        network: canonical float network.
+        config: activation bits of each layer.
+        wide: bits of the inputs of residual sums.
     """
     for node in list(network.graph.nodes):
-        readers = [user for user in node.users if _multiplies_integers(user, config)]
+        consumers = [user for user in node.users if _is_quantized_matmul(user, config)]
         summed = any(isinstance(layer_of(user), Add) for user in node.users)
-        narrow = any(config.activation_bits_of(str(reader.target)) < wide for reader in readers)
-        if summed and narrow and _can_be_made_again(node):
-            _read_apart(network, node, readers)
+        narrow = any(config.activation_bits_of(str(consumer.target)) < wide for consumer in consumers)
+        if summed and narrow and _can_be_copied(node):
+            _split(network, node, consumers)
     network.recompile()
 
 
-def _multiplies_integers(node: fx.Node, config: QuantizationConfig) -> bool:
+def _is_quantized_matmul(node: fx.Node, config: QuantizationConfig) -> bool:
     return isinstance(layer_of(node), (nn.Conv2d, nn.Linear)) and not config.ignores(str(node.target))
 
 
-def _can_be_made_again(node: fx.Node) -> bool:
-    """A sum, and what else has channels, save the image, which has bits of its own."""
+def _can_be_copied(node: fx.Node) -> bool:
+    """Return True for sums and other tensors with channels, except the image, which always has 8 bits."""
     return isinstance(layer_of(node), Add) or (node.op != "placeholder" and len(shape_of(node)) in _WITH_CHANNELS)
 
 
-def _read_apart(network: fx.GraphModule, node: fx.Node, readers: list[fx.Node]) -> None:
-    narrow = _same_again(network, node)
-    for reader in readers:
-        reader.replace_input_with(node, narrow)
+def _split(network: fx.GraphModule, node: fx.Node, consumers: list[fx.Node]) -> None:
+    narrow = _copy(network, node)
+    for consumer in consumers:
+        consumer.replace_input_with(node, narrow)
 
 
-def _same_again(network: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """Another node, right after ``node``, that makes the same value."""
+def _copy(network: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Insert a node after ``node`` that computes the same value."""
     layer, name = layer_of(node), f"{node.name}_narrow"
     if isinstance(layer, Add):
-        # The other way round: onnxruntime makes one of two sums that are alike, and has no integer kernel for that.
+        # Swapped inputs: onnxruntime merges two identical sums, and has no integer kernel for the result.
         return _after(network, node, Add(), node.args[::-1], name)
     if is_clamp(node) and isinstance(layer_of(input_of(node)), Add) and len(input_of(node).users) == 1:
         total = _after(network, node, Add(), input_of(node).args[::-1], f"{name}_sum")
@@ -70,6 +72,6 @@ def _same_again(network: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 
 def _after(network: fx.GraphModule, node: fx.Node, layer: nn.Module, inputs: Any, name: str) -> fx.Node:
-    made = insert_layer(network, layer, inputs, name, node.next)
-    made.meta = dict(node.meta)
-    return made
+    inserted = insert_layer(network, layer, inputs, name, node.next)
+    inserted.meta = dict(node.meta)
+    return inserted

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qface.quantization.sensitivity import Sensitivity
+from qface.mixed_precision import Sensitivity
 from qface.reporting.drawing import INK, LINES, check_figure, figure_class, new_figure, save_figure
 from qface.reporting.report.data import Curve, LayerSize, ModelFigures
 

@@ -33,9 +33,9 @@ from qface.evaluation import (
     unmeasured,
 )
 from qface.evaluation.groups import Estimate, Gap, ModelGroups
+from qface.mixed_precision import Sensitivity
 from qface.pruning import Cost
 from qface.quantization import QuantizationPlan
-from qface.quantization.sensitivity import Sensitivity
 from qface.reporting.file_description import FileDescription
 from qface.reporting.report.data import ReportData
 from qface.results import Result

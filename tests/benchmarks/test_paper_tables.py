@@ -89,7 +89,7 @@ def module_of(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
 def measure(root: Path, number: int, *arguments: str) -> tuple[Any, dict[str, Any]]:
     folders = ("--weights", root / "weights", "--data", root / "data", "-o", root.parent / f"table{number}")
     options = ("--max-steps", "1", "--json", root.parent / "table.json")
-    result = run(f"table{number}", *folders, *options, *arguments)
+    result = run("paper_table", number, *folders, *options, *arguments)
     return result, json.loads((root.parent / "table.json").read_text())
 
 
@@ -196,7 +196,7 @@ def test_quantfaces_arms_are_one_where_they_see_the_same_images(paper: Path) -> 
 
 
 def test_networks_that_no_table_has_and_rows_that_fail(paper: Path) -> None:
-    result = run("table1", "--weights", paper / "weights", "--data", paper / "data", "--networks", "r18")
+    result = run("paper_table", 1, "--weights", paper / "weights", "--data", paper / "data", "--networks", "r18")
     assert result.exit_code == 2
     assert "table 1 has R18, R34, R50, mobilefacenet, iresnet18, not r18" in result.output
     (paper / "weights" / "R34.safetensors").write_bytes(b"damaged")
@@ -216,7 +216,7 @@ def test_an_interrupted_table_shows_what_is_there(data: Path, monkeypatch: pytes
 
 
 def test_differences_are_printed() -> None:
-    cell = script("paper.table")._cell
+    cell = script("paper.comparison").format_cell
     assert cell(93.5, 93.79) == "93.50 (93.79, -0.29)"
     assert cell(None, 93.79) == "(93.79)"
     assert cell(93.5, None) == "93.50"
@@ -230,15 +230,13 @@ class Fixed:
 
 
 def test_losses_are_against_the_float_network_of_the_same_name() -> None:
-    rows = script("paper.rows").TABLES[1].rows
-    lines = {
-        line["label"]: line for row in rows if (line := script("paper.table")._line(row, Fixed()))["network"] == "R34"
-    }
+    rows, compare = script("paper.rows").TABLES[1].rows, script("paper.comparison").compare
+    lines = {line["label"]: line for row in rows if (line := compare(row, Fixed()))["network"] == "R34"}
     assert lines["Ours (w6a6)"]["measured"]["lost"] == pytest.approx(1.5)
     assert lines["Ours (w6a6)"]["printed"]["lost"] == pytest.approx(96.56 - 95.56)
     assert lines["Ours, pruned"]["printed"]["lost"] == pytest.approx(96.56 - 89.11)
     assert lines["teacher"]["measured"]["lost"] is None and lines["teacher"]["printed"]["lost"] is None
-    others = [script("paper.table")._line(row, Fixed()) for row in rows if row.method.kind == "quantface"]
+    others = [compare(row, Fixed()) for row in rows if row.method.kind == "quantface"]
     assert {line["printed"]["lost"] for line in others} == {None}
 
 
@@ -334,5 +332,5 @@ def test_a_published_file_of_another_network_is_refused(change: str, tmp_path: P
         "other shapes": tensors | {first: torch.ones(1, 2)},
     }
     torch.save(module_of(other[change]), file)
-    with pytest.raises(qface.QFaceError, match="it is of another network"):
+    with pytest.raises(qface.QFaceError, match="pass the network that it belongs to"):
         quantface.load_published(file, model, 6, 6)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import qface
 from qface.cli import main
 from qface.data.folders import ImageFolder
-from qface.deployment import OnnxEmbedder, float_writer, onnx_writer
+from qface.deployment import OnnxEmbedder
 from qface.deployment.float_writer import FLOAT_TARGETS
 from qface.errors import ConfigError, ExportError
 from qface.graph.layers import Add
@@ -96,12 +96,6 @@ def assert_agrees(student: nn.Module, path: Path) -> None:
 def test_every_operation_agrees(body: str, kind: str, target: str, tmp_path: Path) -> None:
     student = student_with(body)
     assert_agrees(student, qface.export(student, tmp_path / "net.onnx", input=kind, target=target))
-
-
-def test_what_becomes_integers_becomes_floats_too() -> None:
-    writers = (onnx_writer._Writer, float_writer._FloatWriter)
-    integers, floats = (set(vars(writer)["write"].dispatcher.registry) for writer in writers)
-    assert integers == floats
 
 
 @pytest.mark.parametrize("kind", ["float32", "uint8"])

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from qface.errors import ConfigError, DependencyError, ExportError
-from qface.quantization.sensitivity import LayerSensitivity, Sensitivity
+from qface.mixed_precision import LayerSensitivity, Sensitivity
 from qface.reporting import sensitivity_figure, sensitivity_tables
 
 RESULT = Sensitivity(

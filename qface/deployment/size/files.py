@@ -1,4 +1,4 @@
-"""Entries of an ONNX file, counted to the byte."""
+"""Size entries of an ONNX file, exact to the byte."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ __all__ = ["entries_of_file"]
 
 
 def entries_of_file(path: Path) -> list[SizeEntry]:
-    """All entries of the ONNX file ``path``, ordered by kind; their bytes add up to its size.
+    """Return all size entries of an ONNX file, ordered by kind; their bytes add up to the file size.
+
+    Args:
+        path: the ``.onnx`` file.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or keeps its weights in other files.
+        CheckpointError: the file is missing, damaged, or stores weights in external files.
     """
     data, model = _read(path)
     try:
@@ -58,38 +61,38 @@ def _read(path: Path) -> tuple[bytes, onnx.ModelProto]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; pass an ONNX file") from error
     try:
         model = onnx.load_model_from_string(data)
-    except Exception as error:  # protobuf's own
+    except Exception as error:  # protobuf has several error classes
         raise CheckpointError(f"{path} is no ONNX file, or damaged; export it again") from error
     if not model.HasField("graph"):
         raise CheckpointError(f"{path} holds no graph, so it is no ONNX model; export it again")
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
-        raise CheckpointError(f"{path} keeps weights in other files; save it as one file to measure it")
+        raise CheckpointError(f"{path} stores weights in external files; save it as one file to measure it")
     return data, model
 
 
 class _Collector:
-    """Entries by kind and name, in the order in which they came."""
+    """Size entries by kind and name, in file order."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str], SizeEntry] = {}
 
     def entries(self) -> list[SizeEntry]:
-        """All of them, ordered by kind."""
+        """Return all entries, ordered by kind."""
         return sorted(self._entries.values(), key=lambda entry: KINDS.index(entry.kind))
 
     def add(self, name: str, kind: str, size: int) -> None:
-        """One more occurrence of what is no tensor."""
+        """Add an occurrence of anything but a tensor."""
         before = self._entries.get((kind, name), SizeEntry(name, kind, 0, 0))
         self._entries[kind, name] = replace(before, bytes=before.bytes + size, elements=before.elements + 1)
 
     def add_node(self, node: onnx.NodeProto, field: Field) -> None:
-        """A node: its names, and all the rest."""
+        """Add a node, with its names apart from the rest."""
         names = size_of(field.payload, onnx.NodeProto, ("input", "output", "name"))
         self.add(node.op_type, "node", field.size - names)
         self.add(node.op_type, "name", names)
 
     def add_tensor(self, tensor: TensorProto, field: Field, roles: TensorRoles) -> None:
-        """An initializer: its data, shared out among those that it provides for, its name, and its header."""
+        """Add an initializer: data, split among the tensors packed in it, name, and header."""
         data = sum(len(part.payload) for part in fields(field.payload) if name_of(TensorProto, part) in _DATA)
         name = size_of(field.payload, TensorProto, ("name",))
         parts = roles.parts(tensor, data)
@@ -104,5 +107,5 @@ _DATA = frozenset({"raw_data", "float_data", "int32_data", "int64_data", "double
 
 
 def _joined(one: SizeEntry, other: SizeEntry) -> SizeEntry:
-    """The same tensor in two planes, each of which holds some bits of every number."""
+    """Merge two bit planes of one tensor."""
     return replace(one, bytes=one.bytes + other.bytes, bits=(one.bits or 0) + (other.bits or 0))

@@ -1,4 +1,4 @@
-"""The verb ``measure_size``."""
+"""``measure_size``, which counts or predicts the bytes of a model file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ __all__ = ["measure_size"]
 
 
 def measure_size(model_or_file: NetworkLike, bits: int | QuantizationConfig = 6) -> SizeReport:
-    """Count the bytes of a file by purpose, or predict them. Does not change ``model_or_file``.
+    """Count the bytes of an ONNX file by purpose, or predict them for a network, which does not change.
 
     Args:
-        model_or_file: an ``.onnx`` file, counted to the byte; a student, calibrated or not, counted from its
-            quantizers; or a float network, counted as its student at ``bits``. A network is a module, the path of its
-            file, ``package.module:factory``, or a name, since weights do not matter here.
-        bits: of a float network's student, or a config; all others have theirs.
+        model_or_file: an ``.onnx`` file, counted exactly; a student, predicted from its quantizers; or a float network,
+            predicted as its student with ``bits``. A network is a module, the path of its file,
+            ``package.module:factory``, or the name of an architecture, since weights do not matter here.
+        bits: bits of a float network's student, 2 to 8 (default 6), or a config; ignored for files and students.
+
+    Returns:
+        A report with the bytes of each entry, and sums by kind.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or keeps its weights in other files.
+        CheckpointError: the file is missing, damaged, or stores weights in external files.
         ConfigError: bits are out of range.
-        TraceError: torch.export cannot follow the network.
-        UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
+        TraceError: torch.export cannot trace the network.
+        UnsupportedLayerError: a layer has weights that cannot be quantized; the message names it.
 
     Example:
         >>> qface.measure_size("student.onnx").bytes == Path("student.onnx").stat().st_size

@@ -1,4 +1,4 @@
-"""Entries of the packed file that a network would become."""
+"""Size entries predicted for the packed file of a network."""
 
 from __future__ import annotations
 
@@ -28,10 +28,16 @@ __all__ = ["entries_of_network"]
 
 
 def entries_of_network(model: nn.Module, bits: int | QuantizationConfig) -> Iterator[SizeEntry]:
-    """The tensors of the packed file of ``model``, a student, or a float network whose student has ``bits``.
+    """Yield the tensors of the packed file of a student.
+
+    Args:
+        model: a student, or a float network, which is quantized with ``bits``.
+        bits: bits of a float network's student, or a config.
 
     Raises:
-        ConfigError, TraceError, UnsupportedLayerError: as :func:`qface.quantize`.
+        ConfigError: bits are out of range.
+        TraceError: torch.export cannot trace the network.
+        UnsupportedLayerError: a layer has weights that cannot be quantized; the message names it.
     """
     student = model if is_quantized(model) else quantize(model, bits)
     assert isinstance(student, fx.GraphModule)
@@ -66,7 +72,7 @@ def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
     elif isinstance(layer, (ImageFakeQuantize, LSQFakeQuantize)):
         yield _words(f"{name}.scale", "scale", 1)
         yield SizeEntry(f"{name}.zero_point", "zero_point", 1, 1, 8)
-    else:  # it stays in float
+    else:  # a float layer
         multiplies = isinstance(layer, (nn.Conv2d, nn.Linear))
         for kind, parameter in layer.named_parameters():
             role = kind if multiplies else "affine"
@@ -74,5 +80,5 @@ def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
 
 
 def _words(name: str, kind: str, elements: int, bits: int = 32) -> SizeEntry:
-    """A tensor that takes four bytes an element in the file, whatever its bits."""
+    """Return an entry with four bytes per element, whatever its bits."""
     return SizeEntry(name, kind, 4 * elements, elements, bits)

@@ -1,4 +1,4 @@
-"""Entries of the size report, and their sums."""
+"""Size report: entries and their sums."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qface.results import Result
 __all__ = ["KINDS", "PARAMETERS", "TENSORS", "SizeEntry", "SizeReport"]
 
 PARAMETERS = ("weight", "bias", "slope", "affine")
-"""Kinds of entries that a float network has too."""
+"""Kinds of tensors that a float network has too."""
 TENSORS = (*PARAMETERS, "scale", "zero_point", "constant")
 KINDS = (*TENSORS, "header", "name", "node", "graph", "metadata")
-"""Kinds of entries, in the order of reports; a tensor with several uses counts as the first of them.
+"""Kinds of entries, in report order; a tensor with several uses counts as the first of its kinds.
 
-``header`` is type, shape and framing of the tensors, ``name`` every place that names a value, node or tensor, ``node``
-operators with their attributes, ``graph`` the interface and the frame of the graph, ``metadata`` the rest of the model.
+``header`` is dtype, shape and framing of tensors, ``name`` all names of values, nodes and tensors, ``node`` operators
+with their attributes, ``graph`` inputs, outputs and framing of the graph, ``metadata`` the rest of the model.
 """
 
 _MB, _MIB = 10**6, 2**20
@@ -25,14 +25,14 @@ _MB, _MIB = 10**6, 2**20
 
 @dataclass(frozen=True)
 class SizeEntry:
-    """One tensor, or all bytes of a file that serve one end.
+    """One tensor, or all bytes of a file with one purpose.
 
     Args:
-        name: the tensor as the file or network calls it; an operator; a field of the file.
+        name: name of the tensor, operator, or protobuf field.
         kind: one of :data:`KINDS`.
-        bytes: on the disk, the tensor's data alone.
-        elements: numbers of a tensor, else how often that occurs.
-        bits: of a number as trained, as far as the source tells; None for what is no tensor.
+        bytes: bytes in the file; of a tensor, its data only.
+        elements: number of elements of a tensor, else the number of occurrences.
+        bits: bits per element as trained, as far as the file shows; None for anything but a tensor.
     """
 
     name: str
@@ -43,26 +43,26 @@ class SizeEntry:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the numbers without a wasted bit."""
+        """Bytes of the elements if packed without padding bits."""
         return self.bytes if self.bits is None else -(-self.elements * self.bits // 8)
 
     @property
     def fp32_bytes(self) -> int:
-        """Bytes in a float network: four a parameter, none for what only integers need."""
+        """Bytes in a float32 network: four per parameter, none for scales and zero points."""
         return 4 * self.elements if self.kind in PARAMETERS else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as plain values, for JSON."""
         return {**asdict(self), "packed_bytes": self.packed_bytes, "fp32_bytes": self.fp32_bytes}
 
 
 @dataclass(frozen=True, repr=False)
 class SizeReport(Result):
-    """Every entry of a file, or of the packed file that a network would become.
+    """Size of a model file by purpose, counted or predicted.
 
     Args:
-        source: ``"file"``, counted on the disk, or ``"prediction"``, from a network: tensors only.
-        entries: what the bytes are spent on.
+        source: ``"file"`` if counted in a file, ``"prediction"`` if predicted from a network (tensors only).
+        entries: bytes by purpose.
 
     Example:
         >>> qface.measure_size(student).bytes < qface.measure_size(student).fp32_bytes
@@ -77,36 +77,40 @@ class SizeReport(Result):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all entries; the size of the file where the source is one."""
+        """Bytes of all entries; equals the file size if the source is a file."""
         return sum(entry.bytes for entry in self.entries)
 
     @property
     def mb(self) -> float:
-        """Megabytes, 10^6 bytes."""
+        """Size in MB (10^6 bytes)."""
         return self.bytes / _MB
 
     @property
     def mib(self) -> float:
-        """Mebibytes, 2^20 bytes."""
+        """Size in MiB (2^20 bytes)."""
         return self.bytes / _MIB
 
     @property
     def fp32_bytes(self) -> int:
-        """All parameters as float32, BatchNorm folded."""
+        """Bytes of all parameters as float32, BatchNorm folded."""
         return sum(entry.fp32_bytes for entry in self.entries)
 
     def of_kind(self, kind: str) -> SizeReport:
-        """The entries of one of :data:`KINDS`."""
+        """Return a report with the entries of one kind.
+
+        Args:
+            kind: one of :data:`KINDS`.
+        """
         return replace(self, entries=tuple(entry for entry in self.entries if entry.kind == kind))
 
     @property
     def kinds(self) -> dict[str, SizeReport]:
-        """A report for each kind that occurs, in the order of :data:`KINDS`."""
+        """Reports by kind, for the kinds that occur, in the order of :data:`KINDS`."""
         reports = {kind: self.of_kind(kind) for kind in KINDS}
         return {kind: report for kind, report in reports.items() if report.entries}
 
     def totals(self) -> dict[str, int]:
-        """Sums over all entries."""
+        """Return the sums over all entries."""
         return {
             "bytes": self.bytes,
             "packed_bytes": sum(entry.packed_bytes for entry in self.entries),
@@ -115,7 +119,7 @@ class SizeReport(Result):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: totals, totals of each kind, and the entries."""
+        """Return totals, totals by kind, and entries, for JSON."""
         return {
             "source": self.source,
             **self.totals(),

@@ -1,4 +1,4 @@
-"""The roles of the tensors of an ONNX file."""
+"""Roles of the initializers of an ONNX file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _ROLES: dict[str, dict[int, str]] = {
     "LayerNormalization": {1: "affine", 2: "affine"},
     "InstanceNormalization": {1: "affine", 2: "affine"},
 }
-"""Kinds of the tensors that operators read, by position."""
+"""Kinds of operator inputs, by position."""
 _COMBINING = frozenset({"BitwiseOr", "BitwiseXor", "Concat", "Mul"})
-"""Operators that make one tensor of several; of all others the first input is the data."""
+"""Operators that combine several tensors; the first input of any other operator is its data."""
 
 
 class _Use(NamedTuple):
-    """A value that a tensor provides: what for, its name, and its elements where the tensor is taken apart."""
+    """A constant unpacked from an initializer; ``length`` is its elements if there are several."""
 
     kind: str
     name: str
@@ -40,17 +40,16 @@ class _Use(NamedTuple):
 
 
 class TensorRoles:
-    """The role of each initializer, by the operators that read it, directly or unpacked by constant nodes."""
+    """Role of each initializer, from the operators that consume it directly or unpacked.
+
+    Args:
+        graph: the graph of the file.
+    """
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
-        self._makers = {name: node for node in graph.node for name in node.output}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
         self._constant = set(self._tensors)
-        self._unpacked: dict[str, tuple[onnx.NodeProto, int]] = {}  # constants that nodes make, without cycles
+        self._unpacked: dict[str, tuple[onnx.NodeProto, int]] = {}  # constants computed by nodes, without cycles
         for node in graph.node:
             if node.input and all(name in self._constant for name in node.input if name):
                 fresh = {name: (node, place) for place, name in enumerate(node.output) if name not in self._constant}
@@ -62,14 +61,19 @@ class TensorRoles:
                 self._note(value, kind)
 
     def parts(self, tensor: TensorProto, size: int) -> list[SizeEntry]:
-        """The entries that share the ``size`` bytes of ``tensor``: one, or one for each that it is split into."""
+        """Return the entries of an initializer: one, or one for each tensor packed in it.
+
+        Args:
+            tensor: the initializer.
+            size: bytes of its data.
+        """
         uses = list(self._uses.get(tensor.name, {}).values())
         lengths = [use.length for use in uses if use.length is not None]
         if len(lengths) < len(uses) or not sum(lengths):
             kind = min((use.kind for use in uses), key=KINDS.index, default="constant")
             elements = math.prod(tensor.dims)
             return [SizeEntry(tensor.name, kind, size, elements, _bits_of(tensor, kind, size, elements))]
-        # Fewer than eight numbers in a plane would be ambiguous; no network's weights are that few.
+        # Ambiguous for fewer than eight elements per bit plane; no network has so few weights.
         bits = 8 * size // max(sum(lengths), 1)
         shares = shares_of(size, lengths)
         return [
@@ -78,26 +82,27 @@ class TensorRoles:
         ]
 
     def _roles(self, node: onnx.NodeProto) -> Iterator[tuple[str, str]]:
-        """The constants that ``node`` reads, each with its kind."""
+        """Yield the constant inputs of ``node``, each with its kind."""
         if node.op_type in ("Mul", "Add") and not self._constant.issuperset(node.output):
             yield from ((name, "affine") for name in node.input if name in self._constant)
         for place, kind in _ROLES.get(node.op_type, {}).items():
             if place < len(node.input) and node.input[place] in self._constant:
-                yield node.input[place], self._depthwise_kind(node) if kind == "weight" else kind
+                yield node.input[place], self._weight_kind(node) if kind == "weight" else kind
 
-    def _depthwise_kind(self, node: onnx.NodeProto) -> str:
-        """The role of a convolution's weights: a depthwise 1x1 is how PReLUs and BatchNorms are written.
+    def _weight_kind(self, node: onnx.NodeProto) -> str:
+        """Return the kind of a convolution's weights.
 
-        Slopes share one scale, and may be ones, where a value only changes its scale.
+        Export writes PReLU and BatchNorm as depthwise 1x1 convolutions. Slopes share one scale; slopes of 1 only
+        requantize a value.
         """
         groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), None)
-        maker = self._constant_maker(node.input[1])
-        if maker is None or len(maker.input) < 2:
+        producer = self._constant_producer(node.input[1])
+        if producer is None or len(producer.input) < 2:
             return "weight"
-        weight = self._tensors.get(maker.input[0])
+        weight = self._tensors.get(producer.input[0])
         if weight is None or list(weight.dims) != [groups, 1, 1, 1]:
             return "weight"
-        if not self._is_scalar(maker.input[1]):
+        if not self._is_scalar(producer.input[1]):
             return "affine"
         return "constant" if (numpy_helper.to_array(weight) == 1).all() else "slope"
 
@@ -112,30 +117,30 @@ class TensorRoles:
                 uses[value] = _Use(kind, value, length)
 
     def _note_scale(self, value: str) -> None:
-        """A scale, or two that are multiplied."""
-        node = self._constant_maker(value)
+        """Record a scale, or the two factors of a product of scales."""
+        node = self._constant_producer(value)
         for factor in node.input if node is not None and node.op_type == "Mul" else [value]:
             self._note(factor, "scale")
 
     def _integers(self, value: str) -> tuple[str, str | None]:
-        """The integers that constant nodes make ``value`` of, and the scale where Mul does it; or ``value`` itself."""
-        node = self._constant_maker(value)
+        """Return the integers before dequantization of ``value``, and the scale if a Mul applies it."""
+        node = self._constant_producer(value)
         if node is not None and node.op_type == "DequantizeLinear":
             return self._integers(node.input[0])[0], None
         if node is not None and node.op_type in ("Cast", "Pad"):
             return self._integers(node.input[0])
         if node is not None and node.op_type == "Mul" and len(node.input) == 2:
-            cast = self._constant_maker(node.input[0])
+            cast = self._constant_producer(node.input[0])
             if cast is not None and cast.op_type == "Cast":
                 return cast.input[0], node.input[1]
         return value, None
 
-    def _constant_maker(self, value: str) -> onnx.NodeProto | None:
-        """The node that makes ``value`` of constants, if one does."""
+    def _constant_producer(self, value: str) -> onnx.NodeProto | None:
+        """Return the node that computes ``value`` from constants, if any."""
         return self._unpacked[value][0] if value in self._unpacked else None
 
     def _sources(self, value: str, length: int | None) -> Iterator[tuple[str, int | None]]:
-        """The initializers that ``value`` is made of, with the elements that it takes of each where they are shared."""
+        """Yield the initializers of ``value``, with its number of elements if they are split."""
         if value in self._tensors:
             yield value, length
         elif value in self._unpacked:
@@ -146,14 +151,14 @@ class TensorRoles:
     def _data_inputs(self, node: onnx.NodeProto) -> list[str]:
         if node.op_type not in _COMBINING:
             return list(node.input[:1])
-        # A single number is an operand beside a tensor.
+        # A scalar is a parameter of the operation, not data.
         return [name for name in node.input if not self._is_scalar(name)] or list(node.input)
 
     def _is_scalar(self, name: str) -> bool:
         return name in self._tensors and math.prod(self._tensors[name].dims) == 1
 
     def _length(self, node: onnx.NodeProto, place: int) -> int | None:
-        """Elements of an output of ``node``, where a Split or Reshape tells."""
+        """Return the number of elements of an output of a Split or Reshape, if constant."""
         if node.op_type not in ("Split", "Reshape") or len(node.input) < 2 or node.input[1] not in self._tensors:
             return None
         sizes = [int(size) for size in numpy_helper.to_array(self._tensors[node.input[1]]).reshape(-1)]
@@ -163,7 +168,7 @@ class TensorRoles:
 
 
 def _bits_of(tensor: TensorProto, kind: str, size: int, elements: int) -> int | None:
-    """Bits of a number: as they lie there, save for weights in whole bytes: the least that hold all of them."""
+    """Return bits per element as stored; for int8 weights, the minimum bits that hold all values."""
     if not elements:
         return None
     if kind == "weight" and tensor.data_type == TensorProto.INT8:
@@ -173,7 +178,12 @@ def _bits_of(tensor: TensorProto, kind: str, size: int, elements: int) -> int | 
 
 
 def shares_of(total: int, lengths: list[int]) -> list[int]:
-    """``total`` bytes in proportion to ``lengths``, in whole bytes that add up to it."""
+    """Split ``total`` bytes in proportion to ``lengths``, as integers that add up to it.
+
+    Args:
+        total: bytes to split.
+        lengths: number of elements of each part.
+    """
     ends = [0]
     for length in lengths:
         ends.append(ends[-1] + length)

@@ -1,4 +1,8 @@
-"""The fields of a protobuf message as they lie on the disk: https://protobuf.dev/programming-guides/encoding."""
+"""Fields of a serialized protobuf message (https://protobuf.dev/programming-guides/encoding).
+
+protobuf's own ``ByteSize`` gives the size in canonical encoding. Writers of other languages may pack repeated fields
+differently, and then the sizes would not add up to the file.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ __all__ = ["Field", "fields", "name_of", "size_of"]
 
 
 class Field(NamedTuple):
-    """One field of a message: its number, its value, and its bytes with tag and length."""
+    """One field of a message: field number, payload, and bytes including tag and length."""
 
     number: int
     payload: memoryview
@@ -17,7 +21,11 @@ class Field(NamedTuple):
 
 
 def fields(data: memoryview) -> Iterator[Field]:
-    """The fields of a serialized message that protobuf could read, one behind the other."""
+    """Yield the fields of a valid serialized message in order.
+
+    Args:
+        data: the serialized message.
+    """
     position = 0
     while position < len(data):
         key, body = _varint(data, position)
@@ -33,11 +41,11 @@ def fields(data: memoryview) -> Iterator[Field]:
 
 _VARINT, _DELIMITED = 0, 2
 _FIXED = {1: 8, 5: 4}
-"""Bytes of the wire types without a length. Groups, 3 and 4, are tags, between which fields lie as anywhere."""
+"""Payload bytes of the wire types with a fixed size. Group tags (3 and 4) have none; their fields follow as usual."""
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    """An integer of seven bits a byte, the low ones first, and the position behind it."""
+    """Return the varint at ``position`` and the position after it."""
     value = shift = 0
     while data[position] & 0x80:
         value |= (data[position] & 0x7F) << shift
@@ -46,11 +54,11 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
 
 
 def name_of(message: type[Any], field: Field) -> str:
-    """Name of ``field`` in ``message``."""
+    """Return the name of ``field`` in ``message``, or its number if unknown."""
     known = message.DESCRIPTOR.fields_by_number.get(field.number)
     return f"field {field.number}" if known is None else str(known.name)
 
 
 def size_of(data: memoryview, message: type[Any], names: tuple[str, ...]) -> int:
-    """Bytes that the fields called ``names`` take, tags and lengths included."""
+    """Return the bytes of the fields in ``names``, tags and lengths included."""
     return sum(field.size for field in fields(data) if name_of(message, field) in names)

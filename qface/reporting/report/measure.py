@@ -32,9 +32,9 @@ from qface.evaluation.verdicts import VerdictChange, Verifier, verdict_changes
 from qface.evaluation.verification import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.files import temporary_folder
 from qface.limits import named, parse_json
+from qface.mixed_precision import Sensitivity
 from qface.models.resolve import as_network
 from qface.provenance import provenance_of
-from qface.quantization.sensitivity import Sensitivity
 from qface.reporting.report.data import ChangedPair, Changes, Curve, LayerSize, ModelFigures, ReportData
 from qface.reporting.steps import steps_in_words
 

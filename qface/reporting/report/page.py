@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qface.errors import DependencyError
-from qface.quantization.sensitivity import Sensitivity
+from qface.mixed_precision import Sensitivity
 from qface.reporting import figures
 from qface.reporting.drawing import figure_class, inline_svg
 from qface.reporting.report.data import SHOWN_FPR, Curve, ModelFigures, ReportData

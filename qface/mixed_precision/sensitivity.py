@@ -1,7 +1,7 @@
-"""``sensitivity``: what the embedding loses when a single tensor of a network is quantized.
+"""``sensitivity``, which measures the loss of the embedding when a single tensor is quantized.
 
-The float network runs once. At every tensor in question it forks: from there on it runs again with that tensor rounded
-to each number of bits, so that what lies before is never computed twice.
+The float network runs once. At each tensor to measure, it branches: the rest of the network runs again with that tensor
+quantized to each number of bits, so that earlier layers are never computed twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.ao.quantization import disable_fake_quant, disable_observer
 
 from qface.checks import check_whole
 from qface.data.images import Images, bytes_of, normalize
@@ -26,6 +25,7 @@ from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, one_line
 from qface.graph.queries import is_shape_only, layer_of
+from qface.mixed_precision.loss_store import Losses, loss_store
 from qface.model_digest import digest_of_structure, digest_of_values
 from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import example_input, preprocessing_of
@@ -33,8 +33,7 @@ from qface.progress import shows_progress, stage
 from qface.provenance import provenance_of
 from qface.quantization.calibrate import quantizers
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
-from qface.quantization.fake_quantize import LSQFakeQuantize
-from qface.quantization.loss_store import Losses, loss_store
+from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize
 from qface.quantization.placement import Role, role_of
 from qface.quantization.prepare import is_quantized, quantize
 from qface.quantization.quantization_config import MAX_BITS, MIN_BITS, QuantizationConfig
@@ -44,25 +43,25 @@ from qface.results import Result
 __all__ = ["BIT_WIDTHS", "SENSITIVITY_IMAGES", "LayerSensitivity", "Sensitivity", "read_sample", "sensitivity"]
 
 SENSITIVITY_IMAGES = 64
-"""Images that :func:`sensitivity` looks at by default."""
+"""Default number of images of :func:`sensitivity`."""
 BIT_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
-"""All bits there are."""
+"""All supported bits, 2 to 8."""
 
 _READ_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """The loss by quantizing one tensor of a convolution or linear layer, all else in float.
+    """Loss from quantizing one tensor of a convolution or linear layer, with all else in float.
 
-    Losses are means over images of 1 - cosine between the embedding and that of the float network, 0..2.
+    A loss is the mean over images of 1 - cosine to the float network's embedding, 0..2.
 
     Args:
-        name: of the layer, as ``QuantizationConfig.overrides`` calls it.
-        elements: numbers in its weight.
-        weight: loss at each number of bits of its weight.
-        activation: loss at each number of bits of the tensor that it reads, which other layers may read too; empty for
-            the image, which always has 8 bits.
+        name: name of the layer, as in ``QuantizationConfig.overrides``.
+        elements: number of elements of the weight.
+        weight: loss by bits of the weight.
+        activation: loss by bits of the input, which other layers may share; empty if the input is the image, which
+            always has 8 bits.
     """
 
     name: str
@@ -76,8 +75,8 @@ class Sensitivity(Result):
     """The result of :func:`sensitivity`.
 
     Args:
-        images: images that the losses are means over.
-        layers: all convolutions and linear layers, in the order in which they run.
+        images: number of images.
+        layers: all convolutions and linear layers, in execution order.
 
     Example:
         >>> result = qface.sensitivity(teacher, "faces/", num_images=8)
@@ -92,34 +91,34 @@ class Sensitivity(Result):
         return {"images": self.images, "layers": len(self.layers), "tensors": self.tensors}
 
     def losses(self, tensor: str) -> list[Mapping[int, float]]:
-        """The losses of each layer's ``"weight"`` or ``"activation"``, by bits."""
+        """Return the losses by bits of each layer's ``"weight"`` or ``"activation"``."""
         return [layer.weight if tensor == "weight" else layer.activation for layer in self.layers]
 
     def bit_widths(self, tensor: str) -> list[int]:
-        """Those at which any ``"weight"`` or ``"activation"`` was measured, in rising order."""
+        """Return the measured bits of ``"weight"`` or ``"activation"`` in ascending order."""
         return sorted({bits for losses in self.losses(tensor) for bits in losses})
 
     @property
     def tensors(self) -> list[str]:
-        """``"weight"``, ``"activation"`` or both: what was measured."""
+        """Kinds of tensors that were measured: ``"weight"``, ``"activation"`` or both."""
         return [tensor for tensor in ("weight", "activation") if self.bit_widths(tensor)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values with bits as strings, for JSON."""
+        """Return plain values with bits as strings, for JSON."""
         return {"images": self.images, "layers": [_layer_record(layer) for layer in self.layers]}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Sensitivity:
-        """Read what :meth:`to_dict` returned.
+        """Restore the result of :meth:`to_dict`.
 
         Raises:
-            ConfigError: it is something else.
+            ConfigError: ``record`` is not such a result.
         """
         try:
             return cls(int(record["images"]), tuple(map(_layer_of_record, record["layers"])))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"this is no sensitivity ({one_line(error, 200)}): write it with qface sensitivity --json"
+                f"this is no sensitivity table ({one_line(error, 200)}); write one with qface sensitivity --json"
             ) from error
 
 
@@ -147,35 +146,36 @@ def sensitivity(
     run_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Sensitivity:
-    """Measure how much the embedding changes when one tensor at a time is quantized, for each layer that multiplies.
+    """Measure the loss from quantizing one tensor at a time, for each convolution and linear layer.
 
-    A student's own ranges count at its own bits. At other bits, and wherever it is not calibrated, ranges are
-    chosen by the student's observers: of a weight from its values, of an activation from those that ``images`` give
-    rise to. The time is that of about half a forward pass for each layer, tensor and number of bits. Does not change
-    ``model``.
+    A calibrated student keeps its own scale at its own bits. Otherwise the student's observer chooses the scale, from
+    the weight itself or from the activations of ``images``. Each layer, tensor and number of bits takes about half a
+    forward pass. ``model`` does not change.
 
     Args:
-        model: a float network, or what :func:`qface.quantize` returned: a module, the path of its file, or
-            ``package.module:factory``. Of a student that :func:`qface.calibrate` rounded with GPTQ, only activations
-            can be measured.
-        images: a folder of crops, a tensor, or a loader.
-        identities: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
-        weight_bits: bits to try on weights, 2 to 8.
-        activation_bits: bits to try on what layers read, 2 to 8; none leaves activations out.
-        num_images: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
-        batch_size: images at a time.
-        run_dir: folder to keep losses in as they are measured; a call that was stopped goes on there, with the same
-            model, images and settings. None keeps nothing.
-        progress: show the stages on stderr.
+        model: a float network or a student: a module, the path of its file, or ``package.module:factory``. Of a student
+            that :func:`qface.calibrate` rounded with GPTQ, only activations can be measured.
+        images: calibration set: a folder of crops, a tensor [N, 3, H, W], or a loader.
+        identities: identities to use of a folder: ``"first-half"``, ``"second-half"`` or a file of names; None for all.
+        weight_bits: bits of weights to measure, 2 to 8 (default all); empty skips weights.
+        activation_bits: bits of layer inputs to measure, 2 to 8 (default all); empty skips activations.
+        num_images: number of images, evenly spaced in a folder or tensor, the first ones of a loader (default 64).
+        batch_size: batch size (default 16).
+        run_dir: folder for the losses measured so far; the same call continues there after an interruption. None
+            (default) stores nothing.
+        progress: True to show the stages on stderr.
+
+    Returns:
+        The losses of each layer.
 
     Raises:
         CheckpointError: the file of the network cannot be read.
-        ConfigError: bits are out of range, weights were rounded already, ``run_dir`` is of another model, other images
-            or settings, or another run is in it.
-        ExportError: ``run_dir`` cannot be made or written to.
+        ConfigError: bits are out of range, the weights are already rounded, ``run_dir`` belongs to another model, other
+            images or settings, or another run is using it.
+        ExportError: ``run_dir`` cannot be created or written to.
         ImagesError: the images cannot be used, or there are none.
-        TraceError: torch.export cannot follow the network.
-        UnsupportedLayerError: a layer has weights that cannot be quantized; it is named.
+        TraceError: torch.export cannot trace the network.
+        UnsupportedLayerError: a layer has weights that cannot be quantized; the message names it.
 
     Example:
         >>> result = qface.sensitivity(teacher, "faces/", num_images=8)
@@ -187,15 +187,15 @@ def sensitivity(
     model = as_network(model)
     if weight_bits and any(step.get("gptq") for step in provenance_of(model) if step["step"] == "calibrate"):
         raise ConfigError(
-            "calibration has rounded this student's weights, so that their loss cannot be measured any more: pass the "
-            "float network that it came from"
+            "GPTQ has rounded this student's weights, so their loss cannot be measured; pass the float network that it "
+            "was made from"
         )
     faces = read_sample(images, identities, num_images)
-    network = _switched_off(model)
+    network = _without_quantization(model)
     device = example_input(network, 1).device
     batches = [normalize(batch.to(device), preprocessing_of(model)) for batch in torch.split(faces, batch_size)]
     if not any(quantizer.calibrated for quantizer in quantizers(network)):
-        cross_layer_equalization(network, batches)  # as calibration will
+        cross_layer_equalization(network, batches)  # as calibration does
     layers = [node for node in network.graph.nodes if isinstance(layer_of(node), WeightedLayer)]
     changes = [
         *_weight_changes(layers, sorted(set(weight_bits))),
@@ -211,7 +211,7 @@ def sensitivity(
 
 
 def _inputs(model: nn.Module, faces: Tensor, settings: str) -> dict[str, str]:
-    """Words for all that the losses depend on."""
+    """Return a digest or description of everything that the losses depend on."""
     return {
         "layers": digest_of_structure(model),
         "weights": digest_of_values(model),
@@ -222,7 +222,12 @@ def _inputs(model: nn.Module, faces: Tensor, settings: str) -> dict[str, str]:
 
 
 def read_sample(images: Images, identities: str | Path | None, num_images: int) -> Tensor:
-    """About ``num_images`` of ``images`` as one tensor [N, 3, height, width], uint8 crops or normalized floats.
+    """Read about ``num_images`` images as one tensor [N, 3, H, W], uint8 crops or normalized floats.
+
+    Args:
+        images: a folder of crops, a tensor, or a loader.
+        identities: identities to use of a folder; None for all.
+        num_images: number of images, evenly spaced in a folder or tensor, the first ones of a loader.
 
     Raises:
         ImagesError: the images cannot be used, or there are none.
@@ -237,19 +242,23 @@ def _check_bit_widths(weight_bits: Sequence[int], activation_bits: Sequence[int]
         QuantizationConfig(activation_bits=bits)
 
 
-def _switched_off(model: nn.Module) -> fx.GraphModule:
-    """A student of ``model``, or a copy of it where it is one, that computes in float."""
+def _without_quantization(model: nn.Module) -> fx.GraphModule:
+    """Return a student of ``model``, or a copy of a student, with all quantizers and observers off."""
     student = copy.deepcopy(model) if is_quantized(model) else quantize(model)
     assert isinstance(student, fx.GraphModule)
-    return student.eval().apply(disable_observer).apply(disable_fake_quant)
+    for layer in student.modules():
+        if isinstance(layer, (ImageFakeQuantize, LSQFakeQuantize)):
+            layer.disable_fake_quant()
+            layer.disable_observer()
+    return student.eval()
 
 
-# ---- what is changed
+# ---- single quantized tensors
 
 
 @dataclass(frozen=True)
 class _Change:
-    """One tensor rounded to ``bits`` bits: ``compute`` makes of the input of ``node`` what it then gives."""
+    """One tensor quantized to ``bits`` bits; ``compute`` maps the input of ``node`` to its output."""
 
     node: fx.Node
     bits: int
@@ -257,7 +266,7 @@ class _Change:
 
 
 _MeanLosses = Mapping[tuple[fx.Node, int], float]
-"""By node and bits of a change."""
+"""Mean loss by node and bits."""
 
 
 def _weight_changes(layers: Sequence[fx.Node], bit_widths: Sequence[int]) -> list[_Change]:
@@ -285,19 +294,19 @@ def _activation_changes(
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """The node that rounds what ``node`` reads, in front of those that only move values."""
+    """Return the quantizer node of the input of ``node``, looking through shape-only nodes."""
     source = cast(fx.Node, node.args[0])
     return _source(source) if is_shape_only(source) else source
 
 
 def _has_configured_bits(source: fx.Node) -> bool:
-    """True if ``source`` rounds to the bits of the config; the image has its own."""
+    """Return True if ``source`` quantizes to the config's activation bits; the image has its own."""
     quantizes = isinstance(layer_of(source), LSQFakeQuantize)
     return quantizes and role_of(cast(fx.Node, source.args[0])) is Role.MATMUL_INPUT
 
 
 def _with_bits(own: LSQFakeQuantize, bits: int) -> LSQFakeQuantize:
-    """One that rounds as ``own`` does where it has these bits and a range, else a new one without a range."""
+    """Return a copy of ``own`` if it has these bits and is calibrated, else a new uncalibrated quantizer."""
     if own.bits != bits or not own.calibrated:
         return LSQFakeQuantize(bits, own.num_channels, own.observer, own.percentile).to(own.scale.device).eval()
     same = copy.deepcopy(own)
@@ -308,7 +317,7 @@ def _with_bits(own: LSQFakeQuantize, bits: int) -> LSQFakeQuantize:
 def _calibrate(
     network: fx.GraphModule, quantizers: Mapping[fx.Node, Sequence[LSQFakeQuantize]], batches: Sequence[Tensor]
 ) -> None:
-    """Set the ranges that are missing from what ``network`` computes."""
+    """Calibrate the uncalibrated quantizers with the float activations of ``network``."""
     missing = {node: [quantizer for quantizer in of if not quantizer.calibrated] for node, of in quantizers.items()}
     if not any(missing.values()):
         return
@@ -321,27 +330,27 @@ def _calibrate(
 
 
 class _Observing(fx.Interpreter):
-    """Shows the observers of each node what it computes."""
+    """Interpreter that passes each node's output to its observers."""
 
     def __init__(self, network: fx.GraphModule, observing: Mapping[fx.Node, Sequence[LSQFakeQuantize]]) -> None:
         super().__init__(network)
         self._observing = observing
 
     def run_node(self, n: fx.Node) -> Any:
-        """Compute the value of ``n``, and show it."""
+        """Run node ``n`` and observe its output."""
         value = super().run_node(n)
         for quantizer in self._observing.get(n, ()):
             quantizer.activation_post_process(value)
         return value
 
 
-# ---- what it costs
+# ---- losses
 
 
 def _mean_losses(
     network: fx.GraphModule, batches: Sequence[Tensor], changes: Sequence[_Change], kept: Losses
 ) -> _MeanLosses:
-    """The mean loss of each change; ``kept`` holds the sums of batches that are known, and gets all others."""
+    """Return the mean loss of each change; ``kept`` holds known sums per batch, and receives the others."""
     _measure(network, batches, changes, kept)
     images = sum(map(len, batches))
     return {
@@ -352,7 +361,7 @@ def _mean_losses(
 
 
 def _measure(network: fx.GraphModule, batches: Sequence[Tensor], changes: Sequence[_Change], kept: Losses) -> None:
-    """Add the sum over each batch of 1 - cosine to ``kept``, for each change where it is missing."""
+    """Measure the missing sums over a batch of 1 - cosine, and add them to ``kept``."""
     missing = [
         [change for change in changes if (number, change.node.name, change.bits) not in kept]
         for number in range(len(batches))
@@ -370,7 +379,7 @@ def _measure(network: fx.GraphModule, batches: Sequence[Tensor], changes: Sequen
 
 
 def _forks(network: fx.GraphModule, images: Tensor, changes: Sequence[_Change]) -> Iterator[tuple[_Change, Tensor]]:
-    """Run ``network`` once; at each change go on to its end with the changed value, and yield the embeddings."""
+    """Run ``network`` once, branch at each change, and yield the embeddings of each branch."""
     at = defaultdict(list)
     for change in changes:
         at[change.node].append(change)
@@ -381,8 +390,8 @@ def _forks(network: fx.GraphModule, images: Tensor, changes: Sequence[_Change]) 
             changed = change.compute(values[node.args[0]])
             yield change, branch.run(initial_env={**values, node: changed})
         values[node] = images if node.op == "placeholder" else trunk.run_node(node)
-        for read in trunk.user_to_last_uses.get(node, ()):
-            values[read] = None  # not removed, so that a branch does not compute it again
+        for unused in trunk.user_to_last_uses.get(node, ()):
+            values[unused] = None  # frees memory; a removed entry would be computed again in a branch
 
 
 def _of_layer(node: fx.Node, losses: _MeanLosses) -> LayerSensitivity:

@@ -18,7 +18,7 @@ from torch import nn
 import qface
 from qface.errors import CheckpointError, LimitError
 from qface.models import MobileFaceNet
-from qface.models.pickled_modules import read_pickled_module
+from qface.pickles import read_pickled_module
 from tests.networks import TinyFaceNet, tiny_face_net, with_statistics
 
 
@@ -164,7 +164,7 @@ def test_a_value_kept_far_behind_the_end_and_endless_tensors(whole: Path, tmp_pa
     def keep_far_away(name: str, content: bytes) -> bytes:
         return content[:2] + b"]r\xff\xff\xff\x7f0" + content[2:] if name.endswith("data.pkl") else content
 
-    with pytest.raises(CheckpointError, match="it keeps value number 2147483647"):
+    with pytest.raises(CheckpointError, match="memo index at byte 3 is 2147483647"):
         read_pickled_module(rewritten(whole, tmp_path / "far.pth", keep_far_away))
     model = tiny_face_net()
     model.register_buffer("endless", torch.zeros(1).expand(2**40))

@@ -1,4 +1,4 @@
-"""Losses of single changes in a run folder, written as they are measured, so that a call that was stopped goes on."""
+"""Store of measured losses in a run folder, from which an interrupted measurement continues."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from qface.files import alone_in, make_folder, replacing
 __all__ = ["Key", "Losses", "loss_store"]
 
 Key = tuple[int, str, int]
-"""Number of the batch, name of the changed node, and its bits."""
+"""Batch index, name of the quantized node, and its bits."""
 Losses = dict[Key, float]
-"""The sum of the losses of a batch for each change."""
+"""Loss summed over a batch, for each batch, node and number of bits."""
 
 _FILE = "losses.jsonl"
 
 
 @contextmanager
 def loss_store(folder: Path, inputs: Mapping[str, str]) -> Iterator[Losses]:
-    """The losses kept in ``folder``, to which each new one is added on the disk as well.
+    """Open the losses stored in ``folder``; each new loss is also written to disk.
 
     Args:
-        folder: of one measurement; it is made where it is missing.
-        inputs: a word for each thing that is measured, by its name.
+        folder: run folder of one measurement; created if missing.
+        inputs: digest of each input of the measurement, by name.
 
     Raises:
-        ConfigError: the folder is of other inputs, or another run is in it.
-        ExportError: it cannot be made or written to.
+        ConfigError: the folder belongs to other inputs, or another run is using it.
+        ExportError: the folder cannot be created or written to.
     """
     make_folder(folder)
     with alone_in(folder):
@@ -38,7 +38,7 @@ def loss_store(folder: Path, inputs: Mapping[str, str]) -> Iterator[Losses]:
 
 
 class _StoredLosses(Losses):
-    """Losses that are also lines of the file ``path``, after one line of ``inputs``."""
+    """Losses mirrored in the file ``path``: a header line with ``inputs``, then one line per loss."""
 
     def __init__(self, path: Path, inputs: Mapping[str, str]) -> None:
         super().__init__()
@@ -46,11 +46,11 @@ class _StoredLosses(Losses):
         header = json.dumps(dict(inputs), sort_keys=True)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else [header]
         if lines[:1] != [header]:
-            raise ConfigError(f"{path} is of another model, other images or settings: choose another folder")
-        kept = list(_whole(lines[1:]))
-        self.update(kept)
+            raise ConfigError(f"{path} belongs to another model, other images or settings; choose another folder")
+        stored = list(_parsed(lines[1:]))
+        self.update(stored)
         with replacing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in (header, *map(_line, kept))), encoding="utf-8")
+            temporary.write_text("".join(f"{line}\n" for line in (header, *map(_line, stored))), encoding="utf-8")
 
     def __setitem__(self, key: Key, loss: float) -> None:
         super().__setitem__(key, loss)
@@ -68,8 +68,8 @@ def _line(item: tuple[Key, float]) -> str:
     return json.dumps([*key, loss])
 
 
-def _whole(lines: list[str]) -> Iterator[tuple[Key, float]]:
-    """The losses of ``lines`` up to the first that is damaged, as the last one of a run that was stopped may be."""
+def _parsed(lines: list[str]) -> Iterator[tuple[Key, float]]:
+    """Yield the losses up to the first damaged line, such as the last one of an interrupted run."""
     for line in lines:
         try:
             batch, node, bits, loss = json.loads(line)

@@ -15,10 +15,10 @@ from torch import fx, nn
 
 import qface
 from qface.errors import ConfigError, ImagesError
+from qface.mixed_precision import BIT_WIDTHS, LayerSensitivity, Sensitivity, sensitivity
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import LSQFakeQuantize, QuantizationConfig, calibrate, quantize, set_observers
 from qface.quantization.quantized_layers import WeightedLayer
-from qface.quantization.sensitivity import BIT_WIDTHS, LayerSensitivity, Sensitivity, sensitivity
 from tests.networks import foreign_net, random_faces, tiny_face_net
 
 SIZE = Preprocessing(size=(48, 48), std=(128.0,) * 3)

@@ -31,10 +31,10 @@ def test_what_is_not_ascii_passes(content: bytes) -> None:
 
 def test_a_place_far_behind_the_end_is_refused() -> None:
     content = pickle.PROTO + b"\x02" + pickle.EMPTY_LIST + pickle.LONG_BINPUT + struct.pack("<I", 2**31) + pickle.STOP
-    with pytest.raises(pickle.UnpicklingError, match="2147483648, of 9 bytes"):
+    with pytest.raises(pickle.UnpicklingError, match="2147483648, in a pickle of 9 bytes"):
         check_pickle(io.BytesIO(content))
 
 
 def test_half_a_pickle_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"pickle exhausted|expected"):
+    with pytest.raises(ValueError, match=r"pickle exhausted|in a pickle of"):
         check_pickle(io.BytesIO(pickle.dumps(["a" * 100])[:-20]))

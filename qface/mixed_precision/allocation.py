@@ -1,7 +1,7 @@
-"""``allocate_bits``: bits for each weight, so that the exported file fits into a budget and loses least.
+"""``allocate_bits``, which chooses bits per weight tensor for a maximum size of the exported file.
 
-This lies behind export, since what a file takes beside its weights is known only there: names, nodes, biases, scales,
-and the nodes that unpack each bit width that occurs. So files are written and measured; their weights are a sum.
+Only export knows what a file holds besides weights: names, nodes, biases, scales, and the nodes that unpack each bit
+width. So a candidate is exported and measured; between candidates, the size changes by the bits of the weights.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from qface.deployment.export import export
 from qface.errors import ConfigError
 from qface.files import temporary_folder
 from qface.graph.capture import capture
+from qface.mixed_precision.knapsack import choose_bit_widths
+from qface.mixed_precision.sensitivity import SENSITIVITY_IMAGES, Sensitivity, read_sample, sensitivity
 from qface.models.resolve import NetworkLike, as_network
 from qface.progress import shows_progress
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
-from qface.quantization.allocation import choose_bit_widths
 from qface.quantization.quantization_config import MIN_BITS
-from qface.quantization.sensitivity import SENSITIVITY_IMAGES, Sensitivity, read_sample, sensitivity
 
 __all__ = ["allocate_bits", "average_bits", "bits_for", "draft_file"]
 
 _MB = 10**6
 _RESERVE = 2048
-"""Bytes kept free for what the file's provenance will say of distillation."""
+"""Bytes reserved for the provenance of later distillation."""
 _BYTES_PER_BIT_WIDTH = 1250
-"""About what the nodes take that unpack the weights of one bit width."""
+"""Approximate bytes of the nodes that unpack the weights of one bit width."""
 _CALIBRATION_IMAGES = 8
-"""Enough to measure a file, whose size and time do not depend on its ranges; nor do they on GPTQ, which is slow."""
+"""Images for a draft student: size and latency of the file depend on neither its ranges nor GPTQ, which is slow."""
 
 
 @shows_progress
@@ -50,50 +50,51 @@ def allocate_bits(
     table: Sensitivity | None = None,
     progress: bool = False,
 ) -> QuantizationConfig:
-    """2 to 8 bits for each of the weights of ``model`` that change its embedding least within ``budget_mb``.
+    """Choose 2 to 8 bits per weight tensor so that the exported file fits a size budget with minimum loss.
 
-    It minimizes the sum over layers of what quantizing each alone costs (:func:`qface.sensitivity`), and makes sure
-    of the budget by exporting. Pass the result to :func:`qface.quantize`. Does not change ``model``.
+    It minimizes the sum of the layers' losses from :func:`qface.sensitivity`, and exports drafts to check the size.
+    Pass the result to :func:`qface.quantize`. ``model`` does not change.
 
     Args:
         model: a float network: a module, the path of its file, or ``package.module:factory``.
-        images: a folder of crops, a tensor, or a loader.
-        budget_mb: greatest size of the file that :func:`qface.export` writes by default, in MB of 10^6 bytes.
-        identities: of a folder, which identities: ``"first-half"``, ``"second-half"`` or a file of names.
-        activation_bits: of what layers read, 2 to 8.
-        num_images: images to look at, spread evenly over a folder or tensor; of a loader the first ones.
-        batch_size: images at a time.
-        table: what :func:`qface.sensitivity` found of the weights of ``model``; None measures it.
-        progress: show the stages on stderr.
+        images: calibration set: a folder of crops, a tensor [N, 3, H, W], or a loader.
+        budget_mb: maximum size of the exported file in MB (10^6 bytes), with the default settings of
+            :func:`qface.export`.
+        identities: identities to use of a folder: ``"first-half"``, ``"second-half"`` or a file of names; None for all.
+        activation_bits: bits of the inputs of all convolutions and linear layers, 2 to 8 (default 6).
+        num_images: number of images, evenly spaced in a folder or tensor, the first ones of a loader (default 64).
+        batch_size: batch size (default 16).
+        table: result of :func:`qface.sensitivity` for the weights of ``model``; None measures it.
+        progress: True to show the stages on stderr.
 
     Returns:
-        A config whose ``weight_bits`` is that of most layers and whose ``overrides`` hold the others'.
+        A config with the most frequent bits as ``weight_bits`` and the other layers in ``overrides``.
 
     Raises:
         CheckpointError: the file of the network cannot be read.
-        ConfigError: 2 bits everywhere do not fit into the budget, it is no number above 0, bits are out of range, or
-            the model is quantized.
+        ConfigError: even 2 bits everywhere exceed the budget, ``budget_mb`` is not > 0, bits are out of range, or the
+            model is already quantized.
         ImagesError: the images cannot be used, or there are none.
         ExportError: the student of this network cannot be exported.
-        TraceError: torch.export cannot follow the network.
-        UnsupportedLayerError: a layer cannot be quantized or exported; it is named.
+        TraceError: torch.export cannot trace the network.
+        UnsupportedLayerError: a layer cannot be quantized or exported; the message names it.
 
     Example:
         >>> config = qface.allocate_bits(teacher, "faces/", budget_mb=0.05)
         >>> student = qface.quantize(teacher, config)
     """
     if not math.isfinite(budget_mb) or budget_mb <= 0:
-        raise ConfigError(f"budget_mb is {budget_mb}; it must be a number of megabytes above 0")
+        raise ConfigError(f"budget_mb must be a number > 0 (MB), got {budget_mb}")
     model = as_network(model)
     faces = read_sample(images, identities, num_images)
-    model = capture(model)  # once, for all students to come
+    model = capture(model)  # once for all drafts
     narrowest = QuantizationConfig(MIN_BITS, activation_bits)
     smallest = _file_bytes(model, narrowest, faces)
     budget = int(budget_mb * _MB) - _RESERVE
     if budget < smallest:
         raise ConfigError(
-            f"{budget_mb} MB are too few: this network needs {(smallest + _RESERVE) / _MB:.3f} MB "
-            f"with weights of {MIN_BITS} bits; raise the budget"
+            f"budget_mb must be >= {(smallest + _RESERVE) / _MB:.3f}, which this network needs with {MIN_BITS}-bit "
+            f"weights, got {budget_mb}"
         )
     if table is None:
         table = sensitivity(model, faces, activation_bits=(), batch_size=batch_size, num_images=len(faces))
@@ -101,15 +102,15 @@ def allocate_bits(
 
 
 def bits_for(table: Sensitivity, average: float, activation_bits: int) -> QuantizationConfig:
-    """2 to 8 bits for each weight that lose least, with about ``average`` bits for a number.
+    """Choose bits per weight tensor with minimum loss and a given average number of bits.
 
     Args:
-        table: with the losses of weights.
-        average: 2 to 8; what a further bit width takes in the file counts as well.
-        activation_bits: of what layers read, 2 to 8.
+        table: losses of the weights.
+        average: average bits per weight, 2 to 8; the unpacking nodes of each further bit width count too.
+        activation_bits: bits of the inputs of all convolutions and linear layers, 2 to 8.
 
     Raises:
-        ConfigError: the table has no losses of weights, or the average is below 2.
+        ConfigError: the table has no losses of weights, or ``average`` is below 2.
     """
     overhead = 8 * _BYTES_PER_BIT_WIDTH
     elements = sum(layer.elements for layer in table.layers)
@@ -118,7 +119,12 @@ def bits_for(table: Sensitivity, average: float, activation_bits: int) -> Quanti
 
 
 def average_bits(table: Sensitivity, config: QuantizationConfig) -> float:
-    """Bits of a weight in the mean over all numbers in the weights of ``table``."""
+    """Return the average bits per weight over all weight tensors of ``table``.
+
+    Args:
+        table: the layers.
+        config: their bits.
+    """
     bits = {name: layer.weight for name, layer in config.overrides.items()}
     total = sum(layer.elements * (bits.get(layer.name) or config.weight_bits) for layer in table.layers)
     return total / sum(layer.elements for layer in table.layers)
@@ -127,11 +133,11 @@ def average_bits(table: Sensitivity, config: QuantizationConfig) -> float:
 def _fitting(
     model: nn.Module, narrowest: QuantizationConfig, table: Sensitivity, faces: Tensor, budget: int, smallest: int
 ) -> QuantizationConfig:
-    """The best bits of ``table`` whose file has at most ``budget`` bytes, of which ``narrowest`` has ``smallest``."""
-    least = MIN_BITS * sum(layer.elements for layer in table.layers) + 8 * _BYTES_PER_BIT_WIDTH
-    room = 8 * (budget - smallest) + least
+    """Return the best config whose file has <= ``budget`` bytes."""
+    minimum = MIN_BITS * sum(layer.elements for layer in table.layers) + 8 * _BYTES_PER_BIT_WIDTH
+    room = 8 * (budget - smallest) + minimum
     while True:
-        config = _with_bit_widths(narrowest, choose_bit_widths(table, max(room, least), 8 * _BYTES_PER_BIT_WIDTH))
+        config = _with_bit_widths(narrowest, choose_bit_widths(table, max(room, minimum), 8 * _BYTES_PER_BIT_WIDTH))
         excess = _file_bytes(model, config, faces) - budget
         if excess <= 0:
             return config
@@ -146,9 +152,14 @@ def _with_bit_widths(config: QuantizationConfig, bit_widths: Mapping[str, int]) 
 
 @contextmanager
 def draft_file(model: nn.Module, config: QuantizationConfig, images: Images) -> Iterator[Path]:
-    """The file of a student with ``config``, hardly calibrated, until the end of the block.
+    """Export a student calibrated on a few images, as a temporary file for the ``with`` block.
 
-    Its size and its time are those of the real one, its embeddings are not.
+    Size and latency equal those of the final file; the embeddings do not.
+
+    Args:
+        model: a float network.
+        config: bits and observers.
+        images: calibration set.
     """
     student = calibrate(quantize(model, config), images, num_images=_CALIBRATION_IMAGES, gptq=False)
     with temporary_folder() as folder:
