@@ -635,7 +635,7 @@ def test_broken_files(tmp_path: Path) -> None:
     graph.add("Relu")
     with pytest.raises(CheckpointError, match=r"and no images \[N, 3, height, width\]"):
         qface.load(graph.save(tmp_path / "rows.onnx"))
-    with pytest.raises(CheckpointError, match="brings its own network"):
+    with pytest.raises(CheckpointError, match="contains its own network"):
         qface.load(tmp_path / "rows.onnx", model=made("mobilefacenet"))
     graph = Graph()
     network(graph)
