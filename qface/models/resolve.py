@@ -82,10 +82,7 @@ def resolve_model(
         return load(weights, model=_from_factory(text), preprocessing=preprocessing)
     if text in MODEL_NAMES:
         return load(weights, model=load(text), preprocessing=preprocessing)
-    raise ConfigError(
-        f"{text} already contains weights: omit {weights}, or give package.module:factory or one of "
-        f"{', '.join(MODEL_NAMES)} instead of the file"
-    )
+    raise ConfigError(f"{text} already contains weights: omit {weights}, or give the architecture they belong to")
 
 
 def resolve_architecture(text: str, preprocessing: PreprocessingOverride | None = None) -> nn.Module:
