@@ -488,8 +488,8 @@ def test_broken_metadata_is_refused(
 @pytest.mark.parametrize(
     ("version", "wanted"),
     [
-        ("3", "by an older qface (format 3; this version reads format 4); create it again, a student with qface quantize"),
-        ("5", "by a newer qface (format 5; this version reads format 4); update qface"),
+        ("3", "by an older qface (format 3, this version reads 4); create it again, a student with qface quantize"),
+        ("5", "by a newer qface (format 5, this version reads 4); update qface"),
     ],
 )
 def test_files_of_another_format_are_refused_with_what_to_do(
