@@ -53,7 +53,7 @@ def patches(layer: Layer, x: Tensor, positions: Positions) -> Tensor:
         positions: M positions in its output.
 
     Returns:
-        The inputs that each output is computed from, [M, C * kernel height * kernel width].
+        All channels under the kernel at each position, [M, C * kernel height * kernel width].
     """
     if isinstance(layer, nn.Linear):
         return x[positions.image]

@@ -629,7 +629,7 @@ def test_broken_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no file"):
         qface.load(tmp_path / "none.onnx")
     (tmp_path / "half.onnx").write_bytes(b"\x08\x08\x12\xff\xff\xff")
-    with pytest.raises(CheckpointError, match="is no complete ONNX file"):
+    with pytest.raises(CheckpointError, match="is not a complete ONNX file"):
         qface.load(tmp_path / "half.onnx")
     graph = Graph(shape=(1, 3))
     graph.add("Relu")
