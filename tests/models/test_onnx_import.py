@@ -633,7 +633,7 @@ def test_broken_files(tmp_path: Path) -> None:
         qface.load(tmp_path / "half.onnx")
     graph = Graph(shape=(1, 3))
     graph.add("Relu")
-    with pytest.raises(CheckpointError, match=r"and no images \[N, 3, height, width\]"):
+    with pytest.raises(CheckpointError, match=r"must have an input \[N, 3, height, width\]"):
         qface.load(graph.save(tmp_path / "rows.onnx"))
     with pytest.raises(CheckpointError, match="contains its own network"):
         qface.load(tmp_path / "rows.onnx", model=made("mobilefacenet"))
