@@ -564,14 +564,14 @@ REFUSED: dict[str, tuple[Callable[[Graph], object], str]] = {
     ),
     "weights that are computed": (
         lambda g: (g.add("Neg"), g.add("Conv", g.last, after="conv0_0")),
-        "computes its input neg1_0 as it runs",
+        "has the input neg1_0 that is computed from the image",
     ),
-    "maps as an embedding": (lambda g: g.add("Relu"), r"returns relu1_0 \[N, 8, 8, 8\], and no embedding"),
-    "one row of all images": (lambda g: g.add("Flatten", axis=0), r"returns flatten1_0 \[1, N\]"),
-    "a part of the batch": (lambda g: g.add("Slice", ints(g, 0), ints(g, 1), ints(g, 0)), "has a part of the batch"),
+    "maps as an embedding": (lambda g: g.add("Relu"), r"the output relu1_0 has the shape \[N, 8, 8, 8\] instead of"),
+    "one row of all images": (lambda g: g.add("Flatten", axis=0), r"the output flatten1_0 has the shape \[1, N\]"),
+    "a part of the batch": (lambda g: g.add("Slice", ints(g, 0), ints(g, 1), ints(g, 0)), "has a slice of the batch"),
     "a constant for each image": (
         lambda g: (g.add("Shape"), g.add("Cast", to=TensorProto.FLOAT), g.add("Sqrt"), g.add("Mul", "conv0_0")),
-        "depends on the number of images",
+        "depends on the batch size",
     ),
     "a huge constant": (
         lambda g: (g.add("ConstantOfShape", after=ints(g, 100000, 100000)), g.add("Add", "conv0_0")),

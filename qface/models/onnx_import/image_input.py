@@ -274,7 +274,7 @@ class _Prefix:
         return _Found(graph_input, shown)
 
     def _range_of(self, found: _Map) -> Preprocessing | None:
-        """Return the Preprocessing of the input range, 0..255 or 0..1, that the map brings to about -1..1, else None."""
+        """Return the Preprocessing of the input range (0..255 or 0..1) that the map brings to about -1..1, or None."""
         if self._dtype == torch.uint8:
             return _BYTES
         is_scale_alone = found.mean == _ZEROS
