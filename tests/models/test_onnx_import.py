@@ -591,7 +591,7 @@ REFUSED: dict[str, tuple[Callable[[Graph], object], str]] = {
         ),
         "is a RegexFullMatch, which cannot be computed on constants",
     ),
-    "another shape": (lambda g: g.add("Reshape", ints(g, -1, 7)), "has the shape"),
+    "another shape": (lambda g: g.add("Reshape", ints(g, -1, 7)), "has the invalid shape"),
     "wrap": (lambda g: g.add("Pad", ints(g, 0, 0, 1, 1, 0, 0, 1, 1), mode="wrap"), "the mode wrap"),
     "the resizing of TensorFlow": (
         resized({"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize"}, 2, 2),

@@ -271,7 +271,7 @@ def choose_embedding(names: Sequence[str], shapes: Sequence[Dimensions | None], 
     rows = [name for name, shape in usable if shape is None or len(shape) == 2] or [name for name, _ in usable]
     if len(rows) == 1:
         shape = shapes[list(names).index(rows[0])]
-        _LOGGER.warning("%s has %d outputs; using %s %s as the embedding", path, len(names), rows[0], _written(shape))
+        _LOGGER.warning("%s has %d outputs; %s %s is the embedding", path, len(names), rows[0], _written(shape))
         return rows[0]
     found = "several of its outputs" if rows else "none of its outputs"
     written = ", ".join(f"{name} {_written(shape)}" for name, shape in zip(names, shapes, strict=True))
