@@ -315,7 +315,7 @@ def test_control_flow_is_refused_with_its_place(tmp_path: Path) -> None:
     message = str(caught.value)
     line = Branching.forward.__code__.co_firstlineno + 1
     assert f"{__file__}:{line} in forward" in message
-    assert "whatever the images hold" in message and "\n" not in message
+    assert "must not branch on values of the images" in message and "\n" not in message
 
 
 def test_nothing_is_written_where_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
