@@ -1,4 +1,4 @@
-"""Conversion rules of ATen operators to layers, and the list of operators that may remain float functions.
+"""Conversion rules of ATen operators to layers, and a list of those that may remain float functions.
 
 ``torch.export`` expresses a network in about a hundred operators, a few dozen of which cover almost everything. A rule
 returns the node of the result, a list of nodes, or None if there is no layer for these arguments.
@@ -56,14 +56,14 @@ _WEIGHT = re.compile(r"(^|\.)(weight(_orig|_g|_v)?|parametrizations\.weight\.\w+
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that does not depend on the images, and the name of the parameter or buffer that it comes from."""
+    """A tensor that does not depend on the images, and the name of its parameter or buffer."""
 
     tensor: Tensor
     name: str
 
 
 def operator_name(target: Any) -> str:
-    """Return the name of an operator without overload and in-place suffix, such as ``add`` for ``aten::add_``."""
+    """Return an operator's name without overload and in-place suffix: ``add`` for ``aten::add_.Tensor``."""
     schema = target._schema
     name: str = schema.name.removeprefix("aten::")
     return name.removesuffix("_") if schema.is_mutable else name
@@ -137,7 +137,7 @@ def _parameters(layer: nn.Module, weight: Constant, bias: Constant | None) -> nn
 
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
-    """Return ``tensor`` as a parameter; a parameter is returned itself, to share it with the captured model."""
+    """Return ``tensor`` as a parameter, or itself if it is one, to share it with the captured model."""
     if isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
@@ -342,7 +342,7 @@ def _floor_divide(run: Converter, call: Call) -> Any:
 
 
 def _rounded_quotient(run: Converter, call: Call, mode: str) -> Any:
-    """Divide and round in two functions, since torch's ONNX exporter writes a rounding division incorrectly."""
+    """Divide and round in two steps, since torch's ONNX exporter writes a rounding division incorrectly."""
     if mode != "floor":
         raise run.refusal(
             call.node,
@@ -461,7 +461,7 @@ def _elu(run: Converter, call: Call) -> Any:
 
 
 def _dropout(kind: type[nn.Dropout] | type[nn.Dropout2d]) -> Rule:
-    """Return the rule of dropout: a module becomes a layer, a function (which is off in eval mode) is removed."""
+    """Return the rule of dropout: a module becomes a layer; a function, off in eval mode, is removed."""
 
     def rule(run: Converter, call: Call) -> Any:
         return run.layer(kind(call["p"]), (call["input"],), call.path) if call.path else call["input"]

@@ -1,4 +1,4 @@
-"""``canonicalize``: convert a network to the layers that quantization supports, and check its embeddings."""
+"""``canonicalize``: convert a network to layers that quantization supports, and check its embeddings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PASSES = (
 
 
 def canonicalize(model: nn.Module) -> fx.GraphModule:
-    """Return an equivalent of ``model`` in eval mode that consists of the layers that quantization supports.
+    """Return an equivalent of ``model`` in eval mode, made of layers that quantization supports.
 
     Does not change ``model``.
 
@@ -82,7 +82,7 @@ def canonicalize(model: nn.Module) -> fx.GraphModule:
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
-    """Return ``model``, or a float32 copy if it has another dtype, in which scales and integers would be inexact."""
+    """Return ``model`` in float32, since scales and integers are inexact in other dtypes."""
     if dtype_of(model) == torch.float32:
         return model
     return copy.deepcopy(model).float()

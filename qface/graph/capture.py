@@ -76,7 +76,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _exported(model: nn.Module, images: Tensor) -> tuple[ExportedProgram, BatchDependent]:
-    """Export ``model`` with a dynamic batch size, or else for two images with its batch-dependent arguments."""
+    """Export ``model`` with a dynamic batch size, or for two images with batch-dependent arguments."""
     with eval_mode(model), _quiet(), torch.no_grad():
         _check_runs(model, images)
         try:
@@ -92,7 +92,7 @@ def _exported(model: nn.Module, images: Tensor) -> tuple[ExportedProgram, BatchD
 
 
 def _any_number(model: nn.Module) -> Any:
-    """Return ``dynamic_shapes`` with a dynamic batch size, in the structure of the arguments of ``forward``."""
+    """Return ``dynamic_shapes`` with a dynamic batch size, structured like the arguments of ``forward``."""
     free = ({0: Dim("batch")},)
     first = next(iter(inspect.signature(model.forward).parameters.values()))
     return (free,) if first.kind is inspect.Parameter.VAR_POSITIONAL else free
@@ -335,7 +335,7 @@ class Converter(LayerGraph):
         return {name: self._stored(each) for name, each in value.items()} if isinstance(value, dict) else value
 
     def _inlined(self, node: fx.Node, owner: nn.Module) -> Any:
-        """Inline the subgraph of an operator; its arguments are settings, the subgraph and the subgraph's inputs."""
+        """Inline the subgraph of an operator, whose arguments are settings, subgraph and subgraph inputs."""
         settings = [each for each in node.args if isinstance(each, fx.Node) and each.op == "get_attr"]
         body = self._value(settings[0])
         inputs = list(node.args)[list(node.args).index(settings[0]) + 1 :]

@@ -1,4 +1,4 @@
-"""Memory limits for networks from files: a limit while layers are built, and a dry run on fake tensors."""
+"""Memory limits for networks from files: while layers are built, and in a dry run on fake tensors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ __all__ = ["BuildGuard", "dry_run"]
 
 
 class BuildGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Context manager that counts new tensors against an allowance before they are allocated.
-
-    Args:
-        allowance: the memory that may be allocated.
+    """Context manager that counts new tensors against ``allowance`` before they are allocated.
 
     Example:
         >>> with BuildGuard(Allowance("the file")):

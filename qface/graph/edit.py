@@ -12,7 +12,7 @@ __all__ = ["add_layer", "bypass", "insert_layer", "propagate_shapes", "set_layer
 
 
 def add_layer(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> str:
-    """Add ``layer`` to ``graph_module`` and return its name: ``name``, with a number appended if it is taken."""
+    """Add ``layer`` under ``name``, with a number appended if it is taken, and return its name."""
     free, number = name, 1
     while _exists(graph_module, free):
         number += 1

@@ -1,7 +1,7 @@
-"""Serialization of FX graphs as JSON, with an allow-list of layers and functions so that files cannot run code.
+"""Serialization of FX graphs as JSON.
 
-Other layers must be registered with :func:`register_layer`. Names and targets are checked on reading, since torch.fx
-pastes them into Python source.
+An allow-list of layers and functions ensures that files cannot run code. Other layers must be registered with
+:func:`register_layer`. Names and targets are checked on reading, since torch.fx pastes them into Python source.
 """
 
 from __future__ import annotations
@@ -225,13 +225,7 @@ def _value_to_data(value: Any, where: object) -> Any:
 def check_rebuilt(
     model: fx.GraphModule, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], size: tuple[int, int]
 ) -> None:
-    """Check that ``data`` and ``tensors`` rebuild ``model``.
-
-    Args:
-        model: the network that was converted.
-        data: its graph from :func:`graph_to_data`.
-        tensors: its state dict.
-        size: height and width of its images.
+    """Check that ``data`` and ``tensors`` rebuild ``model`` for images of height and width ``size``.
 
     Raises:
         UnsupportedLayerError: ``data`` cannot be read, or a layer has a setting that is not saved.

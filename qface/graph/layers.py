@@ -1,4 +1,4 @@
-"""Modules for operations that torch has only as functions, so that they have names and can be configured and saved."""
+"""Modules for functions of torch, so that they have names and can be configured and saved."""
 
 from __future__ import annotations
 

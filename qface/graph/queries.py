@@ -118,7 +118,7 @@ def pair_of(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def is_layer_graph(model: nn.Module) -> bool:
-    """True if ``model`` consists of layers that are called once and ATen functions, like the results of ``capture``."""
+    """True if ``model`` consists of layers that are called once and ATen functions, like a captured graph."""
     if not isinstance(model, fx.GraphModule):
         return False
     called = [node.target for node in model.graph.nodes if node.op == "call_module"]

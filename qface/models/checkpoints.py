@@ -1,4 +1,4 @@
-"""Read checkpoints of other projects and recognize their architecture from names and shapes of tensors."""
+"""Read checkpoints of other projects and recognize their architecture by tensor names and shapes."""
 
 from __future__ import annotations
 
@@ -98,11 +98,7 @@ _MBF = ("features.layers.2.weight", "conv_sep.layers.0.weight", "layers.0.layers
 
 
 def recognize(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing, Mapping[str, Tensor]]:
-    """Build the network that a state dict belongs to.
-
-    Args:
-        tensors: the state dict, possibly with a prefix before all names.
-        path: the file, for error messages.
+    """Build the network that a state dict belongs to; its names may have a common prefix.
 
     Returns:
         The network without the weights, its likely Preprocessing, and its tensors without the prefix.

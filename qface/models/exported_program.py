@@ -65,12 +65,6 @@ def is_exported_program(path: str | Path) -> bool:
 def load_exported_program(path: str | Path) -> tuple[fx.GraphModule, Preprocessing]:
     """Load the network in a ``.pt2`` file as a graph of layers in eval mode, and its likely Preprocessing.
 
-    Args:
-        path: the file.
-
-    Returns:
-        The network from images [N, 3, H, W] to embeddings [N, D], and its likely Preprocessing.
-
     Raises:
         CheckpointError: the file is damaged, contains code, has an input other than images [N, 3, H, W], or the
             captured layers compute something else than the file.
@@ -231,7 +225,7 @@ def _is_name(text: str) -> bool:
 
 
 def _is_operator(text: str) -> bool:
-    """True if ``text`` names an operator of networks that writes no file; other functions of torch are rejected."""
+    """True if ``text`` is an operator of networks that writes no file, not another function of torch."""
     if text.startswith("torch.ops.aten.") and text.count(".") == 4 and _is_name(text):
         name, overload = text.split(".")[3:]
         operator = getattr(getattr(torch.ops.aten, name, None), overload, None)

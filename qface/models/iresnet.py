@@ -26,13 +26,7 @@ _BN_EPS = 1e-5
 
 
 class IResNetBlock(nn.Module):
-    """Pre-normalized residual block: BN, conv, BN, PReLU, strided conv, BN, plus the residual connection.
-
-    Args:
-        inplanes: input channels.
-        planes: output channels.
-        stride: stride of the second convolution and of the residual connection.
-    """
+    """Pre-normalized residual block: BN, conv, BN, PReLU, strided conv, BN, plus the residual connection."""
 
     def __init__(self, inplanes: int, planes: int, stride: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ __all__ = ["activations_to_products", "leaky_relu_to_prelu", "scales_before_clam
 
 
 def activations_to_products(graph_module: fx.GraphModule) -> None:
-    """Replace hard sigmoid by an affine map and a clamp, hard swish and SiLU by a product with a (hard) sigmoid."""
+    """Replace hard sigmoid by a clamped affine map, hard swish and SiLU by a product with a gate."""
     for node in list(graph_module.graph.nodes):
         layer = layer_of(node)
         if isinstance(layer, nn.Hardsigmoid):
@@ -35,7 +35,7 @@ def activations_to_products(graph_module: fx.GraphModule) -> None:
 
 
 def leaky_relu_to_prelu(graph_module: fx.GraphModule) -> None:
-    """Replace each LeakyReLU on [N, C] or [N, C, H, W] by a PReLU with one slope, which has an int32 kernel."""
+    """Replace LeakyReLU on [N, C] or [N, C, H, W] by PReLU with one slope, which has an int32 kernel."""
     device = next((each.device for each in graph_module.parameters()), None)
     for node in graph_module.graph.nodes:
         layer = layer_of(node)

@@ -43,7 +43,7 @@ def _affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _maker(node: fx.Node, layer: nn.Module) -> fx.Node:
-    """Return the producer of the input of ``node``, before reshapes that keep the channels that ``layer`` scales."""
+    """Return the producer of the input of ``node``, before reshapes that keep the scaled channels."""
     producer = input_of(node)
     while isinstance(layer_of(producer), (Reshape, nn.Flatten)) and len(producer.users) == 1:
         source = input_of(producer)

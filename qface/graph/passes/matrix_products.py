@@ -1,4 +1,4 @@
-"""Conversion of convolutions over complete maps and of linear layers on tokens to linear layers on [N, features]."""
+"""Conversion of convolutions over complete maps and linear layers on tokens to linear layers on rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _as_linear(layer: nn.Conv2d) -> nn.Linear:
 
 
 def tokens_to_rows(graph_module: fx.GraphModule) -> None:
-    """Reshape inputs [N, ..., features] of linear layers to [M, features], which their integer kernel needs."""
+    """Reshape inputs [N, ..., features] of linear layers to [M, features] for their integer kernel."""
     for node in list(graph_module.graph.nodes):
         layer, shape = layer_of(node), shape_of(node)
         if isinstance(layer, nn.Linear) and len(shape) > 2:

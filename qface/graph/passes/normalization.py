@@ -29,7 +29,7 @@ def recognize_normalization(graph_module: fx.GraphModule) -> None:
 
 
 def _normalized(node: fx.Node) -> fx.Node | None:
-    """Return the rows that ``node`` normalizes by a division or by ``rsqrt(sum(x * x))``; None if it does not."""
+    """Return the rows that ``node`` normalizes, by a division or ``rsqrt(sum(x * x))``, or None."""
     if _is_function(node, _ATEN.div.Tensor):
         value, norm = node.args[0], _without_guards(node.args[1])
         found = any(matches(norm, value) for matches in (_is_vector_norm, _is_scalar_norm, _is_root_of_sum))

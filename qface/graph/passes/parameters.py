@@ -8,7 +8,7 @@ __all__ = ["own_parameters"]
 
 
 def own_parameters(graph_module: fx.GraphModule) -> None:
-    """Copy parameters that several layers share, since each layer is folded, equalized and quantized separately."""
+    """Copy parameters that layers share, since each layer is folded, equalized and quantized alone."""
     seen: set[int] = set()
     for layer in graph_module.modules():
         for name, parameter in layer._parameters.items():

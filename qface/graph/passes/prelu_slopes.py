@@ -56,5 +56,5 @@ def fold_steep_prelu_slopes(node: fx.Node, rank: int) -> None:
 
 
 def _takes_factors(layer: nn.Module | None, rank: int) -> bool:
-    """True if factors per channel fold into ``layer``; a linear layer on a map multiplies pixels, not channels."""
+    """True if ``layer`` can absorb factors per channel; a linear layer can only on [N, features]."""
     return isinstance(layer, Scalable) and (rank == 2 or not isinstance(layer, nn.Linear))

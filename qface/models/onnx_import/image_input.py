@@ -82,7 +82,7 @@ class ImageInput:
     preprocessing: Preprocessing
 
     def to_graph(self, images: Tensor) -> Tensor:
-        """Convert the network's images, float [N, 3, H, W] normalized by ``preprocessing``, to inputs of the graph."""
+        """Convert float images [N, 3, H, W], normalized by ``preprocessing``, to inputs of the graph."""
         if (self.mean, self.std) != (_ZEROS, _ONES):
             mean, std = (torch.tensor(each, dtype=images.dtype).view(1, 3, 1, 1) for each in (self.mean, self.std))
             images = images * std + mean
@@ -274,7 +274,7 @@ class _Prefix:
         return _Found(graph_input, shown)
 
     def _range_of(self, found: _Map) -> Preprocessing | None:
-        """Return the Preprocessing of the input range (0..255 or 0..1) that the map brings to about -1..1, or None."""
+        """Return the Preprocessing of the range, 0..255 or 0..1, that the map brings to about -1..1."""
         if self._dtype == torch.uint8:
             return _BYTES
         is_scale_alone = found.mean == _ZEROS
@@ -290,7 +290,7 @@ class _Prefix:
         return shown if misfit < _GREATEST_MISFIT else None
 
     def _cuts(self) -> Iterator[tuple[list[Node], str]]:
-        """Yield each prefix with a single output tensor, through which all later nodes get the image, and its name."""
+        """Yield each prefix after which all nodes depend on the image through one tensor, and its name."""
         constant = self._constant_names()
         readers = [node for node in self._file.nodes if not constant.issuperset(node.outputs)]
         image_nodes = [node for node in readers if node.op not in ("Shape", "Size")]
@@ -380,7 +380,7 @@ _GREATEST_MISFIT = 6.5  # subtracting only a mean from 0..255 gives 4.9, multipl
 
 
 def _misfit(low: float, high: float, mean: float, std: float) -> float:
-    """Return how much normalized pixels of ``low``..``high`` differ from -1..1 in center and log of their range."""
+    """Return the distance of normalized pixels ``low``..``high`` from -1..1, in center and log range."""
     if std <= 0:
         return math.inf
     first, last = (low - mean) / std, (high - mean) / std
@@ -390,7 +390,7 @@ def _misfit(low: float, high: float, mean: float, std: float) -> float:
 
 
 def _fit(pixels: Array, made: Array) -> _Map | None:
-    """Fit scale and shift per channel from ``pixels`` [N, 3, H, W] to ``made``, [N, 3, H, W] or [N, H, W, 3]."""
+    """Fit scale and shift per channel from ``pixels`` [N, 3, H, W] to ``made``, of either layout."""
     for channels_last, order in itertools.product((False, True), (_RGB, _BGR)):
         images = np.moveaxis(made, 3, 1) if channels_last and made.ndim == 4 else made
         if images.shape != pixels.shape or (channels_last and made.shape[1] == 3):

@@ -1,4 +1,4 @@
-"""Convert an ONNX graph: fold constants, and turn every other node into layers by the rule of its operator."""
+"""Convert an ONNX graph: fold constants, and turn other nodes into layers by the rule of their operator."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ class Importer(LayerGraph):
         return self.file.refusal(node, what)
 
     def name_of(self, node: Node) -> str:
-        """Return a layer name: that of the weight without ``.weight``, as torch's exporter writes it, or the node's."""
+        """Return a layer name: the weight's without ``.weight``, like torch's exporter, or the node's own."""
         if len(node.inputs) > 1:
             weight = self._origins.get(node.inputs[1], node.inputs[1])
             if weight.endswith(".weight") and node.inputs[1] in self._constants:

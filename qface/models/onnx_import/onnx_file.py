@@ -256,10 +256,7 @@ def _dimensions(value: onnx.ValueInfoProto) -> list[Any] | None:
 def choose_embedding(names: Sequence[str], shapes: Sequence[Dimensions | None], path: Path) -> str:
     """Return the name of the only output [N, D] or [N, D, 1, 1], D > 1; a score or norm [N, 1] is ignored.
 
-    Args:
-        names: names of the outputs.
-        shapes: their shapes; None if unknown.
-        path: the file, for messages.
+    An output of unknown shape (None) may be the embedding.
 
     Raises:
         UnsupportedLayerError: no output, or more than one, can be the embedding.
@@ -288,7 +285,7 @@ def _written(shape: Dimensions | None) -> str:
 
 
 def needed_nodes(nodes: Sequence[Node], output: str, start: str = "") -> tuple[Node, ...]:
-    """Return the nodes that ``output`` depends on, in the same order, without those before the tensor ``start``."""
+    """Return the nodes that ``output`` depends on, in order, without those that only compute ``start``."""
     wanted, kept = {output}, []
     for node in reversed(nodes):
         if wanted.intersection(node.outputs):

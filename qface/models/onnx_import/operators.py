@@ -203,7 +203,7 @@ def _negative(run: Importer, node: Node) -> Any:
 def _affine(
     run: Importer, node: Node, tensor: int, factor: float, constant: int, shift_factor: float = 1
 ) -> fx.Node | None:
-    """Add ``factor * x + constant`` if the constant is a scalar or varies along one dimension, else return None."""
+    """Add ``factor * x + constant`` if the constant varies along at most one dimension."""
     shift = run.required(node, constant) * shift_factor
     return _affine_layer(run, node, tensor, torch.tensor(float(factor)), shift)
 
@@ -267,7 +267,7 @@ def _mean_of_all(run: Importer, node: Node) -> Any:
 
 
 def _limit(kind: str) -> Rule:
-    """Return the rule of Max ("max") or Min ("min") of two inputs; with a constant scalar it becomes a clamp."""
+    """Return the rule of Max or Min of two inputs; a constant scalar becomes a clamp."""
 
     def rule(run: Importer, node: Node) -> Any:
         left, right = _pair(run, node)

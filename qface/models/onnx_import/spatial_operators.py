@@ -46,7 +46,7 @@ def _pads(run: Importer, node: Node, kernel: Sequence[int], size: Sequence[int])
 
 
 def _same(size: int, kernel: int, stride: int, dilation: int, upper: bool) -> tuple[int, int]:
-    """Return the padding for an output of ``ceil(size / stride)``; an odd pixel goes to the end if ``upper``."""
+    """Return the padding for ``ceil(size / stride)`` outputs; an odd pixel goes to the end if ``upper``."""
     total = max(0, (math.ceil(size / stride) - 1) * stride + dilation * (kernel - 1) + 1 - size)
     less, more = total // 2, total - total // 2
     return (less, more) if upper else (more, less)
@@ -237,7 +237,7 @@ def _fill(run: Importer, node: Node) -> float:
 
 
 def _resize(run: Importer, node: Node) -> Any:
-    """Add an UpsampleNearest layer for integer factors, index selections for other nearest modes, or a function."""
+    """Add an UpsampleNearest layer for integer factors, else index selections or an interpolation."""
     x, shape, mode = run.value(node), run.shape_of(node), node.get("mode", "nearest")
     scales = _scales(run, node, shape)
     if len(shape) != 4 or scales[:2] != [1.0, 1.0] or node.get("antialias", 0):
