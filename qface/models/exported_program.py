@@ -286,8 +286,8 @@ def _check_values(program: ExportedProgram, path: str | Path) -> None:
 class ExportedNetwork(nn.Module):
     """An exported program as a module for any batch size.
 
-    The module that torch makes of a program checks the batch size and has no eval mode. This one shares its parameters
-    and modules under their names. It is not a ``GraphModule``, so that ``capture`` exports it again.
+    The module that ``ExportedProgram.module`` returns checks the batch size and forbids ``eval``. This one shares its
+    parameters and modules under their names. It is not a ``GraphModule``, so that ``capture`` exports it again.
     """
 
     _forward: Callable[[Tensor], Any]

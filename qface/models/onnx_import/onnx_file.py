@@ -133,7 +133,9 @@ class OnnxFile:
 
     def refusal(self, node: Node, what: str) -> UnsupportedLayerError:
         """Return the error for a node of a known operator with the unsupported property ``what``."""
-        return UnsupportedLayerError(f"{self.path}: {node.op} {node.name} has {what}, which cannot be imported")
+        return UnsupportedLayerError(
+            f"{self.path}: {node.op} {node.name} has {what}, which cannot be imported; export the network without it"
+        )
 
 
 def read_onnx(path: str | Path) -> OnnxFile:

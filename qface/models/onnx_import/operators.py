@@ -335,7 +335,7 @@ def _clip(run: Importer, node: Node) -> Any:
     return run.call(node, clamp_layer(_none_beyond(low, -_GREATEST), _none_beyond(high, _GREATEST)))
 
 
-_GREATEST = 3.402e38  # exporters write the maximum of float32 for "no limit"
+_GREATEST = 3.402e38  # exporters write the float32 maximum, in fp16 infinity, for "no limit"
 
 
 def _number(value: Any) -> float | None:
