@@ -121,7 +121,7 @@ def test_the_whole_job(workplace: Path) -> None:
 def test_what_cannot_end_well_is_refused_at_once(workplace: Path) -> None:
     common = ("--images", "crops", "-o", "student.safetensors")
     assert "my_networks:make_nothing: KeyError" in refusal(run("quantize", "my_networks:make_nothing", *common))
-    assert "ends in .safetensors" in refusal(run("quantize", "my_networks:make", *common[:3], "student.pt"))
+    assert "must end in .safetensors" in refusal(run("quantize", "my_networks:make", *common[:3], "student.pt"))
     assert "cannot make the folder" in refusal(run("demo", "-o", "my_networks.py"))
     assert not list(workplace.glob("student*"))
 
@@ -342,7 +342,7 @@ def test_evaluate_refuses_a_single_identity_and_missing_pairs(student: Path, cro
 
 def test_weights_beside_a_file_and_impossible_bits_are_refused(student: Path) -> None:
     arguments = ("--images", "crops", "-o", "out.safetensors")
-    assert "brings its own weights" in refusal(run("quantize", student, "--weights", "none.pth", *arguments))
+    assert "already contains weights" in refusal(run("quantize", student, "--weights", "none.pth", *arguments))
     assert "0" in refusal(run("quantize", "my_networks:make", "--weight-bits", "0", *arguments))
 
 

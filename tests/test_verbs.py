@@ -135,7 +135,7 @@ def test_another_type_is_refused_in_one_line(name: str, wrong: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(VERBS) - LAYERS_ONLY - NO_PATHS))
 def test_a_name_without_weights_is_refused(name: str) -> None:
-    with pytest.raises(CheckpointError, match=r"^mobilefacenet is the name of an architecture, without weights"):
+    with pytest.raises(CheckpointError, match=r"^mobilefacenet is the name of an architecture and has no weights"):
         VERBS[name]("mobilefacenet")
 
 

@@ -1,4 +1,4 @@
-"""A network as a graph of named layers: captured, made canonical, asked and changed, and written as data."""
+"""Graphs of named layers: capture, canonicalization, queries, edits and serialization."""
 
 from qface.graph.canonicalize import canonicalize
 from qface.graph.capture import capture

@@ -1,7 +1,7 @@
-"""The ATen operators that become layers, each by one rule; and those that stay functions, in float.
+"""Conversion rules of ATen operators to layers, and a list of those that may remain float functions.
 
-``torch.export`` writes any network in some hundred operators, of which a few dozen make up nearly all of it. A rule
-returns what stands for the result: a node, several of them, or None where this use of the operator has no layer.
+``torch.export`` expresses a network in about a hundred operators, a few dozen of which cover almost everything. A rule
+returns the node of the result, a list of nodes, or None if there is no layer for these arguments.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["FLOAT_FUNCTIONS", "LAYER_RULES", "Call", "Constant", "along_one_dimension", "clamp_layer", "operator_name"]
 
 Shape = tuple[Any, ...]
-"""Sizes of a tensor; None where the batch counts."""
+"""Shape of a tensor; None for a size that depends on the batch size."""
 
 FLOAT_FUNCTIONS = frozenset(
     "__and__ __or__ abs add addmm amax amin arange argmax argmin atan2 avg_pool1d avg_pool3d baddbmm bitwise_and "
@@ -48,7 +48,7 @@ FLOAT_FUNCTIONS = frozenset(
     "select selu sigmoid sign sin slice softmax split sqrt square stack std sub sum sym_size tanh tile to unfold "
     "upsample_bicubic2d upsample_bilinear2d upsample_nearest1d upsample_nearest2d var where zeros zeros_like".split()
 )
-"""Operators that may stay functions: they read nothing but tensors and numbers, and change none of them."""
+"""Operators that may remain functions: their arguments are tensors and numbers, and they change no argument."""
 
 
 _WEIGHT = re.compile(r"(^|\.)(weight(_orig|_g|_v)?|parametrizations\.weight\.\w+)$")
@@ -56,14 +56,14 @@ _WEIGHT = re.compile(r"(^|\.)(weight(_orig|_g|_v)?|parametrizations\.weight\.\w+
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that does not depend on the images, with the name of the parameter or buffer that it was made of."""
+    """A tensor that does not depend on the images, and the name of its parameter or buffer."""
 
     tensor: Tensor
     name: str
 
 
 def operator_name(target: Any) -> str:
-    """``add`` for any overload of ``aten::add`` and ``aten::add_``."""
+    """Return an operator's name without overload and in-place suffix: ``add`` for ``aten::add_.Tensor``."""
     schema = target._schema
     name: str = schema.name.removeprefix("aten::")
     return name.removesuffix("_") if schema.is_mutable else name
@@ -74,10 +74,10 @@ class Call:
     """One call of an ATen operator.
 
     Args:
-        node: of the exported program.
-        name: of the operator.
-        arguments: by the names of its schema: nodes of the new graph, constants, and plain values.
-        path: of the module that calls it, where that is a single layer of torch's or ours.
+        node: the node in the exported program.
+        name: name of the operator.
+        arguments: nodes of the new graph, constants and plain values, by the names in the operator's schema.
+        path: path of the calling module if it is a layer of torch.nn or qface, else None.
     """
 
     node: fx.Node
@@ -89,38 +89,38 @@ class Call:
         return self.arguments[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The argument ``name``, or ``default`` where this overload has none."""
+        """Return the argument ``name``, or ``default`` if this overload does not have it."""
         return self.arguments.get(name, default)
 
     @property
     def layer_name(self) -> str:
-        """The name of a layer without parameters that stands for this call."""
+        """Name for a layer without parameters."""
         return self.path or self.node.name
 
     @property
     def output(self) -> Shape:
-        """Shape of the result."""
+        """Shape of the output."""
         return plain_shape(self.node.meta["val"])
 
     def shape(self, name: str) -> Shape:
-        """Shape of the tensor that is given as ``name``."""
+        """Return the shape of the argument ``name``."""
         return shape_of_value(self.arguments[name])
 
 
 def plain_shape(value: Any) -> Shape:
-    """The shape of a tensor of the exported program."""
+    """Return the shape of a tensor of the exported program."""
     return tuple(int(size) if isinstance(size, int) else None for size in value.shape)
 
 
 def shape_of_value(value: Any) -> Shape:
-    """Shape of a node of the new graph, or of a constant."""
+    """Return the shape of a node of the new graph or of a constant; () for other values."""
     if isinstance(value, Constant):
         return tuple(value.tensor.shape)
     return value.meta["shape"] if isinstance(value, fx.Node) and "shape" in value.meta else ()
 
 
 def _is_tensor(value: Any) -> bool:
-    """True of a tensor that depends on the images."""
+    """True if ``value`` is a tensor that depends on the images."""
     return isinstance(value, fx.Node) and "shape" in value.meta
 
 
@@ -137,14 +137,14 @@ def _parameters(layer: nn.Module, weight: Constant, bias: Constant | None) -> nn
 
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
-    """``tensor`` itself where it is a parameter, so that a captured network shares those of its model."""
+    """Return ``tensor`` as a parameter, or itself if it is one, to share it with the captured model."""
     if isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
 
 
 def owner_of(weight: Constant) -> str:
-    """The layer whose ``weight`` this is."""
+    """Return the name of the layer that owns ``weight``."""
     return _WEIGHT.sub("", weight.name) or "weight"
 
 
@@ -177,7 +177,7 @@ def _convolution(run: Converter, call: Call) -> Any:
 
 
 def _padded_to_same(run: Converter, call: Call, kernel: Any, dilation: Any) -> tuple[fx.Node, tuple[int, int]]:
-    """Input and padding that keep the size; what is uneven is padded by a layer of its own, as torch does."""
+    """Return input and padding for padding="same"; asymmetric padding becomes a Pad layer."""
     totals = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
     top, left = (total // 2 for total in totals)
     if not any(total % 2 for total in totals):
@@ -187,7 +187,7 @@ def _padded_to_same(run: Converter, call: Call, kernel: Any, dilation: Any) -> t
 
 
 def _convolution_1d(run: Converter, call: Call) -> Any:
-    """A convolution over the width of maps of height 1."""
+    """Add a 2d convolution over maps of height 1."""
     if not _weights_of(call) or call["padding"] == "same":
         return None
     weight, name = call["weight"], owner_of(call["weight"])
@@ -224,7 +224,7 @@ def _linear_layer(run: Converter, x: Any, weight: Any, bias: Any) -> Any:
 
 
 def _matrix_product(run: Converter, call: Call) -> Any:
-    """A product with a constant matrix is a linear layer."""
+    """Add a linear layer for a product with a constant matrix."""
     left, right = (call[name] for name in call.arguments if name in ("self", "mat2", "other"))
     if not isinstance(right, Constant):
         return None
@@ -245,8 +245,8 @@ def _batch_norm(run: Converter, call: Call) -> Any:
     if mean is None or call["training"]:
         raise run.refusal(
             call.node,
-            f"{name!r} is a BatchNorm without running statistics, which has no fixed form to quantize; build it with "
-            "track_running_stats=True and estimate them",
+            f"{name!r} is a BatchNorm without running statistics and cannot be quantized; create it with "
+            "track_running_stats=True and train it to estimate them",
         )
     kind = nn.BatchNorm2d if len(call.output) == 4 else nn.BatchNorm1d
     layer = kind(len(mean.tensor), call["eps"], call["momentum"], affine=call["weight"] is not None, device="meta")
@@ -284,7 +284,7 @@ def _group_norm(run: Converter, call: Call) -> Any:
     return run.layer(_parameters(layer, weight, call["bias"]), (call["input"],), owner_of(weight))
 
 
-# ---- sums, products and what constants do
+# ---- sums and products, of tensors and constants
 
 
 def _add(run: Converter, call: Call) -> Any:
@@ -342,10 +342,11 @@ def _floor_divide(run: Converter, call: Call) -> Any:
 
 
 def _rounded_quotient(run: Converter, call: Call, mode: str) -> Any:
-    """In two steps: torch's exporter writes a quotient that is rounded at once as another one."""
+    """Divide and round in two steps, since torch's ONNX exporter writes a rounding division incorrectly."""
     if mode != "floor":
         raise run.refusal(
-            call.node, f"{call.node.name!r} divides with rounding_mode={mode!r}, which qface does not know"
+            call.node,
+            f"{call.node.name!r} divides with rounding_mode={mode!r}, which qface does not support; use 'floor'",
         )
     aten, given = torch.ops.aten, [call["self"], call["other"]]
     inputs = tuple(run.constant(each.tensor, each.name) if isinstance(each, Constant) else each for each in given)
@@ -358,7 +359,7 @@ def _neg(run: Converter, call: Call) -> Any:
 
 
 def _are_floats(*values: Any) -> bool:
-    """True of tensors of floats that depend on the images."""
+    """True if all ``values`` are float tensors that depend on the images."""
     return all(_is_tensor(value) and value.meta["float"] for value in values)
 
 
@@ -380,7 +381,7 @@ def _times(value: Any, factor: float) -> Any:
 
 
 def _affine(run: Converter, call: Call, x: Any, scale: Any, shift: Any) -> Any:
-    """``scale * x + shift``, each one number or one for each index of one dimension; None where they are not."""
+    """Add ``scale * x + shift`` if both are scalars or vary along the same dimension, else return None."""
     if not _are_floats(x) or not _makes_floats(call):
         return None
     if call.output != x.meta["shape"]:
@@ -402,7 +403,16 @@ def _affine(run: Converter, call: Call, x: Any, scale: Any, shift: Any) -> Any:
 
 
 def along_one_dimension(value: Any, rank: int) -> tuple[int | None, Tensor] | None:
-    """The dimension of a tensor of ``rank`` along which ``value`` varies, None where it is one number; its values."""
+    """Return the only dimension along which a constant varies, and its values along it.
+
+    Args:
+        value: a number or :class:`Constant`.
+        rank: number of dimensions of the tensor with which ``value`` is broadcast.
+
+    Returns:
+        The dimension (None for a scalar) and the values [size of the dimension]; None if ``value`` is not constant or
+        varies along several dimensions.
+    """
     if isinstance(value, (int, float)):
         return None, torch.tensor([float(value)])
     if not isinstance(value, Constant) or value.tensor.ndim > rank:
@@ -418,7 +428,7 @@ def along_one_dimension(value: Any, rank: int) -> tuple[int | None, Tensor] | No
 
 
 def _simple(make: Callable[[Call], nn.Module]) -> Rule:
-    """A layer without parameters of the first argument."""
+    """Return a rule that adds a layer without parameters of the first argument."""
 
     def rule(run: Converter, call: Call) -> Any:
         x = next(iter(call.arguments.values()))
@@ -436,7 +446,7 @@ def _clamp(run: Converter, call: Call) -> Any:
 
 
 def clamp_layer(low: float | None, high: float | None) -> nn.Module:
-    """The layer that limits values to ``low`` .. ``high``; None is no limit."""
+    """Return the layer that clamps values to ``low``..``high``; None is no limit."""
     if low == 0 and high is None:
         return nn.ReLU()
     if (low, high) == (0, 6):
@@ -451,7 +461,7 @@ def _elu(run: Converter, call: Call) -> Any:
 
 
 def _dropout(kind: type[nn.Dropout] | type[nn.Dropout2d]) -> Rule:
-    """A dropout layer, which drops in training; a function that was told not to drop does nothing."""
+    """Return the rule of dropout: a module becomes a layer; a function, off in eval mode, is removed."""
 
     def rule(run: Converter, call: Call) -> Any:
         return run.layer(kind(call["p"]), (call["input"],), call.path) if call.path else call["input"]
@@ -460,12 +470,12 @@ def _dropout(kind: type[nn.Dropout] | type[nn.Dropout2d]) -> Rule:
 
 
 def _first(run: Converter, call: Call) -> Any:
-    """Nothing is done to the values."""
+    """Return the first argument unchanged."""
     return next(iter(call.arguments.values()))
 
 
 def _cast(run: Converter, call: Call) -> Any:
-    """Another float type is none: a captured network computes in the type of its weights."""
+    """Remove casts between float types, since a captured network computes in the dtype of its weights."""
     x = call["self"]
     kept = _is_tensor(x) and x.meta["float"] and call.node.meta["val"].is_floating_point()
     return x if kept else None
@@ -476,7 +486,7 @@ _EXPANDING = frozenset(("expand", "expand_as"))
 
 
 def _expand(run: Converter, call: Call) -> Any:
-    """Nothing, where the size is as it was, or where all that read it broadcast."""
+    """Remove an expansion that changes nothing, or whose consumers all broadcast."""
     if not _is_tensor(call["self"]):
         return None
     before, after = call.shape("self"), call.output
@@ -485,7 +495,7 @@ def _expand(run: Converter, call: Call) -> Any:
 
 
 def _broadcasts(reader: fx.Node, expanded: fx.Node) -> bool:
-    """True if another operand of ``reader`` has the size to which a value was ``expanded``."""
+    """True if ``reader`` broadcasts and its other operand has the shape of ``expanded``."""
     others = [each for each in reader.all_input_nodes if each is not expanded]
     if not isinstance(reader.target, torch._ops.OpOverload) or operator_name(reader.target) not in _BROADCASTING:
         return False
@@ -528,8 +538,8 @@ def _average_pool(run: Converter, call: Call) -> Any:
     if call["ceil_mode"] and any(padding) and (call["count_include_pad"] or call["divisor_override"] is not None):
         raise run.refusal(
             call.node,
-            f"{call.layer_name!r} rounds its size up and counts its padding, which onnxruntime averages otherwise; set "
-            "count_include_pad=False or ceil_mode=False",
+            f"{call.layer_name!r} has ceil_mode=True with count_include_pad=True or divisor_override, for which "
+            "onnxruntime returns other averages; set count_include_pad=False or ceil_mode=False",
         )
     counted = call["count_include_pad"] or call["divisor_override"] is not None
     layer = nn.AvgPool2d(kernel, stride, padding, call["ceil_mode"], counted)
@@ -553,7 +563,7 @@ def _adaptive_average(run: Converter, call: Call) -> Any:
 
 
 def _product_with_averages(run: Converter, call: Call, x: Any, before: Any, after: int) -> Any:
-    """Averages along the last dimension."""
+    """Average windows of the last dimension by a matrix product."""
     if before is None:
         return None
     columns = run.constant(_averaging_matrix(before, after).T.contiguous().to(run.example_parameter), call.layer_name)
@@ -561,7 +571,7 @@ def _product_with_averages(run: Converter, call: Call, x: Any, before: Any, afte
 
 
 def _uneven_average(run: Converter, call: Call) -> Any:
-    """Windows of different sizes, as products with two matrices, since ONNX has no such pool."""
+    """Average windows of different sizes by two matrix products, since ONNX has no such pool."""
     sizes = list(zip(call.shape("self")[2:], call.output[2:], strict=True))
     if any(None in each for each in sizes):
         return None
@@ -572,7 +582,7 @@ def _uneven_average(run: Converter, call: Call) -> Any:
 
 
 def _averaging_matrix(before: int, after: int) -> Tensor:
-    """[after, before], of which each row averages a window of adaptive pooling."""
+    """Return a matrix [after, before] whose rows average the windows of adaptive pooling."""
     matrix = torch.zeros(after, before)
     for row in range(after):
         start, stop = row * before // after, -(-(row + 1) * before // after)
@@ -581,7 +591,7 @@ def _averaging_matrix(before: int, after: int) -> Tensor:
 
 
 def _adaptive_maximum(run: Converter, call: Call) -> Any:
-    """The greatest values alone, without their places."""
+    """Add a max pool unless the indices of the maxima are used."""
     if any(user.args[1] == 1 and user.users for user in call.node.users):
         return None
     pooled = _adaptive_pool(run, call, nn.MaxPool2d, plain_shape(call.node.meta["val"][0]))
@@ -591,7 +601,7 @@ def _adaptive_maximum(run: Converter, call: Call) -> Any:
 def _adaptive_pool(
     run: Converter, call: Call, kind: type[nn.AvgPool2d] | type[nn.MaxPool2d], after: Shape
 ) -> fx.Node | None:
-    """A pool whose windows have one size and do not overlap."""
+    """Add a pool if all windows have the same size and do not overlap, else return None."""
     x, before = call["self"], call.shape("self")
     if (
         len(before) != 4
@@ -617,7 +627,7 @@ def _greatest(run: Converter, call: Call) -> Any:
 
 
 def _over_map(run: Converter, call: Call, pool: nn.Module) -> Any:
-    """A reduction of height and width, which keeps both dimensions or drops them."""
+    """Add ``pool`` for a reduction over height and width, with a Flatten unless the dimensions are kept."""
     before, dims = call.shape("self"), call.get("dim")
     if len(before) != 4 or not isinstance(dims, (list, tuple)) or {dim % 4 for dim in dims} != {2, 3}:
         return None
@@ -641,7 +651,7 @@ def _reshape(run: Converter, call: Call) -> Any:
 
 
 def _rows(before: Shape, after: Shape) -> bool:
-    """True if each image becomes one row."""
+    """True if each image is flattened to one row."""
     return None not in before[1:] and after[1] == math.prod(before[1:])
 
 
@@ -697,7 +707,7 @@ def _select(run: Converter, call: Call) -> Any:
 
 
 def _without_dimension(run: Converter, call: Call, dim: int, index: Any, after: Shape) -> Any:
-    """One index of a dimension, which goes."""
+    """Select one index of a dimension and drop the dimension."""
     size = call.shape("self")[dim]
     if size is None or not isinstance(index, int) or after.count(None) != 1:
         return None
@@ -708,7 +718,7 @@ def _without_dimension(run: Converter, call: Call, dim: int, index: Any, after: 
 
 
 def _split(run: Converter, call: Call) -> Any:
-    """The parts of a dimension, of the sizes that the exported program knows."""
+    """Slice a dimension into parts with the sizes in the exported program."""
     parts = [plain_shape(part) for part in call.node.meta["val"]]
     dim = call.get("dim", 0) % len(parts[0])
     if any(part[dim] is None for part in parts):
@@ -749,7 +759,7 @@ def _minimum(run: Converter, call: Call) -> Any:
 
 
 def _limited(run: Converter, call: Call, is_low: bool) -> Any:
-    """The maximum or minimum of a tensor and one number."""
+    """Add a clamp for the maximum or minimum of a tensor and a constant scalar."""
     for x, limit in itertools.permutations((call["self"], call.get("other"))):
         if (
             _is_tensor(x)
@@ -821,7 +831,7 @@ def _pixel_unshuffle(run: Converter, call: Call) -> Any:
 
 
 def _vector_norm(run: Converter, call: Call) -> Any:
-    """``torch.linalg.norm`` of vectors under the name of the one operator that computes it."""
+    """Convert a vector ``linalg.norm`` to ``linalg.vector_norm``."""
     dims = call["dim"]
     if call["ord"] not in (None, 2) or dims is None or len(dims) != 1 or call["dtype"] is not None:
         return None
@@ -831,7 +841,7 @@ def _vector_norm(run: Converter, call: Call) -> Any:
 
 
 def _filled(name: str) -> Rule:
-    """A tensor whose size depends on the number of images, on their device."""
+    """Return the rule of a filled tensor whose size depends on the batch size; it gets the images' device."""
 
     def rule(run: Converter, call: Call) -> Any:
         size = call["size"]
@@ -843,14 +853,14 @@ def _filled(name: str) -> Rule:
 
 
 def _tile(run: Converter, call: Call) -> Any:
-    """``repeat``, which needs a number for each dimension."""
+    """Convert ``tile`` to ``repeat``, which needs a number for each dimension."""
     rank = len(call.shape("self"))
     times = [*(1,) * (rank - len(call["dims"])), *call["dims"]]
     return run.function(torch.ops.aten.repeat.default, (call["self"], times), {}, call.node.name)
 
 
 def _rms_norm(run: Converter, call: Call) -> Any:
-    """In steps, since torch's exporter does not know it."""
+    """Expand RMSNorm into elementary functions, since torch's ONNX exporter does not support it."""
     aten, x, name = torch.ops.aten, call["input"], call.node.name
     eps = torch.finfo(run.example_parameter.dtype).eps if call["eps"] is None else call["eps"]
     dims = list(range(-len(call["normalized_shape"]), 0))
@@ -865,15 +875,15 @@ def _rms_norm(run: Converter, call: Call) -> Any:
 
 
 def _attention(run: Converter, call: Call) -> Any:
-    """A constant mask of booleans is one of numbers, as ONNX adds it; one that masks nothing goes."""
+    """Convert a constant boolean attention mask to an additive one, as ONNX needs; drop an all-True mask."""
     mask = call["attn_mask"]
-    if isinstance(mask, fx.Node) and mask.target is torch.ops.aten.expand.default:  # to the number of images
+    if isinstance(mask, fx.Node) and mask.target is torch.ops.aten.expand.default:  # expanded to the batch
         stored = run.stored_constant(mask.args[0])
         mask = None if stored is None else Constant(stored, call.layer_name)
     if not isinstance(mask, Constant) or mask.tensor.dtype != torch.bool:
         return None
     allowed = mask.tensor.to(run.example_parameter.device)
-    least = torch.finfo(run.example_parameter.dtype).min / 2  # files hold no infinity
+    least = torch.finfo(run.example_parameter.dtype).min / 2  # instead of -inf, which saved files may not contain
     summand = run.example_parameter.new_zeros(allowed.shape).masked_fill(~allowed, least)
     given = None if bool(mask.tensor.all()) else run.constant(summand, mask.name)
     kwargs = {"attn_mask": given, "is_causal": call["is_causal"], "scale": call["scale"]}
@@ -980,4 +990,4 @@ LAYER_RULES: dict[str, Rule] = {
     "view_as": _reshape,
     "zeros": _filled("new_zeros"),
 }
-"""The rule of each operator, in place or not."""
+"""Conversion rules by operator name, for in-place and out-of-place variants."""

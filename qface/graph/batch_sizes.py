@@ -1,7 +1,7 @@
-"""Programs of networks that compute with the number of images in Python, where torch.export sees plain numbers.
+"""Batch-dependent arguments of networks that compute with the batch size in Python.
 
-Such a network is exported twice, for two and for three images. Numbers that differ in proportion to the images are
-multiples of their number, and the rest of both programs must be the same.
+torch.export records such sizes as constants. The network is therefore exported for two and for three images. Numbers
+that differ in proportion to the batch size are multiples of it; everything else must be equal in both programs.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from qface.graph.places import place_of
 __all__ = ["EXPORTED_BATCHES", "BatchDependent", "BatchMultiple", "compare_batches"]
 
 EXPORTED_BATCHES = (2, 3)
-"""Numbers of images that :func:`compare_batches` is given programs for."""
+"""Batch sizes of the two programs that :func:`compare_batches` compares."""
 
 
 @dataclass(frozen=True)
 class BatchMultiple:
-    """``factor`` times the number of images."""
+    """``factor`` times the batch size."""
 
     factor: int
 
 
 BatchDependent = dict[fx.Node, tuple[Any, Any]]
-"""Arguments and keyword arguments of nodes, with a :class:`BatchMultiple` where the number of images counts."""
+"""Arguments and keyword arguments of nodes, with a :class:`BatchMultiple` for each number that depends on the batch."""
 
 
 @dataclass(frozen=True)
 class _Described:
-    """A tensor of a program, with None for sizes that depend on the number of images."""
+    """Shape and kind of a tensor, with None for sizes that depend on the batch size."""
 
     shape: tuple[int | None, ...]
     floating_point: bool
@@ -46,12 +46,16 @@ class _Described:
 
 
 def compare_batches(first: ExportedProgram, second: ExportedProgram) -> BatchDependent:
-    """The arguments in ``first``, for two images, that depend on their number, found by ``second``, for three.
+    """Find the arguments in ``first`` that depend on the batch size.
 
-    The shapes that ``first`` notes for its values get None for sizes that depend on it, as in a program for any number.
+    Shapes in the metadata of ``first`` get None for sizes that depend on the batch size.
+
+    Args:
+        first: the program for two images.
+        second: the program of the same network for three images.
 
     Raises:
-        TraceError: the programs differ in more than that.
+        TraceError: the programs differ in something else.
     """
     pairs = list(_pairs(first.graph_module, second.graph_module))
     twins = dict(pairs)
@@ -71,7 +75,7 @@ def compare_batches(first: ExportedProgram, second: ExportedProgram) -> BatchDep
 
 
 def _pairs(first: torch.nn.Module, second: torch.nn.Module) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The nodes of both programs, and those of the bodies that they hold, in their order."""
+    """Yield corresponding nodes of both programs, including those of subgraphs."""
     bodies = [[each for each in module.modules() if isinstance(each, fx.GraphModule)] for module in (first, second)]
     if len(bodies[0]) != len(bodies[1]):
         raise _different(None)
@@ -82,7 +86,7 @@ def _pairs(first: torch.nn.Module, second: torch.nn.Module) -> Iterator[tuple[fx
 
 
 class _Merge:
-    """Goes through the arguments of a node in both programs at once."""
+    """Merge the arguments of a node in both programs."""
 
     def __init__(self, node: fx.Node, twins: dict[fx.Node, fx.Node]) -> None:
         self.node = node
@@ -90,7 +94,7 @@ class _Merge:
         self.found = False
 
     def __call__(self, one: Any, other: Any) -> Any:
-        """The arguments of the first program, with a :class:`BatchMultiple` where both differ by the images."""
+        """Return the argument of the first program, with a :class:`BatchMultiple` where both programs differ."""
         if isinstance(one, fx.Node):
             if self.twins[one] is not other:
                 raise _different(self.node)
@@ -109,7 +113,7 @@ class _Merge:
 
 
 def _factor(one: Any, other: Any) -> int | None:
-    """By which the number of images was multiplied."""
+    """Return the factor by which both numbers are multiples of the batch sizes; None if they are not."""
     if type(one) is not int or type(other) is not int:
         return None
     factor, rest = divmod(one, EXPORTED_BATCHES[0])
@@ -128,5 +132,5 @@ def _described(one: Any, other: Any, node: fx.Node) -> Any:
 
 
 def _different(node: fx.Node | None) -> TraceError:
-    where = "" if node is None else f", from {node.name!r} on{place_of(node)}"
-    return TraceError(f"it computes otherwise for two images than for three{where}")
+    where = "" if node is None else f", starting at {node.name!r}{place_of(node)}"
+    return TraceError(f"it computes something else for two images than for three{where}")

@@ -1,4 +1,4 @@
-"""``canonicalize``: a network as the layers that quantization knows, and the check that nothing changed."""
+"""``canonicalize``: convert a network to layers that quantization supports, and check its embeddings."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from qface.training_mode import preserve_training_mode
 __all__ = ["PASSES", "canonicalize"]
 
 _TOLERANCE = 1e-4
-"""Greatest difference to the network in float64, relative to the norm of the embeddings.
+"""Maximum difference to the original network in float64, relative to the norm of the embeddings.
 
-Folded weights are rounded to float32; through fifty layers that makes 1e-6.
+Folded weights are rounded to float32, which causes 1e-6 in a network of fifty layers.
 """
 _GREATEST_ROUNDING = 1e-2
-"""The same in a network that amplifies rounding, such as one of many linear layers: its own error in float32, to here.
-"""
-_TOLERANCE_FLOAT32 = 1e-3  # of a network that computes in no other type
+"""Upper bound of the tolerance for a network that amplifies rounding, whose tolerance is its own float32 error."""
+_TOLERANCE_FLOAT32 = 1e-3  # for a network that runs only in float32
 
 PASSES = (
     own_parameters,
@@ -48,20 +47,25 @@ PASSES = (
     prepare_prelu_slopes,
     tokens_to_rows,
 )
-"""In this order: what each one makes, the next one reads."""
+"""Passes in order; each one may depend on the results of those before it."""
 
 
 def canonicalize(model: nn.Module) -> fx.GraphModule:
-    """A new graph of layers that computes what ``model`` computes in eval mode; ``model`` is untouched.
+    """Return an equivalent of ``model`` in eval mode, made of layers that quantization supports.
+
+    Does not change ``model``.
 
     Args:
         model: a network from images [N, 3, H, W] to embeddings [N, D].
 
+    Returns:
+        A new graph module with its own parameters, in the same training mode as ``model``.
+
     Raises:
         CheckpointError: a weight is NaN or infinite.
-        TraceError: the network cannot be captured, does not run on images of its size, or its canonical form computes
-            something else.
-        UnsupportedLayerError: it calls an operator that qface does not know; it is named.
+        TraceError: the network cannot be captured, does not run on images of the size in its Preprocessing, or the
+            embeddings of the result differ.
+        UnsupportedLayerError: the network calls an operator that qface does not support; the message names it.
     """
     check_finite(model.state_dict(), "this network")
     model = _in_float32(model)
@@ -78,38 +82,38 @@ def canonicalize(model: nn.Module) -> fx.GraphModule:
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
-    """``model``, or a copy where it computes in another type: scales and integers are exact in float32."""
+    """Return ``model`` in float32, since scales and integers are inexact in other dtypes."""
     if dtype_of(model) == torch.float32:
         return model
     return copy.deepcopy(model).float()
 
 
 def _check_equal(model: nn.Module, canonical: fx.GraphModule) -> None:
-    """Compare both on images with the colors of faces; in float64, where a difference is no matter of rounding."""
+    """Compare both on synthetic faces in float64, in which rounding causes no difference."""
     images = preprocessing_of(model)(synthetic_crops()).to(example_input(model).device)
     model = unwrapped(model)
     with preserve_training_mode(model), preserve_training_mode(canonical), torch.no_grad():
         try:
             wanted, found = _outputs(copy.deepcopy(model).double(), canonical, images.double())
             tolerance = _TOLERANCE
-        except RuntimeError:  # a type that is written into its forward
+        except RuntimeError:  # its forward fixes the dtype
             wanted, found = _outputs(model, canonical, images)
             tolerance = _TOLERANCE_FLOAT32
     if not bool(torch.isfinite(wanted).all()):
-        raise TraceError("the network's embeddings are not finite; check its weights and its Preprocessing")
+        raise TraceError("the network's embeddings contain NaN or infinity; check its weights and its Preprocessing")
     allowed = tolerance * wanted.norm()
     if not bool((found - wanted).norm() <= allowed) and tolerance == _TOLERANCE:
         allowed = _rounding_of(model, images, wanted)
     if not bool((found - wanted).norm() <= allowed):
         raise TraceError(
-            "the network's layers, one by one, compute something else than the network: look for an operation in place "
-            "on a value that is still used"
+            "the captured layers compute other embeddings than the network: look for an in-place operation on a tensor "
+            "that is used later, and call it out of place"
         )
 
 
 @torch.no_grad()
 def _rounding_of(model: nn.Module, images: Tensor, wanted: Tensor) -> Tensor:
-    """By how much rounding to float32 changes the embeddings ``wanted``, in a network that amplifies it."""
+    """Return the error of the network's own embeddings in float32, limited by ``_GREATEST_ROUNDING``."""
     with preserve_training_mode(model):
         rounded = embedding_of(model.eval()(images))
     return torch.minimum((rounded - wanted).norm(), _GREATEST_ROUNDING * wanted.norm())

@@ -1,8 +1,8 @@
-"""``capture``: any network as a graph of named layers, through ``torch.export``.
+"""``capture``: convert any network to a graph of named layers with ``torch.export``.
 
-torch.export runs the network once on an example and records the ATen operators that it calls, whatever Python calls
-them. :mod:`qface.graph.aten` has the layer for each. What depends on parameters alone, such as weight normalization, is
-computed. What has no layer stays a function, in float.
+torch.export runs the network once on an example and records its ATen operators. The rules in :mod:`qface.graph.aten`
+turn them into layers; operators without a layer remain float functions. Operators that depend only on parameters,
+such as weight normalization, are folded into constants.
 """
 
 from __future__ import annotations
@@ -37,24 +37,28 @@ __all__ = ["Converter", "capture", "unwrapped"]
 _LOGGER = logging.getLogger("qface")
 
 _LEAF_MODULES = ("torch.nn.modules.", "qface.graph.layers.")
-_WHERE = ("device", "layout", "pin_memory")  # as the images are
+_WHERE = ("device", "layout", "pin_memory")  # dropped: the same as those of the images
 _NO_VALUE = ("_assert", "sym_constrain")
 _ALL_OF = (torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled)
-"""Operators whose body is another graph; both only say how to compute what a captured network computes anyway."""
+"""Operators with a subgraph, which is inlined; autocast and gradient mode do not change a captured network."""
 
 
 def capture(model: nn.Module) -> fx.GraphModule:
-    """The layers of ``model`` in eval mode, by name; they share its parameters, and it is not changed.
+    """Convert ``model`` in eval mode to a graph of named layers that share its parameters.
 
-    Layers are named after their parameters, and those without any after their module or operator. A graph of such
-    layers is returned as it is.
+    Layers are named after their parameters, or after their module or operator if they have none. A captured graph is
+    returned unchanged. Does not change ``model``.
 
     Args:
         model: a network from images [N, 3, H, W], of the size in its Preprocessing, to embeddings [N, D].
 
+    Returns:
+        A graph module of layers and float functions for any batch size.
+
     Raises:
-        TraceError: torch.export cannot follow the network; the message gives the place.
-        UnsupportedLayerError: it calls an operator that qface does not know, or returns no embedding.
+        TraceError: torch.export cannot capture the network; the message names the line of code.
+        UnsupportedLayerError: the network calls an operator that qface does not support, or its output is not one
+            embedding.
     """
     if isinstance(model, fx.GraphModule) and is_layer_graph(model):
         return model
@@ -65,19 +69,19 @@ def capture(model: nn.Module) -> fx.GraphModule:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network within DataParallel and torch.compile."""
+    """Return the network inside DataParallel, DistributedDataParallel or torch.compile."""
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         model = cast(nn.Module, model._orig_mod if hasattr(model, "_orig_mod") else model.module)
     return model
 
 
 def _exported(model: nn.Module, images: Tensor) -> tuple[ExportedProgram, BatchDependent]:
-    """The program of ``model`` for any number of images, or else that for two and what of it depends on them."""
+    """Export ``model`` with a dynamic batch size, or for two images with batch-dependent arguments."""
     with eval_mode(model), _quiet(), torch.no_grad():
         _check_runs(model, images)
         try:
             return torch.export.export(model, (images,), dynamic_shapes=_any_number(model), strict=False), {}
-        except Exception as error:  # any Python of the user's forward runs here
+        except Exception as error:  # user code may raise anything
             if not _fixes_the_batch(error):
                 raise _refusal_of(model, error) from error
         try:
@@ -88,7 +92,7 @@ def _exported(model: nn.Module, images: Tensor) -> tuple[ExportedProgram, BatchD
 
 
 def _any_number(model: nn.Module) -> Any:
-    """The first dimension of the images free, in the form of the arguments of the network's forward."""
+    """Return ``dynamic_shapes`` with a dynamic batch size, structured like the arguments of ``forward``."""
     free = ({0: Dim("batch")},)
     first = next(iter(inspect.signature(model.forward).parameters.values()))
     return (free,) if first.kind is inspect.Parameter.VAR_POSITIONAL else free
@@ -96,9 +100,9 @@ def _any_number(model: nn.Module) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from warning, and from printing and logging whole programs beside its errors."""
+    """Suppress torch's warnings, and the programs that it prints and logs with its errors."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # torch's handlers keep the stderr of the time when they were made
+    logging.disable(logging.ERROR)  # torch's log handlers keep an earlier stderr, which redirect_stderr misses
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -108,7 +112,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _fixes_the_batch(error: Exception) -> bool:
-    """True of errors about the number of images, and not about what they hold."""
+    """True if the error is about the batch size rather than about values of the images."""
     text = f"{type(error).__name__} {error}"
     return "batch" in text or "specializ" in text.lower()
 
@@ -120,18 +124,18 @@ def _of(count: int, images: Tensor) -> Tensor:
 def _refusal_of(model: nn.Module, error: Exception) -> TraceError:
     return TraceError(
         f"{type(model).__name__} cannot be captured{place_of_error(error)}: {_first_line(error)}. "
-        "Its forward must take the same way whatever the images hold, and must not fix the number of images"
+        "Its forward must not branch on values of the images and must not fix the batch size"
     )
 
 
 def _check_runs(model: nn.Module, images: Tensor) -> None:
     try:
         model(images)
-    except Exception as error:  # the user's own code
+    except Exception as error:  # user code may raise anything
         size = "x".join(str(side) for side in images.shape[1:])
         raise TraceError(
             f"the network does not run on an image of {size}: {one_line(error, 200)}; "
-            "attach the Preprocessing with the size it reads"
+            "set the size of its Preprocessing to its input size with qface.with_preprocessing"
         ) from error
 
 
@@ -141,12 +145,12 @@ def _first_line(error: Exception) -> str:
 
 
 class Converter(LayerGraph):
-    """One exported program on its way to a graph of layers.
+    """Builder of a layer graph from one exported program.
 
     Args:
-        program: in inference or training IR.
-        images: what it was exported with.
-        batch_dependent: arguments that depend on the number of images, in a program for a fixed one.
+        program: a program in inference or training IR.
+        images: the example images of the export.
+        batch_dependent: arguments that depend on the batch size, if the program has a fixed one.
     """
 
     def __init__(self, program: ExportedProgram, images: Tensor, batch_dependent: BatchDependent) -> None:
@@ -159,14 +163,17 @@ class Converter(LayerGraph):
         self.example_parameter = images.new_zeros(())
         self.images: fx.Node | None = None
         self._values: dict[fx.Node, Any] = {}
-        self._made: list[Any] = []  # constants that were computed, so that no other gets the id of one
+        self._made: list[Any] = []  # keeps folded constants alive, since constants are identified by id()
 
     def run(self, class_name: str) -> fx.GraphModule:
-        """The graph of layers.
+        """Convert the program to a graph of layers.
+
+        Args:
+            class_name: name of the graph module's class.
 
         Raises:
             TraceError: the network changes its own buffers.
-            UnsupportedLayerError: it calls an operator that is not known, or returns no embedding.
+            UnsupportedLayerError: the network calls an unsupported operator, or its output is not one embedding.
         """
         self._read_inputs()
         with torch.no_grad():
@@ -176,7 +183,7 @@ class Converter(LayerGraph):
         return self.finish(self._embedding(), class_name)
 
     def refusal(self, node: fx.Node, message: str) -> UnsupportedLayerError:
-        """The error ``message`` with the place in the user's code that ``node`` comes from."""
+        """Return an error with ``message`` and the line of user code that ``node`` comes from."""
         return UnsupportedLayerError(f"{message}{place_of(node)}")
 
     # ---- inputs and outputs
@@ -199,11 +206,11 @@ class Converter(LayerGraph):
             self._values[node] = Constant(tensor, target) if isinstance(tensor, Tensor) else None
 
     def _embedding(self) -> fx.Node:
-        """The one output [N, D], or [N, D, 1, 1], that can be an embedding; a norm beside it [N, 1] is dropped."""
+        """Return the only output [N, D] or [N, D, 1, 1], D > 1; a norm [N, 1] is dropped."""
         specs = self.program.graph_signature.output_specs
         changed = [spec.target for spec in specs if spec.kind.name.endswith("MUTATION")]
         if changed:
-            raise TraceError(f"the network changes its buffer {changed[0]!r} whenever it runs; let eval mode leave it")
+            raise TraceError(f"the network changes its buffer {changed[0]!r} in eval mode; do so only in training mode")
         (output,) = (node for node in self.program.graph.nodes if node.op == "output")
         found = [self._value(node) for node in output.args[0] if isinstance(node, fx.Node)]
         tensors = list(dict.fromkeys(value for value in found if isinstance(value, fx.Node) and "shape" in value.meta))
@@ -219,7 +226,7 @@ class Converter(LayerGraph):
 
     @staticmethod
     def with_shape_of(made: fx.Node, like: fx.Node) -> fx.Node:
-        """``made``, which has the shape of ``like``."""
+        """Set the shape of ``made`` to that of ``like`` and return it."""
         made.meta |= {name: like.meta[name] for name in ("shape", "float")}
         return made
 
@@ -236,7 +243,9 @@ class Converter(LayerGraph):
         if node.target in SYMBOLIC_FUNCTIONS:
             return self._function(node, *self._given(node))
         if not isinstance(node.target, torch._ops.OpOverload):
-            raise self.refusal(node, f"{node.name!r} calls {node.target}, which qface does not know")
+            raise self.refusal(
+                node, f"{node.name!r} calls {node.target}, which qface does not support; use another function"
+            )
         name = operator_name(node.target)
         return None if name.startswith(_NO_VALUE) else self._operator(node, name)
 
@@ -258,7 +267,7 @@ class Converter(LayerGraph):
         return self._with_shapes(made, node)
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
-        """All arguments by name, with the defaults of the operator."""
+        """Return all arguments by name, including the operator's defaults."""
         found: dict[str, Any] = {}
         given, kwargs = self._given(node)
         for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
@@ -271,7 +280,7 @@ class Converter(LayerGraph):
         return found
 
     def _computed(self, node: fx.Node, call: Call) -> Any:
-        """The result of an operator on constants."""
+        """Fold an operator whose arguments are constants."""
         names = [each.name for each in _constants(call.arguments) if each.name]
         target: Any = node.target
         if target._schema.is_mutable:
@@ -290,21 +299,25 @@ class Converter(LayerGraph):
         return [Constant(each, name) for each in result] if isinstance(result, (list, tuple)) else result
 
     def _check_changes(self, value: Any) -> None:
-        """Refuse to overwrite ``value`` where it is a tensor of the model."""
+        """Reject an in-place operator on a tensor of the model."""
         changed = [name for name, tensor in self._stored_tensors.items() if tensor is getattr(value, "tensor", None)]
         if changed:
-            raise TraceError(f"the network changes its buffer {changed[0]!r} whenever it runs; let eval mode leave it")
+            raise TraceError(f"the network changes its buffer {changed[0]!r} in eval mode; do so only in training mode")
 
     def _float_function(self, node: fx.Node, name: str) -> fx.Node:
         target: Any = node.target
         if name not in FLOAT_FUNCTIONS:
             raise self.refusal(
-                node, f"{node.name!r} calls the operator {name}{module_of(node)}, which qface does not know"
+                node,
+                f"{node.name!r} calls the operator {name}{module_of(node)}, which qface does not support; "
+                "use another operator",
             )
         if target._schema.is_mutable:
             target = _out_of_place(target)
             if target is None:
-                raise self.refusal(node, f"{node.name!r} calls {name} in place, which qface does not know")
+                raise self.refusal(
+                    node, f"{node.name!r} calls {name} in place, which qface does not support; call it out of place"
+                )
         args, kwargs = self._given(node)
         return self._function(node, args, {key: kwargs[key] for key in kwargs if key not in _WHERE}, target)
 
@@ -314,7 +327,7 @@ class Converter(LayerGraph):
         return self._with_shape(made, node) if hasattr(node.meta.get("val"), "shape") else made
 
     def _stored(self, value: Any) -> Any:
-        """``value`` with nodes for its constants."""
+        """Replace constants in ``value`` by nodes."""
         if isinstance(value, Constant):
             return self.constant(value.tensor, value.name or "constant")
         if isinstance(value, (list, tuple)):
@@ -322,7 +335,7 @@ class Converter(LayerGraph):
         return {name: self._stored(each) for name, each in value.items()} if isinstance(value, dict) else value
 
     def _inlined(self, node: fx.Node, owner: nn.Module) -> Any:
-        """The nodes of a body, which an operator is given after its own settings."""
+        """Inline the subgraph of an operator, whose arguments are settings, subgraph and subgraph inputs."""
         settings = [each for each in node.args if isinstance(each, fx.Node) and each.op == "get_attr"]
         body = self._value(settings[0])
         inputs = list(node.args)[list(node.args).index(settings[0]) + 1 :]
@@ -345,12 +358,12 @@ class Converter(LayerGraph):
         return map_arg(arguments, self._value)
 
     def _given(self, node: fx.Node) -> tuple[Any, Any]:
-        """Arguments and keyword arguments of ``node``."""
+        """Return the converted arguments and keyword arguments of ``node``."""
         args, kwargs = self._batch_dependent.get(node, (node.args, node.kwargs))
         return self._with_multiples(self._values_of(args)), self._with_multiples(self._values_of(kwargs))
 
     def _with_multiples(self, value: Any) -> Any:
-        """``value`` with nodes for its multiples of the number of images."""
+        """Replace multiples of the batch size in ``value`` by nodes."""
         if isinstance(value, BatchMultiple):
             if value.factor not in self._multiples:
                 assert self._batch is not None
@@ -364,7 +377,7 @@ class Converter(LayerGraph):
         return value
 
     def _overwrite(self, node: fx.Node, made: Any) -> None:
-        """Let those that read a value after an operator in place overwrote it read the result."""
+        """Redirect later consumers of a value that an in-place operator overwrote to the operator's result."""
         if node.target._schema.is_mutable and isinstance(node.args[0], fx.Node):  # type: ignore[union-attr]
             overwritten = _without_dropout(self.root, self._value(node.args[0]))
             for each, value in self._values.items():
@@ -388,7 +401,7 @@ class Converter(LayerGraph):
         return made
 
     def _path(self, node: fx.Node) -> str | None:
-        """The path of the module that calls ``node``, where it is a single layer of torch's or ours."""
+        """Return the path of the calling module if it is a layer of torch.nn or qface, else None."""
         stack = node.meta.get("nn_module_stack")
         if not stack:
             return None
@@ -406,7 +419,7 @@ def _constants(arguments: Any) -> list[Constant]:
 
 
 def _is_computable(arguments: Any) -> bool:
-    """True where nothing depends on the images, the size of their batch included."""
+    """True if no argument depends on the images or their batch size."""
     if isinstance(arguments, fx.Node):
         return False
     if isinstance(arguments, dict):
@@ -423,7 +436,7 @@ def _bare_copy(value: Any) -> Any:
 
 
 def _without_dropout(root: nn.Module, value: Any) -> Any:
-    """``value``, or what was given to the dropout that returned it: in eval mode it returns the same memory."""
+    """Return ``value`` without dropouts before it, which return the same memory in eval mode."""
     while isinstance(value, fx.Node) and value.op == "call_module":
         if not isinstance(root.get_submodule(str(value.target)), (nn.Dropout, nn.Dropout2d)):
             break
@@ -432,6 +445,6 @@ def _without_dropout(root: nn.Module, value: Any) -> Any:
 
 
 def _out_of_place(target: Any) -> Any:
-    """The overload that makes a new tensor where ``target`` overwrites one."""
+    """Return the out-of-place overload of the in-place operator ``target``."""
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     return getattr(packet, target._overloadname, None) if packet is not None else None

@@ -1,6 +1,6 @@
-"""Factors for single channels that pass through a network: into the weights before an activation and those behind it.
+"""Per-channel scaling of a layer's outputs or inputs by its weights.
 
-What they multiply changes, and the network computes what it computed before.
+Scaling the layer before an activation by s and those after it by 1 / s does not change the network's outputs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from qface.graph.layers import ChannelAffine
 __all__ = ["Scalable", "scale_inputs", "scale_outputs"]
 
 Scalable = nn.Conv2d | nn.Linear | ChannelAffine
-"""Layers into which a factor for each channel passes, on either side."""
+"""Layers whose inputs and outputs can be scaled per channel."""
 
 
 @torch.no_grad()
 def scale_outputs(layer: Scalable, factor: Tensor) -> None:
-    """Multiply what ``layer`` makes by ``factor`` [output channels], in place."""
+    """Multiply the output of ``layer`` by ``factor`` [output channels], in place."""
     layer.weight.mul_(factor.view(-1, *(1,) * (layer.weight.ndim - 1)))
     if layer.bias is not None:
         layer.bias.mul_(factor)
@@ -26,9 +26,9 @@ def scale_outputs(layer: Scalable, factor: Tensor) -> None:
 
 @torch.no_grad()
 def scale_inputs(layer: Scalable, factor: Tensor) -> None:
-    """Let ``layer`` multiply what it reads by ``factor`` [input channels], in place."""
+    """Multiply the input of ``layer`` by ``factor`` [input channels], in place."""
     if isinstance(layer, nn.Conv2d):
-        # Of each output channel those of its group: no view of the weight, which may lie in channels_last.
+        # Repeats the factors of each group, since a weight in channels_last format cannot be viewed by groups.
         of_groups = factor.view(layer.groups, -1).repeat_interleave(len(layer.weight) // layer.groups, 0)
         layer.weight.mul_(of_groups[:, :, None, None])
     else:

@@ -1,4 +1,4 @@
-"""Guards of memory: layers that a file describes are built within an allowance, and a run is tried without memory."""
+"""Memory limits for networks from files: while layers are built, and in a dry run on fake tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BuildGuard", "dry_run"]
 
 
 class BuildGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, new tensors are counted against ``allowance`` before they get memory.
+    """Context manager that counts new tensors against ``allowance`` before they are allocated.
 
     Example:
         >>> with BuildGuard(Allowance("the file")):
@@ -32,7 +32,7 @@ class BuildGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._allowance = allowance
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func``; one that makes a tensor of nothing is run without memory first."""
+        """Run ``func``; if it creates a tensor without tensor inputs, run it on the meta device first."""
         kwargs = kwargs or {}
         named = {argument.name for argument in func._schema.arguments}
         if "device" in named and not any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs))):
@@ -43,19 +43,18 @@ class BuildGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @torch.no_grad()
 def dry_run(graph_module: fx.GraphModule, size: tuple[int, int]) -> None:
-    """Run ``graph_module`` without memory, and check what it would hold at once.
+    """Run ``graph_module`` on fake tensors and check the memory of its activations.
 
-    Quantizers let values pass, and a quantized layer runs as the float layer that it extends: both look at values, of
-    which there are none here. Any other step whose result depends on the values of its inputs ends
-    the run without an error.
+    Quantizers are skipped and quantized layers run as the float layers that they extend, since both need tensor values.
+    Any other operator whose result depends on tensor values ends the run without an error.
 
     Args:
         graph_module: a network of layers, in eval mode.
         size: height and width of the images.
 
     Raises:
-        LimitError: the values that the network holds for one image are too large.
-        Exception: whatever torch raises where layers do not fit together.
+        LimitError: the activations that are alive at once for one image are too large.
+        Exception: any error of torch if layers do not fit together.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
@@ -75,7 +74,7 @@ class _DryRun(fx.Interpreter):
         self._sizes: dict[fx.Node, float] = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a layer in float; a quantizer, which extends none, gives back what it is given."""
+        """Run a layer in float; a quantizer, which extends no float layer, returns its input."""
         layer = self.fetch_attr(target)
         kind = next(each for each in type(layer).__mro__ if _is_float(each) and "forward" in each.__dict__)
         if kind is nn.Module or kind.__module__.startswith("torch.ao."):
@@ -83,9 +82,9 @@ class _DryRun(fx.Interpreter):
         return kind.__dict__["forward"](layer, *args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        """The result of ``n``, whose bytes count until its last reader has run."""
+        """Run ``n`` and count the bytes of its output until its last consumer has run."""
         made = super().run_node(n)
-        if n.op != "get_attr":  # a tensor of the file
+        if n.op != "get_attr":  # tensors of the file are not activations
             self._sizes[n] = sum(each.nbytes for each in tree_leaves(made) if isinstance(each, Tensor)) / _IMAGES
             self._held += self._sizes[n]
             check("activations", self._held, f"the network, at {n.name},")

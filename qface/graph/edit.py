@@ -1,4 +1,4 @@
-"""Changes of a graph of layers."""
+"""Edits of a graph of layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["add_layer", "bypass", "insert_layer", "propagate_shapes", "set_layer
 
 
 def add_layer(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> str:
-    """Put ``layer`` into ``graph_module`` under ``name``, or that with a number where it is taken; the name it got."""
+    """Add ``layer`` under ``name``, with a number appended if it is taken, and return its name."""
     free, number = name, 1
     while _exists(graph_module, free):
         number += 1
@@ -27,14 +27,14 @@ def _exists(graph_module: fx.GraphModule, path: str) -> bool:
 
 
 def set_layer(graph_module: fx.GraphModule, path: str, layer: nn.Module) -> None:
-    """Put ``layer`` in the place of the one at ``path``."""
+    """Replace the layer at ``path`` by ``layer``."""
     graph_module.add_submodule(path, layer.train(graph_module.training))
 
 
 def insert_layer(
     graph_module: fx.GraphModule, layer: nn.Module, inputs: Sequence[fx.Node], name: str, before: fx.Node
 ) -> fx.Node:
-    """Call a new ``layer`` on ``inputs``, before the node ``before``, and take its result to be of the same shape."""
+    """Insert a call of a new ``layer`` before the node ``before``, whose metadata (shape) is copied."""
     path = add_layer(graph_module, name, layer)
     with graph_module.graph.inserting_before(before):
         node = graph_module.graph.call_module(path, tuple(inputs))
@@ -43,13 +43,13 @@ def insert_layer(
 
 
 def bypass(node: fx.Node, value: fx.Node) -> None:
-    """Let the readers of ``node`` read ``value``, and erase it."""
+    """Redirect the consumers of ``node`` to ``value`` and erase ``node``."""
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
 
 
 def propagate_shapes(graph_module: fx.GraphModule, images: Tensor) -> None:
-    """Run the network once on ``images``, two of them, so that ``shape_of`` knows the shape of each value."""
+    """Run the network on a batch of two ``images`` to record the shape of each node for ``shape_of``."""
     training = graph_module.training
     with torch.no_grad():
         ShapeProp(graph_module.eval()).propagate(images)

@@ -1,7 +1,7 @@
-"""A network as data: its FX graph in JSON over an allow-list, so that a file never runs code of its author.
+"""Serialization of FX graphs as JSON.
 
-Only the layers and functions named here can be written or read. Whoever adds a layer registers it with
-:func:`register_layer`. Names and targets are checked on reading, because torch.fx pastes them into Python source.
+An allow-list of layers and functions ensures that files cannot run code. Other layers must be registered with
+:func:`register_layer`. Names and targets are checked on reading, since torch.fx pastes them into Python source.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LINEAR_ARGUMENTS = ("in_features", "out_features", "bias")
 _NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 _POOL = ("kernel_size", "stride", "padding")
 
-# Constructor arguments; each is read from the attribute of the same name.
+# Constructor arguments, which are saved from the attributes of the same names.
 _LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv1d: CONVOLUTION_ARGUMENTS,
     nn.Conv2d: CONVOLUTION_ARGUMENTS,
@@ -110,23 +110,24 @@ _REBUILD_HOOKS: list[Callable[[fx.GraphModule], None]] = []
 
 
 def on_rebuild(hook: Callable[[fx.GraphModule], None]) -> None:
-    """Call ``hook`` on every graph that is read back, before it is used."""
+    """Register ``hook`` to be called with every graph module that :func:`graph_from_data` rebuilds."""
     _REBUILD_HOOKS.append(hook)
 
 
 def register_layer(layer: type[nn.Module], arguments: tuple[str, ...]) -> None:
-    """Allow ``layer`` in saved graphs.
+    """Allow a layer class in saved graphs, as a single node.
 
     Args:
-        layer: a module class; it stays one node of the saved graph.
-        arguments: its constructor's keyword arguments, each also an attribute of the instance; values fit into JSON.
+        layer: the module class.
+        arguments: names of its constructor's keyword arguments. Each must also be an attribute of the instance, with
+            values that JSON supports.
     """
     _LAYERS[layer] = arguments
     _LAYER_OF[layer.__name__] = layer
 
 
 def registered_layers() -> tuple[type[nn.Module], ...]:
-    """All layers that saved graphs may hold."""
+    """Return all layer classes that saved graphs may contain."""
     return tuple(_LAYERS)
 
 
@@ -134,10 +135,10 @@ def registered_layers() -> tuple[type[nn.Module], ...]:
 
 
 def graph_to_data(model: fx.GraphModule) -> dict[str, Any]:
-    """The graph and layers of ``model`` as plain lists, dicts, numbers and strings; tensors are not included.
+    """Convert the graph and layers of ``model``, without tensors, to lists, dicts, numbers and strings.
 
     Raises:
-        UnsupportedLayerError: a node is not on the allow-list; the message names it.
+        UnsupportedLayerError: a layer or function is not on the allow-list; the message names it.
     """
     layers: dict[str, Any] = {}
     tensors: dict[str, str] = {}
@@ -163,8 +164,8 @@ def graph_to_data(model: fx.GraphModule) -> dict[str, Any]:
 def _layer_to_data(path: str, layer: nn.Module) -> dict[str, Any]:
     if type(layer) not in _LAYERS:
         raise UnsupportedLayerError(
-            f"layer {path!r} is a {type(layer).__name__}, which qface cannot save as data; "
-            "build it from standard torch.nn layers, or register it with qface.models.register_layer"
+            f"layer {path!r} is a {type(layer).__name__}, which qface cannot save; build it from standard torch.nn "
+            "layers, or register it with qface.graph.register_layer"
         )
     arguments = {name: getattr(layer, name) for name in _LAYERS[type(layer)]}
     if "bias" in arguments:
@@ -184,14 +185,14 @@ def _target_to_data(node: fx.Node) -> str:
     name = symbolic or str(node.target)
     if symbolic is None and _aten_function(name) is not node.target:
         raise UnsupportedLayerError(
-            f"node {node.name!r} calls {getattr(node.target, '__name__', node.target)}, which is not on the list "
-            "of functions that qface can save as data; use a standard torch function or layer"
+            f"node {node.name!r} calls {getattr(node.target, '__name__', node.target)}, which qface cannot save; "
+            "use a standard torch function or layer"
         )
     return name
 
 
 def _aten_function(name: str) -> Any:
-    """The operator ``aten.name.overload``, where it is on the list; else None."""
+    """Return the operator ``aten.name.overload`` if it is on the allow-list, else None."""
     _, _, rest = name.partition("aten.")
     operator_name, _, overload = rest.partition(".")
     if operator_name not in FLOAT_FUNCTIONS or not overload.isidentifier():
@@ -216,33 +217,35 @@ def _value_to_data(value: Any, where: object) -> Any:
         return {"dict": {str(key): _value_to_data(item, where) for key, item in value.items()}}
     if isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in _DTYPES:
         return {"dtype": str(value).removeprefix("torch.")}
-    raise UnsupportedLayerError(f"{where}: an argument of type {type(value).__name__} cannot be saved as data")
+    raise UnsupportedLayerError(
+        f"{where}: an argument of type {type(value).__name__} cannot be saved; use numbers, strings, tuples or lists"
+    )
 
 
 def check_rebuilt(
     model: fx.GraphModule, data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], size: tuple[int, int]
 ) -> None:
-    """Refuse to write what would not be ``model`` when it is read; its images have the height and width ``size``.
+    """Check that ``data`` and ``tensors`` rebuild ``model`` for images of height and width ``size``.
 
     Raises:
-        UnsupportedLayerError: ``data`` cannot be read, or a layer has a setting that it lacks.
+        UnsupportedLayerError: ``data`` cannot be read, or a layer has a setting that is not saved.
     """
     try:
         rebuilt = graph_from_data(data, tensors, size)
     except CheckpointError as error:
-        raise UnsupportedLayerError(f"the network cannot be saved as data: {error}") from error
+        raise UnsupportedLayerError(f"the network cannot be saved: {error}") from error
     for path in data["layers"]:
         layer, again = model.get_submodule(path), rebuilt.get_submodule(path)
         lost = [name for name in _settings(layer) if getattr(layer, name, None) != getattr(again, name, None)]
         if lost:
             raise UnsupportedLayerError(
                 f"layer {path!r}, a {type(layer).__name__}, has {lost[0]}={getattr(layer, lost[0])}, which qface "
-                "cannot save as data; build it without"
+                "cannot save; create it with the default"
             )
 
 
 def _settings(layer: nn.Module) -> tuple[str, ...]:
-    """The attributes that torch.jit would keep as constants."""
+    """Return the attributes that a layer declares as settings for torch.jit."""
     return tuple(getattr(layer, "__constants__", ()))
 
 
@@ -252,17 +255,17 @@ def _settings(layer: nn.Module) -> tuple[str, ...]:
 def graph_from_data(
     data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], size: tuple[int, int]
 ) -> fx.GraphModule:
-    """Rebuild what :func:`graph_to_data` wrote and fill it with ``tensors``, its ``state_dict``.
+    """Rebuild a network from the data of :func:`graph_to_data`, and check it with a dry run.
 
     Args:
-        data: from anyone's file.
-        tensors: likewise.
-        size: height and width of the images, for a run without memory.
+        data: the graph, possibly from an untrusted file.
+        tensors: the state dict, possibly from an untrusted file.
+        size: height and width of the images, for the dry run.
 
     Raises:
         CheckpointError: the data is malformed, names something outside the allow-list, does not fit the tensors, or
             does not run.
-        LimitError: it asks for more operators or memory than :mod:`qface.limits` allows.
+        LimitError: the data asks for more operators or memory than :mod:`qface.limits` allows.
     """
     try:
         check("operators", max(len(data["nodes"]), len(data["layers"])), "the saved graph")
@@ -277,13 +280,13 @@ def graph_from_data(
         dry_run(model.eval(), size)
     except (CheckpointError, LimitError):
         raise
-    except Exception as error:  # the data may be anyone's, so torch and Python may raise anything on it
+    except Exception as error:  # untrusted data may cause any error
         reason = f"{type(error).__name__}: {one_line(error, 300)}"
         raise CheckpointError(f"the saved graph is damaged or of another version: {reason}") from error
     return model
 
 
-@torch.random.fork_rng(devices=[])  # layers draw weights at first
+@torch.random.fork_rng(devices=[])  # building layers draws initial weights
 def _build(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
     root = nn.Module()
     for path, layer in data["layers"].items():
@@ -301,16 +304,16 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> fx.G
 
 
 def _check_paths(graph: fx.Graph, layers: set[str], tensors: set[str]) -> None:
-    """Refuse nodes that reach for other attributes, from which a way leads to any Python: ``__init__.__builtins__``."""
+    """Reject nodes that access other attributes, such as ``__init__.__builtins__``, which could run code."""
     for node in graph.nodes:
         known = {"call_module": layers, "get_attr": tensors}.get(node.op)
         if known is not None and node.target not in known:
-            raise ValueError(f"node {node.name!r} reads {node.target!r}, which is no layer or tensor of the file")
+            raise ValueError(f"node {node.name!r} uses {node.target!r}, which is not a layer or tensor of the file")
 
 
 def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     if not _PATH.fullmatch(path):
-        raise ValueError(f"{path!r} is no module path")
+        raise ValueError(f"{path!r} is not a module path")
     *parents, name = path.split(".")
     for parent in parents:
         if not hasattr(root, parent):
@@ -323,7 +326,7 @@ def _layer_from_data(data: Mapping[str, Any]) -> nn.Module:
     layer = _LAYER_OF.get(data["type"])
     if layer is None:
         raise CheckpointError(
-            f"the file uses a layer {data['type']!r} that this version of qface does not know; update qface"
+            f"the file uses the layer {data['type']!r}, which this version of qface does not support; update qface"
         )
     return layer(**_value_from_data(data["arguments"], {}))
 
@@ -331,7 +334,7 @@ def _layer_from_data(data: Mapping[str, Any]) -> nn.Module:
 def _add_tensor(root: nn.Module, path: str, kind: str, tensors: Mapping[str, torch.Tensor]) -> None:
     owner, name = _owner(root, path)
     if hasattr(owner, name):
-        return  # it belongs to a layer that is there already
+        return  # a layer that was built before owns it
     value = torch.empty_like(tensors[path])
     if kind == "parameter":
         owner.register_parameter(name, nn.Parameter(value, requires_grad=value.is_floating_point()))
@@ -342,11 +345,11 @@ def _add_tensor(root: nn.Module, path: str, kind: str, tensors: Mapping[str, tor
 def _node_from_data(graph: fx.Graph, entry: Mapping[str, Any], nodes: Mapping[str, fx.Node]) -> fx.Node:
     op, name, target = entry["op"], entry["name"], entry["target"]
     if not name.isidentifier():
-        raise ValueError(f"{name!r} is no node name")
+        raise ValueError(f"{name!r} is not a node name")
     args = _value_from_data(entry["args"], nodes)
     kwargs = _value_from_data(entry["kwargs"], nodes)
     if not all(key.isidentifier() for key in kwargs):
-        raise ValueError(f"node {name!r} has a keyword that is no name")
+        raise ValueError(f"node {name!r} has an invalid keyword")
     return graph.create_node(op, _target_from_data(op, target), args, kwargs, name)
 
 
@@ -355,13 +358,13 @@ def _target_from_data(op: str, target: str) -> Any:
         function = _SYMBOLIC.get(target) or _aten_function(target)
         if function is None:
             raise CheckpointError(
-                f"the file calls a function {target!r} that this version of qface does not know; update qface"
+                f"the file calls the function {target!r}, which this version of qface does not support; update qface"
             )
         return function
     if op not in ("placeholder", "output", "call_module", "get_attr"):
-        raise ValueError(f"{op!r} is no kind of node")
+        raise ValueError(f"{op!r} is not a node type")
     if not _PATH.fullmatch(target):
-        raise ValueError(f"{target!r} is no target")
+        raise ValueError(f"{target!r} is not a valid target")
     return target
 
 
@@ -381,4 +384,4 @@ def _value_from_data(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return {key: _value_from_data(item, nodes) for key, item in content.items()}
     if kind == "dtype":
         return _DTYPES[content]
-    raise ValueError(f"{kind!r} is no kind of value")
+    raise ValueError(f"{kind!r} is not a value type")

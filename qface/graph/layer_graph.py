@@ -1,4 +1,4 @@
-"""A graph of named layers while it is built: what a front end writes into, whatever it reads."""
+"""Builder of graphs of named layers, the base of all importers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["LayerGraph"]
 
 
 class LayerGraph:
-    """Layers, functions and constants under names of their own, in the order in which they run."""
+    """A graph under construction: layers, functions and constants with unique names, in execution order."""
 
     def __init__(self) -> None:
         self.root = nn.Module()
@@ -23,17 +23,17 @@ class LayerGraph:
         self._numbers: dict[str, int] = {}
 
     def layer(self, layer: nn.Module, inputs: Sequence[fx.Node], name: str) -> fx.Node:
-        """Call ``layer`` on ``inputs``; it gets ``name``, or that with a number if the name is taken."""
+        """Add a call of ``layer`` on ``inputs`` under ``name``, with a number appended if the name is taken."""
         path = self._free_path(name)
         self._place(path, layer)
         return self.graph.call_module(path, tuple(inputs))
 
     def function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
-        """Call ``target``, a function without parameters of its own."""
+        """Add a call of ``target``, a function without parameters."""
         return self.graph.create_node("call_function", target, args, kwargs, name)
 
     def constant(self, tensor: Tensor, name: str) -> fx.Node:
-        """Read ``tensor``, which is stored under ``name`` once, however often it is read."""
+        """Return the node of ``tensor``, which is stored once under ``name``."""
         if id(tensor) not in self._constants:
             path = self._free_path(name)
             owner, last = self._owner(path)
@@ -46,11 +46,11 @@ class LayerGraph:
         return self._constants[id(tensor)][1]
 
     def stored_constant(self, node: Any) -> Tensor | None:
-        """The constant that ``node`` reads, None where it reads none."""
+        """Return the tensor of a node that :meth:`constant` returned, else None."""
         return self._tensors.get(node) if isinstance(node, fx.Node) else None
 
     def finish(self, output: fx.Node, class_name: str) -> fx.GraphModule:
-        """The network that returns ``output``, in eval mode; what does not lead there is dropped."""
+        """Return a graph module in eval mode with the output ``output``, without unused nodes and layers."""
         self.graph.output(output)
         network = fx.GraphModule(self.root, self.graph, class_name=class_name).eval()
         network.graph.eliminate_dead_code()
@@ -73,7 +73,7 @@ class LayerGraph:
 
     def _free_path(self, name: str) -> str:
         wanted = ".".join(re.sub(r"\W", "_", part) or "_" for part in name.split("."))
-        first = self._numbers.get(wanted, 1)  # those before are taken, and nothing is ever taken away
+        first = self._numbers.get(wanted, 1)  # smaller numbers are taken, since nothing is ever removed
         for number in count(first):
             path = wanted if number == 1 else f"{wanted}_{number}"
             if self._is_free(path):
@@ -82,10 +82,10 @@ class LayerGraph:
         raise AssertionError
 
     def _is_free(self, path: str) -> bool:
-        """True if nothing has this path, and no layer or tensor has a part of it."""
+        """True if neither ``path`` nor a prefix of it names a layer or tensor."""
         at: Any = self.root
         for part in path.split("."):
             if not hasattr(at, part):
-                return type(at) is nn.Module  # a folder of layers, and no layer
+                return type(at) is nn.Module  # a plain container
             at = getattr(at, part)
         return False

@@ -1,4 +1,4 @@
-"""Operations that torch only has as functions, as modules: a module has a name, so it can be configured and saved."""
+"""Modules for functions of torch, so that they have names and can be configured and saved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Add(nn.Module):
     """Sum of two tensors, as in a residual connection."""
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """Broadcasting sum."""
+        """Return the broadcast sum."""
         return left + right
 
 
@@ -38,27 +38,31 @@ class Multiply(nn.Module):
     """Product of two tensors, as in a squeeze-and-excite gate."""
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """Broadcasting product."""
+        """Return the broadcast product."""
         return left * right
 
 
 class Concat(nn.Module):
-    """Concatenation along ``dim``."""
+    """Concatenation of tensors.
+
+    Args:
+        dim: dimension along which they are concatenated.
+    """
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
         self.dim = dim
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """All ``tensors`` one behind the other."""
+        """Concatenate ``tensors``."""
         return torch.cat(tensors, self.dim)
 
 
 class L2Normalize(nn.Module):
-    """Rows of a [N, D] tensor divided by their Euclidean norm."""
+    """L2 normalization of the rows of a tensor [N, D]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Unit rows."""
+        """Normalize ``x``."""
         return F.normalize(x)
 
 
@@ -66,15 +70,15 @@ class Maximum(nn.Module):
     """Elementwise maximum of two tensors, as in a max-feature-map."""
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """Broadcasting maximum."""
+        """Return the broadcast maximum."""
         return torch.maximum(left, right)
 
 
 class Reshape(nn.Module):
-    """The same values in another shape.
+    """Change of shape.
 
     Args:
-        shape: the new sizes, of which one, where the batch counts, is -1.
+        shape: the new sizes, with -1 for the one that depends on the batch size.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -87,10 +91,10 @@ class Reshape(nn.Module):
 
 
 class Permute(nn.Module):
-    """Dimensions in another order.
+    """Permutation of dimensions.
 
     Args:
-        dims: for each dimension of the output, that of the input.
+        dims: the input dimension of each output dimension.
     """
 
     def __init__(self, dims: tuple[int, ...]) -> None:
@@ -103,13 +107,13 @@ class Permute(nn.Module):
 
 
 class Slice(nn.Module):
-    """A part of one dimension.
+    """Slice of one dimension.
 
     Args:
-        dim: the dimension, not that of the batch.
-        start: its first index.
-        stop: one after its last index.
-        step: distance of two indices.
+        dim: the dimension, other than the batch.
+        start: first index.
+        stop: index after the last one.
+        step: distance between indices.
     """
 
     def __init__(self, dim: int, start: int, stop: int, step: int = 1) -> None:
@@ -126,10 +130,10 @@ class Slice(nn.Module):
 
 
 class Pad(nn.Module):
-    """Height and width of [N, C, H, W] extended.
+    """Padding of height and width of [N, C, H, W].
 
     Args:
-        padding: pixels at the left, right, top and bottom, as ``torch.nn.functional.pad`` orders them.
+        padding: pixels at the left, right, top and bottom, in the order of ``torch.nn.functional.pad``.
         mode: ``"constant"`` (zeros), ``"reflect"`` or ``"replicate"``.
     """
 
@@ -144,10 +148,10 @@ class Pad(nn.Module):
 
 
 class UpsampleNearest(nn.Module):
-    """Each pixel of [N, C, H, W] repeated.
+    """Nearest-neighbor upsampling of [N, C, H, W] by integer factors.
 
     Args:
-        scale: how often vertically and horizontally.
+        scale: factors of height and width.
     """
 
     def __init__(self, scale: tuple[int, int]) -> None:
@@ -160,10 +164,11 @@ class UpsampleNearest(nn.Module):
 
 
 class ChannelAffine(nn.Module):
-    """``weight[c] * x + bias[c]``: what a BatchNorm with fixed statistics computes where it cannot be folded.
+    """Per-channel ``weight[c] * x + bias[c]``, such as a BatchNorm in eval mode that cannot be folded.
 
     Args:
-        num_channels: size of dimension 1 of the input, which has 2 or 4 dimensions.
+        num_channels: size of dimension ``dim`` of the input, or 1 for a scalar map.
+        dim: dimension of the channels.
     """
 
     def __init__(self, num_channels: int, dim: int = 1) -> None:
@@ -179,7 +184,7 @@ class ChannelAffine(nn.Module):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> ChannelAffine:
-        """The affine map that ``norm`` applies in eval mode."""
+        """Return the affine map that ``norm`` computes in eval mode."""
         affine = cls(norm.num_features)
         scale, shift = batch_norm_affine(norm)
         affine.weight.data.copy_(scale)
@@ -188,13 +193,13 @@ class ChannelAffine(nn.Module):
 
 
 def along_channels(values: Tensor, x: Tensor, dim: int = 1) -> Tensor:
-    """``values`` [channels] in a shape that broadcasts along dimension ``dim`` of ``x``."""
+    """Reshape ``values`` [channels] so that they broadcast along dimension ``dim`` of ``x``."""
     dim %= x.ndim
     return values.view(*(1,) * dim, -1, *(1,) * (x.ndim - 1 - dim))
 
 
 def batch_norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift per channel, gamma / sigma and beta - mean gamma / sigma, computed in float64."""
+    """Return scale ``gamma / sigma`` and shift ``beta - mean * gamma / sigma`` per channel, in float64."""
     mean = cast(Tensor, norm.running_mean).double()
     deviation = (cast(Tensor, norm.running_var).double() + norm.eps).sqrt()
     gamma = norm.weight.detach().double() if norm.affine else torch.ones_like(mean)
@@ -203,4 +208,4 @@ def batch_norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Te
 
 
 OWN_LAYERS = (Add, ChannelAffine, Concat, L2Normalize, Maximum, Multiply, Pad, Permute, Reshape, Slice, UpsampleNearest)
-"""All layers of this module; torch.ao keeps each of them whole."""
+"""All layers of this module; torch.ao must not trace into them."""

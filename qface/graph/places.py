@@ -1,4 +1,4 @@
-"""Places in the user's code: the file and line, or the module, that an error is about."""
+"""Locations in user code (file and line, or module) for error messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HERE = Path(__file__).parent.as_posix()
 
 
 def place_of_error(error: Exception) -> str:
-    """File and line of the innermost frame outside torch, where the user can change something."""
+    """Return " at file:line in function" of the innermost frame outside torch and qface.graph, or ""."""
     place = ""
     frame = error.__traceback__
     while frame is not None:
@@ -24,14 +24,14 @@ def place_of_error(error: Exception) -> str:
 
 
 def module_of(node: fx.Node) -> str:
-    """The path of the user's module that calls ``node``."""
+    """Return " in 'path'" with the path of the module that calls ``node``, or ""."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0].partition("@")[0] if stack else ""
     return f" in {path!r}" if path else ""
 
 
 def place_of(node: fx.Node) -> str:
-    """The line of the user's code that ``node`` comes from."""
+    """Return " (file:line)" of the user code that ``node`` comes from, or ""."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     places = [line for line in lines if line.startswith("File ") and "/torch/" not in line.replace("\\", "/")]
     if not places:

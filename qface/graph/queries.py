@@ -1,4 +1,4 @@
-"""Questions about a graph of layers."""
+"""Queries on graphs of layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHAPE_ONLY = (
     Slice,
     UpsampleNearest,
 )
-"""Layers that move, drop or repeat values, or add zeros, but make no other values."""
+"""Layers that only move, drop or repeat values, or add zeros."""
 
 SYMBOLIC_FUNCTIONS = frozenset(
     (
@@ -52,31 +52,31 @@ SYMBOLIC_FUNCTIONS = frozenset(
         torch.sym_min,
     )
 )
-"""Functions by which a network computes with the number of images."""
+"""Functions with which a network computes sizes from the batch size."""
 
 
 def layer_of(node: fx.Node) -> nn.Module | None:
-    """The layer that ``node`` calls, if it calls one."""
+    """Return the layer that ``node`` calls; None if it calls none."""
     if node.op != "call_module" or node.graph.owning_module is None:
         return None
     return node.graph.owning_module.get_submodule(str(node.target))
 
 
 def input_of(node: fx.Node) -> fx.Node:
-    """The first value that ``node`` reads."""
+    """Return the producer of the first input of ``node``."""
     return cast(fx.Node, node.args[0])
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Shape of the tensor that ``node`` makes for a batch of two, () where it makes none."""
+    """Return the shape of the output of ``node`` for a batch of two images; () if it is not a tensor."""
     meta = node.meta.get("tensor_meta")
     return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else ()
 
 
 def is_shape_only(node: fx.Node) -> bool:
-    """True if ``node`` makes no values of its own, so that its result is quantized as its input is."""
+    """True if ``node`` creates no new values, so that its output can have the scale of its input."""
     layer = layer_of(node)
-    if isinstance(layer, Maximum):  # of parts of one tensor
+    if isinstance(layer, Maximum):  # of slices of the same tensor (max-feature-map)
         return len({source_of_values(each) for each in node.all_input_nodes}) == 1
     return isinstance(layer, SHAPE_ONLY)
 
@@ -85,13 +85,13 @@ CLAMPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 
 
 def is_clamp(node: fx.Node) -> bool:
-    """True if ``node`` is an activation function that the rounding after it can apply."""
+    """True if ``node`` is a clamp, which the saturation of the quantizer after it can apply."""
     return isinstance(layer_of(node), CLAMPS)
 
 
 def limits_of(clamp: nn.Module) -> tuple[float | None, float | None]:
-    """Least and greatest value that ``clamp`` lets pass; None is no limit."""
-    if isinstance(clamp, nn.Hardtanh):  # ReLU6 is one
+    """Return the minimum and maximum output of ``clamp``; None is no limit."""
+    if isinstance(clamp, nn.Hardtanh):  # includes ReLU6
         low, high = float(clamp.min_val), float(clamp.max_val)
         return (None if math.isinf(low) else low), (None if math.isinf(high) else high)
     assert isinstance(clamp, nn.ReLU)
@@ -99,26 +99,26 @@ def limits_of(clamp: nn.Module) -> tuple[float | None, float | None]:
 
 
 def source_of_values(node: fx.Node) -> fx.Node:
-    """The node whose values ``node`` has: itself, or what is before a chain of shape-only layers."""
+    """Return the producer before a chain of shape-only layers that ends at ``node``, or ``node`` itself."""
     while is_shape_only(node):
         node = input_of(node)
     return node
 
 
 def makes_rows(node: fx.Node) -> bool:
-    """True if ``node`` flattens what an image becomes to [N, features]."""
+    """True if ``node`` flattens its input to [N, features]."""
     layer = layer_of(node)
     return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def pair_of(size: int | Sequence[int]) -> tuple[int, int]:
-    """A setting for height and width, such as a kernel size, which torch also takes as one number."""
+    """Return a setting for height and width, such as a kernel size, as a pair."""
     first, second = (size, size) if isinstance(size, int) else size
     return int(first), int(second)
 
 
 def is_layer_graph(model: nn.Module) -> bool:
-    """True if ``model`` consists of layers, each called once, and ATen functions, as ``capture`` makes it."""
+    """True if ``model`` consists of layers that are called once and ATen functions, like a captured graph."""
     if not isinstance(model, fx.GraphModule):
         return False
     called = [node.target for node in model.graph.nodes if node.op == "call_module"]

@@ -1,4 +1,4 @@
-"""Networks, and files of networks: IResNet, MobileFaceNet, checkpoints of others, and graphs saved as data."""
+"""Face networks (IResNet, MobileFaceNet), and loading and saving of model files."""
 
 from qface.models.iresnet import IResNet, iresnet
 from qface.models.mobilefacenet import MobileFaceNet

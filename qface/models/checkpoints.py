@@ -1,4 +1,4 @@
-"""Reading tensors from files of others, and telling from keys and shapes which network they belong to."""
+"""Read checkpoints of other projects and recognize their architecture by tensor names and shapes."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ _IRESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.conv1\.weight")
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a ``.safetensors`` or torch file by name, and its metadata.
+    """Read the tensors of a ``.safetensors`` or torch file by name, and its metadata.
 
-    Torch files are read without running anything in them (:mod:`qface.pickles`); of several entries the
-    network's is taken (:mod:`qface.models.state_dicts`).
+    Torch files are read without running code from them (:mod:`qface.pickles`). If a checkpoint has
+    several entries, the one of the network is read (:mod:`qface.models.state_dicts`).
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds something else than plain tensors.
-        LimitError: it asks for more depth, objects or memory than :mod:`qface.limits` allows.
+        CheckpointError: the file is missing or damaged, or contains no plain tensors.
+        LimitError: the file asks for more depth, objects or memory than :mod:`qface.limits` allows.
     """
     path = Path(path)
     check_file(path)
     tensors, metadata = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else (_read_torch(path), {})
     if not tensors:
-        raise CheckpointError(f"{path} holds no tensors; is it a model file?")
+        raise CheckpointError(f"{path} contains no tensors; check that it is a model file")
     unprintable = next((name for name in tensors if not name.isprintable()), None)
     if unprintable is not None:
-        raise CheckpointError(f"{path} is damaged: a tensor is called {unprintable[:50]!r}; fetch it again")
+        raise CheckpointError(f"{path} is damaged: a tensor has the name {unprintable[:50]!r}; download it again")
     unknown = next((name for name, value in tensors.items() if value.dtype not in _DTYPES), None)
     if unknown is not None:
         raise CheckpointError(
-            f"{path}: {unknown} is of {str(tensors[unknown].dtype).removeprefix('torch.')}, which no network here has; "
+            f"{path}: {unknown} has the unsupported dtype {str(tensors[unknown].dtype).removeprefix('torch.')}; "
             "convert it to float32"
         )
     return tensors, metadata
@@ -64,27 +64,27 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is no complete safetensors file ({one_line(error, 200)}); fetch it again"
+            f"{path} is not a complete safetensors file ({one_line(error, 200)}); download it again"
         ) from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     if is_torchscript(path):
         raise CheckpointError(
-            f"{path} is a TorchScript archive, which holds code, and qface does not run code from files; "
-            "export the network to .onnx, or save the state_dict() of torch.jit.load of it"
+            f"{path} is a TorchScript archive, which contains code, and qface does not run code from files; "
+            "export the network to .onnx, or save torch.jit.load(file).state_dict()"
         )
     return state_dict_of(read_torch_file(path), path)
 
 
 def is_torchscript(path: Path) -> bool:
-    """True if ``torch.jit.save`` wrote the file at ``path``: a zip archive with code beside its constants."""
+    """True if ``torch.jit.save`` wrote the file: it is a zip archive with constants and code."""
     names = _names_in(path)
     return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
 
 
 def _names_in(path: Path) -> list[str]:
-    """The names in a zip archive; none where it is no complete one."""
+    """Return the names in a zip archive; an empty list if it is not a complete one."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
@@ -98,10 +98,13 @@ _MBF = ("features.layers.2.weight", "conv_sep.layers.0.weight", "layers.0.layers
 
 
 def recognize(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing, Mapping[str, Tensor]]:
-    """The network that a bare checkpoint belongs to, not yet filled, what it most likely reads, and its own tensors.
+    """Build the network that a state dict belongs to; its names may have a common prefix.
+
+    Returns:
+        The network without the weights, its likely Preprocessing, and its tensors without the prefix.
 
     Raises:
-        CheckpointError: it is of no network that is known by its keys, or of one of another size.
+        CheckpointError: the names fit no known architecture, or the shapes fit no size of it.
     """
     for markers, network_of in _NETWORKS.items():
         own = network_tensors(tensors, markers, path)
@@ -110,18 +113,19 @@ def recognize(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Modul
     looked_for = "; ".join(f"{_NAMES[markers]} by {', '.join(markers)}" for markers in _NETWORKS)
     names = ", ".join(list(tensors)[:3])
     raise CheckpointError(
-        f"{path} holds no network that is known by its keys ({looked_for}); its {len(tensors)} tensors begin with "
-        f"{names}: pass the network itself as model= (qface quantize package.module:factory --weights FILE), or "
-        "export it to .onnx"
+        f"{path} fits no known architecture ({looked_for}); its {len(tensors)} tensors begin with {names}: pass your "
+        "network as model= (command line: qface quantize package.module:factory --weights FILE), or export it to .onnx"
     )
 
 
 def _check_dimensions(tensors: Mapping[str, Tensor], wanted: Mapping[str, int], path: str | Path) -> None:
-    """Check the number of dimensions of the tensors whose shapes say how large the network is."""
+    """Check the number of dimensions of tensors from whose shapes the sizes of the network are taken."""
     for name, dimensions in wanted.items():
         shape = list(tensors[name].shape)
         if len(shape) != dimensions or 0 in shape:
-            raise CheckpointError(f"{path}: {name} has the shape {shape}, and needs {dimensions} dimensions")
+            raise CheckpointError(
+                f"{path} is damaged: {name} has the shape {shape} but needs {dimensions} sizes >= 1; download it again"
+            )
 
 
 def _mobilefacenet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Preprocessing]:
@@ -132,7 +136,7 @@ def _mobilefacenet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.
 
 
 def preprocessing_for(height: int, width: int) -> Preprocessing:
-    """The default of a network of images of this size: all of the crop, or 112x96 in its middle."""
+    """Return the default Preprocessing for this image size: the complete crop, or its central 112x96 part."""
     size = (height, width)
     return Preprocessing(crop=crop_for(size), size=size, source="default")
 
@@ -148,7 +152,8 @@ def _iresnet(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module
     blocks = (first, second, third, fourth)
     if blocks not in IRESNET_BLOCKS.values():
         raise CheckpointError(
-            f"{path} is an IResNet with {blocks} blocks, none of depth {', '.join(map(str, IRESNET_BLOCKS))}"
+            f"{path} is an IResNet with {blocks} blocks per stage, but only the depths "
+            f"{', '.join(map(str, IRESNET_BLOCKS))} are known; pass your network as model="
         )
     return IResNet(blocks, len(tensors["fc.weight"])), Preprocessing(source="default")
 
@@ -158,14 +163,16 @@ def _mbf(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[nn.Module, Pr
     first, second, third, fourth = (len(_blocks_of_mbf(tensors, layer)) for layer in (1, 3, 5, 7))
     features, scale = len(tensors["features.layers.2.weight"]), len(tensors["layers.0.layers.0.weight"]) // 64
     if scale < 1:
-        raise CheckpointError(f"{path}: layers.0.layers.0.weight has fewer than 64 channels, and is of no mbf")
+        raise CheckpointError(
+            f"{path}: layers.0.layers.0.weight of an mbf must have >= 64 output channels; pass your network as model="
+        )
     return InsightFaceMobileFaceNet(features, (first or 1, second, third, fourth), scale), Preprocessing(
         source="default"
     )
 
 
 def _blocks_of_mbf(tensors: Mapping[str, Tensor], layer: int) -> set[str]:
-    """The numbers of the bottlenecks in a sequence of mbf; none where the layer is a convolution."""
+    """Return the indices of the bottlenecks in layer ``layer`` of an mbf; empty if it is a convolution."""
     pattern = re.compile(rf"layers\.{layer}\.layers\.(\d+)\.layers\.0\.layers\.0\.weight")
     return {match[1] for name in tensors if (match := pattern.fullmatch(name))}
 
@@ -175,10 +182,10 @@ _NAMES = {_MOBILEFACENET: "MobileFaceNet", _IRESNET: "IResNet", _MBF: "InsightFa
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load ``tensors`` into ``model``, all of them or none.
+    """Load ``tensors`` into ``model`` if all names and shapes match.
 
     Raises:
-        CheckpointError: names or shapes differ; the message counts them and names the first.
+        CheckpointError: names or shapes differ; the message gives their number and the first one.
     """
     wanted = model.state_dict()
     missing = sorted(name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked"))
@@ -187,12 +194,13 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> N
         example = missing[0] if missing else unexpected[0]
         raise CheckpointError(
             f"{path} does not fit {type(model).__name__}: {len(missing)} tensors are missing and {len(unexpected)} are "
-            f"not known to it (first: {example}); load it into the network it was saved from"
+            f"unexpected (first: {example}); load it into the network it was saved from"
         )
     wrong = [name for name, value in tensors.items() if value.shape != wanted[name].shape]
     if wrong:
         raise CheckpointError(
             f"{path} does not fit {type(model).__name__}: {len(wrong)} tensors have another shape (first: {wrong[0]}, "
-            f"{list(tensors[wrong[0]].shape)} instead of {list(wanted[wrong[0]].shape)})"
+            f"{list(tensors[wrong[0]].shape)} instead of {list(wanted[wrong[0]].shape)}); load it into the network it "
+            "was saved from"
         )
     model.load_state_dict(dict(tensors), strict=False)

@@ -1,9 +1,9 @@
-"""Networks out of ``.pt2`` files, as ``torch.export.save`` writes them, without running code of the file's author.
+"""Load ``.pt2`` files of ``torch.export.save`` without running code from them.
 
-``torch.export.load`` trusts its file: it unpickles example inputs, subclasses of tensors and custom objects, evaluates
-the expressions of sizes and the guards as Python, looks operators up anywhere in torch, and pastes names into source.
-So the file is read twice: here, where whatever could be code is dropped (example inputs, guards, traces of the source)
-or refused, and by torch, which is given what is left.
+``torch.export.load`` trusts its file: it unpickles example inputs, tensor subclasses and custom objects, evaluates
+size expressions and guards as Python, looks up operators anywhere in torch, and pastes names into source code. This
+module therefore writes a clean copy first: it drops example inputs, guards and stack traces and rejects everything
+else that could be code. torch loads only the copy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qface.preprocessing import Preprocessing, with_preprocessing
 __all__ = ["is_exported_program", "load_exported_program"]
 
 _FORMAT = "archive_format"
-_OLD_GRAPH = "serialized_exported_program.json"  # of torch before 2.7
+_OLD_GRAPH = "serialized_exported_program.json"  # written by torch < 2.7
 _NAME = re.compile(r"[\w.+]*")
 _SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=(True|False))*\)")
 _EXPRESSION = re.compile(r"(\d+(\.\d+)?|[\s+\-*/%(),<>=]|\b[A-Za-z_]\w*\b)*")
@@ -53,7 +53,7 @@ _LEAST_COSINE = 0.9999
 
 
 def is_exported_program(path: str | Path) -> bool:
-    """True if ``torch.export.save`` wrote the file at ``path``, whatever its name."""
+    """True if ``torch.export.save`` wrote the file at ``path``; its name does not matter."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -63,13 +63,14 @@ def is_exported_program(path: str | Path) -> bool:
 
 
 def load_exported_program(path: str | Path) -> tuple[fx.GraphModule, Preprocessing]:
-    """The network in the ``.pt2`` file at ``path`` as a graph of layers in eval mode, and what it most likely reads.
+    """Load the network in a ``.pt2`` file as a graph of layers in eval mode, and its likely Preprocessing.
 
     Raises:
-        CheckpointError: the file is damaged, holds what would have to be run as code, or a network of other inputs than
-            images; or the layers compute something else than the file.
+        CheckpointError: the file is damaged, contains code, has an input other than images [N, 3, H, W], or the
+            captured layers compute something else than the file.
+        LimitError: the file asks for more memory or operators than :mod:`qface.limits` allows.
         TraceError: the network cannot be captured.
-        UnsupportedLayerError: it calls an operator that qface does not know.
+        UnsupportedLayerError: the network calls an operator that qface does not support.
     """
     program = _program(path)
     preprocessing, count = _images_of(program, path)
@@ -77,7 +78,7 @@ def load_exported_program(path: str | Path) -> tuple[fx.GraphModule, Preprocessi
     try:
         network = capture(with_preprocessing(module, preprocessing))
     except QFaceError as error:
-        fixed = f" (it was exported for exactly {count} images; export it with a dynamic batch)" if count else ""
+        fixed = f" (it was exported for a batch size of {count}; export it with a dynamic batch)" if count else ""
         raise type(error)(f"{path}: {error}{fixed}") from error
     _check_agreement(module, network, preprocessing, count or 1, path)
     return network.eval(), preprocessing
@@ -97,34 +98,34 @@ def _program(path: str | Path) -> ExportedProgram:
             f"{path} {error}, and qface does not run code from files; export the network to .onnx, or save its "
             "state_dict()"
         ) from None
-    except Exception as error:  # damaged bytes may raise anything
+    except Exception as error:  # damaged files may raise anything
         raise CheckpointError(
-            f"{path} cannot be read as an exported program ({one_line(error, 200)}); export it again with torch "
+            f"{path} is not a valid exported program ({one_line(error, 200)}); export it again with torch "
             f"{torch.__version__.partition('+')[0]}"
         ) from error
 
 
 class _RefusedError(Exception):
-    """A file asks for something to be run."""
+    """A file contains something that torch would run as code."""
 
 
 def _without_code(archive: zipfile.ZipFile) -> io.BytesIO:
-    """The archive again, without what torch would run or unpickle.
+    """Copy the archive without the parts that torch would run or unpickle.
 
     Raises:
-        _RefusedError: what is needed of it cannot be read without.
+        _RefusedError: the network itself contains such parts.
     """
     names = archive.namelist()
     if _OLD_GRAPH in names:
-        raise ValueError("it was written by torch before 2.7")
+        raise ValueError("it was written by torch < 2.7")
     (root,) = {name.removesuffix(_FORMAT) for name in names if name.rpartition("/")[2] == _FORMAT}
     if sum(name.startswith(f"{root}models/") for name in names) != 1:
-        raise ValueError("it does not hold one network")
+        raise ValueError("it does not contain exactly one network")
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as clean:
         for info in archive.infolist():
             if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("its parts are compressed, as torch never writes them")
+                raise ValueError("it is compressed, but torch writes uncompressed files")
             name = info.filename.removeprefix(root)
             if not name.startswith("extra/"):
                 clean.writestr(info.filename, _clean_part(name, archive, root))
@@ -133,36 +134,36 @@ def _without_code(archive: zipfile.ZipFile) -> io.BytesIO:
 
 
 def _clean_part(name: str, archive: zipfile.ZipFile, root: str) -> bytes:
-    """The content of the part ``name`` that torch may read."""
+    """Return the content of the archive member ``name`` that is safe for torch to read."""
     content = b"" if name.startswith("data/sample_inputs/") else archive.read(root + name)
     if name.startswith("models/"):
         return json.dumps(_clean_graph(parse_json(content, "its graph"))).encode()
     if name.startswith("data/aotinductor/"):
-        raise _RefusedError("holds compiled code")
+        raise _RefusedError("contains compiled code")
     if name.startswith(("data/weights/", "data/constants/")):
         if name.endswith(".json"):
             _check_payloads(parse_json(content, "its list"), archive, f"{root}{name.rpartition('/')[0]}/")
         elif name.endswith(".pt"):
-            raise _RefusedError("holds pickled tensors")
+            raise _RefusedError("contains pickled tensors")
     return content
 
 
 def _check_payloads(listed: dict[str, Any], archive: zipfile.ZipFile, folder: str) -> None:
-    """Make sure that weights or constants are bytes of plain tensors, and no larger than these.
+    """Check that weights or constants are plain tensors that fit into their bytes.
 
     Raises:
-        LimitError: their bytes are named again and again.
+        LimitError: the same bytes are referenced again and again.
     """
     allowance = Allowance("the list of its weights", sum(info.file_size for info in archive.infolist()))
     for name, payload in listed["config"].items():
         file, meta = payload["path_name"], payload["tensor_meta"]
         if payload["use_pickle"] or meta is None or not file.startswith(("weight_", "tensor_")):
-            raise _RefusedError(f"holds {name!r} as a pickled object")
+            raise _RefusedError(f"contains {name!r} as a pickled object")
         sizes = [size["as_int"] for size in meta["sizes"]]
         size = archive.getinfo(folder + file).file_size
         allowance.spend(size)
         if elements_of(sizes, name) > size:
-            raise ValueError(f"{name} of {sizes} has more numbers than its bytes")
+            raise ValueError(f"{name} has the shape {sizes}, which needs more bytes than the file has")
         _check_names(payload)
 
 
@@ -177,13 +178,13 @@ def _clean_graph(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_traces(value: Any) -> None:
-    """Keep of each node's metadata only which module calls it."""
+    """Drop each node's metadata except the module that calls it."""
     for each in _dicts(value):
         if isinstance(each.get("metadata"), dict):
             stack = each["metadata"].get("nn_module_stack")
             each["metadata"] = {} if stack is None else {"nn_module_stack": str(stack)}
         if each.get("custom_obj_values"):
-            raise _RefusedError("holds custom objects")
+            raise _RefusedError("contains custom objects")
 
 
 def _dicts(value: Any) -> Iterator[dict[str, Any]]:
@@ -195,7 +196,7 @@ def _dicts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_names(value: Any, key: str = "") -> None:
-    """Refuse strings that torch could take for code, at whatever depth of the graph."""
+    """Reject strings that torch could evaluate as code, at any depth of the graph."""
     if isinstance(value, dict):
         for name, each in value.items():
             _check_text(name, "name")
@@ -210,9 +211,9 @@ def _check_names(value: Any, key: str = "") -> None:
 def _check_text(text: str, key: str) -> None:
     checks = {"target": _is_operator, "as_operator": _is_operator, "expr_str": _is_expression}
     checks |= {"in_spec": _is_plain_spec, "out_spec": _is_plain_spec, "as_string": _anything}
-    checks |= {"nn_module_stack": _anything}  # which is only split
+    checks |= {"nn_module_stack": _anything}  # torch only splits it
     if not checks.get(key, _is_name)(text):
-        raise _RefusedError(f"holds {text[:60]!r} as {key!r}, which could be code")
+        raise _RefusedError(f"contains {text[:60]!r} as {key!r}, which could be code")
 
 
 def _anything(text: str) -> bool:
@@ -224,7 +225,7 @@ def _is_name(text: str) -> bool:
 
 
 def _is_operator(text: str) -> bool:
-    """True of the operators of a network; not of those that write files, nor of any other function in torch."""
+    """True if ``text`` is an operator of networks that writes no file, not another function of torch."""
     if text.startswith("torch.ops.aten.") and text.count(".") == 4 and _is_name(text):
         name, overload = text.split(".")[3:]
         operator = getattr(getattr(torch.ops.aten, name, None), overload, None)
@@ -237,7 +238,7 @@ def _is_operator(text: str) -> bool:
 
 
 def _is_expression(text: str) -> bool:
-    """True of arithmetic on sizes."""
+    """True if ``text`` is arithmetic on sizes."""
     plain = _SYMBOL.sub("s0", text)
     names = _IDENTIFIER.findall(plain)
     known = all(name in _FUNCTIONS or _SIZE.fullmatch(name) for name in names)
@@ -245,7 +246,7 @@ def _is_expression(text: str) -> bool:
 
 
 def _is_plain_spec(text: str) -> bool:
-    """True of nested tuples, lists and dictionaries with plain keys."""
+    """True if ``text`` describes nested tuples, lists and dictionaries with plain keys."""
     return all(
         each.get("type") in _SPECS and "__enum__" not in str(each.get("context"))
         for each in _dicts(parse_json(text, "its structure"))
@@ -254,20 +255,26 @@ def _is_plain_spec(text: str) -> bool:
 
 
 def _images_of(program: ExportedProgram, path: str | Path) -> tuple[Preprocessing, int | None]:
-    """The likely Preprocessing of the network, and the number of images where it is fixed."""
+    """Return the likely Preprocessing of the network and its batch size, None if that is dynamic."""
     inputs = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     values = [node.meta.get("val") for node in program.graph.nodes if node.name in inputs]
     if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].ndim != 4:
-        raise CheckpointError(f"{path} holds a network of {len(values)} inputs, not of images [N, 3, height, width]")
+        raise CheckpointError(
+            f"{path} must have one input, images [N, 3, height, width], but has {len(values)} inputs or another shape; "
+            "export the recognition network alone"
+        )
     count, channels, height, width = values[0].shape
     _check_values(program, path)
     if channels != 3 or not isinstance(height, int) or not isinstance(width, int):
-        raise CheckpointError(f"{path} holds a network of images {list(values[0].shape)}, not [N, 3, height, width]")
+        raise CheckpointError(
+            f"{path} must have an input [N, 3, height, width] with fixed height and width, got "
+            f"{list(values[0].shape)}; export it with only the batch size dynamic"
+        )
     return preprocessing_for(height, width), count if isinstance(count, int) else None
 
 
 def _check_values(program: ExportedProgram, path: str | Path) -> None:
-    """Refuse values that would be too large, as the graph describes them for its own number of images."""
+    """Check the sizes of all values in the graph against the limits."""
     check("operators", len(program.graph.nodes), f"{path}")
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -277,9 +284,10 @@ def _check_values(program: ExportedProgram, path: str | Path) -> None:
 
 
 class ExportedNetwork(nn.Module):
-    """A program as a network of any number of images that can be put into eval mode; torch's own module forbids both.
+    """An exported program as a module for any batch size.
 
-    It has the program's parameters and modules under their names, and is no ``GraphModule``, so that it is captured.
+    The module that ``ExportedProgram.module`` returns checks the batch size and forbids ``eval``. This one shares its
+    parameters and modules under their names. It is not a ``GraphModule``, so that ``capture`` exports it again.
     """
 
     _forward: Callable[[Tensor], Any]
@@ -290,11 +298,11 @@ class ExportedNetwork(nn.Module):
         module._forward_pre_hooks.clear()
         module._forward_pre_hooks_with_kwargs.clear()
         for each in ("_parameters", "_buffers", "_modules"):
-            self.__dict__[each] = getattr(module, each)  # shared, so that whoever swaps a parameter does so in both
+            self.__dict__[each] = getattr(module, each)  # shared, so that a replaced parameter is replaced in both
         self.__dict__["_forward"] = module.forward
 
     def forward(self, images: Tensor) -> Any:
-        """The output of the program for ``images``."""
+        """Return the output of the program for ``images`` [N, 3, H, W]."""
         return self._forward(images)
 
 
@@ -302,16 +310,16 @@ class ExportedNetwork(nn.Module):
 def _check_agreement(
     module: nn.Module, network: nn.Module, preprocessing: Preprocessing, count: int, path: str | Path
 ) -> None:
-    """Compare the layers with the program, and one batch with one twice as large."""
+    """Compare the layers with the program, also at twice the program's batch size."""
     images = preprocessing(synthetic_crops(2 * count))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = torch.cat([embedding_of(module(part)) for part in torch.split(images, count)])
     cosine = -1.0
-    with contextlib.suppress(RuntimeError):  # sizes that do not fit
+    with contextlib.suppress(RuntimeError):  # sizes that do not fit another batch size
         cosine = float(torch.cosine_similarity(wanted, network(images)).min())
     if not cosine >= _LEAST_COSINE:
         raise CheckpointError(
-            f"{path}: its layers compute something else than the file on {2 * count} images (least cosine "
-            f"{cosine:.4f}); export it with dynamic_shapes=({{0: Dim('batch')}},), in eval mode"
+            f"{path}: its layers and the file differ on {2 * count} images (minimum cosine {cosine:.4f}); export it "
+            "in eval mode with dynamic_shapes=({0: Dim('batch')},)"
         )

@@ -1,7 +1,7 @@
-"""InsightFace's own MobileFaceNet, which arcface_torch trains as ``mbf`` and ``mbf_large``.
+"""InsightFace's MobileFaceNet variant, which arcface_torch trains as ``mbf`` and ``mbf_large``.
 
-Wider than the network of the paper (:mod:`qface.models.mobilefacenet`), and ended by a linear embedding with batch
-norm. Layers have the names of ``recognition/arcface_torch/backbones/mobilefacenet.py``, so that its checkpoints fit.
+It is wider than the network of the paper (:mod:`qface.models.mobilefacenet`) and ends with a linear layer and a
+BatchNorm. Layer names match ``recognition/arcface_torch/backbones/mobilefacenet.py``, so its checkpoints load.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 __all__ = ["MBF_BLOCKS", "InsightFaceMobileFaceNet"]
 
 MBF_BLOCKS = (1, 4, 6, 2)
-"""Blocks between the strides of ``mbf``, whose scale is 2; ``mbf_large`` has (2, 8, 12, 4) and a scale of 4."""
+"""Blocks per resolution of ``mbf``, whose scale is 2; ``mbf_large`` has (2, 8, 12, 4) and scale 4."""
 _HEAD_CHANNELS = 512
 
 
 class _Layers(nn.Module):
-    """A sequence under the name ``layers``, with a shortcut or without."""
+    """A sequence named ``layers``, optionally with a residual connection."""
 
     def __init__(self, *layers: nn.Module, shortcut: bool = False) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def _conv(
 
 
 def _bottleneck(inputs: int, outputs: int, hidden: int, stride: int = 1) -> _Layers:
-    """1x1 expansion, depthwise 3x3, linear 1x1 projection; with a shortcut where the stride is 1."""
+    """1x1 expansion, depthwise 3x3, linear 1x1 projection; with a residual connection if the stride is 1."""
     return _Layers(
         _conv(inputs, hidden),
         _conv(hidden, hidden, 3, stride, 1, groups=hidden),
@@ -53,12 +53,12 @@ def _repeated(channels: int, hidden: int, blocks: int) -> _Layers:
 
 
 class InsightFaceMobileFaceNet(nn.Module):
-    """MobileFaceNet over 112x112 images as InsightFace's arcface_torch has it.
+    """MobileFaceNet of InsightFace's arcface_torch for 112x112 images.
 
     Args:
-        num_features: size of the embedding.
-        blocks: bottlenecks with a shortcut at each of the four sizes; a first number of 1 is one grouped convolution.
-        scale: what numbers of channels outside of the bottlenecks are multiplied with.
+        num_features: embedding dimension.
+        blocks: residual bottlenecks at each of the four resolutions; 1 at the first one is a grouped convolution.
+        scale: multiplier of the number of channels outside the bottlenecks.
     """
 
     def __init__(self, num_features: int = 512, blocks: tuple[int, int, int, int] = MBF_BLOCKS, scale: int = 2) -> None:
@@ -92,7 +92,7 @@ class InsightFaceMobileFaceNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map normalized images [N, 3, 112, 112] to embeddings [N, num_features], not normalized."""
+        """Map normalized images [N, 3, 112, 112] to embeddings [N, num_features] without L2 normalization."""
         for layer in self.layers:
             x = layer(x)
         return cast(Tensor, self.features(self.conv_sep(x)))

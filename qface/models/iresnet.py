@@ -1,4 +1,4 @@
-"""IResNet, the recognition backbone of InsightFace's arcface_torch, key for key the same ``state_dict``.
+"""IResNet, the recognition backbone of InsightFace's arcface_torch, with the same state dict names.
 
 Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019.
 """
@@ -18,7 +18,7 @@ IRESNET_BLOCKS: dict[int, tuple[int, int, int, int]] = {
     100: (3, 13, 30, 3),
     200: (6, 26, 60, 6),
 }
-"""Residual blocks of each of the four stages, by depth."""
+"""Residual blocks per stage for each depth."""
 
 _WIDTHS = (64, 128, 256, 512)
 _FINAL_SIDE = 7  # a 112x112 image after four halvings
@@ -26,7 +26,7 @@ _BN_EPS = 1e-5
 
 
 class IResNetBlock(nn.Module):
-    """Pre-normalized residual block: BN, conv, BN, PReLU, conv (strided), BN, plus the shortcut."""
+    """Pre-normalized residual block: BN, conv, BN, PReLU, strided conv, BN, plus the residual connection."""
 
     def __init__(self, inplanes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -51,11 +51,11 @@ class IResNetBlock(nn.Module):
 
 
 class IResNet(nn.Module):
-    """IResNet over 112x112 images.
+    """IResNet for 112x112 images.
 
     Args:
-        blocks: residual blocks of each of the four stages.
-        num_features: size of the embedding.
+        blocks: residual blocks per stage.
+        num_features: embedding dimension.
     """
 
     def __init__(self, blocks: tuple[int, int, int, int], num_features: int = 512) -> None:
@@ -71,7 +71,7 @@ class IResNet(nn.Module):
         self.dropout = nn.Dropout(p=0.0)
         self.fc = nn.Linear(inplanes * _FINAL_SIDE**2, num_features)
         self.features = nn.BatchNorm1d(num_features, eps=_BN_EPS)
-        # arcface_torch fixes the last scale, so that it cannot stand in for the embedding's norm.
+        # arcface_torch freezes the last scale, since training could only use it to change the embedding norm.
         nn.init.constant_(self.features.weight, 1.0)
         self.features.weight.requires_grad = False
         self._initialize()
@@ -82,7 +82,7 @@ class IResNet(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map normalized images [N, 3, 112, 112] to embeddings [N, num_features], not normalized."""
+        """Map normalized images [N, 3, 112, 112] to embeddings [N, num_features] without L2 normalization."""
         x = self.prelu(self.bn1(self.conv1(x)))
         for stage in range(1, 5):
             x = getattr(self, f"layer{stage}")(x)
@@ -96,9 +96,13 @@ def _stage(inplanes: int, planes: int, count: int) -> nn.Sequential:
 
 
 def iresnet(depth: int, num_features: int = 512) -> IResNet:
-    """An initialized IResNet of ``depth`` 18, 34, 50, 100 or 200.
+    """Return an IResNet with random weights.
+
+    Args:
+        depth: 18, 34, 50, 100 or 200.
+        num_features: embedding dimension.
 
     Raises:
-        KeyError: no IResNet has that depth.
+        KeyError: ``depth`` is another number.
     """
     return IResNet(IRESNET_BLOCKS[depth], num_features)

@@ -18,7 +18,7 @@ _HEAD_CHANNELS = 512
 
 
 class _ConvBlock(nn.Module):
-    """Convolution, BN, and PReLU unless it is linear."""
+    """Convolution, BN, and PReLU unless ``linear``."""
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class Bottleneck(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """MobileFaceNet over 112x112 or 112x96 images.
+    """MobileFaceNet for 112x112 or 112x96 images.
 
     Args:
-        num_features: size of the embedding.
-        size: height and width of the image in pixels, multiples of 16.
+        num_features: embedding dimension.
+        size: height and width of the images in pixels, multiples of 16.
     """
 
     def __init__(self, num_features: int = 128, size: tuple[int, int] = (112, 112)) -> None:
@@ -97,6 +97,6 @@ class MobileFaceNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map normalized images [N, 3, *size] to embeddings [N, num_features], not normalized."""
+        """Map normalized images [N, 3, *size] to embeddings [N, num_features] without L2 normalization."""
         x = self.blocks(self.dw_conv1(self.conv1(x)))
         return cast(Tensor, self.linear1(self.linear7(self.conv2(x))).flatten(1))

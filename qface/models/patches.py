@@ -1,4 +1,4 @@
-"""Inputs that a convolution or linear layer multiplies with its weights, at places drawn at random."""
+"""Input patches (im2col) of a convolution or linear layer at random output positions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ Layer = nn.Conv2d | nn.Linear
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions in a layer's output: image, row and column, each [M]."""
+    """Positions in a layer's output.
+
+    Args:
+        image: index in the batch, [M].
+        row: row in the output map, [M].
+        column: column in the output map, [M].
+    """
 
     image: Tensor
     row: Tensor
@@ -23,27 +29,36 @@ class Positions:
 
     @classmethod
     def drawn(cls, images: int, height: int, width: int, most: int, generator: torch.Generator) -> Positions:
-        """At most ``most`` different ones."""
+        """Draw at most ``most`` different positions of a batch of output maps."""
         chosen = torch.randperm(images * height * width, generator=generator)[:most].sort().values
         return cls(chosen // (height * width), chosen // width % height, chosen % width)
 
     def within(self, start: int, count: int) -> Positions:
-        """Those of ``count`` images from ``start`` on, images numbered from 0."""
+        """Return the positions in images ``start`` to ``start + count - 1``, with ``start`` renumbered to 0."""
         inside = (self.image >= start) & (self.image < start + count)
         return Positions(self.image[inside] - start, self.row[inside], self.column[inside])
 
 
 def as_map(x: Tensor) -> Tensor:
-    """``x`` as [N, channels, height, width]."""
+    """Return ``x`` [N, C] or [N, C, H, W] as [N, C, H, W]."""
     return x[:, :, None, None] if x.ndim == 2 else x
 
 
 def patches(layer: Layer, x: Tensor, positions: Positions) -> Tensor:
-    """The values of ``x`` under the kernel at these outputs, [M, inputs x height x width of the kernel]."""
+    """Return the inputs of ``layer`` at some output positions.
+
+    Args:
+        layer: a convolution or linear layer.
+        x: the layer's input, [N, C, H, W] or [N, C].
+        positions: M positions in its output.
+
+    Returns:
+        All channels under the kernel at each position, [M, C * kernel height * kernel width].
+    """
     if isinstance(layer, nn.Linear):
         return x[positions.image]
     height, width = layer.kernel_size
-    # Torch's own: the padding of each side, for padding by name too.
+    # torch's private attribute also resolves padding="same".
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(x, layer._reversed_padding_repeated_twice, mode)
     rows = positions.row[:, None] * layer.stride[0] + torch.arange(height) * layer.dilation[0]

@@ -1,4 +1,4 @@
-"""From what a user passes or types to a network."""
+"""Resolve a user's model argument (module, file, factory or architecture name) to a network."""
 
 from __future__ import annotations
 
@@ -16,25 +16,35 @@ from qface.preprocessing import PreprocessingOverride, overridden, preprocessing
 __all__ = ["NetworkLike", "as_architecture", "as_network", "resolve_architecture", "resolve_model"]
 
 NetworkLike = nn.Module | str | Path
-"""Networks that users may pass: a module, or a file or ``package.module:factory``, which :func:`as_network` loads."""
+"""A model argument: a module, the path of a model file, or ``package.module:factory``."""
 
 
 def as_network(model: NetworkLike) -> nn.Module:
-    """Return ``model`` itself, or the network with its weights that it means, in eval mode on the CPU.
+    """Return ``model`` if it is a module, else load it in eval mode on the CPU.
+
+    Args:
+        model: a module, the path of a model file, or ``package.module:factory``.
 
     Raises:
-        CheckpointError: there is no such file or factory, it cannot be read, or ``model`` is a name without weights.
-        ConfigError: ``model`` is something else.
+        CheckpointError: the file or factory does not exist or fails, or ``model`` is an architecture name, which has
+            no weights.
+        ConfigError: ``model`` has another type.
     """
     return model if isinstance(model, nn.Module) else resolve_model(_text(model))
 
 
 def as_architecture(model: NetworkLike) -> nn.Module:
-    """Like :func:`as_network`, for verbs that look at layers and sizes only: a bare name gets random weights.
+    """Return a network like :func:`as_network`, but allow architecture names, which get random weights.
+
+    For functions that use only layers and shapes.
+
+    Args:
+        model: a module, the path of a model file, ``package.module:factory``, or one of
+            :data:`qface.models.MODEL_NAMES`.
 
     Raises:
-        CheckpointError: there is no such file, name or factory, or it cannot be read.
-        ConfigError: ``model`` is something else.
+        CheckpointError: the file, name or factory does not exist or fails.
+        ConfigError: ``model`` has another type.
     """
     return model if isinstance(model, nn.Module) else resolve_architecture(_text(model))
 
@@ -42,7 +52,8 @@ def as_architecture(model: NetworkLike) -> nn.Module:
 def _text(model: object) -> str:
     if not isinstance(model, (str, Path)):
         raise ConfigError(
-            f"a model is a torch.nn.Module, the path of a file, or package.module:factory, not {type(model).__name__}"
+            "model must be a torch.nn.Module, the path of a file, or 'package.module:factory', "
+            f"got {type(model).__name__}"
         )
     return str(model)
 
@@ -50,18 +61,19 @@ def _text(model: object) -> str:
 def resolve_model(
     text: str, weights: Path | None = None, preprocessing: PreprocessingOverride | None = None
 ) -> nn.Module:
-    """Return the network that ``text`` means, with its weights, in eval mode.
+    """Load the network that ``text`` names, with its weights, in eval mode.
 
     Args:
-        text: a file, ``package.module:factory``, a function without arguments (or a class) that returns a network,
-            or, together with ``weights``, one of :data:`qface.models.MODEL_NAMES`. The current folder is searched for
-            the package.
-        weights: a file of weights for that network.
-        preprocessing: what the network reads, or some fields of that, in place of what is found.
+        text: the path of a model file; ``package.module:factory`` (a class or a function without arguments that
+            returns a network; the package may be in the current folder); or, with ``weights``, one of
+            :data:`qface.models.MODEL_NAMES`.
+        weights: a file of weights for a factory's network or a named architecture.
+        preprocessing: the model's input Preprocessing, or some of its fields; replaces the detected one.
 
     Raises:
-        CheckpointError: there is no such file or factory, a name has no weights, or the weights do not fit.
-        ConfigError: weights are given beside a file.
+        CheckpointError: the file or factory does not exist or fails, an architecture name comes without weights, or
+            the weights do not fit.
+        ConfigError: ``weights`` is given although ``text`` is a file.
     """
     if weights is None:
         _check_weights_known(text)
@@ -70,25 +82,25 @@ def resolve_model(
         return load(weights, model=_from_factory(text), preprocessing=preprocessing)
     if text in MODEL_NAMES:
         return load(weights, model=load(text), preprocessing=preprocessing)
-    raise ConfigError(f"{text} brings its own weights: leave out {weights}, or name the network that reads them")
+    raise ConfigError(f"{text} already contains weights: omit {weights}, or give the architecture they belong to")
 
 
 def resolve_architecture(text: str, preprocessing: PreprocessingOverride | None = None) -> nn.Module:
-    """Return the network that ``text`` means, in eval mode; a bare name gets random weights.
+    """Load the network that ``text`` names, in eval mode; an architecture name gets random weights.
 
-    For verbs that look at layers and sizes only.
+    For functions that use only layers and shapes.
 
     Args:
-        text: a file, ``package.module:factory``, or one of :data:`qface.models.MODEL_NAMES`.
-        preprocessing: what the network reads, or some fields of that, in place of what is found.
+        text: the path of a model file, ``package.module:factory``, or one of :data:`qface.models.MODEL_NAMES`.
+        preprocessing: the model's input Preprocessing, or some of its fields; replaces the detected one.
 
     Raises:
-        CheckpointError: there is no such file, name or factory.
+        CheckpointError: the file, name or factory does not exist or fails.
     """
     if _is_factory(text):
         network = _from_factory(text)
         return with_preprocessing(network, overridden(preprocessing_of(network), preprocessing))
-    if text not in MODEL_NAMES and not os.path.exists(text):  # unlike Path.exists, of names too long as well
+    if text not in MODEL_NAMES and not os.path.exists(text):  # Path.exists raises on names that are too long
         raise CheckpointError(
             f"there is no file {text}; check the path, or give package.module:factory or one of "
             f"{', '.join(MODEL_NAMES)}"
@@ -97,11 +109,11 @@ def resolve_architecture(text: str, preprocessing: PreprocessingOverride | None 
 
 
 def _check_weights_known(text: str) -> None:
-    """Refuse a name that would get random weights."""
+    """Reject an architecture name, which would get random weights."""
     if text in MODEL_NAMES and not os.path.exists(text):
         raise CheckpointError(
-            f"{text} is the name of an architecture, without weights: give a file instead, or, where a command has "
-            f"the option, --weights FILE as well (in Python qface.load(FILE, model=qface.load({text!r})))"
+            f"{text} is the name of an architecture and has no weights: give a model file, or add --weights FILE if "
+            f"the command has this option (in Python: qface.load(FILE, model=qface.load({text!r})))"
         )
 
 
@@ -111,15 +123,15 @@ def _is_factory(text: str) -> bool:
 
 def _from_factory(text: str) -> nn.Module:
     module_name, _, factory = text.partition(":")
-    sys.path.insert(0, "")  # as python -m does, so that a user's own module is found
+    sys.path.insert(0, "")  # like python -m, to find modules in the current folder
     try:
         network = getattr(importlib.import_module(module_name), factory)()
-    except Exception as error:  # it is the user's own code
+    except Exception as error:  # user code may raise anything
         raise CheckpointError(
-            f"cannot make a model of {text}: {type(error).__name__}: {one_line(error, 300)}"
+            f"cannot create a model with {text}: {type(error).__name__}: {one_line(error, 300)}"
         ) from error
     finally:
         sys.path.remove("")
     if not isinstance(network, nn.Module):
-        raise CheckpointError(f"{text} returned a {type(network).__name__}, not a torch.nn.Module")
+        raise CheckpointError(f"{text} must return a torch.nn.Module, got {type(network).__name__}")
     return network.eval()

@@ -1,4 +1,4 @@
-"""Finding a network's tensors in what a training script saved, and giving them the names that the network has."""
+"""Find a network's state dict in a training checkpoint and remove prefixes from its names."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _WRAPPERS = (
     "backbone",
     "net",
 )
-"""Entries of a checkpoint that hold the network, the first of them goes; Lightning's is ``state_dict``."""
-_DEEPEST = 4  # wrappers in wrappers
+"""Checkpoint entries that hold the network, in order of precedence; Lightning's is ``state_dict``."""
+_DEEPEST = 4  # nested wrappers
 _NOT_NETWORKS = ("optim", "sched", "scaler")
-_COMPILED = "_orig_mod"  # what torch.compile calls the network within its own
+_COMPILED = "_orig_mod"  # torch.compile's name for the wrapped network
 
 
 def state_dict_of(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """The tensors of the network in an unpickled checkpoint, by their names there.
+    """Return the network's tensors in an unpickled checkpoint by name.
 
     Args:
-        content: a ``state_dict``, or a dictionary that holds one or a pickled module beside other things. Arrays of
-            numpy become tensors; what is neither is left out.
-        path: the file, for messages.
+        content: a state dict, or a dictionary with an entry that is a state dict or a pickled module. numpy arrays
+            become tensors; other values are skipped.
+        path: the file, for error messages.
 
     Raises:
-        CheckpointError: it holds no tensors, or several sets of them whose names do not tell which is the network.
+        CheckpointError: there are no tensors, or several sets of tensors of which any could be the network.
     """
     for _ in range(_DEEPEST):
         if is_pickled_module(content):
@@ -54,22 +54,22 @@ def state_dict_of(content: Any, path: str | Path) -> dict[str, Tensor]:
         if wrapper is None:
             return _tensors_in(content, path)
         content = content[wrapper]
-    raise CheckpointError(f"{path} does not hold a state_dict of tensors; save model.state_dict() and load that")
+    raise CheckpointError(f"{path} does not contain a state_dict of tensors; save model.state_dict() and load that")
 
 
 def _wrapper_in(content: Mapping[Any, Any], path: str | Path) -> Any:
-    """The entry of ``content`` that holds the network; None where ``content`` is its state_dict itself."""
+    """Return the key of the network in ``content``; None if ``content`` itself is the state dict."""
     known = next((name for name in _WRAPPERS if _is_wrapped(content.get(name))), None)
     if known is not None or any(_as_tensor(value) is not None for value in content.values()):
         return known
     holding = [name for name, value in content.items() if _holds_network(name, value)]
     if len(holding) > 1:
         raise CheckpointError(
-            f"{path} holds {len(holding)} sets of tensors ({', '.join(map(repr, holding[:5]))}); "
-            "save the state_dict of the network alone"
+            f"{path} contains {len(holding)} sets of tensors ({', '.join(map(repr, holding[:5]))}); "
+            "save only the state_dict of the network"
         )
     if holding:
-        _LOGGER.info("%s: the network is taken from its entry %r", path, holding[0])
+        _LOGGER.info("%s: the network is loaded from the entry %r", path, holding[0])
     return holding[0] if holding else None
 
 
@@ -93,17 +93,17 @@ def _tensors_in(content: Mapping[Any, Any], path: str | Path) -> dict[str, Tenso
     unknown = next((name for name, value in content.items() if isinstance(value, UnknownTensor)), None)
     if unknown is not None:
         raise CheckpointError(
-            f"{path}: {unknown} is a sparse, nested, quantized or meta tensor; save a dense copy of it in float32"
+            f"{path}: {unknown} is a sparse, nested, quantized or meta tensor; save a dense float32 copy of it"
         )
     if not tensors:
-        raise CheckpointError(f"{path} does not hold a state_dict of tensors; save model.state_dict() and load that")
+        raise CheckpointError(f"{path} does not contain a state_dict of tensors; save model.state_dict() and load that")
     if others:
-        _LOGGER.info("%s: %d entries that are no tensors are left out (first: %r)", path, len(others), others[0])
+        _LOGGER.info("%s: %d entries that are not tensors are skipped (first: %r)", path, len(others), others[0])
     return tensors
 
 
 def _as_tensor(value: Any) -> Tensor | None:
-    """A tensor of its own where ``value`` is one or an array of numbers."""
+    """Return ``value`` as a tensor if it is a tensor or a numeric array, else None."""
     if isinstance(value, Tensor):
         return value.detach()
     if not isinstance(value, PickledArray):
@@ -111,26 +111,26 @@ def _as_tensor(value: Any) -> Tensor | None:
     try:
         numbers = value.values()
         return torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("=")))
-    except (TypeError, ValueError):  # of objects or bytes
+    except (TypeError, ValueError):  # an array of objects or bytes
         return None
 
 
 def network_tensors(tensors: Mapping[str, Tensor], wanted: Collection[str], path: str | Path) -> Mapping[str, Tensor]:
-    """The tensors of one network, under the names that it gives them, out of a file that adds a prefix to each.
+    """Return the tensors of one network without the prefix that training added to their names.
 
-    Training adds prefixes: ``module.`` (DataParallel), ``_orig_mod.`` (torch.compile), ``model.`` or ``backbone.``
-    (a module that holds the network beside its loss). What lies outside of the prefix is left out with a warning.
+    Such prefixes are ``module.`` (DataParallel), ``_orig_mod.`` (torch.compile), and ``model.`` or ``backbone.``
+    (a module with the network and its loss). Tensors without the prefix are skipped with a warning.
 
     Args:
-        tensors: what the file holds.
-        wanted: names that the network has.
-        path: the file, for messages.
+        tensors: all tensors of the file.
+        wanted: names in the network's state dict.
+        path: the file, for error messages.
 
     Returns:
-        ``tensors`` as they are where the names fit, or where no prefix makes them fit.
+        ``tensors`` without the prefix; unchanged if the names match already or with no prefix.
 
     Raises:
-        CheckpointError: several prefixes make the names fit.
+        CheckpointError: the names match with several prefixes.
     """
     plain = tensors if any(_COMPILED in name for name in wanted) else _without_compiled(tensors, path)
     if not wanted or all(name in plain for name in wanted):
@@ -138,27 +138,29 @@ def network_tensors(tensors: Mapping[str, Tensor], wanted: Collection[str], path
     prefixes = _prefixes(plain, wanted)
     if len(prefixes) > 1:
         listed = ", ".join(repr(prefix) for prefix in prefixes)
-        raise CheckpointError(f"{path} holds several such networks, under {listed}; save the state_dict of one of them")
+        raise CheckpointError(
+            f"{path} contains several networks with these names, under {listed}; save the state_dict of one of them"
+        )
     if prefixes:
         return _below(plain, prefixes[0], path)
-    own = _common_prefix(list(wanted))  # the network itself is wrapped, and the file is not
+    own = _common_prefix(list(wanted))  # for a wrapped network and a checkpoint of the bare one
     if own and all(name.removeprefix(own) in plain for name in wanted):
-        _LOGGER.info("%s: %r is put before all names, as the network has them", path, own)
+        _LOGGER.info("%s: the prefix %r of the network is added to all names", path, own)
         return {own + name: tensor for name, tensor in plain.items()}
     return tensors
 
 
 def _without_compiled(tensors: Mapping[str, Tensor], path: str | Path) -> Mapping[str, Tensor]:
-    """``tensors`` without the component that torch.compile adds to names, wherever it stands."""
+    """Remove the component that torch.compile adds to names, at any position."""
     names = {name: ".".join(part for part in name.split(".") if part != _COMPILED) for name in tensors}
     compiled = sum(name != plain for name, plain in names.items())
     if compiled:
-        _LOGGER.info("%s: %d names are read without their prefix '%s.'", path, compiled, _COMPILED)
+        _LOGGER.info("%s: %d names are loaded without their prefix '%s.'", path, compiled, _COMPILED)
     return {plain: tensors[name] for name, plain in names.items()}
 
 
 def _prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> list[str]:
-    """The prefixes that can stand before all ``wanted`` names, so that each is there."""
+    """Return the prefixes with which all ``wanted`` names are in ``tensors``."""
     some = next(iter(wanted))
     candidates = [name.removesuffix(some) for name in tensors if name == some or name.endswith(f".{some}")]
     return [prefix for prefix in candidates if all(prefix + name in tensors for name in wanted)]
@@ -168,19 +170,19 @@ def _below(tensors: Mapping[str, Tensor], prefix: str, path: str | Path) -> dict
     others = [name for name in tensors if not name.startswith(prefix)]
     if others:
         _LOGGER.warning(
-            "%s: the network is taken from %r, and %d other tensors are left out (first: %s)",
+            "%s: the network is loaded from the prefix %r; %d other tensors are skipped (first: %s)",
             path,
             prefix,
             len(others),
             others[0],
         )
     else:
-        _LOGGER.info("%s: all names are read without their prefix %r", path, prefix)
+        _LOGGER.info("%s: all names are loaded without their prefix %r", path, prefix)
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _common_prefix(names: list[str]) -> str:
-    """The components that all ``names`` begin with, the last of each apart."""
+    """Return the module path that all ``names`` share, with a final dot."""
     columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)
     return "".join(f"{parts[0]}." for parts in shared)

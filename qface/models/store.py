@@ -1,7 +1,7 @@
-"""``load`` and ``save``: models of this package, checkpoints of others, and qface's own format.
+"""``load`` and ``save``: read model files of several formats, write qface's own format.
 
-The format is a safetensors file: the ``state_dict`` as tensors, and in the metadata ``format`` ("qface"),
-``format_version``, ``graph`` (:mod:`qface.graph.graph_data`), ``preprocessing`` and ``provenance``, each JSON.
+qface's format is a safetensors file with the state dict as tensors. Its metadata hold ``format`` ("qface"),
+``format_version``, and in JSON ``graph`` (:mod:`qface.graph.graph_data`), ``preprocessing`` and ``provenance``.
 """
 
 from __future__ import annotations
@@ -47,34 +47,41 @@ FORMAT_VERSION = "4"
 _SUFFIX = ".safetensors"
 
 MODEL_NAMES = ("mobilefacenet", "mbf", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
-"""Names that :func:`load` takes in place of a path, for a network with random weights."""
+"""Names of architectures; :func:`load` builds them with random weights."""
 
 
-@torch.random.fork_rng(devices=[])  # layers draw weights at first
+@torch.random.fork_rng(devices=[])  # building layers draws initial weights
 def load(
     path_or_name: str | Path, model: nn.Module | None = None, preprocessing: PreprocessingOverride | None = None
 ) -> nn.Module:
-    """Load a model in eval mode, on the CPU, with its :class:`Preprocessing` attached.
+    """Load a model in eval mode on the CPU, with its :class:`Preprocessing` attached.
 
-    Changes ``model`` in place and returns it, where one is given.
+    Changes ``model`` in place if given, and returns it.
 
     Args:
-        path_or_name: a file that :func:`save` wrote; a checkpoint of an InsightFace IResNet or mbf or of a
-            MobileFaceNet (safetensors, or torch: tensors, or a whole pickled module, of which only tensors are taken;
-            fp16 becomes fp32); a ``.pt2`` file of ``torch.export.save``, of which nothing is unpickled
-            (:mod:`qface.models.exported_program`); a float ``.onnx`` file (:mod:`qface.models.onnx_import`); or one of
-            :data:`MODEL_NAMES`, which gives that architecture with random weights.
-        model: a network of your own, into which the weights of the file are loaded; a module, since a path or name
-            would bring an architecture or weights of its own.
-        preprocessing: what the file reads, where it does not say or says it wrongly: a :class:`Preprocessing`, or a
-            mapping of those of its fields that differ from what is found. Of an ``.onnx`` file it is what goes into
-            the graph; what the graph then does to the image first becomes part of the network's Preprocessing.
+        path_or_name: one of these:
+
+            - a file that :func:`save` wrote;
+            - a checkpoint of an InsightFace IResNet, InsightFace mbf or MobileFaceNet, as safetensors or torch file
+              (a state dict or a pickled module; only tensors are read, and fp16 becomes fp32);
+            - a ``.pt2`` file that ``torch.export.save`` wrote (nothing is unpickled);
+            - a float ``.onnx`` file of opset 7 to 23;
+            - one of :data:`MODEL_NAMES`, for this architecture with random weights.
+        model: your own network, into which the weights of the file are loaded.
+        preprocessing: the input Preprocessing if the file has none or a wrong one: a :class:`Preprocessing`, or a
+            mapping with the fields to change. For an ``.onnx`` file it describes the input of the graph; normalization
+            inside the graph is moved into the Preprocessing of the returned network.
+
+    Returns:
+        The network from images [N, 3, H, W] to embeddings [N, D].
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another network, or holds NaN.
-        UnsupportedLayerError: an ``.onnx`` file holds an operation that cannot be imported.
-        ConfigError: ``path_or_name`` is no path, ``model`` is no network, or ``preprocessing`` names no field, or a
-            value out of range.
+        CheckpointError: the file is missing or damaged, does not fit the network, or contains NaN or infinity.
+        LimitError: the file asks for more memory, objects or operators than :mod:`qface.limits` allows.
+        TraceError: the network in a ``.pt2`` file cannot be captured.
+        UnsupportedLayerError: an ``.onnx`` or ``.pt2`` file uses an operator that cannot be imported.
+        ConfigError: ``path_or_name`` is not a path, ``model`` is not a module, or ``preprocessing`` has an unknown
+            field or a value out of range.
 
     Example:
         >>> network = qface.load("teacher.safetensors")
@@ -103,8 +110,8 @@ def load(
 
 def _from_onnx(path: str | Path, model: nn.Module | None, preprocessing: PreprocessingOverride | None) -> nn.Module:
     if model is not None:
-        raise CheckpointError(f"{path} brings its own network: leave out model=, or load weights from another file")
-    from qface.models.onnx_import import load_onnx  # only here, so that other files need no onnx
+        raise CheckpointError(f"{path} contains its own network: omit model=, or load the weights from another file")
+    from qface.models.onnx_import import load_onnx  # imported here so that loading other files does not import onnx
 
     network, reads = load_onnx(path, preprocessing)
     check_finite(network.state_dict(), path)
@@ -115,7 +122,7 @@ def _from_exported_program(
     path: str | Path, model: nn.Module | None, preprocessing: PreprocessingOverride | None
 ) -> nn.Module:
     if model is not None:
-        raise CheckpointError(f"{path} brings its own network: leave out model=, or load weights from another file")
+        raise CheckpointError(f"{path} contains its own network: omit model=, or load the weights from another file")
     network, likely = load_exported_program(path)
     check_finite(network.state_dict(), path)
     return with_preprocessing(network, overridden(likely, preprocessing))
@@ -159,8 +166,10 @@ def _from_own_format(
         with named(path):
             graph = parse_json(metadata["graph"], "the saved graph")
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} lacks its graph ({one_line(error, 200)}); save it again") from error
-    import_module("qface.quantization")  # it registers the layers of students
+        raise CheckpointError(
+            f"{path} has no valid graph in its metadata ({one_line(error, 200)}); write the file again with qface.save"
+        ) from error
+    import_module("qface.quantization")  # registers the layers of quantized networks
     try:
         with named(path):
             return graph_from_data(graph, tensors, size)
@@ -169,27 +178,27 @@ def _from_own_format(
 
 
 def _other_version(path: str | Path, version: str | None) -> str:
-    """The message for a file of another format version."""
+    """Return the error text for a file of another format version."""
     known = version if version is not None and version.isdecimal() else "0"
-    formats = f"(format {known}, this one reads {FORMAT_VERSION})"
+    formats = f"(format {known}, this version reads {FORMAT_VERSION})"
     if int(known) > int(FORMAT_VERSION):
         return f"{path} was written by a newer qface {formats}; update qface"
-    return f"{path} was written by an older qface {formats}; make it again, a student with qface quantize"
+    return f"{path} was written by an older qface {formats}; create it again, a student with qface quantize"
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write ``model`` with its architecture, preprocessing and provenance; :func:`load` needs nothing else.
+    """Write ``model`` with its graph, weights, preprocessing and provenance to one file for :func:`load`.
 
-    Does not change ``model``.
+    Does not change ``model``. To convert a file to this format, call ``save(load(file), path)``.
 
     Args:
-        model: a network; what is in a file already is written in this form with ``save(load(file), path)``.
-        path: the file, ``.safetensors``.
+        model: a network from images [N, 3, H, W] to embeddings [N, D].
+        path: the file to write; its name must end in ``.safetensors``.
 
     Raises:
-        ConfigError: ``model`` is no network.
-        TraceError: torch.export cannot follow the model.
-        UnsupportedLayerError: the model uses a layer or function that cannot be saved as data; it is named.
+        ConfigError: ``model`` is not a module.
+        TraceError: torch.export cannot capture ``model``.
+        UnsupportedLayerError: ``model`` uses a layer or function that cannot be saved; the message names it.
         CheckpointError: a weight is NaN or infinite.
         ExportError: the file cannot be written, or its name does not end in ``.safetensors``.
 
@@ -215,28 +224,28 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def _sort_header(path: Path) -> None:
-    """Give the header of a safetensors file one order: safetensors itself writes metadata in a random one."""
+    """Sort the header of a safetensors file, whose metadata safetensors writes in random order."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
         file.seek(8)
-        file.write(ordered.ljust(length))  # data stay where they are, and blanks are allowed before them
+        file.write(ordered.ljust(length))  # the format allows spaces after the header, so the data keep their offsets
 
 
 def check_savable(model: nn.Module) -> None:
-    """Make sure, before long work, that :func:`save` will take ``model``.
+    """Check before a long computation that :func:`save` can write ``model``.
 
     Raises:
         CheckpointError: a weight is NaN or infinite.
-        TraceError: torch.export cannot follow the model.
-        UnsupportedLayerError: it uses a layer or function that cannot be saved as data; it is named.
+        TraceError: torch.export cannot capture ``model``.
+        UnsupportedLayerError: ``model`` uses a layer or function that cannot be saved; the message names it.
     """
     _as_data(model, "this network")
 
 
 def _as_data(model: nn.Module, name: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """The graph of ``model`` in JSON, and its tensors, from which :func:`load` has rebuilt it once."""
+    """Return the graph of ``model`` in JSON and its tensors, after checking that they rebuild ``model``."""
     graph_module = capture(model)
     graph = graph_to_data(graph_module)
     tensors = {
@@ -251,16 +260,19 @@ def _as_data(model: nn.Module, name: str | Path) -> tuple[str, dict[str, Tensor]
 
 
 def check_model_file(path: str | Path) -> None:
-    """Make sure, before long work, that :func:`load` will know a file of this name for what it is.
+    """Check before a long computation that a model file can be written to ``path``.
+
+    Args:
+        path: the file to write; its name must end in ``.safetensors``, by which :func:`load` recognizes it.
 
     Raises:
-        ExportError: its name does not end in ``.safetensors``, or no file can be written there.
+        ExportError: the name ends in something else, or the folder does not exist or is not writable.
     """
     if as_path(path).suffix.lower() != _SUFFIX:
-        raise ExportError(f"cannot write {path}: the name of a network's file ends in {_SUFFIX}")
+        raise ExportError(f"cannot write {path}: the name of a model file must end in {_SUFFIX}")
     check_folder(path)
 
 
 def _is_used(tensor: str, graph: Mapping[str, Any]) -> bool:
-    """True if a node reads it; layers that none calls may hang on a GraphModule, and are not rebuilt."""
+    """True if a node uses ``tensor``; a GraphModule may also hold layers that no node calls."""
     return tensor in graph["tensors"] or any(tensor.startswith(f"{layer}.") for layer in graph["layers"])

@@ -38,11 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 WRONG = (
-    ("bench student.safetensors", "give one that qface export makes", "bench student.onnx --runs 1"),
-    ("selftest student.safetensors", "give one that qface export makes", "selftest student.onnx"),
+    ("bench student.safetensors", "one that qface export writes", "bench student.onnx --runs 1"),
+    ("selftest student.safetensors", "one that qface export writes", "selftest student.onnx"),
     (
         "thresholds float.safetensors student.onnx --images faces --fpr 0.2 --write student.safetensors",
-        "give one that qface export makes",
+        "one that qface export writes",
         "thresholds float.safetensors student.onnx --images faces --fpr 0.2",
     ),
     ("selftest foreign.onnx", "export it again", "export foreign.onnx --no-card -o ours.onnx"),
@@ -56,7 +56,7 @@ WRONG = (
     ),
     (
         "verify student.onnx student.onnx --images faces",
-        "give the file of the network that it was made of",
+        "give the float model that it was made from",
         "verify student.safetensors student.onnx --images faces",
     ),
     ("evaluate faces --images faces", "is a folder", "evaluate student.onnx --images faces"),

@@ -147,7 +147,7 @@ def test_files_that_are_no_networks(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no file"):
         load_detector(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_text("no network")
-    with pytest.raises(CheckpointError, match="is no complete ONNX file"):
+    with pytest.raises(CheckpointError, match="is not a complete ONNX file"):
         load_detector(tmp_path / "text.onnx")
 
 

@@ -222,7 +222,7 @@ def test_files_without_golden_values_are_refused(copied: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="no file"):
         qface.selftest(tmp_path / "missing.onnx")
     (tmp_path / "text.onnx").write_text("no network")
-    with pytest.raises(CheckpointError, match="no complete ONNX file"):
+    with pytest.raises(CheckpointError, match="not a complete ONNX file"):
         qface.selftest(tmp_path / "text.onnx")
 
 

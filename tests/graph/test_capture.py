@@ -229,7 +229,7 @@ def test_a_network_that_counts_its_images_in_python_is_captured() -> None:
 
 def test_a_network_of_one_number_of_images_is_refused() -> None:
     weight = torch.ones(2, 4)
-    assert "must not fix the number of images" in refusal(Net(lambda x: x * weight), TraceError)
+    assert "must not fix the batch size" in refusal(Net(lambda x: x * weight), TraceError)
 
 
 def test_a_network_that_computes_otherwise_for_many_images_is_refused() -> None:
@@ -251,7 +251,9 @@ def test_a_network_that_changes_its_buffers_is_refused() -> None:
 
 def test_an_operator_that_is_not_known_is_refused_with_module_and_line() -> None:
     message = refusal(nn.Sequential(nn.Identity(), Net(lambda x: torch.linalg.svdvals(x[:, None])[:, 0:1] * x)))
-    assert re.search(r"linalg_svdvals in .1., which qface does not know \(.*test_capture\.py:\d+\)", message)
+    assert re.search(
+        r"linalg_svdvals in .1., which qface does not support; use another operator \(.*test_capture\.py:\d+\)", message
+    )
 
 
 def test_a_network_of_another_size_is_refused() -> None:

@@ -174,7 +174,7 @@ def test_what_lies_beside_the_network_is_left_out_and_said(
     torch.save(as_lightning(tensors_of(mobile)), tmp_path / "c.ckpt")
     load(tmp_path / "c.ckpt")
     (warning,) = (record.getMessage() for record in caplog.records if "other tensors" in record.getMessage())
-    assert "1 other tensors are left out (first: loss.weight)" in warning
+    assert "1 other tensors are skipped (first: loss.weight)" in warning
 
 
 def test_two_networks_in_one_file_are_refused(tmp_path: Path, mobile: MobileFaceNet) -> None:
@@ -452,4 +452,4 @@ def test_tensors_that_no_network_has_are_named(kind: str, tmp_path: Path) -> Non
     tensors["conv.weight"] = ODD_TENSORS[kind](tensors["conv.weight"])
     torch.save(tensors, tmp_path / "odd.pth")
     message = refused(tmp_path / "odd.pth", model=tiny_face_net())
-    assert "float32" in message and "fetch it again" not in message
+    assert "float32" in message and "download it again" not in message

@@ -564,14 +564,14 @@ REFUSED: dict[str, tuple[Callable[[Graph], object], str]] = {
     ),
     "weights that are computed": (
         lambda g: (g.add("Neg"), g.add("Conv", g.last, after="conv0_0")),
-        "computes its input neg1_0 as it runs",
+        "has the input neg1_0 that is computed from the image",
     ),
-    "maps as an embedding": (lambda g: g.add("Relu"), r"returns relu1_0 \[N, 8, 8, 8\], and no embedding"),
-    "one row of all images": (lambda g: g.add("Flatten", axis=0), r"returns flatten1_0 \[1, N\]"),
-    "a part of the batch": (lambda g: g.add("Slice", ints(g, 0), ints(g, 1), ints(g, 0)), "has a part of the batch"),
+    "maps as an embedding": (lambda g: g.add("Relu"), r"the output relu1_0 has the shape \[N, 8, 8, 8\] instead of"),
+    "one row of all images": (lambda g: g.add("Flatten", axis=0), r"the output flatten1_0 has the shape \[1, N\]"),
+    "a part of the batch": (lambda g: g.add("Slice", ints(g, 0), ints(g, 1), ints(g, 0)), "has a slice of the batch"),
     "a constant for each image": (
         lambda g: (g.add("Shape"), g.add("Cast", to=TensorProto.FLOAT), g.add("Sqrt"), g.add("Mul", "conv0_0")),
-        "depends on the number of images",
+        "depends on the batch size",
     ),
     "a huge constant": (
         lambda g: (g.add("ConstantOfShape", after=ints(g, 100000, 100000)), g.add("Add", "conv0_0")),
@@ -591,7 +591,7 @@ REFUSED: dict[str, tuple[Callable[[Graph], object], str]] = {
         ),
         "is a RegexFullMatch, which cannot be computed on constants",
     ),
-    "another shape": (lambda g: g.add("Reshape", ints(g, -1, 7)), "has the shape"),
+    "another shape": (lambda g: g.add("Reshape", ints(g, -1, 7)), "has the invalid shape"),
     "wrap": (lambda g: g.add("Pad", ints(g, 0, 0, 1, 1, 0, 0, 1, 1), mode="wrap"), "the mode wrap"),
     "the resizing of TensorFlow": (
         resized({"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize"}, 2, 2),
@@ -629,13 +629,13 @@ def test_broken_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no file"):
         qface.load(tmp_path / "none.onnx")
     (tmp_path / "half.onnx").write_bytes(b"\x08\x08\x12\xff\xff\xff")
-    with pytest.raises(CheckpointError, match="is no complete ONNX file"):
+    with pytest.raises(CheckpointError, match="is not a complete ONNX file"):
         qface.load(tmp_path / "half.onnx")
     graph = Graph(shape=(1, 3))
     graph.add("Relu")
-    with pytest.raises(CheckpointError, match=r"and no images \[N, 3, height, width\]"):
+    with pytest.raises(CheckpointError, match=r"must have an input \[N, 3, height, width\]"):
         qface.load(graph.save(tmp_path / "rows.onnx"))
-    with pytest.raises(CheckpointError, match="brings its own network"):
+    with pytest.raises(CheckpointError, match="contains its own network"):
         qface.load(tmp_path / "rows.onnx", model=made("mobilefacenet"))
     graph = Graph()
     network(graph)

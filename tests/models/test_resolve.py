@@ -21,7 +21,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_a_name_alone_is_no_trained_network(name: str) -> None:
     for refused in (lambda: resolve_model(name), lambda: as_network(Path(name))):
-        with pytest.raises(CheckpointError, match=f"^{name} is the name of an architecture, without weights: give"):
+        with pytest.raises(CheckpointError, match=f"^{name} is the name of an architecture and has no weights: give"):
             refused()
 
 

@@ -297,7 +297,7 @@ def test_what_would_not_come_back_is_refused(tmp_path: Path) -> None:
     graph.get_submodule("0").return_indices = True
     with pytest.raises(UnsupportedLayerError, match=r"'0'.*MaxPool2d.*return_indices=True"):
         save(graph, tmp_path / "m.safetensors")
-    with pytest.raises(ExportError, match=r"m\.pt.*ends in \.safetensors"):
+    with pytest.raises(ExportError, match=r"m\.pt.*must end in \.safetensors"):
         save(float_tiny(), tmp_path / "m.pt")
     assert list(tmp_path.iterdir()) == []
 
@@ -315,7 +315,7 @@ def test_control_flow_is_refused_with_its_place(tmp_path: Path) -> None:
     message = str(caught.value)
     line = Branching.forward.__code__.co_firstlineno + 1
     assert f"{__file__}:{line} in forward" in message
-    assert "whatever the images hold" in message and "\n" not in message
+    assert "must not branch on values of the images" in message and "\n" not in message
 
 
 def test_nothing_is_written_where_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,8 +488,8 @@ def test_broken_metadata_is_refused(
 @pytest.mark.parametrize(
     ("version", "wanted"),
     [
-        ("3", "by an older qface (format 3, this one reads 4); make it again, a student with qface quantize"),
-        ("5", "by a newer qface (format 5, this one reads 4); update qface"),
+        ("3", "by an older qface (format 3, this version reads 4); create it again, a student with qface quantize"),
+        ("5", "by a newer qface (format 5, this version reads 4); update qface"),
     ],
 )
 def test_files_of_another_format_are_refused_with_what_to_do(

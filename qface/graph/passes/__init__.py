@@ -1,1 +1,1 @@
-"""The steps from captured to canonical layers; each takes a graph, changes it in place and keeps what it computes."""
+"""Passes of ``canonicalize``; each changes a graph in place without changing its outputs."""

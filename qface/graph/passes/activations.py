@@ -1,7 +1,7 @@
-"""Hard sigmoid, hard swish, SiLU and LeakyReLU as clamps, maps, products and PReLU, which all have integer kernels.
+"""Replacement of hard sigmoid, hard swish, SiLU and LeakyReLU by layers that have integer kernels.
 
-A clamp is part of the rounding of the layer before it, so a hard sigmoid after a convolution costs nothing. In
-onnxruntime a SiLU of two integer kernels takes less than half of the time that it takes in float.
+A clamp is part of the quantization of the layer before it, so a hard sigmoid after a convolution is free. In
+onnxruntime a SiLU of two integer kernels takes less than half the time of the float one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["activations_to_products", "leaky_relu_to_prelu", "scales_before_clam
 
 
 def activations_to_products(graph_module: fx.GraphModule) -> None:
-    """Replace each hard sigmoid, hard swish and SiLU."""
+    """Replace hard sigmoid by a clamped affine map, hard swish and SiLU by a product with a gate."""
     for node in list(graph_module.graph.nodes):
         layer = layer_of(node)
         if isinstance(layer, nn.Hardsigmoid):
@@ -35,7 +35,7 @@ def activations_to_products(graph_module: fx.GraphModule) -> None:
 
 
 def leaky_relu_to_prelu(graph_module: fx.GraphModule) -> None:
-    """Replace each LeakyReLU along channels by a PReLU of one slope, which integers of 32 bits multiply."""
+    """Replace LeakyReLU on [N, C] or [N, C, H, W] by PReLU with one slope, which has an int32 kernel."""
     device = next((each.device for each in graph_module.parameters()), None)
     for node in graph_module.graph.nodes:
         layer = layer_of(node)
@@ -44,13 +44,13 @@ def leaky_relu_to_prelu(graph_module: fx.GraphModule) -> None:
 
 
 def _hard_sigmoid(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """``clamp(x / 6 + 1 / 2, 0, 1)`` of what ``node`` reads."""
+    """Insert ``clamp(x / 6 + 1 / 2, 0, 1)`` of the input of ``node``."""
     scaled = insert_layer(graph_module, _number(1 / 6, 1 / 2), (input_of(node),), f"{node.name}_map", node)
     return insert_layer(graph_module, clamp_layer(0.0, 1.0), (scaled,), f"{node.name}_clamp", node)
 
 
 def _number(scale: float, shift: float) -> ChannelAffine:
-    """``scale * x + shift``."""
+    """Return the scalar map ``scale * x + shift``."""
     layer = ChannelAffine(1)
     with torch.no_grad():
         layer.weight.fill_(scale)
@@ -59,9 +59,10 @@ def _number(scale: float, shift: float) -> ChannelAffine:
 
 
 def scales_before_clamps(graph_module: fx.GraphModule) -> None:
-    """Let ``relu6(x + 3) / 6`` be ``clamp(x / 6 + 1 / 2, 0, 1)``: the map can then be folded into what is before it.
+    """Move scalar maps before clamps, where they can be folded into the layer before.
 
-    A factor of a product with a clamp, as in ``x * relu6(x + 3) / 6``, is first one of the clamp.
+    ``relu6(x + 3) / 6`` becomes ``clamp(x / 6 + 1 / 2, 0, 1)``. The factor of a product with a clamp, as in
+    ``x * relu6(x + 3) / 6``, is moved to the clamp first.
     """
     for node in list(graph_module.graph.nodes):
         layer = layer_of(node)
@@ -85,7 +86,10 @@ def _is_positive_number(layer: nn.Module | None) -> bool:
 
 
 def _clamp_in(node: fx.Node, layer: ChannelAffine) -> fx.Node | None:
-    """The clamp that ``node`` is, or that it multiplies by where ``layer`` only scales; None if others read it too."""
+    """Return the clamp before which ``layer`` can move: ``node``, or an input of the product ``node``.
+
+    None if there is none, or if it has other consumers.
+    """
     if len(node.users) > 1:
         return None
     if is_clamp(node):

@@ -1,4 +1,4 @@
-"""BatchNorms, and constant factors and shifts, as a part of the layer before them, or as a layer of their own."""
+"""Folding of BatchNorms and constant scales and shifts into the layer before them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def fold_affine_maps(graph_module: fx.GraphModule) -> None:
-    """Multiply each BatchNorm and :class:`ChannelAffine` into the layer before it, where that takes it.
+    """Fold each BatchNorm and :class:`ChannelAffine` into the layer before it if possible.
 
-    A BatchNorm after anything else becomes a ChannelAffine, and so does a factor that is one number.
+    Other BatchNorms and scalar maps become a ChannelAffine with one value per channel.
     """
     for node in list(graph_module.graph.nodes):
         layer = layer_of(node)
@@ -35,7 +35,7 @@ def fold_affine_maps(graph_module: fx.GraphModule) -> None:
 
 
 def _affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift in float64, of one value or one per channel."""
+    """Return scale and shift in float64, [1] or [channels]."""
     if isinstance(layer, _NORMS):
         return batch_norm_affine(layer)
     affine = cast(ChannelAffine, layer)
@@ -43,7 +43,7 @@ def _affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _maker(node: fx.Node, layer: nn.Module) -> fx.Node:
-    """The node that made the values that ``layer`` scales, before reshapes that keep its channels apart."""
+    """Return the producer of the input of ``node``, before reshapes that keep the scaled channels."""
     producer = input_of(node)
     while isinstance(layer_of(producer), (Reshape, nn.Flatten)) and len(producer.users) == 1:
         source = input_of(producer)
@@ -54,18 +54,18 @@ def _maker(node: fx.Node, layer: nn.Module) -> fx.Node:
 
 
 def _keeps_last(source: fx.Node, reshaped: fx.Node, channels: int) -> bool:
-    """True if ``channels`` is the last dimension before and after a reshape."""
+    """True if ``channels`` is the last dimension after a reshape that does not change the last size."""
     before, after = shape_of(source), shape_of(reshaped)
     return channels == len(after) - 1 and before[-1:] == after[-1:]
 
 
 def _channels_of(node: fx.Node, layer: nn.Module) -> int:
-    """The dimension along which ``layer`` scales."""
+    """Return the dimension along which ``layer`` scales."""
     return int(getattr(layer, "dim", 1)) % len(shape_of(node))
 
 
 def _takes(producer: fx.Node, node: fx.Node, layer: nn.Module) -> bool:
-    """True if the channels that ``layer`` scales are those that the layer of ``producer`` makes."""
+    """True if ``layer`` scales the output channels of the layer of ``producer``."""
     previous = layer_of(producer)
     rank = len(shape_of(producer))
     if isinstance(previous, nn.Conv2d):
@@ -89,7 +89,7 @@ def _is_one_number(layer: nn.Module) -> bool:
 
 
 def _fold(layer: nn.Module | None, scale: Tensor, shift: Tensor) -> None:
-    """Multiply the map into the layer before it, in float64."""
+    """Fold scale and shift into the weight and bias of ``layer``, in float64."""
     assert isinstance(layer, (nn.Conv2d, nn.Linear, ChannelAffine))
     weight = layer.weight.detach().double() * scale.view(-1, *(1,) * (layer.weight.ndim - 1))
     bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift

@@ -1,4 +1,4 @@
-"""Convolutions over whole maps, and linear layers on tokens, as linear layers of rows."""
+"""Conversion of convolutions over complete maps and linear layers on tokens to linear layers on rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["convolutions_to_linear_layers", "tokens_to_rows"]
 
 
 def convolutions_to_linear_layers(graph_module: fx.GraphModule) -> None:
-    """A convolution over a whole map that is flattened after it is a linear layer.
+    """Replace each convolution over a complete map, if a Flatten follows, by a linear layer.
 
-    As the last layer, whose output stays float, only that has an integer kernel.
+    As the last layer of a network, whose output stays float, only a linear layer has an integer kernel.
     """
     for node in list(graph_module.graph.nodes):
         if _covers_its_input(node) and all(makes_rows(user) for user in node.users):
@@ -45,7 +45,7 @@ def _as_linear(layer: nn.Conv2d) -> nn.Linear:
 
 
 def tokens_to_rows(graph_module: fx.GraphModule) -> None:
-    """Let linear layers on [N, ..., features] read rows, since their integer kernel does; in between is a reshape."""
+    """Reshape inputs [N, ..., features] of linear layers to [M, features] for their integer kernel."""
     for node in list(graph_module.graph.nodes):
         layer, shape = layer_of(node), shape_of(node)
         if isinstance(layer, nn.Linear) and len(shape) > 2:

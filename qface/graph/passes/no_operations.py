@@ -1,4 +1,4 @@
-"""Layers that do nothing in eval mode."""
+"""Removal of layers that do nothing in eval mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NO_OPERATION = (nn.Dropout, nn.Dropout2d, nn.Identity)
 
 
 def remove_no_operations(graph_module: fx.GraphModule) -> None:
-    """Take out dropout and identities."""
+    """Remove dropout and identity layers."""
     for node in list(graph_module.graph.nodes):
         if isinstance(layer_of(node), _NO_OPERATION):
             bypass(node, input_of(node))

@@ -1,4 +1,4 @@
-"""L2 normalization that a network writes out in smaller operations: it is recognized and replaced by the one layer."""
+"""Recognition of L2 normalization that consists of smaller operations."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qface.graph.queries import input_of, layer_of, shape_of
 __all__ = ["recognize_normalization"]
 
 _ATEN = torch.ops.aten
-_SMALLEST_NORM = 1e-3  # a lower limit up to it only keeps a division by zero away
-_SMALLEST_ADDITION = 1e-6  # and so does an addition
+_SMALLEST_NORM = 1e-3  # maximum lower clamp of the norm that counts as a guard against division by zero
+_SMALLEST_ADDITION = 1e-6  # the same for an added constant
 
 
 def recognize_normalization(graph_module: fx.GraphModule) -> None:
-    """Replace ``x / norm(x)`` of rows, however the norm is kept from zero."""
+    """Replace ``x / norm(x)`` of rows by L2Normalize, with any guard against division by zero."""
     for node in list(graph_module.graph.nodes):
         value = _normalized(node)
         if value is not None:
@@ -29,7 +29,7 @@ def recognize_normalization(graph_module: fx.GraphModule) -> None:
 
 
 def _normalized(node: fx.Node) -> fx.Node | None:
-    """The rows that ``node`` divides by their norm, or multiplies by ``rsqrt(sum(x * x))``."""
+    """Return the rows that ``node`` normalizes, by a division or ``rsqrt(sum(x * x))``, or None."""
     if _is_function(node, _ATEN.div.Tensor):
         value, norm = node.args[0], _without_guards(node.args[1])
         found = any(matches(norm, value) for matches in (_is_vector_norm, _is_scalar_norm, _is_root_of_sum))
@@ -48,7 +48,7 @@ def _as_rows(value: Any) -> fx.Node | None:
 
 
 def _without_guards(node: Any) -> Any:
-    """The node before expansions, lower limits and small additions."""
+    """Return the producer before expansions, lower clamps and small additions."""
     while isinstance(node, fx.Node) and _is_guard(node):
         node = input_of(node)
     return node
@@ -70,7 +70,7 @@ def _is_function(node: Any, target: Any) -> bool:
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Those given by position, and None for up to four more."""
+    """Return the positional arguments, followed by None for omitted ones."""
     return (*node.args, *(None,) * 4)
 
 
@@ -97,7 +97,7 @@ def _is_root_of_sum(node: Any, value: Any) -> bool:
 
 
 def _is_sum_of_squares(node: fx.Node, value: Any) -> bool:
-    """True if ``node`` is ``sum(x * x)``, or of ``x ** 2``."""
+    """True if ``node`` is ``sum(x * x)`` or ``sum(x ** 2)`` of ``value``."""
     total = _without_guards(node)
     if not _is_function(total, _ATEN.sum.dim_IntList) or not _is_last_of_rows(_arguments(total)[1]):
         return False

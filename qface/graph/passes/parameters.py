@@ -1,4 +1,4 @@
-"""Parameters of which each belongs to one layer."""
+"""Separation of parameters that layers share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["own_parameters"]
 
 
 def own_parameters(graph_module: fx.GraphModule) -> None:
-    """Give each layer parameters of its own, where layers share them: each is folded, equalized and rounded alone."""
+    """Copy parameters that layers share, since each layer is folded, equalized and quantized alone."""
     seen: set[int] = set()
     for layer in graph_module.modules():
         for name, parameter in layer._parameters.items():

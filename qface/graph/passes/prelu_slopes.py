@@ -1,8 +1,7 @@
-"""PReLU made ready for integers: one slope a channel, and none above 1 where the layers around it can make up for that.
+"""Preparation of PReLU for integer kernels: one slope per channel, and slopes <= 1 if possible.
 
-With all slopes at most 1 a PReLU is max(x, a x), two cheap integer operations. A channel with a > 1 comes to the same
-by prelu_a(x) = -prelu_(1/a)(-a x), and a factor for a channel passes into the weights of the layer in front of it and
-of those behind it. The network computes what it computed before.
+With slopes a <= 1 a PReLU is max(x, a x), two cheap integer operations. For a > 1, prelu_a(x) = -prelu_(1/a)(-a x);
+the factors -a and -1 are folded into the weights of the layers before and after it. The outputs do not change.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["fold_steep_prelu_slopes", "one_slope_per_channel", "prepare_prelu_sl
 
 
 def prepare_prelu_slopes(graph_module: fx.GraphModule) -> None:
-    """Give every PReLU one slope per channel, and none above 1 where its neighbors allow it."""
+    """Give every PReLU one slope per channel, <= 1 if its neighbors can absorb the factors."""
     for node in graph_module.graph.nodes:
         layer = layer_of(node)
         if isinstance(layer, nn.PReLU):
@@ -29,18 +28,18 @@ def prepare_prelu_slopes(graph_module: fx.GraphModule) -> None:
 
 
 def one_slope_per_channel(layer: nn.PReLU, channels: int) -> None:
-    """Give ``layer``, in place, a slope for each of ``channels``."""
+    """Repeat the only slope of ``layer`` for ``channels`` channels, in place."""
     if layer.num_parameters == 1:
         layer.num_parameters = channels
         layer.weight = nn.Parameter(layer.weight.detach().repeat(channels))
 
 
 def fold_steep_prelu_slopes(node: fx.Node, rank: int) -> None:
-    """Bring the slopes of the PReLU that ``node`` calls to at most 1, in place, where its neighbors allow it.
+    """Make the slopes of a PReLU <= 1 in place, if the layers before and after it can absorb the factors.
 
     Args:
-        node: one of a network whose layers may be changed.
-        rank: number of dimensions of what it makes.
+        node: the node that calls the PReLU.
+        rank: number of dimensions of its output.
     """
     layer = cast(nn.PReLU, layer_of(node))
     producer = cast(fx.Node, node.args[0])
@@ -57,5 +56,5 @@ def fold_steep_prelu_slopes(node: fx.Node, rank: int) -> None:
 
 
 def _takes_factors(layer: nn.Module | None, rank: int) -> bool:
-    """A linear layer does so on rows only; of a map it multiplies the pixels of a line."""
+    """True if ``layer`` can absorb factors per channel; a linear layer can only on [N, features]."""
     return isinstance(layer, Scalable) and (rank == 2 or not isinstance(layer, nn.Linear))

@@ -1,8 +1,8 @@
-"""Reading a float ONNX graph back as a torch network, since many face networks are published as ``.onnx`` only.
+"""Import of float ONNX files (opset 7 to 23, fp32 or fp16) as torch networks.
 
-``onnx_file`` reads, ``image_input`` tells what the graph takes, and ``importer`` walks over it with the rules in
-``operators`` and ``spatial_operators``, which make the layers that :mod:`qface.graph.aten` makes. Opsets 7 to 23, in
-fp32 or fp16. The result is checked: torch and onnxruntime must agree on it.
+``onnx_file`` reads the file, ``image_input`` detects the input format, and ``importer`` converts the nodes with the
+rules in ``operators`` and ``spatial_operators``, to the same layers as :mod:`qface.graph.aten`. Finally the network's
+embeddings are compared with onnxruntime's.
 """
 
 from qface.models.onnx_import.image_input import ImageInput, described_input, find_image_input

@@ -1,4 +1,4 @@
-"""Results of operators on constants alone: by ONNX's reference, for a list of operators and up to a size."""
+"""Constant folding with ONNX's reference evaluator, for a list of operators and up to a size limit."""
 
 from __future__ import annotations
 
@@ -22,37 +22,42 @@ COMPUTED = frozenset(
     "ReduceSumSquare Relu Reshape Round ScatterND Shape Sigmoid Sign Sin Size Slice Split Sqrt Squeeze Sub Sum Tanh "
     "Tile Transpose Trilu Unsqueeze Where".split()
 )
-"""Operators that may be computed while a file is read; none of them runs a body of its own."""
+"""Operators that may be folded; none of them has a subgraph."""
 
 
 class ConstantFolder:
-    """Computes nodes whose inputs are constants.
+    """Compute nodes whose inputs are all constants.
 
     Args:
-        file: for opsets and messages.
+        file: the file, for its opset and for messages.
     """
 
     def __init__(self, file: OnnxFile) -> None:
         self._file = file
         size = sum(each.nbytes for each in file.constants.values())
-        # Half precision that is cast doubles, and what is transposed or reshaped then is a copy.
+        # A cast from fp16 doubles the size, and a Transpose or Reshape after it copies that.
         self._made = Allowance(f"{file.path}, in its constants,", 4 * size)
         self._multiplications = 0.0
 
     def compute(self, node: Node, inputs: dict[str, Array]) -> list[Array]:
-        """The outputs of ``node`` for ``inputs`` by name, with all floats as float32; see :meth:`evaluate`."""
+        """Compute the outputs of ``node`` like :meth:`evaluate`, and convert floats to float32."""
         return [_in_float32(each) for each in self.evaluate(node, inputs)]
 
     def evaluate(self, node: Node, inputs: dict[str, Array]) -> list[Array]:
-        """The outputs of ``node`` for ``inputs`` by name.
+        """Compute the outputs of ``node``.
+
+        Args:
+            node: a node.
+            inputs: the values of its inputs by name.
 
         Raises:
-            LimitError: it makes too much.
-            UnsupportedLayerError: its operator is not on the list, or it cannot be computed.
+            LimitError: the outputs or the number of multiplications are too large.
+            UnsupportedLayerError: the operator is not in :data:`COMPUTED`, or the reference evaluator fails.
         """
         if node.op not in COMPUTED:
             raise UnsupportedLayerError(
-                f"{self._file.path}: node {node.name} is a {node.op}, which cannot be computed on constants"
+                f"{self._file.path}: node {node.name} is a {node.op}, which cannot be computed on constants; "
+                "export the network again with constant folding"
             )
         self._made.spend(_bytes_made(node, inputs))
         self._multiplications += _multiplications(node, inputs)
@@ -72,9 +77,10 @@ class ConstantFolder:
         model = helper.make_model(graph, opset_imports=self._file.model.opset_import)
         try:
             return [np.asarray(each) for each in ReferenceEvaluator(model).run(names, inputs)]
-        except Exception as error:  # of whatever kind the node's own implementation raises
+        except Exception as error:  # the operator's implementation may raise anything
             raise UnsupportedLayerError(
-                f"{self._file.path}: the constant {node.name} ({node.op}) cannot be computed: {one_line(error, 200)}"
+                f"{self._file.path}: the constant {node.name} ({node.op}) cannot be computed: {one_line(error, 200)}; "
+                "export the network again with constant folding"
             ) from error
 
 
@@ -83,18 +89,18 @@ def _in_float32(value: Array) -> Array:
 
 
 def _bytes_made(node: Node, inputs: dict[str, Array]) -> float:
-    """Upper bound of what ``node`` makes, in bytes of eight an element."""
+    """Return an upper bound of the size of the outputs in bytes, at 8 bytes per element."""
     given = [inputs[name] for name in node.inputs if name]
     estimate = _ELEMENTS.get(node.op)
     try:
         elements = _broadcast(node, given) if estimate is None else estimate(node, given)
-    except (ValueError, IndexError, ArithmeticError):  # inputs that do not fit, which the reference complains of
+    except (ValueError, IndexError, ArithmeticError):  # invalid inputs, which the reference evaluator reports
         elements = 0.0
     return 8 * max(elements, float(sum(each.size for each in given)))
 
 
 def _multiplications(node: Node, inputs: dict[str, Array]) -> float:
-    """Upper bound of the products that a matrix product sums up; zero of another operator."""
+    """Return an upper bound of the multiplications of a matrix product; 0 for other operators."""
     if node.op not in ("Gemm", "MatMul"):
         return 0.0
     left, right = (inputs[name] for name in node.inputs[:2])
@@ -156,4 +162,4 @@ _ELEMENTS: dict[str, Callable[[Node, list[Array]], float]] = {
     "Range": _counted,
     "Tile": _tiled,
 }
-"""Upper bounds of the elements an operator makes, where that is not the shape of its broadcast inputs."""
+"""Upper bounds of the number of output elements; for other operators it is that of the broadcast inputs."""

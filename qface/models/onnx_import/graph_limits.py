@@ -1,4 +1,4 @@
-"""Checks of an ONNX graph before anything computes it, since a runtime computes whatever stands in the file."""
+"""Resource checks of an ONNX graph before it runs, since runtimes have no limits of their own."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from qface.limits import Allowance, check
 __all__ = ["all_nodes", "check_external_data", "check_functions", "check_graph"]
 
 _ENDLESS = frozenset({"Loop", "Scan", "SequenceMap"})
-"""Operators that may run without an end."""
-_FEW = 1024  # elements of a constant that may be a shape
-_LONGEST_LIST = 2**16  # values
-_OPEN = 112  # side of an image that the file leaves open
+"""Operators that may run forever."""
+_FEW = 1024  # maximum elements of a constant that can be a shape
+_LONGEST_LIST = 2**16  # elements
+_OPEN = 112  # assumed height and width if the file has dynamic ones
 
 
 def check_graph(model: onnx.ModelProto, path: str | Path) -> None:
-    """Refuse a graph that asks for more operators, rounds or memory than is allowed.
+    """Check a graph's operators, image size, multiplications and memory against the limits.
 
-    Sizes are those that ONNX's shape inference finds for one image; it finds none that depend on pixels.
+    Sizes come from ONNX's shape inference for one image; sizes that depend on pixel values are not checked.
 
     Raises:
-        LimitError: the graph exceeds a limit, or runs a loop.
+        LimitError: the graph exceeds a limit of :mod:`qface.limits` or contains a loop.
     """
     check_functions(model, path)
     check("operators", sum(1 for _ in all_nodes(model.graph.node)), f"{path}")
@@ -37,8 +37,8 @@ def check_graph(model: onnx.ModelProto, path: str | Path) -> None:
         loop = next((node for node in all_nodes(body) if node.op_type in _ENDLESS), None)
         if loop is not None:
             raise LimitError(
-                f"{path}: {loop.op_type} {loop.name or loop.output[:1]} repeats other operators, as no face network "
-                "needs to; export it without loops"
+                f"{path}: {loop.op_type} {loop.name or loop.output[:1]} is a loop, which is not supported; "
+                "export the network without loops"
             )
     for image in _images(model.graph):
         sides = _sides(image)
@@ -48,7 +48,7 @@ def check_graph(model: onnx.ModelProto, path: str | Path) -> None:
 
 
 def all_nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """``nodes`` with those in the bodies of branches and loops."""
+    """Yield ``nodes`` and all nodes in their subgraphs."""
     for node in nodes:
         yield node
         for attribute in node.attribute:
@@ -57,11 +57,11 @@ def all_nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def check_functions(model: onnx.ModelProto, path: str | Path) -> None:
-    """Refuse functions that become too many operators where they are called, since each may call others twice.
+    """Check the number of operators after inlining of functions, which can grow exponentially.
 
     Raises:
         CheckpointError: a function calls itself.
-        LimitError: they become too many.
+        LimitError: there are too many operators.
     """
     bodies = {(function.domain, function.name): function.node for function in model.functions}
     sizes: dict[tuple[str, str], int] = {}
@@ -70,7 +70,7 @@ def check_functions(model: onnx.ModelProto, path: str | Path) -> None:
         if key not in bodies:
             return 1
         if key in callers:
-            raise CheckpointError(f"{path}: the function {key[1]} calls itself; fetch the file again")
+            raise CheckpointError(f"{path} is damaged: the function {key[1]} calls itself; export it again")
         check("depth", len(callers), f"{path}, in its functions,")
         if key not in sizes:
             calls = [(node.domain, node.op_type) for node in all_nodes(bodies[key])]
@@ -82,10 +82,10 @@ def check_functions(model: onnx.ModelProto, path: str | Path) -> None:
 
 
 def check_external_data(model: onnx.ModelProto, path: Path) -> None:
-    """Refuse constants that name more bytes in other files than these hold.
+    """Check that constants reference no more bytes of external files than these have.
 
     Raises:
-        LimitError: the files are named again and again.
+        LimitError: the same bytes are referenced again and again.
     """
     tensors = [each for each in model.graph.initializer if uses_external_data(each)]
     infos = [ExternalDataInfo(each) for each in tensors]
@@ -105,7 +105,7 @@ def _images(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 
 
 def _sides(value: onnx.ValueInfoProto) -> list[int]:
-    """The sizes of an input, with one image and the usual side where they are open."""
+    """Return the shape of an input; dynamic sizes become one image of 112x112."""
     dims = value.type.tensor_type.shape.dim
     return [each.dim_value or (_OPEN if number > 1 else 1) for number, each in enumerate(dims)]
 
@@ -113,7 +113,7 @@ def _sides(value: onnx.ValueInfoProto) -> list[int]:
 def _check_sizes(model: onnx.ModelProto, path: str | Path) -> None:
     try:
         inferred = onnx.shape_inference.infer_shapes(_light(model), data_prop=_is_propagable(model.graph))
-    except Exception:  # a graph that does not fit together, of which the runtime or the importer tells more
+    except Exception:  # an inconsistent graph, for which the runtime or the importer has a better error
         return
     count = max((_sides(image)[0] for image in _images(model.graph) if _sides(image)), default=1)
     constant = _constants(model.graph)
@@ -126,7 +126,7 @@ def _check_sizes(model: onnx.ModelProto, path: str | Path) -> None:
 
 
 def _constants(graph: onnx.GraphProto) -> set[str]:
-    """Names of the values that do not depend on the images."""
+    """Return the names of tensors that do not depend on the images."""
     names = {"", *(each.name for each in graph.initializer)}
     for node in graph.node:
         if names.issuperset(node.input):
@@ -135,7 +135,7 @@ def _constants(graph: onnx.GraphProto) -> set[str]:
 
 
 def _is_propagable(graph: onnx.GraphProto) -> bool:
-    """False where concatenation makes long lists of sizes, each of which shape inference would keep."""
+    """False if Concat nodes build long shape tensors, all of which shape inference would keep in memory."""
     lengths = {each.name: math.prod(each.dims) for each in graph.initializer}
     for node in graph.node:
         inputs = [lengths.get(name, _FEW) for name in node.input]
@@ -147,7 +147,7 @@ def _is_propagable(graph: onnx.GraphProto) -> bool:
 
 
 def _check_products(graph: onnx.GraphProto, constant: set[str], shapes: dict[str, list[int]], path: str | Path) -> None:
-    """Count what a runtime multiplies of constants alone, for which it takes seconds where they are integers."""
+    """Check the multiplications of constant matrix products; integer ones take a runtime seconds."""
     shapes = shapes | {each.name: list(each.dims) for each in graph.initializer}
     total = 0.0
     for node in graph.node:
@@ -158,7 +158,7 @@ def _check_products(graph: onnx.GraphProto, constant: set[str], shapes: dict[str
 
 
 def _light(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with small constants only; the others become inputs of their shape, so that little is copied."""
+    """Copy the graph without large constants, which become inputs of the same shape, to save memory."""
     graph = onnx.GraphProto(name="graph", node=model.graph.node, input=model.graph.input, output=model.graph.output)
     for image in _images(model.graph):
         found = next(each for each in graph.input if each.name == image.name)

@@ -1,8 +1,8 @@
-"""The images that an ONNX graph takes: found once, for everyone who runs such a file or imports it.
+"""Detection of an ONNX graph's input format, for importing and for running the file.
 
-Many files normalize inside: their first operators subtract a mean, divide, swap the colors or move the channels. This
-prefix is run once on random pixels; where it turns out to be one factor and shift per channel, it tells whether the
-file takes bytes or images of 0..1. However it is written makes no difference.
+Many graphs normalize their input: the first operators subtract a mean, divide, swap colors or move channels. This
+prefix is run once on random pixels. If it computes one scale and shift per channel, these tell whether the graph
+takes images of 0..255 or 0..1. The choice of operators does not matter.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _PREFIX = frozenset(
     "Add BatchNormalization Cast Concat Div Dropout Gather Identity Mul Neg Slice Split Squeeze Sub Transpose "
     "Unsqueeze".split()
 )
-"""Operators that normalize images, swap colors and move channels."""
-_LONGEST_PREFIX = 32  # operators; each prefix is computed from its start, and the longest known has 12
+"""Operators that may normalize images, swap colors or move channels."""
+_LONGEST_PREFIX = 32  # operators; bounds the time, since each prefix runs from the start; the longest known has 12
 
 _BYTES = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, source="graph")
 _UNIT = Preprocessing(mean=(0.0,) * 3, std=(255.0,) * 3, source="graph")
@@ -57,17 +57,19 @@ _DEFAULT = Preprocessing(source="default")
 
 @dataclass(frozen=True)
 class ImageInput:
-    """The images that a graph takes, and the normalization before the network proper.
+    """Input format of a graph, and the normalization that the graph itself computes.
+
+    The graph consists of a prefix, which computes ``(x - mean) / std`` of its input, and the network after it.
 
     Attributes:
-        dtype: of the input.
-        channels_last: True if the input is [N, height, width, 3].
-        mean: per channel in the network's order: the graph computes ``(x - mean) / std`` of its input.
-        std: likewise; 0 and 1 where it normalizes nothing.
-        swaps_colors: True if it reverses the channels first.
-        start: name of the value where the network proper begins.
-        starts_channels_last: True if that is [N, height, width, 3].
-        preprocessing: what the network proper reads.
+        dtype: element type of the input.
+        channels_last: True if the input is [N, H, W, 3], False if it is [N, 3, H, W].
+        mean: mean that the prefix subtracts, per channel in the network's order; 0 if it does not normalize.
+        std: standard deviation that the prefix divides by, in the same order; 1 if it does not normalize.
+        swaps_colors: True if the prefix reverses the channels before it normalizes.
+        start: name of the tensor after the prefix, the input of the network.
+        starts_channels_last: True if ``start`` is [N, H, W, 3].
+        preprocessing: the Preprocessing of the network after the prefix.
     """
 
     dtype: torch.dtype
@@ -80,7 +82,7 @@ class ImageInput:
     preprocessing: Preprocessing
 
     def to_graph(self, images: Tensor) -> Tensor:
-        """The input of the graph for ``images``, float [N, 3, height, width] as the network proper reads them."""
+        """Convert float images [N, 3, H, W], normalized by ``preprocessing``, to inputs of the graph."""
         if (self.mean, self.std) != (_ZEROS, _ONES):
             mean, std = (torch.tensor(each, dtype=images.dtype).view(1, 3, 1, 1) for each in (self.mean, self.std))
             images = images * std + mean
@@ -96,21 +98,30 @@ _ONES: Three = (1.0, 1.0, 1.0)
 
 
 def described_input(written: Preprocessing, dtype: torch.dtype) -> ImageInput:
-    """The input of a file of ours, which needs no look at its graph: normalized floats, or RGB bytes."""
+    """Return the input format of a file that qface exported, without inspecting its graph.
+
+    Args:
+        written: the Preprocessing in the file's metadata.
+        dtype: element type of the input: uint8 for RGB images, a float type for normalized images.
+    """
     if dtype != torch.uint8:
         return ImageInput(dtype, False, _ZEROS, _ONES, False, "", False, written)
     return ImageInput(dtype, False, written.mean, written.std, written.color == "BGR", "", False, written)
 
 
 def find_image_input(file: OnnxFile, override: PreprocessingOverride | None = None) -> ImageInput:
-    """The images that ``file`` takes: as the user says, as its metadata say, as the graph shows, or else the default.
+    """Detect the input format of a file.
+
+    The Preprocessing is taken from ``override``, the file's metadata, the normalization in the graph, or the default,
+    in this order.
 
     Args:
-        file: with floats as float32.
-        override: what goes into the graph, or some fields of that.
+        file: the file, converted to float32.
+        override: the Preprocessing of the graph's input, or some of its fields.
 
     Raises:
-        CheckpointError: the input is no batch of color images, or images of another size than it gives.
+        CheckpointError: the input is not a batch of color images, or its size differs from the Preprocessing's.
+        ConfigError: ``override`` has an unknown field or a value out of range.
     """
     dtype, channels_last, size = _declared(file)
     found = _Prefix(file, channels_last, size, dtype).find()
@@ -129,14 +140,15 @@ def find_image_input(file: OnnxFile, override: PreprocessingOverride | None = No
 
 
 def _declared(file: OnnxFile) -> tuple[torch.dtype, bool, tuple[int, int]]:
-    """Type, layout and size of the input; the size of a crop where the file leaves it open."""
+    """Return dtype, layout and image size of the input; 112 for dynamic sizes."""
     tensor = file.image.type.tensor_type
     sizes = [each.dim_value for each in tensor.shape.dim]
     original = _DTYPES.get(file.image_type)
     if len(sizes) != 4 or original is None or (sizes[1] not in (0, 3) and sizes[3] != 3):
         kind = TensorProto.DataType.Name(file.image_type).lower()
         raise CheckpointError(
-            f"{file.path} reads {kind} {sizes}, and no images [N, 3, height, width] of float or uint8"
+            f"{file.path} must have an input [N, 3, height, width] or [N, height, width, 3] of float or uint8, "
+            f"got {kind} {sizes} (0 is dynamic); export the recognition network alone"
         )
     channels_last = sizes[3] == 3 and sizes[1] != 3
     height, width = sizes[1:3] if channels_last else sizes[2:]
@@ -148,13 +160,13 @@ def _check_size(file: OnnxFile, given: Preprocessing) -> None:
     declared = sizes[1:3] if sizes[3] == 3 and sizes[1] != 3 else sizes[2:]
     if any(wanted not in (0, side) for wanted, side in zip(declared, given.size, strict=True)):
         raise CheckpointError(
-            f"{file.path} reads images of {declared[0]}x{declared[1]}, but its preprocessing gives "
-            f"{given.size[0]}x{given.size[1]}: correct the size"
+            f"{file.path} has an input of {declared[0]}x{declared[1]}, but the preprocessing resizes to "
+            f"{given.size[0]}x{given.size[1]}; set the size of the preprocessing to that of the input"
         )
 
 
 def _composed(given: Preprocessing, inside: ImageInput) -> Preprocessing:
-    """The Preprocessing of the network proper where the graph is given images as ``given`` says."""
+    """Combine the Preprocessing of the graph's input with the prefix to that of the network after it."""
     if (inside.mean, inside.std, inside.swaps_colors) == (_ZEROS, _ONES, False):
         return given
     order = _BGR if inside.swaps_colors else _RGB
@@ -166,7 +178,7 @@ def _composed(given: Preprocessing, inside: ImageInput) -> Preprocessing:
 
 
 def _of_described_bytes(found: _Found, written: Preprocessing, file: OnnxFile) -> ImageInput:
-    """RGB bytes, of which the metadata say how the graph normalizes them, as in files of ours."""
+    """Return the format of a uint8 input whose normalization is in the metadata, as qface exports it."""
     _check_size(file, written)
     swaps = written.color == "BGR"
     return replace(found.input, mean=written.mean, std=written.std, swaps_colors=swaps, preprocessing=written)
@@ -178,7 +190,7 @@ def _three(values: Sequence[float]) -> Three:
 
 
 def _snapped(value: float) -> float:
-    """``value``, or a number of few digits that it is within the rounding of float32."""
+    """Return the shortest decimal number that equals ``value`` up to float32 rounding, else ``value``."""
     for digits in range(7):
         rounded = round(value, digits)
         if abs(rounded - value) <= 4e-7 * max(abs(value), 1e-2):
@@ -191,7 +203,7 @@ def _snapped(value: float) -> float:
 
 @dataclass(frozen=True)
 class _Found:
-    """The map that a prefix of the graph computes, and the images that it shows to be its input."""
+    """The input format that a prefix implies, and the Preprocessing of the graph's input."""
 
     input: ImageInput
     range: Preprocessing
@@ -199,7 +211,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Map:
-    """``(x - mean) / std`` of channels in their order or reversed; by channel of the result."""
+    """The map ``(x - mean) / std`` per output channel, with or without reversed channels."""
 
     mean: Three
     std: Three
@@ -212,13 +224,13 @@ class _Map:
 
 
 class _Prefix:
-    """The operators at the start of a graph.
+    """The operators at the start of a graph that may normalize its input.
 
     Args:
-        file: with floats as float32.
-        channels_last: layout of its input.
-        size: height and width.
-        dtype: of the input as the file has it.
+        file: the file, converted to float32.
+        channels_last: True if the input is [N, H, W, 3].
+        size: height and width of the input.
+        dtype: element type of the input in the file.
     """
 
     def __init__(self, file: OnnxFile, channels_last: bool, size: tuple[int, int], dtype: torch.dtype) -> None:
@@ -228,9 +240,9 @@ class _Prefix:
         self._dtype = dtype
 
     def find(self) -> _Found:
-        """The effect of the longest prefix that normalizes, else of the longest that swaps or moves channels.
+        """Return the longest prefix that normalizes, or else the longest that only swaps or moves channels.
 
-        A BatchNorm after a normalization is the network's own.
+        Prefixes without a BatchNorm have priority, since a BatchNorm after a normalization belongs to the network.
         """
         cuts = list(self._cuts())
         first_norm = next((n for n, (nodes, _) in enumerate(cuts) if nodes[-1].op == "BatchNormalization"), len(cuts))
@@ -262,7 +274,7 @@ class _Prefix:
         return _Found(graph_input, shown)
 
     def _range_of(self, found: _Map) -> Preprocessing | None:
-        """The images that a normalization is for: those that it brings to around zero, or to 0..1."""
+        """Return the Preprocessing of the range, 0..255 or 0..1, that the map brings to about -1..1."""
         if self._dtype == torch.uint8:
             return _BYTES
         is_scale_alone = found.mean == _ZEROS
@@ -278,7 +290,7 @@ class _Prefix:
         return shown if misfit < _GREATEST_MISFIT else None
 
     def _cuts(self) -> Iterator[tuple[list[Node], str]]:
-        """Nodes up to a value that everything after them reads the image through, and its name."""
+        """Yield each prefix after which all nodes depend on the image through one tensor, and its name."""
         constant = self._constant_names()
         readers = [node for node in self._file.nodes if not constant.issuperset(node.outputs)]
         image_nodes = [node for node in readers if node.op not in ("Shape", "Size")]
@@ -301,11 +313,10 @@ class _Prefix:
         return names
 
     def _map(self, nodes: Sequence[Node], value: str) -> _Map | None:
-        """The factor and shift per channel by which ``nodes`` change pixels, None where they do something else."""
+        """Return the scale and shift per channel that ``nodes`` compute; None if they compute something else."""
         pixels = np.random.default_rng(0).integers(0, 256, (2, 3, *self._size)).astype(np.float64)
-        probes = (
-            [pixels] if self._dtype == torch.uint8 else [pixels, -pixels, pixels / 255]
-        )  # limits show on the others
+        # Negative and small inputs reveal clamps.
+        probes = [pixels] if self._dtype == torch.uint8 else [pixels, -pixels, pixels / 255]
         made = [self._run(nodes, value, probe) for probe in probes]
         fits = [_fit(probe, result) for probe, result in zip(probes, made, strict=True) if result is not None]
         if len(fits) < len(probes) or fits[0] is None:
@@ -316,19 +327,19 @@ class _Prefix:
     def _run(self, nodes: Sequence[Node], value: str, pixels: Array) -> Array | None:
         given = np.moveaxis(pixels, 1, 3) if self._channels_last else pixels
         given = given.astype(np.uint8) if self._dtype == torch.uint8 else given
-        folder = ConstantFolder(self._file)  # which limits what a file can make it compute
+        folder = ConstantFolder(self._file)  # limits memory and time
         try:
             values = {**self._constants_of(nodes), self._file.image.name: given}
             for proto in [each for node in nodes for each in _in_float64(node, values)]:
                 node = Node.of(proto)
                 made = folder.evaluate(node, {name: values[name] for name in node.inputs if name})
                 values.update(zip((name for name in node.outputs if name), made, strict=True))
-        except Exception:  # of whatever kind; then it is no normalization, and whoever imports the node complains
+        except Exception:  # then it is not a normalization, and the importer reports the node
             return None
         return values[value]
 
     def _constants_of(self, nodes: Sequence[Node]) -> dict[str, Array]:
-        """The constants that ``nodes`` read, in float64."""
+        """Return the constant inputs of ``nodes``, with float32 converted to float64."""
         constant, folder = self._constant_names(), ConstantFolder(self._file)
         wanted = {name for node in nodes for name in node.inputs if name in constant and name}
         makers = [node for node in self._file.nodes if constant.issuperset(node.outputs)]
@@ -344,9 +355,10 @@ class _Prefix:
 
 
 def _in_float64(node: Node, constants: dict[str, Array]) -> list[onnx.NodeProto]:
-    """``node`` without what would round; a BatchNorm as a product and a sum, whose constants are added.
+    """Return nodes that compute ``node`` without rounding to float32.
 
-    The reference of opsets before 14 takes a BatchNorm for one that is being trained.
+    A BatchNorm becomes Mul and Add, whose constants are added to ``constants``: the reference evaluator runs the
+    BatchNorm of opsets before 14 in training mode.
     """
     if node.op == "Cast" and node.get("to") == TensorProto.FLOAT:
         return [helper.make_node("Cast", list(node.inputs), list(node.outputs), to=TensorProto.DOUBLE)]
@@ -364,11 +376,11 @@ def _in_float64(node: Node, constants: dict[str, Array]) -> list[onnx.NodeProto]
     ]
 
 
-_GREATEST_MISFIT = 6.5  # a mean alone makes 4.9 of bytes, a factor of 255 alone 5.9 of images of 0..1
+_GREATEST_MISFIT = 6.5  # subtracting only a mean from 0..255 gives 4.9, multiplying 0..1 by 255 gives 5.9
 
 
 def _misfit(low: float, high: float, mean: float, std: float) -> float:
-    """The distance from -1..1 of normalized pixels of ``low`` .. ``high``: off center, and too wide or narrow."""
+    """Return the distance of normalized pixels ``low``..``high`` from -1..1, in center and log range."""
     if std <= 0:
         return math.inf
     first, last = (low - mean) / std, (high - mean) / std
@@ -378,7 +390,7 @@ def _misfit(low: float, high: float, mean: float, std: float) -> float:
 
 
 def _fit(pixels: Array, made: Array) -> _Map | None:
-    """The factor and shift of each channel, from ``pixels`` [N, 3, H, W] to ``made``, of either layout."""
+    """Fit scale and shift per channel from ``pixels`` [N, 3, H, W] to ``made``, of either layout."""
     for channels_last, order in itertools.product((False, True), (_RGB, _BGR)):
         images = np.moveaxis(made, 3, 1) if channels_last and made.ndim == 4 else made
         if images.shape != pixels.shape or (channels_last and made.shape[1] == 3):
@@ -391,7 +403,7 @@ def _fit(pixels: Array, made: Array) -> _Map | None:
 
 
 def _line(x: Array, y: Array) -> tuple[float, float] | None:
-    """Mean and std of ``y = (x - mean) / std``; None where the two are not on a line that rises."""
+    """Fit mean and std of ``y = (x - mean) / std``; None if ``y`` is not such a function with std > 0."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     x_mean, y_mean = x.mean(), y.mean()
     slope = ((x - x_mean) * (y - y_mean)).sum() / ((x - x_mean) ** 2).sum()

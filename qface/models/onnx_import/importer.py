@@ -1,4 +1,4 @@
-"""The walk over an ONNX graph: constants are computed, and each other node becomes layers by its operator's rule."""
+"""Convert an ONNX graph: fold constants, and turn other nodes into layers by the rule of their operator."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from qface.network_output import is_embedding
 __all__ = ["Importer", "Rule"]
 
 _BATCH, _OTHER_BATCH = 100003, 100019
-"""The number of images while shapes are worked out: a prime, so that what counts images is a multiple of it.
+"""Batch sizes for shape inference: primes, so that exactly the sizes that depend on the batch are multiples of them.
 
-With the other one a constant is computed again, to tell what else depends on the number of images.
+Constants are computed with both to detect other dependencies on the batch size.
 """
 
 _SIZES = frozenset("ConstantOfShape Expand Range Reshape Resize Slice Split Tile Upsample".split())
-"""Operators that read sizes, which may count the images."""
+"""Operators with shape or index inputs, which may depend on the batch size."""
 
 
 class Importer(LayerGraph):
-    """One graph on its way to layers.
+    """Builder of a layer graph from one ONNX graph.
 
     Args:
-        file: what to import.
-        image: what its input takes, and where the network proper starts.
-        rules: what becomes of each operator.
+        file: the ONNX graph.
+        image: its input format, and the tensor at which the network starts.
+        rules: conversion rules by operator.
     """
 
     def __init__(self, file: OnnxFile, image: ImageInput, rules: Mapping[str, Rule]) -> None:
@@ -62,10 +62,16 @@ class Importer(LayerGraph):
         self._readers = Counter(name for node in file.nodes for name in node.inputs)
         self._node: Node | None = None
 
-    # ---- the walk
+    # ---- conversion of nodes
 
     def network(self) -> fx.GraphModule:
-        """The network from images [N, 3, height, width] to embeddings [N, D]."""
+        """Convert the graph to a network from images [N, 3, H, W] to embeddings [N, D].
+
+        Raises:
+            CheckpointError: the graph is damaged.
+            LimitError: a tensor is too large.
+            UnsupportedLayerError: a node cannot be imported; the message names it.
+        """
         self.file.check_importable()
         with telling_damage(self.file.path, self._where):
             self._start()
@@ -73,7 +79,9 @@ class Importer(LayerGraph):
                 self._convert(node)
         output = self.file.output
         if output not in self._values:
-            raise CheckpointError(f"{self.file.path}: nothing makes its output {output} of the image; fetch it again")
+            raise CheckpointError(
+                f"{self.file.path}: the output {output} is not computed from the image; export it again"
+            )
         shape, embedding = self.shape(output), self._values[output]
         self._check_embedding(shape)
         if len(shape) > 2:
@@ -97,7 +105,8 @@ class Importer(LayerGraph):
         if not (len(shape) == 2 or is_embedding(shape)) or shape[0] != _BATCH:
             written = ", ".join("N" if size % _BATCH == 0 else str(size) for size in shape)
             raise UnsupportedLayerError(
-                f"{self.file.path} returns {self.file.output} [{written}], and no embedding [N, D] of each image"
+                f"{self.file.path}: the output {self.file.output} has the shape [{written}] instead of [N, D]; export "
+                "the network with the embedding as its output"
             )
 
     def _convert(self, node: Node) -> None:
@@ -109,16 +118,16 @@ class Importer(LayerGraph):
         elif node.op not in self._rules:
             raise UnsupportedLayerError(
                 f"{self.file.path}: node {node.name} is a {node.op}, which cannot be imported; "
-                f"known are {', '.join(sorted(self._rules))}"
+                f"supported are {', '.join(sorted(self._rules))}"
             )
         else:
             made = self._rules[node.op](self, node)
             if made is None:
-                raise self.file.refusal(node, "settings without a counterpart")
+                raise self.file.refusal(node, "unsupported attributes")
             results = made if isinstance(made, list) else [made]
             self._values.update(zip((name for name in node.outputs), results, strict=False))
 
-    # ---- constants, and sizes
+    # ---- constants and shapes
 
     def _read_shape(self, node: Node) -> None:
         shape = np.array(self.shape(node.inputs[0]), np.int64)
@@ -145,22 +154,22 @@ class Importer(LayerGraph):
                 self._batched.add(name)
 
     def _check_counts(self, node: Node, given: dict[str, Array], results: list[Array]) -> None:
-        """Refuse a node whose results neither stay nor grow with the number of images."""
+        """Reject a node whose results are neither constant in the batch size nor proportional to it."""
         others = self._folder.compute(node, {name: self._for_other_batch(name) for name in given})
         for one, other in zip(results, others, strict=True):
             if one.shape != other.shape or not bool(((one == other) | (_in_other_batch(one) == other)).all()):
-                raise self.refuse(node, "a constant that depends on the number of images")
+                raise self.refuse(node, "a constant that depends on the batch size")
 
     def _for_other_batch(self, name: str) -> Array:
         value = self._constants[name]
         return _in_other_batch(value) if self._counts_images(name) else value
 
     def _of_one_image(self, node: Node, given: dict[str, Array]) -> dict[str, Array]:
-        """The sizes for one image; what reads the result repeats it for each."""
+        """Return the inputs with a batch size of 1; consumers of the result repeat it for each image."""
         name = node.inputs[-1]
         sizes = given[name]
         if sizes[0] != _BATCH or any(size % _BATCH == 0 and size for size in sizes[1:]):
-            raise self.refuse(node, "a size that depends on the number of images")
+            raise self.refuse(node, "a size that depends on the batch size")
         self._batched.add(node.outputs[0])
         return {**given, name: np.array([1, *sizes[1:]], sizes.dtype)}
 
@@ -170,52 +179,53 @@ class Importer(LayerGraph):
             self._counts.add(name)
 
     def _counts_images(self, name: str) -> bool:
-        """True if an element of a constant is a multiple of the number of images."""
+        """True if an element of a constant is a multiple of the batch size."""
         value = self._constants.get(name)
         if name not in self._counts or value is None:
             return False
         return value.dtype != np.bool_ and bool(((value != 0) & (value % _BATCH == 0)).any())
 
-    # ---- what rules ask for
+    # ---- inputs of nodes, for rules
 
     def is_constant(self, node: Node, position: int) -> bool:
-        """True if input ``position`` is given and does not depend on the images."""
+        """True if input ``position`` exists and is constant."""
         return node.has(position) and node.inputs[position] in self._constants
 
     def array(self, node: Node, position: int) -> Array | None:
-        """Input ``position``, a constant; None where it is left out.
+        """Return the constant input ``position``; None if it is omitted.
 
         Raises:
-            UnsupportedLayerError: it is computed from the images.
+            CheckpointError: no node computes the input.
+            UnsupportedLayerError: the input is not constant.
         """
         if not node.has(position):
             return None
         name = node.inputs[position]
         if name not in self._constants and name not in self._values:
-            raise CheckpointError(f"{self.file.path}: nothing makes {name} of {node.op} {node.name}; fetch it again")
+            raise CheckpointError(f"{self.file.path}: {name} of {node.op} {node.name} is undefined; export it again")
         if name not in self._constants:
             raise UnsupportedLayerError(
-                f"{self.file.path}: {node.op} {node.name} computes its input {name} as it runs, which cannot be "
-                "imported"
+                f"{self.file.path}: {node.op} {node.name} has the input {name} that is computed from the image, which "
+                "cannot be imported; it must be constant"
             )
         if node.op not in _SIZES and self._counts_images(name):
-            raise self.refuse(node, "an input that depends on the number of images")
+            raise self.refuse(node, "an input that depends on the batch size")
         return self._constants[name]
 
     def weights(self, node: Node, position: int) -> Tensor | None:
-        """Input ``position``, a constant, as a float32 tensor; None where it is left out."""
+        """Return the constant input ``position`` as a float32 tensor; None if it is omitted."""
         found = self.array(node, position)
         return None if found is None else torch.from_numpy(np.array(found, np.float32))
 
     def required(self, node: Node, position: int) -> Tensor:
-        """Input ``position``, a constant without which ``node`` cannot be."""
+        """Return the constant input ``position``, which must exist, as a float32 tensor."""
         found = self.weights(node, position)
         if found is None:
-            raise CheckpointError(f"{self.file.path}: {node.op} {node.name} lacks input {position}; fetch it again")
+            raise CheckpointError(f"{self.file.path}: {node.op} {node.name} has no input {position}; export it again")
         return found
 
     def integers(self, node: Node, position: int, attribute: str | None = None) -> list[int] | None:
-        """Sizes, axes or indices, from an attribute of older opsets or an input of newer ones."""
+        """Return sizes, axes or indices from an attribute (older opsets) or a constant input (newer opsets)."""
         if attribute is not None and attribute in node.attributes:
             value = node.attributes[attribute]
             return list(value) if isinstance(value, (list, tuple)) else [int(value)]
@@ -223,26 +233,27 @@ class Importer(LayerGraph):
         return None if found is None else [int(each) for each in found.flatten()]
 
     def value(self, node: Node, position: int = 0) -> fx.Node:
-        """Input ``position``, which depends on the images.
+        """Return the node of input ``position``, which must not be constant.
 
         Raises:
-            UnsupportedLayerError: it does not, or nothing makes it.
+            CheckpointError: no node computes the input.
+            UnsupportedLayerError: the input is constant.
         """
         name = node.inputs[position] if node.has(position) else ""
         if name in self._constants:
-            raise self.refuse(node, f"a constant input {name} where a tensor is needed")
+            raise self.refuse(node, f"the constant input {name} instead of one computed from the image")
         if name not in self._values:
             raise CheckpointError(
-                f"{self.file.path}: nothing makes {name or 'an input'} of {node.op} {node.name}; fetch it again"
+                f"{self.file.path}: {name or 'an input'} of {node.op} {node.name} is undefined; export it again"
             )
         return self._values[name]
 
     def tensor(self, node: Node, position: int) -> fx.Node:
-        """Input ``position`` of any kind, a constant as it is stored."""
+        """Return the node of input ``position``, constant or not."""
         return self.stored(node, position) if self.is_constant(node, position) else self.value(node, position)
 
     def stored(self, node: Node, position: int) -> fx.Node:
-        """Input ``position``, a constant, as a value of the graph."""
+        """Return the node of the constant input ``position``."""
         name = node.inputs[position]
         self.array(node, position)
         if name not in self._stored:
@@ -250,12 +261,12 @@ class Importer(LayerGraph):
         return self.keep(self._stored[name], self._origins.get(name, name))
 
     def keep(self, tensor: Tensor, name: str) -> fx.Node:
-        """A constant as a value of the graph."""
+        """Store a constant under ``name`` and return its node."""
         node = self.constant(tensor, _plain(name) or "constant")
         return node if "value" in node.meta else self._with_value(node, lambda: tensor)
 
     def repeated(self, node: Node, position: int) -> fx.Node:
-        """Input ``position``; a constant of one image is repeated for each image."""
+        """Return the node of input ``position``; a constant for one image is repeated for the batch."""
         made = self.tensor(node, position)
         if node.inputs[position] not in self._batched:
             return made
@@ -263,58 +274,58 @@ class Importer(LayerGraph):
         return self.function(torch.ops.aten.expand.default, (made, sizes), {}, f"{self.name_of(node)}_repeated")
 
     def count_of_images(self) -> fx.Node:
-        """The number of images, as the network runs."""
+        """Add a node that computes the batch size at run time."""
         images = next(each for each in self.graph.nodes if each.op == "placeholder")
         return self.function(torch.ops.aten.sym_size.int, (images, 0), {}, "count")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a value that depends on the images, with the prime number for their count."""
+        """Return the shape of a tensor that is not constant, with :attr:`batch` as its batch size."""
         if name in self._values:
             return self.sizes(self._values[name])
         if name not in self._shapes:
-            raise CheckpointError(f"{self.file.path}: nothing makes {name}; fetch it again")
+            raise CheckpointError(f"{self.file.path}: the tensor {name} is undefined; export it again")
         return self._shapes[name]
 
     def shape_of(self, node: Node, position: int = 0) -> tuple[int, ...]:
-        """Shape of input ``position``."""
+        """Return the shape of input ``position``."""
         if self.is_constant(node, position):
             return tuple(self._constants[node.inputs[position]].shape)
         return self.sizes(self.value(node, position))
 
     @property
     def batch(self) -> int:
-        """The number of images that shapes are worked out for."""
+        """Batch size in all inferred shapes."""
         return _BATCH
 
     @property
     def declared_batch(self) -> int:
-        """The number of images that the file is for; 0 where that is open."""
+        """Batch size in the file; 0 if it is dynamic."""
         return int(self.file.image.type.tensor_type.shape.dim[0].dim_value)
 
     def name_value(self, name: str, value: fx.Node) -> None:
-        """Let rules read ``value`` under a name that is not in the file."""
+        """Make ``value`` available to rules under a name that is not in the file."""
         self._values[name] = value
 
     def named_value(self, name: str) -> fx.Node:
-        """The value that :meth:`name_value` has named last."""
+        """Return the node that :meth:`name_value` assigned last to ``name``."""
         return self._values[name]
 
     @staticmethod
     def sizes(node: fx.Node) -> tuple[int, ...]:
-        """Shape of a value of the new graph."""
+        """Return the shape of the output of ``node``, a node of the new graph."""
         return tuple(node.meta["value"].shape)
 
     @staticmethod
     def counts(size: int) -> bool:
-        """True of a size that is a multiple of the number of images."""
+        """True if ``size`` is a multiple of the batch size."""
         return size != 0 and size % _BATCH == 0
 
     def refuse(self, node: Node, what: str) -> UnsupportedLayerError:
-        """The error for a node that is known, used in a way that is not."""
+        """Return the error for a supported operator with the unsupported property ``what``."""
         return self.file.refusal(node, what)
 
     def name_of(self, node: Node) -> str:
-        """That of its weight, as torch's exporter writes it, else its own."""
+        """Return a layer name: the weight's without ``.weight``, like torch's exporter, or the node's own."""
         if len(node.inputs) > 1:
             weight = self._origins.get(node.inputs[1], node.inputs[1])
             if weight.endswith(".weight") and node.inputs[1] in self._constants:
@@ -322,42 +333,42 @@ class Importer(LayerGraph):
         return _plain(node.name)
 
     def readers(self, name: str) -> int:
-        """Number of inputs that read the value ``name``, the file's output counted as one."""
+        """Return the number of consumers of the tensor ``name``, including the graph's output."""
         return self._readers[name] + (name == self.file.output)
 
-    # ---- what rules make
+    # ---- new nodes, for rules
 
     def layer(self, layer: nn.Module, inputs: Sequence[fx.Node], name: str) -> fx.Node:
-        """Call ``layer`` on ``inputs``, and work out the shape of the result."""
+        """Call ``layer`` on ``inputs`` and infer the shape of the result."""
         node = super().layer(layer.eval(), inputs, name)
         return self._with_value(node, lambda: _shaped(layer, [each.meta["value"] for each in inputs]))
 
     def function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
-        """Call ``target``, a function without parameters, and work out the shape of the result."""
+        """Call ``target``, a function without parameters, and infer the shape of the result."""
         node = super().function(target, args, kwargs, re.sub(r"\W", "_", name))
         values = fx.map_arg((args, kwargs), lambda each: each.meta["value"])
         return self._with_value(node, lambda: target(*values[0], **values[1]))
 
     def before_permutation(self, x: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
-        """The value that ``x`` permutes, and the order; itself, in its order, where it permutes nothing."""
+        """Return the input and dimension order of ``x`` if it is a Permute, else ``x`` and the identity order."""
         layer = self.layer_of(x)
         if isinstance(layer, Permute):
             return x.all_input_nodes[0], layer.dims
         return x, tuple(range(len(self.sizes(x))))
 
     def permuted(self, x: fx.Node, dims: Sequence[int], name: str) -> fx.Node:
-        """``x`` in another order of dimensions; two of them after each other are one, or none."""
+        """Permute the dimensions of ``x``; consecutive permutations are merged, and the identity is dropped."""
         x, before = self.before_permutation(x)
         dims = [before[dim] for dim in dims]
         return x if dims == sorted(dims) else self.layer(Permute(tuple(dims)), (x,), name)
 
     def elementwise(self, layer: nn.Module, x: fx.Node, name: str) -> fx.Node:
-        """Call ``layer``, to which all elements are alike, before a permutation, so that this may meet its inverse."""
+        """Call the elementwise ``layer`` before a permutation, so that the latter can merge with its inverse."""
         x, dims = self.before_permutation(x)
         return self.permuted(self.layer(layer, (x,), name), dims, f"{name}_permuted")
 
     def layer_of(self, x: fx.Node) -> nn.Module | None:
-        """The layer that makes ``x``."""
+        """Return the layer that computes ``x``; None for a function."""
         return self.root.get_submodule(str(x.target)) if x.op == "call_module" else None
 
     def call(self, node: Node, layer: nn.Module, suffix: str = "") -> fx.Node:
@@ -365,20 +376,20 @@ class Importer(LayerGraph):
         return self.layer(layer, (self.value(node),), self.name_of(node) + suffix)
 
     def reshape(self, x: fx.Node, shape: Sequence[int], name: str) -> fx.Node:
-        """``x`` in another shape, in which at most one size counts images."""
+        """Reshape ``x`` to ``shape``, in which exactly one size depends on the batch size."""
         before, after = self.sizes(x), tuple(shape)
         if before == after:
             return x
         assert self._node is not None
         counting = [size for size in after if self.counts(size)]
         if len(counting) != 1 or int(np.prod(before, dtype=object)) != int(np.prod(after, dtype=object)):
-            raise self.refuse(self._node, f"the shape {_written(after)} for {_written(before)}")
+            raise self.refuse(self._node, f"the shape {_written(after)} for an input {_written(before)}")
         if len(after) == 2 and len(before) > 2 and before[0] == after[0] == _BATCH:
             return self.layer(nn.Flatten(1), (x,), name)
         return self.layer(Reshape(tuple(-1 if self.counts(size) else size for size in after)), (x,), name)
 
     def per_image(self, sizes: Sequence[int], before: Sequence[int]) -> list[int]:
-        """``sizes`` of a reshape that were written for the file's own number of images, for any number."""
+        """Scale the first size of a reshape from the file's fixed batch size to :attr:`batch`."""
         declared = self.declared_batch
         total = int(np.prod(before, dtype=object))
         if declared and sizes and sizes[0] % declared == 0:
@@ -391,9 +402,9 @@ class Importer(LayerGraph):
         try:
             with self._fake, torch.no_grad():
                 node.meta["value"] = compute()
-        except Exception as error:  # torch's own, of whatever kind
+        except Exception as error:  # torch may raise anything
             raise UnsupportedLayerError(
-                f"{self.file.path}: {self._where()} cannot be imported, torch says: {one_line(error, 200)}"
+                f"{self.file.path}: {self._where()} cannot be imported, torch reports: {one_line(error, 200)}"
             ) from error
         self._check_size(node.meta["value"])
         return node
@@ -404,7 +415,7 @@ class Importer(LayerGraph):
 
 
 def _shaped(layer: nn.Module, inputs: Sequence[Any]) -> Any:
-    """The result of ``layer`` without its values: torch's fake tensors know shapes again, and no real ones."""
+    """Run ``layer`` with fake parameters, since FakeTensorMode caches output shapes of fake tensors only."""
     tensors = dict(chain(layer.named_parameters(), layer.named_buffers()))
     fakes = {name: torch.empty(each.shape, dtype=each.dtype) for name, each in tensors.items()}
     return torch.func.functional_call(layer, fakes, tuple(inputs))
@@ -417,7 +428,7 @@ def _in_other_batch(value: Array) -> Array:
 
 
 def _plain(name: str) -> str:
-    """A name of a file as that of one layer."""
+    """Convert a name in the file to the name of a layer."""
     return re.sub(r"\W+", "_", name.strip("/")).strip("_")
 
 
@@ -427,4 +438,4 @@ def _written(shape: Sequence[int]) -> str:
 
 
 Rule = Callable[[Importer, Node], "fx.Node | list[fx.Node] | None"]
-"""Adds layers for a node; returns its results, or None where this use of the operator has no layer."""
+"""Function that adds layers for a node and returns its outputs; None if the node's attributes are not supported."""

@@ -1,4 +1,4 @@
-"""Read a file, import its graph, and hold the network against onnxruntime."""
+"""Load an ONNX file as a network and compare it with onnxruntime."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ from qface.provenance import with_provenance, written_provenance
 __all__ = ["load_onnx"]
 
 _TOLERANCE = 1e-3
-"""Greatest difference to onnxruntime, in parts of the embedding's length; the order of sums makes a hundredth of it."""
+"""Maximum difference to onnxruntime relative to the embedding norm; another order of summation causes 1e-5."""
 
 
 def load_onnx(path: str | Path, override: PreprocessingOverride | None = None) -> tuple[nn.Module, Preprocessing]:
-    """The network in an ONNX file, in eval mode, and what it reads.
+    """Load the network in an ONNX file in eval mode, and its Preprocessing.
 
-    The normalization at the start of the graph becomes part of the preprocessing. A file of ours also says which steps
-    made the network.
+    Normalization at the start of the graph becomes part of the Preprocessing. The provenance of files that qface
+    exported is attached to the network.
 
     Args:
         path: the file.
-        override: what goes into the graph, in place of what is found; see :func:`find_image_input`.
+        override: the Preprocessing of the graph's input, or some of its fields; replaces the detected one.
+
+    Returns:
+        The network from images [N, 3, H, W] to embeddings [N, D], and its Preprocessing.
 
     Raises:
-        LimitError: it asks for more than :mod:`qface.limits` allows.
-        CheckpointError: the file is missing or damaged, or the network computes something else than the file.
-        UnsupportedLayerError: the graph holds an operation that has no counterpart here; it is named.
+        LimitError: the file asks for more memory or operators than :mod:`qface.limits` allows.
+        CheckpointError: the file is missing or damaged, or the network's embeddings differ from onnxruntime's.
+        UnsupportedLayerError: an operator cannot be imported; the message names its node.
     """
     file = read_onnx(path)
     with telling_damage(file.path):
@@ -51,10 +54,10 @@ def load_onnx(path: str | Path, override: PreprocessingOverride | None = None) -
 
 
 def _check(network: nn.Module, file: OnnxFile, image: ImageInput) -> None:
-    """Compare with onnxruntime on synthetic faces.
+    """Compare the network's embeddings of synthetic faces with onnxruntime's.
 
     Raises:
-        CheckpointError: the two differ.
+        CheckpointError: they differ.
     """
     declared = file.image.type.tensor_type.shape.dim[0].dim_value
     for count in (declared,) if declared else (1, 2):
@@ -71,9 +74,10 @@ def _from_torch(network: nn.Module, images: Tensor, file: OnnxFile) -> Tensor:
     try:
         with torch.no_grad():
             embeddings: Tensor = network(images)
-    except Exception as error:  # torch's own, of whatever kind
+    except Exception as error:  # torch may raise anything
         raise CheckpointError(
-            f"{file.path} was not understood: torch cannot run it ({one_line(error, 200)}); please report its graph"
+            f"{file.path} was not imported correctly: torch cannot run the network ({one_line(error, 200)}); please "
+            "report this with the file"
         ) from error
     return embeddings
 
@@ -89,16 +93,16 @@ def _from_onnxruntime(file: OnnxFile, image: ImageInput, images: Tensor) -> Tens
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         (expected,) = session.run([file.output], {file.image.name: given.contiguous().numpy()})
     except Exception as error:  # onnxruntime's errors have no common base
-        raise CheckpointError(f"onnxruntime cannot run {file.path}: {one_line(error, 200)}") from error
+        raise CheckpointError(f"onnxruntime cannot run {file.path}: {one_line(error, 200)}; export it again") from error
     return as_rows(torch.from_numpy(expected))
 
 
 def _compare(found: Tensor, expected: Tensor, file: OnnxFile) -> None:
     if len(found) == 1 and expected.shape == found.shape[1:]:
-        expected = expected[None]  # a file that squeezes drops the batch with all other sizes of 1
+        expected = expected[None]  # a Squeeze without axes also drops a batch of 1
     difference = float((found - expected).abs().max()) if found.shape == expected.shape else np.inf
     if not difference <= _TOLERANCE * float(expected.norm(dim=-1).max()):
         raise CheckpointError(
-            f"{file.path} was not understood: torch makes {list(found.shape)} of the images and onnxruntime "
-            f"{list(expected.shape)}, {difference:.3g} apart; please report its graph"
+            f"{file.path} was not imported correctly: torch returns embeddings {list(found.shape)} and onnxruntime "
+            f"{list(expected.shape)}, with a difference of {difference:.3g}; please report this with the file"
         )

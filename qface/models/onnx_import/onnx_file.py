@@ -1,4 +1,4 @@
-"""An ONNX file as nodes and constants, all of its floats float32, and the one output that is the embedding."""
+"""Read an ONNX file into nodes and float32 constants, and find its input and its embedding output."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ _LOGGER = logging.getLogger("qface")
 Array = npt.NDArray[Any]
 Dimensions = Sequence[Any]
 
-_OLDEST_OPSET = 7  # before it, a broadcast was an attribute
+_OLDEST_OPSET = 7  # older opsets broadcast by an attribute
 _OTHER_FLOATS = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 
 
 @dataclass(frozen=True)
 class Node:
-    """An ONNX node, with its attributes as Python values.
+    """An ONNX node with its attributes as Python values.
 
     Args:
-        op: the operator, after its domain where that is not ONNX's own.
-        name: as in the file, or that of the first output.
-        inputs: names of values; empty where one is left out.
-        outputs: likewise.
-        attributes: by name.
-        proto: the node as it lies in the file.
+        op: operator name, with the domain as prefix if it is not ONNX's default domain.
+        name: name in the file, or of the first output if it has none.
+        inputs: names of the input tensors; "" for an omitted optional input.
+        outputs: names of the output tensors; "" for an omitted optional output.
+        attributes: values by name.
+        proto: the node in the file.
     """
 
     op: str
@@ -64,7 +64,7 @@ class Node:
 
     @classmethod
     def of(cls, node: onnx.NodeProto) -> Node:
-        """``node`` without its empty last inputs."""
+        """Convert ``node`` and drop omitted inputs at the end."""
         attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
         op = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
         inputs = list(node.input)
@@ -74,7 +74,7 @@ class Node:
         return cls(op, name, tuple(inputs), tuple(node.output), attributes, node)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The attribute ``name``; strings as ``str``."""
+        """Return the attribute ``name``, or ``default`` if it is missing; bytes are decoded to ``str``."""
         value = self.attributes.get(name, default)
         return value.decode() if isinstance(value, bytes) else value
 
@@ -85,18 +85,18 @@ class Node:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A graph of one image input, in float32.
+    """An ONNX graph with one image input, converted to float32.
 
     Args:
-        path: of the file, for messages.
-        model: with all floats as float32.
-        is_converted: True if the file has other floats.
-        opset: of ONNX's own operators.
-        nodes: those that the embedding needs, in the order of the file.
+        path: the file, for error messages.
+        model: the model, with all float tensors as float32.
+        is_converted: True if the file has float tensors of another type.
+        opset: opset version of ONNX's default domain.
+        nodes: the nodes that the embedding depends on, in the order of the file.
         constants: initializers by name.
         image: the input.
-        image_type: of its elements in the file, as ``onnx.TensorProto`` counts types.
-        output: name of the embedding.
+        image_type: element type of the input in the file, a number of ``onnx.TensorProto``.
+        output: name of the embedding output.
     """
 
     path: Path
@@ -110,40 +110,44 @@ class OnnxFile:
     output: str
 
     def check_importable(self) -> None:
-        """Make sure that this is a float network of an opset that is known.
+        """Check that the graph is a float network of a supported opset.
 
         Raises:
-            UnsupportedLayerError: it is quantized, or older than opset 7.
+            UnsupportedLayerError: the graph is quantized, or its opset is older than 7.
         """
         if self.opset < _OLDEST_OPSET:
             raise UnsupportedLayerError(
-                f"{self.path} has opset {self.opset}, and the oldest that can be imported is {_OLDEST_OPSET}; raise it "
-                "with onnx.version_converter.convert_version"
+                f"{self.path} has opset {self.opset}, but the import needs opset >= {_OLDEST_OPSET}; convert it with "
+                "onnx.version_converter.convert_version"
             )
         quantized = [node.name for node in self.nodes if node.op.rpartition(".")[2] in _QUANTIZED]
         if quantized:
             raise UnsupportedLayerError(
-                f"{self.path} is quantized already (node {quantized[0]}); give the file of the network that it was "
-                "made of"
+                f"{self.path} is quantized already (node {quantized[0]}); give the float model that it was made from"
             )
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The metadata of the file."""
+        """Metadata of the file by key."""
         return {entry.key: entry.value for entry in self.model.metadata_props}
 
     def refusal(self, node: Node, what: str) -> UnsupportedLayerError:
-        """The error for a node that has ``what``."""
-        return UnsupportedLayerError(f"{self.path}: {node.op} {node.name} has {what}, which cannot be imported")
+        """Return the error for a node of a known operator with the unsupported property ``what``."""
+        return UnsupportedLayerError(
+            f"{self.path}: {node.op} {node.name} has {what}, which cannot be imported; export the network without it"
+        )
 
 
 def read_onnx(path: str | Path) -> OnnxFile:
-    """Read the file at ``path``, with its external data.
+    """Read an ONNX file with its external data.
+
+    Args:
+        path: the file.
 
     Raises:
-        CheckpointError: it is missing or damaged, or is no network with one image input.
-        LimitError: it asks for more than :mod:`qface.limits` allows.
-        UnsupportedLayerError: no output may be the embedding, or several may.
+        CheckpointError: the file is missing or damaged, or has not exactly one input.
+        LimitError: the file asks for more memory or operators than :mod:`qface.limits` allows.
+        UnsupportedLayerError: no output, or more than one, can be the embedding.
     """
     path = Path(path)
     model = check_onnx(path)
@@ -155,21 +159,21 @@ def read_onnx(path: str | Path) -> OnnxFile:
 
 @contextmanager
 def telling_damage(path: str | Path, where: Callable[[], str] = str) -> Iterator[None]:
-    """Turn whatever a damaged graph raises into one error.
+    """Convert any error that a damaged graph causes to a CheckpointError.
 
     Args:
-        path: of the file.
-        where: what is at work, for the message.
+        path: the file, for the message.
+        where: returns the node that is being processed, for the message.
 
     Raises:
-        CheckpointError: for an error that is none of qface's.
+        CheckpointError: the body raised an error other than a QFaceError.
     """
     try:
         with named(path):
             yield
     except QFaceError:
         raise
-    except Exception as error:  # no part of a damaged graph has the type or shape that ONNX promises
+    except Exception as error:  # any part of a damaged graph may have a wrong type or shape
         place = f" at {where()}" if where() else ""
         raise CheckpointError(
             f"{path} is damaged{place}: {type(error).__name__}: {one_line(error, 200)}; export it again"
@@ -177,11 +181,11 @@ def telling_damage(path: str | Path, where: Callable[[], str] = str) -> Iterator
 
 
 def check_onnx(path: Path) -> onnx.ModelProto:
-    """The model at ``path`` without its external data, of which no operator has run.
+    """Read an ONNX model without external data and check its graph, without running an operator.
 
     Raises:
-        CheckpointError: it is missing or damaged.
-        LimitError: it asks for more than :mod:`qface.limits` allows.
+        CheckpointError: the file is missing or damaged.
+        LimitError: the file asks for more memory or operators than :mod:`qface.limits` allows.
     """
     model = read_proto(path)
     with telling_damage(path):
@@ -203,20 +207,22 @@ def _understood(model: onnx.ModelProto, path: Path) -> OnnxFile:
 
 
 def read_proto(path: str | Path) -> onnx.ModelProto:
-    """The model at ``path`` as it lies in the file; weights in files of their own stay there.
+    """Read an ONNX model unchanged and without external data.
 
     Raises:
-        CheckpointError: it is missing or damaged, or no ONNX file.
+        CheckpointError: the file is missing or damaged, or is not an ONNX file.
     """
     check_file(path)
     try:
         return onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's own errors, which differ between its versions
+    except Exception as error:  # protobuf's errors differ between its versions
         if Path(path).suffix.lower() != ".onnx":
             raise CheckpointError(
-                f"{path} is no ONNX file; give one that qface export makes, or that is published as ONNX"
+                f"{path} is not an ONNX file; give an .onnx file, for example one that qface export writes"
             ) from error
-        raise CheckpointError(f"{path} is no complete ONNX file ({one_line(error, 200)}); fetch it again") from error
+        raise CheckpointError(
+            f"{path} is not a complete ONNX file ({one_line(error, 200)}); download or export it again"
+        ) from error
 
 
 def _image(graph: onnx.GraphProto, path: Path) -> onnx.ValueInfoProto:
@@ -224,18 +230,21 @@ def _image(graph: onnx.GraphProto, path: Path) -> onnx.ValueInfoProto:
     images = [each for each in graph.input if each.name not in constants]
     if len(images) != 1:
         names = ", ".join(each.name for each in images) or "none"
-        raise CheckpointError(f"{path} has {len(images)} inputs ({names}); a face network has one, the images")
+        raise CheckpointError(
+            f"{path} must have one input, the images, but has {len(images)} inputs ({names}); cut the network out "
+            "with onnx.utils.extract_model"
+        )
     image: onnx.ValueInfoProto = images[0]
     return image
 
 
 def _outputs(model: onnx.ModelProto) -> tuple[list[str], list[Dimensions | None]]:
-    """Names and shapes of the outputs; None where a shape is not known."""
+    """Return the names and shapes of the outputs; an unknown shape is None."""
     outputs = model.graph.output
     if len(outputs) > 1 and any(_dimensions(each) is None for each in outputs):
         try:
             outputs = onnx.shape_inference.infer_shapes(model).graph.output
-        except Exception:  # a model of more than 2 GB, or one that does not fit together, which is told later
+        except Exception:  # a model > 2 GB, or an inconsistent one, which a later step reports
             outputs = model.graph.output
     return [each.name for each in outputs], [_dimensions(each) for each in outputs]
 
@@ -247,15 +256,17 @@ def _dimensions(value: onnx.ValueInfoProto) -> list[Any] | None:
 
 
 def choose_embedding(names: Sequence[str], shapes: Sequence[Dimensions | None], path: Path) -> str:
-    """The one output [N, D], or [N, D, 1, 1]; a score or norm beside it is [N, 1].
+    """Return the name of the only output [N, D] or [N, D, 1, 1], D > 1; a score or norm [N, 1] is ignored.
+
+    An output of unknown shape (None) may be the embedding.
 
     Raises:
-        UnsupportedLayerError: several may be it, or none.
+        UnsupportedLayerError: no output, or more than one, can be the embedding.
     """
     if len(names) == 1:
         return names[0]
     usable = [(name, shape) for name, shape in zip(names, shapes, strict=True) if shape is None or is_embedding(shape)]
-    # Maps of one pixel are what rows are often made of.
+    # A network often has [N, D, 1, 1] as the input of its output [N, D].
     rows = [name for name, shape in usable if shape is None or len(shape) == 2] or [name for name, _ in usable]
     if len(rows) == 1:
         shape = shapes[list(names).index(rows[0])]
@@ -264,7 +275,7 @@ def choose_embedding(names: Sequence[str], shapes: Sequence[Dimensions | None], 
     found = "several of its outputs" if rows else "none of its outputs"
     written = ", ".join(f"{name} {_written(shape)}" for name, shape in zip(names, shapes, strict=True))
     raise UnsupportedLayerError(
-        f"{path}: {found} can be the embedding [N, D] ({written}); write a file with that one alone: "
+        f"{path}: {found} can be the embedding [N, D] ({written}); write a file with only this output: "
         "onnx.utils.extract_model(path, new_path, [input], [output])"
     )
 
@@ -276,7 +287,7 @@ def _written(shape: Dimensions | None) -> str:
 
 
 def needed_nodes(nodes: Sequence[Node], output: str, start: str = "") -> tuple[Node, ...]:
-    """Those that ``output`` depends on, in their order; what makes the value ``start`` is left out."""
+    """Return the nodes that ``output`` depends on, in order, without those that only compute ``start``."""
     wanted, kept = {output}, []
     for node in reversed(nodes):
         if wanted.intersection(node.outputs):
@@ -286,7 +297,7 @@ def needed_nodes(nodes: Sequence[Node], output: str, start: str = "") -> tuple[N
 
 
 def _read_by(node: onnx.NodeProto) -> Iterable[str]:
-    """Names that a node reads, those in the bodies of a loop or branch included."""
+    """Yield the names of a node's inputs and of the inputs of nodes in its subgraphs."""
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:
@@ -297,7 +308,7 @@ def _read_by(node: onnx.NodeProto) -> Iterable[str]:
 
 
 def _to_float32(model: onnx.ModelProto) -> bool:
-    """Let every float of another type be float32, in place; True if there was one."""
+    """Convert all float tensors to float32 in place; True if any had another type."""
     graph = model.graph
     changed = [_tensor_to_float32(tensor) for tensor in graph.initializer]
     for value in (*graph.input, *graph.output, *graph.value_info):

@@ -1,6 +1,6 @@
-"""The operators of ONNX that become layers, each by one rule; what has no layer becomes a function, in float.
+"""Conversion rules of ONNX operators to layers, or to float functions where there is no layer.
 
-The table has the shape of :data:`qface.graph.aten.LAYER_RULES`, and makes the same layers.
+The rules create the same layers as :data:`qface.graph.aten.LAYER_RULES`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _parameters(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
 
 
 def _linear(run: Importer, x: fx.Node, weight: Tensor, bias: Tensor | None, name: str) -> fx.Node:
-    """A linear layer of ``weight`` [outputs, inputs]."""
+    """Add a linear layer with ``weight`` [outputs, inputs]."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     return run.layer(_parameters(layer, weight, bias), (x,), name)
 
@@ -76,7 +76,7 @@ def _matmul(run: Importer, node: Node) -> Any:
 
 def _batch_norm(run: Importer, node: Node) -> Any:
     if node.get("training_mode", 0) or node.get("spatial", 1) != 1:
-        raise run.refuse(node, "training_mode" if node.get("training_mode", 0) else "statistics of each pixel")
+        raise run.refuse(node, "training_mode=1" if node.get("training_mode", 0) else "spatial=0")
     kind = nn.BatchNorm2d if len(run.shape_of(node)) == 4 else nn.BatchNorm1d
     weight, bias, mean, variance = (run.required(node, position) for position in range(1, 5))
     layer = kind(len(weight), node.get("epsilon", 1e-5), device="meta")
@@ -117,7 +117,7 @@ def _rms_norm(run: Importer, node: Node) -> Any:
 
 
 def _instance_norm(run: Importer, node: Node) -> Any:
-    """A GroupNorm with a group for each channel."""
+    """Add a GroupNorm with one group per channel."""
     weight = run.required(node, 1)
     layer = nn.GroupNorm(len(weight), len(weight), node.get("epsilon", 1e-5), device="meta")
     return run.call(node, _parameters(layer, weight, run.required(node, 2)))
@@ -132,11 +132,11 @@ def _group_norm(run: Importer, node: Node) -> Any:
     return run.call(node, _parameters(layer, weight, bias))
 
 
-# ---- sums, products and what constants do
+# ---- sums and products, of tensors and constants
 
 
 def _pair(run: Importer, node: Node) -> tuple[bool, bool]:
-    """True of each input that is a constant."""
+    """True for each of the two inputs that is constant."""
     return run.is_constant(node, 0), run.is_constant(node, 1)
 
 
@@ -152,7 +152,7 @@ def _add(run: Importer, node: Node) -> Any:
 
 
 def _as_bias(run: Importer, node: Node, right: bool) -> Any:
-    """The sum as the bias of the convolution or linear layer before it, as Keras and ``x @ W + b`` write it."""
+    """Add a constant to the bias of the layer before it; Keras and ``x @ W + b`` export biases as an Add."""
     tensor, constant = (0, 1) if right else (1, 0)
     value = run.value(node, tensor)
     maker, dims = run.before_permutation(value)
@@ -203,7 +203,7 @@ def _negative(run: Importer, node: Node) -> Any:
 def _affine(
     run: Importer, node: Node, tensor: int, factor: float, constant: int, shift_factor: float = 1
 ) -> fx.Node | None:
-    """``factor * x`` and a constant, where that is one number or varies along one dimension."""
+    """Add ``factor * x + constant`` if the constant varies along at most one dimension."""
     shift = run.required(node, constant) * shift_factor
     return _affine_layer(run, node, tensor, torch.tensor(float(factor)), shift)
 
@@ -247,7 +247,7 @@ def _comparison(target: Any) -> Rule:
 
 
 def _all_of(combine: Callable[[Importer, Node], Any]) -> Rule:
-    """An operator of any number of inputs, two at a time."""
+    """Return the rule of an operator with any number of inputs, which are combined two at a time."""
 
     def rule(run: Importer, node: Node) -> Any:
         if len(node.inputs) == 1:
@@ -267,7 +267,7 @@ def _mean_of_all(run: Importer, node: Node) -> Any:
 
 
 def _limit(kind: str) -> Rule:
-    """The greater or lesser of two values; a constant number is a limit."""
+    """Return the rule of Max or Min of two inputs; a constant scalar becomes a clamp."""
 
     def rule(run: Importer, node: Node) -> Any:
         left, right = _pair(run, node)
@@ -299,32 +299,32 @@ def _where(run: Importer, node: Node) -> Any:
 
 
 def _simple(make: Callable[[Node], nn.Module]) -> Rule:
-    """A layer without parameters, of each element of the first input."""
+    """Return a rule that adds an elementwise layer of the first input."""
     return lambda run, node: run.elementwise(make(node), run.value(node), run.name_of(node))
 
 
 def _function(target: Any) -> Rule:
-    """A function of the first input."""
+    """Return a rule that adds a function of the first input."""
     return lambda run, node: run.function(target, (run.value(node),), {}, run.name_of(node))
 
 
 def _same(run: Importer, node: Node) -> Any:
-    """Nothing is done to the values."""
+    """Return the input unchanged."""
     return run.value(node)
 
 
 def _cast(run: Importer, node: Node) -> Any:
-    """Another float type is none: an imported network computes in float32."""
+    """Cast to int64 or float32; other float types were replaced by float32 when the file was read."""
     x = run.value(node)
     dtype = _TORCH_TYPES.get(node.get("to", 1))
     if dtype is None:
-        raise run.refuse(node, f"the type {node.get('to')}")
+        raise run.refuse(node, f"the target type {node.get('to')}")
     if x.meta["value"].dtype == dtype:
         return x
     return run.function(aten.to.dtype, (x, dtype), {}, run.name_of(node))
 
 
-_TORCH_TYPES = {1: torch.float32, 6: torch.int64, 7: torch.int64}  # by the numbers of onnx.TensorProto
+_TORCH_TYPES = {1: torch.float32, 6: torch.int64, 7: torch.int64}  # keys are values of onnx.TensorProto.DataType
 
 
 def _clip(run: Importer, node: Node) -> Any:
@@ -335,7 +335,7 @@ def _clip(run: Importer, node: Node) -> Any:
     return run.call(node, clamp_layer(_none_beyond(low, -_GREATEST), _none_beyond(high, _GREATEST)))
 
 
-_GREATEST = 3.402e38  # exporters write the limits of float32, or of fp16, for none
+_GREATEST = 3.402e38  # exporters write the float32 maximum, in fp16 infinity, for "no limit"
 
 
 def _number(value: Any) -> float | None:
@@ -375,7 +375,7 @@ def _softmax(run: Importer, node: Node) -> Any:
     axis = node.get("axis", -1 if run.opset >= 13 else 1) % len(shape)
     if run.opset >= 13 or axis == len(shape) - 1:
         return run.call(node, nn.Softmax(axis))
-    rows = (math.prod(shape[:axis]), math.prod(shape[axis:]))  # as older opsets took it
+    rows = (math.prod(shape[:axis]), math.prod(shape[axis:]))  # opsets before 13 flatten to two dimensions
     made = run.layer(nn.Softmax(1), (run.reshape(run.value(node), rows, f"{name}_rows"),), name)
     return run.reshape(made, shape, f"{name}_shape")
 
@@ -388,7 +388,7 @@ def _log_softmax(run: Importer, node: Node) -> Any:
 
 
 def _axes(run: Importer, node: Node, position: int = 1) -> list[int] | None:
-    """The dimensions that are reduced, from 0 on; None where there is nothing to do."""
+    """Return the reduced dimensions as numbers >= 0; None if the operator does nothing."""
     rank = len(run.shape_of(node))
     axes = run.integers(node, position, "axes")
     if not axes:
@@ -397,12 +397,12 @@ def _axes(run: Importer, node: Node, position: int = 1) -> list[int] | None:
         axes = list(range(rank))
     found = sorted({axis % rank for axis in axes})
     if any(run.counts(run.shape_of(node)[axis]) for axis in found):
-        raise run.refuse(node, "the axis of the batch")
+        raise run.refuse(node, "an axis that is the batch")
     return found
 
 
 def _reduction(reduce: Callable[[Importer, fx.Node, list[int], bool, str], fx.Node]) -> Rule:
-    """A reduction by ``reduce``; over height and width it may be a pool."""
+    """Return the rule of a reduction; ``reduce`` adds its layer or function."""
 
     def rule(run: Importer, node: Node) -> Any:
         axes = _axes(run, node)
@@ -478,7 +478,7 @@ def _reshape(run: Importer, node: Node) -> Any:
 
 
 def _with_the_rest(run: Importer, node: Node, wanted: list[int], before: Sequence[int]) -> list[int]:
-    """``wanted`` with the size that -1 stands for; a first size of the file's own batch counts images."""
+    """Replace -1 in ``wanted``; a first size that is a multiple of the file's fixed batch size is scaled."""
     position = wanted.index(-1)
     total, others = math.prod(before), math.prod(size for size in wanted if size != -1)
     declared = run.declared_batch
@@ -486,7 +486,7 @@ def _with_the_rest(run: Importer, node: Node, wanted: list[int], before: Sequenc
         wanted = [wanted[0] // declared * run.batch, *wanted[1:]]
         others = math.prod(size for size in wanted if size != -1)
     if others == 0 or total % others:
-        raise run.refuse(node, f"the shape {wanted}")
+        raise run.refuse(node, f"the invalid shape {wanted}")
     return [total // others if size == -1 else size for size in wanted]
 
 
@@ -535,7 +535,7 @@ def _part(run: Importer, node: Node, x: fx.Node, dim: int, start: int, end: int,
     if len(indices) == size and step == 1:
         return x
     if run.counts(size):
-        raise run.refuse(node, "a part of the batch")
+        raise run.refuse(node, "a slice of the batch")
     if step > 0 and dim == 0:
         return run.function(aten.slice.Tensor, (x, dim, indices.start, indices.stop, step), {}, name)
     if step > 0:
@@ -567,7 +567,7 @@ def _gather(run: Importer, node: Node) -> Any:
     dim = node.get("axis", 0) % len(shape)
     indices = run.array(node, 1)
     if indices is None or run.counts(shape[dim]):
-        raise run.refuse(node, "indices of the batch")
+        raise run.refuse(node, "indices into the batch")
     chosen = [int(each) % shape[dim] for each in indices.flatten()]
     if chosen == list(range(chosen[0], chosen[0] + len(chosen))):
         made = _part(run, node, x, dim, chosen[0], chosen[-1] + 1, 1)
@@ -582,20 +582,20 @@ def _concat(run: Importer, node: Node) -> Any:
         return tensors[0]
     dim = node.get("axis", 1) % len(run.sizes(tensors[0]))
     if any(run.counts(run.sizes(tensor)[dim]) for tensor in tensors):
-        raise run.refuse(node, "the axis of the batch")
+        raise run.refuse(node, "an axis that is the batch")
     if dim == 0:
         return run.function(aten.cat.default, (tensors,), {}, run.name_of(node))
     return run.layer(Concat(dim), tuple(tensors), run.name_of(node))
 
 
 def _for_each_image(run: Importer, node: Node, position: int) -> fx.Node:
-    """Input ``position``; a constant of one image is repeated for each."""
+    """Return the node of input ``position``; a constant for one image is repeated for the batch."""
     made = run.repeated(node, position)
     shape = run.sizes(made)
     if not run.is_constant(node, position) or run.counts(shape[0]) or node.get("axis", 1) % len(shape) == 0:
         return made
     if shape[0] != 1:
-        raise run.refuse(node, f"a constant part for {shape[0]} images")
+        raise run.refuse(node, f"a constant input with batch size {shape[0]}")
     sizes = [run.count_of_images(), *shape[1:]]
     return run.function(aten.expand.default, (made, sizes), {}, f"{run.name_of(node)}_repeated")
 
@@ -616,7 +616,7 @@ def _expand(run: Importer, node: Node) -> Any:
 def _tile(run: Importer, node: Node) -> Any:
     repeats = run.integers(node, 1) or []
     if repeats[0] != 1:
-        raise run.refuse(node, "a repeated batch")
+        raise run.refuse(node, "repeats of the batch")
     return run.function(aten.repeat.default, (run.value(node), repeats), {}, run.name_of(node))
 
 
@@ -708,4 +708,4 @@ OPERATOR_RULES: dict[str, Rule] = {
     "Where": _where,
     **SPATIAL_RULES,
 }
-"""The rule of each operator."""
+"""Conversion rules by operator."""

@@ -1,4 +1,4 @@
-"""Rules for the operators of ONNX that slide a window over maps, pad or resize them."""
+"""Conversion rules of ONNX convolutions, pools, padding and resizing."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ __all__ = ["SPATIAL_RULES"]
 aten: Any = torch.ops.aten
 
 Pads = tuple[int, int, int, int]
-"""Pixels at the left, right, top and bottom, as ``torch.nn.functional.pad`` orders them."""
+"""Pixels at the left, right, top and bottom, in the order of ``torch.nn.functional.pad``."""
 
 
 # ---- windows
 
 
 def _window(node: Node, name: str, count: int) -> tuple[int, ...]:
-    """An attribute with a number for each spatial dimension."""
+    """Return an attribute with one integer per spatial dimension; the default is 1."""
     return tuple(int(each) for each in node.get(name, (1,) * count))
 
 
 def _pads(run: Importer, node: Node, kernel: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:
-    """Pixels before and after, for each spatial dimension."""
+    """Return the padding before and after each spatial dimension in pixels."""
     count = len(kernel)
     mode = node.get("auto_pad", "NOTSET")
     if mode == "VALID":
@@ -46,7 +46,7 @@ def _pads(run: Importer, node: Node, kernel: Sequence[int], size: Sequence[int])
 
 
 def _same(size: int, kernel: int, stride: int, dilation: int, upper: bool) -> tuple[int, int]:
-    """Pixels that make ``ceil(size / stride)`` of ``size``; an odd one goes to the end, or to the start."""
+    """Return the padding for ``ceil(size / stride)`` outputs; an odd pixel goes to the end if ``upper``."""
     total = max(0, (math.ceil(size / stride) - 1) * stride + dilation * (kernel - 1) + 1 - size)
     less, more = total // 2, total - total // 2
     return (less, more) if upper else (more, less)
@@ -57,7 +57,7 @@ def _is_even(pads: Sequence[tuple[int, int]]) -> bool:
 
 
 def _for_torch(pads: Sequence[tuple[int, int]]) -> Pads:
-    """Pads of height and width, last dimension first."""
+    """Reorder the padding of height and width for torch: last dimension first."""
     (top, bottom), (left, right) = pads
     return left, right, top, bottom
 
@@ -70,10 +70,10 @@ def _conv(run: Importer, node: Node) -> Any:
     x, name, count = run.value(node), run.name_of(node), weight.ndim - 2
     shape = run.sizes(x)
     if count not in (1, 2) or len(shape) != count + 2:
-        raise run.refuse(node, f"{count} dimensions")
+        raise run.refuse(node, f"{count} spatial dimensions")
     pads = _pads(run, node, weight.shape[2:], shape[2:])
     strides, dilations = _window(node, "strides", count), _window(node, "dilations", count)
-    if count == 1:  # over the width of maps of height 1
+    if count == 1:  # becomes a 2d convolution over maps of height 1
         x = run.layer(Reshape((-1, shape[1], 1, shape[2])), (x,), f"{name}_map")
         weight, pads = weight.unsqueeze(2), [(0, 0), *pads]
         strides, dilations = (1, *strides), (1, *dilations)
@@ -100,10 +100,10 @@ def _convolution(
 
 
 def _transposed_conv(run: Importer, node: Node) -> Any:
-    """A float function; uneven padding is cut off after it."""
+    """Add a float function; asymmetric padding is sliced off its output."""
     weight, shape = run.required(node, 1), run.shape_of(node)
     if weight.ndim != 4:
-        raise run.refuse(node, f"{weight.ndim - 2} dimensions")
+        raise run.refuse(node, f"{weight.ndim - 2} spatial dimensions")
     strides, dilations = _window(node, "strides", 2), _window(node, "dilations", 2)
     extra = tuple(node.get("output_padding", (0, 0)))
     spans = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(dilations, weight.shape[2:], strict=True)]
@@ -125,7 +125,7 @@ def _transposed_conv(run: Importer, node: Node) -> Any:
 
 
 def _transposed_pads(node: Node, full: Sequence[int], same: Sequence[int]) -> list[tuple[int, int]]:
-    """Pixels that are cut off before and after."""
+    """Return the pixels to remove before and after each spatial dimension."""
     mode, wanted = node.get("auto_pad", "NOTSET"), node.get("output_shape")
     if wanted is None and mode == "NOTSET":
         pads = node.get("pads", (0, 0, 0, 0))
@@ -142,10 +142,10 @@ def _transposed_pads(node: Node, full: Sequence[int], same: Sequence[int]) -> li
 
 
 def _pool_window(run: Importer, node: Node) -> tuple[Any, Any, list[tuple[int, int]]]:
-    """Kernel, strides and pads."""
+    """Return kernel size, strides and padding."""
     kernel = _window(node, "kernel_shape", 2)
     if len(kernel) != 2:
-        raise run.refuse(node, f"{len(kernel)} dimensions")
+        raise run.refuse(node, f"{len(kernel)} spatial dimensions")
     return kernel, _window(node, "strides", 2), _pads(run, node, kernel, run.shape_of(node)[2:])
 
 
@@ -169,7 +169,7 @@ def _average_pool(run: Importer, node: Node) -> Any:
     if _is_even(pads) and all(2 * pad <= size for pad, size in zip(padding, kernel, strict=True)):
         return run.layer(nn.AvgPool2d(kernel, strides, padding, ceil, whole), (x,), name)
     if ceil:
-        raise run.refuse(node, "ceil_mode with different padding on opposite sides")
+        raise run.refuse(node, "ceil_mode=1 with asymmetric padding")
     padded = run.layer(Pad(_for_torch(pads)), (x,), f"{name}_pad")
     made = run.layer(nn.AvgPool2d(kernel, strides), (padded,), name)
     if whole:
@@ -211,12 +211,12 @@ def _pad(run: Importer, node: Node) -> Any:
     if on_map and (mode in ("reflect", "edge") or value == 0):
         return run.layer(Pad(_for_torch(pads[2:]), _PAD_MODES[mode]), (x,), name)
     if mode != "constant":
-        raise run.refuse(node, f"the mode {mode} and pads {pads}")
+        raise run.refuse(node, f"the mode {mode} with pads {pads}")
     last_first = [pixels for pair in reversed(pads) for pixels in pair]
     return run.function(aten.constant_pad_nd.default, (x, last_first, value), {}, name)
 
 
-_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}  # as torch calls them
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}  # ONNX to torch
 
 
 def _pads_of_dimensions(run: Importer, node: Node, rank: int) -> list[tuple[int, int]]:
@@ -237,7 +237,7 @@ def _fill(run: Importer, node: Node) -> float:
 
 
 def _resize(run: Importer, node: Node) -> Any:
-    """Nearest pixels are selected; whole factors that repeat pixels are a layer."""
+    """Add an UpsampleNearest layer for integer factors, else index selections or an interpolation."""
     x, shape, mode = run.value(node), run.shape_of(node), node.get("mode", "nearest")
     scales = _scales(run, node, shape)
     if len(shape) != 4 or scales[:2] != [1.0, 1.0] or node.get("antialias", 0):
@@ -249,7 +249,7 @@ def _resize(run: Importer, node: Node) -> Any:
 
 
 def _scales(run: Importer, node: Node, shape: Sequence[int]) -> list[float]:
-    """Factors of all dimensions, from whichever of them or the sizes is given."""
+    """Return the factors of all dimensions from the scales or the output sizes."""
     if node.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise run.refuse(node, f"keep_aspect_ratio_policy {node.get('keep_aspect_ratio_policy')}")
     axes = [axis % len(shape) for axis in node.get("axes", range(len(shape)))]
@@ -265,7 +265,7 @@ def _scales(run: Importer, node: Node, shape: Sequence[int]) -> list[float]:
 
 
 def _scale_input(run: Importer, node: Node) -> Array | None:
-    """The scales of a resize: the second input in opset 10 and of Upsample, later the third."""
+    """Return the scales: the second input of Upsample and in opset 10, the third input in newer opsets."""
     return run.array(node, 1 if node.op == "Upsample" or run.opset < 11 else 2)
 
 
@@ -286,7 +286,7 @@ def _nearest(run: Importer, node: Node, x: fx.Node, after: Sequence[int], scales
 
 
 def _nearest_indices(run: Importer, node: Node, before: int, after: int, scale: float) -> Array:
-    """The pixel of the input that each pixel of the result is."""
+    """Return the index of the input pixel for each output pixel."""
     modern = node.op == "Resize" and run.opset >= 11
     transform = node.get("coordinate_transformation_mode", "half_pixel") if modern else "asymmetric"
     places = _places(run, node, transform, before, after, scale)
@@ -306,7 +306,7 @@ _ROUNDING: dict[str, Callable[[Array], Array]] = {
 
 
 def _places(run: Importer, node: Node, transform: str, before: int, after: int, scale: float) -> Array:
-    """Coordinates of the result's pixels among the pixels that they are made of."""
+    """Return the input coordinates of the output pixels."""
     pixels = np.arange(after, dtype=np.float32)
     if transform == "asymmetric":
         return pixels / np.float32(scale)
