@@ -173,7 +173,7 @@ def _verification_images(images: Images | None) -> tuple[Tensor, str]:
         return crops, f"{len(crops)} synthetic images"
     batch = next(iter(as_image_source(images).batches(LAYER_IMAGES)), None)
     if batch is None:
-        raise ImagesError("images is empty; pass at least one to compare the file with the model")
+        raise ImagesError("there are no images to compare file and model; pass at least one")
     crops = batch[:LAYER_IMAGES]
     return crops, f"{len(crops)} given images"
 

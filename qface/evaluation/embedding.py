@@ -138,7 +138,7 @@ def embed(
     Args:
         model: model in any form that :func:`as_embedder` accepts.
         source: uint8 crops, or floats normalized for ``model``.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         flip: add the embedding of the mirrored image before normalization, as in ArcFace.
         progress: show progress on stderr.
 
@@ -176,7 +176,7 @@ def embedding_batches(
     Args:
         embedder: the model.
         source: see :func:`embed`.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         flip: add the embedding of the mirrored image.
         start: index of the first image; must be 0 unless the source is an IndexedImages.
 

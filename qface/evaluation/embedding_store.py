@@ -34,7 +34,7 @@ def embed_to_file(embedder: Embedder, source: IndexedImages, folder: Path, batch
         embedder: the model.
         source: the images.
         folder: folder of ``embeddings.f32`` and ``embeddings.json``; created if missing.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         flip: add the embedding of the mirrored image.
 
     Returns:

@@ -153,14 +153,14 @@ def evaluate(
         gallery: another model to embed the gallery, while ``model`` embeds the probes (the first image of a listed
             pair). None: ``model`` embeds both.
         flip: add the embedding of the mirrored image before normalization.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         run_dir: folder for embeddings and pair counts, from which an interrupted call resumes. None saves nothing.
         progress: show progress on stderr.
         bootstrap: number of replicates over identities for 95 % confidence intervals
             (:mod:`qface.evaluation.bootstrap`); 200 suffice, 0 computes none.
 
     Returns:
-        Accuracy, error rates and thresholds, with the number of pairs behind them.
+        Accuracy, error rates and thresholds, with the number of images and pairs.
 
     Raises:
         ConfigError: ``run_dir`` holds data of another model or other images, or ``bootstrap`` is negative.

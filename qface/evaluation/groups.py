@@ -199,7 +199,7 @@ def evaluate_groups(
         identities: identities to use from the folder; see :func:`qface.data.identities.select_identities`.
         bootstrap: number of replicates over identities for 95 % confidence intervals; 0 computes none.
         flip: add the embedding of the mirrored image before normalization.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         progress: show progress on stderr.
 
     Returns:

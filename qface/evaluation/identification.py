@@ -162,7 +162,7 @@ def evaluate_identification(
         seed: random seed of the gallery and the bootstrap.
         bootstrap: number of replicates over identities for 95 % confidence intervals; 0 computes none.
         flip: add the embedding of the mirrored image before normalization.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         progress: show progress on stderr.
 
     Returns:

@@ -80,7 +80,7 @@ def match_thresholds(
         images: a folder of 112x112 crops with one subfolder per identity, or other labeled images.
         fprs: rates as decimals between 0 and 1; rates with fewer than ten accepted impostors are left out.
         identities: identities to use from a folder; None uses all.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         progress: show progress on stderr.
 
     Returns:

@@ -34,7 +34,7 @@ def embed_shared(
         source: the images. Each process embeds all images of a loader, which has no random access.
         parallel: the processes.
         folder: folder for the embeddings of each process, to resume from; None saves nothing.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         flip: add the embedding of the mirrored image.
 
     Returns:

@@ -111,7 +111,7 @@ def evaluate_stress(
         conditions: keys of :data:`qface.data.stress.STRESS_CONDITIONS`.
         seed: random seed of the degradations and the bootstrap.
         bootstrap: number of replicates over identities for the TPR drop from ``reference``; 0 computes none.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         run_dir: folder for embeddings, from which an interrupted call resumes. None saves nothing.
         progress: show progress on stderr.
 

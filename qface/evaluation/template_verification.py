@@ -102,7 +102,7 @@ def evaluate_templates(
         flip: add the embedding of the mirrored image.
         detector_score: multiply the embedding of each image by its detector score.
         run_dir: folder for embeddings, from which an interrupted call resumes. None saves nothing.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         progress: show progress on stderr.
 
     Returns:

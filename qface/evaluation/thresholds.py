@@ -90,7 +90,7 @@ def operating_thresholds(
         identities: identities of a folder for the thresholds; None uses all.
         eval_identities: identities of a folder for the measured rates. None: the same identities, for which the FPR is
             the wanted one.
-        batch_size: batch size.
+        batch_size: images per forward pass.
         progress: show progress on stderr.
 
     Returns:
