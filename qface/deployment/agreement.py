@@ -306,11 +306,11 @@ def compare_layers(
         ExportError: the file was not exported from this network.
     """
     operations = [operation for operation in graph.operations if _is_rounded(operation)]
-    given = _integers(student, inputs, {operation.output.name for operation in operations})
-    found = _run_cut(Path(file), given, to_file_input(graph, inputs))
+    given = _record_integers(student, inputs, {operation.output.name for operation in operations})
+    found = _run_layers(Path(file), given, to_file_input(graph, inputs))
     near_ties = layers_near_ties(cast(fx.GraphModule, student))
     return tuple(
-        _compared(operation, given, found, _reads_integers(operation) and operation.name not in near_ties)
+        _layer_agreement(operation, given, found, _reads_integers(operation) and operation.name not in near_ties)
         for operation in operations
     )
 
@@ -328,7 +328,7 @@ def _is_rounded(operation: ir.IntegerOp) -> bool:
     return operation.output.qparams is not None and not isinstance(operation, _MOVES)
 
 
-def _integers(student: nn.Module, inputs: Tensor, values: set[str]) -> dict[str, Integers]:
+def _record_integers(student: nn.Module, inputs: Tensor, values: set[str]) -> dict[str, Integers]:
     """Record the output integers of each activation quantizer, keyed by the name in ``values``."""
     recorder = _Recorder(copy.deepcopy(student).cpu().eval(), values)
     with torch.no_grad():
@@ -358,7 +358,7 @@ class _Recorder(fx.Interpreter):
         return value_name(node)
 
 
-def _run_cut(file: Path, given: dict[str, Integers], inputs: Tensor) -> dict[str, Integers]:
+def _run_layers(file: Path, given: dict[str, Integers], inputs: Tensor) -> dict[str, Integers]:
     """Run ``file`` with the tensors ``given`` fed to their consumers; return what their producers output."""
     model = onnx.load(str(file))
     made = {name for node in model.graph.node for name in node.output}
@@ -375,7 +375,7 @@ def _run_cut(file: Path, given: dict[str, Integers], inputs: Tensor) -> dict[str
     return dict(zip(given, session.run(list(given), feeds), strict=True))
 
 
-def _compared(
+def _layer_agreement(
     operation: ir.IntegerOp, given: dict[str, Integers], found: dict[str, Integers], exact: bool
 ) -> LayerAgreement:
     name = operation.output.name

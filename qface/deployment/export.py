@@ -125,17 +125,17 @@ def export(
             if target not in FLOAT_TARGETS:
                 _name_layers_near_ties(model)
                 metadata[ACTIVATION_BITS] = json.dumps(count_activation_bits(cast(fx.GraphModule, model)))
-            onnx.save(_written(graph, metadata, weight_format, target), temporary)
+            onnx.save(_student_model(graph, metadata, weight_format, target), temporary)
             _check(temporary)
             check = _check_embeddings if target in FLOAT_TARGETS else _check_layers
-            check(model, graph, temporary, as_model_sees(graph, _compared(crops, graph.preprocessing)))
+            check(model, graph, temporary, as_model_sees(graph, _comparison_images(crops, graph.preprocessing)))
             tolerance = golden_tolerance(graph, target)
         else:
             network = copy.deepcopy(model).cpu().float().eval()  # the model may be fp16 on a GPU; the check runs on CPU
             network = _UnitLength(network).eval() if normalize else network
             _export_float(network, temporary, metadata)
             _check(temporary)
-            _check_float(network, temporary, _compared(crops, preprocessing_of(network)))
+            _check_float(network, temporary, _comparison_images(crops, preprocessing_of(network)))
             tolerance = golden_tolerance(None, target)
         write_golden(temporary, measure_golden(OnnxEmbedder(temporary, providers_for(target)), tolerance))
     return path
@@ -151,7 +151,7 @@ def _name_layers_near_ties(student: nn.Module) -> None:
         )
 
 
-def _written(graph: IntegerGraph, metadata: dict[str, str], weight_format: str, target: str) -> onnx.ModelProto:
+def _student_model(graph: IntegerGraph, metadata: dict[str, str], weight_format: str, target: str) -> onnx.ModelProto:
     if target in FLOAT_TARGETS:
         return to_float_onnx(graph, metadata, weight_format, FLOAT_TARGETS[target])
     return to_onnx(graph, metadata, weight_format)
@@ -178,7 +178,7 @@ def _verification_images(images: Images | None) -> tuple[Tensor, str]:
     return crops, f"{len(crops)} given images"
 
 
-def _compared(crops: Tensor, preprocessing: Preprocessing) -> Tensor:
+def _comparison_images(crops: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Concatenate ``crops`` and the test images of golden values, both normalized."""
     return torch.cat([normalize(crops, preprocessing), preprocessing.normalize(golden_images(preprocessing.size))])
 
@@ -239,7 +239,7 @@ class _UnitLength(nn.Module):
         return embeddings / lengths.clamp_min(_TINY)
 
 
-class _OfBytes(nn.Module):
+class _Uint8Input(nn.Module):
     """Wrapper that takes RGB bytes and normalizes them for ``network``."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
@@ -255,7 +255,7 @@ def _export_float(model: nn.Module, path: Path, metadata: dict[str, str]) -> Non
     images = example_input(model, 1)
     _check_interface(model, images)
     if metadata["input"] == UINT8_INPUT:
-        model, images = _OfBytes(model, preprocessing_of(model)).eval(), images.byte()
+        model, images = _Uint8Input(model, preprocessing_of(model)).eval(), images.byte()
     try:
         written = torch_onnx_model(model, (images,), ["images"], ["embedding"], OPSET)
     except Exception as error:  # torch's tracer may raise any type

@@ -312,13 +312,13 @@ def measure_golden(embedder: OnnxEmbedder, tolerance: Tolerance) -> GoldenValues
         >>> measure_golden(OnnxEmbedder("student.onnx"), "equal").images
         16
     """
-    embeddings = _embedded(embedder, NUM_DIGESTS if tolerance == EQUAL else NUM_EMBEDDINGS)
+    embeddings = _embed_test_images(embedder, NUM_DIGESTS if tolerance == EQUAL else NUM_EMBEDDINGS)
     if not np.isfinite(embeddings).all():
         raise ExportError("the embeddings of the test images are not finite: check the network's weights and scales")
     return GoldenValues.of(tolerance, embeddings)
 
 
-def _embedded(embedder: OnnxEmbedder, count: int) -> Embeddings:
+def _embed_test_images(embedder: OnnxEmbedder, count: int) -> Embeddings:
     """Embed the first test images at batch size 1, as a device does."""
     images = golden_images(embedder.preprocessing.size, count)
     return torch.cat([embedder(image[None]) for image in images]).numpy()
@@ -387,4 +387,4 @@ def selftest(file: str | Path, providers: Sequence[str] | None = None) -> SelfTe
     if providers is None:
         providers = providers_for(read_metadata(file).get("target", "cpu"))
     embedder = OnnxEmbedder(file, providers=providers)
-    return golden.compare(_embedded(embedder, golden.images), embedder.runtime)
+    return golden.compare(_embed_test_images(embedder, golden.images), embedder.runtime)

@@ -54,7 +54,7 @@ def with_input_dtype(kind: str, graph: ir.IntegerGraph) -> ir.IntegerGraph:
 def _with_uint8_input(graph: ir.IntegerGraph) -> ir.IntegerGraph:
     pixels = ir.Value(graph.images.name, _BYTES)
     normalize = _normalization(pixels, graph.preprocessing)
-    operations = [_reader_of_bytes(operation, graph.images, normalize) for operation in graph.operations]
+    operations = [_with_uint8(operation, graph.images, normalize) for operation in graph.operations]
     if any(normalize.output in operation.inputs for operation in operations):
         operations.insert(0, normalize)
     return replace(graph, images=pixels, operations=tuple(operations))
@@ -66,7 +66,7 @@ def _normalization(pixels: ir.Value, preprocessing: Preprocessing) -> ir.Normali
     return ir.NormalizeUint8Op("normalize", (pixels,), output, _ORDERS[preprocessing.color], mean, std)
 
 
-def _reader_of_bytes(operation: ir.IntegerOp, images: ir.Value, normalize: ir.NormalizeUint8Op) -> ir.IntegerOp:
+def _with_uint8(operation: ir.IntegerOp, images: ir.Value, normalize: ir.NormalizeUint8Op) -> ir.IntegerOp:
     """Replace the input ``images`` of ``operation`` by the bytes, or by their normalized values."""
     if isinstance(operation, ir.QuantizeImageOp) and _keeps_bytes(operation, normalize):
         return ir.Uint8InputOp(operation.name, normalize.inputs, operation.output, normalize.channels)

@@ -163,7 +163,9 @@ def compare(candidates: Sequence[Candidate], threads: int = 1, batch: int = 1, r
     """
     _check_counts(threads=threads, batch=batch, runs=runs)
     images = [_random_images(batch, candidate) for candidate in candidates]
-    times = _take_turns([candidate.embed for candidate in candidates], images, runs, _SETTLING if threads > 1 else 0)
+    times = _time_alternately(
+        [candidate.embed for candidate in candidates], images, runs, _SETTLING if threads > 1 else 0
+    )
     medians = [1000 * statistics.median(measured) for measured in times]
     return [
         Latency(
@@ -202,7 +204,7 @@ def median_milliseconds(files: Sequence[str | Path], threads: int = 1, batch: in
     return [row.median for row in compare([open_file(file, threads) for file in files], threads, batch, runs)]
 
 
-def _take_turns(
+def _time_alternately(
     calls: Sequence[Callable[[Tensor], object]], images: Sequence[Tensor], runs: int, pause: float
 ) -> list[list[float]]:
     """Measure the seconds of ``runs`` calls each, without those of the warm-up.

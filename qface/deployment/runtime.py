@@ -37,7 +37,7 @@ _INPUTS = {
     "tensor(double)": (FLOAT_INPUT, torch.float64),
     "tensor(uint8)": (UINT8_INPUT, torch.uint8),
 }
-_OF_OURS = {"qface", "preprocessing", "input"}  # with these keys, the metadata describe the input completely
+_OWN_KEYS = {"qface", "preprocessing", "input"}  # with these keys, the metadata describe the input completely
 _WARNING, _ERROR, _FATAL = 2, 3, 4
 
 
@@ -78,7 +78,7 @@ class OnnxEmbedder:
         self._session = _open(self.path, providers, threads)
         self._name, self.input, dtype, self._batch = _image_input(self.path, self._session)
         metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        if not preprocessing and _OF_OURS.issubset(metadata):
+        if not preprocessing and _OWN_KEYS.issubset(metadata):
             written = written_preprocessing(metadata["preprocessing"], self.path)
             self._graph_input: ImageInput = described_input(written, dtype)
             self._output: str = self._session.get_outputs()[0].name
@@ -104,13 +104,13 @@ class OnnxEmbedder:
         Raises:
             QFaceError: the network does not accept images of this size.
         """
-        images = self._as_read(batch.detach().cpu())
+        images = self._to_graph_input(batch.detach().cpu())
         if self._batch is None:
             return self._run(images)
         pieces = torch.split(images, self._batch)
-        return torch.cat([self._run(_filled(piece, self._batch))[: len(piece)] for piece in pieces])
+        return torch.cat([self._run(_pad_batch(piece, self._batch))[: len(piece)] for piece in pieces])
 
-    def _as_read(self, images: Tensor) -> Tensor:
+    def _to_graph_input(self, images: Tensor) -> Tensor:
         floats = self.preprocessing.normalize(images) if images.dtype == torch.uint8 else images.float()
         return self._graph_input.to_graph(floats)
 
@@ -150,10 +150,10 @@ def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> A
     options = _options()
     if threads is not None:
         options.intra_op_num_threads = threads
-    chosen = _default_providers() if providers is None else _known(providers)
+    chosen = _default_providers() if providers is None else _check_providers(providers)
     try:
         # A user who names the GPU explicitly needs onnxruntime's reason if it does not work.
-        with _silenced() if providers is None and _CUDA in chosen else nullcontext():
+        with _silenced_gpu_warnings() if providers is None and _CUDA in chosen else nullcontext():
             return _exact_session(path, options, chosen)
     except Exception as error:
         raise CheckpointError(
@@ -194,7 +194,7 @@ def _exact_session(model: Path | bytes, options: Any, providers: list[str]) -> A
     return _onnxruntime().InferenceSession(model, options, providers=providers)
 
 
-def _known(providers: Sequence[str]) -> list[str]:
+def _check_providers(providers: Sequence[str]) -> list[str]:
     """Return ``providers`` after a check, because onnxruntime silently replaces unknown ones by the CPU."""
     available = _onnxruntime().get_available_providers()
     for provider in providers:
@@ -209,7 +209,7 @@ def _default_providers() -> list[str]:
 
 
 @contextmanager
-def _silenced() -> Iterator[None]:
+def _silenced_gpu_warnings() -> Iterator[None]:
     """Hide warnings about a missing GPU by the process-wide logger; its severity cannot be read back."""
     _onnxruntime().set_default_logger_severity(_FATAL)
     try:
@@ -231,5 +231,5 @@ def _image_input(path: Path, session: Any) -> tuple[str, str, torch.dtype, int |
     return inputs[0].name, kind, dtype, batch if isinstance(batch, int) else None
 
 
-def _filled(piece: Tensor, length: int) -> Tensor:
+def _pad_batch(piece: Tensor, length: int) -> Tensor:
     return F.pad(piece, (0, 0) * (piece.ndim - 1) + (0, length - len(piece)))

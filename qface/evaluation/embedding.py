@@ -73,7 +73,7 @@ class TorchEmbedder:
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Embed normalized images [N, 3, height, width] to [N, D], on the model's device and in its dtype."""
-        with eval_mode(self.model), shared_by_threads(self.model, _unobserved), torch.inference_mode():
+        with eval_mode(self.model), shared_by_threads(self.model, _observers_disabled), torch.inference_mode():
             images = batch.to(self.device, dtype_of(self.model))
             if self._memory_format is None:
                 self._memory_format = fastest_memory_format(images[:1], self.model)
@@ -82,7 +82,7 @@ class TorchEmbedder:
 
 
 @contextmanager
-def _unobserved(model: nn.Module) -> Iterator[None]:
+def _observers_disabled(model: nn.Module) -> Iterator[None]:
     """Disable observers, because torch's observers update in eval mode too."""
     observing: list[Any] = [module for module in model.modules() if _is_observing(module)]
     for module in observing:
@@ -203,11 +203,11 @@ def _views(batch: Tensor, flip: bool, preprocessing: Preprocessing) -> list[Tens
 
 
 def _embed_views(embedder: Embedder, views: list[Tensor]) -> Embeddings:
-    embeddings = [_vectors(_called(embedder, view), len(view)) for view in views]
+    embeddings = [_vectors(_call(embedder, view), len(view)) for view in views]
     return sum(embeddings[1:], start=embeddings[0])
 
 
-def _called(embedder: Embedder, view: Tensor) -> object:
+def _call(embedder: Embedder, view: Tensor) -> object:
     try:
         return embedder(view)
     except RuntimeError as error:  # torch's messages have many lines

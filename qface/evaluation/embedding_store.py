@@ -49,14 +49,14 @@ def embed_to_file(embedder: Embedder, source: IndexedImages, folder: Path, batch
     """
     if len(source) == 0:
         raise ImagesError("there are no images to embed; pass at least one")
-    with _file_errors_told(folder):
+    with _file_errors_as_export_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
-        return _completed(embedder, source, folder, batch_size, flip)
+        return _complete(embedder, source, folder, batch_size, flip)
 
 
 @contextmanager
-def _file_errors_told(folder: Path) -> Iterator[None]:
+def _file_errors_as_export_errors(folder: Path) -> Iterator[None]:
     """Convert file errors to ExportError; not for calls of the model, which may raise the same types."""
     try:
         yield
@@ -64,31 +64,31 @@ def _file_errors_told(folder: Path) -> Iterator[None]:
         raise ExportError(f"{folder} cannot hold embeddings ({error}): choose another folder") from error
 
 
-def _completed(embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool) -> Embeddings:
+def _complete(embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool) -> Embeddings:
     dimensions, images = _embed_some(embedder, source, [0], flip).shape[1], digest_of_images(source)
-    with _file_errors_told(folder):
-        file = _opened(folder, {"images": images, "dimensions": dimensions, "flip": flip})
-        rows = _cut_to_rows(file, 4 * dimensions)
+    with _file_errors_as_export_errors(folder):
+        file = _open_file(folder, {"images": images, "dimensions": dimensions, "flip": flip})
+        rows = _truncate_to_rows(file, 4 * dimensions)
     if rows:
-        _check_model(embedder, source, flip, _mapped(file, rows, dimensions), folder)
+        _check_model(embedder, source, flip, _memory_map(file, rows, dimensions), folder)
     _append(file, embedding_batches(embedder, source, batch_size, flip, start=rows))
-    return _mapped(file, len(source), dimensions)
+    return _memory_map(file, len(source), dimensions)
 
 
 def _append(file: Path, batches: Iterable[Embeddings]) -> None:
     for batch in batches:
-        with _file_errors_told(file.parent), file.open("ab") as output:
+        with _file_errors_as_export_errors(file.parent), file.open("ab") as output:
             output.write(batch.astype("<f4").tobytes())
             output.flush()
             os.fsync(output.fileno())  # otherwise rows in the middle could be missing after a power failure
 
 
-def _mapped(file: Path, rows: int, dimensions: int) -> Embeddings:
-    with _file_errors_told(file.parent):
+def _memory_map(file: Path, rows: int, dimensions: int) -> Embeddings:
+    with _file_errors_as_export_errors(file.parent):
         return np.memmap(file, np.dtype("<f4"), "r", shape=(rows, dimensions))
 
 
-def _opened(folder: Path, header: dict[str, Any]) -> Path:
+def _open_file(folder: Path, header: dict[str, Any]) -> Path:
     """Return the file of embeddings, created if missing; raise if its header differs."""
     file, description = folder / "embeddings.f32", folder / "embeddings.json"
     if not description.exists():
@@ -100,7 +100,7 @@ def _opened(folder: Path, header: dict[str, Any]) -> Path:
     return file
 
 
-def _cut_to_rows(file: Path, width: int) -> int:
+def _truncate_to_rows(file: Path, width: int) -> int:
     """Remove an incomplete last row and return the number of rows of ``width`` bytes."""
     rows = file.stat().st_size // width
     with file.open("r+b") as content:

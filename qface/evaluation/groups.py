@@ -217,7 +217,7 @@ def evaluate_groups(
         [('A', 6, 540), ('B', 6, 540)]
     """
     check_whole(0, bootstrap=bootstrap)
-    folder, labels = _named(images, identities)
+    folder, labels = _labeled_folder(images, identities)
     grouping = read_groups(groups, folder)
     _check_rate(at_fpr, labels)
     embedders = [as_embedder(model), *([] if reference is None else [as_embedder(reference)])]
@@ -229,7 +229,7 @@ def evaluate_groups(
     )
 
 
-def _named(images: Images, identities: str | Path | None) -> tuple[ImageFolder, Labels]:
+def _labeled_folder(images: Images, identities: str | Path | None) -> tuple[ImageFolder, Labels]:
     source = as_image_source(images, identities)
     labels = labels_of(source)
     if not isinstance(source, ImageFolder) or labels is None:
@@ -277,7 +277,7 @@ def measure_groups(
         _ErrorKind(np.array([group.genuine_pairs >= GENUINE_NEEDED for group in groups]), np.subtract, draws),
         _ErrorKind(np.array([group.impostor_pairs >= needed for group in groups]), _ratio, draws),
     )
-    found = [_Found.of(each, labels, members, at_fpr, draws) for each in embeddings]
+    found = [_ModelRates.of(each, labels, members, at_fpr, draws) for each in embeddings]
     models = [each.as_figures(grouping.names, *errors) for each in found]
     changes = [kind.change([each.rates[:, at] for each in found]) for at, kind in enumerate(errors)]
     return GroupsResult(
@@ -363,7 +363,7 @@ class _Members:
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _ModelRates:
     """Rates of a model on the original identities and on all replicates.
 
     Args:
@@ -377,7 +377,7 @@ class _Found:
     @classmethod
     def of(
         cls, embeddings: Embeddings, labels: npt.ArrayLike, members: _Members, at_fpr: str, draws: Draws | None
-    ) -> _Found:
+    ) -> _ModelRates:
         threshold = tpr_at_fpr(embeddings, labels, [at_fpr])[at_fpr].threshold
         assert threshold is not None  # _check_rate raises first
         drawn = None

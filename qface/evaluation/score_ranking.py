@@ -135,7 +135,7 @@ def ranked_scores(
     done, counts = kept or (0, ScoreCounts(watch_for_sample(scores, wanted, impostors)))
     while wanted:
         _count(scores, counts, done, parallel, store)
-        total = _summed(counts, parallel)
+        total = _sum_over_processes(counts, parallel)
         bins = total.bins_of(wanted)
         if bins is not None and bins <= set(counts.watch.bins):
             return total.ranked(ranks)
@@ -157,7 +157,7 @@ def equal_error_of(scores: PairScores, genuine: int, impostors: int, parallel: P
         counts = ScoreCounts(watch)
         for tile in itertools.islice(scores.tiles(), parallel.rank, None, parallel.world_size):
             counts.add(*scores.of(tile, watch.floor))
-        total = _summed(counts, parallel)
+        total = _sum_over_processes(counts, parallel)
         watch = Watch.of({total.equal_error_bin(genuine, impostors)})
     return total.equal_error(genuine, impostors)
 
@@ -178,7 +178,7 @@ def _count(scores: PairScores, counts: ScoreCounts, done: int, parallel: Paralle
             store.save(number, counts)
 
 
-def _summed(counts: ScoreCounts, parallel: Parallel) -> ScoreCounts:
+def _sum_over_processes(counts: ScoreCounts, parallel: Parallel) -> ScoreCounts:
     """Sum the counts over all processes."""
     if parallel.world_size == 1:
         return counts

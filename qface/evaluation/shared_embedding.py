@@ -57,7 +57,7 @@ def embed_shared(
     else:
         name = f"embeddings-{parallel.rank}-of-{parallel.world_size}"
         rows = _unit_copy(embed_to_file(embedder, own, folder / name, batch_size, flip))
-    return _gathered(rows, len(source), parallel) if several else rows
+    return _gather_rows(rows, len(source), parallel) if several else rows
 
 
 def _unit_copy(embeddings: Embeddings) -> Embeddings:
@@ -68,7 +68,7 @@ def _unit_copy(embeddings: Embeddings) -> Embeddings:
     return rows
 
 
-def _gathered(own: Embeddings, images: int, parallel: Parallel) -> Embeddings:
+def _gather_rows(own: Embeddings, images: int, parallel: Parallel) -> Embeddings:
     """Interleave the rows of all processes; each has every ``world_size``-th row."""
     most = -(-images // parallel.world_size)  # the last processes may have one row less
     padded = np.resize(own, (most, own.shape[1]))

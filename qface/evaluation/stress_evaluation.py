@@ -154,12 +154,12 @@ def evaluate_stress(
     figures = []
     for condition in shown:
         probes = plain if condition == "none" else {name: embedded(name, condition) for name in models}
-        figures.append(judge.figures(condition, [_Seen(probes[name], plain[name]) for name in models]))
+        figures.append(judge.figures(condition, [_ModelEmbeddings(probes[name], plain[name]) for name in models]))
     return StressResult(tuple(figures), len(source), len(np.unique(labels)), seed, bootstrap)
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _ModelEmbeddings:
     """Embeddings of degraded and unchanged faces by one model."""
 
     probes: Embeddings
@@ -184,7 +184,7 @@ class _Judge:
     bootstrap: int
     seed: int
 
-    def figures(self, condition: str, seen: Sequence[_Seen]) -> StressFigures:
+    def figures(self, condition: str, seen: Sequence[_ModelEmbeddings]) -> StressFigures:
         """Compute the metrics of the model, first in ``seen``, and of the optional reference."""
         model, *others = seen
         reference = others[0] if others else None
@@ -198,7 +198,7 @@ class _Judge:
             drops={} if reference is None or not self.bootstrap else self._drops(model, reference),
         )
 
-    def _drops(self, model: _Seen, reference: _Seen) -> dict[str, TprDrop | None]:
+    def _drops(self, model: _ModelEmbeddings, reference: _ModelEmbeddings) -> dict[str, TprDrop | None]:
         return bootstrap_tpr_drop(
             reference.probes,
             model.probes,
@@ -211,7 +211,7 @@ class _Judge:
         )
 
 
-def _mean_cosine(model: _Seen, reference: _Seen) -> float | None:
+def _mean_cosine(model: _ModelEmbeddings, reference: _ModelEmbeddings) -> float | None:
     """Return the mean cosine between both models; None if their embedding dimensions differ."""
     if model.probes.shape != reference.probes.shape:
         return None

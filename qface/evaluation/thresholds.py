@@ -110,8 +110,8 @@ def operating_thresholds(
     tuned = _labeled(images, identities, fpr)
     others = None if eval_identities is None else _labeled(images, eval_identities, fpr)
     models = as_embedder(teacher), as_embedder(student)
-    seen = _faces(*models, tuned, batch_size)
-    judged = seen if others is None else _faces(*models, others, batch_size)
+    seen = _embed_both(*models, tuned, batch_size)
+    judged = seen if others is None else _embed_both(*models, others, batch_size)
     thresholds = {name: seen.threshold(name, fpr) for name in _PAIRINGS}
     rows = (
         PairingThreshold(name, threshold, judged.rates(name, threshold), judged.rates(name, thresholds["float"]))
@@ -138,7 +138,7 @@ class _Labeled:
 
 
 @dataclass(frozen=True)
-class _Faces:
+class _ModelEmbeddings:
     """Embeddings of the same images by both models."""
 
     teacher: Embeddings
@@ -168,8 +168,8 @@ def _labeled(images: Images, identities: str | Path | None, fpr: str) -> _Labele
     return _Labeled(source, labels)
 
 
-def _faces(teacher: Embedder, student: Embedder, images: _Labeled, batch_size: int) -> _Faces:
-    return _Faces(
+def _embed_both(teacher: Embedder, student: Embedder, images: _Labeled, batch_size: int) -> _ModelEmbeddings:
+    return _ModelEmbeddings(
         embed(teacher, images.source, batch_size),
         embed(student, images.source, batch_size),
         images.labels,
