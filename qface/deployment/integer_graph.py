@@ -374,6 +374,6 @@ class IntegerGraph:
         return max((each.weight.bits for each in self.operations if isinstance(each, weighted)), default=0)
 
     def with_unit_length(self) -> IntegerGraph:
-        """Append an L2 normalization of the embedding, in float."""
+        """Return the graph with a final L2 normalization of the embedding, in float."""
         normalize = L2NormalizeOp("unit_length", (self.embedding,), Value("embedding:unit_length"))
         return replace(self, operations=(*self.operations, normalize), embedding=normalize.output)
