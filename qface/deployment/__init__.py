@@ -1,4 +1,4 @@
-"""From a student to a file that a stock runtime computes with integers: lowering, ONNX, and running it."""
+"""Export of students to integer ONNX files, and tools to run, verify, time and measure these files."""
 
 from qface.deployment.agreement import Agreement, LayerAgreement, verify
 from qface.deployment.export import export

@@ -1,9 +1,9 @@
-"""``verify``: does an exported file compute what its student computes, layer by layer and from end to end?
+"""Comparison of an exported file with its student, layer by layer and end to end.
 
-Layer by layer the file is cut open: every layer gets the student's integers as input, so that a difference stays where
-it arises. From end to end nothing is given but images, and the embeddings are compared. A file that computes in floats
-rounds weights only; it is compared from end to end with a student that does the same. A file that OpenVINO runs is
-compared from end to end too: it does not show its integers without computing others.
+Layer by layer: every layer of the file gets the student's integers as input, so that a difference does not spread to
+later layers. End to end: both get the same images, and their embeddings are compared. Files with target ``"cuda"`` or
+``"float32"`` round only weights; they are compared end to end with a student that does not round activations. OpenVINO
+is compared end to end only, because extra outputs for its integers change what it computes.
 """
 
 from __future__ import annotations
@@ -51,34 +51,34 @@ __all__ = [
 
 
 LEAST_EQUAL = 0.999
-"""Share of the integers that must be equal where floats are rounded; no other may be off by more than one step."""
+"""Minimum fraction of equal integers in layers that round floats; the others may be off by one."""
 LEAST_MEAN_COSINE = 0.9999
 LEAST_COSINE = 0.999
 LEAST_MEAN_COSINE_WITH_FLOAT = 0.99
 LEAST_COSINE_WITH_FLOAT = 0.95
-"""Of networks with float islands. Torch and onnxruntime sum floats in another order; a difference of 1e-7 rounds one of
-every few thousand values the other way, and the layers after it spread that. Each layer alone must agree as elsewhere.
-"""
+"""Minimum cosine of networks with float islands. Torch and onnxruntime sum floats in different orders; a difference of
+1e-7 rounds one of every few thousand values differently, and later layers spread it. Each single layer must still agree
+as in other networks."""
 
 LAYER_IMAGES = 8
-"""Images on which layers are compared; each gives thousands of integers a layer."""
+"""Number of images for the comparison of layers; each gives thousands of integers per layer."""
 Integers = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class LayerAgreement:
-    """One layer, both sides given the same integers.
+    """Comparison of one layer of file and student for equal integer inputs.
 
     Args:
-        layer: its name.
-        operation: its kind.
-        bits: of what it makes.
-        elements: integers compared.
-        different: how many of them differ.
-        greatest_step: by how much at most.
-        integer_range: least and greatest integer of the file's side.
-        exact: True where every processor makes the same integers of the same integers, so that none may differ. A layer
-            that rounds floats, or that lies near a tie (:func:`qface.quantization.binding.layers_near_ties`), is not.
+        layer: name of the layer.
+        operation: kind of the operation.
+        bits: bit width of the output.
+        elements: number of output integers compared.
+        different: number of integers that differ.
+        greatest_step: maximum difference of two integers.
+        integer_range: minimum and maximum output integer of the file.
+        exact: True if the output is equal on every processor, so that no integer may differ; False for layers that
+            round floats or lie near a rounding tie (:func:`qface.quantization.binding.layers_near_ties`).
     """
 
     layer: str
@@ -92,7 +92,7 @@ class LayerAgreement:
 
     @property
     def agrees(self) -> bool:
-        """True if it is equal, but for a rounding here and there where it is not exact, and keeps to its bits."""
+        """True if the integers fit into ``bits`` and agree: all if ``exact``, else within the tolerance."""
         allowed = 0 if self.exact else (1 - LEAST_EQUAL) * self.elements
         equal = self.different <= allowed and self.greatest_step <= 1
         return equal and self.integer_range[1] - self.integer_range[0] < 1 << self.bits
@@ -100,18 +100,16 @@ class LayerAgreement:
 
 @dataclass(frozen=True, repr=False)
 class Agreement(Result):
-    """The result of :func:`verify`; cosines are between the embeddings of student and file, each from end to end.
-
-    A file that computes in floats has no integer layers, and those of OpenVINO are not seen.
+    """Result of :func:`verify`.
 
     Args:
-        layers: with integer results, one by one.
-        images: whose embeddings were compared.
-        mean_cosine: of their embeddings.
-        least_cosine: likewise.
-        float_layers: names of the float islands, between which integers may differ by a rounding.
-        runtime: that ran the file, one of :data:`RUNTIMES`.
-        preprocessing: what both read and who says so, in words.
+        layers: comparison of each layer with integer outputs; empty for OpenVINO and for files that compute in float.
+        images: number of images whose embeddings were compared.
+        mean_cosine: mean cosine between the embeddings of student and file.
+        least_cosine: minimum of these cosines.
+        float_layers: names of the float islands, which lower the required cosine.
+        runtime: runtime of the file, one of :data:`RUNTIMES`.
+        preprocessing: preprocessing of both and its source, in words.
     """
 
     layers: tuple[LayerAgreement, ...]
@@ -124,7 +122,7 @@ class Agreement(Result):
 
     @property
     def agrees(self) -> bool:
-        """True if every layer agrees, and the embeddings do."""
+        """True if all layers and the embeddings agree."""
         mean, least = (
             (LEAST_MEAN_COSINE_WITH_FLOAT, LEAST_COSINE_WITH_FLOAT)
             if self.float_layers
@@ -142,7 +140,7 @@ class Agreement(Result):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain Python values, ready for JSON."""
         return {"agrees": self.agrees, **asdict(self)}
 
 
@@ -153,23 +151,26 @@ def verify(
     identities: str | Path | None = None,
     runtime: str = "onnxruntime",
 ) -> Agreement:
-    """Compare ``student`` in eval mode with ``file``, which was exported from it. Does not change ``student``.
+    """Compare the outputs of ``student`` in eval mode with those of the file exported from it.
 
-    A file for GPUs (``target="cuda"``) runs on one where there is one, all others on the CPU.
+    A file with ``target="cuda"`` runs on a GPU if there is one, all others on the CPU. Does not change ``student``.
 
     Args:
-        student: calibrated: a module, the path of its file, or ``package.module:factory``.
-        file: the ONNX file.
-        images: faces; the first eight serve for the layers, all of them from end to end.
-        identities: of a folder, which identities.
-        runtime: that runs the file: ``"onnxruntime"``, or ``"openvino"``, from end to end only.
+        student: a calibrated student: a module, the path of its file, or ``package.module:factory``.
+        file: path of the ONNX file.
+        images: faces; layers are compared on the first eight, embeddings on all.
+        identities: identities to use from a folder; None uses all.
+        runtime: ``"onnxruntime"``, or ``"openvino"``, which compares embeddings only.
+
+    Returns:
+        The comparison of layers and embeddings; its ``agrees`` is the verdict.
 
     Raises:
-        ConfigError: the student is not calibrated, or there is no such runtime.
-        DependencyError: OpenVINO is wanted and not installed.
+        ConfigError: the student is not calibrated, or the runtime is unknown.
+        DependencyError: OpenVINO is not installed.
         ExportError: the file was not exported from this network.
         CheckpointError: a file is missing or damaged.
-        ImagesError: the images cannot be used.
+        ImagesError: there are no images, or they cannot be used.
 
     Example:
         >>> found = qface.verify(student, "student.onnx", "faces/")
@@ -177,7 +178,7 @@ def verify(
         (72, True)
     """
     if runtime not in RUNTIMES:
-        raise ConfigError(f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}")
+        raise ConfigError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
     student = as_network(student)
     graph = lower(student)
     on_openvino = runtime == "openvino"
@@ -197,14 +198,14 @@ def verify(
 def compare_integers(
     student: nn.Module, graph: ir.IntegerGraph, embedder: OnnxEmbedder, batches: Iterator[Tensor]
 ) -> Agreement:
-    """Compare ``student`` with a file of integers, layer by layer on the same integers, and from end to end.
+    """Compare ``student`` with an integer file, layer by layer and end to end.
 
     Args:
-        student: calibrated, on any device; it is not changed.
-        graph: what it was lowered to, as the file reads it.
+        student: calibrated student on any device; it is not changed.
+        graph: integer graph of the student, with the file's input type.
         embedder: the file, on the CPU.
-        batches: float32 [N, 3, height, width], normalized, at least one; the first images of the first serve for the
-            layers.
+        batches: at least one batch, float32 [N, 3, height, width], normalized; layers are compared on the first images
+            of the first batch.
 
     Raises:
         ExportError: the file was not exported from this network.
@@ -218,17 +219,17 @@ def compare_integers(
 
 
 def _batches(graph: ir.IntegerGraph, source: ImageSource) -> Iterator[Tensor]:
-    """Normalized images as the network of ``graph`` sees them; at least one batch."""
+    """Yield normalized batches for the network of ``graph``; raise if there are no images."""
     batches = source.batches(64)
     first = next(batches, None)
     if first is None:
-        raise ImagesError("there are no images to compare: pass at least one")
+        raise ImagesError("there are no images to compare; pass at least one")
     for batch in chain([first], batches):
         yield as_model_sees(graph, normalize(batch, graph.preprocessing))
 
 
 def compare_embeddings(network: nn.Module, embedder: OnnxEmbedder, batches: Iterable[Tensor]) -> Agreement:
-    """The cosines between the embeddings of both, without layers.
+    """Compare the embeddings of network and file, without layers.
 
     Args:
         network: on the CPU, in eval mode.
@@ -236,7 +237,7 @@ def compare_embeddings(network: nn.Module, embedder: OnnxEmbedder, batches: Iter
         batches: float32 [N, 3, height, width], normalized.
 
     Raises:
-        ExportError: the embeddings have different sizes.
+        ExportError: the embedding dimensions differ.
     """
     found = torch.cat([_cosines(network, embedder, batch) for batch in batches])
     return Agreement((), len(found), float(found.mean()), float(found.min()))
@@ -251,7 +252,7 @@ def _cosines(network: nn.Module, embedder: OnnxEmbedder, images: Tensor) -> Tens
 
 
 def without_rounded_activations(student: nn.Module) -> nn.Module:
-    """A copy of ``student`` on the CPU, in eval mode, whose parameters are rounded and whose activations are not."""
+    """Copy ``student`` to the CPU in eval mode, with rounded parameters and unrounded activations."""
     network = copy.deepcopy(student).cpu().eval()
     assert isinstance(network, fx.GraphModule)
     layers = {str(node.target): layer_of(node) for node in network.graph.nodes}
@@ -267,7 +268,7 @@ def without_rounded_activations(student: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _round_parameters(layer: nn.Module | None) -> None:
-    """Round those that the layer itself rounds only where its quantizers are on; weights have one of their own."""
+    """Round biases and affine parameters, which ``layer`` rounds only with enabled input quantizers."""
     if isinstance(layer, WeightedLayer):
         (quantizer,) = layer.quant_context.inputs
         if layer.bias is not None and quantizer is not None:
@@ -279,7 +280,7 @@ def _round_parameters(layer: nn.Module | None) -> None:
 
 
 class _Shift(nn.Module):
-    """Subtracts the offset of an :class:`ImageFakeQuantize`, without rounding."""
+    """Subtraction of the offset of an :class:`ImageFakeQuantize`, without rounding."""
 
     def __init__(self, offset: float) -> None:
         super().__init__()
@@ -292,29 +293,30 @@ class _Shift(nn.Module):
 def compare_layers(
     student: nn.Module, graph: ir.IntegerGraph, file: str | Path, inputs: Tensor
 ) -> tuple[LayerAgreement, ...]:
-    """Each layer of ``file`` beside the student's, given the student's integers for normalized images ``inputs``.
+    """Compare each layer of ``file`` with the student's, both fed the student's integers.
 
     Args:
-        student: calibrated; its mode is not changed.
-        graph: what it was lowered to, reading what ``file`` reads.
-        file: what was written of that.
-        inputs: float32 [N, 3, height, width], as :func:`qface.deployment.inputs.as_model_sees`.
+        student: calibrated student; it is not changed.
+        graph: integer graph of the student, with the file's input type.
+        file: path of the file exported from it.
+        inputs: normalized images, float32 [N, 3, height, width], from
+            :func:`qface.deployment.inputs.as_model_sees`.
 
     Raises:
         ExportError: the file was not exported from this network.
     """
     operations = [operation for operation in graph.operations if _is_rounded(operation)]
-    given = _integers(student, inputs, {operation.output.name for operation in operations})
-    found = _run_cut(Path(file), given, to_file_input(graph, inputs))
+    given = _record_integers(student, inputs, {operation.output.name for operation in operations})
+    found = _run_layers(Path(file), given, to_file_input(graph, inputs))
     near_ties = layers_near_ties(cast(fx.GraphModule, student))
     return tuple(
-        _compared(operation, given, found, _reads_integers(operation) and operation.name not in near_ties)
+        _layer_agreement(operation, given, found, _reads_integers(operation) and operation.name not in near_ties)
         for operation in operations
     )
 
 
 def _reads_integers(operation: ir.IntegerOp) -> bool:
-    """True if no float that another kernel has summed is rounded; a normalized byte is none."""
+    """True if the operation rounds no float that another kernel summed."""
     return isinstance(operation, ir.QuantizeImageOp) or all(value.qparams is not None for value in operation.inputs)
 
 
@@ -322,12 +324,12 @@ _MOVES = (ir.MaxPoolOp, ir.FlattenOp, ir.MoveOp, ir.PadOp)
 
 
 def _is_rounded(operation: ir.IntegerOp) -> bool:
-    """True if the operation ends in a quantizer of its own."""
+    """True if the operation has its own output quantizer."""
     return operation.output.qparams is not None and not isinstance(operation, _MOVES)
 
 
-def _integers(student: nn.Module, inputs: Tensor, values: set[str]) -> dict[str, Integers]:
-    """The integers behind each quantizer of activations, by which of ``values`` they are."""
+def _record_integers(student: nn.Module, inputs: Tensor, values: set[str]) -> dict[str, Integers]:
+    """Record the output integers of each activation quantizer, keyed by the name in ``values``."""
     recorder = _Recorder(copy.deepcopy(student).cpu().eval(), values)
     with torch.no_grad():
         recorder.run(inputs)
@@ -349,15 +351,15 @@ class _Recorder(fx.Interpreter):
         return result
 
     def _value(self, quantizer: fx.Node) -> str:
-        """The name of the value that ``quantizer`` rounds: its own, or the one before it, since a clamp is no value."""
+        """Return the name of the quantizer or of the nearest node before it that has a value in the graph."""
         node = quantizer
         while value_name(node) not in self._values:
             (node,) = node.all_input_nodes
         return value_name(node)
 
 
-def _run_cut(file: Path, given: dict[str, Integers], inputs: Tensor) -> dict[str, Integers]:
-    """Run ``file`` with every tensor of ``given`` fed to its readers, and return what its makers make."""
+def _run_layers(file: Path, given: dict[str, Integers], inputs: Tensor) -> dict[str, Integers]:
+    """Run ``file`` with the tensors ``given`` fed to their consumers; return what their producers output."""
     model = onnx.load(str(file))
     made = {name for node in model.graph.node for name in node.output}
     if not given.keys() <= made:
@@ -373,7 +375,7 @@ def _run_cut(file: Path, given: dict[str, Integers], inputs: Tensor) -> dict[str
     return dict(zip(given, session.run(list(given), feeds), strict=True))
 
 
-def _compared(
+def _layer_agreement(
     operation: ir.IntegerOp, given: dict[str, Integers], found: dict[str, Integers], exact: bool
 ) -> LayerAgreement:
     name = operation.output.name

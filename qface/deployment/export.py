@@ -1,4 +1,4 @@
-"""``export``: a model to an ONNX file."""
+"""Export of a model to an ONNX file."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ from qface.quantization.plan import count_activation_bits
 __all__ = ["ACTIVATION_BITS", "TARGETS", "export"]
 
 ACTIVATION_BITS = "activation_bits"
-"""The metadata's key for the numbers of values that a file rounds to each number of bits."""
+"""Metadata key for the number of quantized activations at each bit width."""
 
 _log = logging.getLogger("qface")
 _TINY = torch.finfo(torch.float32).tiny
-_QUOTED = 300  # characters of an error of torch or onnx, which can fill a page
+_QUOTED = 300  # maximum characters quoted from an error of torch or onnx, which can fill a page
 
 
 def export(
@@ -69,39 +69,39 @@ def export(
     target: str = "cpu",
     normalize: bool = False,
 ) -> Path:
-    """Write ``model`` as an ONNX model with a dynamic batch, its preprocessing and provenance in the metadata.
+    """Export ``model`` to ONNX and check that onnxruntime computes the same embeddings.
 
-    The metadata also hold golden values, by which :func:`qface.selftest` and any device tell what they compute.
-
-    A calibrated student becomes an integer graph that qface writes itself; a float network becomes float32 ONNX. Input
-    ``images`` [batch, 3, height, width]; output ``embedding`` float32 [batch, dimensions]. Does not change ``model``.
+    A calibrated student becomes an integer graph; a float network becomes float32 ONNX. The file has the input
+    ``images`` [batch, 3, height, width] and the output ``embedding`` float32 [batch, dimensions], with a dynamic batch
+    size. Its metadata hold preprocessing, provenance, and golden values for :func:`qface.selftest`. Does not change
+    ``model``.
 
     Args:
-        model: a calibrated student, or a float network: a module, the path of its file, or ``package.module:factory``.
-        path: file to write, ``.onnx``.
-        weight_format: of a student's weights: ``"packed"`` to their bits, which onnxruntime unpacks when it opens the
-            file, or ``"int8"``, a byte each.
-        images: faces on which the file is compared with the model, the first eight of them; None takes a few seeded
-            synthetic ones. The metadata say which.
-        input: what the file reads: ``"float32"``, normalized, or ``"uint8"``, the RGB bytes of the part and size that
-            the preprocessing names. Whoever resizes for it rounds to whole gray levels.
-        target: what a student's file is for: ``"cpu"`` computes with integers, the same on every processor. The others
-            keep the integers of the weights but do not round activations: ``"cuda"`` computes in fp16, since
-            onnxruntime has no integer convolution there, and ``"float32"`` in float32, for browsers, where that is
-            faster than integers.
-        normalize: end with an L2 normalization in float32, so that embeddings have unit length and a dot product is
-            their cosine. The metadata say so under ``embedding``.
+        model: a calibrated student or a float network: a module, the path of its file, or ``package.module:factory``.
+        path: ``.onnx`` file to write.
+        weight_format: storage of a student's weights: ``"packed"`` stores each at its bit width, and onnxruntime
+            unpacks them at load time; ``"int8"`` stores one byte per weight.
+        images: faces for the comparison with the model; the first eight are used. None: seeded synthetic images. The
+            metadata record which.
+        input: input type of the file: ``"float32"``, normalized, or ``"uint8"``, RGB bytes of the crop and size in the
+            preprocessing. The caller resizes uint8 images, and so rounds them to integer gray levels.
+        target: platform of a student's file. ``"cpu"`` computes with integers, with equal results on every processor.
+            The others keep integer weights but do not round activations: ``"cuda"`` computes in fp16, because
+            onnxruntime has no integer convolution on GPUs; ``"float32"`` is for browsers, where float32 is faster than
+            integers.
+        normalize: append an L2 normalization in float32, so that the dot product of two embeddings is their cosine.
+            The metadata record it under ``embedding``.
 
     Returns:
-        The path.
+        The path of the written file.
 
     Raises:
-        CheckpointError: the file of the network cannot be read.
-        ConfigError: the student is not calibrated, there is no such weight format, input or target, or a float network
-            is to be written for a target of its own.
-        UnsupportedLayerError: a node has no integer form; it is named, and nothing is written.
-        ExportError: the file cannot be written, the graph is not valid, or onnxruntime computes something else with
-            it than the model; then no file is left.
+        CheckpointError: the network's file cannot be read.
+        ConfigError: the student is not calibrated; weight_format, input or target is unknown; or the model is a float
+            network and target is not ``"cpu"``.
+        UnsupportedLayerError: a node has no integer form; the message names it, and no file is written.
+        ExportError: the file cannot be written, the graph is invalid, or onnxruntime does not reproduce the model's
+            embeddings; no file is left.
         ImagesError: there are no images, or they cannot be used.
 
     Example:
@@ -110,7 +110,7 @@ def export(
     """
     path = as_path(path)
     if path.suffix != ".onnx":
-        raise ExportError(f"{path} does not end in .onnx; choose such a name")
+        raise ExportError(f"path must end in .onnx, got {path}")
     check_input(input)
     check_weight_format(weight_format)
     model = as_network(model)
@@ -125,17 +125,17 @@ def export(
             if target not in FLOAT_TARGETS:
                 _name_layers_near_ties(model)
                 metadata[ACTIVATION_BITS] = json.dumps(count_activation_bits(cast(fx.GraphModule, model)))
-            onnx.save(_written(graph, metadata, weight_format, target), temporary)
+            onnx.save(_student_model(graph, metadata, weight_format, target), temporary)
             _check(temporary)
             check = _check_embeddings if target in FLOAT_TARGETS else _check_layers
-            check(model, graph, temporary, as_model_sees(graph, _compared(crops, graph.preprocessing)))
+            check(model, graph, temporary, as_model_sees(graph, _comparison_images(crops, graph.preprocessing)))
             tolerance = golden_tolerance(graph, target)
         else:
-            network = copy.deepcopy(model).cpu().float().eval()  # that of a GPU in fp16 is checked on a CPU
+            network = copy.deepcopy(model).cpu().float().eval()  # the model may be fp16 on a GPU; the check runs on CPU
             network = _UnitLength(network).eval() if normalize else network
             _export_float(network, temporary, metadata)
             _check(temporary)
-            _check_float(network, temporary, _compared(crops, preprocessing_of(network)))
+            _check_float(network, temporary, _comparison_images(crops, preprocessing_of(network)))
             tolerance = golden_tolerance(None, target)
         write_golden(temporary, measure_golden(OnnxEmbedder(temporary, providers_for(target)), tolerance))
     return path
@@ -145,13 +145,13 @@ def _name_layers_near_ties(student: nn.Module) -> None:
     near = layers_near_ties(cast(fx.GraphModule, student))
     if near:
         _log.warning(
-            "%d layers may round otherwise on processors of another kind, the first is %r (docs/exactness.md)",
+            "%d layers may round differently on other processors (first: %r); see docs/exactness.md",
             len(near),
             near[0],
         )
 
 
-def _written(graph: IntegerGraph, metadata: dict[str, str], weight_format: str, target: str) -> onnx.ModelProto:
+def _student_model(graph: IntegerGraph, metadata: dict[str, str], weight_format: str, target: str) -> onnx.ModelProto:
     if target in FLOAT_TARGETS:
         return to_float_onnx(graph, metadata, weight_format, FLOAT_TARGETS[target])
     return to_onnx(graph, metadata, weight_format)
@@ -159,27 +159,27 @@ def _written(graph: IntegerGraph, metadata: dict[str, str], weight_format: str, 
 
 def _check_target(target: str, model: nn.Module) -> None:
     if target not in TARGETS:
-        raise ConfigError(f"target {target!r} is none of {', '.join(TARGETS)}")
+        raise ConfigError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
     if target != "cpu" and not is_quantized(model):
         raise ConfigError(
-            f"the target {target!r} is for students only; a float network's file runs on any processor: leave it out"
+            f"target {target!r} is for students only; leave it out: a float network's file runs on any processor"
         )
 
 
 def _verification_images(images: Images | None) -> tuple[Tensor, str]:
-    """A few images, and what they are."""
+    """Return a few images for the comparison and their description for the metadata."""
     if images is None:
         crops = synthetic_crops()
         return crops, f"{len(crops)} synthetic images"
     batch = next(iter(as_image_source(images).batches(LAYER_IMAGES)), None)
     if batch is None:
-        raise ImagesError("there are no images to compare the file on: pass at least one")
+        raise ImagesError("there are no images to compare file and model; pass at least one")
     crops = batch[:LAYER_IMAGES]
     return crops, f"{len(crops)} given images"
 
 
-def _compared(crops: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """``crops`` and the test images that golden values are of, normalized."""
+def _comparison_images(crops: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Concatenate ``crops`` and the test images of golden values, both normalized."""
     return torch.cat([normalize(crops, preprocessing), preprocessing.normalize(golden_images(preprocessing.size))])
 
 
@@ -190,14 +190,14 @@ def _check_layers(student: nn.Module, graph: IntegerGraph, file: Path, inputs: T
     if wrong:
         first = wrong[0]
         raise ExportError(
-            f"onnxruntime computes something else than the student in {len(wrong)} of {len(layers)} layers (first: "
-            f"{first.layer}, {first.different} of {first.elements} integers, by up to {first.greatest_step}); nothing "
-            "was written, please report this processor and network"
+            f"onnxruntime and the student differ in {len(wrong)} of {len(layers)} layers (first: {first.layer}, "
+            f"{first.different} of {first.elements} integers, by up to {first.greatest_step}); no file was written: "
+            "please report this processor and network"
         )
-    if not agreement.agrees:  # layers were run one by one: the whole file is optimized otherwise
+    if not agreement.agrees:  # onnxruntime optimizes the whole file differently from single layers
         raise ExportError(
-            "onnxruntime computes something else than the student with the whole file: cosines of "
-            f"{agreement.least_cosine:.6f} at the least; nothing was written, please report this processor and network"
+            "onnxruntime and the student agree in each layer but not in the whole file (minimum cosine "
+            f"{agreement.least_cosine:.6f}); no file was written: please report this processor and network"
         )
 
 
@@ -207,9 +207,9 @@ def _check_embeddings(student: nn.Module, graph: IntegerGraph, file: Path, input
     agreement = compare_embeddings(without_rounded_activations(student), embedder, [inputs])
     if not agreement.agrees:
         raise ExportError(
-            f"for the target {target} onnxruntime computes something else than the student with unrounded activations: "
-            f"the cosines of {agreement.images} embeddings are {agreement.mean_cosine:.6f} on average, "
-            f"{agreement.least_cosine:.6f} at the least; nothing was written, export this network for the target cpu"
+            f"onnxruntime and the student without activation rounding differ for target {target} (cosines of "
+            f"{agreement.images} embeddings: mean {agreement.mean_cosine:.6f}, minimum {agreement.least_cosine:.6f}); "
+            "no file was written: export with target cpu"
         )
 
 
@@ -219,13 +219,13 @@ def _check_float(network: nn.Module, file: Path, inputs: Tensor) -> None:
     agreement = compare_embeddings(network, embedder, [images])
     if not agreement.agrees:
         raise ExportError(
-            f"onnxruntime computes something else than the network: cosines of {agreement.least_cosine:.6f} at the "
-            "least; nothing was written. Does it do something by chance, or depend on values in Python?"
+            f"onnxruntime and the network differ (minimum cosine {agreement.least_cosine:.6f}); no file was written: "
+            "check the network for random operations and for branches on Python values"
         )
 
 
 class _UnitLength(nn.Module):
-    """``network``, whose embeddings are divided by their Euclidean norms."""
+    """Wrapper that divides the embeddings of ``network`` by their Euclidean norms."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -234,13 +234,13 @@ class _UnitLength(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         embeddings: Tensor = self.network(images)
-        # Not F.normalize, of which torch's exporter expands the norm and loses the embedding's length.
+        # torch's exporter expands the norm of F.normalize and then loses the embedding dimension.
         lengths: Tensor = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
         return embeddings / lengths.clamp_min(_TINY)
 
 
-class _OfBytes(nn.Module):
-    """``network`` from RGB bytes, which it normalizes as ``preprocessing`` says."""
+class _Uint8Input(nn.Module):
+    """Wrapper that takes RGB bytes and normalizes them for ``network``."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -255,12 +255,12 @@ def _export_float(model: nn.Module, path: Path, metadata: dict[str, str]) -> Non
     images = example_input(model, 1)
     _check_interface(model, images)
     if metadata["input"] == UINT8_INPUT:
-        model, images = _OfBytes(model, preprocessing_of(model)).eval(), images.byte()
+        model, images = _Uint8Input(model, preprocessing_of(model)).eval(), images.byte()
     try:
         written = torch_onnx_model(model, (images,), ["images"], ["embedding"], OPSET)
-    except Exception as error:  # torch raises whatever its tracer meets
+    except Exception as error:  # torch's tracer may raise any type
         raise ExportError(
-            f"torch cannot export this network: {one_line(error, _QUOTED)}; replace what it names"
+            f"torch cannot export this network ({one_line(error, _QUOTED)}); replace the operation it names"
         ) from error
     onnx.helper.set_model_props(written, {"preprocessing": preprocessing_of(model).to_json(), **metadata})
     onnx.save(written, str(path))
@@ -273,10 +273,10 @@ def _check_interface(model: nn.Module, images: Tensor) -> None:
     except Exception as error:  # the user's own code runs here
         raise ExportError(
             f"the network does not run on images {list(images.shape)}: {one_line(error, _QUOTED)}; "
-            "it must read images only, of the size in its Preprocessing"
+            "its only input must be images of the size in its Preprocessing"
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2:
-        raise ExportError("the network must return one tensor, the embeddings [N, dimensions]")
+        raise ExportError("the network must return one tensor, the embeddings [N, dimensions]; wrap it so that it does")
 
 
 def _check(path: Path) -> None:
@@ -284,5 +284,5 @@ def _check(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
-            f"the exported graph is not valid ONNX: {one_line(error, _QUOTED)}; please report this network"
+            f"the exported graph is not valid ONNX ({one_line(error, _QUOTED)}); please report this network"
         ) from error

@@ -1,6 +1,6 @@
-"""Float islands: the parts of a student without an integer form, which run between a dequantize and a quantize.
+"""Float islands: subgraphs of a student without an integer form, between a dequantize and a quantize.
 
-torch's own exporter writes them, so whatever it can express in ONNX needs nothing here.
+torch's exporter writes them, so this module needs no code for single operators that it supports.
 """
 
 from __future__ import annotations
@@ -24,13 +24,22 @@ __all__ = ["input_name", "island_module", "to_onnx_graph"]
 _SIZE = torch.ops.aten.sym_size.int
 _METHODS = frozenset(("expand", "new_full", "new_ones", "new_zeros", "repeat", "reshape", "view"))
 _FACTORIES: dict[str, Any] = {"arange": torch.arange, "full": torch.full, "ones": torch.ones, "zeros": torch.zeros}
-"""Functions whose sizes may depend on the number of images; torch's tracer sees that in Python's own calls only."""
+"""Functions with sizes that may depend on the batch; torch's tracer sees that only in calls of the public functions."""
 
 
 def island_module(
     student: fx.GraphModule, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """A network of ``nodes`` alone, and the nodes outside whose values it reads, in the order of its inputs."""
+    """Copy ``nodes`` to a separate network.
+
+    Args:
+        student: network that contains the nodes; it is not changed.
+        nodes: nodes of the island.
+        outputs: nodes whose values the network returns, as a tuple.
+
+    Returns:
+        The network, and the outside nodes whose values are its inputs, in their order.
+    """
     builder = _IslandBuilder(student, set(nodes), outputs)
     return builder.run(), builder.sources
 
@@ -67,7 +76,7 @@ class _IslandBuilder:
         return found
 
     def _is_inside(self, node: fx.Node) -> bool:
-        """True of the nodes of the island, and of numbers and constants, which every island has for itself."""
+        """True for nodes of the island, and for sizes and constants, which each island computes for itself."""
         return node in self.nodes or node.op == "get_attr" or _is_number(node)
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -106,25 +115,34 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def input_name(number: int) -> str:
-    """The name of an input in what :func:`to_onnx_graph` writes, which lacks those that are not read."""
+    """Return the name of an input of :func:`to_onnx_graph`, which omits unused inputs."""
     return f"input_{number}"
 
 
 def to_onnx_graph(
     module: fx.GraphModule, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], name: str, opset: int
 ) -> onnx.GraphProto:
-    """The ONNX graph of ``module``, whose inputs have ``shapes`` for two images, and ``dtypes``.
+    """Export a float island to an ONNX graph.
+
+    Args:
+        module: network from :func:`island_module`.
+        shapes: input shapes for a batch of two images.
+        dtypes: input dtypes.
+        name: name of the island, for error messages.
+        opset: ONNX opset.
 
     Raises:
-        UnsupportedLayerError: torch cannot express it.
+        UnsupportedLayerError: torch cannot export it.
     """
     inputs = tuple(torch.full(shape, 0.5).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
     names = [input_name(number) for number in range(len(inputs))]
     outputs = [f"output_{number}" for number in range(_number_of_outputs(module))]
     try:
         return torch_onnx_model(module, inputs, names, outputs, opset).graph
-    except Exception as error:  # torch raises whatever its exporter meets
-        raise UnsupportedLayerError(f"torch cannot write {name!r} as ONNX: {one_line(error, 300)}") from error
+    except Exception as error:  # torch's exporter may raise any type
+        raise UnsupportedLayerError(
+            f"torch cannot export {name!r} to ONNX ({one_line(error, 300)}); replace the operator it names"
+        ) from error
 
 
 def _number_of_outputs(module: fx.GraphModule) -> int:

@@ -1,8 +1,8 @@
-"""Writes an :class:`IntegerGraph` as an ONNX model that computes in floats: fp16 for GPUs, float32 for browsers.
+"""Writer of an :class:`IntegerGraph` as an fp16 (GPUs) or float32 (browsers) ONNX model.
 
-onnxruntime's CUDA provider has no integer convolution, and its integer kernels in WebAssembly are slower than those of
-float32. So here the weights are integers only in the file: Cast and Mul, which onnxruntime computes when it opens the
-file (it would keep DequantizeLinear), make them floats. Activations are not rounded.
+onnxruntime's CUDA provider has no integer convolution, and its integer kernels in WebAssembly are slower than float32.
+So only the stored weights are integers. Cast and Mul dequantize them; onnxruntime folds these at load time, but would
+keep DequantizeLinear. Activations are not rounded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qface.deployment.weight_formats import WeightFormat, make_weight_format
 __all__ = ["FLOAT_TARGETS", "to_float_onnx"]
 
 FLOAT_TARGETS: dict[str, type[np.floating[Any]]] = {"cuda": np.float16, "float32": np.float32}
-"""Type of the numbers that files for a target compute with, by the target's name."""
+"""Float type of the computation, by target."""
 
 _FP32 = TensorProto.FLOAT
 
@@ -32,18 +32,18 @@ def to_float_onnx(
     weight_format: str = "packed",
     number: type[np.floating[Any]] = np.float32,
 ) -> onnx.ModelProto:
-    """The model of ``graph`` in floats, from ``images`` [batch, 3, height, width] to ``embedding`` [batch, D].
+    """Write ``graph`` as a model that computes in float.
 
-    Images are float32, or uint8 where they are quantized; embeddings are float32.
+    The input is ``images`` [batch, 3, height, width], float32 or uint8; the output ``embedding`` [batch, D], float32.
 
     Args:
-        graph: what :func:`qface.deployment.lowering.lower` returned, or that reading bytes.
-        metadata: written into the model beside the preprocessing.
-        weight_format: how weights lie in the file, ``"packed"`` to their bits or as ``"int8"``.
-        number: what it computes with, ``np.float16`` or ``np.float32``.
+        graph: output of :func:`qface.deployment.lowering.lower`, with either input type.
+        metadata: entries to add to the preprocessing in the model's metadata.
+        weight_format: storage of weights, ``"packed"`` or ``"int8"``.
+        number: float type of the computation, ``np.float16`` or ``np.float32``.
 
     Raises:
-        ConfigError: there is no such weight_format.
+        ConfigError: the weight format is unknown.
 
     Example:
         >>> from qface.deployment.lowering import lower
@@ -61,7 +61,7 @@ def to_float_onnx(
 
 
 class _FloatWriter(NodeCollector):
-    """Holds every value in the type it was made in, and in others once they are asked for."""
+    """Collector of float nodes; it keeps each value in its original dtype and casts it on demand."""
 
     def __init__(self, weights: WeightFormat, images: ir.Value, number: type[np.floating[Any]]) -> None:
         super().__init__(number)
@@ -78,11 +78,11 @@ class _FloatWriter(NodeCollector):
     # ---- values
 
     def fp32(self, value: ir.Value) -> str:
-        """Name of ``value`` as float32."""
+        """Return the name of ``value`` in float32."""
         return self._typed(value, _FP32)
 
     def as_number(self, value: ir.Value) -> str:
-        """Name of ``value`` in the type that operations compute with."""
+        """Return the name of ``value`` in the float type of the computation."""
         return self._typed(value, self._number_type)
 
     def _typed(self, value: ir.Value, kind: int) -> str:
@@ -93,31 +93,31 @@ class _FloatWriter(NodeCollector):
         return tensors[kind]
 
     def _keep(self, value: ir.Value, tensor: str, kind: int | None = None) -> None:
-        """Note that ``tensor`` of type ``kind``, by default the one to compute with, holds ``value``."""
+        """Register ``tensor`` as ``value`` in dtype ``kind``, by default the float type of the computation."""
         self._tensors[value.name] = {kind or self._number_type: tensor}
 
     def _cast(self, tensor: str, kind: int) -> str:
         return self.node("Cast", [tensor], to=kind)
 
     def _narrowed(self, tensor: str) -> str:
-        """Name of the float32 ``tensor`` in the type to compute with."""
+        """Cast the float32 ``tensor`` to the float type of the computation."""
         return tensor if self._number_type == _FP32 else self._cast(tensor, self._number_type)
 
     def _inputs(self, operation: ir.IntegerOp) -> list[str]:
         return [self.as_number(value) for value in operation.inputs]
 
     def _elementwise(self, operation: ir.IntegerOp, kind: str, **attributes: Any) -> None:
-        """One node of type ``kind`` that reads numbers and makes numbers."""
+        """Append one node of type ``kind``, with inputs and output in the float type of the computation."""
         self._keep(operation.output, self.node(kind, self._inputs(operation), **attributes))
 
     # ---- integers of the file
 
     def _dequantized(self, integers: str, scale: str) -> str:
-        """``integers * scale``, multiplied in float32 when the file is opened, and then as operations read it."""
+        """Multiply ``integers`` by ``scale`` in float32 and cast; onnxruntime folds both at load time."""
         return self._narrowed(self.node("Mul", [self._cast(integers, _FP32), scale]))
 
     def _matmul_inputs(self, operation: ir.ConvolutionOp | ir.LinearOp) -> list[str]:
-        """Input, weight and bias."""
+        """Return the names of input, weight and bias."""
         (source,) = operation.inputs
         weight, rank = operation.weight, operation.weight.integers.ndim
         name = f"{operation.name}.weight"
@@ -130,7 +130,7 @@ class _FloatWriter(NodeCollector):
         return inputs
 
     def _bias(self, name: str, integers: ir.Int32, source: ir.Value, weight_scale: str) -> str:
-        """``integers`` are in units of input scale x weight scale."""
+        """Dequantize a bias in units of input scale x weight scale."""
         assert source.qparams is not None
         input_scale = self.constant(f"{source.name}_scale", np.float32(source.qparams.scale))
         return self._dequantized(self.constant(name, integers), self.node("Mul", [input_scale, weight_scale]))
@@ -201,7 +201,8 @@ class _FloatWriter(NodeCollector):
 
     @write.register
     def _(self, operation: ir.AddOp) -> None:
-        # Where a student rounds a sum twice, to different bits, both are alike here, and onnxruntime computes one.
+        # Sorted, so that a sum that the student quantizes twice, to different bits, becomes two equal nodes, which
+        # onnxruntime merges.
         total = self.node("Add", sorted(self._inputs(operation)))
         self._keep(operation.output, self.clamped(total, operation.clamp))
 
@@ -219,7 +220,7 @@ class _FloatWriter(NodeCollector):
 
     @write.register
     def _(self, operation: ir.FloatIslandOp) -> None:
-        """In float32: an island may hold norms and exponentials, whose range fp16 has not."""
+        """Write the island in float32: it may hold norms and exponentials, which overflow in fp16."""
         made = self.island(operation, [self.fp32(value) for value in operation.inputs])
         for value, tensor in zip(operation.outputs, made, strict=True):
             self._keep(value, tensor, _FP32)
@@ -238,6 +239,6 @@ class _FloatWriter(NodeCollector):
 
     @write.register
     def _(self, operation: ir.L2NormalizeOp) -> None:
-        """In float32, where squares do not overflow."""
+        """Normalize in float32, because squares overflow in fp16."""
         (source,) = operation.inputs
         self._keep(operation.output, self.node("LpNormalization", [self.fp32(source)], axis=1, p=2), _FP32)

@@ -1,4 +1,4 @@
-"""Inputs of a file: normalized floats, or the bytes of an image, which the file then normalizes itself."""
+"""Input types of an exported file: normalized float32, or RGB bytes that the file normalizes itself."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ _ORDERS: dict[str, ir.Channels] = {"RGB": (0, 1, 2), "BGR": (2, 1, 0)}
 
 
 def check_input(kind: str) -> None:
-    """Make sure that ``kind`` is one of :data:`INPUTS`.
+    """Check that ``kind`` is one of :data:`INPUTS`.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: ``kind`` is unknown.
     """
     if kind not in INPUTS:
-        raise ConfigError(f"input {kind!r} is none of {', '.join(INPUTS)}")
+        raise ConfigError(f"input must be one of {', '.join(INPUTS)}, got {kind!r}")
 
 
 def with_input_dtype(kind: str, graph: ir.IntegerGraph) -> ir.IntegerGraph:
-    """``graph``, which reads normalized floats, as it is or reading RGB bytes [N, 3, height, width] instead.
+    """Return ``graph`` with its float input, or with RGB bytes [N, 3, height, width] as input instead.
 
-    Bytes that are the integers of the quantizer behind the image are taken as they are; else they are normalized first.
+    Bytes go in directly if they equal the integers of the input quantizer; otherwise they are normalized first.
 
     Args:
         kind: one of :data:`INPUTS`.
-        graph: what :func:`qface.deployment.lowering.lower` returned.
+        graph: output of :func:`qface.deployment.lowering.lower`, with a float input.
     """
     return _with_uint8_input(graph) if kind == UINT8_INPUT else graph
 
@@ -54,7 +54,7 @@ def with_input_dtype(kind: str, graph: ir.IntegerGraph) -> ir.IntegerGraph:
 def _with_uint8_input(graph: ir.IntegerGraph) -> ir.IntegerGraph:
     pixels = ir.Value(graph.images.name, _BYTES)
     normalize = _normalization(pixels, graph.preprocessing)
-    operations = [_reader_of_bytes(operation, graph.images, normalize) for operation in graph.operations]
+    operations = [_with_uint8(operation, graph.images, normalize) for operation in graph.operations]
     if any(normalize.output in operation.inputs for operation in operations):
         operations.insert(0, normalize)
     return replace(graph, images=pixels, operations=tuple(operations))
@@ -66,8 +66,8 @@ def _normalization(pixels: ir.Value, preprocessing: Preprocessing) -> ir.Normali
     return ir.NormalizeUint8Op("normalize", (pixels,), output, _ORDERS[preprocessing.color], mean, std)
 
 
-def _reader_of_bytes(operation: ir.IntegerOp, images: ir.Value, normalize: ir.NormalizeUint8Op) -> ir.IntegerOp:
-    """``operation`` with the bytes, or what they are normalized to, in the place of ``images``."""
+def _with_uint8(operation: ir.IntegerOp, images: ir.Value, normalize: ir.NormalizeUint8Op) -> ir.IntegerOp:
+    """Replace the input ``images`` of ``operation`` by the bytes, or by their normalized values."""
     if isinstance(operation, ir.QuantizeImageOp) and _keeps_bytes(operation, normalize):
         return ir.Uint8InputOp(operation.name, normalize.inputs, operation.output, normalize.channels)
     inputs = tuple(normalize.output if value == images else value for value in operation.inputs)
@@ -75,7 +75,7 @@ def _reader_of_bytes(operation: ir.IntegerOp, images: ir.Value, normalize: ir.No
 
 
 def _keeps_bytes(quantize: ir.QuantizeImageOp, normalize: ir.NormalizeUint8Op) -> bool:
-    """True if every byte, normalized and quantized, becomes the integer that it was."""
+    """True if normalization and quantization map every byte to itself."""
     qparams = quantize.output.qparams
     assert qparams is not None
     pixels = np.arange(256, dtype=np.float32)[:, None]
@@ -85,18 +85,22 @@ def _keeps_bytes(quantize: ir.QuantizeImageOp, normalize: ir.NormalizeUint8Op) -
 
 
 def as_model_sees(graph: ir.IntegerGraph, images: Tensor) -> Tensor:
-    """Normalized ``images`` [N, 3, height, width] as the network of ``graph`` sees them: rounded where it reads bytes.
+    """Round normalized ``images`` to integer gray levels if the input of ``graph`` is uint8.
 
-    Only images that were resized are not bytes already.
+    This changes only images that were resized.
+
+    Args:
+        graph: integer graph.
+        images: float32 [N, 3, height, width], normalized.
     """
     return images if graph.images.qparams is None else through_uint8(images, graph.preprocessing)
 
 
 def through_uint8(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Normalized ``images`` [N, 3, height, width] as they are after a way through bytes."""
+    """Round normalized ``images`` [N, 3, height, width] to uint8 pixels and normalize them again."""
     return preprocessing.normalize(preprocessing.to_bytes(images))
 
 
 def to_file_input(graph: ir.IntegerGraph, images: Tensor) -> Tensor:
-    """Normalized ``images`` [N, 3, height, width] in the form that the file of ``graph`` reads."""
+    """Convert normalized ``images`` [N, 3, height, width] to the input type of the file of ``graph``."""
     return images if graph.images.qparams is None else graph.preprocessing.to_bytes(images)

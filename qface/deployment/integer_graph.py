@@ -1,8 +1,8 @@
-"""The integer graph: what a student becomes before it is written for a runtime.
+"""Integer graph: the form of a student between lowering and the writers of ONNX.
 
-A straight list of operations over named values. A value with :class:`TensorQParams` is a uint8 tensor of ``2^bits``
-integers that stands for ``scale * (q - zero_point)``; a value without is float32. The writer, and whatever else wants
-to know what is deployed, reads this and never the student.
+It is a list of operations over named values. A value with :class:`TensorQParams` is a uint8 tensor with ``2^bits``
+levels, which represents ``scale * (q - zero_point)``; a value without is float32. All code after lowering uses this
+graph and never the student.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Clamp = tuple[float | None, float | None]
 
 @dataclass(frozen=True)
 class TensorQParams:
-    """The integers 256 - 2^bits .. 255 of a uint8 tensor stand for ``scale * (q - zero_point)``; plain numbers."""
+    """Per-tensor scale and zero point of a uint8 tensor with the levels 256 - 2^bits .. 255."""
 
     bits: int
     scale: float
@@ -67,12 +67,12 @@ class TensorQParams:
 
     @property
     def quant_min(self) -> int:
-        """Least integer."""
+        """Minimum integer."""
         return QUINT8_MAX + 1 - (1 << self.bits)
 
     @property
     def quant_max(self) -> int:
-        """Greatest integer, which is that of a byte, so that kernels clamp there by themselves."""
+        """Maximum integer, always 255, so that the saturation of uint8 kernels clamps there."""
         return QUINT8_MAX
 
 
@@ -86,7 +86,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """Signed integers of ``bits`` bits, ``scale`` [out_channels] for each slice of dimension 0; zero point 0."""
+    """Signed integers of ``bits`` bits with one ``scale`` per slice of dimension 0 and zero point 0."""
 
     integers: Int8
     scale: Float32
@@ -95,7 +95,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class IntegerOp:
-    """Base: named after the layer it comes from, with the values it reads and the one it makes."""
+    """Base of operations, with the name of the layer, the input values and the output value."""
 
     name: str
     inputs: tuple[Value, ...]
@@ -103,23 +103,23 @@ class IntegerOp:
 
     @property
     def kind(self) -> str:
-        """The operation by its name in ONNX, where ONNX has such an operator: ``"AveragePool"``."""
+        """Name of the ONNX operator, if there is one for the operation, such as ``"AveragePool"``."""
         return type(self).__name__.removesuffix("Op")
 
 
 @dataclass(frozen=True)
 class QuantizeImageOp(IntegerOp):
-    """Normalized image to bytes, after ``offset`` is subtracted."""
+    """Subtraction of ``offset`` from a normalized image and quantization to uint8."""
 
     offset: float
 
 
 @dataclass(frozen=True)
 class Uint8InputOp(IntegerOp):
-    """The bytes of an RGB image, which are the integers of the output as they are.
+    """RGB bytes used directly as the integers of the output.
 
     Args:
-        channels: which of them comes where.
+        channels: for each output channel, the index of the RGB channel.
     """
 
     channels: Channels
@@ -127,12 +127,12 @@ class Uint8InputOp(IntegerOp):
 
 @dataclass(frozen=True)
 class NormalizeUint8Op(IntegerOp):
-    """``(x - mean) / std`` of the bytes of an RGB image, in float32.
+    """Normalization of RGB bytes to ``(x - mean) / std`` in float32.
 
     Args:
-        channels: which of them comes where.
-        mean: in bytes, one a channel of the output.
-        std: likewise.
+        channels: for each output channel, the index of the RGB channel.
+        mean: mean per output channel, 0 to 255.
+        std: standard deviation per output channel, on the same scale.
     """
 
     channels: Channels
@@ -142,10 +142,11 @@ class NormalizeUint8Op(IntegerOp):
 
 @dataclass(frozen=True)
 class _MatmulOp(IntegerOp):
-    """Convolution or linear layer: an int32 bias in units of input scale x weight scale, and a clamp before rounding.
+    """Convolution or linear layer with an optional clamp before requantization.
 
     Args:
-        clamp: None, or the least and greatest value (None for no limit) that a ReLU or ReLU6 lets pass.
+        bias: in units of input scale x weight scale.
+        clamp: minimum and maximum of a fused ReLU or ReLU6 (None for no limit); None without one.
     """
 
     weight: Weight
@@ -155,7 +156,7 @@ class _MatmulOp(IntegerOp):
 
 @dataclass(frozen=True)
 class ConvolutionOp(_MatmulOp):
-    """2-d convolution over zero padding (height, width at either side)."""
+    """2-d convolution with zero padding (height, width), equal on both sides."""
 
     stride: Pair
     padding: Pair
@@ -165,15 +166,15 @@ class ConvolutionOp(_MatmulOp):
 
 @dataclass(frozen=True)
 class LinearOp(_MatmulOp):
-    """Matrix product of [N, in] with the transposed weight [out, in]."""
+    """Matrix product of the input [N, in] and the transposed weight [out, in]."""
 
 
 @dataclass(frozen=True)
 class _ChannelwiseOp(IntegerOp):
-    """Something of its own for each channel of ``x``.
+    """Base of operations with per-channel parameters.
 
     Args:
-        rank: number of dimensions of ``x``; channels are dimension 1.
+        rank: number of dimensions of the input; channels are dimension 1.
     """
 
     rank: int
@@ -181,9 +182,9 @@ class _ChannelwiseOp(IntegerOp):
 
 @dataclass(frozen=True)
 class PReluOp(_ChannelwiseOp):
-    """``x`` where positive, else ``slopes * slope_scale * x``; 8-bit slopes, one a channel.
+    """PReLU with 8-bit per-channel slopes: ``x`` if positive, else ``slopes * slope_scale * x``.
 
-    Between quantized values the products are rounded as those of a convolution, and so is ``x``.
+    Between quantized values, both branches are requantized as the output of a convolution.
     """
 
     slopes: Int8
@@ -192,16 +193,17 @@ class PReluOp(_ChannelwiseOp):
 
 @dataclass(frozen=True)
 class SigmoidOp(IntegerOp):
-    """``1 / (1 + exp(-x))``."""
+    """Sigmoid, ``1 / (1 + exp(-x))``."""
 
 
 @dataclass(frozen=True)
 class AffineOp(_ChannelwiseOp):
-    """A BatchNorm that does not fold, between quantized values: one 8-bit weight and one int32 bias a channel.
+    """Unfolded BatchNorm between quantized values, with per-channel 8-bit weight and int32 bias.
 
     Args:
         weight: [channels].
-        clamp: as of a convolution.
+        bias: [channels], in units of input scale x weight scale.
+        clamp: as for a convolution.
     """
 
     weight: Weight
@@ -211,17 +213,17 @@ class AffineOp(_ChannelwiseOp):
 
 @dataclass(frozen=True)
 class ClampOp(IntegerOp):
-    """Values limited to those between the two of ``clamp``."""
+    """Clamp to the minimum and maximum in ``clamp``."""
 
     clamp: Clamp
 
 
 @dataclass(frozen=True)
 class FloatAffineOp(_ChannelwiseOp):
-    """``scale[c] * x + shift[c]`` in float: a BatchNorm that does not fold, without a quantizer before or behind it.
+    """Unfolded BatchNorm in float, ``scale[c] * x + shift[c]``, with a float input or output.
 
     Args:
-        dim: the dimension of the channels.
+        dim: dimension of the channels.
     """
 
     dim: int
@@ -230,18 +232,18 @@ class FloatAffineOp(_ChannelwiseOp):
 
     @property
     def rank_after_dim(self) -> int:
-        """Rank of a tensor whose dimension 1 has as many after it as the channels have here."""
+        """Rank of a tensor with channels in dimension 1 and as many dimensions after them as here."""
         return self.rank - self.dim % self.rank + 1
 
 
 @dataclass(frozen=True)
 class QuantizeOp(IntegerOp):
-    """Float values rounded to integers, after a float island."""
+    """Quantization of float values after a float island."""
 
 
 @dataclass(frozen=True)
 class AddOp(IntegerOp):
-    """Sum of two values, and a clamp before rounding."""
+    """Sum of two values, with an optional clamp before requantization."""
 
     clamp: Clamp | None = None
 
@@ -253,12 +255,12 @@ class MaxOp(IntegerOp):
 
 @dataclass(frozen=True)
 class MoveOp(IntegerOp):
-    """Values in another place or shape, by one ONNX operator; they keep the qparams of the input.
+    """Change of order or shape by one ONNX operator that accepts any type; keeps the qparams of the input.
 
     Args:
-        operator: of ONNX, which computes with any type.
-        operands: further inputs, constants; None is an input that is left out.
-        attributes: of the node.
+        operator: name of the ONNX operator.
+        operands: constant inputs after the first; None omits an optional input.
+        attributes: attributes of the node.
     """
 
     operator: str
@@ -268,11 +270,11 @@ class MoveOp(IntegerOp):
 
 @dataclass(frozen=True)
 class PadOp(IntegerOp):
-    """Height and width extended, by zeros or by what is at the edge; the qparams stay.
+    """Padding of height and width; keeps the qparams of the input.
 
     Args:
-        pads: before and after each of the four dimensions, as ONNX orders them.
-        mode: ``"constant"``, ``"reflect"`` or ``"edge"``.
+        pads: begin of all four dimensions, then end of all four, as in ONNX.
+        mode: ``"constant"`` (zeros), ``"reflect"`` or ``"edge"``.
     """
 
     pads: tuple[int, ...]
@@ -281,13 +283,13 @@ class PadOp(IntegerOp):
 
 @dataclass(frozen=True)
 class FloatIslandOp(IntegerOp):
-    """Layers without an integer form, which compute in float32 on dequantized inputs.
+    """Layers without an integer form, computed in float32 on dequantized inputs.
 
     Args:
-        outputs: all values that are made, float; ``output`` is the first of them.
-        module: computes them, as a tuple, of the inputs.
-        shapes: of the inputs, for two images.
-        dtypes: of the inputs; what one island makes for another may be integers or booleans.
+        outputs: all output values, float; ``output`` is the first of them.
+        module: network from the inputs to a tuple of the outputs.
+        shapes: input shapes for a batch of two images.
+        dtypes: input dtypes; values between two islands may be integers or booleans.
     """
 
     outputs: tuple[Value, ...]
@@ -303,19 +305,19 @@ class MultiplyOp(IntegerOp):
 
 @dataclass(frozen=True)
 class ConcatOp(IntegerOp):
-    """Values one behind the other along ``axis``."""
+    """Concatenation along ``axis``."""
 
     axis: int
 
 
 @dataclass(frozen=True)
 class GlobalAveragePoolOp(IntegerOp):
-    """Mean over height and width, which become 1."""
+    """Mean over height and width, [N, C, H, W] to [N, C, 1, 1]."""
 
 
 @dataclass(frozen=True)
 class _PoolOp(IntegerOp):
-    """Something over windows of ``kernel`` (height, width)."""
+    """Base of pooling over windows of size ``kernel`` (height, width)."""
 
     kernel: Pair
     stride: Pair
@@ -339,24 +341,24 @@ class MaxPoolOp(_PoolOp):
 
 @dataclass(frozen=True)
 class FlattenOp(IntegerOp):
-    """[N, ...] to [N, all the rest]; keeps the qparams of its input."""
+    """Reshape of [N, ...] to [N, features]; keeps the qparams of its input."""
 
 
 @dataclass(frozen=True)
 class L2NormalizeOp(IntegerOp):
-    """Rows divided by their Euclidean norm, in float."""
+    """Division of each row by its Euclidean norm, in float."""
 
 
 @dataclass(frozen=True)
 class IntegerGraph:
-    """A deployed network.
+    """Network of integer operations.
 
     Args:
-        images: the input, [N, 3, height, width]: normalized floats, or RGB bytes where it has qparams.
-        operations: in the order they run.
-        embedding: the float output, [N, dimensions].
-        preprocessing: what the network reads.
-        dimensions: size of the embedding.
+        images: input [N, 3, height, width]: normalized floats, or RGB bytes if it has qparams.
+        operations: operations in execution order.
+        embedding: output [N, dimensions], float.
+        preprocessing: preprocessing of the network.
+        dimensions: embedding dimension.
     """
 
     images: Value
@@ -367,11 +369,11 @@ class IntegerGraph:
 
     @property
     def weight_bits(self) -> int:
-        """The most bits of any weight; 0 where there are none."""
+        """Maximum bits of all convolution and linear weights; 0 without any."""
         weighted = (ConvolutionOp, LinearOp)
         return max((each.weight.bits for each in self.operations if isinstance(each, weighted)), default=0)
 
     def with_unit_length(self) -> IntegerGraph:
-        """This graph, whose embedding is divided by its Euclidean norm, in float."""
+        """Return the graph with a final L2 normalization of the embedding, in float."""
         normalize = L2NormalizeOp("unit_length", (self.embedding,), Value("embedding:unit_length"))
         return replace(self, operations=(*self.operations, normalize), embedding=normalize.output)

@@ -1,4 +1,4 @@
-"""Latency of files in onnxruntime, side by side: only the ratios within one comparison mean anything."""
+"""Latency of several files, measured side by side; only ratios within one comparison are meaningful."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ __all__ = ["Candidate", "Latency", "compare", "median_milliseconds", "open_file"
 
 _WARM_UP = 5
 _SETTLING = 0.05
-"""Seconds between calls on several threads: onnxruntime's pool spins for about 35 ms after one, and would take the
-cores from whoever comes next."""
+"""Pause in seconds before a call with several threads: onnxruntime's pool spins for about 35 ms after a call and would
+take cores from the next one."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that is open and can be timed.
+    """Opened network to be timed.
 
     Attributes:
-        name: for the row.
-        embed: maps images [N, 3, height, width] to embeddings.
+        name: name in the results.
+        embed: function from images [N, 3, height, width] to embeddings.
         size: height and width of the images.
-        provider: what really computes, such as onnxruntime's execution provider.
-        bytes: on disk.
-        load_seconds: that opening took, once.
-        input: what it reads, one of :data:`qface.deployment.inputs.INPUTS`.
-        preprocessing: how images are normalized for it, in words.
+        provider: provider in use, such as onnxruntime's execution provider.
+        bytes: file size.
+        load_seconds: time to open the file once.
+        input: input type, one of :data:`qface.deployment.inputs.INPUTS`.
+        preprocessing: preprocessing of the file, in words.
     """
 
     name: str
@@ -54,20 +54,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Latency:
-    """One candidate's row.
+    """Measured latency of one candidate.
 
     Attributes:
-        name: of the candidate.
-        provider: what really computed.
-        threads: within an operation.
-        batch: images a call.
-        runs: timed calls.
-        median: milliseconds of a call.
-        minimum: milliseconds of the fastest call.
-        ratio: the median as a multiple of the first candidate's.
-        bytes: on disk.
-        load_seconds: that opening took, once.
-        preprocessing: how images are normalized for it, in words.
+        name: name of the candidate.
+        provider: provider that ran it.
+        threads: threads within an operator.
+        batch: batch size.
+        runs: number of timed calls.
+        median: median time of a call in ms.
+        minimum: minimum time of a call in ms.
+        ratio: median relative to that of the first candidate.
+        bytes: file size.
+        load_seconds: time to open the file once.
+        preprocessing: preprocessing of the file, in words.
     """
 
     name: str
@@ -84,16 +84,16 @@ class Latency:
 
     @property
     def megabytes(self) -> float:
-        """On disk, in 10^6 bytes."""
+        """File size in MB (10^6 bytes)."""
         return self.bytes / 1e6
 
     @property
     def mebibytes(self) -> float:
-        """On disk, in 2^20 bytes."""
+        """File size in MiB (2^20 bytes)."""
         return self.bytes / 2**20
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values with their units in the names, for JSON."""
+        """Return plain Python values with units in the keys, ready for JSON."""
         return {
             "name": self.name,
             "provider": self.provider,
@@ -116,21 +116,21 @@ def open_file(
     providers: Sequence[str] | None = None,
     preprocessing: PreprocessingOverride | None = None,
 ) -> Candidate:
-    """Open an ONNX file that embeds images.
+    """Open an ONNX file as a candidate.
 
     Args:
-        path: the file.
-        threads: that onnxruntime may use within an operation.
-        name: for the row; by default the path.
+        path: path of the file.
+        threads: threads within an operator.
+        name: name in the results. None: the path.
         providers: onnxruntime's execution providers in order of preference, as in :class:`OnnxEmbedder`.
-        preprocessing: what the file reads, or some fields of that, as in :class:`OnnxEmbedder`.
+        preprocessing: preprocessing, or some fields of it, as in :class:`OnnxEmbedder`.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or is no network from images to embeddings.
-        ConfigError: a count is below 1, or a provider is unknown to the installed onnxruntime.
+        CheckpointError: the file is missing, damaged, or not a network from images to embeddings.
+        ConfigError: threads is below 1, or the installed onnxruntime does not have a provider.
     """
     _check_counts(threads=threads)
-    import_module("onnxruntime")  # half a second, which is not the file's
+    import_module("onnxruntime")  # takes half a second, which must not count as load time
     start = time.perf_counter()
     embedder = OnnxEmbedder(path, providers, threads, preprocessing)
     seconds = time.perf_counter() - start
@@ -147,20 +147,25 @@ def open_file(
 
 
 def compare(candidates: Sequence[Candidate], threads: int = 1, batch: int = 1, runs: int = 40) -> list[Latency]:
-    """Time all ``candidates``, one call of each in turn, so that whatever else the machine does meets all alike.
+    """Time all candidates alternately, so that load on the machine affects all of them equally.
 
     Args:
-        candidates: the first one is what the others are measured by.
-        threads: that they were opened with.
-        batch: images a call.
-        runs: timed calls of each, after a warm-up.
+        candidates: opened files; ratios are relative to the first.
+        threads: number of threads they were opened with.
+        batch: batch size.
+        runs: number of timed calls per candidate, after a warm-up.
+
+    Returns:
+        One result per candidate, in order.
 
     Raises:
         ConfigError: a count is below 1.
     """
     _check_counts(threads=threads, batch=batch, runs=runs)
     images = [_random_images(batch, candidate) for candidate in candidates]
-    times = _take_turns([candidate.embed for candidate in candidates], images, runs, _SETTLING if threads > 1 else 0)
+    times = _time_alternately(
+        [candidate.embed for candidate in candidates], images, runs, _SETTLING if threads > 1 else 0
+    )
     medians = [1000 * statistics.median(measured) for measured in times]
     return [
         Latency(
@@ -181,16 +186,30 @@ def compare(candidates: Sequence[Candidate], threads: int = 1, batch: int = 1, r
 
 
 def median_milliseconds(files: Sequence[str | Path], threads: int = 1, batch: int = 1, runs: int = 40) -> list[float]:
-    """Median milliseconds of one call, for each file; see :func:`compare`."""
+    """Measure the median latency of ONNX files in onnxruntime; see :func:`compare`.
+
+    Args:
+        files: paths of the files.
+        threads: threads within an operator.
+        batch: batch size.
+        runs: number of timed calls per file, after a warm-up.
+
+    Returns:
+        Median time of a call in ms, for each file.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not a network from images to embeddings.
+        ConfigError: a count is below 1.
+    """
     return [row.median for row in compare([open_file(file, threads) for file in files], threads, batch, runs)]
 
 
-def _take_turns(
+def _time_alternately(
     calls: Sequence[Callable[[Tensor], object]], images: Sequence[Tensor], runs: int, pause: float
 ) -> list[list[float]]:
-    """Seconds of ``runs`` calls each, without those of the warm-up.
+    """Measure the seconds of ``runs`` calls each, without those of the warm-up.
 
-    Each round has another order, so that what one leaves in the caches and threads does not always meet the same next.
+    Each round has a random order, because a call affects the next one through caches and threads.
     """
     times: list[list[float]] = [[] for _ in calls]
     turns = list(zip(calls, images, times, strict=True))
@@ -213,4 +232,4 @@ def _random_images(batch: int, candidate: Candidate) -> Tensor:
 def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
-            raise ConfigError(f"{name} is {count}; it must be 1 or more")
+            raise ConfigError(f"{name} must be an integer >= 1, got {count}")

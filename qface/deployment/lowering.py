@@ -1,4 +1,4 @@
-"""Lowering: from the prepared student, an FX graph with fake-quant modules, to the :class:`IntegerGraph`."""
+"""Lowering of a student, an FX graph with fake-quantization modules, to an :class:`IntegerGraph`."""
 
 from __future__ import annotations
 
@@ -33,19 +33,24 @@ __all__ = ["lower", "value_name"]
 
 
 def lower(student: nn.Module) -> ir.IntegerGraph:
-    """The integer graph of a calibrated ``student``.
+    """Convert a calibrated student to its integer graph.
+
+    Args:
+        student: calibrated student; it is not changed.
 
     Raises:
         ConfigError: the student is not quantized, or not calibrated.
-        UnsupportedLayerError: a node has no integer form; it is named.
+        UnsupportedLayerError: a node has no integer form; the message names it.
+        ExportError: the network does not map images to one tensor of embeddings, or has an unsupported quantizer
+            placement.
     """
     if not isinstance(student, fx.GraphModule) or not is_quantized(student):
-        raise ConfigError("this network is not quantized; give a student, which qface quantize makes of it")
+        raise ConfigError("this network is not quantized; give a student, the output of qface quantize")
     return _Lowering(student).run()
 
 
 class _Lowering:
-    """One walk over the nodes; ``values`` maps each node to the value it makes."""
+    """Conversion of the nodes in graph order; ``values`` maps each node to its output value."""
 
     def __init__(self, student: fx.GraphModule) -> None:
         self.student = student
@@ -76,11 +81,11 @@ class _Lowering:
         return ir.IntegerGraph(images, tuple(self.operations), embedding, preprocessing_of(self.student), dimensions)
 
     def _run_once(self) -> None:
-        """Note the shape and type of what each node makes of two images."""
+        """Record the output shape and dtype of each node for a batch of two images."""
         inputs = [node for node in self.student.graph.nodes if node.op == "placeholder"]
         if len(inputs) != 1:
-            raise ExportError(f"the network has {len(inputs)} inputs; it must read images only")
-        # A copy, since its mode changes, and its ranges too where observers are on.
+            raise ExportError(f"the network has {len(inputs)} inputs; its only input must be the images")
+        # A copy, because the forward pass changes the mode, and the ranges if observers are on.
         recorder = _ShapeRecorder(copy.deepcopy(self.student).eval())
         with torch.no_grad():
             recorder.run(example_input(self.student))
@@ -89,16 +94,16 @@ class _Lowering:
     def _embedding(self, node: fx.Node) -> ir.Value:
         result = node.args[0]
         if not isinstance(result, fx.Node):
-            raise ExportError("the network returns more than one tensor; it must return the embeddings only")
+            raise ExportError("the network returns several tensors; wrap it to return the embeddings only")
         shape = self._shapes[node.name]
         if len(shape) != 2:
-            raise ExportError(f"the network returns a tensor {list(shape)}; embeddings are [N, dimensions]")
+            raise ExportError(f"the network must return embeddings [N, dimensions], got {list(shape)}; flatten them")
         return self._value(result)
 
     # ---- float islands
 
     def _is_float(self, node: fx.Node) -> bool:
-        """True of layers and functions without an integer form, and of those that only move what they make."""
+        """True for nodes without an integer form, and for shape-only nodes all of whose inputs are float."""
         if node.op in ("get_attr", "call_function"):
             return True
         if is_shape_only(node):
@@ -110,12 +115,12 @@ class _Lowering:
         return node in self.values and self.values[node].qparams is None
 
     def _finish_island(self) -> None:
-        """Make one operation of the float layers since the last integer one."""
+        """Append one operation for the float layers since the last integer operation."""
         nodes, self._island = self._island, []
         inside = set(nodes)
         outputs = [node for node in nodes if not inside.issuperset(node.users) and self._is_tensor(node)]
         if not outputs:
-            return  # numbers of images, which islands that need them compute again
+            return  # only sizes, which each island computes for itself
         module, sources = island_module(self.student, nodes, outputs)
         made = tuple(_value_of(node, None) for node in outputs)
         self.values.update(zip(outputs, made, strict=True))
@@ -144,7 +149,7 @@ class _Lowering:
         self.operations.append(lower_layer(self, node, layer))
 
     def _lower_quantizer(self, node: fx.Node, layer: Quantizer) -> None:
-        """A quantizer gives the value before it its qparams; after a float one it is an operation of its own."""
+        """Append a quantize operation after a float value; other quantizers are part of the operation before."""
         source = input_of(node)
         if self.values[source].qparams is not None:
             self.values[node] = self.values[source]
@@ -165,11 +170,14 @@ class _Lowering:
         return tuple(self._value(argument) for argument in node.args if isinstance(argument, fx.Node))
 
     def _output(self, node: fx.Node, last: fx.Node | None = None) -> ir.Value:
-        """The value of ``node``, with the qparams of the quantizer that follows it (or that follows ``last``)."""
+        """Create the value of ``node``, with the qparams of the quantizer after it (or after ``last``)."""
         last = last or node
         users = [user for user in last.users if is_quantizer(user)]
         if users and len(users) != len(last.users):
-            raise ExportError(f"the value of {last.name!r} is used both rounded and unrounded, which no runtime can do")
+            raise ExportError(
+                f"the output of {last.name!r} has quantized and unquantized consumers, which no runtime supports; "
+                "quantize the network again with qface.quantize"
+            )
         qparams = _qparams_of(cast(Quantizer, layer_of(users[0])), users[0]) if users else None
         value = _value_of(node, qparams)
         self.values[node] = self.values[last] = value
@@ -187,8 +195,8 @@ class _Lowering:
     def convolution(self, node: fx.Node, layer: QuantizedConv2d) -> ir.IntegerOp:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise UnsupportedLayerError(
-                f"layer {node.target!r} pads with {layer.padding_mode!r}, {layer.padding!r}; "
-                "only zero padding given in pixels can be exported"
+                f"layer {node.target!r} has padding {layer.padding!r} and padding_mode {layer.padding_mode!r}; "
+                "only zero padding in pixels can be exported"
             )
         return ir.ConvolutionOp(
             **self._matmul(node, layer),
@@ -201,19 +209,21 @@ class _Lowering:
     def linear(self, node: fx.Node, layer: QuantizedLinear) -> ir.IntegerOp:
         if self._rank(node) != 2:
             raise UnsupportedLayerError(
-                f"layer {node.target!r} multiplies {self._rank(node)} dimensions; only [N, features] can be exported"
+                f"layer {node.target!r} has an input of {self._rank(node)} dimensions; flatten it to [N, features]"
             )
         return ir.LinearOp(**self._matmul(node, layer))
 
     def _matmul(self, node: fx.Node, layer: QuantizedConv2d | QuantizedLinear) -> dict[str, Any]:
         source = self._value(node.args[0])
         if source.qparams is None:
-            raise ExportError(f"layer {node.target!r} reads a float tensor, so it cannot run on integers")
+            raise ExportError(
+                f"the input of layer {node.target!r} is not quantized; quantize the network again with qface.quantize"
+            )
         quantizer = layer.weight_fake_quant
         weight = ir.Weight(_int8(quantizer.integers(layer.weight)), _float32(quantizer.exact_scale()), quantizer.bits)
         integers = layer.bias_integers()
         bias = None if integers is None else integers.to(torch.int32).cpu().numpy()
-        clamp = self._clamp_behind(node)
+        clamp = self._clamp_after(node)
         return {
             "name": str(node.target),
             "inputs": (source,),
@@ -223,8 +233,8 @@ class _Lowering:
             "clamp": _limits(clamp),
         }
 
-    def _clamp_behind(self, node: fx.Node) -> fx.Node | None:
-        """The ReLU that directly follows and alone reads ``node``: it becomes part of the convolution."""
+    def _clamp_after(self, node: fx.Node) -> fx.Node | None:
+        """Return the ReLU that is the only consumer of ``node``, to be fused into its operation."""
         users = list(node.users)
         if len(users) == 1 and is_clamp(users[0]):
             self._absorbed.add(users[0])
@@ -241,14 +251,14 @@ class _Lowering:
         if not layer.quant_context.complete:
             output = self._output(node)
             return ir.FloatAffineOp(name, inputs, output, rank, layer.dim, _float32(layer.weight), _float32(layer.bias))
-        clamp = self._clamp_behind(node)
+        clamp = self._clamp_after(node)
         integers, scale, bias = layer.integers()
         weight = ir.Weight(_int8(integers), _float32(scale), AFFINE_BITS)
         integer_bias = bias.to(torch.int32).cpu().numpy()
         return ir.AffineOp(name, inputs, self._output(node, clamp), rank, weight, integer_bias, _limits(clamp))
 
     def clamp(self, node: fx.Node, layer: nn.Module) -> ir.IntegerOp:
-        """One that no layer before it takes over."""
+        """Convert a clamp that is not fused into the layer before it."""
         return ir.ClampOp(str(node.target), self._inputs(node), self._output(node), limits_of(layer))
 
     def concat(self, node: fx.Node, layer: layers.Concat) -> ir.IntegerOp:
@@ -257,12 +267,12 @@ class _Lowering:
     def average_pool(self, node: fx.Node, layer: nn.AvgPool2d) -> ir.IntegerOp:
         if layer.divisor_override is not None:
             raise UnsupportedLayerError(
-                f"layer {node.target!r} has a divisor of its own; only plain averages can be exported"
+                f"layer {node.target!r} has divisor_override={layer.divisor_override}; leave it out for the export"
             )
         if layer.ceil_mode and layer.count_include_pad and any(pair_of(layer.padding)):
             raise UnsupportedLayerError(
-                f"layer {node.target!r} rounds its size up and counts its padding, which onnxruntime's integer kernel "
-                "averages otherwise; set count_include_pad=False or ceil_mode=False"
+                f"layer {node.target!r} has ceil_mode and count_include_pad, for which onnxruntime's integer kernel "
+                "computes a different average; set one of them to False"
             )
         return ir.AveragePoolOp(
             str(node.target),
@@ -282,7 +292,7 @@ class _Lowering:
         )
 
     def add(self, node: fx.Node, layer: layers.Add) -> ir.IntegerOp:
-        clamp = self._clamp_behind(node)
+        clamp = self._clamp_after(node)
         return ir.AddOp(str(node.target), self._inputs(node), self._output(node, clamp), _limits(clamp))
 
     def maximum(self, node: fx.Node, layer: layers.Maximum) -> ir.IntegerOp:
@@ -317,13 +327,13 @@ class _Lowering:
     def flatten(self, node: fx.Node, layer: nn.Flatten) -> ir.IntegerOp:
         if not makes_rows(node):
             raise UnsupportedLayerError(
-                f"layer {node.target!r} flattens only some dimensions, which cannot be exported"
+                f"layer {node.target!r} flattens only some dimensions; only [N, ...] to [N, features] can be exported"
             )
         return ir.FlattenOp(str(node.target), self._inputs(node), self._with_qparams_of_input(node))
 
 
 def _plain(kind: type[ir.IntegerOp]) -> Callable[[_Lowering, fx.Node, Any], ir.IntegerOp]:
-    """An operation that needs its inputs and output only."""
+    """Return the lowering of a layer without settings."""
     return lambda lowering, node, layer: kind(str(node.target), lowering._inputs(node), lowering._output(node))
 
 
@@ -354,11 +364,11 @@ _LOWERINGS: dict[type[nn.Module], Callable[[_Lowering, fx.Node, Any], ir.Integer
 
 
 class _ShapeRecorder(fx.Interpreter):
-    """Runs a graph and keeps shape and type of what each node makes; a shape of () where that is no tensor."""
+    """Interpreter that records the shape and dtype of each output; the shape of a non-tensor is ()."""
 
     def __init__(self, student: fx.GraphModule) -> None:
         super().__init__(student)
-        self.extra_traceback = False  # else torch.fx appends lines to the messages of errors
+        self.extra_traceback = False  # otherwise torch.fx appends lines to error messages
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
 
@@ -370,8 +380,8 @@ class _ShapeRecorder(fx.Interpreter):
 
 
 def value_name(node: fx.Node) -> str:
-    """The name of the value that the operation of ``node`` makes."""
-    # The colon, which no node has, keeps a layer called "embedding" apart from the output of that name.
+    """Return the name of the output value of ``node``."""
+    # Node names have no colon, so a layer called "embedding" cannot collide with the output of that name.
     return f"{node.name}:0"
 
 
@@ -381,7 +391,7 @@ def _value_of(node: fx.Node, qparams: ir.TensorQParams | None) -> ir.Value:
 
 def _qparams_of(layer: Quantizer, node: fx.Node) -> ir.TensorQParams:
     if isinstance(layer, LSQFakeQuantize) and not layer.calibrated.item():
-        raise ConfigError(f"the range of {node.name!r} was never set; call qface.calibrate(student, images) first")
+        raise ConfigError(f"the scale of {node.name!r} is not calibrated; call qface.calibrate(student, images) first")
     scale, zero_point, *_ = layer.qparams()
     return ir.TensorQParams(layer.bits, float(scale), int(zero_point))
 

@@ -1,4 +1,4 @@
-"""Reading and adding metadata of an ONNX file."""
+"""Access to the metadata of ONNX files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qface.models.onnx_import.onnx_file import read_proto
 __all__ = ["EMBEDDING", "UNIT_LENGTH", "add_metadata", "read_metadata"]
 
 EMBEDDING = "embedding"
-"""The key for the length of embeddings; a file without it has them as the network makes them."""
+"""Metadata key for the norm of embeddings; absent if the file does not normalize them."""
 UNIT_LENGTH = "unit length"
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of the ONNX file at ``path``.
+    """Read the metadata of an ONNX file.
 
     Args:
-        path: the file.
+        path: path of the file.
 
     Returns:
-        Texts by key; empty where the file has none.
+        Text by key; empty if the file has no metadata.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -37,11 +37,11 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def add_metadata(path: str | Path, entries: Mapping[str, str]) -> None:
-    """Write ``entries`` into the metadata of the ONNX file at ``path``; other keys and the graph stay as they are.
+    """Add ``entries`` to the metadata of an ONNX file; other keys and the graph stay unchanged.
 
     Args:
-        path: the file; it is replaced as a whole or not at all.
-        entries: texts by key; a key that the file has already gets the new text.
+        path: path of the file, which is replaced atomically.
+        entries: text by key; existing keys are overwritten.
 
     Raises:
         CheckpointError: the file is missing or damaged.

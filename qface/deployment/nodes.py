@@ -1,4 +1,4 @@
-"""The base of writers of ONNX models: nodes, constants, and the frame around them."""
+"""Base of the ONNX writers: nodes, initializers and the model around them."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from qface.deployment.weight_formats import WeightFormat
 __all__ = ["IR_VERSION", "OPSET", "Direct", "NodeCollector", "along_channels", "assemble", "convolution", "window"]
 
 OPSET = 18
-IR_VERSION = 9  # onnx's own default is newer than what some runtimes read
+IR_VERSION = 9  # the default of onnx is too new for some runtimes
 
 
 _KEPT_IN_FLOAT = frozenset(("Conv", "ConvTranspose", "Gemm", "Softmax"))
 """Operators that onnxruntime would not compute in float between a dequantize and a quantize.
 
-It rounds weights of its own accord, and has a softmax of integers that rounds a sixth of all values otherwise. A
-maximum that changes nothing, before them, hides the dequantize.
+It quantizes their weights itself, and its integer Softmax rounds a sixth of all values differently. A Max without
+effect before them hides the dequantize.
 """
 _CONVERTING = frozenset(("Cast", "DequantizeLinear", "QuantizeLinear"))
-"""Operators between two layers rather than of one; more than half of all nodes."""
+"""Operators between two layers; more than half of all nodes."""
 _MOVING = frozenset(("Flatten", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"))
 
 Direct = ir.SigmoidOp | ir.MaxOp | ir.MultiplyOp | ir.ConcatOp | ir.GlobalAveragePoolOp | ir.AveragePoolOp
-"""Operations that one node computes, whatever the type of its numbers."""
+"""Operations that are a single node for any dtype."""
 _MULTIPLYING = (ir.ConvolutionOp, ir.LinearOp)
 
 
 class NodeCollector:
-    """Nodes and initializers in the order in which they come.
+    """Nodes and initializers of a model, in order.
 
-    Constants are called after their layers; what lies between two values gets a number, because names would take a
-    twelfth of a small network's file. Nodes are called after their layers, but for those that only change the type of
-    numbers or compute constants: names of these would take two hundredths.
+    Initializers and nodes are named after their layers. Intermediate tensors get numbers, because names would take 8 %
+    of a small network's file. Casts, quantizers and nodes that compute constants have no name; their names would take
+    2 %.
 
     Args:
-        number: type of the floats that operations compute with.
+        number: float type of the computation.
 
     Attributes:
-        layer: the one that the next nodes belong to.
+        layer: name of the layer of the next nodes.
     """
 
     def __init__(self, number: type[np.floating[Any]] = np.float32) -> None:
@@ -60,7 +60,7 @@ class NodeCollector:
         self._names: Counter[str] = Counter()
 
     def node(self, kind: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
-        """Append a node and return the name of its output, a number unless it is given."""
+        """Append a node and return the name of its output, by default a number."""
         if output is None:
             self._numbered += 1
             output = str(self._numbered)
@@ -68,7 +68,7 @@ class NodeCollector:
         return output
 
     def _node_name(self, kind: str, inputs: Sequence[str]) -> str:
-        """``layer/kind``, with a number from the second one on; nothing where no name is needed."""
+        """Return ``layer/kind``, ``layer/kind_2`` and so on, or "" for nodes that need no name."""
         if kind in _CONVERTING or self._constants.issuperset(inputs):
             return ""
         name = f"{self.layer}/{kind}"
@@ -76,7 +76,7 @@ class NodeCollector:
         return name if self._names[name] == 1 else f"{name}_{self._names[name]}"
 
     def constant(self, name: str, value: npt.ArrayLike) -> str:
-        """Provide ``value`` under ``name``, once, and return the name."""
+        """Add the initializer ``name`` unless it exists, and return the name."""
         if name not in self._constants:
             self._constants.add(name)
             self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
@@ -85,20 +85,20 @@ class NodeCollector:
     # ---- images
 
     def pixels(self, operation: ir.Uint8InputOp | ir.NormalizeUint8Op) -> str:
-        """The bytes of the image [N, 3, height, width], each channel in its place."""
+        """Return the uint8 image [N, 3, height, width] in the channel order of the operation."""
         (images,) = operation.inputs
         if operation.channels == tuple(range(len(operation.channels))):
             return images.name
         return self.node("Gather", [images.name, self.constant("channels", np.array(operation.channels))], axis=1)
 
     def normalized(self, operation: ir.NormalizeUint8Op, pixels: str) -> str:
-        """``pixels`` as float32, normalized."""
+        """Normalize the float32 ``pixels``."""
         mean = self.constant("image_mean", along_channels(operation.mean, rank=4))
         std = self.constant("image_std", along_channels(operation.std, rank=4))
         return self.node("Div", [self.node("Sub", [pixels, mean]), std])
 
     def shifted(self, operation: ir.QuantizeImageOp, images: str) -> str:
-        """``images`` as float32, less the offset."""
+        """Subtract the offset from the float32 ``images``."""
         if not operation.offset:
             return images
         return self.node("Sub", [images, self.constant("image_offset", np.float32(operation.offset))])
@@ -106,12 +106,12 @@ class NodeCollector:
     # ---- operations on any type, and float islands
 
     def moved(self, operation: ir.MoveOp, inputs: Sequence[str], output: str | None = None) -> str:
-        """The one node of ``operation``; operands that are alike are stored once."""
+        """Append the node of ``operation``; equal operands share an initializer."""
         operands = ["" if each is None else self.constant(_operand_name(each), each) for each in operation.operands]
         return self.node(operation.operator, [*inputs, *operands], output, **operation.attributes)
 
     def padded(self, operation: ir.PadOp, x: str, zero: str, output: str | None = None) -> str:
-        """``x`` padded; ``zero`` is what stands for 0 in its type, or nothing."""
+        """Pad ``x``; ``zero`` is the name of its zero point, "" for floats."""
         pads = np.array(operation.pads)
         inputs = [x, self.constant(_operand_name(pads), pads)]
         if operation.mode == "constant" and zero:
@@ -121,7 +121,7 @@ class NodeCollector:
     def island(
         self, operation: ir.FloatIslandOp, inputs: Sequence[str], outputs: Sequence[str] | None = None
     ) -> list[str]:
-        """The nodes of a float island, which read and make float32; the names of what it makes."""
+        """Append the nodes of a float island with float32 inputs; return the names of its outputs."""
         graph = to_onnx_graph(operation.module, operation.shapes, operation.dtypes, operation.name, OPSET)
         prefix = f"{operation.name}:"
         names = {"": ""} | {input_name(number): name for number, name in enumerate(inputs)}
@@ -158,7 +158,7 @@ class NodeCollector:
     # ---- operations on floats
 
     def direct(self, operation: Direct, inputs: Sequence[str]) -> str:
-        """The one node of ``operation``."""
+        """Append the node of ``operation``."""
         if isinstance(operation, ir.ConcatOp):
             return self.node("Concat", inputs, axis=operation.axis)
         if isinstance(operation, ir.AveragePoolOp):
@@ -167,7 +167,7 @@ class NodeCollector:
         return self.node("Mul" if isinstance(operation, ir.MultiplyOp) else operation.kind, inputs)
 
     def clamped(self, x: str, clamp: ir.Clamp | None) -> str:
-        """``x`` as far as ``clamp`` lets it pass."""
+        """Clamp ``x``; return it unchanged if ``clamp`` is None."""
         if clamp is None:
             return x
         if clamp == (0.0, None):
@@ -183,16 +183,16 @@ def assemble(
     initializers: Sequence[onnx.TensorProto],
     metadata: dict[str, str],
 ) -> onnx.ModelProto:
-    """The model of ``graph``, from ``images`` [batch, 3, height, width] to ``embedding`` [batch, D].
+    """Build the ONNX model from its nodes.
 
-    Images are float32, or uint8 where they are quantized; embeddings are float32.
+    The input is ``images`` [batch, 3, height, width], float32 or uint8; the output ``embedding`` [batch, D], float32.
 
     Args:
-        graph: for the interface and the preprocessing.
-        weights: that ``nodes`` read.
-        nodes: that make ``embedding`` of ``images``.
-        initializers: that they read besides.
-        metadata: written into the model beside the preprocessing.
+        graph: source of the input type, the embedding dimension and the preprocessing.
+        weights: storage of the weights of ``nodes``.
+        nodes: nodes from ``images`` to ``embedding``.
+        initializers: initializers of ``nodes``, without the weights.
+        metadata: entries to add to the preprocessing in the model's metadata.
     """
     tensors, unpacking = weights.contents()
     height, width = graph.preprocessing.size
@@ -213,10 +213,10 @@ def assemble(
 
 
 def _add_shapes(model: onnx.ModelProto, values: set[str]) -> None:
-    """State the shapes of ``values``, as far as onnx infers them; of all values they would take too much room."""
+    """Add the inferred shapes of ``values``; those of all values would make the file too large."""
     inferred = [each for each in onnx.shape_inference.infer_shapes(model).graph.value_info if each.name in values]
     for dimension in (each for value in inferred for each in value.type.tensor_type.shape.dim):
-        if dimension.dim_param.startswith("unk__"):  # onnx's word for what it does not know
+        if dimension.dim_param.startswith("unk__"):  # onnx's name for an unknown dimension
             dimension.ClearField("dim_param")
     model.graph.value_info.extend(inferred)
 
@@ -226,12 +226,12 @@ def _operand_name(values: npt.NDArray[Any]) -> str:
 
 
 def along_channels(values: npt.NDArray[Any], rank: int) -> npt.NDArray[Any]:
-    """``values`` [channels] in a shape that broadcasts along dimension 1 of ``rank``."""
+    """Reshape ``values`` [channels] to broadcast along dimension 1 of a tensor of ``rank`` dimensions."""
     return values.reshape(-1, *(1,) * (rank - 2))
 
 
 def convolution(operation: ir.ConvolutionOp) -> dict[str, Any]:
-    """Attributes of a Conv node."""
+    """Return the attributes of a Conv node."""
     top, left = operation.padding
     return {
         "kernel_shape": operation.weight.integers.shape[2:],
@@ -243,7 +243,7 @@ def convolution(operation: ir.ConvolutionOp) -> dict[str, Any]:
 
 
 def window(operation: ir.AveragePoolOp | ir.MaxPoolOp) -> dict[str, Any]:
-    """Attributes of a pooling node."""
+    """Return the attributes of a pooling node."""
     top, left = operation.padding
     return {
         "kernel_shape": operation.kernel,

@@ -1,4 +1,4 @@
-"""Writes an :class:`IntegerGraph` as an ONNX model in the QDQ form that onnxruntime turns into integer kernels."""
+"""Writer of an :class:`IntegerGraph` in QDQ form, which onnxruntime fuses to integer kernels."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from qface.deployment.weight_formats import WeightFormat, make_weight_format
 __all__ = ["to_onnx"]
 
 _BYTE = 8
-_HIGH = 255  # a byte, and so every kernel, clamps there by itself
+_HIGH = 255  # every uint8 kernel saturates there, so no Clip is needed
 _ROWS = 2  # dimensions of [N, channels]
 
 
 def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], weight_format: str = "packed") -> onnx.ModelProto:
-    """The QDQ model of ``graph``: input ``images`` [batch, 3, height, width], output ``embedding`` [batch, D], float32.
+    """Write ``graph`` as a QDQ model.
 
-    Images are float32, or uint8 where they are quantized.
-    Activations are uint8, of which those of b bits use the top 2^b integers.
+    The input is ``images`` [batch, 3, height, width], float32 or uint8; the output ``embedding`` [batch, D], float32.
+    Activations are uint8; those of b bits use the top 2^b integers.
 
     Args:
-        graph: what :func:`qface.deployment.lowering.lower` returned, or that reading bytes.
-        metadata: written into the model beside the preprocessing.
-        weight_format: how weights lie in the file, ``"packed"`` to their bits or as ``"int8"``.
+        graph: output of :func:`qface.deployment.lowering.lower`, with either input type.
+        metadata: entries to add to the preprocessing in the model's metadata.
+        weight_format: storage of weights, ``"packed"`` or ``"int8"``.
 
     Raises:
-        ConfigError: there is no such weight_format.
+        ConfigError: the weight format is unknown.
     """
     weights = make_weight_format(weight_format)
     bits = graph.weight_bits
@@ -49,13 +49,13 @@ def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], weight_format: str
 
 
 class _Writer(NodeCollector):
-    """Values are called as in the graph; the floats of a quantized one are made once they are asked for.
+    """Collector of QDQ nodes; tensors are named after the graph's values and dequantized on demand.
 
     Args:
-        weights: how they lie in the file.
-        shared_zeros: let weights share their zero points, which takes less room. Where onnxruntime has to shift weights
-            to unsigned bytes (:mod:`qface.deployment.runtime`), it fails on shared ones.
-        only_summed: what :func:`_only_summed` returned.
+        weights: weight storage.
+        shared_zeros: let weights share their zero points, for smaller files. Must be False for 8-bit weights, because
+            onnxruntime fails on shared ones where it shifts weights to uint8 (:mod:`qface.deployment.runtime`).
+        only_summed: result of :func:`_only_summed`.
     """
 
     def __init__(self, weights: WeightFormat, shared_zeros: bool, only_summed: frozenset[str]) -> None:
@@ -75,7 +75,7 @@ class _Writer(NodeCollector):
     # ---- values
 
     def float_name(self, value: ir.Value) -> str:
-        """Name of the floats of ``value``, dequantized once where it is quantized."""
+        """Return the name of ``value`` in float; quantized values are dequantized once."""
         if value.qparams is None:
             return value.name
         if value.name not in self._dequantized:
@@ -83,26 +83,26 @@ class _Writer(NodeCollector):
         return self._dequantized[value.name]
 
     def _dequantize(self, integers: str, value: ir.Value) -> str:
-        """The floats of ``integers`` with the qparams of ``value``."""
+        """Dequantize ``integers`` with the qparams of ``value``."""
         return self.node("DequantizeLinear", [integers, *self._qparams(value)])
 
     def _quantize(self, floats: str, value: ir.Value, output: str | None = None) -> str:
-        """The integers of ``floats`` with the qparams of ``value``, saturated to a byte."""
+        """Quantize ``floats`` with the qparams of ``value``, saturated to uint8."""
         return self.node("QuantizeLinear", [floats, *self._qparams(value)], output)
 
     def _qparams(self, value: ir.Value) -> tuple[str, str]:
         assert value.qparams is not None
-        # What a PReLU reads and what it makes have the same.
+        # Equal qparams share their initializers, for example those of a PReLU's input and output.
         name = self._named.setdefault((value.qparams.scale, value.qparams.zero_point), value.name)
         scale = self.constant(f"{name}_scale", np.float32(value.qparams.scale))
         return scale, self.constant(f"{name}_zero_point", np.uint8(value.qparams.zero_point))
 
     def _finish(self, value: ir.Value, floats: str, clamp: ir.Clamp | None = None) -> None:
-        """Make ``value`` of ``floats``: clamped, and rounded or under another name."""
+        """Clamp ``floats``, quantize them if ``value`` has qparams, and name the result after ``value``."""
         if value.qparams is None:
             self.node("Identity", [self.clamped(floats, clamp)], value.name)
             return
-        # Clamped behind the rounding, which comes to the same and leaves onnxruntime its integer kernel.
+        # Clamping after the rounding gives the same integers and lets onnxruntime fuse its integer kernel.
         limits = self._limits(*_clamped_range(value.qparams, clamp))
         if limits:
             self.node("Clip", [self._quantize(floats, value), *limits], value.name)
@@ -110,7 +110,7 @@ class _Writer(NodeCollector):
             self._quantize(floats, value, value.name)
 
     def _limits(self, low: int, high: int) -> list[str]:
-        """The limits that a Clip of bytes needs, none where a byte has them anyway."""
+        """Return the limits of a uint8 Clip; empty if the range of uint8 suffices."""
         limits = [self._byte(low) if low > 0 else ""]
         if high < _HIGH:
             limits.append(self._byte(high))
@@ -153,14 +153,14 @@ class _Writer(NodeCollector):
         self._finish(operation.output, product, operation.clamp)
 
     def _matmul_inputs(self, operation: ir.ConvolutionOp | ir.LinearOp) -> list[str]:
-        """Input, weight and bias, dequantized per output channel."""
+        """Return the names of input, weight (per-channel scale) and bias, all dequantized."""
         (source,) = operation.inputs
         assert source.qparams is not None
         weight = operation.weight
         name = f"{operation.name}.weight"
         self.weights.add(name, weight.integers, weight.bits)
         scale = self.constant(f"{name}_scale", weight.scale)
-        # Behind another integer convolution onnxruntime 1.31 would move the padding past it, and fail.
+        # Only for images: after another integer convolution, onnxruntime 1.31 moves the Pad past it and fails.
         if source.name in self._images and _takes_three_channels(operation):
             floats, name = self._with_fourth_color(source, name)
         else:
@@ -171,31 +171,31 @@ class _Writer(NodeCollector):
         return inputs
 
     def _with_fourth_color(self, source: ir.Value, weight: str) -> tuple[str, str]:
-        """Floats of an image and integers of its weight, each with a channel of zeros behind its three.
+        """Pad the image (dequantized) and the weight (integers) of the first convolution to four channels.
 
-        Kernels take four products at a time: with 4 x 9 of them the first convolution is twice as fast as with 3 x 9.
+        Kernels process four products at a time: the convolution is twice as fast with 4 x 9 products as with 3 x 9.
         """
-        behind = self.constant("one_channel", np.array([0, 1]))
+        after = self.constant("one_channel", np.array([0, 1]))
         channels = self.constant("channel_axis", np.array([1]))
-        image = self.node("Pad", [source.name, behind, self._qparams(source)[1], channels])
-        return self._dequantize(image, source), self.node("Pad", [weight, behind, "", channels])
+        image = self.node("Pad", [source.name, after, self._qparams(source)[1], channels])
+        return self._dequantize(image, source), self.node("Pad", [weight, after, "", channels])
 
     def _bias(self, layer: str, integers: ir.Int32, source: ir.Value, weight_scale: str) -> str:
-        # onnxruntime fuses to its integer kernel only where this is exactly input scale x weight scale; it multiplies
-        # them when it opens the file.
+        # onnxruntime fuses to an integer kernel only if the scale is exactly input scale x weight scale; it folds the
+        # Mul at load time.
         scale = self.node("Mul", [self._qparams(source)[0], weight_scale])
         zeros = self.constant(f"zeros_int32_{len(integers)}", np.zeros_like(integers))
         return self.node("DequantizeLinear", [self.constant(f"{layer}.bias", integers), scale, zeros], axis=0)
 
     def _factors(self, integers: str, scale: str, shape: tuple[int, ...] = ()) -> str:
-        """The floats of weights, whose ``scale`` has this shape: [channels], or none for all channels."""
+        """Dequantize weights whose ``scale`` has this shape: [channels], or () for per-tensor."""
         name = "_".join(map(str, ("zeros_int8" if self._shared_zeros else f"{integers}_zeros", *shape)))
         zeros = self.constant(name, np.zeros(shape, np.int8))
         return self.node("DequantizeLinear", [integers, scale, zeros], axis=0)
 
     @write.register
     def _(self, operation: ir.PReluOp) -> None:
-        """The slopes are weights of a depthwise convolution, whose kernel is one of integers; that of PRelu is not."""
+        """Write a depthwise convolution with the slopes as weights, since PRelu has no integer kernel."""
         (source,) = operation.inputs
         if source.qparams is None or operation.output.qparams is None:
             inputs = [*self._floats(operation), self._float_slopes(operation)]
@@ -213,17 +213,17 @@ class _Writer(NodeCollector):
         self._finish_map(operation, merged, (low if table.result.min() < low else 0, _HIGH))
 
     def _kept(self, operation: ir.PReluOp, integers: str) -> str:
-        """``integers`` with the qparams of the output."""
-        before, behind = operation.inputs[0].qparams, operation.output.qparams
-        assert before is not None and behind is not None
-        if (before.scale, before.zero_point) == (behind.scale, behind.zero_point):
+        """Requantize ``integers`` to the qparams of the output."""
+        before, after = operation.inputs[0].qparams, operation.output.qparams
+        assert before is not None and after is not None
+        if (before.scale, before.zero_point) == (after.scale, after.zero_point):
             return integers
         channels = len(operation.slopes)
         ones = self.constant(f"ones_{channels}", _depthwise(np.ones(channels, np.int8)))
         return self._depthwise_product(operation, integers, ones, self.constant("one", np.float32(1)))
 
     def _scaled(self, operation: ir.PReluOp, integers: str) -> str:
-        """``integers`` times the slopes, with the qparams of the output."""
+        """Multiply ``integers`` by the slopes and requantize to the qparams of the output."""
         slopes = self.constant(f"{operation.name}.slope", _depthwise(operation.slopes))
         scale = self.constant(f"{operation.name}.slope_scale", np.float32(operation.slope_scale))
         return self._depthwise_product(operation, integers, slopes, scale)
@@ -234,7 +234,10 @@ class _Writer(NodeCollector):
         return self._quantize(product, operation.output)
 
     def _sum_of_halves(self, operation: ir.PReluOp, integers: str) -> str:
-        """max(x, 0) + a min(x, 0), for slopes on both sides of 1; one term is always zero, and bytes wrap around."""
+        """Compute max(x, 0) + a * min(x, 0), for slopes on both sides of 1.
+
+        One term is always zero, so the sum exceeds the result by one zero point; uint8 overflow cancels out.
+        """
         (source,) = operation.inputs
         assert source.qparams is not None and operation.output.qparams is not None
         zero = self._byte(source.qparams.zero_point)
@@ -244,11 +247,11 @@ class _Writer(NodeCollector):
         return self.node("Sub", [twice_shifted, self._byte(operation.output.qparams.zero_point)])
 
     def _as_map(self, value: str, rank: int) -> str:
-        """``value``, or [N, channels, 1, 1] for rows [N, channels]."""
+        """Reshape [N, channels] to [N, channels, 1, 1]; return other ranks unchanged."""
         return self.node("Unsqueeze", [value, self._map_axes()]) if rank == _ROWS else value
 
     def _finish_map(self, operation: ir.PReluOp | ir.AffineOp, integers: str, between: tuple[int, int]) -> None:
-        """Clip ``integers``, and give them the rank and name of the operation's output."""
+        """Clip ``integers`` and restore the rank and name of the operation's output."""
         limits = self._limits(*between)
         if limits:
             integers = self.node("Clip", [integers, *limits])
@@ -266,7 +269,7 @@ class _Writer(NodeCollector):
 
     @write.register
     def _(self, operation: ir.AffineOp) -> None:
-        """A depthwise convolution too."""
+        """Write a depthwise 1x1 convolution."""
         (source,) = operation.inputs
         assert operation.output.qparams is not None
         channels = len(operation.bias)
@@ -284,7 +287,7 @@ class _Writer(NodeCollector):
 
     @write.register
     def _(self, operation: ir.ClampOp) -> None:
-        """Bytes are clipped before they change their scale, or onnxruntime would make one of two roundings."""
+        """Clip before the change of scale; otherwise onnxruntime merges the two roundings into one."""
         (source,) = operation.inputs
         if source.qparams is None:
             self._finish(operation.output, source.name, operation.clamp)
@@ -307,9 +310,9 @@ class _Writer(NodeCollector):
         self._finish(operation.output, self.node("Add", summands), operation.clamp)
 
     def _summand(self, value: ir.Value) -> str:
-        """The floats of ``value``, with two readers of its integers where a single one lets OpenVINO skip rounding it.
+        """Dequantize ``value``, after a second consumer of its integers if a sum is the only one.
 
-        It computes a convolution and a sum that alone reads it in one kernel, which adds before it rounds.
+        Otherwise OpenVINO fuses convolution and sum into one kernel, which adds before it rounds.
         """
         if value.name not in self._only_summed:
             return self.float_name(value)
@@ -354,7 +357,7 @@ class _Writer(NodeCollector):
 
 
 def _only_summed(graph: ir.IntegerGraph) -> frozenset[str]:
-    """Names of the integers that a convolution makes and one sum reads, and nothing else."""
+    """Return the names of convolution outputs whose only consumer is one sum."""
     readers = Counter(value.name for operation in graph.operations for value in operation.inputs)
     made = {each.output.name for each in graph.operations if isinstance(each, (ir.ConvolutionOp, ir.AffineOp))}
     sums = [operation for operation in graph.operations if isinstance(operation, ir.AddOp)]
@@ -371,7 +374,7 @@ def _takes_three_channels(operation: ir.ConvolutionOp | ir.LinearOp) -> bool:
 
 
 def _clamped_range(qparams: ir.TensorQParams, clamp: ir.Clamp | None) -> tuple[int, int]:
-    """Least and greatest integer that ``clamp`` lets pass."""
+    """Return the minimum and maximum integer after ``clamp``."""
     low, high = clamp if clamp is not None else (None, None)
     return (
         qparams.quant_min if low is None else max(_integer(low, qparams), qparams.quant_min),
@@ -384,5 +387,5 @@ def _integer(value: float, qparams: ir.TensorQParams) -> int:
 
 
 def _depthwise(integers: ir.Int8) -> ir.Int8:
-    """[channels] as the weight of a depthwise 1x1 convolution."""
+    """Reshape [channels] to the weight of a depthwise 1x1 convolution."""
     return integers.reshape(-1, 1, 1, 1)

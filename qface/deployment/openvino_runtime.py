@@ -1,4 +1,4 @@
-"""An exported file run by OpenVINO, which is optional (extra ``qface[bench]``)."""
+"""Exported files in OpenVINO, an optional dependency (extra ``qface[bench]``)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["OpenVinoEmbedder"]
 class OpenVinoEmbedder(OnnxEmbedder):
     """A face-recognition network in an ONNX file, run by OpenVINO on the CPU.
 
-    What is not computed with integers is computed in float32, also where the processor has bf16.
+    Float operators compute in float32, also on processors with bf16.
 
     Args:
-        path: as of :class:`OnnxEmbedder`; onnxruntime reads its interface.
-        threads: by default OpenVINO's choice.
-        preprocessing: as of :class:`OnnxEmbedder`.
+        path: path of the file; onnxruntime reads its inputs and outputs.
+        threads: number of threads. None: OpenVINO's default.
+        preprocessing: as in :class:`OnnxEmbedder`.
 
     Raises:
         DependencyError: OpenVINO is not installed.
-        CheckpointError: OpenVINO cannot open the file; or as of :class:`OnnxEmbedder`.
+        CheckpointError: OpenVINO cannot open the file, or as in :class:`OnnxEmbedder`.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class OpenVinoEmbedder(OnnxEmbedder):
     def _run(self, images: Tensor) -> Tensor:
         try:
             outputs = self._compiled(images.contiguous().numpy())
-        except RuntimeError as error:  # as which OpenVINO's own come
+        except RuntimeError as error:  # the only error type of OpenVINO
             raise QFaceError(f"{self.path} cannot embed images {list(images.shape)}: {one_line(error)}") from error
-        # Copied, because OpenVINO overwrites its result in the next call.
+        # A copy, because OpenVINO overwrites its result in the next call.
         return torch.tensor(outputs[self._compiled.output(self._output)]).float()
 
 
@@ -53,15 +53,17 @@ def _openvino() -> Any:
     try:
         return import_module("openvino")
     except ImportError as error:
-        raise DependencyError("running a file with OpenVINO needs it: pip install 'qface[bench]'") from error
+        raise DependencyError("OpenVINO is not installed: pip install 'qface[bench]'") from error
 
 
 def _compile(openvino: Any, path: Path, threads: int | None) -> Any:
-    """An ``openvino.CompiledModel``."""
+    """Compile the file to an ``openvino.CompiledModel``."""
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     try:
         return openvino.Core().compile_model(str(path), "CPU", options)
     except RuntimeError as error:
-        raise CheckpointError(f"OpenVINO cannot open {path}: {one_line(error)}") from error
+        raise CheckpointError(
+            f"OpenVINO cannot open {path} ({one_line(error)}); restore the file or export it again"
+        ) from error

@@ -1,12 +1,12 @@
-"""Integers of 2 to 8 bits packed without a wasted bit, in a layout that standard ONNX operators unpack.
+"""Packing of 2-bit to 8-bit integers in a layout that standard ONNX operators unpack.
 
-The b-bit integers that together fill whole bytes are a group, a string of bits, the low ones first: at 6 bits, four
-integers in three bytes. What is first in its group lies in one run, what is second in the next; so do the bytes, in
-planes. Unpacking makes whole runs of whole planes and shuffles nothing:
+There are no padding bits. A group is the smallest number of b-bit integers that fills complete bytes, low bits first:
+at 6 bits, four integers in three bytes. Run k holds the k-th integer of every group, plane i the i-th byte of every
+group. Unpacking computes each run from one or two planes, without reordering:
 
     runs[k] = (planes[i] >> s | planes[i + 1] << (8 - s)) & (2^b - 1)    where i, s = divmod(k * b, 8)
 
-The integers are the runs, one behind the other, less an offset that made them unsigned.
+The integers are the concatenated runs, minus the offset that made them unsigned.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Int8 = npt.NDArray[np.int8]
 
 
 class Place(NamedTuple):
-    """The place of a run: from bit ``shift`` of ``plane`` on, and on into the next plane if it ``straddles``."""
+    """Position of a run: it starts at bit ``shift`` of ``plane`` and may continue in the next plane."""
 
     plane: int
     shift: int
@@ -32,21 +32,25 @@ class Place(NamedTuple):
 
 
 def places(bits: int) -> tuple[Place, ...]:
-    """The runs of integers of ``bits`` bits, in order."""
+    """Return the positions of all runs of ``bits``-bit integers, in order."""
     starts = (divmod(run * bits, 8) for run in range(8 // math.gcd(bits, 8)))
     return tuple(Place(plane, shift, shift + bits > 8) for plane, shift in starts)
 
 
 def offset(bits: int) -> int:
-    """The number added before packing: half the range, or 0 at 8 bits, whose bytes need only be read as signed."""
+    """Return the offset added before packing: half the range, or 0 at 8 bits."""
     return 1 << (bits - 1) if bits < 8 else 0
 
 
 def pack(integers: Int8, bits: int) -> Bytes:
-    """Pack signed ``integers`` of any shape, each in -2^(bits-1) .. 2^(bits-1) - 1, in C order.
+    """Pack signed integers in C order.
+
+    Args:
+        integers: int8 of any shape, in -2^(bits-1) .. 2^(bits-1) - 1.
+        bits: bits per integer, 2 to 8.
 
     Returns:
-        uint8 [bits / d, ceil(integers x d / 8)], where d is the greatest common divisor of ``bits`` and 8.
+        The planes, uint8 [bits / d, ceil(integers x d / 8)], with d = gcd(bits, 8).
 
     Raises:
         ValueError: an integer needs more than ``bits`` bits.
@@ -64,21 +68,21 @@ def pack(integers: Int8, bits: int) -> Bytes:
 
 
 def _runs(values: Bytes, count: int) -> Bytes:
-    """``values`` cut into ``count`` runs of equal length, the last one filled up with zeros."""
+    """Split ``values`` into ``count`` runs of equal length; the last one is padded with zeros."""
     runs = np.zeros((count, -(-values.size // count)), np.uint8)
     runs.reshape(-1)[: values.size] = values
     return runs
 
 
 def unpack(planes: Bytes, bits: int, count: int) -> Int8:
-    """The ``count`` integers of ``bits`` bits that :func:`pack` packed, int8 [count]."""
+    """Unpack ``count`` integers of ``bits`` bits from the planes of :func:`pack`, int8 [count]."""
     runs = np.stack([_run(planes, place) for place in places(bits)]) & np.uint8((1 << bits) - 1)
     integers: Int8 = runs.reshape(-1)[:count].view(np.int8) - np.int8(offset(bits))
     return integers
 
 
 def _run(planes: Bytes, place: Place) -> Bytes:
-    """A run, with bits of others above it."""
+    """Return a run whose high bits may still hold bits of other runs."""
     run: Bytes = planes[place.plane] >> place.shift
     if place.straddles:
         run = run | planes[place.plane + 1] << (8 - place.shift)

@@ -1,8 +1,8 @@
-"""An ONNX file as a function from images to embeddings.
+"""ONNX files as functions from images to embeddings.
 
-x86 processors without VNNI add two products of bytes in 16 bits, where weights of 8 bits saturate; those of 7 or fewer
-cannot. Such a file says that it has them, and is run in onnxruntime's mode that is exact, and slower, there. Other
-processors ignore it.
+x86 processors without VNNI add two uint8 x int8 products in 16 bits; this saturates with 8-bit weights, but not with 7
+bits or fewer. Files with 8-bit weights record that in their metadata and run in onnxruntime's exact mode, which is
+slower on those processors and has no effect on others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qface.preprocessing import PreprocessingOverride, written_preprocessing
 
 __all__ = ["WEIGHT_BITS", "OnnxEmbedder", "cpu_session", "providers_for"]
 
-WEIGHT_BITS = "weight_bits"  # the metadata's key for the most bits of weights that are multiplied
+WEIGHT_BITS = "weight_bits"  # metadata key for the maximum bits of convolution and linear weights
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -37,7 +37,7 @@ _INPUTS = {
     "tensor(double)": (FLOAT_INPUT, torch.float64),
     "tensor(uint8)": (UINT8_INPUT, torch.uint8),
 }
-_OF_OURS = {"qface", "preprocessing", "input"}  # what the metadata of a file hold that says all about its input
+_OWN_KEYS = {"qface", "preprocessing", "input"}  # with these keys, the metadata describe the input completely
 _WARNING, _ERROR, _FATAL = 2, 3, 4
 
 
@@ -45,25 +45,25 @@ class OnnxEmbedder:
     """A face-recognition network in an ONNX file, run by onnxruntime.
 
     Args:
-        path: the file; its metadata may hold the :class:`Preprocessing` as JSON under ``preprocessing``. Where they do
-            not, its graph is looked at as :func:`qface.load` does.
-        providers: onnxruntime's execution providers in order of preference; by default CUDA where it works,
-            else the CPU.
-        threads: threads inside an operation; by default onnxruntime's choice.
-        preprocessing: what goes into the graph, or some fields of that, where the file does not say or says it wrongly.
+        path: path of the file; its metadata may hold a :class:`Preprocessing` as JSON under ``preprocessing``. If not,
+            it is inferred from the graph as in :func:`qface.load`.
+        providers: onnxruntime's execution providers in order of preference. None: CUDA if it is available, else the
+            CPU.
+        threads: threads within an operator (intra-op). None: onnxruntime's default.
+        preprocessing: preprocessing of the graph's input, or some fields of it, for files without a correct one.
 
     Attributes:
-        path: the file.
-        preprocessing: what the network reads after the normalization that is in the graph, as of :func:`qface.load`.
-        input: what the file reads, one of :data:`qface.deployment.inputs.INPUTS`: normalized floats, or RGB bytes.
-        target: what it is written for, as of :func:`qface.export`; ``"cpu"`` where the file does not tell.
-        provider: the execution provider that is really used.
-        runtime: the same in words, for reports.
+        path: path of the file.
+        preprocessing: preprocessing of the network, including a normalization in the graph, as in :func:`qface.load`.
+        input: input type, one of :data:`qface.deployment.inputs.INPUTS`: normalized floats, or RGB bytes.
+        target: target of :func:`qface.export`; ``"cpu"`` if the file does not record one.
+        provider: execution provider in use.
+        runtime: runtime and provider in words, for reports.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or is no network from images to embeddings.
-        UnsupportedLayerError: several of its outputs may be the embedding, or none.
-        ConfigError: a provider is unknown to the installed onnxruntime, or a field of the preprocessing is wrong.
+        CheckpointError: the file is missing, damaged, or not a network from images to embeddings.
+        UnsupportedLayerError: none of its outputs, or more than one, can be the embedding.
+        ConfigError: the installed onnxruntime does not have a provider, or a preprocessing field is invalid.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class OnnxEmbedder:
         preprocessing: PreprocessingOverride | None = None,
     ) -> None:
         self.path = as_path(path)
-        check_onnx(self.path)  # since onnxruntime computes whatever stands in a file
+        check_onnx(self.path)  # onnxruntime itself does not check a file for damage
         self._session = _open(self.path, providers, threads)
         self._name, self.input, dtype, self._batch = _image_input(self.path, self._session)
         metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        if not preprocessing and _OF_OURS.issubset(metadata):
+        if not preprocessing and _OWN_KEYS.issubset(metadata):
             written = written_preprocessing(metadata["preprocessing"], self.path)
             self._graph_input: ImageInput = described_input(written, dtype)
             self._output: str = self._session.get_outputs()[0].name
@@ -95,22 +95,22 @@ class OnnxEmbedder:
     def __call__(self, batch: Tensor) -> Tensor:
         """Embed ``batch`` to float32 [N, D] on the CPU.
 
-        A network with a fixed batch size gets pieces of that size, the last one filled up with zeros.
+        A network with a fixed batch size gets batches of that size; the last one is padded with zeros.
 
         Args:
-            batch: [N, 3, height, width], floats that are normalized for ``preprocessing``, or RGB bytes of this size.
-                Either becomes what the graph takes; for a graph that takes bytes, floats are rounded.
+            batch: [N, 3, height, width], floats normalized with ``preprocessing``, or RGB bytes. Converted to the
+                graph's input type; floats are rounded if that is uint8.
 
         Raises:
-            QFaceError: the network does not take images of this size.
+            QFaceError: the network does not accept images of this size.
         """
-        images = self._as_read(batch.detach().cpu())
+        images = self._to_graph_input(batch.detach().cpu())
         if self._batch is None:
             return self._run(images)
         pieces = torch.split(images, self._batch)
-        return torch.cat([self._run(_filled(piece, self._batch))[: len(piece)] for piece in pieces])
+        return torch.cat([self._run(_pad_batch(piece, self._batch))[: len(piece)] for piece in pieces])
 
-    def _as_read(self, images: Tensor) -> Tensor:
+    def _to_graph_input(self, images: Tensor) -> Tensor:
         floats = self.preprocessing.normalize(images) if images.dtype == torch.uint8 else images.float()
         return self._graph_input.to_graph(floats)
 
@@ -127,33 +127,33 @@ class OnnxEmbedder:
         given = self.preprocessing.size
         if any(isinstance(w, int) and w != g for w, g in zip(wanted, given, strict=True)):
             raise CheckpointError(
-                f"{self.path} reads images of {wanted[0]}x{wanted[1]}, but its preprocessing gives "
-                f"{given[0]}x{given[1]}: write the preprocessing into the file's metadata"
+                f"the input of {self.path} is {wanted[0]}x{wanted[1]}, but its preprocessing has the size "
+                f"{given[0]}x{given[1]}: write the right preprocessing into the file's metadata"
             )
 
 
 def _onnxruntime() -> Any:
-    # Imported late, because it costs half a second; by name, because it carries no types.
+    # Imported late, because the import takes half a second; by name, because the package has no type annotations.
     try:
         runtime = import_module("onnxruntime")
-        runtime.InferenceSession  # noqa: B018  # gone where one of two packages was uninstalled
+        runtime.InferenceSession  # noqa: B018  # missing if both packages were installed and one uninstalled
     except (ImportError, AttributeError) as error:
         raise DependencyError(
             "onnxruntime is missing or broken: pip install --force-reinstall onnxruntime (or onnxruntime-gpu); "
-            "only one of the two can be installed, since they share their files"
+            "install only one of the two, because they share files"
         ) from error
     return runtime
 
 
 def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
-    """An ``onnxruntime.InferenceSession``."""
+    """Open an ``onnxruntime.InferenceSession``."""
     options = _options()
     if threads is not None:
         options.intra_op_num_threads = threads
-    chosen = _default_providers() if providers is None else _known(providers)
+    chosen = _default_providers() if providers is None else _check_providers(providers)
     try:
-        # Whoever asks for a GPU by name should read why it does not work.
-        with _silenced() if providers is None and _CUDA in chosen else nullcontext():
+        # A user who names the GPU explicitly needs onnxruntime's reason if it does not work.
+        with _silenced_gpu_warnings() if providers is None and _CUDA in chosen else nullcontext():
             return _exact_session(path, options, chosen)
     except Exception as error:
         raise CheckpointError(
@@ -162,10 +162,10 @@ def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> A
 
 
 def providers_for(target: str) -> list[str] | None:
-    """Execution providers on which a file is compared, as :class:`OnnxEmbedder` takes them.
+    """Return the execution providers for verifying a file, as :class:`OnnxEmbedder` takes them.
 
     Args:
-        target: of the file; None, the default, is for files for GPUs only.
+        target: target of the file; ``"cuda"`` gives None, which prefers CUDA, all others the CPU.
 
     Example:
         >>> providers_for("float32")
@@ -175,7 +175,7 @@ def providers_for(target: str) -> list[str] | None:
 
 
 def cpu_session(model: bytes) -> Any:
-    """An ``onnxruntime.InferenceSession`` for a serialized model, on the CPU, optimized as for any user."""
+    """Open an ``onnxruntime.InferenceSession`` for a serialized model on the CPU, with default settings."""
     return _exact_session(model, _options(), [_CPU])
 
 
@@ -186,7 +186,7 @@ def _options() -> Any:
 
 
 def _exact_session(model: Path | bytes, options: Any, providers: list[str]) -> Any:
-    """One that does not saturate. What a file needs is known once it is open; few need another one."""
+    """Open a session in exact mode if the metadata, readable only after opening, record 8-bit weights."""
     session = _onnxruntime().InferenceSession(model, options, providers=providers)
     if session.get_modelmeta().custom_metadata_map.get(WEIGHT_BITS) != "8":
         return session
@@ -194,23 +194,23 @@ def _exact_session(model: Path | bytes, options: Any, providers: list[str]) -> A
     return _onnxruntime().InferenceSession(model, options, providers=providers)
 
 
-def _known(providers: Sequence[str]) -> list[str]:
-    """``providers`` as they are; onnxruntime itself would replace an unknown one by the CPU."""
+def _check_providers(providers: Sequence[str]) -> list[str]:
+    """Return ``providers`` after a check, because onnxruntime silently replaces unknown ones by the CPU."""
     available = _onnxruntime().get_available_providers()
     for provider in providers:
         if provider not in available:
-            raise ConfigError(f"onnxruntime has no {provider} here: use one of {', '.join(available)}")
+            raise ConfigError(f"onnxruntime has no {provider} on this machine; use one of {', '.join(available)}")
     return list(providers)
 
 
 def _default_providers() -> list[str]:
-    # Listed means compiled in, not usable: the session itself falls back to the CPU.
+    # A listed provider is compiled in but may not be usable; the session then falls back to the CPU.
     return [_CUDA, _CPU] if _CUDA in _onnxruntime().get_available_providers() else [_CPU]
 
 
 @contextmanager
-def _silenced() -> Iterator[None]:
-    """Hide the complaints about a missing GPU; they go to the process-wide logger, which has no getter."""
+def _silenced_gpu_warnings() -> Iterator[None]:
+    """Hide warnings about a missing GPU by the process-wide logger; its severity cannot be read back."""
     _onnxruntime().set_default_logger_severity(_FATAL)
     try:
         yield
@@ -219,17 +219,17 @@ def _silenced() -> Iterator[None]:
 
 
 def _image_input(path: Path, session: Any) -> tuple[str, str, torch.dtype, int | None]:
-    """Name of the only input, what it reads, its type, and its batch size where that is fixed."""
+    """Return the name, kind, dtype and fixed batch size (None if dynamic) of the only input."""
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in _INPUTS or len(inputs[0].shape) != 4:
         found = ", ".join(f"{node.name}: {node.type} {node.shape}" for node in inputs)
         raise CheckpointError(
-            f"{path} reads ({found}): pass a network with one float or uint8 input [batch, 3, height, width]"
+            f"{path} must have one float or uint8 input [batch, 3, height, width], got ({found}): pass another file"
         )
     batch = inputs[0].shape[0]
     kind, dtype = _INPUTS[inputs[0].type]
     return inputs[0].name, kind, dtype, batch if isinstance(batch, int) else None
 
 
-def _filled(piece: Tensor, length: int) -> Tensor:
+def _pad_batch(piece: Tensor, length: int) -> Tensor:
     return F.pad(piece, (0, 0) * (piece.ndim - 1) + (0, length - len(piece)))

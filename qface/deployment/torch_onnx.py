@@ -1,4 +1,4 @@
-"""torch's own ONNX exporter, the TorchScript one, which needs no further package."""
+"""ONNX export by torch's TorchScript exporter, which needs no extra package."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ def torch_onnx_model(
     output_names: Sequence[str],
     opset: int,
 ) -> onnx.ModelProto:
-    """The ONNX model of ``module``, in which the first dimension of every input and output is free.
+    """Export ``module`` to ONNX with a dynamic first dimension of every input and output.
 
-    The exporter warns that it is the older one; that is hidden, and the logger is as before afterwards. What it raises,
-    which may be anything, passes.
+    Hides the exporter's deprecation warnings. Its exceptions, which may be of any type, propagate.
     """
     written = io.BytesIO()
     logger = logging.getLogger("torch.onnx")

@@ -1,7 +1,7 @@
-"""Weights in an ONNX file: as int8 tensors, or packed to their bits and unpacked by standard operators.
+"""Weight storage in an ONNX file: int8 tensors, or packed bits that standard operators unpack.
 
-A weight format takes the integers of every weight under a name and, at the end, gives the initializers and nodes that
-provide them under those names.
+The writer adds the integers of every weight tensor to a weight format under a name. At the end the format returns the
+initializers and nodes that provide int8 tensors of these names.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ __all__ = ["WEIGHT_FORMATS", "Int8Format", "PackedFormat", "WeightFormat", "chec
 
 
 class WeightFormat(Protocol):
-    """The interface through which the ONNX writer stores weights."""
+    """Interface of the ONNX writers to a weight storage."""
 
     def add(self, name: str, integers: Int8, bits: int) -> None:
-        """Provide ``integers`` as an int8 tensor called ``name``."""
+        """Store ``integers`` of ``bits`` bits under ``name``."""
 
     def contents(self) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
-        """Initializers and nodes, which come before all others."""
+        """Return initializers and nodes, to be placed before all other nodes."""
 
 
 class Int8Format:
-    """One byte an integer, whatever its bits."""
+    """Weight storage with one byte per weight, independent of its bit width."""
 
     def __init__(self) -> None:
         self._initializers: list[onnx.TensorProto] = []
 
     def add(self, name: str, integers: Int8, bits: int) -> None:
-        """Provide ``integers`` as an int8 tensor called ``name``."""
+        """Store ``integers`` under ``name``; ``bits`` is ignored."""
         self._initializers.append(numpy_helper.from_array(integers, name))
 
     def contents(self) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
-        """Initializers only."""
+        """Return initializers only."""
         return self._initializers, []
 
 
 class PackedFormat:
-    """Weights of equal bits in common buffers without a wasted bit (:mod:`qface.deployment.packing`).
+    """Weight storage in packed buffers, shared by tensors of equal bits (:mod:`qface.deployment.packing`).
 
-    A dozen nodes unpack a buffer, and a Split hands each layer its part. onnxruntime computes all of it when it opens
-    the file, so that nothing of it is left at run time. What that takes is memory traffic rather than arithmetic, since
-    every result is copied and kept until the last one is there. Hence all of it is done on bytes, most of it on runs,
-    and large networks have several buffers: large results get fresh pages each time, small ones what others left.
+    A dozen nodes unpack a buffer, and a Split gives each layer its weights. onnxruntime folds them to constants at load
+    time, so they cost nothing at run time. Load time depends on memory traffic rather than arithmetic, because
+    onnxruntime copies every intermediate result and keeps it to the end. Hence all nodes work on bytes, most of them on
+    single runs, and large networks have several buffers: large results get fresh pages, small ones reuse memory.
     """
 
     def __init__(self) -> None:
         self._groups: dict[int, list[_Weight]] = defaultdict(list)
 
     def add(self, name: str, integers: Int8, bits: int) -> None:
-        """Provide ``integers`` as an int8 tensor called ``name``."""
+        """Store ``integers`` of ``bits`` bits under ``name``."""
         self._groups[bits].append((name, integers))
 
     def contents(self) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
-        """The planes of each buffer, and the nodes that unpack them."""
+        """Return the planes of each buffer and the nodes that unpack them."""
         unpackers = [
             _Unpacker(f"w{bits}.{number}" if number else f"w{bits}", bits, weights)
             for bits, group in sorted(self._groups.items())
@@ -76,11 +76,11 @@ class PackedFormat:
 _BYTE = 8
 _Weight = tuple[str, Int8]
 _BUFFER = 1 << 23
-"""Integers that lie in one buffer at most, unless a single layer has more."""
+"""Maximum number of integers per buffer; a single layer with more gets its own."""
 
 
 def _buffers(weights: list[_Weight]) -> list[list[_Weight]]:
-    """``weights`` in order, each buffer filled before the next."""
+    """Split ``weights`` into buffers in order."""
     buffers: list[list[_Weight]] = []
     room = 0
     for weight in weights:
@@ -94,12 +94,12 @@ def _buffers(weights: list[_Weight]) -> list[list[_Weight]]:
 
 
 class _Unpacker:
-    """Initializers and nodes for the weights of one buffer.
+    """Initializers and nodes that unpack one buffer.
 
-    Bits are moved by arithmetic that OpenVINO folds too, which it does not with shifts, bitwise operators, and products
-    and quotients of bytes; nor with a product behind a cast, which it takes for a dequantization. What it does not fold
-    it computes anew for every image, and a matrix product with such a weight wrongly. No result lies beyond its type's
-    range, where onnxruntime would wrap and others saturate.
+    Bits are moved only by arithmetic that OpenVINO folds to constants. It does not fold shifts, bitwise operators, Mul
+    and Div of bytes, or a Mul after a Cast, which it takes for a dequantization. It recomputes unfolded nodes for every
+    image, and a matrix product with an unfolded weight is wrong. No result exceeds the range of its type, because there
+    onnxruntime wraps and other runtimes saturate.
     """
 
     def __init__(self, prefix: str, bits: int, weights: list[_Weight]) -> None:
@@ -113,7 +113,7 @@ class _Unpacker:
         self._split(self._signed(self._node("Concat", runs, axis=0), bits), len(runs) * planes.shape[1], weights)
 
     def _run(self, planes: list[str], place: Place, bits: int) -> str:
-        """The integers of one run, uint8."""
+        """Unpack the integers of one run, uint8."""
         width = min(bits, _BYTE - place.shift)
         run = self._shifted_right(planes[place.plane], place.shift)
         if place.straddles:
@@ -122,7 +122,7 @@ class _Unpacker:
         return self._lowest(run, width) if place.shift + width < _BYTE else run
 
     def _lowest(self, integers: str, width: int) -> str:
-        """The lowest ``width`` bits."""
+        """Keep the lowest ``width`` bits."""
         return self._node("Mod", [integers, self._constant(f"mod{1 << width}", np.array([1 << width], np.uint8))])
 
     def _shifted_right(self, integers: str, shift: int) -> str:
@@ -138,14 +138,14 @@ class _Unpacker:
         return integers
 
     def _signed(self, runs: str, bits: int) -> str:
-        """int8, without the offset."""
+        """Cast to int8 and subtract the offset."""
         signed = self._node("Cast", [runs], to=TensorProto.INT8)
         if not offset(bits):
             return signed
         return self._node("Sub", [signed, self._constant("offset", np.array([offset(bits)], np.int8))])
 
     def _split(self, signed: str, count: int, weights: list[_Weight]) -> None:
-        """Give each layer its part of ``count`` integers; what fills up the last run is left over."""
+        """Split ``count`` integers into the layers' weights and the padding of the last run."""
         parts = {f"{name}_flat": integers.size for name, integers in weights}
         rest = count - sum(parts.values())
         if rest:
@@ -169,24 +169,24 @@ class _Unpacker:
 
 
 WEIGHT_FORMATS: dict[str, type[Int8Format] | type[PackedFormat]] = {"packed": PackedFormat, "int8": Int8Format}
-"""Weight formats by the name that users type."""
+"""Weight formats by name, as in :func:`qface.export`."""
 
 
 def check_weight_format(name: str) -> None:
-    """Make sure that there is a weight format of this name.
+    """Check that ``name`` is a key of :data:`WEIGHT_FORMATS`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the weight format is unknown.
     """
     if name not in WEIGHT_FORMATS:
-        raise ConfigError(f"weight_format {name!r} is none of {', '.join(WEIGHT_FORMATS)}")
+        raise ConfigError(f"weight_format must be one of {', '.join(WEIGHT_FORMATS)}, got {name!r}")
 
 
 def make_weight_format(name: str) -> WeightFormat:
-    """An empty weight format.
+    """Create an empty weight format.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: the weight format is unknown.
     """
     check_weight_format(name)
     return WEIGHT_FORMATS[name]()

@@ -1,4 +1,4 @@
-"""Evaluation of face verification and identification."""
+"""Evaluation of face verification and identification, with thresholds and confidence intervals."""
 
 from qface.evaluation.bootstrap import (
     Interval,

@@ -1,12 +1,12 @@
-"""Confidence intervals of verification figures, by bootstrap over people.
+"""Confidence intervals of verification metrics by bootstrap over identities.
 
-Pairs that share a person are not independent, so people are resampled, and neither images nor pairs: this is the vertex
-bootstrap (Snijders and Borgatti, "Non-parametric standard errors and tests for network statistics", 1999). In a
-replicate, person i is drawn w_i times; a genuine pair of i counts w_i times and an impostor pair of i and j
-w_i * w_j times. Two copies of one person form no pairs.
+Pairs with a common identity are not independent, so identities are resampled, not images or pairs: the vertex bootstrap
+(Snijders and Borgatti, "Non-parametric standard errors and tests for network statistics", 1999). If a replicate draws
+identity i w_i times, its genuine pairs have weight w_i, and impostor pairs of i and j have weight w_i * w_j. Copies of
+one identity form no pairs.
 
-Cosines are computed once: the highest impostor scores and all genuine scores are kept with their people, and each
-replicate weighs them. A threshold is then a weighted rank, and exact.
+Cosines are computed once. All genuine scores and the highest impostor scores are kept with their identities, and each
+replicate weights them. Its thresholds are exact weighted ranks.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ REPLICATES = 200
 CONFIDENCE = 0.95
 
 _MOST_KEPT = 15_000_000
-"""Impostor scores kept, which take 0.6 GB while they are sorted: enough for a rate of 1e-1 of 100 million pairs."""
-_BLOCK = 2**15  # scores weighed at a time, so that temporaries stay in the cache
+"""Maximum number of impostor scores kept; sorting takes 0.6 GB. Enough for an FPR of 1e-1 of 100 million pairs."""
+_BLOCK = 2**15  # scores weighted at a time, so that temporaries stay in the cache
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -56,11 +56,11 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval of a share, 0..1.
+    """Confidence interval of a rate or of a difference of rates.
 
     Args:
-        low: its lower end.
-        high: its upper end.
+        low: lower end.
+        high: upper end.
     """
 
     low: float
@@ -69,12 +69,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class TprDrop:
-    """The TPR that a model loses against a reference, as a share; negative where it gains.
+    """TPR of a reference minus TPR of a model, as a fraction.
 
     Args:
-        drop: TPR of the reference minus TPR of the model, on the people as they are.
+        drop: difference on the original identities; negative if the model is better.
         interval: two-sided confidence interval of the drop.
-        upper: one-sided upper bound of the drop, at the same confidence.
+        upper: one-sided upper confidence bound of the drop, at the same level.
     """
 
     drop: float
@@ -84,11 +84,11 @@ class TprDrop:
 
 @dataclass(frozen=True)
 class PairIntervals:
-    """Confidence intervals of figures over listed pairs.
+    """Confidence intervals of metrics over listed pairs.
 
     Args:
-        accuracy: of the accuracy over folds.
-        tpr_at_fpr: of the true-positive rate at each false-positive rate; None where it is not measured.
+        accuracy: interval of the accuracy over folds; None if no replicate has enough pairs.
+        tpr_at_fpr: interval of the true-positive rate at each false-positive rate; None if it is not measured.
     """
 
     accuracy: Interval | None
@@ -104,26 +104,26 @@ def bootstrap_tpr(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> dict[str, Interval | None]:
-    """Confidence intervals of :func:`qface.evaluation.tpr_at_fpr` over all pairs of images.
+    """Compute confidence intervals of :func:`qface.evaluation.tpr_at_fpr` over all pairs of images.
 
-    The ends are percentiles over the replicates, save those without genuine or impostor pairs. Under ``torchrun`` every
-    process computes the same.
+    The ends are percentiles over the replicates with genuine and impostor pairs. Under ``torchrun`` every process
+    computes the same.
 
     Args:
         probes: float32 [images, dimensions], L2-normalized.
-        labels: [images], the identities.
-        fprs: rates as decimals, such as ``"1e-4"``; they are the keys of the result.
-        gallery: the same images embedded by another model; see :func:`qface.evaluation.tpr_at_fpr`.
-        replicates: how often people are drawn.
-        seed: of the draws.
-        confidence: of the intervals, between 0 and 1.
+        labels: [images], identity labels.
+        fprs: rates as decimals, such as ``"1e-4"``; the keys of the result.
+        gallery: embeddings of the same images by another model; see :func:`qface.evaluation.tpr_at_fpr`.
+        replicates: number of bootstrap replicates.
+        seed: random seed.
+        confidence: level of the intervals, between 0 and 1.
 
     Returns:
-        None for a rate that accepts fewer than 10 impostors, and for one that accepts more than about 10 million:
-        their scores are not kept, and the interval of so large a rate is narrow.
+        Interval by rate. None for rates that accept fewer than 10 impostors, or more than about 10 million: their
+        scores are not kept, and at such large rates the interval is narrow anyway.
 
     Raises:
-        ConfigError: a setting is out of its range.
+        ConfigError: a setting is out of range.
         ImagesError: there are no genuine or no impostor pairs.
         QFaceError: the embeddings do not match the labels or each other, or are not finite.
 
@@ -148,27 +148,27 @@ def bootstrap_tpr_drop(
     gallery: Scores | None = None,
     reference_gallery: Scores | None = None,
 ) -> dict[str, TprDrop | None]:
-    """The TPR that ``probes`` lose against ``reference``, with its confidence over people.
+    """Compute the TPR drop of ``probes`` from ``reference`` with confidence bounds over identities.
 
-    Both models meet the same people in each replicate, so that hard people cancel out. Each model has the threshold of
-    its own impostor scores.
+    Each replicate has the same identities for both models, so that the effect of hard identities cancels. Each model
+    has its own threshold.
 
     Args:
-        reference: float32 [images, dimensions], L2-normalized, of the reference, such as the float network.
-        probes: the same images embedded by the model.
-        labels: [images], the identities.
-        fprs: rates as decimals, such as ``"1e-4"``; they are the keys of the result.
-        replicates: how often people are drawn.
-        seed: of the draws.
-        confidence: of interval and bound, between 0 and 1.
-        gallery: what ``probes`` are compared with in place of themselves, such as the reference's embeddings.
-        reference_gallery: likewise of ``reference``.
+        reference: embeddings by the reference, such as the float network, float32 [images, dimensions], L2-normalized.
+        probes: embeddings of the same images by the model, likewise.
+        labels: [images], identity labels.
+        fprs: rates as decimals, such as ``"1e-4"``; the keys of the result.
+        replicates: number of bootstrap replicates.
+        seed: random seed.
+        confidence: level of interval and bound, between 0 and 1.
+        gallery: embeddings to compare ``probes`` with, such as those of the reference. None: ``probes``.
+        reference_gallery: embeddings to compare ``reference`` with. None: ``reference``.
 
     Returns:
-        None for a rate that :func:`bootstrap_tpr` does not measure.
+        Drop by rate; None for rates that :func:`bootstrap_tpr` does not measure.
 
     Raises:
-        ConfigError: a setting is out of its range.
+        ConfigError: a setting is out of range.
         ImagesError: there are no genuine or no impostor pairs.
         QFaceError: the embeddings do not match the labels or each other, or are not finite.
 
@@ -203,21 +203,21 @@ def bootstrap_pairs(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> PairIntervals:
-    """Confidence intervals of the accuracy over folds and of TPR at FPR over listed pairs.
+    """Compute confidence intervals of the accuracy over folds and of TPR at FPR over listed pairs.
 
     Args:
         scores: float32 [pairs], cosines.
-        same: bool [pairs], whether both sides show one person.
-        fold: int [pairs].
-        people: the identities of the first and of the second sides, [pairs] each; people are then resampled. Without
-            them pairs are, which takes them for independent: intervals are then too narrow.
-        fprs: rates as decimals; they are the keys of the result.
-        replicates: how often people or pairs are drawn.
-        seed: of the draws.
-        confidence: of the intervals, between 0 and 1.
+        same: bool [pairs], True for genuine pairs.
+        fold: int [pairs], fold of each pair.
+        people: identities of the first and of the second images, [pairs] each, to be resampled. None: pairs are
+            resampled as if they were independent, and intervals are too narrow.
+        fprs: rates as decimals; the keys of the result.
+        replicates: number of bootstrap replicates.
+        seed: random seed.
+        confidence: level of the intervals, between 0 and 1.
 
     Raises:
-        ConfigError: a setting is out of its range.
+        ConfigError: a setting is out of range.
 
     Example:
         >>> same = np.tile([True, False], 40)
@@ -248,14 +248,14 @@ def _accuracy(scores: Scores, same: npt.NDArray[np.bool_], fold: npt.NDArray[np.
         if len(np.unique(fold)) == 1:
             return single_fold_accuracy(scores, same, counts)
         return ten_fold_accuracy(scores, same, fold, counts)[0]
-    except PairsError:  # nobody was drawn of whom folds need pairs
+    except PairsError:  # the replicate lacks pairs that the folds need
         return float("nan")
 
 
 def _units(pairs: int, people: tuple[npt.ArrayLike, npt.ArrayLike] | None) -> tuple[Ints, Ints, int, int]:
-    """Numbers of what is drawn, for both sides of each pair; how many these are, and how many more count once.
+    """Return resampling units of both images of each pair, the number of units, and that of fixed units.
 
-    Where people are unknown, the first side stands for the pair, and the second for one that is always there once.
+    For unknown identities, each pair is a unit, and a fixed unit of weight 1 stands for all second images.
     """
     if people is None:
         return np.arange(pairs), np.full(pairs, pairs), pairs, 1
@@ -265,26 +265,29 @@ def _units(pairs: int, people: tuple[npt.ArrayLike, npt.ArrayLike] | None) -> tu
 
 
 class Draws:
-    """Random draws of people: how often each of ``units`` people counts in each replicate.
+    """Bootstrap replicates, as integer weights of resampling units (identities).
 
     Args:
-        units: people.
-        replicates: how often they are drawn.
-        seed: of the draws.
-        confidence: of intervals.
-        fixed: more units after them, that count once in every draw.
+        units: number of units.
+        replicates: number of replicates.
+        seed: random seed.
+        confidence: level of the intervals, between 0 and 1.
+        fixed: number of further units, after the others, with weight 1 in every replicate.
+
+    Raises:
+        ConfigError: a setting is out of range.
     """
 
     def __init__(self, units: int, replicates: int, seed: int, confidence: float, fixed: int = 0) -> None:
         check_whole(1, replicates=replicates)
         check_seed(seed)
         if not 0 < confidence < 1:
-            raise ConfigError(f"confidence must be a number above 0 and below 1, such as 0.95, not {confidence}")
+            raise ConfigError(f"confidence must be a number between 0 and 1, such as 0.95, got {confidence}")
         self.confidence = confidence
         self._units, self._replicates, self._seed, self._fixed = units, replicates, seed, fixed
 
     def each(self, measure: Callable[[Ints], Floats | float]) -> Floats:
-        """``measure`` of the weights where everybody counts once, and then of those of each replicate."""
+        """Call ``measure`` with weights of 1, then with the weights of each replicate; stack the results."""
         rng = np.random.default_rng(self._seed)
         shares = np.full(self._units, 1 / self._units)
         found = [measure(np.ones(self._units + self._fixed, np.int64))]
@@ -294,7 +297,7 @@ class Draws:
         return np.array(found, np.float64)
 
     def interval(self, values: Floats) -> Interval | None:
-        """The percentiles of what :meth:`each` found in the replicates; None where it could measure none."""
+        """Return the percentile interval of values from :meth:`each`; None if all replicates are NaN."""
         replicates = values[1:][~np.isnan(values[1:])]
         if not len(replicates):
             return None
@@ -304,7 +307,7 @@ class Draws:
 
 
 def images_of(labels: npt.ArrayLike) -> Ints:
-    """Number of images of each person, [people], in the order of labels."""
+    """Count the images of each identity, [identities], in the order of labels."""
     return np.unique(np.asarray(labels), return_counts=True)[1].astype(np.int64)
 
 
@@ -316,20 +319,20 @@ def each_draw(
     draws: Draws,
     measure: Callable[..., Floats],
 ) -> dict[str, Floats | None]:
-    """``measure`` of each draw, at the threshold that the draw has for each of ``fprs``.
+    """Evaluate ``measure`` on each replicate at the replicate's threshold for each rate.
 
     Args:
         probes: float32 [images, dimensions], L2-normalized.
-        labels: [images], the identities.
-        fprs: rates as decimals; they are the keys of the result.
-        gallery: the same images embedded by another model; see :func:`qface.evaluation.tpr_at_fpr`.
-        draws: of the people.
-        measure: figures [rates, ...] of :class:`WeighedPairs`, weights of people and ``fprs``; infinite where the
-            threshold is below the impostors that are kept.
+        labels: [images], identity labels.
+        fprs: rates as decimals; the keys of the result.
+        gallery: embeddings of the same images by another model; see :func:`qface.evaluation.tpr_at_fpr`.
+        draws: replicates of the identities.
+        measure: function of :class:`WeighedPairs`, weights of identities and ``fprs`` that returns metrics [fprs, ...];
+            they are inf if the threshold is below the impostor scores that are kept.
 
     Returns:
-        Figures [1 + replicates, ...], first those of the people as they are; None where too few or too many impostors
-        are accepted.
+        Metrics [1 + replicates, ...] by rate, with the original identities first; None if too few or too many
+        impostors are accepted.
     """
     scores, images = PairScores(probes, labels, gallery), images_of(labels)
     impostors = count_pairs(labels, scores.ordered)[1]
@@ -349,12 +352,12 @@ def each_draw(
 
 
 def _with_margin(rank: int) -> int:
-    """Scores to keep for ``rank``: replicates shift it by some ten percent."""
+    """Return the number of scores to keep for ``rank``, which replicates shift by some ten percent."""
     return rank + rank // 2 + 1000
 
 
 def _kept_pairs(scores: PairScores, kept: int, impostors: int, images: Ints) -> WeighedPairs:
-    """All genuine scores, and the ``kept`` highest impostor scores, save those that equal the next one."""
+    """Keep all genuine and the ``kept`` highest impostor scores, without those equal to the next one."""
     floor = float("-inf")
     if kept < impostors:
         floor = ranked_scores(scores, {"kept": kept}, impostors, SingleProcess(torch.device("cpu")))["kept"].score
@@ -369,7 +372,7 @@ def _kept_pairs(scores: PairScores, kept: int, impostors: int, images: Ints) -> 
 
 
 def descending(parts: Sequence[OwnedScores]) -> OwnedScores:
-    """The scores of all ``parts`` as one, from high to low."""
+    """Concatenate ``parts`` and sort by score in descending order."""
     scores = np.concatenate([part.scores for part in parts])
     order = np.argsort(-scores)
     first, second = (np.concatenate([getattr(part, side) for part in parts]) for side in ("first", "second"))
@@ -378,12 +381,12 @@ def descending(parts: Sequence[OwnedScores]) -> OwnedScores:
 
 @dataclass(frozen=True)
 class WeighedPairs:
-    """Scores in descending order, to be weighed.
+    """Scores in descending order, for weighted TPR at FPR.
 
     Args:
-        genuine: all of them.
-        impostors: the highest.
-        total: the weight of all impostor pairs, of the weights of people.
+        genuine: all genuine scores.
+        impostors: the highest impostor scores.
+        total: function from the weights of identities to the total weight of all impostor pairs.
     """
 
     genuine: OwnedScores
@@ -391,10 +394,7 @@ class WeighedPairs:
     total: Callable[[Ints], int]
 
     def tprs(self, weights: Ints, fprs: Sequence[str]) -> Floats:
-        """The true-positive rate at each of ``fprs``.
-
-        It is infinite where the threshold is below the impostors that are kept, and not a number without pairs.
-        """
+        """Compute the true-positive rate at each rate; inf below the kept impostor scores, NaN without pairs."""
         owned = np.concatenate([[0], np.cumsum(weights[self.genuine.first])])
         if not owned[-1] or not self.total(weights):
             return np.full(len(fprs), np.nan)
@@ -403,7 +403,7 @@ class WeighedPairs:
         return np.where(np.isinf(thresholds), np.inf, owned[accepted] / owned[-1])
 
     def thresholds_at(self, weights: Ints, fprs: Sequence[str]) -> Scores:
-        """The impostor scores of weighted ranks, one for each of ``fprs``; minus infinity below those that are kept."""
+        """Return the impostor scores at the weighted ranks of ``fprs``; -inf below the kept scores."""
         total = self.total(weights)
         ranks = np.array([int(total * Fraction(fpr)) for fpr in fprs], np.int64)
         found = np.full(len(ranks), -np.inf, np.float32)

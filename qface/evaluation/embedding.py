@@ -1,4 +1,4 @@
-"""Any model as a function from images to L2-normalized embeddings, without a lasting change to the model."""
+"""Embedding of images by any kind of model; the model is not changed."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from qface.training_mode import eval_mode, shared_by_threads
 __all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed", "embedding_batches", "unit_rows"]
 
 Embeddings = npt.NDArray[np.float32]
-"""float32 [images, dimensions] with rows of length 1."""
+"""Embeddings, float32 [images, dimensions]."""
 
 
 @runtime_checkable
 class Embedder(Protocol):
-    """A function from normalized images to embeddings that knows how its images are normalized."""
+    """Interface of functions from normalized images to embeddings, with their preprocessing."""
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The preprocessing that the network needs."""
+        """Preprocessing of the input images."""
 
     def __call__(self, batch: Tensor, /) -> Tensor:
         """Embed float32 [N, 3, height, width] to [N, D]."""
 
 
 Model = NetworkLike | Embedder
-"""Models that users may pass; :func:`as_embedder` turns each into an :class:`Embedder`."""
+"""Models that users may pass; :func:`as_embedder` converts each to an :class:`Embedder`."""
 
 
 class TorchEmbedder:
-    """A module in eval mode on its own device; modes and observers are put back after every call.
+    """Embedder of a module in eval mode on its device; mode and observers are restored after each call.
 
     Args:
-        model: a float network, or a prepared one with fake quantization.
+        model: a float network or a student.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,7 +62,7 @@ class TorchEmbedder:
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters; the CPU for a module that has none."""
+        """Device of the parameters; the CPU for a module without any."""
         parameter = next(self.model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
@@ -72,8 +72,8 @@ class TorchEmbedder:
         return f"torch {self.device}"
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Embed ``batch``, normalized [N, 3, height, width], to [N, D], on the model's device and in its type."""
-        with eval_mode(self.model), shared_by_threads(self.model, _unobserved), torch.inference_mode():
+        """Embed normalized images [N, 3, height, width] to [N, D], on the model's device and in its dtype."""
+        with eval_mode(self.model), shared_by_threads(self.model, _observers_disabled), torch.inference_mode():
             images = batch.to(self.device, dtype_of(self.model))
             if self._memory_format is None:
                 self._memory_format = fastest_memory_format(images[:1], self.model)
@@ -82,8 +82,8 @@ class TorchEmbedder:
 
 
 @contextmanager
-def _unobserved(model: nn.Module) -> Iterator[None]:
-    """Observers off: torch's observers update in eval mode too."""
+def _observers_disabled(model: nn.Module) -> Iterator[None]:
+    """Disable observers, because torch's observers update in eval mode too."""
     observing: list[Any] = [module for module in model.modules() if _is_observing(module)]
     for module in observing:
         module.enable_observer(False)
@@ -95,23 +95,21 @@ def _unobserved(model: nn.Module) -> Iterator[None]:
 
 
 def _is_observing(module: Any) -> bool:
-    # By torch.ao's names, not its classes: only qface.quantization knows those.
+    # By torch.ao's attribute names, because only qface.quantization may import its classes.
     return hasattr(module, "enable_observer") and bool(module.observer_enabled)
 
 
 def as_embedder(model: Model, preprocessing: PreprocessingOverride | None = None) -> Embedder:
-    """Turn a module, a file or an :class:`Embedder` into an :class:`Embedder`.
-
-    A path that ends in ``.onnx`` goes to onnxruntime, any other text to
-    :func:`qface.models.resolve.resolve_model`, which refuses a name without weights.
+    """Convert a module, a file or an :class:`Embedder` to an :class:`Embedder`.
 
     Args:
-        model: what embeds.
-        preprocessing: of a file, what it reads, or some fields of that, in place of what is found.
+        model: a module, an Embedder, the path of an ``.onnx`` file for onnxruntime, or other text for
+            :func:`qface.models.resolve.resolve_model`.
+        preprocessing: for a file, preprocessing or some fields of it that replace those in the file.
 
     Raises:
-        CheckpointError: a file cannot be read.
-        ConfigError: ``model`` is something else.
+        CheckpointError: the file cannot be read, or the text names an architecture without weights.
+        ConfigError: ``model`` has another type.
     """
     if isinstance(model, nn.Module):
         return TorchEmbedder(model)
@@ -120,7 +118,7 @@ def as_embedder(model: Model, preprocessing: PreprocessingOverride | None = None
     if isinstance(model, Embedder):
         return model
     raise ConfigError(
-        "a model is a torch.nn.Module, the path of a file, package.module:factory, or an Embedder, not "
+        "model must be a torch.nn.Module, the path of a file, package.module:factory, or an Embedder, got "
         f"{type(model).__name__}"
     )
 
@@ -135,27 +133,27 @@ def _from_text(text: str, preprocessing: PreprocessingOverride | None) -> Embedd
 def embed(
     model: Model, source: ImageSource, batch_size: int = 64, flip: bool = False, progress: bool = False
 ) -> Embeddings:
-    """Embed every image of ``source`` in order.
+    """Embed all images of ``source`` in order.
 
     Args:
-        model: see :func:`as_embedder`.
-        source: crops, or floats that are already normalized for ``model``.
-        batch_size: images a forward pass.
-        flip: add the embedding of the mirrored image before normalizing, as ArcFace does.
-        progress: show the stages on stderr.
+        model: model in any form that :func:`as_embedder` accepts.
+        source: uint8 crops, or floats normalized for ``model``.
+        batch_size: images per forward pass.
+        flip: add the embedding of the mirrored image before normalization, as in ArcFace.
+        progress: show progress on stderr.
 
     Returns:
-        float32 [images, dimensions], L2-normalized rows.
+        float32 [images, dimensions], L2-normalized.
 
     Raises:
         ConfigError: ``batch_size`` is below 1.
         ImagesError: there are no images, or they cannot be read.
-        QFaceError: the model cannot read them, or does not give one finite vector an image.
+        QFaceError: the model does not accept the images, or does not return one finite, nonzero vector per image.
     """
     rows = (unit_rows(batch) for batch in embedding_batches(as_embedder(model), source, batch_size, flip))
     first = next(rows, None)
     if first is None:
-        raise ImagesError("there are no images to embed: pass at least one")
+        raise ImagesError("there are no images to embed; pass at least one")
     if not isinstance(source, IndexedImages):
         return np.concatenate([first, *rows])
     embeddings, end = np.empty((len(source), first.shape[1]), np.float32), 0
@@ -166,26 +164,26 @@ def embed(
 
 
 def unit_rows(embeddings: Embeddings) -> Embeddings:
-    """``embeddings`` [images, dimensions], each divided by its length."""
+    """Divide each row of ``embeddings`` [images, dimensions] by its Euclidean norm."""
     return (embeddings / _lengths(embeddings)[:, None]).astype(np.float32)
 
 
 def embedding_batches(
     embedder: Embedder, source: ImageSource, batch_size: int, flip: bool, start: int = 0
 ) -> Iterator[Embeddings]:
-    """Embed the images of ``source`` in order, and yield the rows of a batch each, of any length.
+    """Yield the unnormalized embeddings of ``source`` in order, batch by batch.
 
     Args:
-        embedder: what embeds.
+        embedder: the model.
         source: see :func:`embed`.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         flip: add the embedding of the mirrored image.
-        start: leave out so many images; of a source that can be read in any order only.
+        start: index of the first image; must be 0 unless the source is an IndexedImages.
 
     Raises:
         ConfigError: ``batch_size`` is below 1.
         ImagesError: the images cannot be read.
-        QFaceError: the model cannot read them, or does not give one finite vector an image, other than zero.
+        QFaceError: the model does not accept the images, or does not return one finite, nonzero vector per image.
     """
     check_whole(1, batch_size=batch_size)
     indexed = isinstance(source, IndexedImages)
@@ -200,41 +198,39 @@ def embedding_batches(
 
 
 def _views(batch: Tensor, flip: bool, preprocessing: Preprocessing) -> list[Tensor]:
-    """``batch`` as the network reads it, and its mirror image where that is wanted too."""
+    """Normalize ``batch`` for the network, and also its mirrored images if ``flip``."""
     return [normalize(view, preprocessing) for view in ((batch, batch.flip(-1)) if flip else (batch,))]
 
 
 def _embed_views(embedder: Embedder, views: list[Tensor]) -> Embeddings:
-    embeddings = [_vectors(_called(embedder, view), len(view)) for view in views]
+    embeddings = [_vectors(_call(embedder, view), len(view)) for view in views]
     return sum(embeddings[1:], start=embeddings[0])
 
 
-def _called(embedder: Embedder, view: Tensor) -> object:
+def _call(embedder: Embedder, view: Tensor) -> object:
     try:
         return embedder(view)
-    except RuntimeError as error:  # torch's own, which goes on for lines
+    except RuntimeError as error:  # torch's messages have many lines
         raise QFaceError(f"the model cannot embed images {list(view.shape)}: {one_line(error, 300)}") from error
 
 
 def _vectors(output: object, images: int) -> Embeddings:
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != images:
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise QFaceError(f"the model gives {found} for {images} images: pass one that gives [{images}, dimensions]")
+        raise QFaceError(f"the model must return [{images}, dimensions] for {images} images, got {found}; wrap it")
     return output.detach().to("cpu", torch.float32).numpy()
 
 
 def _check_usable(embeddings: Embeddings, start: int) -> None:
-    """Complain of a row that has no direction; ``start`` is the number of the first one's image."""
+    """Raise if a row is zero or not finite; ``start`` is the image index of the first row."""
     lengths = _lengths(embeddings)
     unusable = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if len(unusable):
         image = start + unusable[0]
-        raise QFaceError(
-            f"the embedding of image {image} is not finite or is zero: check the model's weights and scales"
-        )
+        raise QFaceError(f"the embedding of image {image} is zero or not finite: check the model's weights and scales")
 
 
 def _lengths(embeddings: Embeddings) -> npt.NDArray[np.float64]:
-    """Lengths of rows, in float64, so that large but finite values do not overflow when they are squared."""
+    """Compute the norms of rows in float64, so that squares of large finite values do not overflow."""
     lengths: npt.NDArray[np.float64] = np.linalg.norm(embeddings.astype(np.float64), axis=1)
     return lengths

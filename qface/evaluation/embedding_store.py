@@ -1,4 +1,4 @@
-"""Embeddings of many images in a file, written as they are computed, so that a run that was stopped goes on."""
+"""Embeddings in a file, appended while they are computed, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -21,76 +21,75 @@ from qface.files import alone_in, replacing
 __all__ = ["embed_to_file"]
 
 _SAME_MODEL = 1e-2
-"""Distance of one model's embeddings of an image on two machines, relative to their length: 0.003 for
-a file that computes in fp16 on one of them."""
+"""Maximum distance between embeddings of the same model and image on two machines, relative to their norm. Measured:
+0.003 for a file that computes in fp16 on one of them."""
 
 
 def embed_to_file(embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool) -> Embeddings:
-    """The embeddings of ``source``, as the model gives them, in ``folder``; those that are there already are kept.
+    """Embed ``source`` to a file in ``folder``, or resume from the embeddings that are there.
 
-    Whether these are of the same images is seen from all that these hold; whether they are of the same model from three
-    of them, which are computed again.
+    To resume, the digest of all images must match, and three of the embeddings are recomputed to check the model.
 
     Args:
-        embedder: what embeds.
+        embedder: the model.
         source: the images.
-        folder: where ``embeddings.f32`` and ``embeddings.json`` lie, or will; it is made.
-        batch_size: images a forward pass.
+        folder: folder of ``embeddings.f32`` and ``embeddings.json``; created if missing.
+        batch_size: images per forward pass.
         flip: add the embedding of the mirrored image.
 
     Returns:
-        float32 [images, dimensions], not normalized, mapped from the file.
+        float32 [images, dimensions], not normalized, memory-mapped.
 
     Raises:
-        ConfigError: the folder holds embeddings of another model or of other images, or another run writes to it.
-        ExportError: the folder cannot be written to.
+        ConfigError: the folder holds embeddings of another model or other images, or another run is writing to it.
+        ExportError: the folder is not writable.
         ImagesError: there are no images, or they cannot be read.
-        QFaceError: the model does not give one finite vector an image, other than zero. What the model itself raises
-            passes.
+        QFaceError: the model does not return one finite, nonzero vector per image. Errors of the model itself
+            propagate.
     """
     if len(source) == 0:
-        raise ImagesError("there are no images to embed: pass at least one")
-    with _file_errors_told(folder):
+        raise ImagesError("there are no images to embed; pass at least one")
+    with _file_errors_as_export_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
-        return _completed(embedder, source, folder, batch_size, flip)
+        return _complete(embedder, source, folder, batch_size, flip)
 
 
 @contextmanager
-def _file_errors_told(folder: Path) -> Iterator[None]:
-    """Around nothing but what is done to files of ``folder``: the model may raise the same errors."""
+def _file_errors_as_export_errors(folder: Path) -> Iterator[None]:
+    """Convert file errors to ExportError; not for calls of the model, which may raise the same types."""
     try:
         yield
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder} cannot hold embeddings ({error}): choose another folder") from error
 
 
-def _completed(embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool) -> Embeddings:
+def _complete(embedder: Embedder, source: IndexedImages, folder: Path, batch_size: int, flip: bool) -> Embeddings:
     dimensions, images = _embed_some(embedder, source, [0], flip).shape[1], digest_of_images(source)
-    with _file_errors_told(folder):
-        file = _opened(folder, {"images": images, "dimensions": dimensions, "flip": flip})
-        rows = _cut_to_rows(file, 4 * dimensions)
+    with _file_errors_as_export_errors(folder):
+        file = _open_file(folder, {"images": images, "dimensions": dimensions, "flip": flip})
+        rows = _truncate_to_rows(file, 4 * dimensions)
     if rows:
-        _check_model(embedder, source, flip, _mapped(file, rows, dimensions), folder)
+        _check_model(embedder, source, flip, _memory_map(file, rows, dimensions), folder)
     _append(file, embedding_batches(embedder, source, batch_size, flip, start=rows))
-    return _mapped(file, len(source), dimensions)
+    return _memory_map(file, len(source), dimensions)
 
 
 def _append(file: Path, batches: Iterable[Embeddings]) -> None:
     for batch in batches:
-        with _file_errors_told(file.parent), file.open("ab") as output:
+        with _file_errors_as_export_errors(file.parent), file.open("ab") as output:
             output.write(batch.astype("<f4").tobytes())
             output.flush()
-            os.fsync(output.fileno())  # or rows in the middle could be missing after a power failure
+            os.fsync(output.fileno())  # otherwise rows in the middle could be missing after a power failure
 
 
-def _mapped(file: Path, rows: int, dimensions: int) -> Embeddings:
-    with _file_errors_told(file.parent):
+def _memory_map(file: Path, rows: int, dimensions: int) -> Embeddings:
+    with _file_errors_as_export_errors(file.parent):
         return np.memmap(file, np.dtype("<f4"), "r", shape=(rows, dimensions))
 
 
-def _opened(folder: Path, header: dict[str, Any]) -> Path:
-    """The file of embeddings with this header, new or there already."""
+def _open_file(folder: Path, header: dict[str, Any]) -> Path:
+    """Return the file of embeddings, created if missing; raise if its header differs."""
     file, description = folder / "embeddings.f32", folder / "embeddings.json"
     if not description.exists():
         file.write_bytes(b"")
@@ -101,8 +100,8 @@ def _opened(folder: Path, header: dict[str, Any]) -> Path:
     return file
 
 
-def _cut_to_rows(file: Path, width: int) -> int:
-    """The number of rows of ``width`` bytes in the file; one may have been cut off when the process was stopped."""
+def _truncate_to_rows(file: Path, width: int) -> int:
+    """Remove an incomplete last row and return the number of rows of ``width`` bytes."""
     rows = file.stat().st_size // width
     with file.open("r+b") as content:
         content.truncate(rows * width)
@@ -110,7 +109,7 @@ def _cut_to_rows(file: Path, width: int) -> int:
 
 
 def _check_model(embedder: Embedder, source: IndexedImages, flip: bool, there: Embeddings, folder: Path) -> None:
-    """Complain where the first, the middle or the last row that is there comes out otherwise now."""
+    """Recompute the first, middle and last stored row, and raise if one differs."""
     if len(there) <= len(source):
         indices = sorted({0, len(there) // 2, len(there) - 1})
         now = _embed_some(embedder, source, indices, flip)

@@ -1,4 +1,4 @@
-"""The verb ``evaluate``: verification figures of a model on a folder of labeled faces."""
+"""Face verification on labeled images and pair lists."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ _LOGGER = logging.getLogger("qface")
 
 @dataclass(frozen=True)
 class ListedFigures:
-    """Error rates over the pairs of a list; shares are fractions, 0..1.
+    """Error rates over the pairs of a list, as fractions 0..1.
 
     Args:
-        genuine_pairs: listed pairs of one person that were used.
-        impostor_pairs: listed pairs of two people that were used.
+        genuine_pairs: number of genuine pairs used.
+        impostor_pairs: number of impostor pairs used.
         eer: equal error rate.
-        tpr_at_fpr: true-positive rate at each false-positive rate; None where there are too few impostor pairs.
-        thresholds: the cosine above which a pair is accepted, for the same rates.
-        accuracy_interval: confidence interval of the accuracy; None without replicates.
-        tpr_intervals: confidence intervals of ``tpr_at_fpr``; empty without replicates.
-        resampled: ``"people"``, or ``"pairs"`` where it is not known who is who; None without replicates.
+        tpr_at_fpr: true-positive rate at each false-positive rate; None if there are too few impostor pairs.
+        thresholds: cosine above which a pair is accepted, at the same rates.
+        accuracy_interval: confidence interval of the accuracy; None without bootstrap.
+        tpr_intervals: confidence intervals of ``tpr_at_fpr``; empty without bootstrap.
+        resampled: unit of the bootstrap: ``"people"``, or ``"pairs"`` for unlabeled images; None without bootstrap.
     """
 
     genuine_pairs: int
@@ -69,30 +69,30 @@ class ListedFigures:
 
 @dataclass(frozen=True, repr=False)
 class EvaluationResult(Result):
-    """The result of :func:`evaluate`; shares are fractions, 0..1.
+    """Result of :func:`evaluate`; rates are fractions 0..1.
 
     Args:
-        accuracy: mean over the folds of the pair list; of a list of one fold, at the threshold that is best on its own
-            pairs; None without pairs.
-        accuracy_std: its standard deviation over the folds; None of a list of one fold.
-        tpr_at_fpr: true-positive rate at each false-positive rate over all pairs of images; None where there
-            are too few impostor pairs to measure it.
-        thresholds: the cosine above which a pair is accepted, for the same rates.
-        images: images embedded.
-        identities: people among them; 0 where only pairs are known.
-        pairs: pairs of the list that were used.
-        pairs_dropped: pairs of the list left out, because somebody in them is not selected.
-        genuine_pairs: pairs of images of one person, out of all pairs, or of those that are known.
-        impostor_pairs: pairs of images of two people, likewise.
-        runtime: what computed the embeddings, such as ``"torch cpu"``.
-        seconds: time to read and embed the images, the gallery's included.
-        preprocessing: what the model reads and who says so, in words.
-        gallery_preprocessing: that of the gallery's model; None without one.
-        eer: equal error rate over all pairs of images (:func:`qface.evaluation.equal_error_rate`); None where it is not
-            known who is who.
-        bootstrap: replicates that intervals come from; 0 for none.
-        tpr_intervals: 95 % confidence intervals of ``tpr_at_fpr``, by bootstrap over people; empty without replicates.
-        listed: error rates over the list of pairs; None without one.
+        accuracy: mean accuracy over the folds of the pair list; for a list of one fold, the accuracy at the threshold
+            that is best on the same pairs; None without pairs.
+        accuracy_std: standard deviation over the folds; None for one fold.
+        tpr_at_fpr: true-positive rate at each false-positive rate over all pairs of images; None if there are too few
+            impostor pairs.
+        thresholds: cosine above which a pair is accepted, at the same rates.
+        images: number of images embedded.
+        identities: number of identities; 0 for unlabeled images.
+        pairs: number of listed pairs used.
+        pairs_dropped: number of listed pairs left out, because an identity is not selected.
+        genuine_pairs: number of genuine pairs among all pairs of images; among listed pairs if images are unlabeled.
+        impostor_pairs: number of impostor pairs, likewise.
+        runtime: runtime of the model, such as ``"torch cpu"``.
+        seconds: time to read and embed all images, gallery included.
+        preprocessing: preprocessing of the model and its source, in words.
+        gallery_preprocessing: preprocessing of the gallery model; None without one.
+        eer: equal error rate over all pairs of images (:func:`qface.evaluation.equal_error_rate`); None for unlabeled
+            images.
+        bootstrap: number of bootstrap replicates; 0 for no intervals.
+        tpr_intervals: 95 % confidence intervals of ``tpr_at_fpr`` by bootstrap over identities; empty without.
+        listed: error rates over the pair list; None without one.
 
     Example:
         >>> qface.evaluate("student.onnx", "faces/").identities
@@ -122,7 +122,7 @@ class EvaluationResult(Result):
         return {"images": self.images, "accuracy": self.accuracy, "tpr_at_fpr": self.tpr_at_fpr}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
+        """Return plain Python values, ready for JSON."""
         return asdict(self)
 
 
@@ -139,35 +139,37 @@ def evaluate(
     progress: bool = False,
     bootstrap: int = 0,
 ) -> EvaluationResult:
-    """Measure how well ``model`` verifies faces: over all pairs of images, and over a list of pairs.
+    """Measure face verification (TPR at FPR) over all pairs of images and over a pair list.
 
-    Under ``torchrun`` the processes share images and pairs, and all return the same. Does not change ``model`` or
-    ``gallery``.
+    Under ``torchrun`` the processes share images and pairs, and all return the same result. Does not change ``model``
+    or ``gallery``.
 
     Args:
         model: a module, the path of its file, ``package.module:factory``, or an Embedder.
-        images: a folder of 112x112 crops with one subfolder a person, or other labeled images; or, for the accuracy
-            alone, a flat folder with ``pairs``, or what brings its own: a ``.bin`` file of InsightFace, a split of CFP.
-        pairs: a list of pairs (:func:`qface.data.read_pairs`); it needs a folder.
-        identities: which of the folder's to use; see :func:`qface.data.identities.select_identities`.
-        gallery: another model that embeds the same images as the gallery, while ``model`` embeds the probes;
-            of a listed pair, the first image is the probe.
-        flip: add the embedding of the mirrored image before normalizing.
-        batch_size: images a forward pass.
-        run_dir: folder to keep embeddings and counts of pairs in; a call that was stopped goes on there. None keeps
-            nothing.
-        progress: show the stages on stderr.
-        bootstrap: replicates for 95 % confidence intervals, over people (:mod:`qface.evaluation.bootstrap`); 200 are
-            enough, 0 computes none.
+        images: a folder of 112x112 crops with one subfolder per identity, or other labeled images. For the accuracy
+            only: a flat folder with ``pairs``, a ``.bin`` file of InsightFace, or a split of CFP.
+        pairs: pair list (:func:`qface.data.read_pairs`) of a folder.
+        identities: identities to use from a folder; see :func:`qface.data.identities.select_identities`.
+        gallery: another model to embed the gallery, while ``model`` embeds the probes (the first image of a listed
+            pair). None: ``model`` embeds both.
+        flip: add the embedding of the mirrored image before normalization.
+        batch_size: images per forward pass.
+        run_dir: folder for embeddings and pair counts, from which an interrupted call resumes. None saves nothing.
+        progress: show progress on stderr.
+        bootstrap: number of replicates over identities for 95 % confidence intervals
+            (:mod:`qface.evaluation.bootstrap`); 200 suffice, 0 computes none.
+
+    Returns:
+        Accuracy, error rates and thresholds, with the number of images and pairs.
 
     Raises:
-        ConfigError: ``run_dir`` is of another model or other images, or ``bootstrap`` is below 0.
+        ConfigError: ``run_dir`` holds data of another model or other images, or ``bootstrap`` is negative.
         DependencyError: several processes without Lightning Fabric.
-        ExportError: ``run_dir`` cannot be written to.
-        ImagesError: the images cannot be read, carry no labels, or form no genuine or no impostor pairs.
-        PairsError: the list of pairs is malformed, leaves fewer than two folds, or does not fit the folder.
+        ExportError: ``run_dir`` is not writable.
+        ImagesError: the images cannot be read, are unlabeled without pairs, or form no genuine or no impostor pairs.
+        PairsError: the pair list is malformed, has fewer than two usable folds, or does not match the folder.
         CheckpointError: a model file cannot be read.
-        QFaceError: a model gives no finite embeddings, or the two models' do not compare.
+        QFaceError: an embedding is not finite, or the two models have different embedding dimensions.
 
     Example:
         >>> result = qface.evaluate("student.onnx", "faces/", identities="second-half")
@@ -180,7 +182,7 @@ def evaluate(
     labels = _labels(source, needed=listed is None)
     genuine, impostors = _counts(labels, listed, ordered=gallery is not None)
     if listed is not None:
-        _check_folds(listed)  # complains before the images take their time
+        _check_folds(listed)  # before the slow embedding
     prober = as_embedder(model)
     galleries = None if gallery is None else as_embedder(gallery)
     folder = None if run_dir is None else Path(run_dir)
@@ -224,29 +226,36 @@ def evaluate(
 def _labels(source: ImageSource, needed: bool) -> Labels | None:
     labels = labels_of(source)
     if labels is None and needed:
-        raise ImagesError("evaluation needs to know who is who: pass a folder with one subfolder a person, or pairs")
+        raise ImagesError("evaluation needs labeled images: pass a folder with one subfolder per identity, or pairs")
     return labels
 
 
 def listed_pairs(pairs: str | Path | None, source: ImageSource) -> ResolvedPairs | None:
-    """The pairs of the list ``pairs`` as numbers of images, or those that ``source`` brings; None without either.
+    """Return the listed pairs as image indices.
+
+    Args:
+        pairs: path of a pair list, or None.
+        source: the images, which may contain their own pairs.
+
+    Returns:
+        The pairs of the list or of ``source``; None without either.
 
     Raises:
-        PairsError: the list is malformed, does not fit the images, or comes beside pairs of their own.
+        PairsError: the list is malformed, does not match the images, or is given for images with their own pairs.
     """
     if isinstance(source, PairedImages):
         if pairs is not None:
-            raise PairsError(f"{source.path} brings its own pairs: leave {pairs} out")
+            raise PairsError(f"{source.path} contains its own pairs: leave out {pairs}")
         return source.pairs
     if pairs is None:
         return None
     if not isinstance(source, ImageFolder):
-        raise PairsError(f"the pairs of {pairs} name files: pass the folder that holds them as images")
+        raise PairsError(f"the pairs in {pairs} are file names: pass the folder of these files as images")
     return resolve_pairs(read_pairs(pairs), source)
 
 
 def _counts(labels: Labels | None, listed: ResolvedPairs | None, ordered: bool) -> tuple[int, int]:
-    """Genuine and impostor pairs: all that labels give rise to, or those that are listed."""
+    """Count genuine and impostor pairs, by labels if there are any, else in the list."""
     if labels is not None:
         return count_pairs(labels, ordered)
     assert listed is not None
@@ -263,12 +272,12 @@ def _points(
 
 
 def listed_cosines(pairs: ResolvedPairs, probes: Embeddings, mates: Embeddings) -> Scores:
-    """The cosines of ``pairs``, float32 [pairs]: of each the first image is of ``probes``, the second of ``mates``.
+    """Compute the cosines of listed pairs, float32 [pairs].
 
     Args:
-        pairs: numbers of images.
-        probes: float32 [images, dimensions], L2-normalized.
-        mates: likewise of the same images.
+        pairs: pairs of image indices.
+        probes: embeddings of the first images, float32 [images, dimensions], L2-normalized.
+        mates: embeddings of the second images, likewise.
     """
     cosines: Scores = np.sum(probes[pairs.first] * mates[pairs.second], axis=1)
     return cosines
@@ -310,14 +319,14 @@ def _is_one_fold(pairs: ResolvedPairs) -> bool:
 
 
 def _check_folds(pairs: ResolvedPairs) -> None:
-    """Complain before the images take their time of pairs that give no accuracy, and say how one fold is judged."""
+    """Raise if the pairs have too few folds for an accuracy; warn about a single fold."""
     if not _is_one_fold(pairs):
         usable_folds(pairs.same, pairs.fold)
         return
     if len(np.unique(pairs.same)) < 2:
-        raise PairsError("verification needs pairs of one person and pairs of two: restore the list")
+        raise PairsError("the pair list needs both genuine and impostor pairs: restore the list")
     _LOGGER.warning(
-        "the %d pairs are one fold: accuracy is that at the threshold which is best on these same pairs, so more than "
-        "ten folds would say",
+        "the %d pairs form one fold: the accuracy uses the best threshold on the same pairs and so exceeds a ten-fold "
+        "accuracy",
         len(pairs),
     )

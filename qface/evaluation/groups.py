@@ -1,7 +1,7 @@
-"""Error rates of groups of people, such as demographic ones, at one threshold for everybody.
+"""Error rates of groups of identities, such as demographic groups, at one common threshold.
 
-As in NIST's FRVT reports on demographics, the impostor pairs of a group are of two people of that group. The threshold
-is the one that gives the wanted false match rate over all impostor pairs of everybody.
+As in NIST's FRVT reports on demographics, both images of an impostor pair of a group are from that group. The threshold
+gives the wanted false-positive rate over all impostor pairs of all identities.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 GENUINE_NEEDED = 100
-"""With fewer genuine pairs, one pair is more than a percentage point."""
+"""Minimum number of genuine pairs for a false non-match rate; with fewer, one pair exceeds a percentage point."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -48,11 +48,11 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its confidence.
+    """Measured value with its confidence interval.
 
     Args:
-        value: the figure; None where there are too few pairs to measure it.
-        interval: its 95 % confidence interval, by bootstrap over people; None without replicates, and where a replicate
+        value: measured value; None if there are too few pairs.
+        interval: 95 % confidence interval by bootstrap over identities; None without bootstrap, or if a replicate
             divides by a false match rate of 0.
     """
 
@@ -62,14 +62,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Group:
-    """The people of a group and their pairs.
+    """Size of a group.
 
     Args:
-        name: of the group.
-        people: how many are in it.
-        images: of these people.
-        genuine_pairs: pairs of images of one of them.
-        impostor_pairs: pairs of images of two of them.
+        name: name of the group.
+        people: number of identities.
+        images: number of images.
+        genuine_pairs: number of genuine pairs.
+        impostor_pairs: number of impostor pairs within the group.
     """
 
     name: str
@@ -81,11 +81,11 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupRates:
-    """Error rates of a group, as shares, 0..1.
+    """Error rates of a group, as fractions 0..1.
 
     Args:
-        fnmr: false non-match rate, the share of its genuine pairs that is rejected.
-        fmr: false match rate, the share of its impostor pairs that is accepted.
+        fnmr: false non-match rate, the fraction of its genuine pairs that are rejected.
+        fmr: false match rate, the fraction of its impostor pairs that are accepted.
     """
 
     fnmr: Estimate
@@ -94,13 +94,13 @@ class GroupRates:
 
 @dataclass(frozen=True)
 class Gap:
-    """The gap between the groups with the highest and the lowest error rate.
+    """Gap between the groups with the highest and the lowest error rate.
 
     Args:
-        highest: the group with the highest rate.
-        lowest: the group with the lowest.
-        size: difference of false non-match rates, or ratio of false match rates. Its interval is that of these two
-            groups. None where the lowest false match rate is 0.
+        highest: name of the group with the highest rate.
+        lowest: name of the group with the lowest rate.
+        size: difference of false non-match rates, or ratio of false match rates. Its interval is for these two groups.
+            None if the lowest false match rate is 0.
     """
 
     highest: str
@@ -110,12 +110,12 @@ class Gap:
 
 @dataclass(frozen=True)
 class ModelGroups:
-    """The error rates of one model in each group.
+    """Error rates of one model in each group.
 
     Args:
-        threshold: the cosine above which a pair is accepted, in every group.
+        threshold: cosine above which a pair is accepted, in every group.
         rates: error rates by group.
-        fnmr_gap: difference of false non-match rates; None unless two groups are measured.
+        fnmr_gap: difference of false non-match rates; None with fewer than two measured groups.
         fmr_gap: ratio of false match rates; None likewise.
     """
 
@@ -127,23 +127,23 @@ class ModelGroups:
 
 @dataclass(frozen=True, repr=False)
 class GroupsResult(Result):
-    """The result of :func:`evaluate_groups`.
+    """Result of :func:`evaluate_groups`.
 
     Args:
-        at_fpr: the false-positive rate over everybody that sets the threshold, as a decimal.
-        images: images embedded.
-        identities: people on them.
-        ungrouped: those who are in no group; they count for the threshold alone.
-        genuine_needed: a false non-match rate is measured from so many genuine pairs on.
-        impostors_needed: a false match rate is measured from so many impostor pairs on.
-        groups: the groups, by name.
-        model: how the model does.
-        reference: how the reference does, at a threshold of its own; None without one.
-        fnmr_gap_change: gap of false non-match rates minus that of the reference; None without one, or without gaps.
-        fmr_gap_change: gap of false match rates, divided by that of the reference; None likewise.
-        bootstrap: replicates that intervals come from; 0 for none.
-        runtimes: what computed the embeddings of the model and of the reference, such as ``"torch cpu"``.
-        preprocessing: what they read and who says so, in words.
+        at_fpr: false-positive rate over all identities that sets the threshold, as a decimal.
+        images: number of images embedded.
+        identities: number of identities.
+        ungrouped: number of identities without a group; they count only for the threshold.
+        genuine_needed: minimum number of genuine pairs to measure a false non-match rate.
+        impostors_needed: minimum number of impostor pairs to measure a false match rate.
+        groups: size of each group.
+        model: error rates of the model.
+        reference: error rates of the reference at its own threshold; None without one.
+        fnmr_gap_change: false non-match gap of the model minus that of the reference; None without reference or gaps.
+        fmr_gap_change: false match gap of the model divided by that of the reference; None likewise.
+        bootstrap: number of bootstrap replicates; 0 for no intervals.
+        runtimes: runtime of the model and of the reference, such as ``"torch cpu"``.
+        preprocessing: preprocessing of both and its source, in words.
 
     Example:
         >>> qface.evaluate_groups("student.onnx", "faces/", "groups.csv", at_fpr="1e-2").ungrouped
@@ -169,7 +169,7 @@ class GroupsResult(Result):
         return {"images": self.images, "groups": len(self.groups), "at_fpr": self.at_fpr}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
+        """Return plain Python values, ready for JSON."""
         return asdict(self)
 
 
@@ -186,27 +186,30 @@ def evaluate_groups(
     batch_size: int = 64,
     progress: bool = False,
 ) -> GroupsResult:
-    """Measure the error rates of groups of people at one threshold, and the gaps between groups.
+    """Measure the error rates of groups at one common threshold, and the gaps between groups.
 
     Does not change ``model`` or ``reference``.
 
     Args:
         model: a module, the path of its file, ``package.module:factory``, or an Embedder.
-        images: a folder of 112x112 crops with one subfolder a person.
-        groups: a text file with one line ``person,group`` a person; see :func:`qface.data.groups.read_groups`.
-        reference: another model to compare with, such as the float network; it has a threshold of its own.
-        at_fpr: the false-positive rate over all impostor pairs of everybody that sets the threshold, a decimal.
-        identities: which of the folder's people; see :func:`qface.data.identities.select_identities`.
-        bootstrap: replicates for 95 % confidence intervals, over people; 0 computes none.
-        flip: add the embedding of the mirrored image before normalizing.
-        batch_size: images a forward pass.
-        progress: show the stages on stderr.
+        images: a folder of 112x112 crops with one subfolder per identity.
+        groups: text file with one line ``person,group`` per identity; see :func:`qface.data.groups.read_groups`.
+        reference: another model to compare with, such as the float network; it gets its own threshold.
+        at_fpr: false-positive rate over the impostor pairs of all identities that sets the threshold, a decimal.
+        identities: identities to use from the folder; see :func:`qface.data.identities.select_identities`.
+        bootstrap: number of replicates over identities for 95 % confidence intervals; 0 computes none.
+        flip: add the embedding of the mirrored image before normalization.
+        batch_size: images per forward pass.
+        progress: show progress on stderr.
+
+    Returns:
+        Error rates of each group and gaps between groups, for model and reference.
 
     Raises:
-        ConfigError: ``at_fpr`` is no such decimal, or ``bootstrap`` is below 0.
-        ImagesError: images or groups cannot be read or do not fit, or there are too few pairs for ``at_fpr``.
+        ConfigError: ``at_fpr`` is not a decimal between 0 and 1, or ``bootstrap`` is negative.
+        ImagesError: images or groups cannot be read or do not match, or there are too few pairs for ``at_fpr``.
         CheckpointError: a model file cannot be read.
-        QFaceError: a model gives no finite embeddings.
+        QFaceError: an embedding is not finite.
 
     Example:
         >>> result = qface.evaluate_groups("student.onnx", "faces/", "groups.csv", "teacher.onnx", at_fpr="1e-2")
@@ -214,7 +217,7 @@ def evaluate_groups(
         [('A', 6, 540), ('B', 6, 540)]
     """
     check_whole(0, bootstrap=bootstrap)
-    folder, labels = _named(images, identities)
+    folder, labels = _labeled_folder(images, identities)
     grouping = read_groups(groups, folder)
     _check_rate(at_fpr, labels)
     embedders = [as_embedder(model), *([] if reference is None else [as_embedder(reference)])]
@@ -226,17 +229,17 @@ def evaluate_groups(
     )
 
 
-def _named(images: Images, identities: str | Path | None) -> tuple[ImageFolder, Labels]:
+def _labeled_folder(images: Images, identities: str | Path | None) -> tuple[ImageFolder, Labels]:
     source = as_image_source(images, identities)
     labels = labels_of(source)
     if not isinstance(source, ImageFolder) or labels is None:
-        raise ImagesError("groups are of people by name: pass a folder with one subfolder a person")
+        raise ImagesError("groups need identities with names: pass a folder with one subfolder per identity")
     return source, labels
 
 
 def _check_rate(at_fpr: str, labels: npt.ArrayLike) -> None:
     if reason := unmeasured([at_fpr], count_pairs(labels)[1]):
-        raise ImagesError(f"no threshold can be set: {reason}")
+        raise ImagesError(f"the threshold cannot be measured: {reason}")
 
 
 def measure_groups(
@@ -249,14 +252,14 @@ def measure_groups(
     """Measure the error rates of groups on embeddings; see :func:`evaluate_groups`.
 
     Args:
-        embeddings: of the model and, if there is one, of the reference; float32 [images, dimensions], L2-normalized.
-        labels: [images], the identities.
-        grouping: the group of each of them.
-        at_fpr: the false-positive rate that sets the threshold, a decimal.
-        bootstrap: replicates for intervals; 0 computes none.
+        embeddings: embeddings by the model and an optional reference, float32 [images, dimensions], L2-normalized.
+        labels: [images], identity labels.
+        grouping: group of each identity.
+        at_fpr: false-positive rate that sets the threshold, a decimal.
+        bootstrap: number of replicates for confidence intervals; 0 computes none.
 
     Raises:
-        ConfigError: a setting is out of its range.
+        ConfigError: a setting is out of range.
         ImagesError: there are too few pairs for ``at_fpr``.
         QFaceError: the embeddings do not match the labels, or are not finite.
 
@@ -274,7 +277,7 @@ def measure_groups(
         _ErrorKind(np.array([group.genuine_pairs >= GENUINE_NEEDED for group in groups]), np.subtract, draws),
         _ErrorKind(np.array([group.impostor_pairs >= needed for group in groups]), _ratio, draws),
     )
-    found = [_Found.of(each, labels, members, at_fpr, draws) for each in embeddings]
+    found = [_ModelRates.of(each, labels, members, at_fpr, draws) for each in embeddings]
     models = [each.as_figures(grouping.names, *errors) for each in found]
     changes = [kind.change([each.rates[:, at] for each in found]) for at, kind in enumerate(errors)]
     return GroupsResult(
@@ -295,11 +298,11 @@ def measure_groups(
 
 @dataclass(frozen=True, eq=False)
 class _Members:
-    """Who is in each group, and with how many images.
+    """Groups with the number of images per identity.
 
     Args:
-        grouping: the group of each person.
-        images: int64 [people], how many there are of each.
+        grouping: group of each identity.
+        images: int64 [identities], number of images of each.
     """
 
     grouping: Grouping
@@ -312,7 +315,7 @@ class _Members:
         return tuple(Group(name, *count) for name, count in zip(self.grouping.names, counts, strict=True))
 
     def rates_at(self, threshold: float, scores: PairScores) -> Floats:
-        """Rates [2, groups] of rejected genuine and of accepted impostor pairs."""
+        """Compute FNMR and FMR, [2, groups]."""
         accepted = np.zeros((2, len(self.grouping.names)))
         for tile in scores.tiles():
             for kind, pairs in enumerate(scores.with_people(tile, threshold)):
@@ -320,7 +323,7 @@ class _Members:
         return self._rates(accepted, np.ones(len(self.images), np.int64))
 
     def rates_of_draw(self, pairs: WeighedPairs, weights: Ints, fprs: Sequence[str]) -> Floats:
-        """Rates [rates, 2, groups] at the draw's own thresholds; infinite where these are not known."""
+        """Compute rates [fprs, 2, groups] at the thresholds of the replicate; inf where those are unknown."""
         genuine, impostors = pairs.genuine, pairs.impostors
         counts = weights[genuine.first], weights[impostors.first] * weights[impostors.second]
         found = []
@@ -334,38 +337,38 @@ class _Members:
         return np.array(found)
 
     def _rates(self, accepted: Floats, weights: Ints) -> Floats:
-        """Rates [2, groups]; not a number where a group has no pairs."""
+        """Compute rates [2, groups] from counts; NaN for groups without pairs."""
         genuine, impostors = self._pairs(weights)
         with np.errstate(invalid="ignore"):
             return np.stack([(genuine - accepted[0]) / genuine, accepted[1] / impostors])
 
     def _pairs(self, weights: Ints) -> tuple[Floats, Floats]:
-        """Genuine and impostor pairs of each group, where each person counts as often as ``weights`` say."""
+        """Count the genuine and impostor pairs of each group, with ``weights`` [identities]."""
         drawn = weights * self.images
         genuine = self._sums(weights * (self.images * (self.images - 1) // 2))
         return genuine, (self._sums(drawn) ** 2 - self._sums(drawn**2)) / 2
 
     def _sums(self, of_person: Ints) -> Floats:
-        """Sums over the people of each group, which are exact: numbers of pairs are below 2^53."""
+        """Sum over the identities of each group; exact in float64, because numbers of pairs are below 2^53."""
         inside = self.grouping.of_person >= 0
         return np.bincount(self.grouping.of_person[inside], of_person[inside], len(self.grouping.names)).astype(
             np.float64
         )
 
     def _sums_of(self, pairs: OwnedScores, counts: npt.NDArray[Any]) -> Floats:
-        """Sums over the pairs of two images of each group."""
+        """Sum over the pairs with both images in the same group."""
         group = self.grouping.of_person[pairs.first]
         inside = (group >= 0) & (group == self.grouping.of_person[pairs.second])
         return np.bincount(group[inside], counts[inside], len(self.grouping.names)).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
-    """The rates of a model in all draws.
+class _ModelRates:
+    """Rates of a model on the original identities and on all replicates.
 
     Args:
-        threshold: of the people as they are.
-        rates: [1 + replicates, 2, groups], of the people as they are and of replicates.
+        threshold: threshold for the original identities.
+        rates: [1 + replicates, 2, groups], the original identities first.
     """
 
     threshold: float
@@ -374,9 +377,9 @@ class _Found:
     @classmethod
     def of(
         cls, embeddings: Embeddings, labels: npt.ArrayLike, members: _Members, at_fpr: str, draws: Draws | None
-    ) -> _Found:
+    ) -> _ModelRates:
         threshold = tpr_at_fpr(embeddings, labels, [at_fpr])[at_fpr].threshold
-        assert threshold is not None  # since the rate is checked
+        assert threshold is not None  # _check_rate raises first
         drawn = None
         if draws is not None:
             drawn = each_draw(embeddings, labels, [at_fpr], None, draws, members.rates_of_draw)[at_fpr]
@@ -396,12 +399,12 @@ class _Found:
 
 @dataclass(frozen=True, eq=False)
 class _ErrorKind:
-    """One kind of errors, of which rates [1 + replicates, groups] are compared.
+    """Comparison of rates [1 + replicates, groups] of one kind of error.
 
     Args:
-        measured: bool [groups], those with enough pairs.
-        compare: two groups' rates, and two models' gaps.
-        draws: where the replicates are from; None without.
+        measured: bool [groups], True for groups with enough pairs.
+        compare: function for the gap of two groups and for the change between two models.
+        draws: bootstrap replicates; None without bootstrap.
     """
 
     measured: npt.NDArray[np.bool_]
@@ -421,13 +424,13 @@ class _ErrorKind:
         return Gap(names[highest], names[lowest], self._estimate(self._gaps(rates)))
 
     def change(self, models: Sequence[Floats]) -> Estimate | None:
-        """The gap of the first of two ``models`` against that of the second; both meet the same people in a draw."""
+        """Compare the gaps of two ``models``; each replicate has the same identities for both."""
         if len(models) < 2 or np.count_nonzero(self.measured) < 2:
             return None
         return self._estimate(self.compare(*(self._gaps(rates) for rates in models)))
 
     def _extremes(self, rates: Floats) -> tuple[int, int]:
-        """The measured groups with the highest and the lowest rate, two also where all are equal."""
+        """Return the measured groups with the highest and the lowest rate, distinct even if all are equal."""
         ascending = np.flatnonzero(self.measured)[np.argsort(rates[0, self.measured], kind="stable")]
         return int(ascending[-1]), int(ascending[0])
 
@@ -441,6 +444,6 @@ class _ErrorKind:
 
 
 def _ratio(first: Floats, second: Floats) -> Floats:
-    """``first / second``; infinite where one of the two is, or the second is 0."""
+    """Divide ``first`` by ``second``; inf if one of them is inf or ``second`` is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.isinf(second), np.inf, first / second)

@@ -1,7 +1,7 @@
-"""1:N identification: who of those enrolled is on an image, and whether anybody is.
+"""1:N identification of probes in a gallery, closed set (rank-k) and open set (TPIR at FPIR).
 
-Of a folder, one image of each person who has several is enrolled, drawn by a seed. The other images of these people are
-mated probes, and the images of people who have one image are non-mated probes, of people whom nobody enrolled.
+The gallery holds one image, drawn by a seed, of each identity with several. Their other images are mated probes. Images
+of identities with a single image are non-mated probes.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from qface.results import Result
 __all__ = ["FPIRS", "IdentificationResult", "ProbeScores", "Protocol", "evaluate_identification", "probe_scores"]
 
 FPIRS = ("1e-1", "1e-2", "1e-3")
-"""The false-positive identification rates that are reported, as exact decimals."""
+"""Reported false-positive identification rates, as exact decimals."""
 
 _RANKS = (1, 5)
-_PROBES = 2048  # compared with the gallery at a time
+_PROBES = 2048  # probes compared with the gallery at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Protocol:
-    """Enrolled images and probes; numbers of images, int64 [any] each.
+    """Split of images into gallery and probes; image indices, int64 [any] each.
 
     Args:
-        gallery: one image of each person who is enrolled.
-        mated: probes of these people.
-        non_mated: probes of other people.
+        gallery: one image of each enrolled identity.
+        mated: probes of enrolled identities.
+        non_mated: probes of other identities.
     """
 
     gallery: npt.NDArray[np.int64]
@@ -50,15 +50,15 @@ class Protocol:
 
     @classmethod
     def of(cls, labels: npt.ArrayLike, seed: int = 0) -> Protocol:
-        """Enroll one image, drawn at random, of each person who has several.
+        """Enroll one random image of each identity with several.
 
         Args:
-            labels: [images], the identities.
-            seed: of the draw.
+            labels: [images], identity labels.
+            seed: random seed.
 
         Raises:
-            ConfigError: ``seed`` is out of its range.
-            ImagesError: fewer than two people have several images.
+            ConfigError: ``seed`` is out of range.
+            ImagesError: fewer than two identities have several images.
 
         Example:
             >>> protocol = Protocol.of([0, 0, 1, 1, 1, 2])
@@ -70,7 +70,7 @@ class Protocol:
         people = people.reshape(-1)
         several = images_of[people] > 1
         if np.count_nonzero(images_of > 1) < 2:
-            raise ImagesError("identification needs two people with two images each, or more: pass more images")
+            raise ImagesError("identification needs at least two identities with two images each: pass more images")
         shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(several))
         gallery = np.sort(shuffled[np.unique(people[shuffled], return_index=True)[1]])
         return cls(gallery, np.setdiff1d(np.flatnonzero(several), gallery), np.flatnonzero(~several))
@@ -78,12 +78,12 @@ class Protocol:
 
 @dataclass(frozen=True, eq=False)
 class ProbeScores:
-    """Comparison of each probe with the gallery.
+    """Scores of the probes against the gallery.
 
     Args:
-        mate: float32 [mated probes], the cosine with the person's own entry.
-        rank: int64 [mated probes], 1 where no other entry is as similar or more.
-        highest: float32 [non-mated probes], the greatest cosine with any entry.
+        mate: float32 [mated probes], cosine with the gallery image of the same identity.
+        rank: int64 [mated probes], rank of that image, from 1; ties count against it.
+        highest: float32 [non-mated probes], maximum cosine with any gallery image.
     """
 
     mate: Scores
@@ -93,24 +93,24 @@ class ProbeScores:
 
 @dataclass(frozen=True, repr=False)
 class IdentificationResult(Result):
-    """Figures of :func:`evaluate_identification`; shares are fractions, 0..1.
+    """Result of :func:`evaluate_identification`; rates are fractions 0..1.
 
     Args:
-        rank_1: share of mated probes that are most similar to their own entry (closed set).
-        rank_5: share of those whose own entry is among the five most similar.
-        tpir_at_fpir: true-positive identification rate at each false-positive identification rate (open set): the share
-            of mated probes whose own entry ranks first and is above the threshold that the given share of non-mated
-            probes is above with some entry. None where fewer than 10 of these are.
-        thresholds: the cosines above which somebody is found, for the same rates.
-        enrolled: people in the gallery, by one image each.
-        mated_probes: images of these people.
-        non_mated_probes: images of others.
-        seed: of the draw of enrolled images.
-        runtime: what computed the embeddings, such as ``"torch cpu"``.
-        preprocessing: what the model reads and who says so, in words.
-        bootstrap: replicates that intervals come from; 0 for none.
-        rank_intervals: 95 % confidence intervals by ``"rank_1"`` and ``"rank_5"``, over people; the gallery stays.
-        tpir_intervals: likewise of ``tpir_at_fpir``.
+        rank_1: rank-1 identification rate (closed set).
+        rank_5: rank-5 identification rate (closed set).
+        tpir_at_fpir: true-positive identification rate at each false-positive identification rate (open set): fraction
+            of mated probes whose mate ranks first and exceeds the threshold. FPIR is the fraction of non-mated probes
+            with any cosine above the threshold. None if fewer than 10 non-mated probes may exceed it.
+        thresholds: cosine above which a probe is identified, at the same rates.
+        enrolled: number of identities in the gallery, with one image each.
+        mated_probes: number of probes of enrolled identities.
+        non_mated_probes: number of probes of other identities.
+        seed: random seed of the gallery.
+        runtime: runtime of the model, such as ``"torch cpu"``.
+        preprocessing: preprocessing of the model and its source, in words.
+        bootstrap: number of bootstrap replicates; 0 for no intervals.
+        rank_intervals: 95 % confidence intervals of ``"rank_1"`` and ``"rank_5"`` over identities, for a fixed gallery.
+        tpir_intervals: 95 % confidence intervals of ``tpir_at_fpir``, likewise.
 
     Example:
         >>> qface.evaluate_identification("student.onnx", "faces/").mated_probes
@@ -135,7 +135,7 @@ class IdentificationResult(Result):
         return {"enrolled": self.enrolled, "rank_1": self.rank_1, "tpir_at_fpir": self.tpir_at_fpir}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
+        """Return plain Python values, ready for JSON."""
         return asdict(self)
 
 
@@ -150,25 +150,29 @@ def evaluate_identification(
     batch_size: int = 64,
     progress: bool = False,
 ) -> IdentificationResult:
-    """Measure how well ``model`` finds people among those enrolled, by the protocol of this module.
+    """Measure 1:N identification: rank-k rates and TPIR at FPIR.
 
-    Does not change ``model``.
+    One random image of each identity with several is enrolled; identities with one image are non-mated probes. Does not
+    change ``model``.
 
     Args:
         model: a module, the path of its file, ``package.module:factory``, or an Embedder.
-        images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
-        identities: of a folder, which people; see :func:`qface.data.identities.select_identities`.
-        seed: of the images that are enrolled, and of replicates.
-        bootstrap: replicates for 95 % confidence intervals, over people; 0 computes none.
-        flip: add the embedding of the mirrored image before normalizing.
-        batch_size: images a forward pass.
-        progress: show the stages on stderr.
+        images: a folder of 112x112 crops with one subfolder per identity, or other labeled images.
+        identities: identities to use from a folder; see :func:`qface.data.identities.select_identities`.
+        seed: random seed of the gallery and the bootstrap.
+        bootstrap: number of replicates over identities for 95 % confidence intervals; 0 computes none.
+        flip: add the embedding of the mirrored image before normalization.
+        batch_size: images per forward pass.
+        progress: show progress on stderr.
+
+    Returns:
+        Identification rates and thresholds, with the size of gallery and probes.
 
     Raises:
-        ConfigError: ``seed`` or ``bootstrap`` is out of its range.
-        ImagesError: the images cannot be read, carry no labels, or fewer than two people have several.
+        ConfigError: ``seed`` or ``bootstrap`` is out of range.
+        ImagesError: the images cannot be read, are unlabeled, or fewer than two identities have several.
         CheckpointError: the model file cannot be read.
-        QFaceError: the model gives no finite embeddings.
+        QFaceError: an embedding is not finite.
 
     Example:
         >>> qface.evaluate_identification("student.onnx", "faces/").enrolled
@@ -178,7 +182,7 @@ def evaluate_identification(
     source = as_image_source(images, identities)
     labels = labels_of(source)
     if labels is None:
-        raise ImagesError("identification needs to know who is who: pass a folder with one subfolder a person")
+        raise ImagesError("identification needs labeled images: pass a folder with one subfolder per identity")
     protocol = Protocol.of(labels, seed)
     embedder = as_embedder(model)
     scores = probe_scores(embed(embedder, source, batch_size, flip), labels, protocol)
@@ -207,12 +211,12 @@ def evaluate_identification(
 
 
 def probe_scores(embeddings: Embeddings, labels: npt.ArrayLike, protocol: Protocol) -> ProbeScores:
-    """Compare all probes with the gallery, some at a time.
+    """Compare all probes with the gallery, in batches.
 
     Args:
         embeddings: float32 [images, dimensions], L2-normalized.
-        labels: [images], the identities.
-        protocol: who is enrolled.
+        labels: [images], identity labels.
+        protocol: gallery and probes.
 
     Example:
         >>> faces = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2]]
@@ -234,7 +238,7 @@ def probe_scores(embeddings: Embeddings, labels: npt.ArrayLike, protocol: Protoc
 
 
 def _weighed(scores: ProbeScores, labels: Labels, protocol: Protocol) -> WeighedPairs:
-    """Probes with the weights of their people; the unit after the last person always counts once."""
+    """Prepare weighted TPIR; the unit after the last identity stands for the gallery and has weight 1."""
     once = int(labels.max()) + 1
     found = np.where(scores.rank == 1, scores.mate, np.float32(-np.inf))
     mated, strangers = labels[protocol.mated], labels[protocol.non_mated]
@@ -248,7 +252,7 @@ def _weighed(scores: ProbeScores, labels: Labels, protocol: Protocol) -> Weighed
 def _intervals(
     scores: ProbeScores, pairs: WeighedPairs, owners: Labels, draws: Draws | None, fpirs: Sequence[str]
 ) -> tuple[dict[str, Interval | None], dict[str, Interval | None]]:
-    """Those of rank-k rates and of TPIR; empty without replicates."""
+    """Return the confidence intervals of rank-k rates and of TPIR; empty without bootstrap."""
     if draws is None:
         return {}, {}
 

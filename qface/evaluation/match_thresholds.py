@@ -1,4 +1,4 @@
-"""Thresholds in the metadata of an ONNX file, so that a device knows when two faces match."""
+"""Match thresholds in the metadata of an ONNX file, for use on devices."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from qface.results import Result
 __all__ = ["DEVICE_FPRS", "MatchThresholds", "match_thresholds", "thresholds_of", "write_thresholds"]
 
 DEVICE_FPRS = ("1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
-"""False-positive rates that devices choose from, as exact decimals."""
+"""False-positive rates with a threshold in the file, as exact decimals."""
 
-_KEY = "thresholds"  # the metadata's
+_KEY = "thresholds"  # metadata key
 
 
 @dataclass(frozen=True, repr=False)
 class MatchThresholds(Result):
-    """Cosines above which two faces match, where one model embeds both, and what they were measured on.
+    """Cosines above which two faces match if the same model embeds both.
 
     Args:
-        by_fpr: the threshold by false-positive rate, a decimal such as ``"1e-4"``.
-        images: how many images they were measured on.
-        identities: of how many people.
-        impostor_pairs: pairs of images of two people, of which the rate is the share that is accepted.
-        people: which people, as they were named; None for all.
+        by_fpr: threshold by false-positive rate, a decimal such as ``"1e-4"``.
+        images: number of images of the measurement.
+        identities: number of identities.
+        impostor_pairs: number of impostor pairs.
+        people: selection of identities, as given; None for all.
 
     Example:
         >>> MatchThresholds({"1e-3": 0.25}, 20, 10, 190).by_fpr["1e-3"]
@@ -52,11 +52,11 @@ class MatchThresholds(Result):
         return {"by_fpr": self.by_fpr, "images": self.images, "identities": self.identities}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and for file metadata."""
+        """Return plain Python values, for JSON and file metadata."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """The thresholds in one line."""
+        """Return the thresholds in one line."""
         rates = ", ".join(f"{threshold:.4f} (FPR {fpr})" for fpr, threshold in self.by_fpr.items())
         measured = f"{self.images:,} images of {self.identities:,} people, {self.impostor_pairs:,} impostor pairs"
         return f"two faces match above a cosine of {rates}; measured on {measured}"
@@ -71,26 +71,26 @@ def match_thresholds(
     batch_size: int = 64,
     progress: bool = False,
 ) -> MatchThresholds:
-    """Measure the cosine above which two faces match, where ``model`` embeds both, at several false-positive rates.
+    """Measure the thresholds for matching two faces at several false-positive rates.
 
-    Does not change ``model``.
+    ``model`` embeds both faces of a pair. Does not change ``model``.
 
     Args:
         model: a module, the path of its file, ``package.module:factory``, or an Embedder.
-        images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
-        fprs: rates as decimals between 0 and 1; those with fewer than ten accepted impostors are left out.
-        identities: of a folder, which people.
-        batch_size: images a forward pass.
-        progress: show the stages on stderr.
+        images: a folder of 112x112 crops with one subfolder per identity, or other labeled images.
+        fprs: rates as decimals between 0 and 1; rates with fewer than ten accepted impostors are left out.
+        identities: identities to use from a folder; None uses all.
+        batch_size: images per forward pass.
+        progress: show progress on stderr.
 
     Returns:
-        The thresholds, greatest rate first.
+        The thresholds, in descending order of their rates.
 
     Raises:
-        ConfigError: a rate is no such decimal.
-        ImagesError: the images cannot be read, carry no labels, or form too few pairs for every rate.
+        ConfigError: a rate is not a decimal between 0 and 1.
+        ImagesError: the images cannot be read, are unlabeled, or form too few pairs for every rate.
         CheckpointError: the model file cannot be read.
-        QFaceError: the model gives no finite embeddings.
+        QFaceError: an embedding is not finite.
 
     Example:
         >>> list(qface.match_thresholds("student.onnx", "faces/", ["1e-1"], identities="first-half").by_fpr)
@@ -99,7 +99,7 @@ def match_thresholds(
     source = as_image_source(images, identities)
     labels = labels_of(source)
     if labels is None:
-        raise ImagesError("thresholds need to know who is who: pass a folder with one subfolder a person")
+        raise ImagesError("thresholds need labeled images: pass a folder with one subfolder per identity")
     _, impostors = count_pairs(labels)
     measurable = [fpr for fpr, rank in ranks_of(fprs, impostors).items() if rank is not None]
     if not measurable:
@@ -112,14 +112,13 @@ def match_thresholds(
 
 
 def write_thresholds(file: str | Path, thresholds: MatchThresholds) -> None:
-    """Write ``thresholds`` into the metadata of the ONNX file ``file``, in place of those that it has.
+    """Write thresholds into the metadata of an ONNX file, replacing earlier ones.
 
     Changes ``file`` in place and returns nothing.
 
     Args:
-        file: the file; no network, since only files for devices hold thresholds. It is replaced as a whole or not at
-            all.
-        thresholds: measured with this file, or with the student that it was exported from.
+        file: path of the file, which is replaced atomically.
+        thresholds: thresholds measured with this file or its student.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -132,13 +131,15 @@ def write_thresholds(file: str | Path, thresholds: MatchThresholds) -> None:
 
 
 def thresholds_of(file: str | Path) -> MatchThresholds | None:
-    """The thresholds in the metadata of the ONNX file ``file``. Does not change ``file``.
+    """Read the thresholds from the metadata of an ONNX file.
+
+    Does not change ``file``.
 
     Args:
-        file: the file; no network, since only files for devices hold thresholds.
+        file: path of the file.
 
     Returns:
-        The thresholds, or None where none were written.
+        The thresholds, or None if the file has none.
 
     Raises:
         CheckpointError: the file is missing or damaged, or its thresholds cannot be read.
@@ -158,5 +159,5 @@ def thresholds_of(file: str | Path) -> MatchThresholds | None:
         return MatchThresholds(by_fpr, images, identities, impostors, record["people"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{file}: its thresholds cannot be read ({one_line(error, 200)}); write them again"
+            f"the thresholds in {file} cannot be read ({one_line(error, 200)}); write them again"
         ) from error

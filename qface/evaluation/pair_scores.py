@@ -1,4 +1,4 @@
-"""The cosines of all pairs of images, tile by tile, so that memory does not grow with their number."""
+"""Cosines of all pairs of images, computed in tiles, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["OwnedScores", "PairScores", "Scores", "Tile"]
 
 Scores = npt.NDArray[np.float32]
 Tile = tuple[int, int]
-"""Numbers of the tile's row and column; each spans :attr:`PairScores.tile_size` images."""
+"""Row and column index of a tile; each spans :attr:`PairScores.tile_size` images."""
 
-_TILE_SIZE = 2048  # 16 MiB of scores, which take a core a quarter of a second
+_TILE_SIZE = 2048  # 16 MiB of scores, a quarter of a second on one core
 _TILE_SIZE_CUDA = 8192
 
 
 @dataclass(frozen=True, eq=False)
 class OwnedScores:
-    """Scores, and whom they are of.
+    """Scores with the identities of both images.
 
     Args:
         scores: float32 [any].
-        first: the person on each one's first side, [any], numbered from 0 in the order of labels.
-        second: likewise on its second side.
+        first: identity of each first image, [any], numbered from 0 in the order of labels.
+        second: identity of each second image, likewise.
     """
 
     scores: Scores
@@ -39,19 +39,19 @@ class OwnedScores:
 
 
 class PairScores:
-    """The cosines of probes with a gallery of the same images, or of all pairs i < j of images.
+    """Cosines of all pairs i < j of images, or of probes with a gallery of the same images.
 
-    Images are ordered by person, so that a tile far from the diagonal has impostors only.
+    Images are sorted by identity, so that tiles far from the diagonal hold impostor pairs only.
 
     Args:
-        probes: float32 [images, dimensions], L2-normalized; in memory, or mapped from a file.
-        labels: [images], the identities.
-        gallery: the same images embedded by another model. Then all ordered pairs i != j of a probe and a gallery image
-            count; without it, all pairs i < j.
-        device: where products are computed.
+        probes: float32 [images, dimensions], L2-normalized, in memory or memory-mapped.
+        labels: [images], identity labels.
+        gallery: embeddings of the same images by another model; all ordered pairs i != j of probe and gallery are then
+            compared. None: all pairs i < j of probes.
+        device: device of the matrix products.
 
     Attributes:
-        tile_size: images a tile spans in either direction.
+        tile_size: number of images per side of a tile.
 
     Raises:
         QFaceError: the embeddings do not match the labels or each other, or are not finite.
@@ -85,21 +85,21 @@ class PairScores:
         return self._gallery is not None
 
     def tiles(self) -> Iterator[Tile]:
-        """All tiles, row by row."""
+        """Yield all tiles, row by row."""
         count = -(-len(self._people) // self.tile_size)
         for row in range(count):
             for column in range(0 if self.ordered else row, count):
                 yield row, column
 
     def of(self, tile: Tile, floor: float = -np.inf) -> tuple[Scores, Scores]:
-        """The scores of ``tile`` above ``floor``.
+        """Compute the scores of a tile above ``floor``.
 
         Args:
             tile: one of :meth:`tiles`.
-            floor: lower scores are left out.
+            floor: exclusive minimum of the scores.
 
         Returns:
-            Scores of genuine pairs and of impostor pairs, float32 [any] each.
+            Genuine scores and impostor scores, float32 [any] each.
         """
         row, column = tile
         scores = self._embeddings_of_row(row) @ self._embeddings(self._column_embeddings, column).T
@@ -113,11 +113,11 @@ class PairScores:
         return _on_cpu(scores[above & same]), _on_cpu(scores[above & ~same])
 
     def with_people(self, tile: Tile, floor: float = -np.inf) -> tuple[OwnedScores, OwnedScores]:
-        """The scores of ``tile`` and whom they are of: all of genuine pairs, those of impostor pairs above ``floor``.
+        """Compute the genuine scores of a tile, and its impostor scores above ``floor``, with identities.
 
         Args:
             tile: one of :meth:`tiles`.
-            floor: lower scores of impostor pairs are left out.
+            floor: exclusive minimum of the impostor scores.
         """
         row, column = tile
         scores = _on_cpu(self._embeddings_of_row(row) @ self._embeddings(self._column_embeddings, column).T)
@@ -133,7 +133,7 @@ class PairScores:
         return owned(counted & same), owned(counted & ~same & (scores > floor))
 
     def sample(self, rng: np.random.Generator, rows: int, columns: int) -> Scores:
-        """Scores of impostor pairs of ``rows`` probes and ``columns`` gallery images, each drawn at random."""
+        """Compute the impostor scores of ``rows`` random probes and ``columns`` random gallery images."""
         first = np.sort(rng.choice(len(self._people), min(rows, len(self._people)), replace=False))
         second = np.sort(rng.choice(len(self._people), min(columns, len(self._people)), replace=False))
         scores = self._read(self._probes, first) @ self._read(self._column_embeddings, second).T
@@ -141,7 +141,7 @@ class PairScores:
         return different
 
     def digest(self) -> str:
-        """A word for the embeddings, who they are of, and where they are compared."""
+        """Return a hash of embeddings, labels and device type."""
         digest = hashlib.sha256(f"{self._device.type} {self._probes.shape} {self.ordered}".encode())
         digest.update(self._people.tobytes())
         if self._order is not None:
@@ -159,12 +159,12 @@ class PairScores:
         return np.arange(part * self.tile_size, min((part + 1) * self.tile_size, len(self._people)))
 
     def _share_people(self, row: int, column: int) -> bool:
-        """True if somebody is in both; people are in order."""
+        """True if row and column of a tile have a common identity; images are sorted by identity."""
         rows, columns = self._people[self._indices(row)], self._people[self._indices(column)]
         return bool(rows[0] <= columns[-1] and columns[0] <= rows[-1])
 
     def _embeddings_of_row(self, row: int) -> Any:
-        """Kept for all tiles of the row."""
+        """Return the embeddings of a row, cached for all its tiles."""
         if self._row[0] != row:
             self._row = (row, self._embeddings(self._probes, row))
         return self._row[1]
@@ -177,8 +177,7 @@ class PairScores:
         return found
 
     def _array(self, values: npt.NDArray[Any]) -> Any:
-        """``values`` where products are computed: numpy's on the CPU, torch's elsewhere, which have the operators used
-        here in common."""
+        """Return ``values`` as a numpy array on the CPU, else as a torch tensor; both have all operators used."""
         return values if self._device.type == "cpu" else torch.from_numpy(values).to(self._device)
 
 
@@ -191,14 +190,14 @@ def _check_embeddings(probes: Scores, people: npt.NDArray[np.intp], gallery: Sco
         if embeddings.ndim != 2 or people.shape != (len(embeddings),):
             raise QFaceError(
                 f"{name} {list(embeddings.shape)} do not match labels {list(people.shape)}: "
-                "pass one row and one label an image"
+                "pass one row and one label per image"
             )
         if not all(np.isfinite(embeddings[start : start + _TILE_SIZE]).all() for start in _starts(embeddings)):
             raise QFaceError(f"the embeddings of the {name} are not finite: check the model's weights and scales")
     if gallery is not None and gallery.shape[1] != probes.shape[1]:
         raise QFaceError(
             f"probes have {probes.shape[1]} dimensions and the gallery {gallery.shape[1]}: "
-            "compare models that share an embedding"
+            "compare models with a common embedding space"
         )
 
 

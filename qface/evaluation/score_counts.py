@@ -1,8 +1,8 @@
-"""Scores counted by their bits, from which the score of any rank follows exactly, however many scores there are.
+"""Histograms of score bits, which give the score of any rank exactly for any number of scores.
 
-The 32 bits of a float, made to an integer of the same order, are split in two halves, and the upper 16 bits are a bin.
-Every score is counted in its bin, and those in watched bins by their lower 16 bits too. So one pass over the scores
-finds the bin of each rank, and a pass that watches these bins finds the scores themselves.
+The 32 bits of a float are mapped to an integer of the same order. Its upper 16 bits are the bin of the score. Scores in
+watched bins are also counted by their lower 16 bits. So one pass over the scores finds the bin of each rank, and a pass
+that watches these bins finds the exact scores.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ __all__ = ["RankedScore", "ScoreCounts", "Watch", "watch_for_sample"]
 
 _HALF = 1 << 16
 _LARGE = 2**25
-"""From so many impostor pairs on, a sample tells which bins to watch, so that one pass does."""
+"""Minimum number of impostor pairs for choosing the watched bins by a sample, so that one pass suffices."""
 _SAMPLE = (4096, 2048)
-_MOST_WATCHED = 256  # bins, which take 1 MiB each
+_MOST_WATCHED = 256  # maximum number of watched bins, 1 MiB each
 
 
 @dataclass(frozen=True)
 class Watch:
-    """The bins and the floor that a pass over the scores looks at.
+    """Watched bins and floor of a pass over the scores.
 
     Args:
-        bins: of which the lower bits are counted too, ascending.
-        floor: lower scores are passed over.
+        bins: bins whose lower bits are counted too, ascending.
+        floor: exclusive minimum of the scores that are counted.
     """
 
     bins: tuple[int, ...] = ()
@@ -38,18 +38,18 @@ class Watch:
 
     @classmethod
     def of(cls, bins: set[int]) -> Watch:
-        """Watch ``bins``, and no score below them."""
-        # Scores equal to the floor are passed over too; the float before 0 is -0, which equals it.
+        """Watch ``bins`` and ignore scores below them."""
+        # Minus 2, because scores equal to the floor are ignored too, and the float before 0 is -0, which equals 0.
         return cls(tuple(sorted(bins)), float(_score((min(bins) << 16) - 2)))
 
 
 def watch_for_sample(scores: PairScores, ranks: list[int], impostors: int) -> Watch:
-    """The bins in which the ``ranks`` most likely lie, as far as a sample of the pairs tells; of few pairs, none.
+    """Estimate the bins of the ranked scores from a sample of the pairs.
 
     Args:
-        scores: of all pairs.
-        ranks: of impostors, in descending order.
-        impostors: number of impostor pairs.
+        scores: scores of all pairs.
+        ranks: ranks of impostor scores in descending order.
+        impostors: number of impostor pairs; with few, no bins are watched.
     """
     if impostors < _LARGE or not ranks:
         return Watch()
@@ -64,9 +64,9 @@ def watch_for_sample(scores: PairScores, ranks: list[int], impostors: int) -> Wa
 
 
 def _bins_around(sample: Scores, rate: float) -> set[int]:
-    """The bins of the score that is exceeded by the share ``rate``, with what the sample leaves open."""
+    """Return the likely bins of the score that the fraction ``rate`` of all scores exceeds."""
     expected = rate * len(sample)
-    spread = 6 * np.sqrt(expected) + 10  # six standard deviations, were the pairs independent
+    spread = 6 * np.sqrt(expected) + 10  # six standard deviations of independent pairs
     lowest = _key(sample[min(int(expected + spread), len(sample) - 1)])
     highest = _key(sample[int(expected - spread)] if expected > spread else np.float32(1))
     return set(range(lowest >> 16, (highest >> 16) + 1))
@@ -74,11 +74,11 @@ def _bins_around(sample: Scores, rate: float) -> set[int]:
 
 @dataclass(frozen=True)
 class RankedScore:
-    """An impostor score, and what lies above it.
+    """Impostor score of a given rank.
 
     Args:
-        score: of the rank that was asked for.
-        genuine_above: how many genuine scores are larger.
+        score: the score.
+        genuine_above: number of larger genuine scores.
     """
 
     score: float
@@ -87,12 +87,12 @@ class RankedScore:
 
 @dataclass
 class ScoreCounts:
-    """Counts of genuine (0) and impostor scores (1).
+    """Counts of genuine (index 0) and impostor scores (index 1).
 
     Args:
-        watch: what is counted.
-        upper: int64 [2, 2^16], scores by their bin.
-        lower: int64 [2, watched bins, 2^16], scores in these bins by their lower bits.
+        watch: watched bins and floor.
+        upper: int64 [2, 2^16], counts by bin.
+        lower: int64 [2, watched bins, 2^16], counts in these bins by lower bits.
     """
 
     watch: Watch
@@ -115,10 +115,10 @@ class ScoreCounts:
             np.add.at(self.lower[kind], (slots[watched], keys[watched] & (_HALF - 1)), 1)
 
     def equal_error_bin(self, genuine: int, impostors: int) -> int:
-        """The bin of the impostor at which the rates of errors are closest from above; see :meth:`equal_error`.
+        """Return the highest bin at whose lower end the false match rate reaches the false non-match rate.
 
         Args:
-            genuine: number of genuine pairs, those below the floor included.
+            genuine: number of genuine pairs, including those below the floor.
             impostors: number of impostor pairs, likewise.
         """
         false = np.cumsum(self.upper[1, ::-1]) / impostors
@@ -126,11 +126,13 @@ class ScoreCounts:
         return _HALF // 2 - 1 - int(np.argmax(false >= missed))
 
     def equal_error(self, genuine: int, impostors: int) -> float:
-        """The equal error rate: the least of the greater of both rates of errors, over all thresholds.
+        """Compute the equal error rate: the minimum over thresholds of the maximum of both error rates.
+
+        The only watched bin must be :meth:`equal_error_bin`.
 
         Args:
-            genuine: number of genuine pairs, those below the floor included.
-            impostors: number of impostor pairs, likewise; the watch holds their :meth:`equal_error_bin` alone.
+            genuine: number of genuine pairs, including those below the floor.
+            impostors: number of impostor pairs, likewise.
         """
         (cell,) = np.flatnonzero(self._slots >= 0)
         false, accepted = (
@@ -140,7 +142,7 @@ class ScoreCounts:
         return float(np.maximum(false / impostors, (genuine - accepted) / genuine).min())
 
     def bins_of(self, ranks: list[int]) -> set[int] | None:
-        """The bins of impostors of these ranks; None if one is below the watch's floor."""
+        """Return the bins of the impostor scores of these ranks; None if one is below the floor."""
         found = {self._bin_of(rank) for rank in ranks}
         return None if None in found else {each for each in found if each is not None}
 
@@ -149,7 +151,7 @@ class ScoreCounts:
         return None if place is None else place[0] - _HALF // 2
 
     def ranked(self, ranks: Mapping[str, int]) -> dict[str, RankedScore]:
-        """The impostor of each rank in descending order; the watch holds the bins of all."""
+        """Return the impostor score of each rank in descending order; all their bins must be watched."""
         return {name: self._ranked(rank) for name, rank in ranks.items()}
 
     def _ranked(self, rank: int) -> RankedScore:
@@ -163,7 +165,7 @@ class ScoreCounts:
 
 
 def _place(counts: npt.NDArray[np.int64], rank: int) -> tuple[int, int] | None:
-    """The cell of the ``rank``-th in descending order, and how many are in higher cells; None if there are too few."""
+    """Return the cell of the ``rank``-th highest score and the count above it; None if there are too few."""
     from_above = np.cumsum(counts[::-1])
     index = int(np.searchsorted(from_above, rank, side="right"))
     if index == len(counts):
@@ -173,7 +175,7 @@ def _place(counts: npt.NDArray[np.int64], rank: int) -> tuple[int, int] | None:
 
 
 def _keys(scores: Scores) -> npt.NDArray[np.int32]:
-    """Integers in the order of ``scores``: their bits, which are those of magnitude and sign, made two's complement."""
+    """Map scores to integers of the same order: sign-magnitude bits become two's complement."""
     bits = np.ascontiguousarray(scores).view(np.int32)
     return bits ^ (bits >> 31 & 0x7FFFFFFF)
 
@@ -183,6 +185,6 @@ def _key(score: np.float32) -> int:
 
 
 def _score(key: int) -> np.float32:
-    """The float32 whose key is ``key``."""
+    """Return the float32 with this key."""
     bits = np.array([key], np.int32)
     return np.float32((bits ^ (bits >> 31 & 0x7FFFFFFF)).view(np.float32)[0])

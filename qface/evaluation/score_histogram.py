@@ -14,12 +14,12 @@ __all__ = ["ScoreHistogram", "score_histogram"]
 
 @dataclass(frozen=True)
 class ScoreHistogram:
-    """Shares of pairs by cosine.
+    """Distribution of genuine and impostor pairs over cosine bins.
 
     Args:
-        edges: of the bins, one more than there are bins.
-        genuine: share of the genuine pairs in each bin; the shares add up to 1.
-        impostors: likewise of the impostor pairs.
+        edges: bin edges, [bins + 1].
+        genuine: fraction of the genuine pairs in each bin.
+        impostors: fraction of the impostor pairs in each bin.
     """
 
     edges: tuple[float, ...]
@@ -32,8 +32,8 @@ def score_histogram(probes: Scores, labels: npt.ArrayLike, bins: int = 80) -> Sc
 
     Args:
         probes: float32 [images, dimensions], L2-normalized.
-        labels: [images], the identities.
-        bins: how many.
+        labels: [images], identity labels.
+        bins: number of bins.
 
     Raises:
         QFaceError: the embeddings do not match the labels, or are not finite.

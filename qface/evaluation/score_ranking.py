@@ -1,4 +1,4 @@
-"""Scores of given ranks among all pairs, in as few passes as it takes; a run that was stopped goes on."""
+"""Scores of given ranks among all pairs, in as few passes as possible; interrupted runs can resume."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from qface.progress import track
 
 __all__ = ["CountStore", "count_store", "equal_error_of", "ranked_scores"]
 
-_SAVED_EVERY = 60.0  # seconds
+_SAVED_EVERY = 60.0  # seconds between two saves
 
 
 class CountStore:
-    """The file in which one process keeps its counts; :func:`count_store` opens it.
+    """File with the counts of one process; opened by :func:`count_store`.
 
     Args:
-        folder: it exists.
-        scores: what is counted.
-        ranks: what it is counted for.
+        folder: existing folder for the file.
+        scores: scores of all pairs.
+        ranks: ranks of the wanted scores, by name.
     """
 
     def __init__(self, folder: Path, scores: PairScores, ranks: Mapping[str, int]) -> None:
@@ -39,10 +39,10 @@ class CountStore:
         self._saved = time.monotonic()
 
     def load(self) -> tuple[int, ScoreCounts] | None:
-        """The number of tiles that are counted, and their counts; None where there are none.
+        """Return the number of counted tiles and their counts; None if nothing was saved.
 
         Raises:
-            ConfigError: they are of other embeddings, labels or rates, or damaged.
+            ConfigError: the file is damaged, or belongs to other embeddings, labels or rates.
         """
         if not self._path.exists():
             return None
@@ -51,17 +51,21 @@ class CountStore:
                 counts = ScoreCounts(Watch(tuple(map(int, saved["bins"])), float(saved["floor"])))
                 counts.upper[:], counts.lower[:] = saved["upper"], saved["lower"]
                 identity, done = str(saved["identity"]), int(saved["done"])
-        except Exception as error:  # damaged bytes may make numpy raise anything
+        except Exception as error:  # numpy may raise any type for damaged bytes
             raise ConfigError(f"{self._path} is damaged: delete it, or choose another folder") from error
         if identity != self._identity:
             raise ConfigError(f"{self._path} holds counts of other embeddings or rates: choose another folder")
         return done, counts
 
     def save(self, done: int, counts: ScoreCounts) -> None:
-        """Keep ``counts`` of the first ``done`` tiles.
+        """Save the counts of the first ``done`` tiles.
+
+        Args:
+            done: number of tiles.
+            counts: their counts.
 
         Raises:
-            ExportError: they cannot be written.
+            ExportError: the file cannot be written.
         """
         with replacing(self._path) as temporary, temporary.open("wb") as file:
             np.savez(
@@ -77,7 +81,7 @@ class CountStore:
 
     @property
     def is_due(self) -> bool:
-        """True a minute after the last saving."""
+        """True if the last save was more than a minute ago."""
         return time.monotonic() - self._saved > _SAVED_EVERY
 
 
@@ -85,17 +89,17 @@ class CountStore:
 def count_store(
     run_dir: Path, scores: PairScores, ranks: Mapping[str, int], parallel: Parallel
 ) -> Iterator[CountStore]:
-    """The file of this process's counts in ``run_dir``, which other runs are kept out of until the end of the block.
+    """Open the counts of this process in ``run_dir`` and lock them for the duration of the block.
 
     Args:
-        run_dir: it is made where it is missing.
-        scores: what is counted.
-        ranks: what it is counted for.
-        parallel: this process among others, of which each has a folder of its own.
+        run_dir: folder of the run, created if missing.
+        scores: scores of all pairs.
+        ranks: ranks of the wanted scores, by name.
+        parallel: the processes; each has its own subfolder.
 
     Raises:
-        ConfigError: another run is in the folder.
-        ExportError: it cannot be made.
+        ConfigError: another run is using the folder.
+        ExportError: the folder cannot be created.
     """
     folder = run_dir / f"scores-{parallel.rank}-of-{parallel.world_size}"
     make_folder(folder)
@@ -110,17 +114,20 @@ def ranked_scores(
     parallel: Parallel,
     store: CountStore | None = None,
 ) -> dict[str, RankedScore]:
-    """The impostor scores of ``ranks`` in descending order, and how many genuine scores are larger.
+    """Find the impostor scores of given ranks in descending order.
 
     Args:
-        scores: of all pairs.
-        ranks: by a name each, all below ``impostors``.
+        scores: scores of all pairs.
+        ranks: ranks by name, all below ``impostors``.
         impostors: number of impostor pairs.
         parallel: the processes that share the tiles.
-        store: where counts are kept.
+        store: file for the counts; None saves nothing.
+
+    Returns:
+        Score of each rank with the number of larger genuine scores.
 
     Raises:
-        ConfigError: the store is of other scores.
+        ConfigError: the store belongs to other scores.
         ExportError: counts cannot be written.
     """
     wanted = list(ranks.values())
@@ -128,7 +135,7 @@ def ranked_scores(
     done, counts = kept or (0, ScoreCounts(watch_for_sample(scores, wanted, impostors)))
     while wanted:
         _count(scores, counts, done, parallel, store)
-        total = _summed(counts, parallel)
+        total = _sum_over_processes(counts, parallel)
         bins = total.bins_of(wanted)
         if bins is not None and bins <= set(counts.watch.bins):
             return total.ranked(ranks)
@@ -137,10 +144,10 @@ def ranked_scores(
 
 
 def equal_error_of(scores: PairScores, genuine: int, impostors: int, parallel: Parallel) -> float:
-    """The equal error rate over all pairs, in two passes.
+    """Compute the equal error rate over all pairs, in two passes.
 
     Args:
-        scores: of all pairs.
+        scores: scores of all pairs.
         genuine: number of genuine pairs.
         impostors: number of impostor pairs.
         parallel: the processes that share the tiles.
@@ -150,20 +157,20 @@ def equal_error_of(scores: PairScores, genuine: int, impostors: int, parallel: P
         counts = ScoreCounts(watch)
         for tile in itertools.islice(scores.tiles(), parallel.rank, None, parallel.world_size):
             counts.add(*scores.of(tile, watch.floor))
-        total = _summed(counts, parallel)
+        total = _sum_over_processes(counts, parallel)
         watch = Watch.of({total.equal_error_bin(genuine, impostors)})
     return total.equal_error(genuine, impostors)
 
 
 def _same_everywhere(kept: tuple[int, ScoreCounts] | None, parallel: Parallel) -> tuple[int, ScoreCounts] | None:
-    """``kept``, if all processes were stopped in the same pass, else None."""
+    """Return ``kept`` if all processes were interrupted in the same pass, else None."""
     words = torch.zeros(parallel.world_size, dtype=torch.int64)
     words[parallel.rank] = 0 if kept is None else 1 + zlib.crc32(repr(kept[1].watch).encode())
     return kept if len(set(parallel.sum(words).tolist())) == 1 else None
 
 
 def _count(scores: PairScores, counts: ScoreCounts, done: int, parallel: Parallel, store: CountStore | None) -> None:
-    """Add the scores of this process's tiles after the first ``done``."""
+    """Count the scores of this process's tiles after the first ``done``."""
     own = list(itertools.islice(scores.tiles(), parallel.rank, None, parallel.world_size))
     for number, tile in enumerate(track(own[done:], "compare"), start=done + 1):
         counts.add(*scores.of(tile, counts.watch.floor))
@@ -171,8 +178,8 @@ def _count(scores: PairScores, counts: ScoreCounts, done: int, parallel: Paralle
             store.save(number, counts)
 
 
-def _summed(counts: ScoreCounts, parallel: Parallel) -> ScoreCounts:
-    """The counts of all processes."""
+def _sum_over_processes(counts: ScoreCounts, parallel: Parallel) -> ScoreCounts:
+    """Sum the counts over all processes."""
     if parallel.world_size == 1:
         return counts
     total = ScoreCounts(counts.watch)

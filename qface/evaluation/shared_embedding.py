@@ -1,4 +1,4 @@
-"""Embeddings of many images: each process embeds its share, and a run that was stopped goes on."""
+"""Embedding of many images, shared among processes, with resumption of interrupted runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qface.parallel import Parallel
 
 __all__ = ["embed_shared"]
 
-_ROWS = 2**13  # made unit length at a time
+_ROWS = 2**13  # rows normalized at a time
 
 
 def embed_shared(
@@ -27,28 +27,28 @@ def embed_shared(
     batch_size: int = 64,
     flip: bool = False,
 ) -> Embeddings:
-    """Embed every image of ``source`` in order, shared among processes.
+    """Embed all images of ``source`` in order, shared among processes.
 
     Args:
-        embedder: what embeds.
-        source: the images. A loader, which cannot be read in any order, is embedded by every process.
-        parallel: this process among others.
-        folder: where each process keeps its embeddings, to go on from; None keeps nothing.
-        batch_size: images a forward pass.
+        embedder: the model.
+        source: the images. Each process embeds all images of a loader, which has no random access.
+        parallel: the processes.
+        folder: folder for the embeddings of each process, to resume from; None saves nothing.
+        batch_size: images per forward pass.
         flip: add the embedding of the mirrored image.
 
     Returns:
-        float32 [images, dimensions], L2-normalized, the same in all processes.
+        float32 [images, dimensions], L2-normalized, equal in all processes.
 
     Raises:
-        ConfigError: embeddings of a loader are to be kept, or the folder holds those of another model or other images.
-        ExportError: the folder cannot be written to.
+        ConfigError: a folder is given for a loader, or it holds embeddings of another model or other images.
+        ExportError: the folder is not writable.
         ImagesError: there are no images, or they cannot be read.
-        QFaceError: the model cannot read them, or does not give one finite vector an image.
+        QFaceError: the model does not accept the images, or does not return one finite, nonzero vector per image.
     """
     if not isinstance(source, IndexedImages):
         if folder is not None:
-            raise ConfigError("a loader cannot go on where it stopped: leave run_dir out, or pass a folder of images")
+            raise ConfigError("a loader cannot resume: leave out run_dir, or pass a folder of images")
         return embed(embedder, source, batch_size, flip)
     several = 1 < parallel.world_size <= len(source)
     own = Subset(source, range(parallel.rank, len(source), parallel.world_size)) if several else source
@@ -57,20 +57,20 @@ def embed_shared(
     else:
         name = f"embeddings-{parallel.rank}-of-{parallel.world_size}"
         rows = _unit_copy(embed_to_file(embedder, own, folder / name, batch_size, flip))
-    return _gathered(rows, len(source), parallel) if several else rows
+    return _gather_rows(rows, len(source), parallel) if several else rows
 
 
 def _unit_copy(embeddings: Embeddings) -> Embeddings:
-    """``embeddings``, mapped from a file, in memory and L2-normalized."""
+    """Copy memory-mapped ``embeddings`` to memory, L2-normalized."""
     rows = np.empty(embeddings.shape, np.float32)
     for start in range(0, len(rows), _ROWS):
         rows[start : start + _ROWS] = unit_rows(embeddings[start : start + _ROWS])
     return rows
 
 
-def _gathered(own: Embeddings, images: int, parallel: Parallel) -> Embeddings:
-    """The rows of all processes, of which each has every ``world_size``-th."""
-    most = -(-images // parallel.world_size)  # the last processes may have one less
+def _gather_rows(own: Embeddings, images: int, parallel: Parallel) -> Embeddings:
+    """Interleave the rows of all processes; each has every ``world_size``-th row."""
+    most = -(-images // parallel.world_size)  # the last processes may have one row less
     padded = np.resize(own, (most, own.shape[1]))
     parts = parallel.gather(torch.from_numpy(padded).to(parallel.device)).cpu().numpy()
     return parts.reshape(parallel.world_size, most, -1).swapaxes(0, 1).reshape(-1, own.shape[1])[:images]

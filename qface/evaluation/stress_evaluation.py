@@ -1,4 +1,4 @@
-"""The verb ``evaluate_stress``: recognition of faces that are ill aligned, turned, small, dark or covered."""
+"""Verification of degraded faces: misaligned, rotated, small, dark or occluded."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ STRESS_FPRS = ("1e-3", "1e-4", "1e-5")
 
 @dataclass(frozen=True)
 class StressFigures:
-    """Verification figures under one condition; shares are fractions, 0..1.
+    """Verification metrics under one condition; rates are fractions 0..1.
 
     Args:
-        condition: its name, ``"none"`` for the images as they are.
-        tpr_at_fpr: of the model, each rate at the threshold of this condition; None where there are too few pairs.
-        accuracy: of the model over the folds of the list of pairs; None without one.
-        cosine: mean cosine of the embeddings of model and reference; None without a reference.
-        reference_tpr_at_fpr: of the reference; empty without one.
-        reference_accuracy: likewise; None without one.
-        drops: TPR that the model loses against the reference, with confidence over people; empty without replicates.
+        condition: name of the condition, ``"none"`` for unchanged images.
+        tpr_at_fpr: TPR of the model at each FPR, at the threshold of this condition; None if there are too few pairs.
+        accuracy: accuracy of the model over the folds of the pair list; None without one.
+        cosine: mean cosine between the embeddings of model and reference; None without a reference, or if their
+            embedding dimensions differ.
+        reference_tpr_at_fpr: TPR of the reference at each FPR; empty without one.
+        reference_accuracy: accuracy of the reference; None without reference or pair list.
+        drops: TPR of the reference minus TPR of the model, with confidence over identities; empty without bootstrap.
     """
 
     condition: str
@@ -54,14 +55,14 @@ class StressFigures:
 
 @dataclass(frozen=True, repr=False)
 class StressResult(Result):
-    """The figures of all conditions, the images as they are first.
+    """Result of :func:`evaluate_stress`.
 
     Args:
-        figures: one for each condition.
-        images: images embedded under each.
-        identities: people among them.
-        seed: of what differs from image to image.
-        bootstrap: replicates that the confidence of drops comes from; 0 for none.
+        figures: metrics of each condition, unchanged images first.
+        images: number of images per condition.
+        identities: number of identities.
+        seed: random seed of the degradations.
+        bootstrap: number of bootstrap replicates; 0 for no intervals.
 
     Example:
         >>> qface.evaluate_stress("student.onnx", "faces/", conditions=["dark"]).images
@@ -78,7 +79,7 @@ class StressResult(Result):
         return {"images": self.images, "conditions": [each.condition for each in self.figures]}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
+        """Return plain Python values, ready for JSON."""
         return asdict(self)
 
 
@@ -96,34 +97,34 @@ def evaluate_stress(
     run_dir: str | Path | None = None,
     progress: bool = False,
 ) -> StressResult:
-    """Measure how well ``model`` verifies changed faces against unchanged ones, under each of ``conditions``.
+    """Measure verification of degraded probes against an unchanged gallery, under each condition.
 
-    Each probe is a changed face and each gallery face is as it is, both embedded by one model: of all pairs of two
-    different images, and of listed pairs, whose first image is the probe. Does not change ``model`` or ``reference``.
+    The same model embeds probes and gallery. All ordered pairs of two different images are compared, and the listed
+    pairs, with the first image as the probe. Does not change ``model`` or ``reference``.
 
     Args:
         model: a module, the path of its file, ``package.module:factory``, or an Embedder.
-        images: 112x112 crops with labels: a folder with one subfolder a person, or a uint8 source.
-        pairs: a list of pairs (:func:`qface.data.read_pairs`); it needs a folder.
-        identities: of a folder, which people.
-        reference: another model, such as the float network, that the same faces are shown to.
-        conditions: names of :data:`qface.data.stress.STRESS_CONDITIONS`.
-        seed: of what differs from image to image.
-        bootstrap: replicates for the confidence of what is lost against ``reference``; 0 computes none.
-        batch_size: images a forward pass.
-        run_dir: folder to keep embeddings in; a call that was stopped goes on there. None keeps nothing.
-        progress: show the stages on stderr.
+        images: labeled 112x112 crops: a folder with one subfolder per identity, or a uint8 source.
+        pairs: pair list (:func:`qface.data.read_pairs`) of a folder.
+        identities: identities to use from a folder; None uses all.
+        reference: another model to compare with, such as the float network.
+        conditions: keys of :data:`qface.data.stress.STRESS_CONDITIONS`.
+        seed: random seed of the degradations and the bootstrap.
+        bootstrap: number of replicates over identities for the TPR drop from ``reference``; 0 computes none.
+        batch_size: images per forward pass.
+        run_dir: folder for embeddings, from which an interrupted call resumes. None saves nothing.
+        progress: show progress on stderr.
 
     Returns:
-        The figures of the images as they are, and of each condition.
+        Metrics of the unchanged images and of each condition.
 
     Raises:
-        ConfigError: there is no such condition, a setting is out of its range, ``bootstrap`` has no reference to
-            compare with, or ``run_dir`` is of other models or images.
-        ImagesError: the images cannot be read, are no bytes, or carry no labels.
-        PairsError: the list of pairs is malformed or does not fit the folder.
+        ConfigError: a condition is unknown, a setting is out of range, ``bootstrap`` is given without a reference, or
+            ``run_dir`` holds data of other models or images.
+        ImagesError: the images cannot be read, are not uint8, or are unlabeled.
+        PairsError: the pair list is malformed or does not match the folder.
         CheckpointError: a model file cannot be read.
-        QFaceError: a model gives no finite embeddings.
+        QFaceError: an embedding is not finite.
 
     Example:
         >>> found = qface.evaluate_stress("student.onnx", "faces/", reference="teacher.onnx", conditions=["dark"])
@@ -132,15 +133,15 @@ def evaluate_stress(
     """
     check_whole(0, bootstrap=bootstrap)
     if bootstrap and reference is None:
-        raise ConfigError("bootstrap is for what a model loses against a reference: give one, or leave it out")
+        raise ConfigError("bootstrap needs a reference to compare with: pass reference, or leave bootstrap out")
     source = as_image_source(images, identities)
     labels = labels_of(source)
     if labels is None or not isinstance(source, IndexedImages):
-        raise ImagesError("a stress test needs to know who is who: pass a folder with one subfolder a person")
+        raise ImagesError("a stress test needs labeled images: pass a folder with one subfolder per identity")
     shown = {"none": source, **{name: StressedImages(source, name, seed) for name in conditions}}
     listed = None if pairs is None else listed_pairs(pairs, source)
     if listed is not None:
-        usable_folds(listed.same, listed.fold)  # complains before the images take their time
+        usable_folds(listed.same, listed.fold)  # raises before the slow embedding
     judge = _Judge(labels, listed, bootstrap, seed)
     models = {"model": as_embedder(model)} | ({} if reference is None else {"reference": as_embedder(reference)})
     parallel = processes_for(None)
@@ -153,13 +154,13 @@ def evaluate_stress(
     figures = []
     for condition in shown:
         probes = plain if condition == "none" else {name: embedded(name, condition) for name in models}
-        figures.append(judge.figures(condition, [_Seen(probes[name], plain[name]) for name in models]))
+        figures.append(judge.figures(condition, [_ModelEmbeddings(probes[name], plain[name]) for name in models]))
     return StressResult(tuple(figures), len(source), len(np.unique(labels)), seed, bootstrap)
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """Embeddings that one model makes of changed faces, and of the same faces as they are."""
+class _ModelEmbeddings:
+    """Embeddings of degraded and unchanged faces by one model."""
 
     probes: Embeddings
     gallery: Embeddings
@@ -176,15 +177,15 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Judge:
-    """Who is on the images, and how sure the figures are to be."""
+    """Metrics for fixed labels, pairs and bootstrap settings."""
 
     labels: Labels
     listed: ResolvedPairs | None
     bootstrap: int
     seed: int
 
-    def figures(self, condition: str, seen: Sequence[_Seen]) -> StressFigures:
-        """Those of the model, the first of ``seen``, beside those of a reference."""
+    def figures(self, condition: str, seen: Sequence[_ModelEmbeddings]) -> StressFigures:
+        """Compute the metrics of the model, first in ``seen``, and of the optional reference."""
         model, *others = seen
         reference = others[0] if others else None
         return StressFigures(
@@ -197,7 +198,7 @@ class _Judge:
             drops={} if reference is None or not self.bootstrap else self._drops(model, reference),
         )
 
-    def _drops(self, model: _Seen, reference: _Seen) -> dict[str, TprDrop | None]:
+    def _drops(self, model: _ModelEmbeddings, reference: _ModelEmbeddings) -> dict[str, TprDrop | None]:
         return bootstrap_tpr_drop(
             reference.probes,
             model.probes,
@@ -210,8 +211,8 @@ class _Judge:
         )
 
 
-def _mean_cosine(model: _Seen, reference: _Seen) -> float | None:
-    """None where embeddings of different length do not compare."""
+def _mean_cosine(model: _ModelEmbeddings, reference: _ModelEmbeddings) -> float | None:
+    """Return the mean cosine between both models; None if their embedding dimensions differ."""
     if model.probes.shape != reference.probes.shape:
         return None
     return float(np.mean(np.sum(model.probes * reference.probes, axis=1, dtype=np.float64)))

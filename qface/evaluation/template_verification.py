@@ -1,8 +1,8 @@
-"""1:1 verification of templates, as IJB-B and IJB-C are evaluated: all images of a template are compared at once.
+"""1:1 verification of templates (sets of images), the protocol of IJB-B and IJB-C.
 
-An embedding of a template is a mean of the embeddings of its images as the network gives them, so that the length of
-an embedding is its weight (``use_norm_score`` of InsightFace's ``eval_ijbc.py``). ``"paper"`` is Ef-QuantFace's section
-4.2, the mean of all images; ``"arcface"`` is ArcFace's, in which the images of one video count as one.
+The embedding of a template is the mean of its unnormalized image embeddings, so their norms act as weights
+(``use_norm_score`` in InsightFace's ``eval_ijbc.py``). ``"paper"`` is section 4.2 of Ef-QuantFace, the mean over all
+images; ``"arcface"`` is ArcFace's protocol, which counts the images of one video as one.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from qface.results import Result
 
 __all__ = ["TemplateProtocol", "TemplateResult", "evaluate_templates", "pair_scores", "template_embeddings"]
 
-_IMAGES = 2**13  # embeddings held at a time, save where one template has more
-_PAIRS = 2**15  # pairs scored at a time: 128 MiB of embeddings of 512 dimensions
+_IMAGES = 2**13  # embeddings in memory at a time; a larger template is not split
+_PAIRS = 2**15  # pairs scored at a time: 128 MiB for an embedding dimension of 512
 
 
 @dataclass(frozen=True, repr=False)
 class TemplateResult(Result):
-    """The result of :func:`evaluate_templates`; shares are fractions, 0..1.
+    """Result of :func:`evaluate_templates`; rates are fractions 0..1.
 
     Args:
-        protocol: how images were joined to templates, ``"paper"`` or ``"arcface"``.
-        flip: whether mirrored images were added.
-        detector_score: whether images were weighted by the detector's score.
-        tpr_at_fpr: true-positive rate at each false-positive rate over the listed pairs; None where there are too few
-            impostor pairs to measure it.
-        thresholds: the cosine above which a pair is accepted, for the same rates.
-        images: images embedded.
-        templates: templates they make up.
-        genuine_pairs: listed pairs of one person.
-        impostor_pairs: listed pairs of two people.
-        runtime: what computed the embeddings, such as ``"torch cpu"``.
-        seconds: time for all of it in this process.
-        preprocessing: what the model reads and who says so, in words.
+        protocol: aggregation of images to templates, ``"paper"`` or ``"arcface"``.
+        flip: True if embeddings of mirrored images were added.
+        detector_score: True if images were weighted by the detector's score.
+        tpr_at_fpr: true-positive rate at each false-positive rate over the listed pairs; None if there are too few
+            impostor pairs.
+        thresholds: cosine above which a pair is accepted, at the same rates.
+        images: number of images embedded.
+        templates: number of templates.
+        genuine_pairs: number of listed genuine pairs.
+        impostor_pairs: number of listed impostor pairs.
+        runtime: runtime of the model, such as ``"torch cpu"``.
+        seconds: total time of the call in this process.
+        preprocessing: preprocessing of the model and its source, in words.
 
     Example:
         >>> qface.evaluate_templates("student.onnx", "IJBC").images > 0
@@ -74,7 +74,7 @@ class TemplateResult(Result):
         return {"templates": self.templates, "protocol": self.protocol, "tpr_at_fpr": self.tpr_at_fpr}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
+        """Return plain Python values, ready for JSON."""
         return asdict(self)
 
 
@@ -89,42 +89,46 @@ def evaluate_templates(
     batch_size: int = 64,
     progress: bool = False,
 ) -> TemplateResult:
-    """Verify the pairs of templates of IJB-B or IJB-C.
+    """Measure verification of the template pairs of IJB-B or IJB-C.
 
-    Embeddings go to a file as they are computed, and are read from it in parts, so that memory does not grow with the
-    images. Does not change ``model``.
+    Embeddings are streamed through a file, so memory does not grow with the number of images. Does not change
+    ``model``.
 
     Args:
         model: a module, the path of its file, ``package.module:factory``, or an Embedder.
-        folder: the benchmark's folder (:mod:`qface.data.templates`).
-        protocol: ``"paper"`` takes the mean over the images of a template, ``"arcface"`` over those of each photo or
-            video first, and then the sum of these.
-        flip: add the embedding of each mirrored image.
-        detector_score: multiply the embedding of each image by the detector's score.
-        run_dir: folder to keep the embeddings in; a run that was stopped goes on there. None keeps nothing.
-        batch_size: images a forward pass.
-        progress: show the stages on stderr.
+        folder: folder of the benchmark (:mod:`qface.data.templates`).
+        protocol: ``"paper"`` averages all images of a template; ``"arcface"`` averages each photo or video first, then
+            sums the averages.
+        flip: add the embedding of the mirrored image.
+        detector_score: multiply the embedding of each image by its detector score.
+        run_dir: folder for embeddings, from which an interrupted call resumes. None saves nothing.
+        batch_size: images per forward pass.
+        progress: show progress on stderr.
+
+    Returns:
+        TPR and threshold at each FPR, with the number of images, templates and pairs.
 
     Raises:
-        ConfigError: there is no such protocol, ``run_dir`` is of another model, or ``detector_score`` is asked for and
-            an image has none.
+        ConfigError: the protocol is unknown, ``run_dir`` holds data of another model, or an image has no detector score
+            that ``detector_score`` needs.
         ImagesError: the images or their lists cannot be read.
-        PairsError: the list of pairs is malformed, or holds only one kind of pairs.
-        QFaceError: the model gives no finite embeddings.
+        PairsError: the pair list is malformed, or has no genuine or no impostor pairs.
+        CheckpointError: the model file cannot be read.
+        QFaceError: an embedding is not finite.
 
     Example:
         >>> qface.evaluate_templates("student.onnx", "IJBC", protocol="arcface").runtime
         'onnxruntime CPUExecutionProvider'
     """
     if protocol not in get_args(TemplateProtocol):
-        raise ConfigError(f"protocol is one of {', '.join(get_args(TemplateProtocol))}, not {protocol!r}")
+        raise ConfigError(f"protocol must be one of {', '.join(get_args(TemplateProtocol))}, got {protocol!r}")
     start = time.perf_counter()
     embedder = as_embedder(model)
     templates = read_templates(folder)
     if detector_score and templates.scores is None:
         raise ConfigError(
-            f"the landmarks in {folder} lack a detector's score for some images: "
-            "restore *_name_5pts_score.txt, or do without detector_score"
+            f"some landmarks in {folder} have no detector score: "
+            "restore *_name_5pts_score.txt, or leave out detector_score"
         )
     with temporary_folder() if run_dir is None else nullcontext(Path(run_dir)) as kept:
         embeddings = embed_to_file(embedder, templates.images, kept, batch_size, flip)
@@ -157,20 +161,20 @@ def template_embeddings(
     protocol: TemplateProtocol,
     weights: npt.NDArray[np.float32] | None = None,
 ) -> Embeddings:
-    """Join the embeddings of images to one of each template, of length 1.
+    """Aggregate the embeddings of images to L2-normalized embeddings of templates.
 
     Args:
-        embeddings: float32 [images, dimensions], in memory or mapped from a file.
-        templates: int64 [images], which template each image belongs to, each from 0 on at least once.
-        media: int64 [images], the photo or video that each comes from.
+        embeddings: float32 [images, dimensions], in memory or memory-mapped.
+        templates: int64 [images], index of the template of each image; no index is unused.
+        media: int64 [images], index of the photo or video of each image.
         protocol: see :func:`evaluate_templates`.
-        weights: float32 [images], factors of the embeddings.
+        weights: float32 [images], factors of the embeddings. None: 1 each.
 
     Returns:
         float32 [templates, dimensions].
 
     Raises:
-        QFaceError: a template's embedding is not finite, or zero.
+        QFaceError: a template's embedding is zero or not finite.
     """
     order = np.lexsort((media, templates))
     joined = np.empty((int(templates.max()) + 1, embeddings.shape[1]), np.float32)
@@ -188,7 +192,7 @@ def template_embeddings(
 
 
 def _whole_templates(owners: npt.NDArray[np.int64]) -> Iterator[slice]:
-    """Slices of about :data:`_IMAGES` of ``owners``, which are sorted, that cut no template."""
+    """Yield slices of about :data:`_IMAGES` elements of the sorted ``owners`` that split no template."""
     start = 0
     while start < len(owners):
         last = owners[min(start + _IMAGES, len(owners)) - 1]
@@ -198,7 +202,7 @@ def _whole_templates(owners: npt.NDArray[np.int64]) -> Iterator[slice]:
 
 
 def _starts(*sorted_keys: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
-    """Indices at which a run of equal keys begins."""
+    """Return the indices at which a run of equal keys begins."""
     changes = np.any([key[1:] != key[:-1] for key in sorted_keys], axis=0)
     return np.concatenate([[0], 1 + np.flatnonzero(changes)])
 
@@ -206,7 +210,7 @@ def _starts(*sorted_keys: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
 def _media_means(
     values: npt.NDArray[np.float64], owners: npt.NDArray[np.int64], media: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """The mean of each template's images of one media, and the template."""
+    """Average the images of each template and medium; return the means and their templates."""
     starts = _starts(owners, media)
     counts = np.diff(starts, append=len(owners))
     return np.add.reduceat(values, starts) / counts[:, None], owners[starts]
@@ -217,15 +221,20 @@ def _unit_rows(sums: npt.NDArray[np.float64], names: npt.NDArray[np.int64]) -> n
     broken = ~(np.isfinite(lengths) & (lengths > 0))
     if broken.any():
         raise QFaceError(
-            f"the embeddings of {np.count_nonzero(broken)} templates are not finite or are zero "
-            f"(first: the {names[broken][0] + 1}th): check the model's weights and scales"
+            f"the embeddings of {np.count_nonzero(broken)} templates are zero or not finite "
+            f"(first: number {names[broken][0] + 1}): check the model's weights and scales"
         )
     rows: npt.NDArray[np.float64] = sums / lengths[:, None]
     return rows
 
 
 def pair_scores(joined: Embeddings, templates: TemplateSet) -> npt.NDArray[np.float32]:
-    """The cosine of each pair of ``templates``, float32 [pairs], from ``joined`` [templates, dimensions]."""
+    """Compute the cosines of the template pairs, float32 [pairs].
+
+    Args:
+        joined: embeddings of the templates, float32 [templates, dimensions], L2-normalized.
+        templates: templates with their pairs.
+    """
     scores = np.empty(len(templates.same), np.float32)
     starts = range(0, len(scores), _PAIRS)
     for start in track(starts, "score"):

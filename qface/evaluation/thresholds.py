@@ -1,4 +1,4 @@
-"""The verb ``operating_thresholds``: which cosine to accept where quantized devices meet a float network's gallery."""
+"""Thresholds for quantized devices that compare with the gallery of a float network."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["OperatingThresholds", "PairingThreshold", "operating_thresholds"]
 
 @dataclass(frozen=True)
 class PairingThreshold:
-    """The threshold of one pairing of models, and what it accepts.
+    """Threshold of one pairing of models, with its measured rates.
 
     Args:
-        pairing: ``"float"`` (float probes, float gallery), ``"quantized"`` (both quantized) or ``"mixed"`` (quantized
-            probes, float gallery).
-        threshold: the cosine above which a pair is accepted; None where there were too few impostor pairs to set it.
-        rates: what it accepts of the people it is judged on; None likewise.
-        rates_at_float: what the float pairing's threshold accepts, as on a device that kept it.
+        pairing: ``"float"`` (float probes and gallery), ``"quantized"`` (quantized probes and gallery) or ``"mixed"``
+            (quantized probes, float gallery).
+        threshold: cosine above which a pair is accepted; None if there are too few impostor pairs.
+        rates: TPR and FPR at this threshold on the evaluation identities; None without a threshold.
+        rates_at_float: TPR and FPR of this pairing at the threshold of the float pairing, as on a device that keeps it.
     """
 
     pairing: str
@@ -38,14 +38,14 @@ class PairingThreshold:
 
 @dataclass(frozen=True, repr=False)
 class OperatingThresholds(Result):
-    """Thresholds for one false-positive rate.
+    """Result of :func:`operating_thresholds`.
 
     Args:
-        fpr: the rate that was wanted, as a decimal.
-        identities: the people that thresholds were set on, as they were named; None for all.
-        eval_identities: the people that rates were measured on.
-        pairings: float, quantized and mixed.
-        preprocessing: what the teacher and the student read and who says so, in words.
+        fpr: false-positive rate of the thresholds, as a decimal.
+        identities: selection of the identities for the thresholds, as given; None for all.
+        eval_identities: selection of the identities for the rates, likewise.
+        pairings: results of the float, quantized and mixed pairing.
+        preprocessing: preprocessing of teacher and student and its source, in words.
 
     Example:
         >>> result = qface.operating_thresholds("teacher.onnx", "student.onnx", "faces/", fpr="1e-2")
@@ -63,7 +63,7 @@ class OperatingThresholds(Result):
         return {"fpr": self.fpr, "thresholds": {each.pairing: each.threshold for each in self.pairings}}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
+        """Return plain Python values, ready for JSON."""
         return asdict(self)
 
 
@@ -78,25 +78,29 @@ def operating_thresholds(
     batch_size: int = 64,
     progress: bool = False,
 ) -> OperatingThresholds:
-    """The thresholds for a false-positive rate where float meets float, quantized quantized, and quantized float.
+    """Set thresholds for float, quantized and mixed comparisons at one false-positive rate.
 
     Does not change ``teacher`` or ``student``.
 
     Args:
         teacher: the float model: a module, the path of its file, ``package.module:factory``, or an Embedder.
-        student: the quantized one.
-        images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
-        fpr: the rate, a decimal between 0 and 1 such as ``"1e-4"``.
-        identities: of a folder, the people to set thresholds on.
-        eval_identities: the people to measure them on; None takes the same, on which the rate is what was wanted.
-        batch_size: images a forward pass.
-        progress: show the stages on stderr.
+        student: the quantized model, in the same forms.
+        images: a folder of 112x112 crops with one subfolder per identity, or other labeled images.
+        fpr: false-positive rate, a decimal between 0 and 1 such as ``"1e-4"``.
+        identities: identities of a folder for the thresholds; None uses all.
+        eval_identities: identities of a folder for the measured rates. None: the same identities, for which the FPR is
+            the wanted one.
+        batch_size: images per forward pass.
+        progress: show progress on stderr.
+
+    Returns:
+        Threshold and measured rates of each pairing.
 
     Raises:
-        ConfigError: the rate is no such decimal.
-        ImagesError: the images cannot be read, carry no labels, or form no genuine or no impostor pairs.
+        ConfigError: the rate is not a decimal between 0 and 1.
+        ImagesError: the images cannot be read, are unlabeled, or form no genuine or no impostor pairs.
         CheckpointError: a model file cannot be read.
-        QFaceError: a model gives no finite embeddings, or the two models' do not compare.
+        QFaceError: an embedding is not finite, or the two models have different embedding dimensions.
 
     Example:
         >>> result = qface.operating_thresholds("teacher.onnx", "student.onnx", "faces/", fpr="1e-2")
@@ -106,8 +110,8 @@ def operating_thresholds(
     tuned = _labeled(images, identities, fpr)
     others = None if eval_identities is None else _labeled(images, eval_identities, fpr)
     models = as_embedder(teacher), as_embedder(student)
-    seen = _faces(*models, tuned, batch_size)
-    judged = seen if others is None else _faces(*models, others, batch_size)
+    seen = _embed_both(*models, tuned, batch_size)
+    judged = seen if others is None else _embed_both(*models, others, batch_size)
     thresholds = {name: seen.threshold(name, fpr) for name in _PAIRINGS}
     rows = (
         PairingThreshold(name, threshold, judged.rates(name, threshold), judged.rates(name, thresholds["float"]))
@@ -127,15 +131,15 @@ _PAIRINGS = ("float", "quantized", "mixed")
 
 @dataclass(frozen=True)
 class _Labeled:
-    """Images, and who is on them."""
+    """Images with identity labels."""
 
     source: ImageSource
     labels: Labels
 
 
 @dataclass(frozen=True)
-class _Faces:
-    """Embeddings of the same people by both models."""
+class _ModelEmbeddings:
+    """Embeddings of the same images by both models."""
 
     teacher: Embeddings
     student: Embeddings
@@ -155,17 +159,17 @@ class _Faces:
 
 
 def _labeled(images: Images, identities: str | Path | None, fpr: str) -> _Labeled:
-    """The images, checked before they take their time."""
+    """Open the images and check labels and rate before the slow embedding."""
     source = as_image_source(images, identities)
     labels = labels_of(source)
     if labels is None:
-        raise ImagesError("thresholds need to know who is who: pass a folder with one subfolder a person")
+        raise ImagesError("thresholds need labeled images: pass a folder with one subfolder per identity")
     ranks_of([fpr], count_pairs(labels, ordered=True)[1])
     return _Labeled(source, labels)
 
 
-def _faces(teacher: Embedder, student: Embedder, images: _Labeled, batch_size: int) -> _Faces:
-    return _Faces(
+def _embed_both(teacher: Embedder, student: Embedder, images: _Labeled, batch_size: int) -> _ModelEmbeddings:
+    return _ModelEmbeddings(
         embed(teacher, images.source, batch_size),
         embed(student, images.source, batch_size),
         images.labels,

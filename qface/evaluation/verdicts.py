@@ -1,4 +1,4 @@
-"""Pairs of faces that two models judge differently, each at its own threshold."""
+"""Pairs of faces on which two models disagree, each at its own threshold."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Verifier:
-    """The embeddings of one model, and the cosine above which it accepts a pair.
+    """Embeddings and threshold of one model.
 
     Args:
         embeddings: float32 [images, dimensions], L2-normalized.
-        threshold: a cosine.
+        threshold: cosine above which a pair is accepted.
     """
 
     embeddings: Scores
@@ -30,15 +30,15 @@ class Verifier:
 
 @dataclass(frozen=True)
 class VerdictChange:
-    """A pair that one of two models accepts.
+    """Pair that only one of two models accepts.
 
     Args:
-        first: number of the first image.
-        second: number of the second image.
-        same: True if both show one person.
-        before: cosine of the first model.
-        after: cosine of the second model.
-        accepted: True if the second model accepts it.
+        first: index of the first image.
+        second: index of the second image.
+        same: True for a genuine pair.
+        before: cosine by the first model.
+        after: cosine by the second model.
+        accepted: True if the second model accepts the pair.
     """
 
     first: int
@@ -51,11 +51,11 @@ class VerdictChange:
 
 @dataclass(frozen=True)
 class VerdictChanges:
-    """All changes, counted, and the largest of them.
+    """Changed verdicts: their numbers and the largest changes.
 
     Args:
-        counts: by (same person, accepted now).
-        largest: of each of the four kinds, those whose distance to the threshold changed most.
+        counts: number of changes by (genuine pair, accepted by the second model).
+        largest: changes of each of these four kinds with the largest change of the distance to the threshold.
     """
 
     counts: dict[tuple[bool, bool], int]
@@ -63,13 +63,13 @@ class VerdictChanges:
 
 
 def verdict_changes(before: Verifier, after: Verifier, labels: npt.ArrayLike, each: int = 3) -> VerdictChanges:
-    """Find the pairs i < j of images that ``after`` accepts and ``before`` does not, or the other way round.
+    """Find the pairs i < j of images that only one of two models accepts.
 
     Args:
         before: the first model.
         after: the second model, on the same images.
-        labels: [images], the identities.
-        each: changes to return of each kind.
+        labels: [images], identity labels.
+        each: number of changes to return per kind.
 
     Example:
         >>> faces = np.eye(2, dtype=np.float32)

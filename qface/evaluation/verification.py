@@ -1,6 +1,6 @@
-"""Verification figures: TPR at fixed FPR over all pairs, and the ten-fold accuracy of LFW.
+"""Verification metrics: TPR at fixed FPR over all pairs, and the ten-fold accuracy of LFW.
 
-Both are exact: a threshold is a score of the rank that was asked for.
+Both are exact: each threshold is computed from the scores themselves, not from histogram bins.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ __all__ = [
 ]
 
 FPRS = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
-"""The false-positive rates that are reported, as exact decimals."""
+"""Reported false-positive rates, as exact decimals."""
 
 _MIN_FALSE_POSITIVES = 10
-"""Below this many accepted impostors, a threshold says more about them than about the model."""
+"""Minimum number of accepted impostors; with fewer, a threshold depends more on them than on the model."""
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """The operating point of a model at one false-positive rate.
+    """Operating point of a model at one false-positive rate.
 
     Args:
-        tpr: share of genuine pairs accepted, 0..1; None where there are too few impostor pairs to tell.
-        threshold: pairs with a larger cosine are accepted; None likewise.
+        tpr: fraction of genuine pairs accepted, 0..1; None if there are too few impostor pairs.
+        threshold: cosine above which a pair is accepted; None likewise.
     """
 
     tpr: float | None
@@ -63,11 +63,11 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of pairs that a threshold accepts.
+    """True-positive and false-positive rate at a threshold.
 
     Args:
-        tpr: share of genuine pairs, 0..1.
-        fpr: share of impostor pairs.
+        tpr: fraction of genuine pairs accepted, 0..1.
+        fpr: fraction of impostor pairs accepted, 0..1.
     """
 
     tpr: float
@@ -75,23 +75,26 @@ class Rates:
 
 
 def count_pairs(labels: npt.ArrayLike, ordered: bool = False) -> tuple[int, int]:
-    """Number of genuine and of impostor pairs among images with ``labels``.
+    """Count the genuine and the impostor pairs of all images.
 
     Args:
-        labels: [images], anything that tells identities apart.
+        labels: [images], identity labels of any type.
         ordered: count (i, j) and (j, i) as two pairs.
+
+    Returns:
+        Number of genuine pairs and number of impostor pairs.
 
     Raises:
         ImagesError: one of the two numbers is zero.
     """
-    images_of = np.unique(np.asarray(labels), return_counts=True)[1].astype(object)  # Python's integers: exact
+    images_of = np.unique(np.asarray(labels), return_counts=True)[1].astype(object)  # Python integers cannot overflow
     images = int(images_of.sum())
     genuine = int((images_of * (images_of - 1)).sum()) // 2
     impostor = images * (images - 1) // 2 - genuine
     if len(images_of) < 2:
-        raise ImagesError(f"verification needs images of at least two people, not of {len(images_of)}")
+        raise ImagesError(f"verification needs images of at least two identities, got {len(images_of)}: add images")
     if not genuine:
-        raise ImagesError("verification needs genuine pairs: give at least one person two images")
+        raise ImagesError("there are no genuine pairs: pass at least two images of some identity")
     return (2 * genuine, 2 * impostor) if ordered else (genuine, impostor)
 
 
@@ -105,32 +108,34 @@ def tpr_at_fpr(
     device: str | None = None,
     progress: bool = False,
 ) -> dict[str, OperatingPoint]:
-    """True-positive rate at fixed false-positive rates over all pairs of images.
+    """Compute the true-positive rate at fixed false-positive rates over all pairs of images.
 
-    With n impostor pairs, the threshold for a rate f is the element floor(n f) of their cosines in descending
-    order, and a pair is accepted when its cosine is larger: at most floor(n f) impostors are. A rate with
-    n f < 10 is not measured.
+    With n impostor pairs, the threshold at the rate f is element floor(n f) (from 0) of their cosines in descending
+    order. Pairs with a larger cosine are accepted, so at most floor(n f) impostors are. Rates with n f < 10 are not
+    measured.
 
-    Scores are counted as they are computed (:mod:`qface.evaluation.score_counts`): memory is that of the embeddings and
-    half a gigabyte, however many pairs there are. Under ``torchrun`` the processes share the pairs, and all return the
-    same.
+    Scores are counted while they are computed (:mod:`qface.evaluation.score_counts`), so memory is the embeddings plus
+    0.5 GB for any number of pairs. Under ``torchrun`` the processes share the pairs, and all return the same result.
 
     Args:
-        probes: float32 [images, dimensions], L2-normalized; in memory, or mapped from a file.
-        labels: [images], the identities.
-        fprs: rates as decimals, such as ``"1e-4"``, between 0 and 1; they are the keys of the result.
-        gallery: the same images embedded by another model. Then all ordered pairs i != j of a probe and a
-            gallery image count; without it, all pairs i < j.
-        run_dir: folder to keep the counts in; a call that was stopped goes on there. None keeps nothing.
-        device: where cosines are computed, as torch names it; None takes a GPU where there is one.
-        progress: show the stages on stderr.
+        probes: float32 [images, dimensions], L2-normalized, in memory or memory-mapped.
+        labels: [images], identity labels.
+        fprs: rates as decimals between 0 and 1, such as ``"1e-4"``; the keys of the result.
+        gallery: embeddings of the same images by another model; all ordered pairs i != j of probe and gallery are then
+            compared. None: all pairs i < j of probes.
+        run_dir: folder for the counts, from which an interrupted call resumes. None saves nothing.
+        device: torch device for the cosines. None: a GPU if there is one.
+        progress: show progress on stderr.
+
+    Returns:
+        Operating point by rate; its fields are None for rates that are not measured.
 
     Raises:
         ImagesError: there are no genuine or no impostor pairs.
-        ConfigError: a rate is no such decimal, there is no such device, ``run_dir`` is of other embeddings, or another
-            run is in it.
+        ConfigError: a rate is not a decimal between 0 and 1, the device is unknown, ``run_dir`` holds data of other
+            embeddings, or another run is using it.
         DependencyError: several processes without Lightning Fabric.
-        ExportError: ``run_dir`` cannot be written to.
+        ExportError: ``run_dir`` is not writable.
         QFaceError: the embeddings do not match the labels or each other, or are not finite.
 
     Example:
@@ -153,16 +158,21 @@ def tpr_at_fpr(
 def tpr_at_fpr_of_scores(
     scores: npt.ArrayLike, same: npt.ArrayLike, fprs: Sequence[str] = FPRS
 ) -> dict[str, OperatingPoint]:
-    """True-positive rate at fixed false-positive rates over listed pairs; :func:`tpr_at_fpr` says how.
+    """Compute the true-positive rate at fixed false-positive rates over listed pairs.
+
+    Thresholds are defined as in :func:`tpr_at_fpr`.
 
     Args:
         scores: float32 [pairs], cosines.
-        same: bool [pairs], whether both sides show one person.
-        fprs: rates as decimals, between 0 and 1; they are the keys of the result.
+        same: bool [pairs], True for genuine pairs.
+        fprs: rates as decimals between 0 and 1; the keys of the result.
+
+    Returns:
+        Operating point by rate; its fields are None for rates that are not measured.
 
     Raises:
         PairsError: there are no genuine or no impostor pairs.
-        ConfigError: a rate is no such decimal.
+        ConfigError: a rate is not a decimal between 0 and 1.
         QFaceError: a score is not finite.
     """
     genuine, impostors = _both_kinds(scores, same)
@@ -172,22 +182,21 @@ def tpr_at_fpr_of_scores(
 def equal_error_rate(
     probes: Scores, labels: npt.ArrayLike, gallery: Scores | None = None, device: str | None = None
 ) -> float:
-    """Equal error rate over all pairs of images.
+    """Compute the equal error rate over all pairs of images.
 
-    It is the smallest e for which some threshold accepts at most a share e of impostor pairs and rejects at most a
-    share e of genuine ones: the least of the greater of both rates, over all thresholds. It is exact, in two passes.
+    It is the minimum over all thresholds of max(FPR, 1 - TPR). The result is exact and takes two passes.
 
     Args:
         probes: float32 [images, dimensions], L2-normalized.
-        labels: [images], the identities.
-        gallery: see :func:`tpr_at_fpr`, whose pairs are the same.
-        device: where cosines are computed; None takes a GPU where there is one.
+        labels: [images], identity labels.
+        gallery: as in :func:`tpr_at_fpr`, with the same pairs.
+        device: torch device for the cosines. None: a GPU if there is one.
 
     Returns:
-        A share, 0..1.
+        A fraction, 0..1.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device is unknown.
         ImagesError: there are no genuine or no impostor pairs.
         QFaceError: the embeddings do not match the labels or each other, or are not finite.
 
@@ -201,14 +210,14 @@ def equal_error_rate(
 
 
 def equal_error_rate_of_scores(scores: npt.ArrayLike, same: npt.ArrayLike) -> float:
-    """Equal error rate over listed pairs, as :func:`equal_error_rate` defines it.
+    """Compute the equal error rate over listed pairs, as in :func:`equal_error_rate`.
 
     Args:
         scores: float32 [pairs], cosines.
-        same: bool [pairs], whether both sides show one person.
+        same: bool [pairs], True for genuine pairs.
 
     Returns:
-        A share, 0..1.
+        A fraction, 0..1.
 
     Raises:
         PairsError: there are no genuine or no impostor pairs.
@@ -226,10 +235,10 @@ def equal_error_rate_of_scores(scores: npt.ArrayLike, same: npt.ArrayLike) -> fl
 
 
 def _both_kinds(scores: npt.ArrayLike, same: npt.ArrayLike) -> tuple[Scores, Scores]:
-    """Genuine and impostor scores, ascending."""
+    """Return genuine and impostor scores in ascending order."""
     cosines, genuine = np.asarray(scores, np.float32), np.asarray(same, np.bool_)
     if genuine.all() or not genuine.any():
-        raise PairsError("verification needs pairs of one person and pairs of two: restore the list")
+        raise PairsError("the pair list needs both genuine and impostor pairs: restore the list")
     _check_scores(cosines)
     return np.sort(cosines[genuine]), np.sort(cosines[~genuine])
 
@@ -240,13 +249,13 @@ def _check_scores(scores: npt.NDArray[np.floating[Any]]) -> None:
 
 
 def rates_at(threshold: float, probes: Scores, labels: npt.ArrayLike, gallery: Scores | None = None) -> Rates:
-    """The shares of genuine and impostor pairs whose cosine is larger than ``threshold``.
+    """Compute TPR and FPR at a threshold over all pairs of images.
 
     Args:
-        threshold: a cosine.
+        threshold: cosine above which a pair is accepted.
         probes: float32 [images, dimensions], L2-normalized.
-        labels: [images], the identities.
-        gallery: see :func:`tpr_at_fpr`, whose pairs are the same.
+        labels: [images], identity labels.
+        gallery: as in :func:`tpr_at_fpr`, with the same pairs.
 
     Raises:
         ImagesError: there are no genuine or no impostor pairs.
@@ -261,30 +270,33 @@ def rates_at(threshold: float, probes: Scores, labels: npt.ArrayLike, gallery: S
 
 
 def ranks_of(fprs: Sequence[str], impostors: int) -> dict[str, int | None]:
-    """For each rate, the rank of the score that is its threshold: floor(impostors x rate), in exact arithmetic.
+    """Return the rank of the threshold score at each rate: floor(impostors x rate), computed exactly.
 
     Args:
-        fprs: rates as decimals, between 0 and 1; they are the keys of the result.
+        fprs: rates as decimals between 0 and 1; the keys of the result.
         impostors: number of impostor pairs.
 
     Returns:
-        None for a rate with too few impostors to measure it.
+        Rank by rate; None if there are too few impostor pairs.
 
     Raises:
-        ConfigError: a rate is no such decimal.
+        ConfigError: a rate is not a decimal between 0 and 1.
     """
     return {fpr: _rank(fpr, impostors) for fpr in fprs}
 
 
 def unmeasured(fprs: Sequence[str], impostors: int) -> str | None:
-    """Why the largest of ``fprs`` that is not measured is not, and which rate to use; None where all are measured.
+    """Explain why a rate cannot be measured, for error messages.
 
     Args:
-        fprs: rates as decimals, between 0 and 1.
+        fprs: rates as decimals between 0 and 1.
         impostors: number of impostor pairs.
 
+    Returns:
+        Reason and advice for the largest rate that is not measured; None if all are measured.
+
     Raises:
-        ConfigError: a rate is no such decimal.
+        ConfigError: a rate is not a decimal between 0 and 1.
 
     Example:
         >>> unmeasured(["1e-4"], 14587)
@@ -300,23 +312,23 @@ def unmeasured(fprs: Sequence[str], impostors: int) -> str | None:
 
 
 def finest_rate(impostors: int) -> str | None:
-    """The least of :data:`FPRS` that so many impostor pairs measure; None where they measure none."""
+    """Return the minimum of :data:`FPRS` that ``impostors`` pairs suffice for, or None."""
     return next((rate for rate, rank in reversed(ranks_of(FPRS, impostors).items()) if rank is not None), None)
 
 
 def impostors_needed(fpr: str) -> int:
-    """Impostor pairs that measure the rate ``fpr``, a decimal between 0 and 1."""
+    """Return the minimum number of impostor pairs to measure the rate ``fpr``, a decimal between 0 and 1."""
     return math.ceil(_MIN_FALSE_POSITIVES / Fraction(fpr))
 
 
 def _rank(fpr: str, impostors: int) -> int | None:
     try:
-        # A float first: Fraction would write out ten to the power of any exponent.
+        # A float first, because Fraction would compute ten to the power of any exponent.
         rate = Fraction(fpr) if 0 < float(fpr) < 1 else Fraction(0)
     except ValueError:
         rate = Fraction(0)
     if not 0 < rate < 1:
-        raise ConfigError(f"a false-positive rate is a decimal between 0 and 1 such as '1e-4', not {fpr!r}")
+        raise ConfigError(f"a false-positive rate must be a decimal between 0 and 1 such as '1e-4', got {fpr!r}")
     rank = int(impostors * rate)
     return rank if rank >= _MIN_FALSE_POSITIVES else None
 
@@ -335,21 +347,24 @@ def _operating_points(ranks: dict[str, int | None], genuine: Scores, impostors: 
 def ten_fold_accuracy(
     scores: npt.ArrayLike, same: npt.ArrayLike, fold: npt.ArrayLike, counts: npt.ArrayLike | None = None
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the accuracy over the folds of a pair list (LFW's view 2 has ten).
+    """Compute mean and standard deviation of the accuracy over the folds of a pair list (ten in LFW).
 
-    Each fold is judged at the threshold that is best on all other folds. Accuracy is the mean of TPR and TNR:
-    LFW's own accuracy on its balanced folds, and meaningful still where a selection of people unbalances them.
-    The deviation is the population's over folds (``np.std``), as InsightFace reports it. A fold that has lost
-    all its same or all its different pairs is not judged.
+    Each fold is tested at the threshold that is best on all other folds. Accuracy is the mean of TPR and TNR: equal to
+    LFW's accuracy on its balanced folds, and still meaningful if a selection of identities unbalances them. The
+    standard deviation is ``np.std`` over folds, as in InsightFace. Folds without genuine or without impostor pairs are
+    skipped.
 
     Args:
         scores: [pairs], cosines.
-        same: bool [pairs], whether both images show one person.
-        fold: int [pairs].
-        counts: int [pairs], how often each pair counts; None counts each once.
+        same: bool [pairs], True for genuine pairs.
+        fold: int [pairs], fold of each pair.
+        counts: int [pairs], weight of each pair. None: 1 each.
+
+    Returns:
+        Mean and standard deviation, as fractions 0..1.
 
     Raises:
-        PairsError: fewer than two folds can be judged.
+        PairsError: fewer than two folds have both kinds of pairs.
         QFaceError: a score is not finite.
     """
     scores, same, fold = np.asarray(scores, np.float64), np.asarray(same, np.bool_), np.asarray(fold)
@@ -364,24 +379,27 @@ def ten_fold_accuracy(
 
 
 def single_fold_accuracy(scores: npt.ArrayLike, same: npt.ArrayLike, counts: npt.ArrayLike | None = None) -> float:
-    """Accuracy over a pair list of one fold, at the threshold that is best on its own pairs.
+    """Compute the accuracy over a pair list of one fold, at the threshold that is best on the same pairs.
 
-    No pairs are left to choose it on, so this is an upper bound of what :func:`ten_fold_accuracy` would say.
+    It is an upper bound of :func:`ten_fold_accuracy`, because no pairs are held out.
 
     Args:
         scores: [pairs], cosines.
-        same: bool [pairs], whether both images show one person.
-        counts: int [pairs], how often each pair counts; None counts each once.
+        same: bool [pairs], True for genuine pairs.
+        counts: int [pairs], weight of each pair. None: 1 each.
+
+    Returns:
+        A fraction, 0..1.
 
     Raises:
-        PairsError: there are pairs of one kind alone.
+        PairsError: there are no genuine or no impostor pairs.
         QFaceError: a score is not finite.
     """
     scores, same = np.asarray(scores, np.float64), np.asarray(same, np.bool_)
     counts = _counts(counts, len(scores))
     _check_scores(scores)
     if len(np.unique(same[counts > 0])) < 2:
-        raise PairsError("verification needs pairs of one person and pairs of two: restore the list")
+        raise PairsError("the pair list needs both genuine and impostor pairs: restore the list")
     return _balanced_accuracy(scores > _best_threshold(scores, same, counts), same, counts)
 
 
@@ -390,21 +408,21 @@ def _counts(counts: npt.ArrayLike | None, pairs: int) -> npt.NDArray[np.int64]:
 
 
 def usable_folds(same: npt.ArrayLike, fold: npt.ArrayLike) -> list[int]:
-    """The folds that hold both kinds of pairs.
+    """Return the folds with both genuine and impostor pairs.
 
     Args:
-        same: bool [pairs], whether both images show one person.
-        fold: int [pairs].
+        same: bool [pairs], True for genuine pairs.
+        fold: int [pairs], fold of each pair.
 
     Raises:
-        PairsError: there are fewer than two.
+        PairsError: there are fewer than two such folds.
     """
     same, fold = np.asarray(same, np.bool_), np.asarray(fold)
     usable = [int(k) for k in np.unique(fold) if len(np.unique(same[fold == k])) == 2]
     if len(usable) < 2:
         raise PairsError(
-            f"{len(usable)} of {len(np.unique(fold))} folds hold both same and different pairs, "
-            "but two are needed: select more people, or pass pairs with more folds"
+            f"{len(usable)} of {len(np.unique(fold))} folds have both genuine and impostor pairs, "
+            "but two are needed: select more identities, or pass pairs with more folds"
         )
     return usable
 
@@ -412,12 +430,12 @@ def usable_folds(same: npt.ArrayLike, fold: npt.ArrayLike) -> list[int]:
 def _best_threshold(
     scores: npt.NDArray[np.float64], same: npt.NDArray[np.bool_], counts: npt.NDArray[np.int64]
 ) -> float:
-    """The cut with the best balanced accuracy, midway between two scores; of several, the highest."""
+    """Return the threshold with the best balanced accuracy (midway between scores; the highest if tied)."""
     scores, same, counts = scores[counts > 0], same[counts > 0], counts[counts > 0]
     order = np.argsort(-scores, kind="stable")
     descending, accepted, times = scores[order], same[order], counts[order]
     true_positives, false_positives = np.cumsum(accepted * times), np.cumsum(~accepted * times)
-    # TPR - FPR times both counts: whole numbers, so that rounding decides no tie
+    # (TPR - FPR) times both counts, in integers, so that rounding cannot break ties
     quality = true_positives * false_positives[-1] - false_positives * true_positives[-1]
     quality[:-1][descending[:-1] == descending[1:]] = np.iinfo(quality.dtype).min  # no cut between equal scores
     last = int(np.argmax(quality))
@@ -431,6 +449,6 @@ def _best_threshold(
 def _balanced_accuracy(
     accepted: npt.NDArray[np.bool_], same: npt.NDArray[np.bool_], counts: npt.NDArray[np.int64]
 ) -> float:
-    """The mean of the shares of same pairs accepted and of different ones rejected."""
+    """Return the mean of TPR and TNR."""
     right = np.where(accepted == same, counts, 0)
     return float(right[same].sum() / counts[same].sum() + right[~same].sum() / counts[~same].sum()) / 2

@@ -233,8 +233,8 @@ def test_files_without_golden_values_are_refused(copied: Path, tmp_path: Path) -
         ("[]", "cannot be read"),
         ('{"version": 2, "tolerance": "equal", "embeddings": [], "digests": []}', "cannot be read"),
         ('{"version": 2, "tolerance": "equal", "embeddings": ["?"], "digests": [1]}', "cannot be read"),
-        ('{"version": 2, "tolerance": "equal", "embeddings": ["AAAAAA=="], "digests": []}', "0 digests of 1"),
-        ('{"version": 1}', "version 1, not 2: export it again"),
+        ('{"version": 2, "tolerance": "equal", "embeddings": ["AAAAAA=="], "digests": []}', "0 digests for 1"),
+        ('{"version": 1}', "version 2, got 1: export again"),
     ],
 )
 def test_damaged_golden_values_are_refused(copied: Path, text: str, hint: str) -> None:

@@ -114,7 +114,7 @@ def test_a_row_as_plain_values(clock):
 
 @pytest.mark.parametrize("setting", [{"threads": 0}, {"batch": 0}, {"runs": -1}])
 def test_counts_below_one_are_refused(clock, setting):
-    with pytest.raises(ConfigError, match="must be 1 or more"):
+    with pytest.raises(ConfigError, match="must be an integer >= 1"):
         compare([candidate("a", clock, [1], [])], **setting)
 
 

@@ -111,7 +111,7 @@ def test_as_embedder_tells_runtime_and_protocol():
     assert embedder.runtime == "torch cpu"
     doubler = Doubler()
     assert as_embedder(doubler) is doubler
-    with pytest.raises(ConfigError, match="not int"):
+    with pytest.raises(ConfigError, match="got int"):
         as_embedder(5)
 
 
@@ -127,7 +127,7 @@ def test_unusable_embeddings_are_named(value):
     output[2:4, 1] = value
     if value == 0:
         output[2:4] = 0
-    with pytest.raises(QFaceError, match=r"^the embedding of image 2 is not finite or is zero"):
+    with pytest.raises(QFaceError, match=r"^the embedding of image 2 is zero or not finite"):
         embed(Constant(output), TensorImages(FLOATS))
 
 

@@ -188,7 +188,7 @@ def test_a_file_that_does_not_fit_is_refused(text: str, hint: str, crops, tmp_pa
 
 
 def test_images_without_names_have_no_groups(tmp_path: Path) -> None:
-    with pytest.raises(ImagesError, match="groups are of people by name"):
+    with pytest.raises(ImagesError, match="groups need identities with names"):
         evaluate_groups("student.onnx", torch.zeros(2, 3, 112, 112), tmp_path / "groups.csv")
 
 

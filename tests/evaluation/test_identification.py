@@ -39,7 +39,7 @@ def people(several: int, single: int, noise: float = 0.5) -> TensorImages:
 def test_one_image_of_each_person_with_several_is_enrolled(labels: list[int], seed: int) -> None:
     images_of = {person: labels.count(person) for person in labels}
     if sum(count > 1 for count in images_of.values()) < 2:
-        with pytest.raises(ImagesError, match="two people with two images"):
+        with pytest.raises(ImagesError, match="two identities with two images"):
             Protocol.of(labels, seed)
         return
     protocol = Protocol.of(labels, seed)
@@ -101,7 +101,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         evaluate_identification(Pooled(), source, seed=-1)
     with pytest.raises(ConfigError, match="bootstrap"):
         evaluate_identification(Pooled(), source, bootstrap=-1)
-    with pytest.raises(ImagesError, match="who is who"):
+    with pytest.raises(ImagesError, match="labeled images"):
         evaluate_identification(Pooled(), source.images)
 
 

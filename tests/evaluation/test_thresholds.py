@@ -75,7 +75,7 @@ def test_thresholds_are_judged_on_other_people(crops: Crops) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ImagesError, match="who is who"):
+    with pytest.raises(ImagesError, match="labeled images"):
         operating_thresholds(Corner(), Corner(), people().images)
     with pytest.raises(ConfigError, match="false-positive rate"):
         operating_thresholds(Corner(), Corner(), people(), "2")

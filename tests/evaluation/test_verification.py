@@ -144,7 +144,7 @@ def test_count_pairs_counts_all_pairs(labels):
 
 
 def test_one_person_or_no_genuine_pair_is_an_error():
-    with pytest.raises(ImagesError, match="at least two people, not of 1"):
+    with pytest.raises(ImagesError, match="at least two identities, got 1"):
         tpr_at_fpr(np.ones((3, 2), np.float32), [0, 0, 0])
     with pytest.raises(ImagesError, match="genuine pairs"):
         tpr_at_fpr(np.ones((3, 2), np.float32), [0, 1, 2])
@@ -270,7 +270,7 @@ def test_the_equal_error_rate_of_embeddings_and_its_bounds():
     expected = obvious_equal_error(*all_scores(embeddings, labels))
     assert equal_error_rate(embeddings, labels) == pytest.approx(expected, abs=1e-4)
     assert equal_error_rate_of_scores([0.1, 0.9], [True, False]) == 1.0
-    with pytest.raises(PairsError, match="pairs of one person and pairs of two"):
+    with pytest.raises(PairsError, match="both genuine and impostor pairs"):
         equal_error_rate_of_scores([0.1, 0.9], [True, True])
 
 
