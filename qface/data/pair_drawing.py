@@ -96,7 +96,7 @@ def draw_pairs(folder: ImageFolder, folds: int = 10, pairs_per_fold: int = 300, 
 
 
 def _dealt(labels: npt.NDArray[np.int64], folds: int, rng: np.random.Generator) -> list[list[list[int]]]:
-    """Distribute identities over folds in the order of their image counts; return image indices by fold and identity."""
+    """Distribute identities over folds by image count; return the image indices by fold and identity."""
     counts = np.unique(labels, return_counts=True)[1]
     images_of = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
     people = [images_of[person].tolist() for person in rng.permutation(len(images_of))]
