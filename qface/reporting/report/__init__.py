@@ -1,1 +1,1 @@
-"""A report on one compression: measured (``measure``), kept as plain values (``data``), and drawn as a page."""
+"""Report on one compression: measurement (``measure``), plain values (``data``) and HTML page (``page``)."""
