@@ -64,9 +64,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
-            raise ConfigError(f"unit must be one of {', '.join(map(repr, get_args(Unit)))}, got {self.unit!r}")
+            units = ", ".join(map(repr, get_args(Unit)))
+            raise ConfigError(f"the unit of a budget must be one of {units}, got {self.unit!r}")
         if not self.limit > 0:
-            raise ConfigError(f"limit must be > 0, got {self.limit!r}")
+            raise ConfigError(f"the limit of a budget must be > 0, got {self.limit!r}")
 
     def cost(self, model: nn.Module) -> float:
         """Return the cost of ``model`` in ``unit``."""
