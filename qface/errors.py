@@ -59,7 +59,7 @@ class ImagesError(QFaceError):
 
 
 class LimitError(QFaceError):
-    """A file needs more memory, depth or time than :mod:`qface.limits` allows; the message names the limit."""
+    """A file exceeds a limit of :mod:`qface.limits`; the message says how to raise it."""
 
 
 class PairsError(QFaceError):

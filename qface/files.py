@@ -209,7 +209,7 @@ def _held(path: Path, make: Callable[[Path], None]) -> int | None:
 
 
 def _lock(path: Path, blocking: bool) -> int | None:
-    """Return a file descriptor that locks ``path``; None if it is locked already or locks are not supported."""
+    """Return a file descriptor that locks ``path``; None if it is already locked or cannot be locked."""
     if fcntl is None:
         return None
     handle = None

@@ -1,4 +1,4 @@
-"""Digests of the structure and values of a network, so that a run is resumed only with the same network."""
+"""Digests of the structure and values of a network, to resume a run only with the same network."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Preprocessing:
         return (floats - self._per_channel(self.mean, floats)) / self._per_channel(self.std, floats)
 
     def to_bytes(self, images: Tensor) -> Tensor:
-        """Convert normalized ``images`` [N, 3, *size] back to RGB pixels, uint8: the inverse of :meth:`normalize`."""
+        """Invert :meth:`normalize`: convert ``images``, float [N, 3, *size], to uint8 RGB pixels."""
         pixels = images * self._per_channel(self.std, images) + self._per_channel(self.mean, images)
         return self._between_orders(pixels.round().clamp(0, 255).byte())
 
@@ -177,7 +177,9 @@ _FIELDS = tuple(each.name for each in fields(Preprocessing) if each.compare)
 
 
 def overridden(found: Preprocessing, given: PreprocessingOverride | None) -> Preprocessing:
-    """Return ``found`` with the fields of ``given``; a size without a crop also sets the crop (:func:`crop_for`).
+    """Return ``found`` with the fields of ``given``.
+
+    A size without a crop also sets the crop (:func:`crop_for`).
 
     Raises:
         ConfigError: a field does not exist or is out of range.
@@ -196,7 +198,7 @@ def overridden(found: Preprocessing, given: PreprocessingOverride | None) -> Pre
 
 
 def crop_for(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the part of the 112x112 crop for a network input of ``size``: columns 8 to 104 if 96 wide, else all."""
+    """Return the crop for a network input of ``size``: columns 8 to 104 for 112x96, else all pixels."""
     if size == (CROP_SIZE, 96):
         return (0, 8, CROP_SIZE, 104)
     return (0, 0, CROP_SIZE, CROP_SIZE)
@@ -243,7 +245,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Return the input dtype of ``model``: that of its first floating-point parameter, else float32."""
+    """Return the dtype of the first floating-point parameter of ``model``; float32 if there is none."""
     return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
 
 

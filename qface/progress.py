@@ -1,7 +1,7 @@
 """Progress display of long work.
 
 Code reports its progress with :func:`track` or :func:`stage`. A function decorated with :func:`shows_progress` displays
-it, including that of nested calls, if its argument ``progress`` is True: as temporary bars on a terminal, otherwise as
+this progress, also of nested calls, if its argument ``progress`` is True: as temporary bars on a terminal, otherwise as
 one line of text per minute.
 """
 

@@ -22,7 +22,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def provenance_of(model: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Return the steps of ``model``, oldest first, each with ``step``, ``qface`` (version) and its settings."""
+    """Return the steps of ``model``, oldest first: ``step``, ``qface`` (version) and the settings of each."""
     return tuple(getattr(model, _ATTRIBUTE, ()))
 
 

@@ -1,4 +1,4 @@
-"""Clean exit of a command on Ctrl-C, SIGTERM and SIGHUP, without output and with exit code 128 + signal."""
+"""Clean exit of a command on Ctrl-C, SIGTERM and SIGHUP, silently and with code 128 + signal."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ ARCFACE_LANDMARKS: Landmarks = np.array(
 
 
 def similarity_transform(source: npt.ArrayLike, target: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return the least-squares similarity transform (rotation, scale, translation) from ``source`` to ``target``.
+    """Return the least-squares similarity transform from ``source`` to ``target``.
 
-    Umeyama, Least-squares estimation of transformation parameters between two point patterns, PAMI 1991,
-    equations 34 to 43.
+    It consists of rotation, uniform scale and translation. Umeyama, Least-squares estimation of transformation
+    parameters between two point patterns, PAMI 1991, equations 34 to 43.
 
     Args:
         source: points [N, 2], x and y, N >= 2.

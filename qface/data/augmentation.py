@@ -145,14 +145,14 @@ def _mixture(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
 
 
 def _turn(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
-    """Turn a vertical cylinder by yaw and a horizontal one by pitch; the center of the face stays in place."""
+    """Turn the face as a vertical cylinder by yaw and as a horizontal one by pitch, around its center."""
     rows, columns = _coordinates(faces)
     yaw, pitch = (torch.deg2rad(draws.between(at, -most, most))[:, None, None] for at, most in ((0, _YAW), (1, _PITCH)))
     return _sampled(faces, _turned(columns, yaw), _turned(rows, pitch))
 
 
 def _turned(place: Tensor, angle: Tensor) -> Tensor:
-    """Return the source coordinate of ``place`` after a turn, which moves r sin(phi) to r sin(phi + angle)."""
+    """Return the source coordinate of ``place``: a turn moves r sin(phi) to r sin(phi + angle)."""
     seen = (place / _RADIUS + torch.sin(angle)).clamp(-0.999, 0.999)  # shifted, so that the center stays in place
     return _RADIUS * torch.sin(torch.asin(seen) - angle)
 

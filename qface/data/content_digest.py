@@ -1,4 +1,4 @@
-"""Digest of the images of a run, so that a run is resumed only with the same images."""
+"""Digest of the images of a run, to resume it only with the same images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["digest_of_images"]
 def digest_of_images(source: ImageSource) -> str:
     """Return a digest of the images and labels of ``source``.
 
-    For a loader, it covers only the number and size of batches and the number of images, as far as they are known.
+    For a loader, it covers only the number of batches, the batch size and the number of images.
     """
     if isinstance(source, IndexedImages):
         labels = b"" if source.labels is None else bytes_of(source.labels)

@@ -29,7 +29,7 @@ __all__ = ["AlignmentReport", "align"]
 _LOGGER = logging.getLogger("qface")
 
 Locate = Callable[[str, Image.Image], Landmarks | None]
-"""Returns the landmarks of the face in a photo, given the photo's name and pixels; None if there is no face."""
+"""Return the landmarks of the face in a photo, given its name and pixels; None without a face."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,7 +18,7 @@ class Detector(Protocol):
     """Interface of a face detector with five landmarks, as in uniface."""
 
     def detect(self, image: npt.NDArray[np.uint8], /) -> list[Any]:
-        """Return the faces in ``image`` [H, W, 3], BGR, with ``bbox`` (x1, y1, x2, y2) and ``landmarks`` [5, 2]."""
+        """Return the faces in ``image``, BGR [H, W, 3], with ``bbox`` (x1, y1, x2, y2) and ``landmarks``."""
 
 
 def default_detector() -> Detector:

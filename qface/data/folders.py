@@ -149,7 +149,7 @@ def _scan(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
 
 
 def warn_of_others(root: Path, others: Sequence[Path], gone: Sequence[str] = ()) -> None:
-    """Log a warning about ignored files under ``root`` and about identities ``gone`` that have no other files."""
+    """Warn about ignored files under ``root``, and about identities ``gone`` that have no other files."""
     if not others:
         return
     people = f"; {len(gone)} identities have no image and are ignored (first: {gone[0]})" if gone else ""

@@ -36,7 +36,9 @@ class Grouping:
 
 
 def read_groups(path: str | Path, folder: ImageFolder) -> Grouping:
-    """Read the groups of the identities of ``folder``; lines of identities that are not selected are ignored.
+    """Read the group of each identity of ``folder``.
+
+    Lines of identities that the folder does not select are ignored.
 
     Args:
         path: text file in UTF-8 with one line ``identity,group`` per identity, split at a tab or else at the last

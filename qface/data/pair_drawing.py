@@ -140,7 +140,7 @@ def _of_two(people: Sequence[Sequence[int]], wanted: int, rng: np.random.Generat
 
 
 def write_pairs(path: str | Path, pairs: ResolvedPairs, folder: ImageFolder) -> None:
-    """Write ``pairs`` in LFW's format if images are named as in LFW, else as lines ``path,path,flag,fold``.
+    """Write ``pairs`` in LFW's format if the names allow it, else as lines ``path,path,flag,fold``.
 
     Args:
         path: the file to write.

@@ -171,7 +171,7 @@ class RecordImages(IndexedImages):
         return np.frombuffer(data[_HEADER.size : end], "<f4"), data[end:]
 
     def _record(self, key: int) -> Bytes:
-        """Return the data of a record; a view of the file if possible, so that reading labels does not load images."""
+        """Return the data of a record, if possible as a view, so that labels are read without the image."""
         parts: list[memoryview] = []
         offset = self._offsets[key]
         while True:

@@ -279,7 +279,7 @@ def _pruner(model: nn.Module, share: float, config: PruningConfig, structure: St
 
 
 def _max_pruning_ratios(model: nn.Module, share: float, config: PruningConfig) -> dict[nn.Module, float]:
-    """Return a maximum ratio for layers that would lose all channels, which torch-pruning would not prune at all."""
+    """Limit the ratio of layers that would lose all channels, since torch-pruning does not prune these."""
     found: dict[nn.Module, float] = {}
     for layer in model.modules():
         if isinstance(layer, WEIGHTED):

@@ -54,7 +54,7 @@ def det_figure(models: Sequence[ModelFigures]) -> Any:
 
 
 def _band(curve: Curve) -> list[tuple[float, float, float]]:
-    """Return (FPR, lower, upper) of the TPR's confidence intervals, where they are known."""
+    """Return (FPR, lower, upper) of the known confidence intervals of the TPR."""
     return [
         (fpr, low, high)
         for fpr, low, high in zip(curve.fpr, curve.low, curve.high, strict=True)
@@ -161,7 +161,7 @@ def draw_sensitivity(result: Sensitivity) -> Any:
 
 
 def _draw_losses(panel: Any, result: Sensitivity, tensor: str) -> None:
-    """Draw one line per bit width of ``tensor``, ``"weight"`` or ``"activation"``, with gaps where it is unknown."""
+    """Draw one line per bit width of ``tensor``, ``"weight"`` or ``"activation"``, with gaps."""
     from matplotlib import colormaps
 
     bit_widths = result.bit_widths(tensor)

@@ -63,7 +63,7 @@ __all__ = [
 
 @singledispatch
 def table_of(result: Result) -> Table | Group:
-    """Return the table of a :class:`qface.results.Result`; the function for each class is registered below."""
+    """Return the table of a :class:`qface.results.Result`, with the function registered for its class."""
     raise NotImplementedError(f"{type(result).__name__} has no table: register one in qface.reporting.tables")
 
 

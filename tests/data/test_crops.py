@@ -239,7 +239,9 @@ def test_weights_that_cannot_be_fetched_are_one_line(error, photos: Path, tmp_pa
         raise error("the hash\ndoes not match")
 
     monkeypatch.setitem(sys.modules, "uniface", types.SimpleNamespace(RetinaFace=fail))
-    with pytest.raises(DependencyError, match=r"cannot be downloaded \(the hash does not match\): pass a landmark file"):
+    with pytest.raises(
+        DependencyError, match=r"cannot be downloaded \(the hash does not match\): pass a landmark file"
+    ):
         align(photos, tmp_path / "crops")
 
 

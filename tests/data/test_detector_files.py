@@ -131,7 +131,9 @@ REFUSED = {
 @pytest.mark.parametrize("outputs", REFUSED.values(), ids=REFUSED.keys())
 def test_other_networks_are_refused(outputs: Outputs, tmp_path: Path) -> None:
     file = write_network(tmp_path / "scrfd.onnx", outputs)
-    with pytest.raises(CheckpointError, match=rf"is not a supported detector .*{next(iter(outputs))}.*: pass SCRFD .* or YuNet"):
+    with pytest.raises(
+        CheckpointError, match=rf"is not a supported detector .*{next(iter(outputs))}.*: pass SCRFD .* or YuNet"
+    ):
         load_detector(file)
 
 

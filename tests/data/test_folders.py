@@ -219,7 +219,10 @@ def test_files_that_are_not_read_are_counted_and_people_who_vanish_are_told(crop
         (root / name).write_bytes(b"")
     assert ImageFolder(root).names == ["Ann"]
     (message,) = caplog.messages
-    assert "3 files are not in a supported image format" in message and "1 identities have no image and are ignored (first: Bob)" in message
+    assert (
+        "3 files are not in a supported image format" in message
+        and "1 identities have no image and are ignored (first: Bob)" in message
+    )
     caplog.clear()
     (root / "Ann" / "1.heic").unlink()
     shutil.rmtree(root / "Bob")

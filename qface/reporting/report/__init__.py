@@ -1,1 +1,1 @@
-"""Report on one compression: measurement (``measure``), plain values (``data``) and HTML page (``page``)."""
+"""Report on one compression: ``measure`` its figures, keep them as ``data``, draw the ``page``."""
