@@ -102,7 +102,7 @@ def test_a_card_has_the_date_that_the_environment_sets(tmp_path: Path, monkeypat
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     assert "on 1970-01-02." in qface.model_card(file)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-    with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH must be .*, got 'yesterday'"):
+    with pytest.raises(ConfigError, match=r"SOURCE_DATE_EPOCH must be .*, got 'yesterday'"):
         qface.model_card(file)
 
 
