@@ -1,9 +1,9 @@
-"""Makes face-recognition networks small and fast without losing what they know.
+"""Quantization, pruning and distillation of face-recognition networks.
 
-One verb a stage, each working alone: ``load``, ``quantize``, ``calibrate``, ``distill``, ``export``, ``evaluate``,
-``save``, and ``verify``, which proves that a file computes what was trained; ``selftest`` proves it on any machine from
-the file alone. ``sensitivity`` says what each layer loses
-at each number of bits, ``allocate_bits`` chooses bits for a budget, and ``operating_thresholds`` the cosines to accept.
+One function per stage, each usable alone: ``load``, ``prune``, ``quantize``, ``calibrate``, ``distill``, ``export``,
+``evaluate`` and ``save``. ``verify`` checks that an exported file computes the same as the trained network;
+``selftest`` checks it on any machine from the file alone. ``sensitivity`` measures the loss of each layer at each bit
+width, ``allocate_bits`` chooses bit widths for a size budget, and ``operating_thresholds`` sets cosine thresholds.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """Import torch and all else at the first use, so that the command line is ready for Ctrl-C before that."""
+        """Import torch and the rest at the first use, so that the command line handles Ctrl-C before that."""
         if name in __all__:
             return getattr(importlib.import_module("qface.api"), name)
         try:

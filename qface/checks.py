@@ -1,4 +1,4 @@
-"""Settings and weights that users give, held against what they may be."""
+"""Checks of settings and weights that users pass."""
 
 from __future__ import annotations
 
@@ -15,48 +15,46 @@ _SEEDS = 2**63
 
 
 def check_whole(least: int, **settings: object) -> None:
-    """Make sure that every setting is a whole number, ``least`` or greater.
+    """Raise if a setting is not an integer >= ``least``.
 
     Raises:
-        ConfigError: one is not; it is named.
+        ConfigError: a setting is out of range; the message names it.
     """
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name} is a whole number from {least} on, not {value!r}")
+            raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def check_seed(seed: object) -> None:
-    """Make sure that ``seed`` is one that torch and numpy take.
+    """Raise if torch or numpy would reject ``seed``.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the seed is not an integer in [0, 2^63).
     """
     check_whole(0, seed=seed)
     if isinstance(seed, int) and seed >= _SEEDS:
-        raise ConfigError(f"seed is a whole number below 2^63, not {seed}")
+        raise ConfigError(f"seed must be an integer < 2^63, got {seed}")
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse weights that are not numbers.
+    """Raise if a weight is NaN or infinite.
 
     Raises:
-        CheckpointError: a tensor holds NaN or an infinity; the message counts the tensors and names the first.
+        CheckpointError: a tensor has NaN or infinity; the message counts these tensors and names the first.
     """
     broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise CheckpointError(
-            f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity (first: {broken[0]}); "
-            "the training that wrote it diverged, use an earlier checkpoint"
+            f"{path}: {len(broken)} of {len(tensors)} tensors have NaN or infinity (first: {broken[0]}); "
+            "the training diverged, use an earlier checkpoint"
         )
 
 
 def check_module(model: object) -> None:
-    """Make sure that ``model`` is a network, where no path can take its place.
+    """Raise if ``model`` is not a network; for functions that do not accept a path.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: ``model`` is not a torch.nn.Module.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"model must be a torch.nn.Module, not {type(model).__name__}; qface.load makes one of a file"
-        )
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}; load a file with qface.load")

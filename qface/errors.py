@@ -1,4 +1,4 @@
-"""Every error that qface raises on purpose. Each message is one line: what is wrong, and what to do about it."""
+"""Exceptions of qface; each message is one line that says what is wrong and what to do."""
 
 __all__ = [
     "CheckpointError",
@@ -17,17 +17,17 @@ __all__ = [
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """The text of somebody else's error, to be quoted within a line of ours: no line breaks, no full stop at its end.
+    """Return the text of an exception without line breaks and final period, to quote in a message.
 
     Args:
-        error: what was caught.
-        limit: characters to keep; None keeps all.
+        error: the exception.
+        limit: maximum number of characters; None for all.
     """
     return " ".join(str(error).split())[:limit].rstrip(".")
 
 
 class QFaceError(Exception):
-    """Base of all errors of this package; the command line prints it and exits with 2.
+    """Base class of all qface errors; the command line prints the message and exits with 2.
 
     Example:
         >>> try:
@@ -39,40 +39,40 @@ class QFaceError(Exception):
 
 
 class CheckpointError(QFaceError):
-    """A model file cannot be read, is damaged, or holds something else than was asked for."""
+    """A model file is missing, damaged, or of the wrong kind."""
 
 
 class ConfigError(QFaceError):
-    """A setting is out of its range, or settings contradict each other."""
+    """A setting is out of range, or settings contradict each other."""
 
 
 class DependencyError(QFaceError):
-    """An optional package is needed for what was asked and is not installed."""
+    """A required optional package is not installed."""
 
 
 class ExportError(QFaceError):
-    """A model cannot be written in the wanted form."""
+    """A model or another output file cannot be written."""
 
 
 class ImagesError(QFaceError):
-    """A folder, tensor or loader of images is empty, unreadable or of the wrong size or type."""
+    """A folder, tensor or loader of images is empty, unreadable, or of the wrong size or dtype."""
 
 
 class LimitError(QFaceError):
-    """A file asks for more memory, depth or time than :mod:`qface.limits` allows; the message says how to raise it."""
+    """A file exceeds a limit of :mod:`qface.limits`; the message says how to raise it."""
 
 
 class PairsError(QFaceError):
-    """A list of verification pairs is malformed or names images that are not there."""
+    """A list of verification pairs is malformed or names missing images."""
 
 
 class TraceError(QFaceError):
-    """torch.export cannot follow a network, or its captured form computes something else."""
+    """torch.export cannot trace a network, or the traced graph computes different values."""
 
 
 class TrainingError(QFaceError):
-    """Training cannot start or go on: incompatible networks, or a loss that is not finite."""
+    """Training cannot start or continue: incompatible networks, or a loss that is not finite."""
 
 
 class UnsupportedLayerError(QFaceError):
-    """A network contains an operation that the requested step cannot represent; the message names it."""
+    """A network contains an operation that the requested step does not support; the message names it."""

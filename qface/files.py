@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: a new file appears whole, under its name, or not at all."""
+"""Atomic writing of files: a file is replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qface.errors import CheckpointError, ConfigError, ExportError, one_line
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows, which removes no file that is open
+except ModuleNotFoundError:  # Windows, which does not delete open files
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["alone_in", "as_path", "check_file", "check_folder", "make_folder", "replacing", "sync", "temporary_folder"]
@@ -29,69 +29,67 @@ _LONGEST_NAME = 255  # bytes, on the file systems of Linux, macOS and Windows
 
 
 def as_path(path: str | Path) -> Path:
-    """Return ``path`` as a path.
+    """Return ``path`` as a :class:`~pathlib.Path`.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it is not a path.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"a file or folder is given by its path, not by {type(path).__name__}")
+        raise ConfigError(f"a path must be a str or Path, got {type(path).__name__}")
     return Path(path)
 
 
 def check_file(path: str | Path) -> None:
-    """Make sure that ``path`` is a file, before it is read as a network.
+    """Raise if ``path`` is not a file; called before a network is read from it.
 
     Raises:
-        CheckpointError: nothing is there, or a folder.
-        ConfigError: ``path`` is no path.
+        CheckpointError: the file does not exist, or is a folder.
+        ConfigError: ``path`` is not a path.
     """
     path = as_path(path)
     if os.path.isdir(path):
-        raise CheckpointError(f"{path} is a folder; give the file of a network")
-    if not os.path.isfile(path):  # unlike Path.is_file, False for names that no file can have
+        raise CheckpointError(f"{path} is a folder; pass the file of a network")
+    if not os.path.isfile(path):  # Path.is_file raises for invalid names
         raise CheckpointError(f"there is no file {path}; check the path")
 
 
 def check_folder(path: str | Path) -> None:
-    """Make sure, before long work, that ``path`` can be written at its end.
+    """Raise if the file ``path`` cannot be written; called before long work.
 
     Raises:
-        ExportError: its folder does not exist or cannot be written to, its name is too long, or it is something else
-            than a file.
+        ExportError: the folder does not exist or is not writable, the name is too long, or ``path`` exists and is not
+            a file.
     """
     _check_replaceable(Path(path))
     folder = Path(path).parent
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ExportError(
-            f"cannot write {path}: {folder} is no folder that can be written to; choose another or make it"
-        )
+        raise ExportError(f"cannot write {path}: {folder} is not a writable folder; create it or choose another one")
     if len(os.fsencode(Path(path).name)) > _LONGEST_NAME:
-        raise ExportError(f"cannot write {path}: its name has more than {_LONGEST_NAME} bytes; choose a shorter one")
+        raise ExportError(f"cannot write {path}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
 
 
 def make_folder(path: str | Path) -> None:
-    """Make the folder ``path``, with those that it lies in, where it does not exist.
+    """Create the folder ``path`` and its parents if they do not exist.
 
     Raises:
-        ExportError: it cannot be made, or is something else.
+        ExportError: the folder cannot be created, or ``path`` is not a folder.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExportError(f"cannot make the folder {path}: {error.strerror or error}; choose another") from error
+        raise ExportError(f"cannot create the folder {path}: {error.strerror or error}; choose another") from error
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it takes the place of ``path``, on failure it is removed.
+    """Yield a temporary path that replaces ``path`` on success and is removed on failure.
 
-    A link stays, and the file that it points to is replaced. Content and name are on the disk when this returns. What
-    a process that was killed left in the folder is removed.
+    If ``path`` is a link, the linked file is replaced. Content and name are synced to disk on return. Temporary files
+    of killed processes in the same folder are removed.
 
     Raises:
-        ExportError: the folder does not exist or cannot be written to, the disk is full, or ``path`` is something else
-            than a file.
+        ExportError: the folder does not exist or is not writable, the disk is full, or ``path`` exists and is not a
+            file.
     """
     _check_replaceable(Path(path))
     path = Path(os.path.realpath(path))
@@ -112,29 +110,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield an empty folder among the temporary ones of the system; it is removed at the end.
+    """Yield an empty folder in the system's temporary folder; it is removed at the end.
 
-    What a process that was killed left there is removed too.
+    Temporary folders of killed processes are removed too.
 
     Raises:
-        ExportError: none can be made.
+        ExportError: the folder cannot be created.
     """
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(_temporary(Path(tempfile.gettempdir()), _make_private_folder))
         except OSError as error:
             raise ExportError(
-                f"cannot make a temporary folder ({one_line(error)}): set TMPDIR to another place"
+                f"cannot create a temporary folder ({one_line(error)}): set TMPDIR to a writable folder"
             ) from error
         yield folder
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of ``folder``, where it can be written to and its file system has locks.
+    """Lock ``folder`` against other runs, if it is writable and its file system supports locks.
 
     Raises:
-        ConfigError: another run is in it.
+        ConfigError: another run holds the lock.
     """
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
@@ -150,14 +148,14 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Return when the content of the file ``path`` is on the disk."""
+    """Flush the content of the file ``path`` to disk."""
     _fsync(path, os.O_RDWR)
 
 
 def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # which opens no folders
+    if os.name == "nt":  # Windows cannot open folders
         return
-    with contextlib.suppress(OSError):  # some file systems cannot; the file is in its place all the same
+    with contextlib.suppress(OSError):  # some file systems do not support it; the file is in place anyway
         _fsync(path, os.O_RDONLY)
 
 
@@ -171,13 +169,13 @@ def _fsync(path: Path, flags: int) -> None:
 
 @contextlib.contextmanager
 def _temporary(folder: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """Yield a new path in ``folder`` where ``make`` has made something; it is removed at the end, if it is still there.
+    """Yield a new path in ``folder``, created by ``make``; whatever is there at the end is removed.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
-    # Not named after the file that it may become, whose name may be as long as names can be. The name is known before
-    # anything has it, so that a signal right after it was made leaves nothing.
+    # A random name, since the target's name may already have the maximum length. It is chosen before the file is
+    # created, so that a signal right after the creation leaves nothing behind.
     path = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
     handle = None
     try:
@@ -198,9 +196,9 @@ def _make_private_folder(path: Path) -> None:
 
 
 def _held(path: Path, make: Callable[[Path], None]) -> int | None:
-    """The lock of what ``make`` makes at ``path``, which tells other processes that this one lives.
+    """Create ``path`` with ``make`` and lock it, which shows other processes that this one is alive.
 
-    Another process that looks between the two takes it for abandoned, and it is made once more.
+    Another process may remove it as abandoned before it is locked; then it is created again.
     """
     while True:
         make(path)
@@ -211,7 +209,7 @@ def _held(path: Path, make: Callable[[Path], None]) -> int | None:
 
 
 def _lock(path: Path, blocking: bool) -> int | None:
-    """A handle that holds the lock of the file or folder ``path``; None where it is held, or there are no locks."""
+    """Return a file descriptor that locks ``path``; None if it is already locked or cannot be locked."""
     if fcntl is None:
         return None
     handle = None
@@ -229,12 +227,12 @@ def _release(handle: int | None) -> None:
         os.close(handle)
 
 
-@functools.cache  # once for each folder: one of many crops is not searched for every crop
+@functools.cache  # once per folder, so that writing many crops does not list their folder each time
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files and folders of processes that are dead, which are those that nobody locks."""
+    """Remove temporary files and folders that no process locks."""
     try:
         names = [name for name in os.listdir(folder) if name.startswith(_PREFIX) and name.endswith(_SUFFIX)]
-    except OSError:  # it is missing, which the caller will see, or may be written to and not read
+    except OSError:  # a missing folder, which the caller will report, or one that is writable but not readable
         return
     for path in map(folder.joinpath, names):
         handle = _lock(path, blocking=False)
@@ -244,7 +242,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # somebody else's
+    with contextlib.suppress(OSError):  # it may belong to another user
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -252,13 +250,13 @@ def _remove(path: Path) -> None:
 
 
 def _check_replaceable(path: Path) -> None:
-    # A folder would only be in the way, but a device would be gone.
+    # os.replace would replace a device without an error.
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ExportError(f"cannot write {path}: it is a folder or a device; choose the name of a file")
+        raise ExportError(f"cannot write {path}: it is a folder or a device; choose a file name")
 
 
 def _umask() -> int:
-    # The mask can only be read by setting it; the 0600 of a temporary file would surprise whoever shares the file.
+    # The umask can only be read by setting it. The file gets normal permissions instead of 0600, so it can be shared.
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,8 +1,8 @@
-"""Limits of what a file may ask for: every reader checks here before it allocates or computes.
+"""Resource limits of input files; every reader checks them before it allocates or computes.
 
-A file of a few kilobytes can name one array 20,000 times, nest tuples 300,000 deep or declare images of 20,000 x
-20,000. The limits lie far above what face networks and their data need. Who trusts a file that exceeds one raises it
-with an environment variable: ``QFACE_LIMITS=depth=500,bytes=4e9``.
+A file of a few kilobytes can reference one array 20,000 times, nest tuples 300,000 deep or declare images of 20,000 x
+20,000 pixels. The limits are far above what face networks and their data need. For a trusted file, increase them with
+an environment variable: ``QFACE_LIMITS=depth=500,bytes=4e9``.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from qface.errors import ConfigError, LimitError
 __all__ = ["Allowance", "Limits", "check", "elements_of", "limits", "named", "parse_json"]
 
 _VARIABLE = "QFACE_LIMITS"
-_MOST_DIMENSIONS = 64  # as numpy; torch's own limit is close
+_MOST_DIMENSIONS = 64  # the limit of numpy; torch's is close
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one file may ask for.
+    """Maximum resources that one file may use.
 
     Args:
-        depth: levels of containers in containers, in a pickle or in JSON.
-        objects: objects in a pickle, values in JSON, or entries of an array that become Python objects.
-        bytes: memory beyond the file's own size, for constants that are computed, copies and repeated arrays.
-        activations: bytes of the values that a network holds at once for one image.
-        operators: nodes of a network.
+        depth: nesting depth of containers in a pickle or in JSON.
+        objects: number of objects in a pickle, values in JSON, or array elements that become Python objects.
+        bytes: memory beyond the file size, for computed constants, copies and repeated arrays.
+        activations: bytes of the activations that a network holds at once for one image.
+        operators: number of nodes of a network.
         photo: pixels of a photo to align.
-        image: pixels of an image that a network reads.
-        multiplications: in the products of constants.
+        image: pixels of an input image of a network.
+        multiplications: number of multiplications when constants are folded.
     """
 
     depth: int = 200
@@ -53,10 +53,10 @@ class Limits:
 
 
 def limits() -> Limits:
-    """The limits in force: the defaults, with what the environment variable ``QFACE_LIMITS`` changes.
+    """Return the limits: the defaults, changed by the environment variable ``QFACE_LIMITS``.
 
     Raises:
-        ConfigError: the variable names no limit, or no number.
+        ConfigError: the variable has an unknown name or an invalid number.
     """
     return _parsed(os.environ.get(_VARIABLE, ""))
 
@@ -73,22 +73,22 @@ def _parsed(text: str) -> Limits:
             changes[name] = 0
         if name not in known or changes[name] < 1:
             raise ConfigError(
-                f"{_VARIABLE} has the entry {entry!r}: write name=number with a number >= 1 and a name of "
-                f"{', '.join(known)}"
+                f"{_VARIABLE} has the invalid entry {entry!r}: write NAME=NUMBER with a number >= 1 and one of the "
+                f"names {', '.join(known)}"
             )
     return replace(Limits(), **changes)
 
 
 def check(limit: str, amount: float, what: str) -> None:
-    """Refuse ``what`` where it asks for more than a limit allows.
+    """Raise if ``amount`` exceeds a limit.
 
     Args:
-        limit: a field of :class:`Limits`.
-        amount: how much it asks for.
-        what: who asks, as the subject of a sentence.
+        limit: name of a field of :class:`Limits`.
+        amount: the amount needed.
+        what: subject of the error message, such as a file.
 
     Raises:
-        LimitError: ``amount`` exceeds the limit, or is not a number.
+        LimitError: ``amount`` exceeds the limit, or is NaN.
     """
     allowed = getattr(limits(), limit)
     if not amount <= allowed:
@@ -97,15 +97,15 @@ def check(limit: str, amount: float, what: str) -> None:
 
 def _exceeded(limit: str, amount: float, allowed: float, what: str) -> LimitError:
     return LimitError(
-        f"{what} asks for {amount:.4g} {_UNITS[limit]}, and {allowed:.4g} are allowed; if you trust the file, set a "
-        f"larger limit in the environment: {_VARIABLE}={limit}=NUMBER"
+        f"{what} needs {amount:.4g} {_UNITS[limit]}, but the limit is {allowed:.4g}; if you trust the file, set the "
+        f"environment variable {_VARIABLE}={limit}=NUMBER"
     )
 
 
 _UNITS = {
     "depth": "levels of nesting",
     "objects": "objects",
-    "bytes": "bytes beyond its size",
+    "bytes": "bytes beyond the file size",
     "activations": "bytes for one image",
     "operators": "operators",
     "photo": "pixels in a photo",
@@ -115,26 +115,26 @@ _UNITS = {
 
 
 def elements_of(shape: Sequence[Any], what: str) -> int:
-    """The number of elements of ``shape``, multiplied only once it is known to be a shape.
+    """Return the number of elements of ``shape`` after checking that it is a valid shape.
 
     Raises:
-        LimitError: it has more dimensions than any array.
-        ValueError: a side is no integer >= 0 of 64 bits.
+        LimitError: it has more than 64 dimensions.
+        ValueError: a size is not an integer in [0, 2^63).
     """
     if len(shape) > _MOST_DIMENSIONS:
-        raise LimitError(f"{what} has {len(shape)} dimensions, and arrays have at most {_MOST_DIMENSIONS}")
+        raise LimitError(f"{what} has {len(shape)} dimensions; the maximum is {_MOST_DIMENSIONS}")
     for side in shape:
         if not isinstance(side, int) or not 0 <= side < 2**63:
-            raise ValueError(f"{what} has a side that is no integer >= 0")
+            raise ValueError(f"{what} has a size that is not an integer >= 0")
     return math.prod(shape)
 
 
 class Allowance:
-    """The bytes that one file may still make, beyond its own size.
+    """Counter of the bytes that one file allocates, checked against the limit ``bytes``.
 
     Args:
-        what: who asks, as the subject of a sentence.
-        size: bytes of the file itself.
+        what: subject of the error message, such as a file.
+        size: bytes of the file itself, which do not count.
     """
 
     def __init__(self, what: str, size: float = 0) -> None:
@@ -143,10 +143,10 @@ class Allowance:
         self._spent = 0.0
 
     def spend(self, size: float) -> None:
-        """Count ``size`` bytes, before they are made.
+        """Count ``size`` bytes before they are allocated.
 
         Raises:
-            LimitError: with them the file has made too many.
+            LimitError: the total exceeds the limit.
         """
         self._spent += size
         check("bytes", self._spent - self._size, self._what)
@@ -154,22 +154,22 @@ class Allowance:
 
 @contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """Let an error about limits name the file that is read, and memory that runs out be such an error."""
+    """Add ``path`` to the message of a LimitError in the block, and turn a MemoryError into a LimitError."""
     try:
         yield
     except LimitError as error:
         text = str(error)
         raise error if str(path) in text else LimitError(f"{path}: {text}") from error
     except MemoryError as error:
-        raise LimitError(f"{path} asks for more memory than there is; fetch it again") from error
+        raise LimitError(f"{path} needs more memory than is available; it may be damaged: get it again") from error
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """The value that ``text`` is, which is counted before it is parsed.
+    """Parse JSON after checking its nesting depth and number of values.
 
     Raises:
-        LimitError: it is nested too deep, or has too many values.
-        ValueError: it is no JSON.
+        LimitError: it is nested too deeply or has too many values.
+        ValueError: it is not valid JSON.
     """
     text = text.decode() if isinstance(text, bytes) else text
     check("objects", sum(map(text.count, ",[{")), what)

@@ -1,4 +1,4 @@
-"""Words for what a network is and holds, so that a run does not go on with another one."""
+"""Digests of the structure and values of a network, to resume a run only with the same network."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from qface.data.images import bytes_of
 
 __all__ = ["digest_of_structure", "digest_of_values", "sha256_of_values"]
 
-_WORD = 16  # characters
+_WORD = 16  # characters of a digest
 
 
 def digest_of_structure(model: nn.Module) -> str:
-    """A word for the layers of ``model``, their bits, and the names, shapes and types of all they hold, whatever the
-    values."""
+    """Return a digest of the layers, bit widths, and names, shapes and dtypes of parameters and buffers."""
     layers = (f"{name} {type(layer).__name__} {_quantizer_settings(layer)}" for name, layer in model.named_modules())
     tensors = (f"{name} {tuple(t.shape)} {t.dtype}" for name, t in _tensors(model))
     return _sha256(line.encode() for line in chain(layers, tensors))[:_WORD]
 
 
 def _quantizer_settings(layer: nn.Module) -> str:
-    # By name: only qface.quantization knows its quantizers.
+    # By attribute name, since only qface.quantization imports the quantizer classes.
     return " ".join(str(getattr(layer, name, "")) for name in ("bits", "observer"))
 
 
 def digest_of_values(model: nn.Module) -> str:
-    """A word for the names and values of everything ``model`` holds."""
+    """Return a digest of the names and values of all parameters and buffers."""
     return sha256_of_values(model)[:_WORD]
 
 
 def sha256_of_values(model: nn.Module) -> str:
-    """SHA-256 of the names and values of everything ``model`` holds, in hexadecimal digits."""
+    """Return the SHA-256 of the names and values of all parameters and buffers, in hexadecimal."""
     return _sha256(name.encode() + bytes_of(tensor) for name, tensor in _tensors(model))
 
 

@@ -1,8 +1,8 @@
-"""One process, or several that share the work: how embeddings and counts travel between them.
+"""Communication between processes in distributed training and evaluation.
 
-In training, all processes draw the same batches. Each feeds its slice through the networks; the embeddings are then
-gathered, so that the loss, and every pair in it, spans the whole batch and is the same everywhere. In verification each
-counts the scores of its tiles, and the counts are summed.
+In training, all processes draw the same batches. Each runs the networks on its slice of the batch, then the embeddings
+are gathered: each process computes the same loss over all pairs of the batch. In verification, each process counts the
+scores of its tiles, and the counts are summed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["FabricProcesses", "Parallel", "SingleProcess", "device_for", "proces
 
 
 class Parallel(ABC):
-    """This process among all that work together."""
+    """This process in a group of processes."""
 
     rank: int = 0
     world_size: int = 1
@@ -30,29 +30,29 @@ class Parallel(ABC):
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
-        """A module to call instead of ``model``, whose gradients then agree on all processes."""
+        """Return a module to call instead of ``model``, which synchronizes the gradients."""
 
     @abstractmethod
     def gather(self, embeddings: Tensor) -> Tensor:
-        """The embeddings [n, D] of all processes, ordered by rank, as one tensor [n * world_size, D]."""
+        """Concatenate the embeddings [n, D] of all processes by rank, [n * world_size, D]."""
 
     @abstractmethod
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over all processes."""
+        """Sum ``values`` over all processes."""
 
     @abstractmethod
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes have called this."""
 
 
 def processes_for(device: str | None) -> Parallel:
-    """The processes that ``torchrun`` started, or this one alone.
+    """Return the process group that ``torchrun`` started, or a single process.
 
     Args:
-        device: as torch names it, or None for a GPU where there is one.
+        device: torch device name; None for a GPU if available.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device is not available.
         DependencyError: there are several processes, and Lightning Fabric is not installed.
     """
     wanted = device_for(device)
@@ -61,45 +61,45 @@ def processes_for(device: str | None) -> Parallel:
 
 
 def device_for(name: str | None) -> torch.device:
-    """The device called ``name``, or for None a GPU where there is one.
+    """Return the torch device ``name``; None for a GPU if available, else the CPU.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device is not available.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device).cpu()  # "meta" has no values to bring back
+        torch.empty(0, device=device).cpu()  # .cpu() fails for the device "meta", which stores no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"there is no device {name!r} here: choose another, or None") from error
+        raise ConfigError(f"device {name!r} is not available: choose another, or None") from error
     return device
 
 
 class SingleProcess(Parallel):
-    """The only process: nothing to share."""
+    """A single process, without communication."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """``model`` itself."""
+        """Return ``model``."""
         return model
 
     def gather(self, embeddings: Tensor) -> Tensor:
-        """``embeddings`` themselves."""
+        """Return ``embeddings``."""
         return embeddings
 
     def sum(self, values: Tensor) -> Tensor:
-        """``values`` themselves."""
+        """Return ``values``."""
         return values
 
     def wait(self) -> None:
-        """Nobody to wait for."""
+        """Do nothing."""
 
 
 class FabricProcesses(Parallel):
-    """The processes of ``torchrun``, joined by Lightning Fabric.
+    """Processes started by ``torchrun``, connected by Lightning Fabric.
 
     Raises:
         DependencyError: Lightning Fabric is not installed.
@@ -113,26 +113,26 @@ class FabricProcesses(Parallel):
         self.device = self._fabric.device
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """``model`` in DistributedDataParallel."""
+        """Wrap ``model`` in DistributedDataParallel."""
         with warnings.catch_warnings():
-            # The name that newer torch wants instead is unknown to the older versions we support.
+            # Newer torch deprecates the argument, but older supported versions do not know its replacement.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
             wrapped: nn.Module = self._fabric.setup_module(model)
         return wrapped
 
     def gather(self, embeddings: Tensor) -> Tensor:
-        """All processes' embeddings; the gradient flows back to their own process."""
+        """Concatenate the embeddings of all processes; each process gets the gradient of its own slice."""
         gathered: Tensor = _Gather.apply(embeddings, self.rank, self.world_size)  # type: ignore[no-untyped-call]
         return gathered
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over all processes, on the CPU."""
+        """Sum ``values`` over all processes; the result is on the CPU."""
         total = values.to(self.device, copy=True)
         torch.distributed.all_reduce(total)
         return total.cpu()
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes have called this."""
         self._fabric.barrier()
 
 
@@ -142,20 +142,20 @@ def _fabric(device: torch.device) -> Any:
         from lightning_fabric.strategies.ddp import DDPStrategy
     except ModuleNotFoundError as error:
         raise DependencyError(
-            "work in several processes needs Lightning Fabric: pip install 'qface[distributed]'"
+            "running in several processes needs Lightning Fabric: pip install 'qface[distributed]'"
         ) from error
     world = int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    # Buffers (batch norm statistics, observers) are frozen, so there is nothing to broadcast.
+    # Buffers (BatchNorm statistics, observers) are frozen, so they need no broadcast.
     strategy = DDPStrategy(broadcast_buffers=False)
     return Fabric(accelerator=device.type, devices=local, num_nodes=world // local, strategy=strategy)
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate over processes; the gradient of a slice goes back to the process it came from.
+    """Concatenate over processes; backward returns to each process the gradient of its own slice.
 
-    Every process computes the whole loss, so its own slice of the gradient is already complete. DDP takes the
-    mean of the processes' parameter gradients where the sum is wanted, hence the factor.
+    Each process computes the loss of the complete batch, so the gradient of its slice is complete. DDP averages the
+    parameter gradients, but their sum is needed: hence the factor ``world_size``.
     """
 
     @staticmethod

@@ -1,7 +1,6 @@
-"""Preprocessing: the part of the aligned 112x112 face crop that a network reads, and how bytes become floats.
+"""Preprocessing of aligned 112x112 face crops: crop, size, color order, mean and standard deviation.
 
-A :class:`Preprocessing` travels with a model through every verb and lies in the metadata of every file that qface
-writes, so that nobody has to remember which network wants which mean.
+Each model carries its :class:`Preprocessing`. Every function keeps it, and every file that qface writes stores it.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ __all__ = [
 ]
 
 CROP_SIZE = 112
-"""Side of the aligned face crop in pixels (the ArcFace template)."""
+"""Height and width of the aligned face crop in pixels (the ArcFace template)."""
 
 _LOGGER = logging.getLogger("qface")
 _ATTRIBUTE = "preprocessing"
@@ -51,20 +50,20 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an aligned 112x112 RGB crop of bytes to the float tensor that a network reads.
+    """Conversion of aligned 112x112 RGB crops (uint8) to the float input of a network.
 
     Args:
-        crop: top, left, bottom, right of the part of the 112x112 crop that is used, in pixels.
-        size: height and width the network reads; the crop is resized to it bilinearly where it differs.
-        color: channel order that the network reads, ``"RGB"`` or ``"BGR"``.
-        mean: per channel in the order of ``color``, in bytes (0..255).
-        std: likewise; the network reads ``(x - mean) / std``.
-        source: who says so: ``"given"`` by the user, ``"file"`` for its metadata, ``"graph"`` for the operators at the
-            start of an ONNX graph, ``"default"`` where nobody does. It is not compared and not written.
+        crop: (top, left, bottom, right) in pixels of the part of the 112x112 crop to use.
+        size: (height, width) of the network's input in pixels; the part is resized bilinearly if its size differs.
+        color: channel order of the network's input, ``"RGB"`` or ``"BGR"``.
+        mean: mean of each channel on the scale 0..255, in the order of ``color``.
+        std: standard deviation of each channel, likewise; the input is ``(x - mean) / std``.
+        source: origin of the settings: ``"given"`` by the user, ``"file"`` (metadata), ``"graph"`` (operators at the
+            start of an ONNX graph) or ``"default"``. It is neither compared nor saved.
 
     Raises:
         ConfigError: a field is out of range.
-        LimitError: the size has more pixels than :mod:`qface.limits` allows.
+        LimitError: ``size`` has more pixels than :mod:`qface.limits` allows.
 
     Example:
         >>> Preprocessing(size=(112, 96), crop=(0, 8, 112, 104), color="BGR").size
@@ -81,15 +80,15 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if not _numbers(self.crop, 4, Integral) or not _inside_template(*self.crop):
             raise ConfigError(
-                f"crop {self.crop} is not (top, left, bottom, right) inside the {CROP_SIZE}x{CROP_SIZE} template"
+                f"crop must be (top, left, bottom, right) inside {CROP_SIZE}x{CROP_SIZE} pixels, got {self.crop}"
             )
         if not _numbers(self.size, 2, Integral) or min(self.size) < 1:
-            raise ConfigError(f"size {self.size} is not (height, width) in pixels")
+            raise ConfigError(f"size must be (height, width) in pixels, each >= 1, got {self.size}")
         check("image", self.size[0] * self.size[1], f"the preprocessing with the size {self.size}")
         if self.color not in _COLORS:
-            raise ConfigError(f"color {self.color!r} is none of {', '.join(_COLORS)}")
+            raise ConfigError(f"color must be one of {', '.join(map(repr, _COLORS))}, got {self.color!r}")
         if not _numbers(self.mean, 3, Real) or not _numbers(self.std, 3, Real) or min(self.std) <= 0:
-            raise ConfigError("mean and std need three numbers each, and std positive ones")
+            raise ConfigError(f"mean and std must be 3 numbers each, std > 0, got mean {self.mean}, std {self.std}")
 
     def __call__(self, crops: Tensor) -> Tensor:
         """Normalize ``crops``, uint8 [N, 3, 112, 112] in RGB, to float32 [N, 3, *size] on the same device."""
@@ -100,17 +99,17 @@ class Preprocessing:
         return self.normalize(pixels)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Normalize ``pixels``, RGB [N, 3, *size] of 0..255 in any type, to float32."""
+        """Normalize ``pixels``, RGB [N, 3, *size] from 0 to 255 in any dtype, to float32."""
         floats = self._between_orders(pixels).float()
         return (floats - self._per_channel(self.mean, floats)) / self._per_channel(self.std, floats)
 
     def to_bytes(self, images: Tensor) -> Tensor:
-        """The RGB pixels that :meth:`normalize` made ``images`` of, rounded, as uint8 [N, 3, *size]."""
+        """Invert :meth:`normalize`: convert ``images``, float [N, 3, *size], to uint8 RGB pixels."""
         pixels = images * self._per_channel(self.std, images) + self._per_channel(self.mean, images)
         return self._between_orders(pixels.round().clamp(0, 255).byte())
 
     def _between_orders(self, pixels: Tensor) -> Tensor:
-        """From RGB to the order of ``color``, or back, which is the same."""
+        """Convert RGB to the order of ``color``, or back."""
         return pixels.flip(1) if self.color == "BGR" else pixels
 
     @staticmethod
@@ -118,17 +117,17 @@ class Preprocessing:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, 3, 1, 1)
 
     def describe(self) -> str:
-        """One line for reports: what the network reads, and who says so."""
+        """Return the settings and their origin in one line."""
         height, width = self.size
         crop = "" if self.crop == (0, 0, CROP_SIZE, CROP_SIZE) else f" of the crop {','.join(map(str, self.crop))}"
         mean, std = (_short(values) for values in (self.mean, self.std))
         return f"{self.color} {height}x{width}{crop}, mean {mean}, std {std} ({self.source})"
 
     def to_json(self) -> str:
-        """One line of JSON, as it lies in file metadata."""
+        """Return the settings as one line of JSON, the form in file metadata."""
         return json.dumps(
             {
-                "crop": [int(value) for value in self.crop],  # numpy's numbers have no JSON
+                "crop": [int(value) for value in self.crop],  # json cannot write numpy integers
                 "size": [int(value) for value in self.size],
                 "color": self.color,
                 "mean": [float(value) for value in self.mean],
@@ -138,10 +137,10 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, text: str) -> Preprocessing:
-        """Read what :meth:`to_json` wrote; ``mean`` and ``std`` may also be single numbers.
+        """Parse the output of :meth:`to_json`; ``mean`` and ``std`` may also be single numbers.
 
         Raises:
-            ConfigError: the text is not such an object.
+            ConfigError: the text is not such a JSON object.
         """
         try:
             fields: Mapping[str, Any] = parse_json(text, "the preprocessing record")
@@ -153,14 +152,16 @@ class Preprocessing:
                 std=_three(fields["std"]),
             )
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            raise ConfigError(f"the preprocessing record {text[:200]!r} cannot be read: {error}") from error
+            raise ConfigError(
+                f"the preprocessing {text[:200]!r} cannot be parsed ({error}): use the output of Preprocessing.to_json"
+            ) from error
 
 
 def written_preprocessing(text: str, path: str | Path) -> Preprocessing:
-    """Read the preprocessing in the metadata of the file at ``path``.
+    """Parse ``text``, the preprocessing in the metadata of the file ``path``.
 
     Raises:
-        CheckpointError: they cannot be read.
+        CheckpointError: it cannot be parsed.
     """
     try:
         with named(path):
@@ -170,23 +171,25 @@ def written_preprocessing(text: str, path: str | Path) -> Preprocessing:
 
 
 PreprocessingOverride = Preprocessing | Mapping[str, Any]
-"""A whole :class:`Preprocessing`, or only those of its fields that take the place of what was found."""
+"""A :class:`Preprocessing`, or a mapping of the fields to change in the preprocessing that was found."""
 
 _FIELDS = tuple(each.name for each in fields(Preprocessing) if each.compare)
 
 
 def overridden(found: Preprocessing, given: PreprocessingOverride | None) -> Preprocessing:
-    """``found`` with what the user says in its place; a size that is given alone brings its crop.
+    """Return ``found`` with the fields of ``given``.
+
+    A size without a crop also sets the crop (:func:`crop_for`).
 
     Raises:
-        ConfigError: there is no such field, or it is out of range.
+        ConfigError: a field does not exist or is out of range.
     """
     if given is None or isinstance(given, Preprocessing):
         return given or found
     changes = dict(given)
     unknown = sorted(set(changes) - set(_FIELDS))
     if unknown:
-        raise ConfigError(f"a Preprocessing has no {unknown[0]!r}; its fields are {', '.join(_FIELDS)}")
+        raise ConfigError(f"Preprocessing has no field {unknown[0]!r}; its fields are {', '.join(_FIELDS)}")
     if not changes:
         return found
     if "size" in changes and "crop" not in changes:
@@ -195,30 +198,30 @@ def overridden(found: Preprocessing, given: PreprocessingOverride | None) -> Pre
 
 
 def crop_for(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The part of the 112x112 crop that a network of this size reads: a width of 96 means columns 8 to 104."""
+    """Return the crop for a network input of ``size``: columns 8 to 104 for 112x96, else all pixels."""
     if size == (CROP_SIZE, 96):
         return (0, 8, CROP_SIZE, 104)
     return (0, 0, CROP_SIZE, CROP_SIZE)
 
 
 def warn_of_default(preprocessing: Preprocessing, path: str | Path) -> None:
-    """Name the default in one line where neither the user nor the file at ``path`` says what it reads."""
+    """Log the default preprocessing if neither the user nor the file ``path`` defines one."""
     if preprocessing.source == "default":
         _LOGGER.warning(
-            "%s does not say what it reads; taken is %s. Set it with --color, --mean, --std, --crop and --size, or "
-            "preprocessing= in Python",
+            "%s has no preprocessing in its metadata; the default is used: %s. Set it with --color, --mean, --std, "
+            "--crop and --size, or preprocessing= in Python",
             path,
             preprocessing.describe(),
         )
 
 
 def _short(values: tuple[float, float, float]) -> str:
-    """One number where all are equal."""
+    """Format ``values`` as one number if all are equal."""
     return ",".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
 def _numbers(values: Any, count: int, kind: Any) -> bool:
-    """True if ``values`` are ``count`` finite numbers of a kind of :mod:`numbers`."""
+    """True if ``values`` is a tuple or list of ``count`` finite numbers of type ``kind``."""
     if not isinstance(values, (tuple, list)) or len(values) != count:
         return False
     return all(isinstance(value, kind) and math.isfinite(value) for value in values)
@@ -236,13 +239,13 @@ def _three(value: Any) -> tuple[float, float, float]:
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """The preprocessing that ``model`` carries, or the default where it carries none."""
+    """Return the preprocessing of ``model``, or the default if it has none."""
     carried = getattr(model, _ATTRIBUTE, None)
     return carried if isinstance(carried, Preprocessing) else Preprocessing(source="default")
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The type that ``model`` reads: float32, or the one that it was cast to as a whole."""
+    """Return the dtype of the first floating-point parameter of ``model``; float32 if there is none."""
     return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
 
 
@@ -250,11 +253,14 @@ def with_preprocessing(model: ModuleT, preprocessing: Preprocessing) -> ModuleT:
     """Attach ``preprocessing`` to ``model``. Changes ``model`` in place and returns it.
 
     Args:
-        model: a network; of a file, :func:`qface.load` takes ``preprocessing``.
-        preprocessing: what it reads.
+        model: a network in memory; for a file, use the argument ``preprocessing`` of :func:`qface.load`.
+        preprocessing: conversion of face crops to the network's input.
+
+    Returns:
+        ``model``.
 
     Raises:
-        ConfigError: ``model`` is no network.
+        ConfigError: ``model`` is not a torch.nn.Module.
 
     Example:
         >>> network = with_preprocessing(teacher, Preprocessing(color="BGR"))
@@ -266,18 +272,16 @@ def with_preprocessing(model: ModuleT, preprocessing: Preprocessing) -> ModuleT:
 
 
 def attach(model: ModuleT, name: str, value: Any) -> ModuleT:
-    """Set an attribute in place that copies keep, and return the model.
-
-    ``copy.deepcopy`` of a GraphModule drops every attribute that ``meta`` does not list.
-    """
+    """Set an attribute of ``model`` in place that copies keep, and return the model."""
     setattr(model, name, value)
     if isinstance(model, fx.GraphModule):
-        model.meta[_KEPT] = {**model.meta.get(_KEPT, {}), name: value}  # a new dict, since copies share ``meta``'s own
+        # copy.deepcopy of a GraphModule keeps only attributes listed in ``meta``; a new dict, since copies share it.
+        model.meta[_KEPT] = {**model.meta.get(_KEPT, {}), name: value}
     return model
 
 
 def example_input(model: nn.Module, batch: int = 2) -> Tensor:
-    """Zeros [batch, 3, height, width] of the size, on the device and of the type of ``model``."""
+    """Return zeros [batch, 3, H, W] with the input size, dtype and device of ``model``."""
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     return torch.zeros(batch, 3, *preprocessing_of(model).size, device=device, dtype=dtype_of(model))

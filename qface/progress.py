@@ -1,8 +1,8 @@
-"""Progress of long work: each stage says how far it is, and one place decides whether and how that is shown.
+"""Progress display of long work.
 
-A stage calls :func:`track` or :func:`stage` and knows nothing of terminals. A verb decorated with
-:func:`shows_progress` shows its stages, and those of all that it calls, where its argument ``progress`` is True. On a
-terminal they are bars that go away; elsewhere each minute brings one line of plain text.
+Code reports its progress with :func:`track` or :func:`stage`. A function decorated with :func:`shows_progress` displays
+this progress, also of nested calls, if its argument ``progress`` is True: as temporary bars on a terminal, otherwise as
+one line of text per minute.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ P = ParamSpec("P")
 ReturnT = TypeVar("ReturnT")
 
 _INTERVAL = 60.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines of text."""
 
 
 class Advance(Protocol):
-    """Called by a stage after each of its items."""
+    """Function that a stage calls after each item."""
 
     def __call__(self, note: str = "") -> None:
-        """One more item is done; ``note`` says something about it."""
+        """Count one more item; ``note`` is displayed with the count."""
 
 
 class Display(Protocol):
-    """Something that shows stages."""
+    """Display of stages."""
 
     def stage(self, name: str, total: int | None, done: int) -> AbstractContextManager[Advance]:
-        """Show a stage until the end of the block, ``done`` of whose ``total`` items were done before."""
+        """Show a stage during the block, starting with ``done`` of ``total`` items."""
 
 
 _DISPLAY: ContextVar[Display | None] = ContextVar("display", default=None)
 
 
 def stage(name: str, total: int | None, done: int = 0) -> AbstractContextManager[Advance]:
-    """A stage of ``total`` items (None where nobody knows); call what it yields after each."""
+    """Start a stage of ``total`` items (None if unknown); call the yielded function after each item."""
     display = _DISPLAY.get()
     return nullcontext(_ignore) if display is None else display.stage(name, total, done)
 
 
 def _ignore(note: str = "") -> None:
-    """Advance a stage that nobody looks at."""
+    """Count an item of a stage that is not displayed."""
 
 
 def track(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items`` as the stage ``name``; their number is known by itself where they are a collection."""
+    """Yield ``items`` as the stage ``name``; ``total`` is not needed for a collection."""
     if total is None and isinstance(items, Collection):
         total = len(items)
     with stage(name, total) as advance:
@@ -67,7 +67,7 @@ def track(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T
 
 
 def shows_progress(verb: Callable[P, ReturnT]) -> Callable[P, ReturnT]:
-    """Decorate a verb: its stages are shown where its argument ``progress`` is True."""
+    """Decorate a function to show its stages if its argument ``progress`` is True."""
     signature = inspect.signature(verb)
 
     @functools.wraps(verb)
@@ -79,7 +79,7 @@ def shows_progress(verb: Callable[P, ReturnT]) -> Callable[P, ReturnT]:
 
 
 def progress_shown(shown: bool) -> AbstractContextManager[None]:
-    """Show all stages within the block on stderr, if ``shown``; of several processes, the first shows its own."""
+    """Show the stages of the block on stderr if ``shown``; of several processes, only rank 0 shows them."""
     if not shown or _DISPLAY.get() is not None or os.environ.get("RANK", "0") != "0":
         return nullcontext()
     return displayed(_Bars() if sys.stderr.isatty() else Lines(lambda line: click.echo(line, err=True)))
@@ -87,7 +87,7 @@ def progress_shown(shown: bool) -> AbstractContextManager[None]:
 
 @contextmanager
 def displayed(display: Display) -> Iterator[None]:
-    """Show all stages within the block on ``display``."""
+    """Show the stages of the block on ``display``."""
     token = _DISPLAY.set(display)
     try:
         yield
@@ -96,12 +96,12 @@ def displayed(display: Display) -> Iterator[None]:
 
 
 class Lines:
-    """Plain text for logs and pipes: at most one line in each interval, whatever the number of stages.
+    """Display as plain text for logs and pipes: at most one line per interval over all stages.
 
     Args:
-        write: takes each line.
-        clock: seconds that have passed.
-        interval: seconds between two lines; the first comes after so many.
+        write: function that is called with each line.
+        clock: function that returns the time in seconds.
+        interval: seconds before the first line and between lines.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Lines:
 
 
 def _line(name: str, done: int, total: int | None, seconds_left: float | None, note: str) -> str:
-    """``calibrate: 3/8, 0:01:40 left``."""
+    """Format a line like ``calibrate: 3/8, 0:01:40 left``."""
     parts = [f"{name}: {done}" if total is None else f"{name}: {done}/{total}"]
     if seconds_left is not None:
         minutes, seconds = divmod(round(seconds_left), 60)
@@ -139,10 +139,10 @@ def _line(name: str, done: int, total: int | None, seconds_left: float | None, n
 
 
 class _Bars:
-    """Bars on a terminal, one for each stage that is under way."""
+    """Bars on a terminal, one per active stage."""
 
     def __init__(self) -> None:
-        from rich.console import Console  # only here, so that help does not wait for it
+        from rich.console import Console  # imported late, so that --help is fast
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         note = TextColumn("{task.fields[note]}")

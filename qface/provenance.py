@@ -1,4 +1,4 @@
-"""Provenance of a model: the steps that made it, carried along and written into every file."""
+"""Provenance of a model: the list of steps that produced it, stored in every file."""
 
 from __future__ import annotations
 
@@ -22,44 +22,47 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def provenance_of(model: nn.Module) -> tuple[dict[str, Any], ...]:
-    """The steps that made ``model``, oldest first: each with ``step``, ``qface`` (version) and its settings."""
+    """Return the steps of ``model``, oldest first: ``step``, ``qface`` (version) and the settings of each."""
     return tuple(getattr(model, _ATTRIBUTE, ()))
 
 
 def has_step(model: nn.Module, step: str) -> bool:
-    """True if ``step`` is among those that made ``model``."""
+    """True if the provenance of ``model`` contains ``step``."""
     return any(made["step"] == step for made in provenance_of(model))
 
 
 def with_provenance(model: ModuleT, steps: tuple[dict[str, Any], ...]) -> ModuleT:
-    """Attach ``steps`` in place and return the model."""
+    """Attach ``steps`` to ``model`` in place and return it."""
     return attach(model, _ATTRIBUTE, steps)
 
 
 def record_step(model: ModuleT, step: str, settings: Mapping[str, Any]) -> ModuleT:
-    """Append one step to the provenance of ``model``, in place; ``settings`` must fit into JSON."""
+    """Append a step to the provenance of ``model`` in place and return the model.
+
+    Settings that JSON cannot represent are stored as strings.
+    """
     plain = json.loads(json.dumps(dict(settings), default=str))
     return with_provenance(model, (*provenance_of(model), {"step": step, "qface": __version__, **plain}))
 
 
 def written_provenance(text: str, path: str | Path) -> tuple[dict[str, Any], ...]:
-    """The steps that the metadata of the file at ``path`` hold as JSON.
+    """Parse ``text``, the provenance in the metadata of the file ``path``.
 
     Raises:
-        CheckpointError: they cannot be read.
+        CheckpointError: it cannot be parsed.
     """
     try:
         with named(path):
             steps = parse_json(text, "its provenance")
     except ValueError as error:
         raise CheckpointError(
-            f"{path}: its provenance cannot be read ({one_line(error, 200)}); save it again"
+            f"{path}: its provenance cannot be parsed ({one_line(error, 200)}); save the file again"
         ) from error
     if not isinstance(steps, list) or not all(isinstance(step, dict) and "step" in step for step in steps):
-        raise CheckpointError(f"{path}: its provenance is no list of steps; save it again")
+        raise CheckpointError(f"{path}: its provenance is not a list of steps; save the file again")
     return tuple(steps)
 
 
 def carry(source: nn.Module, target: ModuleT) -> ModuleT:
-    """Give ``target`` the preprocessing and provenance of ``source``, since torch.fx drops both."""
+    """Copy preprocessing and provenance from ``source`` to ``target``, since torch.fx drops them."""
     return with_provenance(with_preprocessing(target, preprocessing_of(source)), provenance_of(source))

@@ -1,4 +1,4 @@
-"""Ends a command at Ctrl-C, SIGTERM and SIGHUP: it cleans up, says nothing, and exits with 128 + the signal."""
+"""Clean exit of a command on Ctrl-C, SIGTERM and SIGHUP, silently and with code 128 + signal."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["ended_by_signals", "signals_noted"]
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _AGAIN_AFTER = 0.01  # seconds
-_noted: list[int] | None = None  # within signals_noted, those that came
+_noted: list[int] | None = None  # signals received within signals_noted
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Unwind the block at the first signal; a second one, or one after the block, ends the process on the spot.
+    """Raise SystemExit in the block at the first signal; a later signal ends the process immediately.
 
-    A signal that is ignored already, as under nohup, stays so.
+    Signals that are already ignored, as under nohup, stay ignored.
 
     Raises:
-        SystemExit: a signal came, whatever the block made of that.
+        SystemExit: a signal was received, even if the block suppressed the exception.
     """
     heard = [each for each in _ENDING if signal.getsignal(each) is not signal.SIG_IGN]
     received: list[int] = []
@@ -37,7 +37,7 @@ def ended_by_signals() -> Iterator[None]:
         raise SystemExit(128 + received[0])
 
     def raise_again(unraisable: Any) -> None:
-        # Destructors and callbacks of the import system swallow what is raised in them.
+        # Destructors and import callbacks swallow exceptions, so the SystemExit is raised again by a timer.
         if not isinstance(unraisable.exc_value, SystemExit):
             sys.__unraisablehook__(unraisable)
             return
@@ -57,13 +57,13 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Put off the end that :func:`ended_by_signals` brings until the end of the block, which should come soon.
+    """Delay the SystemExit of :func:`ended_by_signals` until the end of the block, which should be short.
 
     Yields:
-        A list that holds the number of the signal, once one came. A second signal ends the process on the spot.
+        A list to which a received signal number is added. A second signal ends the process immediately.
 
     Raises:
-        SystemExit: a signal came within the block.
+        SystemExit: a signal was received within the block.
     """
     global _noted
     noted: list[int] = []

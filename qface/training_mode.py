@@ -1,4 +1,4 @@
-"""Training and eval mode of networks, lent and given back."""
+"""Temporary changes of the training mode of networks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Context = Callable[[nn.Module], AbstractContextManager[None]]
 
 @contextmanager
 def preserve_training_mode(model: nn.Module) -> Iterator[None]:
-    """Afterwards, even after an error, each part of ``model`` is in the mode that it is in now."""
+    """Restore the training mode of each submodule of ``model`` after the block, even after an error."""
     modes = [(part, part.training) for part in model.modules()]
     try:
         yield
@@ -33,7 +33,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """``model`` in eval mode until the last thread that asked for it is done; then its parts are as before."""
+    """Keep ``model`` in eval mode until the last thread leaves the block; then restore the previous modes."""
     return shared_by_threads(model, _eval_mode)
 
 
@@ -49,9 +49,9 @@ _USERS: dict[tuple[nn.Module, Context], _Users] = {}
 
 @contextmanager
 def shared_by_threads(model: nn.Module, context: Context) -> Iterator[None]:
-    """Enter ``context(model)`` with the first of the threads that are in here at once, and leave it with the last.
+    """Enter ``context(model)`` with the first concurrent thread and exit it with the last.
 
-    Otherwise the first to leave would take from the others what it has set, and the last would put that back.
+    With one context per thread, the first to exit would restore the state while others still need the change.
     """
     key = (model, context)
     with _LOCK:

@@ -10,5 +10,5 @@ def test_whole_numbers_from_the_least_on_pass() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, "2", True, None, float("nan")])
 def test_all_else_is_named(value: object) -> None:
-    with pytest.raises(ConfigError, match="steps is a whole number from 1 on, not "):
+    with pytest.raises(ConfigError, match="steps must be an integer >= 1, got "):
         check_whole(1, images=2, steps=value)

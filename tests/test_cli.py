@@ -122,7 +122,7 @@ def test_what_cannot_end_well_is_refused_at_once(workplace: Path) -> None:
     common = ("--images", "crops", "-o", "student.safetensors")
     assert "my_networks:make_nothing: KeyError" in refusal(run("quantize", "my_networks:make_nothing", *common))
     assert "must end in .safetensors" in refusal(run("quantize", "my_networks:make", *common[:3], "student.pt"))
-    assert "cannot make the folder" in refusal(run("demo", "-o", "my_networks.py"))
+    assert "cannot create the folder" in refusal(run("demo", "-o", "my_networks.py"))
     assert not list(workplace.glob("student*"))
 
 
@@ -258,7 +258,7 @@ BAD_TRAINING = (
     (("--seed", "-3"), "seed"),
     (("--device", "cuda:99"), "cuda:99"),
     (("--run-dir", "taken"), "already holds a run"),
-    (("--run-dir", "my_networks.py"), "my_networks.py is no folder"),
+    (("--run-dir", "my_networks.py"), "my_networks.py is not a writable folder"),
 )
 
 
@@ -434,7 +434,7 @@ def test_photos_are_aligned_by_their_landmarks(workplace: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["aligned"] == len(written.rows)
     assert "aligned before" in run(*arguments).stdout
-    assert "is no folder" in refusal(run("align", "nowhere", "-o", "faces"))
+    assert "is not a folder" in refusal(run("align", "nowhere", "-o", "faces"))
 
 
 def test_an_onnx_file_is_a_network_to_quantize(student: Path) -> None:

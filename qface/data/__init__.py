@@ -1,4 +1,4 @@
-"""Face images, the people in them, and pairs to verify."""
+"""Face images, their identities, and verification pairs."""
 
 from qface.data.alignment import ARCFACE_LANDMARKS, similarity_transform
 from qface.data.cfp import CfpSplit

@@ -1,8 +1,7 @@
-"""Faces as cameras give them: random changes of training images, drawn from a seed and a step alone.
+"""Random augmentation of training images, which depends only on the seed and the step.
 
-A teacher says of any image what its embedding is, so that training needs no label and may show each face in ways that
-no folder holds: turned, ill aligned, small, blurred, compressed, dark, covered, and mixed with another face. Student
-and teacher see the same changed image.
+Distillation needs no labels, since the teacher embeds the augmented image too: any change of a face can be trained on.
+Student and teacher get the same image.
 """
 
 from __future__ import annotations
@@ -24,44 +23,44 @@ from qface.errors import ConfigError
 __all__ = ["AugmentationConfig", "augmented"]
 
 _CHANGES = 3
-"""Keeps these draws apart from the others of a seed and a step (:mod:`qface.distillation.batch_sampler`)."""
+"""Random stream of the augmentation, distinct from those of :mod:`qface.distillation.batch_sampler`."""
 
-_ROTATION = 15.0  # degrees, to either side
-_SCALE = 0.15  # to larger and to smaller
-_SHIFT = 0.08  # of the side, each way
-_YAW = 60.0  # degrees, to either side
-_PITCH = 25.0
+_ROTATION = 15.0  # maximum, degrees
+_SCALE = 0.15  # maximum of |log(scale)|
+_SHIFT = 0.08  # maximum, relative to the side
+_YAW = 60.0  # maximum, degrees
+_PITCH = 25.0  # maximum, degrees
 _RADIUS = 1.35
-"""Radius of the cylinder that a turned face lies on, in half widths of a crop: ears lie just outside of the crop."""
-_LEAST_SIDE = 20  # pixels that a small face has
-_BLUR = 2.0  # pixels, the standard deviation of the widest
-_QUALITY = (10, 70)  # of JPEG
-_EXPOSURE = 0.7  # exponent and contrast, as powers of e
-_BRIGHTNESS = 0.25  # of the range
-_COLOR = 0.3  # gain of a channel
-_COVERED = (0.1, 0.5)  # sides of what covers a face, in parts of the crop
+"""Radius of the cylinder that models a turned face, in half crop widths: the ears are just outside the crop."""
+_LEAST_SIDE = 20  # minimum height of a face with low resolution, pixels
+_BLUR = 2.0  # maximum standard deviation, pixels
+_QUALITY = (10, 70)  # JPEG quality
+_EXPOSURE = 0.7  # maximum of |log(gamma)| and |log(contrast)|
+_BRIGHTNESS = 0.25  # maximum, relative to the pixel range
+_COLOR = 0.3  # maximum change of a channel's gain
+_COVERED = (0.1, 0.5)  # sides of the occluding rectangle relative to the crop
 
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Shares of the training images that each change is applied to, from 0 (never) to 1 (always).
+    """Probability of each augmentation of a training image, from 0 (never) to 1 (always).
 
-    The changes are drawn one by one, so an image may have several.
+    Augmentations are drawn independently, so an image can get several.
 
     Args:
-        misalignment: rotated, scaled and shifted, as by landmarks that miss.
-        turn: turned to a side and up or down, as on a cylinder, as far as the aligned crop tells.
-        low_resolution: shrunk and enlarged again.
-        blur: out of focus.
-        compression: stored as JPEG of low quality.
-        exposure: brighter or darker, with more or less contrast.
-        color: under colored light.
-        gray: without color.
-        occlusion: partly covered by a rectangle of one color or by noise.
-        mixture: mixed with the face beside it in the batch.
+        misalignment: rotate, scale and shift, like inaccurate landmarks.
+        turn: turn by yaw and pitch, modeled on a cylinder.
+        low_resolution: downscale, then upscale.
+        blur: Gaussian blur.
+        compression: JPEG compression of low quality.
+        exposure: gamma, brightness and contrast.
+        color: gains of the color channels.
+        gray: convert to grayscale.
+        occlusion: cover with a rectangle of one color or of noise.
+        mixture: blend with another face of the batch.
 
     Raises:
-        ConfigError: a share is outside of 0..1.
+        ConfigError: a probability is not in [0, 1].
 
     Example:
         >>> AugmentationConfig(mixture=0).mixture
@@ -83,47 +82,47 @@ class AugmentationConfig:
         for field in fields(self):
             share = getattr(self, field.name)
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-                raise ConfigError(f"{field.name} of the augmentation is a share from 0 to 1, not {share!r}")
+                raise ConfigError(f"augmentation {field.name} must be a number from 0 to 1, got {share!r}")
 
     @classmethod
     def none(cls) -> AugmentationConfig:
-        """No changes at all."""
+        """Return settings without any augmentation."""
         return cls(**{field.name: 0.0 for field in fields(cls)})
 
 
 class _Draws:
-    """Random numbers from 0 to 1, one row for each image that a change is applied to."""
+    """Uniform random numbers in [0, 1), one row per image that is changed."""
 
     def __init__(self, numbers: npt.NDArray[np.float64]) -> None:
         self._numbers = numbers
 
     def between(self, column: int, low: float, high: float) -> Tensor:
-        """float32 [n], evenly spread over ``low``..``high``."""
+        """Return uniform numbers from ``low`` to ``high``, float32 [n]."""
         return torch.from_numpy(low + (high - low) * self._numbers[:, column]).float()
 
     def seeds(self, column: int) -> list[int]:
-        """One whole number an image."""
+        """Return one integer seed per image."""
         return [int(number * 2**31) for number in self._numbers[:, column]]
 
 
-_COLUMNS = 6  # numbers that a change may draw for an image
+_COLUMNS = 6  # maximum number of draws of an augmentation per image
 
 
 def augmented(
     images: Tensor, mates: Tensor, config: AugmentationConfig, seed: int, step: int, first: int = 0
 ) -> Tensor:
-    """Change ``images``, some of one batch; the same for the same seed, step and place in the batch.
+    """Return augmented ``images``, which depend only on seed, step and position in the batch.
 
     Args:
-        images: uint8 [n, 3, height, width].
-        mates: of the same shape, the face that each one may be mixed with.
-        config: how many are changed, and how.
-        seed: of the draws.
-        step: the number of the batch.
-        first: the place of the first image in the batch; of several processes, each changes its own images.
+        images: uint8 [n, 3, H, W].
+        mates: the image to blend each image with, of the same shape.
+        config: probability of each augmentation.
+        seed: random seed.
+        step: number of the batch.
+        first: position of the first image in the batch; with several processes, each augments its own slice.
 
     Returns:
-        uint8 [n, 3, height, width].
+        uint8 [n, 3, H, W].
 
     Example:
         >>> faces = torch.zeros(4, 3, 112, 112, dtype=torch.uint8)
@@ -146,15 +145,15 @@ def _mixture(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
 
 
 def _turn(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
-    """Turn a cylinder with an upright axis, then one that lies on its side, and keep the middle of the face."""
+    """Turn the face as a vertical cylinder by yaw and as a horizontal one by pitch, around its center."""
     rows, columns = _coordinates(faces)
     yaw, pitch = (torch.deg2rad(draws.between(at, -most, most))[:, None, None] for at, most in ((0, _YAW), (1, _PITCH)))
     return _sampled(faces, _turned(columns, yaw), _turned(rows, pitch))
 
 
 def _turned(place: Tensor, angle: Tensor) -> Tensor:
-    """The place on a face that is seen at ``place`` after a turn: x = r sin(phi) moves to r sin(phi + angle)."""
-    seen = (place / _RADIUS + torch.sin(angle)).clamp(-0.999, 0.999)  # shifted, so that the middle stays there
+    """Return the source coordinate of ``place``: a turn moves r sin(phi) to r sin(phi + angle)."""
+    seen = (place / _RADIUS + torch.sin(angle)).clamp(-0.999, 0.999)  # shifted, so that the center stays in place
     return _RADIUS * torch.sin(torch.asin(seen) - angle)
 
 
@@ -168,13 +167,13 @@ def _misalignment(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
 
 
 def _coordinates(faces: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of each pixel, from -1 to 1, [height, 1] and [1, width]."""
+    """Return row [H, 1] and column [1, W] coordinates of the pixels, from -1 to 1."""
     height, width = faces.shape[2:]
     return torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None]
 
 
 def _sampled(faces: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """The pixels of ``faces`` at these places; beyond its edge a face goes on as its edge does."""
+    """Sample ``faces`` bilinearly at these coordinates; border pixels are repeated outside the image."""
     shape = (len(faces), *faces.shape[2:])
     places = torch.stack([columns.expand(shape), rows.expand(shape)], dim=-1)
     return F.grid_sample(faces, places, padding_mode="border", align_corners=True)
@@ -190,7 +189,7 @@ def _low_resolution(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
 
 
 def _blur(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
-    """A Gaussian blur of its own width for each face."""
+    """Blur each face with a Gaussian of its own width."""
     reach = math.ceil(2.5 * _BLUR)
     offsets = torch.arange(-reach, reach + 1)
     kernels = torch.exp(-((offsets / draws.between(0, 0.5, _BLUR)[:, None]) ** 2) / 2)
@@ -230,7 +229,7 @@ def _occlusion(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
 
 
 def _covers(faces: Tensor, draws: _Draws) -> Tensor:
-    """One color for every other face, and noise for the rest."""
+    """Return a rectangle filling per face: noise or one color, each with probability 1/2."""
     covers = torch.empty_like(faces)
     for cover, seed, kind in zip(covers, draws.seeds(4), draws.between(5, 0, 1), strict=True):
         generator = torch.Generator().manual_seed(seed)
@@ -254,7 +253,7 @@ def _as_jpeg(pixels: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint
 
 
 def _each(values: Tensor) -> Tensor:
-    """One value (or one picture) for each face, to be broadcast over channels and pixels."""
+    """Add dimensions so that one value (or one mask) per face broadcasts over channels and pixels."""
     return values[:, None] if values.ndim > 1 else values[:, None, None, None]
 
 
@@ -270,4 +269,4 @@ _IN_ORDER: dict[str, Callable[[Tensor, Tensor, _Draws], Tensor]] = {
     "low_resolution": _low_resolution,
     "compression": _compression,
 }
-"""As it happens to a face: it is before a camera, light falls on it, a lens sees it, and a file stores it."""
+"""Order of application: pose and cover of the face, light, lens, then file storage."""

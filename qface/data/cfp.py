@@ -1,14 +1,15 @@
-"""CFP, Celebrities in Frontal-Profile (http://www.cfpw.io): its lists of images, and its splits FF and FP.
+"""CFP, Celebrities in Frontal-Profile (http://www.cfpw.io): image lists and the splits FF and FP.
 
 ::
 
     Data/Images/001/frontal/01.jpg ...
-    Protocol/Pair_list_F.txt      number, path of a frontal image
-    Protocol/Pair_list_P.txt      number, path of a profile image
-    Protocol/Split/FP/01/same.txt numbers of a frontal image and of a profile image, with a comma
-    Protocol/Split/FP/01/diff.txt likewise, of two people; ten folders, one a fold; FF has two frontal images each
+    Protocol/Pair_list_F.txt       number and path of each frontal image
+    Protocol/Pair_list_P.txt       number and path of each profile image
+    Protocol/Split/FP/01/same.txt  genuine pairs of fold 1: 'frontal,profile' image numbers
+    Protocol/Split/FP/01/diff.txt  impostor pairs of fold 1; pairs of FF are two frontal images
 
-Images must be aligned crops; :func:`qface.align` makes such a folder of ``Data`` and keeps its names.
+Each split has ten folds. The images must be aligned crops; :func:`qface.align` writes them from ``Data`` under the same
+names.
 """
 
 from __future__ import annotations
@@ -31,36 +32,36 @@ from qface.errors import ImagesError, PairsError, one_line
 __all__ = ["CfpSplit", "is_cfp_split"]
 
 _LISTS = {"FF": ("F", "F"), "FP": ("F", "P")}
-"""The lists that the first and the second number of a pair belong to."""
+"""Image lists of the first and the second number of a pair, by split."""
 
 
 def is_cfp_split(path: Path) -> bool:
     """True if ``path`` is the folder ``Protocol/Split/FF`` or ``Protocol/Split/FP`` of CFP."""
-    if not os.path.isdir(path):  # before resolve, which raises for names that no folder can have
+    if not os.path.isdir(path):  # checked first, since resolve raises for invalid names
         return False
     path = path.resolve()  # it may be ``.``
     return path.name in _LISTS and os.path.exists(path.parent.parent / "Pair_list_F.txt")
 
 
 class CfpSplit(PairedImages):
-    """The images of a split that its pairs name; who they show is not told.
+    """Images and pairs of a CFP split, without identity labels.
 
     Args:
         path: the folder ``Protocol/Split/FF`` or ``Protocol/Split/FP``.
 
     Attributes:
         path: the folder.
-        pairs: which images to compare, and in which fold.
-        paths: the images.
+        pairs: the verification pairs and their folds.
+        paths: the images of the pairs.
 
     Raises:
-        PairsError: it is no such folder, or a list is malformed.
+        PairsError: ``path`` is not such a folder, or a list is malformed.
         ImagesError: a list or an image is missing, or a folder cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
         if not is_cfp_split(Path(path)):
-            raise PairsError(f"{path} is no split of CFP: pass its folder Protocol/Split/FF or Protocol/Split/FP")
+            raise PairsError(f"{path} is not a split of CFP: pass its folder Protocol/Split/FF or Protocol/Split/FP")
         self.path = Path(path).resolve()
         protocol = self.path.parent.parent
         images = {name: _listed(protocol / f"Pair_list_{name}.txt") for name in set(_LISTS[self.path.name])}
@@ -82,13 +83,13 @@ class CfpSplit(PairedImages):
         """Decode the images at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
 
         Raises:
-            ImagesError: one of them is damaged or not 112x112; it is named.
+            ImagesError: an image is damaged or not 112x112; the message names it.
         """
         crops = [_decode(self.paths[index]) for index in indices]
         return stack_crops(crops)
 
     def content(self, index: int) -> bytes:
-        """Name and bytes of the file at ``index``.
+        """Return name and bytes of the file at ``index``.
 
         Raises:
             ImagesError: it cannot be read.
@@ -105,20 +106,20 @@ def _decode(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _listed(path: Path) -> dict[int, str]:
-    """The images of a list by their numbers, as paths below CFP's folder."""
+    """Read an image list: path relative to CFP's folder by image number."""
     images = {}
     for number, line in numbered_lines(path):
         fields = line.split(maxsplit=1)
         key = whole_number(fields[0])
         _, data, name = fields[-1].strip().replace("\\", "/").partition("Data/")
         if len(fields) != 2 or key is None or not data or ".." in name.split("/"):
-            raise PairsError(f"{path}, line {number}: expected 'number ../Data/Images/...', not {line.strip()!r}")
+            raise PairsError(f"{path}, line {number}: expected 'number ../Data/Images/...', got {line.strip()!r}")
         images[key] = data + name
     return images
 
 
 def _numbers(split: Path) -> tuple[list[list[int]], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Both numbers of each pair, whether it is of one person, and its fold."""
+    """Return the image numbers, genuine flag and fold of each pair."""
     numbers: list[list[int]] = []
     same: list[bool] = []
     fold: list[int] = []
@@ -127,12 +128,12 @@ def _numbers(split: Path) -> tuple[list[list[int]], npt.NDArray[np.bool_], npt.N
             for number, line in numbered_lines(folder / file):
                 one, other = (whole_number(field.strip()) for field in line.partition(",")[::2])
                 if one is None or other is None:
-                    raise PairsError(f"{folder / file}, line {number}: expected 'number,number', not {line.strip()!r}")
+                    raise PairsError(f"{folder / file}, line {number}: expected 'number,number', got {line.strip()!r}")
                 numbers.append([one, other])
                 same.append(is_same)
                 fold.append(position)
     if not numbers:
-        raise PairsError(f"{split} holds no pairs: expected folders 01 to 10 with same.txt and diff.txt")
+        raise PairsError(f"{split} has no pairs: expected folders 01 to 10 with same.txt and diff.txt")
     return numbers, np.array(same, np.bool_), np.array(fold, np.int64)
 
 
@@ -147,14 +148,15 @@ def _look_up(split: Path, images: dict[int, str], numbers: Sequence[int]) -> lis
     unknown = [number for number in numbers if number not in images]
     if unknown:
         raise PairsError(
-            f"{len(unknown)} pairs in {split} name images that are in no list (first: {unknown[0]}): restore the lists"
+            f"{len(unknown)} image numbers in {split} are not in the image lists (first: {unknown[0]}): "
+            "restore the lists"
         )
     return [images[number] for number in numbers]
 
 
 def _on_disk(path: Path) -> Path:
-    """``path``, with whatever ending it has there."""
+    """Return the existing file ``path``, also with another image extension."""
     for candidate in (path, *map(path.with_suffix, sorted(EXTENSIONS))):
         if os.path.exists(candidate):
             return candidate
-    raise ImagesError(f"there is no image {path}: align CFP's folder Data to this place")
+    raise ImagesError(f"there is no image {path}: write CFP's aligned Data folder there with qface align")

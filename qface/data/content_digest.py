@@ -1,4 +1,4 @@
-"""A word for what a run reads, so that the run does not go on with something else."""
+"""Digest of the images of a run, to resume it only with the same images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["digest_of_images"]
 
 
 def digest_of_images(source: ImageSource) -> str:
-    """A word that tells other images, or other identities of theirs, from those of ``source``.
+    """Return a digest of the images and labels of ``source``.
 
-    Of a loader it tells how many batches and images it has, as far as it says, and nothing of what these show.
+    For a loader, it covers only the number of batches, the batch size and the number of images.
     """
     if isinstance(source, IndexedImages):
         labels = b"" if source.labels is None else bytes_of(source.labels)

@@ -1,4 +1,4 @@
-"""The verb ``align``: a folder of photos becomes a folder of aligned 112x112 crops."""
+"""The verb ``align``: write an aligned 112x112 crop for each photo in a folder."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ __all__ = ["AlignmentReport", "align"]
 _LOGGER = logging.getLogger("qface")
 
 Locate = Callable[[str, Image.Image], Landmarks | None]
-"""From a photo's name and pixels to the landmarks of its face."""
+"""Return the landmarks of the face in a photo, given its name and pixels; None without a face."""
 
 
 @dataclass(frozen=True, repr=False)
 class AlignmentReport(Result):
-    """The result of :func:`align`, in numbers of photos and their names.
+    """Counts and file names that :func:`align` returns.
 
     Args:
-        photos: photos found.
-        aligned: crops written now.
-        present: crops that were there already.
-        faceless: photos without a face, or, where landmarks were given, without a line, or with a line that names one
-            place five times.
-        misplaced: photos whose landmarks are of no face in them, each with the reason
+        photos: number of photos found.
+        aligned: number of crops written by this run.
+        present: number of crops that existed before.
+        faceless: photos without a face. With a landmark file: photos that it does not list, or lists with five equal
+            points.
+        misplaced: photos whose landmarks cannot be a face, each with the reason
             (:func:`qface.data.alignment.landmark_fault`).
-        unreadable: files that are damaged, hold 16-bit gray, or are no JPEG, PNG, BMP, WebP or GIF inside.
+        unreadable: files that are damaged, 16-bit grayscale, or not JPEG, PNG, BMP, WebP or GIF by content.
 
     Example:
         >>> qface.align("photos", "crops", landmarks="landmarks.txt").unreadable
@@ -62,7 +62,7 @@ class AlignmentReport(Result):
         return {"photos": self.photos, "aligned": self.aligned, "present": self.present}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
+        """Return the fields as plain Python values for JSON."""
         return asdict(self)
 
 
@@ -74,37 +74,40 @@ def align(
     detector: Detector | str | Path | None = None,
     progress: bool = False,
 ) -> AlignmentReport:
-    """Write an aligned crop of the main face of every photo, as PNG, under the photo's name in the same subfolders.
+    """Write a 112x112 PNG crop of the main face of each photo, aligned to the ArcFace template.
 
-    A crop that is there already is left as it is, so that a run that was stopped goes on. Photos are turned as their
-    camera says.
+    A crop keeps the subfolder and name of its photo. Crops that already exist are skipped, so an interrupted run can
+    be repeated. Photos are rotated by their EXIF orientation first.
 
     Args:
-        photos: a folder of photos, with subfolders or not, or links to folders; each folder is read once.
-        crops: the folder to write; it is made.
-        landmarks: a file of landmarks (:mod:`qface.data.landmarks` says which), by names relative to ``photos``; None
-            looks for faces.
-        detector: what to look for them with: an object that detects, or an ONNX file of SCRFD or YuNet
-            (:func:`qface.data.load_detector`); None takes :func:`qface.data.detection.default_detector`.
-        progress: show the stages on stderr.
+        photos: folder of photos; subfolders and links to folders are included, each folder once.
+        crops: output folder; created if missing.
+        landmarks: file with five landmarks per photo, named relative to ``photos``, in one of the formats of
+            :mod:`qface.data.landmarks`; None detects faces.
+        detector: a face detector, or the path of an SCRFD or YuNet ONNX file (:func:`qface.data.load_detector`); None
+            uses :func:`qface.data.detection.default_detector`.
+        progress: True to show progress on stderr.
+
+    Returns:
+        The number of crops written, and the photos that gave none.
 
     Raises:
-        ImagesError: there are no photos, a folder of theirs or the landmarks cannot be read, or the landmarks are of
-            other photos, or most lines are of no face in their photo.
-        ExportError: two photos would give one crop, or crops cannot be written, or would lie among the photos.
-        DependencyError: there is nothing to look for faces with.
-        CheckpointError: the file of the detector is missing or damaged, or is neither of the two.
-        ConfigError: both landmarks and a detector are given.
+        ImagesError: there are no photos; a folder or the landmark file cannot be read; or the landmark file names
+            other photos, or most of its landmarks cannot be faces.
+        ExportError: a crop cannot be written, two photos have the same crop path, or ``crops`` is ``photos``.
+        DependencyError: no detector is installed.
+        CheckpointError: the detector file is missing, damaged, or neither SCRFD nor YuNet.
+        ConfigError: both ``landmarks`` and ``detector`` are given.
 
     Example:
         >>> qface.align("photos", "crops", landmarks="landmarks.txt").aligned
         1
     """
     if landmarks is not None and detector is not None:
-        raise ConfigError("landmarks and a detector contradict each other: give one of them")
+        raise ConfigError("landmarks and detector exclude each other: pass only one of them")
     photos, crops = Path(photos), Path(crops)
     if _same(photos, crops):
-        raise ExportError(f"crops would lie among the photos in {photos}: choose another folder")
+        raise ExportError(f"crops cannot be written into the folder of the photos, {photos}: choose another folder")
     names = _photos(photos, crops)
     targets = _targets(names, crops)
     missing = {name: target for name, target in targets.items() if not os.path.exists(target)}
@@ -129,7 +132,7 @@ def align(
         if points is None or crop is None:
             faceless.append(name)
         elif reason := landmark_fault(points, photo.size):
-            _LOGGER.warning("%s is not aligned: its landmarks are of no face in it, since %s", name, reason)
+            _LOGGER.warning("%s is not aligned: its landmarks are not a face: %s", name, reason)
             misplaced.append(f"{name}: {reason}")
         else:
             _write(crop, target)
@@ -139,7 +142,7 @@ def align(
 
 
 def _crop(photo: Image.Image, points: Landmarks | None) -> Image.Image | None:
-    """None where there is no face, which some detectors tell by landmarks in one place."""
+    """Return the aligned crop; None without a face, which some detectors report as five equal points."""
     try:
         return None if points is None else align_face(photo, points)
     except ImagesError:
@@ -147,22 +150,22 @@ def _crop(photo: Image.Image, points: Landmarks | None) -> Image.Image | None:
 
 
 def _photos(root: Path, crops: Path) -> list[str]:
-    """Names of all images below ``root``, relative to it, sorted; without those below ``crops``."""
-    if not os.path.isdir(root):  # unlike Path.is_dir, False for names that no folder can have
-        raise ImagesError(f"{root} is no folder: pass a folder of photos")
+    """Return the sorted paths of all images under ``root``, relative to it, except those under ``crops``."""
+    if not os.path.isdir(root):  # Path.is_dir raises for invalid names
+        raise ImagesError(f"{root} is not a folder: pass a folder of photos")
     files = list(_files(root, crops))
     names = sorted(path.relative_to(root).as_posix() for path in files if path.suffix.lower() in EXTENSIONS)
     if not names:
-        raise ImagesError(f"{root} holds no photos: expected files that end in {', '.join(sorted(EXTENSIONS))}")
+        raise ImagesError(f"{root} has no photos: expected files ending in {', '.join(sorted(EXTENSIONS))}")
     warn_of_others(root, [path for path in files if path.suffix.lower() not in EXTENSIONS])
     return names
 
 
 def _files(root: Path, left_out: Path) -> Iterator[Path]:
-    """The files below ``root`` and behind its links, each folder once: loops end, and own names go before links."""
+    """Yield the files under ``root``, following links; each folder once, so that link loops end."""
     seen = {_identity(left_out)} if os.path.isdir(left_out) else set()
     starts = [root]
-    for start in starts:  # links that are met come after all else
+    for start in starts:  # links are followed last, so that a folder keeps its own name
         for text, folders, files in os.walk(start, onerror=_refuse):
             folder = Path(text)
             if _identity(folder) in seen:
@@ -175,7 +178,7 @@ def _files(root: Path, left_out: Path) -> Iterator[Path]:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Device and inode of a folder, the same under all its names."""
+    """Return the device and inode of ``folder``, which are equal under all its names."""
     try:
         status = folder.stat()
     except OSError as error:
@@ -188,18 +191,16 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    raise ImagesError(
-        f"{error.filename} cannot be read ({error.strerror}): give yourself the right to, or move it away"
-    )
+    raise ImagesError(f"{error.filename} cannot be read ({error.strerror}): fix its permissions, or move it away")
 
 
 def _targets(names: list[str], crops: Path) -> dict[str, Path]:
-    """The crop of each photo."""
+    """Return the crop path of each photo."""
     targets = {name: (crops / name).with_suffix(".png") for name in names}
     photo_of: dict[Path, str] = {}
     for name, target in targets.items():
         if target in photo_of:
-            raise ExportError(f"{photo_of[target]} and {name} would both become {target}: rename one of them")
+            raise ExportError(f"{photo_of[target]} and {name} would both be written to {target}: rename one of them")
         photo_of[target] = name
     return targets
 
@@ -219,25 +220,22 @@ def _detector(given: Detector | str | Path | None) -> Detector:
 
 
 def _points_of(names: list[str], landmarks: str | Path) -> dict[str, Landmarks]:
-    """The landmarks of each photo that has a line."""
+    """Return the landmarks of each photo that the file lists."""
     photos = {composed(name): name for name in names}
     faces = read_landmarks(landmarks)
     known = {name: face.points for face in faces if (name := _photo_of(face.file, photos)) is not None}
     if not known:
         raise ImagesError(
-            f"no line of {landmarks} is of a photo (first line: {faces[0].file}, first photo: {names[0]}): "
-            "name photos as they lie below their folder"
+            f"{landmarks} lists none of the photos (first line: {faces[0].file}, first photo: {names[0]}): "
+            "write paths relative to the folder of photos"
         )
     check_landmarks(landmarks, known)
     return known
 
 
 def _photo_of(file: str, photos: Mapping[str, str]) -> str | None:
-    """The one of ``photos``, by their composed names, that a line calls ``file``.
-
-    As it stands goes first, since names may hold backslashes.
-    """
-    file = composed(file)
+    """Return the photo that a landmark line names ``file``; ``photos`` maps NFC names to photos."""
+    file = composed(file)  # the literal spelling is tried first, since file names may contain backslashes
     spellings = (file, posixpath.normpath(file), posixpath.normpath(file.replace("\\", "/")))
     return next((photos[name] for name in spellings if name in photos), None)
 

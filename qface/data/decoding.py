@@ -1,4 +1,4 @@
-"""From encoded images to pixels."""
+"""Decoding of image files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from qface.preprocessing import CROP_SIZE
 
 __all__ = ["UNREADABLE", "decode", "opened", "size_of", "stack_crops", "upright"]
 
-# What Pillow raises for a damaged file depends on the format and on where the damage lies.
+# Pillow raises different exceptions for damaged files, depending on the format and the place of the damage.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, LimitError)
 
-# Pillow goes by content, not by name: it would run Ghostscript over EPS, and its readers of rare formats raise more
-# than UNREADABLE where a file is damaged.
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # MPO is opened as JPEG
+# Pillow detects the format by content. Other formats are refused: EPS would run Ghostscript, and readers of rare
+# formats raise exceptions outside UNREADABLE for damaged files.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # JPEG includes MPO
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,14 +36,14 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""Transpositions that bring a photo upright, by EXIF's orientation."""
+"""Transposition that makes a photo upright, by EXIF orientation."""
 
 
 def size_of(file: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the header alone.
+    """Return (width, height) in pixels, read from the file header only.
 
     Raises:
-        ValueError: it is 16-bit gray. Damage and other formats raise what :data:`UNREADABLE` lists.
+        ValueError: the image is 16-bit grayscale. Damaged files and other formats raise one of :data:`UNREADABLE`.
     """
     with opened(file) as image:
         width, height = image.size
@@ -52,13 +52,13 @@ def size_of(file: Path) -> tuple[int, int]:
 
 @contextmanager
 def opened(file: str | Path | io.BytesIO) -> Iterator[Image.Image]:
-    """The image in ``file``, whose pixels are not read yet.
+    """Open an image without decoding its pixels.
 
-    16-bit gray is refused: Pillow clips it when it converts it to bytes, to white images. 16-bit color it scales.
+    16-bit grayscale is refused, since Pillow clips it to white when converting to 8 bits; 16-bit color is scaled.
 
     Raises:
-        LimitError: it has more pixels than :mod:`qface.limits` allows in a photo.
-        ValueError: it is 16-bit gray. Damage and other formats raise what :data:`UNREADABLE` lists.
+        LimitError: the image has more pixels than the limit ``photo`` of :mod:`qface.limits`.
+        ValueError: the image is 16-bit grayscale. Damaged files and other formats raise one of :data:`UNREADABLE`.
     """
     with Image.open(file, formats=_FORMATS) as image:
         check("photo", image.width * image.height, "an image" if isinstance(file, io.BytesIO) else str(file))
@@ -68,11 +68,11 @@ def opened(file: str | Path | io.BytesIO) -> Iterator[Image.Image]:
 
 def _check_depth(image: Image.Image) -> None:
     if image.mode.startswith("I"):
-        raise ValueError("it is 16-bit gray, not 8-bit")
+        raise ValueError("it is 16-bit grayscale, not 8-bit")
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """``image`` in RGB, turned as its camera says, which is what OpenCV reads."""
+    """Return ``image`` in RGB, rotated by its EXIF orientation, as OpenCV does."""
     turn = _TURNS.get(_orientation(image))
     return (image if turn is None else image.transpose(turn)).convert("RGB")
 
@@ -80,19 +80,20 @@ def upright(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever Pillow raises for tags that are damaged: the pixels may be well
+    except Exception:  # Pillow raises various exceptions for damaged tags; the pixels may be intact
         return None
 
 
 def decode(content: Path | bytes | bytearray, resize: bool = False) -> npt.NDArray[np.uint8]:
-    """The pixels of a 112x112 crop, uint8 [112, 112, 3] in RGB, turned as its camera says.
+    """Decode a 112x112 crop to uint8 [112, 112, 3] in RGB, rotated by its EXIF orientation.
 
     Args:
-        content: the encoded image.
-        resize: bring squares of another size to 112x112, bilinearly.
+        content: path or encoded bytes of the image.
+        resize: True to resize square images of other sizes to 112x112 bilinearly.
 
     Raises:
-        ValueError: it is of another size, or 16-bit gray. Damage and other formats raise what :data:`UNREADABLE` lists.
+        ValueError: the image has another size, or is 16-bit grayscale. Damaged files and other formats raise one of
+            :data:`UNREADABLE`.
     """
     with opened(content if isinstance(content, Path) else io.BytesIO(content)) as image:
         if resize and image.width == image.height != CROP_SIZE:
@@ -104,6 +105,6 @@ def decode(content: Path | bytes | bytearray, resize: bool = False) -> npt.NDArr
 
 
 def stack_crops(crops: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-    """Crops [112, 112, 3] as one batch, uint8 [len(crops), 3, 112, 112]; there may be none."""
+    """Stack crops uint8 [112, 112, 3] to a batch uint8 [len(crops), 3, 112, 112], which may be empty."""
     batch = np.array(crops, np.uint8).reshape(len(crops), CROP_SIZE, CROP_SIZE, 3)
     return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Finding faces in photos; the detectors are uniface's (extra ``qface[align]``)."""
+"""Face detection in photos with the detectors of uniface (extra ``qface[align]``)."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ __all__ = ["Detector", "default_detector", "main_face"]
 
 
 class Detector(Protocol):
-    """The interface of uniface's detectors of five landmarks."""
+    """Interface of a face detector with five landmarks, as in uniface."""
 
     def detect(self, image: npt.NDArray[np.uint8], /) -> list[Any]:
-        """The faces in ``image`` [height, width, 3], BGR, with ``bbox`` (x1, y1, x2, y2) and ``landmarks`` [5, 2]."""
+        """Return the faces in ``image``, BGR [H, W, 3], with ``bbox`` (x1, y1, x2, y2) and ``landmarks``."""
 
 
 def default_detector() -> Detector:
-    """RetinaFace with the backbone MobileNet; its weights are fetched from the internet once.
+    """Return RetinaFace with a MobileNet backbone; its weights are downloaded once.
 
     Raises:
-        DependencyError: uniface is not installed, or its weights cannot be fetched.
+        DependencyError: uniface is not installed, or the weights cannot be downloaded.
     """
     try:
         from uniface import RetinaFace
     except ImportError as error:
         raise DependencyError(
-            "finding faces needs uniface: pip install 'qface[align]', or give the landmarks of the photos"
+            "face detection needs uniface: pip install 'qface[align]', or pass a landmark file"
         ) from error
     try:
         return RetinaFace()  # type: ignore[no-any-return]
-    except (OSError, RuntimeError, ValueError) as error:  # ValueError: half a file, which does not fit its hash
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: an incomplete file with a wrong hash
         raise DependencyError(
-            f"the detector's weights cannot be fetched ({one_line(error)}): give the landmarks of the photos"
+            f"the weights of the detector cannot be downloaded ({one_line(error)}): pass a landmark file"
         ) from error
 
 
 def main_face(detector: Detector, photo: Image.Image) -> Landmarks | None:
-    """The landmarks of the face that ``photo`` is of, a large one near its middle; None where there is no face.
+    """Return the landmarks of the main face of ``photo``; None without a face.
 
-    Of several, the one whose area, less twice the squared distance from the middle of the photo, is largest, as in
-    InsightFace's and FaceNet's scripts for LFW.
+    The main face has the maximum of area - 2 * (squared distance to the photo's center), as in the LFW scripts of
+    InsightFace and FaceNet.
     """
     faces = detector.detect(np.ascontiguousarray(np.asarray(photo.convert("RGB"))[:, :, ::-1]))
     if not faces:

@@ -1,4 +1,4 @@
-"""Face detectors in ONNX files as they are published: SCRFD and YuNet (extra ``qface[align]``)."""
+"""Face detectors from published ONNX files: SCRFD and YuNet (extra ``qface[align]``)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from qface.errors import CheckpointError, DependencyError, QFaceError, one_line
 
 __all__ = ["DetectedFace", "load_detector"]
 
-_SIDE = 640  # pixels; both were trained on images of this size
+_SIDE = 640  # pixels; the image size of both detectors' training
 _MIN_SCORE = 0.5
-_MAX_OVERLAP = 0.4  # intersection over union of two boxes, above which the one with the lower score is dropped
+_MAX_OVERLAP = 0.4  # IoU threshold of non-maximum suppression
 _STRIDES = (8, 16, 32)
 _SCRFD_ANCHORS = 2  # per cell
-_SCRFD_WIDTHS = (1, 1, 1, 4, 4, 4, 10, 10, 10)  # scores, boxes and landmarks, each at the three strides
+_SCRFD_WIDTHS = (1, 1, 1, 4, 4, 4, 10, 10, 10)  # last dimension of scores, boxes and landmarks at the three strides
 _YUNET_OUTPUTS = {f"{kind}_{stride}" for kind in ("cls", "obj", "bbox", "kps") for stride in _STRIDES}
 
 Pixels = npt.NDArray[np.uint8]
-"""uint8 [height, width, 3], BGR."""
+"""uint8 [H, W, 3], BGR."""
 
 
 @dataclass(frozen=True, eq=False)
 class DetectedFace:
-    """A face in a photo.
+    """Detected face in a photo.
 
     Args:
         bbox: float64 [4]: x1, y1, x2, y2 in pixels of the photo.
@@ -43,15 +43,18 @@ class DetectedFace:
 
 
 def load_detector(path: str | Path) -> Detector:
-    """Load the face detector in an ONNX file; its outputs tell which one it is.
+    """Load a face detector from an ONNX file; the type is recognized by its outputs.
 
     Args:
-        path: SCRFD with landmarks, as InsightFace publishes it (``scrfd_*_kps.onnx``, ``scrfd_*_bnkps.onnx``,
-            ``det_*.onnx``), or YuNet, as OpenCV does since 2023 (``face_detection_yunet_2023mar.onnx``).
+        path: SCRFD with landmarks, as published by InsightFace (``scrfd_*_kps.onnx``, ``scrfd_*_bnkps.onnx``,
+            ``det_*.onnx``), or YuNet, as published by OpenCV since 2023 (``face_detection_yunet_2023mar.onnx``).
+
+    Returns:
+        A detector to pass to :func:`qface.align`.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or is neither.
-        LimitError: it asks for more than :mod:`qface.limits` allows.
+        CheckpointError: the file is missing, damaged, or neither SCRFD nor YuNet.
+        LimitError: the file exceeds a limit of :mod:`qface.limits`.
         DependencyError: OpenCV is not installed.
     """
     path = Path(path)
@@ -62,19 +65,20 @@ def load_detector(path: str | Path) -> Detector:
         return _Scrfd(path, session)
     outputs = ", ".join(f"{output.name} {output.shape}" for output in session.get_outputs())
     raise CheckpointError(
-        f"{path} is no detector that is read here (its outputs: {outputs}): give SCRFD with landmarks, which has nine "
-        "outputs, or YuNet of 2023 or later, which has twelve"
+        f"{path} is not a supported detector (its outputs: {outputs}): pass SCRFD with landmarks (9 outputs) or YuNet "
+        "of 2023 or later (12 outputs)"
     )
 
 
 class _Scrfd:
     """SCRFD (Guo et al., Sample and computation redistribution for efficient face detection, ICLR 2022).
 
-    uniface's class of this name takes no file, feeds BGR to these networks of RGB, and fails on outputs with a batch.
+    uniface's SCRFD class cannot be used: it takes no file, passes BGR instead of RGB, and fails on outputs with a
+    batch dimension.
 
     Args:
         path: the file, for messages.
-        session: an ``onnxruntime.InferenceSession`` of it.
+        session: its ``onnxruntime.InferenceSession``.
     """
 
     def __init__(self, path: Path, session: Any) -> None:
@@ -85,13 +89,13 @@ class _Scrfd:
         self._height, self._width = (side if isinstance(side, int) else _SIDE for side in image.shape[2:])
 
     def detect(self, image: Pixels, /) -> list[DetectedFace]:
-        """The faces in ``image``."""
+        """Return the faces in ``image``."""
         factor = min(self._height / image.shape[0], self._width / image.shape[1])
         filled = _fitted(self._opencv, image, factor, self._height, self._width)
         blob = self._opencv.dnn.blobFromImage(filled, 1 / 128, mean=(127.5, 127.5, 127.5), swapRB=True)
         with _telling(self._path):
             rows = _decoded(self._session.run(None, {self._name: blob}), self._height, self._width)
-        boxes = np.column_stack([rows[:, 1:3], rows[:, 3:5] - rows[:, 1:3]])  # with width and height
+        boxes = np.column_stack([rows[:, 1:3], rows[:, 3:5] - rows[:, 1:3]])  # x, y, width, height
         kept = self._opencv.dnn.NMSBoxes(boxes.tolist(), rows[:, 0].tolist(), _MIN_SCORE, _MAX_OVERLAP)
         return [DetectedFace(row[1:5], row[5:].reshape(5, 2)) for row in rows[np.array(kept, int)] / factor]
 
@@ -105,9 +109,9 @@ class _YuNet:
             self._network = self._opencv.FaceDetectorYN.create(str(path), "", (_SIDE, _SIDE), _MIN_SCORE, _MAX_OVERLAP)
 
     def detect(self, image: Pixels, /) -> list[DetectedFace]:
-        """The faces in ``image``."""
+        """Return the faces in ``image``."""
         factor = min(1.0, _SIDE / max(image.shape[:2]))
-        # OpenCV 4 makes faces of memory that nobody wrote where a side is shorter than some 40 pixels.
+        # OpenCV 4 detects faces in uninitialized memory if a side is shorter than about 40 pixels, so it is padded.
         filled = _fitted(self._opencv, image, factor, _SIDE, _SIDE)
         with _telling(self._path):
             _, rows = self._network.detect(filled)
@@ -120,20 +124,20 @@ def _session(path: Path) -> Any:
     from qface.deployment.runtime import cpu_session
     from qface.models.onnx_import.onnx_file import check_onnx
 
-    check_onnx(path)  # since onnxruntime computes whatever stands in a file
+    check_onnx(path)  # onnxruntime would run any content of the file
     with _telling(path):
         return cpu_session(path.read_bytes())
 
 
 @contextmanager
 def _telling(path: Path) -> Iterator[None]:
-    """Say which file it is that a runtime cannot open or compute."""
+    """Turn exceptions of the runtime into a CheckpointError that names the file."""
     try:
         yield
     except QFaceError:
         raise
-    except Exception as error:  # those of onnxruntime and OpenCV share no base class
-        raise CheckpointError(f"{path} cannot look for faces ({one_line(error, 200)}): fetch it again") from error
+    except Exception as error:  # exceptions of onnxruntime and OpenCV have no common base class
+        raise CheckpointError(f"{path} cannot run as a detector ({one_line(error, 200)}): download it again") from error
 
 
 def _opencv() -> Any:
@@ -141,7 +145,7 @@ def _opencv() -> Any:
         return import_module("cv2")
     except ImportError as error:
         raise DependencyError(
-            "a detector in a file needs OpenCV: pip install 'qface[align]', or give the landmarks of the photos"
+            "a detector file needs OpenCV: pip install 'qface[align]', or pass a landmark file"
         ) from error
 
 
@@ -153,12 +157,12 @@ def _is_scrfd(session: Any) -> bool:
 
 
 def _may_have(shape: Sequence[int | str | None], width: int) -> bool:
-    """True if ``shape``, whose sizes may be unknown, is that of rows of ``width`` numbers, in a batch or not."""
+    """True if ``shape`` can be [rows, width] or [batch, rows, width]; symbolic sizes match any number."""
     return len(shape) in (2, 3) and (shape[-1] == width or not isinstance(shape[-1], int))
 
 
 def _decoded(outputs: Sequence[npt.NDArray[np.float32]], height: int, width: int) -> npt.NDArray[np.float64]:
-    """SCRFD's likely faces before overlapping ones are dropped.
+    """Decode SCRFD's outputs to faces above the minimum score, before non-maximum suppression.
 
     Returns:
         float64 [faces, 15]: score, x1, y1, x2, y2 and five landmarks, in pixels of the network's input.
@@ -175,7 +179,7 @@ def _decoded(outputs: Sequence[npt.NDArray[np.float32]], height: int, width: int
 
 
 def _fitted(opencv: Any, image: Pixels, factor: float, height: int, width: int) -> Pixels:
-    """``image``, scaled by ``factor``, in the upper left of a black one."""
+    """Scale ``image`` by ``factor`` and pad it with black at the right and bottom to [height, width, 3]."""
     size = [max(1, int(side * factor)) for side in image.shape[1::-1]]
     below, beside = height - size[1], width - size[0]
     scaled = opencv.resize(image, size)

@@ -1,4 +1,4 @@
-"""Folders of aligned face crops, one subfolder a person or flat."""
+"""Folders of aligned face crops, flat or with one subfolder per identity."""
 
 from __future__ import annotations
 
@@ -23,33 +23,32 @@ __all__ = ["EXTENSIONS", "ImageFolder", "not_allowed", "warn_of_others"]
 _LOGGER = logging.getLogger("qface")
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-"""File name endings that count as images, in lower case; letter case does not matter."""
+"""Extensions of image files, compared in lower case."""
 
 ResultT = TypeVar("ResultT")
 
 
 class ImageFolder(IndexedImages):
-    """A folder of 112x112 crops: ``root/<Person>/*`` with labels, or ``root/*`` without.
+    """Folder of 112x112 crops: ``root/<identity>/*`` with labels, or flat ``root/*`` without.
 
-    Files that begin with a dot or do not end in :data:`EXTENSIONS` are no images; a warning counts the latter and
-    tells of people who have no other files. Every header is checked here, so that a wrong folder fails at once; damage
-    further inside a file shows when it is read.
+    Hidden files are ignored; other files without one of :data:`EXTENSIONS` are ignored with a warning. All file headers
+    are checked at once, so a wrong folder fails early; damaged pixels are found when an image is read.
 
     Args:
         root: the folder.
-        identities: which ones to keep; see :func:`qface.data.identities.select_identities`.
+        identities: identities to keep; see :func:`qface.data.select_identities`.
 
     Attributes:
         root: the folder.
-        paths: the images, sorted by person, then by file name.
-        labels: int64 [len(paths)], an index into ``names``; None for a flat folder.
-        names: the identities kept, sorted; empty for a flat folder.
-        all_names: the identities on disk, kept or not, sorted.
-        selection: which identities are kept, ``"first-half"``, ``"second-half"`` or the name of a file; None for all.
+        paths: the images, sorted by identity, then by file name.
+        labels: int64 [len(paths)], index into ``names``; None for a flat folder.
+        names: the kept identities, sorted; empty for a flat folder.
+        all_names: all identities on disk, sorted.
+        selection: ``"first-half"``, ``"second-half"`` or the name of the file with the kept identities; None for all.
 
     Raises:
-        ImagesError: the folder is missing, empty or mixes both layouts, ``identities`` do not fit it, or images
-            cannot be read or are not 112x112.
+        ImagesError: the folder is missing, empty or mixes both layouts; ``identities`` do not match it; or images are
+            unreadable or not 112x112.
     """
 
     def __init__(self, root: str | Path, identities: str | Path | None = None) -> None:
@@ -57,7 +56,7 @@ class ImageFolder(IndexedImages):
         self.selection = None if identities is None else Path(identities).name
         loose, persons = _scan(self.root)
         if identities is not None and not persons:
-            raise ImagesError(f"people cannot be selected from {self.root}: it is flat, so its images carry no names")
+            raise ImagesError(f"identities cannot be selected from {self.root}: it has no subfolders per identity")
         self.all_names = sorted(persons, key=composed)
         self.names = select_identities(self.all_names, identities) if persons else []
         self.paths = loose or [path for name in self.names for path in persons[name]]
@@ -66,7 +65,7 @@ class ImageFolder(IndexedImages):
 
     @property
     def num_identities(self) -> int:
-        """The number of people that are kept; 0 for a flat folder."""
+        """Number of kept identities; 0 for a flat folder."""
         return len(self.names)
 
     def __len__(self) -> int:
@@ -76,7 +75,7 @@ class ImageFolder(IndexedImages):
         """Decode the images at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
 
         Raises:
-            ImagesError: some of them are damaged; they are counted.
+            ImagesError: images are damaged; the message counts them.
         """
         pixels = np.empty((len(indices), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
         for position, index in enumerate(indices):
@@ -89,7 +88,7 @@ class ImageFolder(IndexedImages):
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def content(self, index: int) -> bytes:
-        """Name and bytes of the file at ``index``.
+        """Return name and bytes of the file at ``index``.
 
         Raises:
             ImagesError: it cannot be read.
@@ -123,9 +122,9 @@ class ImageFolder(IndexedImages):
 
 
 def _scan(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The loose images of ``root`` and, by name, those of its subfolders; one of the two is empty."""
-    if not os.path.isdir(root):  # unlike Path.is_dir, False for names that no folder can have
-        raise ImagesError(f"{root} is no folder: pass a folder of {CROP_SIZE}x{CROP_SIZE} face crops")
+    """Return the images directly in ``root`` and those of its subfolders by name; one of both is empty."""
+    if not os.path.isdir(root):  # Path.is_dir raises for invalid names
+        raise ImagesError(f"{root} is not a folder: pass a folder of {CROP_SIZE}x{CROP_SIZE} face crops")
     try:
         with os.scandir(root) as entries:
             folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
@@ -138,24 +137,24 @@ def _scan(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     gone = sorted(name for name, (images, passed_over) in found.items() if passed_over and not images)
     if loose and persons:
         raise ImagesError(
-            f"{root} holds {len(loose)} loose images beside {len(persons)} folders of people "
-            f"(first: {loose[0].name}): keep one layout"
+            f"{root} has both {len(loose)} images (first: {loose[0].name}) and {len(persons)} subfolders of images: "
+            "keep one layout"
         )
     if not loose and not persons:
         raise ImagesError(
-            f"{root} holds no images: expected <Person>/<image> or <image>, ending in {', '.join(sorted(EXTENSIONS))}"
+            f"{root} has no images: expected <identity>/<image> or <image>, ending in {', '.join(sorted(EXTENSIONS))}"
         )
     warn_of_others(root, others, gone)
     return loose, persons
 
 
 def warn_of_others(root: Path, others: Sequence[Path], gone: Sequence[str] = ()) -> None:
-    """Say in one line which files below ``root`` are passed over, and which people have no others."""
+    """Warn about ignored files under ``root``, and about identities ``gone`` that have no other files."""
     if not others:
         return
-    people = f"; {len(gone)} people have no image and are left out (first: {gone[0]})" if gone else ""
+    people = f"; {len(gone)} identities have no image and are ignored (first: {gone[0]})" if gone else ""
     _LOGGER.warning(
-        "%s: %d files are no images that are read, and are passed over (first: %s)%s: convert them to JPEG or PNG",
+        "%s: %d files are not in a supported image format and are ignored (first: %s)%s: convert them to JPEG or PNG",
         root,
         len(others),
         min(path.relative_to(root).as_posix() for path in others),
@@ -164,12 +163,12 @@ def warn_of_others(root: Path, others: Sequence[Path], gone: Sequence[str] = ())
 
 
 def not_allowed(error: OSError) -> ImagesError:
-    """The error for a folder that must not be read."""
-    return ImagesError(f"{error.filename} cannot be read ({error.strerror}): give yourself the right to")
+    """Return the error for a folder that cannot be read."""
+    return ImagesError(f"{error.filename} cannot be read ({error.strerror}): fix its permissions")
 
 
 def _images_in(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images of ``folder``, sorted, and its other files."""
+    """Return the sorted images of ``folder`` and its other files, without hidden files."""
     with os.scandir(folder) as entries:
         files = [folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
     images = [file for file in files if _is_image(file)]

@@ -1,4 +1,4 @@
-"""Selection of a folder's identities: all, one half of them, or those that a file names."""
+"""Selection of identities: all, one half, or those listed in a file."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ SECOND_HALF = "second-half"
 
 
 def composed(name: str) -> str:
-    """``name`` in Unicode's form NFC: file systems of macOS give names in NFD, and others as they were written."""
+    """Normalize ``name`` to Unicode form NFC, since file systems of macOS return NFD."""
     return unicodedata.normalize("NFC", name)
 
 
 def select_identities(names: Sequence[str], identities: str | Path | None) -> list[str]:
-    """Pick identities by a rule that depends on their names alone, so that every machine picks the same.
+    """Select identities by name only, so that the selection is the same on every machine.
 
     Args:
         names: all identities.
-        identities: ``None`` for all of them; ``"first-half"`` for the first ceil(n / 2) in the order of the
-            SHA-256 of their names in UTF-8 and NFC, ``"second-half"`` for the rest; otherwise a text file with one
-            name a line.
+        identities: ``"first-half"`` for the first ceil(n / 2) identities in the order of SHA-256(name in UTF-8, NFC);
+            ``"second-half"`` for the others; the path of a text file with one name per line; None for all.
 
     Returns:
-        The names that are picked, as they are in ``names``, sorted by their form NFC.
+        The selected names as in ``names``, sorted by their NFC form.
 
     Raises:
-        ImagesError: the file cannot be read or names somebody who is not in ``names``, nobody is picked, or two names
-            differ in their Unicode form alone.
+        ImagesError: the file cannot be read or lists an unknown name, no identity is selected, or two names differ
+            only in Unicode form.
     """
     _check_forms(set(names))
     selected = sorted(_select(sorted(set(names), key=composed), identities), key=composed)
     if not selected:
-        raise ImagesError(f"no identity is left of {len(names)} (people: {identities}): select at least one")
+        raise ImagesError(f"{len(names)} identities, none selected (identities={identities}): select at least one")
     return selected
 
 
@@ -57,7 +56,7 @@ def _check_forms(names: set[str]) -> None:
     of_form: dict[str, str] = {}
     for name in sorted(names):
         if of_form.setdefault(composed(name), name) != name:
-            raise ImagesError(f"two people are called {name}, in two forms of Unicode: rename or join their folders")
+            raise ImagesError(f"two identities named {name} differ only in Unicode form: rename or merge the folders")
 
 
 def _digest(name: str) -> str:
@@ -81,10 +80,11 @@ def _read_names(path: Path) -> set[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise ImagesError(
-            f"people {str(path)!r} is no file: pass {FIRST_HALF}, {SECOND_HALF} or a text file with one name a line"
+            f"identities file {str(path)!r} does not exist: pass {FIRST_HALF}, {SECOND_HALF} or a text file with one "
+            "name per line"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ImagesError(
-            f"the list of people {path} cannot be read as text ({one_line(error)}): give one in UTF-8"
+            f"the list of identities {path} cannot be read as text ({one_line(error)}): pass a text file in UTF-8"
         ) from error
     return {composed(line.strip()) for line in lines if line.strip()}

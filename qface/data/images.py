@@ -1,7 +1,7 @@
-"""Image sources: the verbs read batches of images from them, and tensors and loaders become such sources here.
+"""Image sources, from which the functions of the package read batches of images.
 
-Crops (a folder, or a uint8 tensor) are 112x112 RGB bytes that each model normalizes for itself; floats (a float
-tensor, or a loader that yields them) are already normalized and reach the model as they are.
+uint8 images (folders, tensors) are 112x112 RGB crops, which are normalized for each model. Float images (tensors,
+loaders) are already normalized and are passed to the model unchanged.
 """
 
 from __future__ import annotations
@@ -38,45 +38,49 @@ __all__ = [
 
 Labels = npt.NDArray[np.int64]
 Images = Union[str, Path, Tensor, Iterable[Any], "ImageSource"]
-"""Images that users may pass; :func:`qface.data.sources.as_image_source` makes an :class:`ImageSource` of each."""
+"""Images as users pass them; :func:`qface.data.as_image_source` converts them to an :class:`ImageSource`."""
 
 
 class ImageSource(ABC):
-    """Images that can be read in order, batch by batch."""
+    """Images that can be read sequentially in batches."""
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield uint8 or float tensors [n <= batch_size, 3, height, width], each image once, in order."""
+        """Yield each image once, in order, as uint8 or float batches [n, 3, H, W], n <= ``batch_size``."""
 
 
 class IndexedImages(ImageSource):
-    """Images that can also be read in any order; ``labels`` gives each one's identity where that is known."""
+    """Images that can be read by index, with optional identity labels."""
 
     labels: Tensor | None = None
-    """int64 [len(self)], identities numbered from 0, or None where they are unknown."""
+    """int64 [len(self)], identities numbered from 0; None if unknown."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The images at ``indices`` as one tensor [len(indices), 3, height, width]."""
+        """Return the images at ``indices`` as one tensor [len(indices), 3, H, W]."""
 
     def content(self, index: int) -> bytes:
-        """Bytes that tell the image at ``index`` from others; sources on disk give name and content, undecoded."""
+        """Return bytes that identify the image at ``index``: name and file content for images on disk."""
         return bytes_of(self.read([index]))
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[Tensor]:
-        """Yield the images from ``start`` on in order, ``batch_size`` at a time."""
+        """Yield the images in order in batches of ``batch_size``, beginning with index ``start``."""
         for first in range(start, len(self), batch_size):
             yield self.read(range(first, min(first + batch_size, len(self))))
 
 
 class TensorImages(IndexedImages):
-    """A tensor [N, 3, H, W] in memory: uint8 holds 112x112 crops, float is already normalized.
+    """Images in a tensor in memory.
+
+    Args:
+        images: uint8 [N, 3, 112, 112] crops in RGB, or normalized floats [N, 3, H, W].
+        labels: integers [N], identities numbered from 0; None if unknown.
 
     Raises:
-        ImagesError: the tensor is empty, or of another shape or type.
+        ImagesError: the tensor is empty or has another shape or dtype, or the labels do not match it.
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
@@ -88,36 +92,37 @@ class TensorImages(IndexedImages):
         return len(self.images)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The images at ``indices``."""
+        """Return the images at ``indices``."""
         return self.images[torch.as_tensor(list(indices), dtype=torch.int64)]
 
 
 class LoaderImages(ImageSource):
-    """A DataLoader, or any iterable of batches: tensors, or tuples that begin with one.
+    """Images from a DataLoader or another iterable of batches.
 
-    What it yields is held to what :class:`TensorImages` says, batch by batch.
+    Args:
+        loader: yields tensors, or tuples that begin with a tensor, in the formats of :class:`TensorImages`.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """The loader's own batches; it has decided their size, so ``batch_size`` is not used."""
+        """Yield the batches of the loader, which determines their size: ``batch_size`` is ignored."""
         return map(batch_of, self.loader)
 
 
 def batch_of(item: Any) -> Tensor:
-    """The images of what a loader yields, a tensor or a tuple that begins with one.
+    """Return the images of an item of a loader: the item itself, or the first element of a tuple.
 
     Raises:
-        ImagesError: it is something else, or not what :class:`TensorImages` takes.
+        ImagesError: it is not a tensor in one of the formats of :class:`TensorImages`.
     """
     batch = item[0] if isinstance(item, (tuple, list)) else item
     if not isinstance(batch, Tensor):
-        raise ImagesError(f"a loader of images yields tensors or (tensor, label) tuples, not {type(batch).__name__}")
+        raise ImagesError(f"a loader must yield tensors or (tensor, label) tuples, got {type(batch).__name__}")
     if batch.ndim == 3:
         raise ImagesError(
-            f"a loader of images yields batches, not single images {list(batch.shape)}: wrap it in a DataLoader"
+            f"a loader must yield batches [N, 3, H, W], got an image {list(batch.shape)}: wrap it in a DataLoader"
         )
     _check(batch)
     return batch
@@ -125,28 +130,26 @@ def batch_of(item: Any) -> Tensor:
 
 def _check(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-        raise ImagesError(
-            f"images need the shape [N, 3, height, width] with N > 0; this tensor has {list(images.shape)}"
-        )
+        raise ImagesError(f"images must have the shape [N, 3, height, width] with N > 0, got {list(images.shape)}")
     if images.dtype == torch.uint8 and tuple(images.shape[2:]) != (CROP_SIZE, CROP_SIZE):
         raise ImagesError(
-            f"uint8 images are {CROP_SIZE}x{CROP_SIZE} face crops; these are {images.shape[2]}x{images.shape[3]}: "
+            f"uint8 images must be {CROP_SIZE}x{CROP_SIZE} face crops, got {images.shape[2]}x{images.shape[3]}: "
             "align them, or pass normalized floats"
         )
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ImagesError(f"images are uint8 crops or normalized floats, not {images.dtype}")
+        raise ImagesError(f"images must be uint8 crops or normalized floats, got {images.dtype}")
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """The values of ``tensor`` as they lie in memory."""
+    """Return the raw bytes of the values of ``tensor``."""
     return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def named_content(path: Path, name: str) -> bytes:
-    """``name``, by which a source knows the file ``path``, and all that the file holds.
+    """Return ``name`` and the content of the file ``path``.
 
     Raises:
-        ImagesError: it cannot be read.
+        ImagesError: the file cannot be read.
     """
     try:
         return f"{name}\0".encode("utf-8", "surrogateescape") + path.read_bytes()
@@ -155,27 +158,27 @@ def named_content(path: Path, name: str) -> bytes:
 
 
 def labels_of(source: ImageSource) -> Labels | None:
-    """Who is on each image, [N], identities numbered from 0; None where that is unknown."""
+    """Return the labels of ``source``, int64 [N], identities numbered from 0; None if unknown."""
     if not isinstance(source, IndexedImages) or source.labels is None:
         return None
     return source.labels.cpu().numpy().astype(np.int64)
 
 
 def identity_labels(labels: Tensor, count: int) -> Tensor:
-    """``labels`` as the int64 identities [count] of as many images.
+    """Return ``labels`` as int64 after checking that they fit ``count`` images.
 
     Raises:
-        ImagesError: there are more or fewer, or they are no whole numbers from 0 on.
+        ImagesError: the shape is not [count], or a label is not an integer >= 0.
     """
     if labels.shape != (count,):
-        raise ImagesError(f"{count} images need {count} labels, not a tensor {list(labels.shape)}")
+        raise ImagesError(f"{count} images need labels of shape [{count}], got {list(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or (labels < 0).any():
-        raise ImagesError("labels are whole numbers from 0 on, one for each person")
+        raise ImagesError("labels must be integers >= 0, one number per identity")
     return labels.long()
 
 
 def length_of(loader: Iterable[Any]) -> int | None:
-    """The number of batches of ``loader``; None where it does not say, as a DataLoader of an IterableDataset."""
+    """Return the number of batches of ``loader``; None if unknown, as for an IterableDataset."""
     try:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:
@@ -183,10 +186,14 @@ def length_of(loader: Iterable[Any]) -> int | None:
 
 
 def normalize(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Images as a model with ``preprocessing`` reads them, float32: bytes are normalized for it, floats pass.
+    """Return images as float32 model input: uint8 images are normalized, float images are only checked.
+
+    Args:
+        batch: uint8 crops [N, 3, 112, 112] in RGB, or normalized floats [N, 3, H, W].
+        preprocessing: the preprocessing of the model.
 
     Raises:
-        ImagesError: floats were not normalized by ``preprocessing``; see :func:`check_normalized`.
+        ImagesError: floats are outside the range of ``preprocessing``; see :func:`check_normalized`.
     """
     if batch.dtype == torch.uint8:
         return preprocessing(batch)
@@ -195,18 +202,18 @@ def normalize(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def check_normalized(batch: Tensor, preprocessing: Preprocessing) -> None:
-    """Refuse floats that ``preprocessing`` makes of no byte, or that look like images of 0..1 where it means others.
+    """Raise if float images were not normalized with ``preprocessing``.
 
-    Bytes become the range from (0 - mean) / std to (255 - mean) / std of each channel; one gray level beyond it is
-    taken for rounding. Several images that all lie within 0..1, where that range reaches below 0, were only divided
-    by 255.
+    Normalized values are from (0 - mean) / std to (255 - mean) / std; one gray level more is allowed for rounding.
+    Several images with all values in [0, 1] are refused too if that range includes negative values: they were only
+    divided by 255.
 
     Args:
-        batch: [N, 3, height, width], bytes (which are never refused) or floats.
-        preprocessing: that of the network that reads them.
+        batch: images [N, 3, H, W]; uint8 images are always accepted.
+        preprocessing: the preprocessing of the model.
 
     Raises:
-        ImagesError: they are such floats; the message names both ranges.
+        ImagesError: values are outside the range; the message names both ranges.
     """
     if not batch.is_floating_point() or not batch.numel():
         return
@@ -220,10 +227,10 @@ def check_normalized(batch: Tensor, preprocessing: Preprocessing) -> None:
         return
     looks = _LOOKS[0] if lowest >= 0 and highest <= 1 else _LOOKS[1] if lowest >= 0 and highest <= 256 else ""
     raise ImagesError(
-        f"these images reach from {lowest:.3g} to {highest:.3g}{looks}, and this network's Preprocessing says "
-        f"{float(least.min()):.3g} to {float(greatest.max()):.3g}: attach the one by which they were normalized, or "
-        "pass bytes (uint8, RGB)"
+        f"the images have values from {lowest:.3g} to {highest:.3g}{looks}, but the Preprocessing of the network gives "
+        f"{float(least.min()):.3g} to {float(greatest.max()):.3g}: set the Preprocessing that normalized them, or pass "
+        "uint8 RGB images"
     )
 
 
-_LOOKS = (" as if only divided by 255", " as bytes do")
+_LOOKS = (" (only divided by 255?)", " (not normalized?)")

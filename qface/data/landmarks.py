@@ -1,9 +1,12 @@
-"""Text files that say where faces lie.
+"""Text files with five landmarks per photo.
 
-Each line is ``file x1 y1 ... x5 y5``, with or without a detector's score, as in ``ijbc_name_5pts_score.txt`` of IJB-B
-and IJB-C; or ``file x1 ... x5 y1 ... y5``, as scripts around MTCNN write it; or ``file [{'box': ..., 'keypoints': ...,
-'confidence': ...}, ...]``, as the package mtcnn prints what it finds in a photo. A JSON object from files to these
-dictionaries is read too.
+Supported lines:
+
+- ``file x1 y1 ... x5 y5 [score]``, as in ``ijbc_name_5pts_score.txt`` of IJB-B and IJB-C;
+- ``file x1 ... x5 y1 ... y5 [score]``, as written by scripts around MTCNN;
+- ``file [{'box': ..., 'keypoints': ..., 'confidence': ...}, ...]``, the printed output of the package mtcnn.
+
+Instead of lines, a file may be a JSON object that maps photos to these dictionaries.
 """
 
 from __future__ import annotations
@@ -26,20 +29,20 @@ from qface.limits import parse_json
 __all__ = ["FaceLandmarks", "check_landmarks", "read_landmarks"]
 
 _LOGGER = logging.getLogger("qface")
-_LOOKED_AT = 1000  # lines at least, spread evenly: IJB-C has half a million
-_KEYPOINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")  # left is the viewer's, as everywhere here
+_LOOKED_AT = 1000  # minimum number of lines to check, evenly spaced: IJB-C has half a million
+_KEYPOINTS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")  # left as seen by the viewer
 _DICTIONARIES = re.compile(r"""(?<=\s)((\[\s*)?\{\s*['"].*|\[\s*\])$""")
-_PYTHON_TO_JSON = str.maketrans("'()", '"[]')  # the dictionaries hold no other text than their keys
+_PYTHON_TO_JSON = str.maketrans("'()", '"[]')  # safe, since the only strings in these dictionaries are the keys
 
 
 @dataclass(frozen=True, eq=False)
 class FaceLandmarks:
-    """One line of a file.
+    """Landmarks of one face from a file.
 
     Args:
-        file: the photo's name.
+        file: name of the photo.
         points: float64 [5, 2]; see :data:`qface.data.alignment.Landmarks`.
-        score: how sure the detector was; None where the line has none.
+        score: detection score; None if the line has none.
     """
 
     file: str
@@ -48,11 +51,17 @@ class FaceLandmarks:
 
 
 def read_landmarks(path: str | Path) -> list[FaceLandmarks]:
-    """Read a file of landmarks, in its order; of several faces that mtcnn found in a photo, the largest.
+    """Read a landmark file in any format of this module; of several faces in mtcnn output, the largest.
+
+    Args:
+        path: the landmark file.
+
+    Returns:
+        The faces in the order of the file.
 
     Raises:
-        ImagesError: the file cannot be read, holds nothing, or a line is malformed; it is named.
-        LimitError: its dictionaries ask for more than :mod:`qface.limits` allows.
+        ImagesError: the file cannot be read or has no landmarks, or a line is malformed; the message names it.
+        LimitError: a dictionary exceeds a limit of :mod:`qface.limits`.
     """
     path = Path(path)
     lines = list(numbered_lines(path))
@@ -62,19 +71,19 @@ def read_landmarks(path: str | Path) -> list[FaceLandmarks]:
         found = [_face(path, number, line) for number, line in lines]
     faces = [face for face in found if face is not None]
     if not faces:
-        raise ImagesError(f"{path} holds no landmarks: expected lines 'file x1 y1 ... x5 y5'")
+        raise ImagesError(f"{path} has no landmarks: expected lines 'file x1 y1 ... x5 y5'")
     return _with_pairs(path, faces)
 
 
 def check_landmarks(path: str | Path, faces: Mapping[str, Landmarks]) -> None:
-    """Refuse a file of which most lines are of no face, in whatever photo; of fewer lines a warning says how many.
+    """Raise if most landmarks of a file cannot be a face; log a warning if only some cannot.
 
     Args:
         path: the file, for messages.
         faces: its landmarks by photo.
 
     Raises:
-        ImagesError: more than half of the lines are of no face; the first is named with the reason.
+        ImagesError: more than half of the landmarks cannot be a face; the message names the first with the reason.
     """
     names = [name for name, points in faces.items() if np.ptp(points, axis=0).any()]
     apart = {name: faces[name] for name in names[:: max(1, len(names) // _LOOKED_AT)]}
@@ -84,25 +93,23 @@ def check_landmarks(path: str | Path, faces: Mapping[str, Landmarks]) -> None:
     name, reason = next(iter(faults.items()))
     if 2 * len(faults) > len(apart):
         raise ImagesError(
-            f"{len(faults)} of {len(apart)} lines in {path} are of no face (first: {name}, since {reason}): write "
-            "'file x1 y1 ... x5 y5' in pixels of the photo: eyes, nose, corners of the mouth, the viewer's left first"
+            f"{len(faults)} of {len(apart)} lines in {path} are not a face (first: {name}: {reason}): write "
+            "'file x1 y1 ... x5 y5' in pixels: eyes, nose, corners of the mouth, the viewer's left first"
         )
-    _LOGGER.warning(
-        "%s: %d of %d lines are of no face (first: %s, since %s)", path, len(faults), len(apart), name, reason
-    )
+    _LOGGER.warning("%s: %d of %d lines are not a face (first: %s: %s)", path, len(faults), len(apart), name, reason)
 
 
 def _with_pairs(path: Path, faces: list[FaceLandmarks]) -> list[FaceLandmarks]:
-    """``faces`` as x1 y1 ... x5 y5, read as x1 ... x5 y1 ... y5 if that makes faces of more lines."""
+    """Return ``faces``, reordered from x1 ... x5 y1 ... y5 if more lines are then valid faces."""
     looked_at = [face.points for face in faces[:: max(1, len(faces) // _LOOKED_AT)]]
     if _count_faces(list(map(_paired, looked_at))) <= _count_faces(looked_at):
         return faces
-    _LOGGER.info("%s: its lines are read as x1 ... x5 y1 ... y5, as MTCNN gives them", path)
+    _LOGGER.info("%s: lines are read in the order x1 ... x5 y1 ... y5 of MTCNN", path)
     return [replace(face, points=_paired(face.points)) for face in faces]
 
 
 def _paired(points: Landmarks) -> Landmarks:
-    """The landmarks of which ``points`` holds the numbers in the order x1 ... x5 y1 ... y5."""
+    """Reorder ``points`` from x1 ... x5 y1 ... y5."""
     return points.reshape(2, 5).T
 
 
@@ -114,7 +121,7 @@ def _faces_of_json(path: Path, text: str) -> list[FaceLandmarks | None]:
     try:
         photos = parse_json(text, f"{path}")
     except ValueError as error:
-        raise ImagesError(f"{path} is no complete JSON ({error}): write it again") from error
+        raise ImagesError(f"{path} is not valid JSON ({error}): write it again") from error
     return [_largest(file, found, f"{path}, {file}") for file, found in photos.items()]
 
 
@@ -127,7 +134,7 @@ def _face_of_dictionaries(file: str, text: str, where: str) -> FaceLandmarks | N
 
 
 def _largest(file: str, found: Any, where: str) -> FaceLandmarks | None:
-    """The largest face of those that mtcnn found in one photo, a list or a single one; None where it found none."""
+    """Return the largest face of mtcnn output, a list or a single dictionary; None for an empty list."""
     faces = found if isinstance(found, list) else [found]
     if not faces:
         return None
@@ -139,26 +146,26 @@ def _largest(file: str, found: Any, where: str) -> FaceLandmarks | None:
         points, score = np.empty(0), math.nan
     if points.shape == (5, 2) and np.isfinite(points).all() and math.isfinite(score):
         return FaceLandmarks(file, points, score)
-    raise ImagesError(f"{where}: expected box, keypoints and confidence of each face, as the package mtcnn gives them")
+    raise ImagesError(f"{where}: expected box, keypoints and confidence of each face, as in output of mtcnn")
 
 
 def _face(path: Path, number: int, line: str) -> FaceLandmarks | None:
     if found := _DICTIONARIES.search(line.strip()):
         file = found.string[: found.start()].strip()
         return _face_of_dictionaries(file, found[0], f"{path}, line {number}")
-    # File names may hold blanks, and perhaps numbers: what counts is how the line ends.
+    # File names may contain spaces and numbers, so the line is parsed from its end.
     numbers = _numbers(line.split())[-11:]
     if len(numbers) >= 10 and all(map(math.isfinite, numbers)):
         points = np.array(numbers[:10], np.float64).reshape(5, 2)
         name = line.rsplit(maxsplit=len(numbers))[0].strip()
         return FaceLandmarks(name, points, numbers[10] if len(numbers) == 11 else None)
     raise ImagesError(
-        f"{path}, line {number}: expected 'file x1 y1 ... x5 y5' with a score or not, not {line.strip()!r}"
+        f"{path}, line {number}: expected 'file x1 y1 ... x5 y5' and an optional score, got {line.strip()!r}"
     )
 
 
 def _numbers(fields: list[str]) -> list[float]:
-    """The numbers that ``fields`` end in, save the first field."""
+    """Return the trailing numbers of ``fields``, without the first field."""
     numbers: list[float] = []
     for text in reversed(fields[1:]):
         try:

@@ -1,4 +1,4 @@
-"""Pair lists drawn from a folder: balanced folds that share no people."""
+"""Random verification pairs of a folder, in balanced folds without common identities."""
 
 from __future__ import annotations
 
@@ -31,24 +31,27 @@ def make_pairs(
     pairs_per_fold: int = 300,
     seed: int = 0,
 ) -> ResolvedPairs:
-    """Draw a list of pairs from a folder and write it; see :func:`draw_pairs` and :func:`write_pairs`.
+    """Draw random genuine and impostor pairs from a folder and write them to a file.
+
+    No pair is drawn twice, and no identity is in two folds. The file has LFW's format if the images are named as in
+    LFW, else lines ``path,path,flag,fold``.
 
     Args:
-        images: a folder of crops with one subfolder a person.
-        output: the file to write.
-        identities: which people; see :func:`qface.data.identities.select_identities`.
-        folds: how many.
-        pairs_per_fold: pairs of one person in each fold, and as many of two.
-        seed: of the draw.
+        images: folder of crops with one subfolder per identity.
+        output: the text file to write.
+        identities: identities to use; see :func:`qface.data.select_identities`.
+        folds: number of folds, >= 2.
+        pairs_per_fold: number of genuine pairs per fold, and of impostor pairs, >= 1.
+        seed: random seed.
 
     Returns:
-        The pairs, as numbers of the folder's images.
+        The pairs, as indices of the folder's images.
 
     Raises:
-        ConfigError: a setting is out of its range.
+        ConfigError: a setting is out of range.
         ExportError: the file cannot be written.
         ImagesError: the folder cannot be read.
-        PairsError: the folder is flat, or a fold would have too few pairs.
+        PairsError: the folder is flat, or a fold has too few pairs.
 
     Example:
         >>> len(qface.make_pairs("faces/", "pairs.txt", folds=2, pairs_per_fold=20))
@@ -62,25 +65,25 @@ def make_pairs(
 
 
 def draw_pairs(folder: ImageFolder, folds: int = 10, pairs_per_fold: int = 300, seed: int = 0) -> ResolvedPairs:
-    """Draw as many pairs of one person as of two in each fold; no pair twice, and nobody in two folds.
+    """Draw equal numbers of genuine and impostor pairs in each fold, as in :func:`make_pairs`.
 
-    Pairs of one person are spread over people as evenly as their images allow.
+    Genuine pairs are spread over the identities as evenly as their number of images allows.
 
     Args:
         folder: the images.
-        folds: how many.
-        pairs_per_fold: pairs of each kind in each fold.
-        seed: of the draw.
+        folds: number of folds, >= 2.
+        pairs_per_fold: number of pairs of each kind per fold, >= 1.
+        seed: random seed.
 
     Raises:
-        ConfigError: a setting is out of its range.
-        PairsError: the folder is flat, or a fold would have too few pairs; the message says how many it has.
+        ConfigError: a setting is out of range.
+        PairsError: the folder is flat, or a fold has too few pairs; the message says how many it has.
     """
     check_whole(2, folds=folds)
     check_whole(1, pairs_per_fold=pairs_per_fold)
     check_seed(seed)
     if folder.labels is None:
-        raise PairsError(f"{folder.root} is flat: pairs need to know who is who, pass one subfolder a person")
+        raise PairsError(f"{folder.root} has no subfolders: pairs need a folder with one subfolder per identity")
     rng = np.random.default_rng(seed)
     people = _dealt(folder.labels.numpy(), folds, rng)
     _check_enough(people, pairs_per_fold)
@@ -93,39 +96,39 @@ def draw_pairs(folder: ImageFolder, folds: int = 10, pairs_per_fold: int = 300, 
 
 
 def _dealt(labels: npt.NDArray[np.int64], folds: int, rng: np.random.Generator) -> list[list[list[int]]]:
-    """The images of each person of each fold; people are dealt in order of their number of images."""
+    """Distribute identities over folds by image count; return the image indices by fold and identity."""
     counts = np.unique(labels, return_counts=True)[1]
     images_of = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
     people = [images_of[person].tolist() for person in rng.permutation(len(images_of))]
-    people.sort(key=len, reverse=True)  # those with as many stay shuffled
+    people.sort(key=len, reverse=True)  # a stable sort: equal counts stay shuffled
     return [people[fold::folds] for fold in range(folds)]
 
 
 def _check_enough(people: Sequence[Sequence[Sequence[int]]], wanted: int) -> None:
-    """Complain of the fold with the fewest pairs."""
+    """Raise if the fold with the fewest pairs has too few."""
     of_one, of_two = min((_pairs_among([len(images) for images in fold]) for fold in people), key=min)
     if min(of_one, of_two) < wanted:
         raise PairsError(
-            f"one of {len(people)} folds has {of_one:,} pairs of one person and {of_two:,} of two, and {wanted:,} of "
-            "each are wanted: use fewer pairs per fold, fewer folds, or more people"
+            f"one of {len(people)} folds has {of_one:,} genuine and {of_two:,} impostor pairs, but {wanted:,} of each "
+            "are needed: use fewer pairs per fold, fewer folds, or more identities"
         )
 
 
 def _pairs_among(images_of: Sequence[int]) -> tuple[int, int]:
-    """Pairs of one person and of two, among people with so many images each."""
+    """Return the number of genuine and impostor pairs among identities with these image counts."""
     of_one = sum(math.comb(images, 2) for images in images_of)
     return of_one, math.comb(sum(images_of), 2) - of_one
 
 
 def _of_one(people: Sequence[Sequence[int]], wanted: int, rng: np.random.Generator) -> list[_Pair]:
-    """Pairs of one person: one of each person in turn, until there are enough."""
+    """Draw genuine pairs: one per identity in each round."""
     shuffled = [rng.permutation(list(itertools.combinations(images, 2))).tolist() for images in people]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
     return list(itertools.islice(((a, b) for pair in turns if pair is not None for a, b in [pair]), wanted))
 
 
 def _of_two(people: Sequence[Sequence[int]], wanted: int, rng: np.random.Generator) -> list[_Pair]:
-    """Pairs of two people, all equally likely."""
+    """Draw distinct impostor pairs uniformly."""
     images = np.concatenate([np.asarray(each) for each in people])
     owners = np.repeat(np.arange(len(people)), [len(each) for each in people])
     found: dict[_Pair, None] = {}
@@ -137,11 +140,11 @@ def _of_two(people: Sequence[Sequence[int]], wanted: int, rng: np.random.Generat
 
 
 def write_pairs(path: str | Path, pairs: ResolvedPairs, folder: ImageFolder) -> None:
-    """Write ``pairs`` in LFW's format where files are named as LFW's, else as lines ``path,path,flag,fold``.
+    """Write ``pairs`` in LFW's format if the names allow it, else as lines ``path,path,flag,fold``.
 
     Args:
-        path: the file; it is replaced as a whole or not at all.
-        pairs: drawn by :func:`draw_pairs` from this folder.
+        path: the file to write.
+        pairs: pairs from :func:`draw_pairs` of this folder.
         folder: the images.
 
     Raises:
@@ -163,7 +166,7 @@ def write_pairs(path: str | Path, pairs: ResolvedPairs, folder: ImageFolder) -> 
 
 
 def _number_in_lfw(name: str) -> int | None:
-    """The 7 of ``Ann/Ann_0007.jpg``; None where the name is not of this form."""
+    """Return the image number of a name like ``Ann/Ann_0007.jpg``; None for other names."""
     person, _, file = name.partition("/")
     number = re.fullmatch(re.escape(person) + r"_(\d{4,18})\.\w+", file, re.ASCII)
     plain = person == person.strip() and not re.search(r"[\t\r\n]", person)

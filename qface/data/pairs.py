@@ -1,12 +1,11 @@
-"""Lists of verification pairs: CSV, and the text formats of LFW, SLLFW, CALFW and CPLFW.
+"""Lists of verification pairs: CSV and the text formats of LFW, SLLFW, CALFW and CPLFW.
 
-LFW's (http://vis-www.cs.umass.edu/lfw/#views) has a header and names people and numbers; the others have no header,
-name files, and spend two lines on a pair: SLLFW's ``Ann/Ann_0001.jpg``, of one person where the folders are equal, and
-CALFW's and CPLFW's ``Ann_0001.jpg 3``, of one person where the number is not 0.
-
-A CSV has a line ``path,path,flag`` for each pair, in any order, and a header or none; commas, semicolons, tabs or
-blanks part the fields. The flag, in any of the three columns, is 1 for one person, and 0 or -1 for two. All pairs are
-one fold, unless each line ends with a fourth field, the number of its fold.
+- LFW (http://vis-www.cs.umass.edu/lfw/#views): a header, then names and image numbers.
+- SLLFW: two lines like ``Ann/Ann_0001.jpg`` per pair, which is genuine if the folders are equal.
+- CALFW and CPLFW: two lines like ``Ann_0001.jpg 3`` per pair, which is genuine if the number is not 0.
+- CSV: lines ``path,path,flag`` or ``path,path,flag,fold`` with an optional header, separated by commas, semicolons,
+  tabs or spaces. The flag may be any of the first three fields: 1 is genuine, 0 or -1 impostor. Without the field
+  ``fold``, all pairs are in one fold.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ __all__ = [
     "resolve_pairs",
 ]
 
-_FOLDS = 10  # where a format has none of its own
+_FOLDS = 10  # for formats without folds
 
 _FLAGS = {"1": True, "0": False, "-1": False, "1.0": True, "0.0": False, "true": True, "false": False}
 
@@ -46,13 +45,13 @@ LineT = TypeVar("LineT")
 
 @dataclass(frozen=True, eq=False)
 class PairList:
-    """Pairs as a file names them.
+    """Verification pairs by image name.
 
     Args:
-        path: the file, for messages.
-        first: each pair's first image, ``person/file`` or ``file``, without the file's ending.
-        second: likewise for the second image.
-        same: bool [pairs], whether both show one person.
+        path: the file of the list, for messages.
+        first: first image of each pair, ``identity/file`` or ``file``, without extension.
+        second: second image of each pair, likewise.
+        same: bool [pairs], True for genuine pairs.
         fold: int64 [pairs], numbered from 0.
     """
 
@@ -68,14 +67,14 @@ class PairList:
 
 @dataclass(frozen=True, eq=False)
 class ResolvedPairs:
-    """Pairs as indices into the ``paths`` of a folder.
+    """Verification pairs by image index.
 
     Args:
-        first: int64 [pairs], each pair's first image.
-        second: int64 [pairs], each pair's second image.
-        same: bool [pairs], whether both show one person.
-        fold: int64 [pairs], as the file numbers them.
-        dropped: how many pairs of the file are left out, because somebody in them is not selected.
+        first: int64 [pairs], index of the first image.
+        second: int64 [pairs], index of the second image.
+        same: bool [pairs], True for genuine pairs.
+        fold: int64 [pairs], fold numbers of the file.
+        dropped: number of pairs left out because an identity is not selected.
     """
 
     first: npt.NDArray[np.int64]
@@ -89,11 +88,11 @@ class ResolvedPairs:
 
 
 class PairedImages(IndexedImages):
-    """Images that bring their own pairs.
+    """Images with verification pairs.
 
     Attributes:
-        path: the file or folder they come from.
-        pairs: which images to compare, and in which fold.
+        path: the file or folder of the images.
+        pairs: the pairs and their folds.
     """
 
     path: Path
@@ -101,10 +100,16 @@ class PairedImages(IndexedImages):
 
 
 def read_pairs(path: str | Path) -> PairList:
-    """Read a list in any of the formats of this module; its first line tells which.
+    """Read a list of pairs in any format of this module, recognized by its first line.
+
+    Args:
+        path: the text file.
+
+    Returns:
+        The pairs by image name.
 
     Raises:
-        PairsError: the file cannot be read, a line is malformed, or the number of pairs is not as announced.
+        PairsError: the file cannot be read, a line is malformed, or the number of pairs differs from the header.
     """
     path = Path(path)
     _, first = next(numbered_lines(path, PairsError), (1, ""))
@@ -117,18 +122,18 @@ def read_pairs(path: str | Path) -> PairList:
 
 
 def _fields(line: str, delimiter: str | None) -> list[str]:
-    """The fields of a line; blanks part them where ``delimiter`` is None, and quotes may enclose them otherwise."""
+    """Split a line at spaces if ``delimiter`` is None, else as CSV."""
     fields = line.split() if delimiter is None else next(csv.reader([line.strip()], delimiter=delimiter), [])
     return [field.strip() for field in fields]
 
 
 def _read_flagged_pairs(path: Path, delimiter: str | None) -> PairList:
-    """A line ``path path flag`` for each pair; the first line may name the columns."""
+    """Read lines ``path path flag`` with an optional header."""
     rows = [(number, line, _fields(line, delimiter)) for number, line in numbered_lines(path, PairsError)]
     if not any(field.lower() in _FLAGS for field in rows[0][2]):
         rows = rows[1:]
     if not rows:
-        raise PairsError(f"{path} holds no pairs: expected lines 'path,path,flag' with a flag of 0 or 1")
+        raise PairsError(f"{path} has no pairs: expected lines 'path,path,flag' with a flag of 0 or 1")
     fold, rows = _folds_column(path, rows)
     columns = [at for at in (2, 0, 1) if all(len(row) == 3 and row[at].lower() in _FLAGS for _, _, row in rows)]
     if not columns:
@@ -136,7 +141,7 @@ def _read_flagged_pairs(path: Path, delimiter: str | None) -> PairList:
             (each for each in rows if len(each[2]) != 3 or each[2][2].lower() not in _FLAGS), rows[0]
         )
         raise PairsError(
-            f"{path}, line {number}: expected 'path,path,flag' with a flag of 0 or 1, not {line.strip()!r}"
+            f"{path}, line {number}: expected 'path,path,flag' with a flag of 0 or 1, got {line.strip()!r}"
         )
     names = [[field for at, field in enumerate(row) if at != columns[0]] for _, _, row in rows]
     first, second = (
@@ -149,57 +154,59 @@ def _read_flagged_pairs(path: Path, delimiter: str | None) -> PairList:
 def _folds_column(
     path: Path, rows: list[tuple[int, str, list[str]]]
 ) -> tuple[npt.NDArray[np.int64], list[tuple[int, str, list[str]]]]:
-    """The fold of each row, and the rows without it; one fold where they do not have four fields."""
+    """Split off the fold column; rows without a fourth field are all in fold 0."""
     if len(rows[0][2]) != 4:
         return np.zeros(len(rows), np.int64), rows
     folds = [whole_number(fields[3]) if len(fields) == 4 else None for _, _, fields in rows]
     for (number, line, _), fold in zip(rows, folds, strict=True):
         if fold is None:
-            raise PairsError(f"{path}, line {number}: expected 'path,path,flag,fold', not {line.strip()!r}")
+            raise PairsError(f"{path}, line {number}: expected 'path,path,flag,fold', got {line.strip()!r}")
     return np.array(folds, np.int64), [(number, line, fields[:3]) for number, line, fields in rows]
 
 
 def _read_sllfw_pairs(path: Path) -> PairList:
-    """Two lines ``name/name_0001.jpg`` for each pair; each fold has as many pairs of one person as of two."""
+    """Read two lines ``name/name_0001.jpg`` per pair."""
     lines = [(number, line.strip()) for number, line in numbered_lines(path, PairsError)]
     for number, line in lines:
         if line.count("/") != 1:
-            raise PairsError(f"{path}, line {number}: expected 'name/name_0001.jpg', not {line!r}")
+            raise PairsError(f"{path}, line {number}: expected 'name/name_0001.jpg', got {line!r}")
     files = [line for _, line in lines]
     return _of_files(path, files, [one.split("/")[0] == other.split("/")[0] for one, other in _twos(path, files)])
 
 
 def _read_calfw_pairs(path: Path) -> PairList:
-    """Two lines ``name_0001.jpg number`` for each pair; 0 stands for two people, anything else for one."""
+    """Read two lines ``name_0001.jpg number`` per pair; the number is 0 for impostor pairs."""
     files, numbers = [], []
     for number, line in numbered_lines(path, PairsError):
         fields = line.split()
         kind = whole_number(fields[-1])
         if len(fields) != 2 or kind is None:
-            raise PairsError(f"{path}, line {number}: expected 'name_0001.jpg' and a number, not {line.strip()!r}")
+            raise PairsError(f"{path}, line {number}: expected 'name_0001.jpg' and a number, got {line.strip()!r}")
         files.append(fields[0])
         numbers.append(kind)
     for pair, (one, other) in enumerate(_twos(path, numbers)):
         if one != other:
-            raise PairsError(f"{path}: the lines of pair {pair + 1} end in different numbers, {one} and {other}")
+            raise PairsError(
+                f"{path}: the two lines of pair {pair + 1} have different numbers, {one} and {other}: restore the file"
+            )
     return _of_files(path, files, [one != 0 for one, _ in _twos(path, numbers)])
 
 
 def _twos(path: Path, lines: Sequence[LineT]) -> list[tuple[LineT, LineT]]:
     if not lines or len(lines) % 2:
-        raise PairsError(f"{path} holds {len(lines)} lines, and needs two for each pair: restore the file")
+        raise PairsError(f"{path} has {len(lines)} lines, but needs two for each pair: restore the file")
     return list(zip(lines[::2], lines[1::2], strict=True))
 
 
 def _of_files(path: Path, files: Sequence[str], same: Sequence[bool]) -> PairList:
-    """Two of ``files`` for each pair; folds are ten runs of the pairs of one person, and of those of two."""
+    """Build a pair list from two ``files`` per pair."""
     stems = [_stem(file) for file in files]
     kinds = np.array(same, np.bool_)
     return PairList(path, stems[::2], stems[1::2], kinds, folds_of_each_kind(kinds))
 
 
 def folds_of_each_kind(same: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Ten folds, int64 [pairs]: ten runs of the pairs of one person, and of those of two, wherever they stand."""
+    """Split genuine and impostor pairs separately into ten consecutive folds, int64 [pairs]."""
     fold = np.zeros(len(same), np.int64)
     for kind in (same, ~same):
         count = int(np.count_nonzero(kind))
@@ -208,19 +215,24 @@ def folds_of_each_kind(same: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
 
 
 def _stem(file: str) -> str:
-    """``file`` without its ending."""
+    """Return ``file`` without its extension."""
     return file.rpartition(".")[0] or file
 
 
 def read_lfw_pairs(path: str | Path) -> PairList:
-    """Read LFW's view-2 format: ``folds<TAB>n``, then n same and n different pairs for each fold.
+    """Read LFW's format: header ``folds<TAB>n``, then n genuine and n impostor pairs per fold.
 
-    A same pair is ``name<TAB>i<TAB>j``, a different one ``name1<TAB>i<TAB>name2<TAB>j``. A header of the
-    single number n (view 1) means one fold. Without tabs, any blanks separate the fields. Blank lines do
-    not count.
+    A genuine pair is ``name<TAB>i<TAB>j``, an impostor pair ``name1<TAB>i<TAB>name2<TAB>j``. A header with the single
+    number n (view 1) means one fold. Lines without tabs are split at spaces; blank lines are ignored.
+
+    Args:
+        path: the text file.
+
+    Returns:
+        The pairs by image name.
 
     Raises:
-        PairsError: the file cannot be read, a line is malformed, or the number of pairs is not as announced.
+        PairsError: the file cannot be read, a line is malformed, or the number of pairs differs from the header.
     """
     path = Path(path)
     lines = list(numbered_lines(path, PairsError))
@@ -228,8 +240,8 @@ def read_lfw_pairs(path: str | Path) -> PairList:
     pairs = lines[1:]
     if len(pairs) != 2 * folds * per_fold:
         raise PairsError(
-            f"{path} announces {2 * folds * per_fold} pairs ({folds} x 2 x {per_fold}) "
-            f"but holds {len(pairs)}: correct its first line or restore the file"
+            f"{path} has {len(pairs)} pairs, but its header says {2 * folds * per_fold} ({folds} x 2 x {per_fold}): "
+            "correct the header or restore the file"
         )
     position = np.arange(len(pairs))
     same = position // per_fold % 2 == 0
@@ -244,13 +256,20 @@ def read_lfw_pairs(path: str | Path) -> PairList:
 
 
 def resolve_pairs(pairs: PairList, folder: ImageFolder) -> ResolvedPairs:
-    """Find the images of ``pairs`` in ``folder``, with any ending.
+    """Find the images of ``pairs`` in ``folder``, with any image extension.
 
-    A pair with somebody whom ``identities`` has not selected is left out and counted; folds keep their numbers.
+    Pairs with an identity that the folder does not select are left out and counted. Folds keep their numbers.
+
+    Args:
+        pairs: pairs by image name.
+        folder: the images.
+
+    Returns:
+        The pairs by image index.
 
     Raises:
-        PairsError: the list names people and the folder is flat, or the other way round; or pairs name people or
-            images that are not on disk (all are counted).
+        PairsError: the list names identities and the folder is flat, or the reverse; or images are missing on disk
+            (the message counts these pairs).
     """
     _check_layout(pairs, folder)
     index = _by_stem(folder)
@@ -269,12 +288,12 @@ def resolve_pairs(pairs: PairList, folder: ImageFolder) -> ResolvedPairs:
 
 
 def _by_stem(folder: ImageFolder) -> dict[str, int]:
-    """The number of each image by its name without ending."""
+    """Return the index of each image by its name without extension."""
     index: dict[str, int] = {}
     for number, path in enumerate(folder.paths):
         stem = composed(path.relative_to(folder.root).with_suffix("").as_posix())
         if stem in index:
-            raise PairsError(f"{folder.paths[index[stem]]} and {path} have one name in a list of pairs: move one away")
+            raise PairsError(f"{folder.paths[index[stem]]} and {path} differ only in extension: move one away")
         index[stem] = number
     return index
 
@@ -282,10 +301,13 @@ def _by_stem(folder: ImageFolder) -> dict[str, int]:
 def _check_layout(pairs: PairList, folder: ImageFolder) -> None:
     names_people = "/" in pairs.first[0]
     if names_people and not folder.names:
-        raise PairsError(f"{pairs.path} names people, but {folder.root} is flat: pass one subfolder a person")
+        raise PairsError(
+            f"{pairs.path} names identities, but {folder.root} has no subfolders: pass a folder with one subfolder per "
+            "identity"
+        )
     if folder.names and not names_people:
         raise PairsError(
-            f"{pairs.path} names files, but {folder.root} has subfolders: pass the folder that holds the files"
+            f"{pairs.path} names files, but {folder.root} has subfolders: pass the folder that contains the files"
         )
 
 
@@ -293,7 +315,7 @@ def _check_on_disk(path: Path, both: Sequence[tuple[str, str]], folder: ImageFol
     on_disk, selected = set(map(composed, folder.all_names)), set(map(composed, folder.names))
 
     def is_missing(image: str) -> bool:
-        # The images of people who are not selected are not listed: only the people can be looked up.
+        # The folder does not list images of identities that are not selected: only the identity can be checked.
         person = _person(image)
         looked_up = person in selected or not selected
         return (looked_up and image not in index) or (bool(on_disk) and person not in on_disk)
@@ -309,7 +331,7 @@ def _check_on_disk(path: Path, both: Sequence[tuple[str, str]], folder: ImageFol
 
 
 def _person(image: str) -> str:
-    """The folder of ``image``; none in a flat one."""
+    """Return the identity of ``image``, its folder; empty in a flat folder."""
     return image.rpartition("/")[0]
 
 
@@ -318,16 +340,16 @@ def _file(image: str) -> str:
 
 
 def _header(path: Path, lines: Sequence[tuple[int, str]]) -> tuple[int, int]:
-    """Number of folds, and of same (as of different) pairs in each."""
+    """Return the number of folds, and of genuine (and of impostor) pairs per fold."""
     numbers = [_positive(field) for field in lines[0][1].split()] if lines else []
     if len(numbers) not in (1, 2) or None in numbers:
-        raise PairsError(f"{path}, line 1: expected 'folds<TAB>pairs' or 'pairs', two positive numbers or one")
+        raise PairsError(f"{path}, line 1: expected 'folds<TAB>pairs' or 'pairs', integers >= 1")
     *folds, per_fold = (number for number in numbers if number is not None)
     return (folds[0] if folds else 1), per_fold
 
 
 def _faces(path: Path, number: int, line: str, is_same: bool) -> tuple[str, str]:
-    line = line.strip()  # a tab at the end begins no field
+    line = line.strip()  # a trailing tab does not start a field
     fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
     expected = 3 if is_same else 4
     if len(fields) == expected:
@@ -335,8 +357,8 @@ def _faces(path: Path, number: int, line: str, is_same: bool) -> tuple[str, str]
         a, b = _positive(first), _positive(second)
         if a is not None and b is not None:
             return _image(name, a), _image(other_name[0] if other_name else name, b)
-    wanted = "a same pair 'name<TAB>i<TAB>j'" if is_same else "a different pair 'name1<TAB>i<TAB>name2<TAB>j'"
-    raise PairsError(f"{path}, line {number}: expected {wanted}, not {line!r}")
+    wanted = "a genuine pair 'name<TAB>i<TAB>j'" if is_same else "an impostor pair 'name1<TAB>i<TAB>name2<TAB>j'"
+    raise PairsError(f"{path}, line {number}: expected {wanted}, got {line!r}")
 
 
 def _image(name: str, number: int) -> str:

@@ -1,15 +1,15 @@
-"""InsightFace's training sets: ``train.rec`` and ``train.idx``, MXNet's RecordIO.
+"""InsightFace's training sets ``train.rec`` and ``train.idx`` in MXNet's RecordIO format.
 
-A record is, in little-endian: the magic number 0xced7230a; a word whose upper 3 bits say whether it is whole (0) or the
-first (1), a middle (2) or the last part (3) of a larger one, and whose lower 29 bits are its length; the data; zeros up
-to a multiple of 4 bytes. Where data contain the magic number, they were cut there, and it was left out. Data begin with
-a header: flag (uint32), label (float32), two ids (uint64); a flag above 0 is the number of float32 labels that follow
-and count instead.
+A record (little-endian) is the magic number 0xced7230a, a uint32, the data, and zeros up to a multiple of 4 bytes. The
+upper 3 bits of the uint32 are the kind (0: complete record; 1, 2, 3: first, middle, last part of a record), the lower
+29 bits the length of the data. Data that contain the magic number are split there, without it. The data begin with a
+header: flag (uint32), label (float32), two ids (uint64). If flag > 0, that many float32 labels follow and replace the
+label.
 
-Where record 0 has labels and no image, images are the records 1 up to the first label, as in InsightFace's
-arcface_torch. InsightFace gives it a second label, and each record from the first up to the second stands for one
-person, whose two labels are the first image and the one behind the last; other converters leave these out, and images
-have their own labels. Without such a record 0 all records are images, with their own labels.
+If record 0 has labels [a, b] and no image, as in InsightFace's arcface_torch, records 1 to a - 1 are the images, and
+records a to b - 1 the identities; the two labels of an identity are its first image and the one after its last. Other
+converters write only the label a, and each image has its own label. Without such a record 0, all records are images
+with their own labels.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ _HEADER = struct.Struct("<IfQQ")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 _LENGTH_BITS = 29
 _EXACT = 2**24
-"""Beyond it float32 does not hold all whole numbers, and a person's first image cannot be told from its neighbor."""
+"""float32 represents integers exactly only up to here; in larger files the image ranges of identities are not exact."""
 
 RecordLabels = npt.NDArray[np.float32]
 Bytes = bytes | memoryview
 
 
 class RecordImages(IndexedImages):
-    """The 112x112 crops of a ``.rec`` file; images are read when they are asked for.
+    """112x112 crops of a ``.rec`` file, read on demand.
 
-    Where there is no ``.idx`` beside it, the file is walked through once, and its records count in their order.
+    Without an ``.idx`` file in the same folder, the file is scanned once and records are numbered in file order.
 
     Args:
         path: the ``.rec`` file.
 
     Attributes:
         path: the file.
-        labels: int64 [images], identities numbered from 0 in the order of the file's own labels.
+        labels: int64 [images], identities numbered from 0 in the order of the file's labels.
 
     Raises:
-        ImagesError: a file is missing, damaged, or holds no images.
+        ImagesError: a file is missing or damaged, or has no images.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -71,7 +71,7 @@ class RecordImages(IndexedImages):
         header = self._header()
         self._keys = sorted(self._offsets) if header is None else self._image_keys(header)
         if not self._keys:
-            raise ImagesError(f"{self.path} holds no images: fetch it again")
+            raise ImagesError(f"{self.path} has no images: download it again")
         people = self._people(header)
         own = self._own_labels() if not people or len(self._keys) > _EXACT else self._identities(people)
         self.labels = torch.from_numpy(np.unique(own, return_inverse=True)[1].reshape(-1).astype(np.int64))
@@ -83,13 +83,13 @@ class RecordImages(IndexedImages):
         """Decode the images at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
 
         Raises:
-            ImagesError: one of them is damaged or not 112x112; its record is named.
+            ImagesError: an image is damaged or not 112x112; the message names its record.
         """
         crops = [self._decode(self._keys[index]) for index in indices]
         return stack_crops(crops)
 
     def content(self, index: int) -> bytes:
-        """The encoded image at ``index``."""
+        """Return the encoded image at ``index``."""
         return bytes(self._content(self._keys[index])[1])
 
     def _decode(self, key: int) -> npt.NDArray[np.uint8]:
@@ -99,7 +99,7 @@ class RecordImages(IndexedImages):
             raise self._damaged(key, one_line(error)) from error
 
     def _walk(self) -> dict[int, int]:
-        """The offset of each record, in the order of the file."""
+        """Return the offset of each record, numbered in file order."""
         offsets: list[int] = []
         offset, whole = 0, True
         while offset < len(self._data):
@@ -107,18 +107,18 @@ class RecordImages(IndexedImages):
                 offsets.append(offset)
             kind, _, offset = self._part(len(offsets) - 1, offset)
             whole = kind in (_WHOLE, _LAST)
-        _LOGGER.warning("%s has no .idx beside it: its %d records count in their order", self.path, len(offsets))
+        _LOGGER.warning("%s has no .idx file: its %d records are numbered in file order", self.path, len(offsets))
         return dict(enumerate(offsets))
 
     def _header(self) -> RecordLabels | None:
-        """The labels of record 0, where it is no image."""
+        """Return the labels of record 0 if it has no image."""
         if 0 not in self._offsets:
             return None
         labels, image = self._content(0)
         if len(image):
             return None
         if not 1 <= labels[0] <= max(self._offsets) + 1:
-            raise self._damaged(0, "it should name the record behind the last image")
+            raise self._damaged(0, "its label must be the number of the record after the last image")
         return labels
 
     def _image_keys(self, header: RecordLabels) -> list[int]:
@@ -129,7 +129,7 @@ class RecordImages(IndexedImages):
         return list(keys)
 
     def _people(self, header: RecordLabels | None) -> range:
-        """The records that stand for people; some converters announce people and write none."""
+        """Return the records of identities; empty if the header announces none or the file has none of them."""
         if header is None or len(header) != 2 or not header[0] <= header[1] < np.inf:
             return range(0)
         people = range(int(header[0]), int(header[1]))
@@ -137,16 +137,16 @@ class RecordImages(IndexedImages):
         return people if any(person in self._offsets for person in known) else range(0)
 
     def _identities(self, people: range) -> npt.NDArray[np.int64]:
-        """The record that stands for the person of each image."""
+        """Return the identity record of each image."""
         identities = np.full(len(self._keys), -1, np.int64)
         for person in people:
             bounds = self._labels_of(person)
             if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= len(self._keys) + 1:
-                raise self._damaged(person, "it should name a person's first image and the one behind the last")
+                raise self._damaged(person, "its labels must be an identity's first image and the one after its last")
             identities[int(bounds[0]) - 1 : int(bounds[1]) - 1] = person
         if (identities < 0).any():
             nobodys = np.count_nonzero(identities < 0)
-            raise ImagesError(f"{nobodys} of {len(self)} images in {self.path} belong to nobody: fetch it again")
+            raise ImagesError(f"{nobodys} of {len(self)} images in {self.path} have no identity: download it again")
         return identities
 
     def _own_labels(self) -> RecordLabels:
@@ -156,7 +156,7 @@ class RecordImages(IndexedImages):
         return self._content(key)[0]
 
     def _content(self, key: int) -> tuple[RecordLabels, Bytes]:
-        """The labels of a record, at least one, and what follows them."""
+        """Return the labels of a record (at least one) and the data after them."""
         if key not in self._offsets:
             raise self._lacking(key)
         data = self._record(key)
@@ -167,11 +167,11 @@ class RecordImages(IndexedImages):
             return np.array([label], np.float32), data[_HEADER.size :]
         end = _HEADER.size + 4 * flag
         if len(data) < end:
-            raise self._damaged(key, f"it announces {flag} labels and ends before")
+            raise self._damaged(key, f"it is too short for its {flag} labels")
         return np.frombuffer(data[_HEADER.size : end], "<f4"), data[end:]
 
     def _record(self, key: int) -> Bytes:
-        """The data of a record; in the file where they are whole, so that labels alone do not ask for the image."""
+        """Return the data of a record, if possible as a view, so that labels are read without the image."""
         parts: list[memoryview] = []
         offset = self._offsets[key]
         while True:
@@ -185,7 +185,7 @@ class RecordImages(IndexedImages):
                 return _MAGIC_BYTES.join(parts)
 
     def _part(self, key: int, offset: int) -> tuple[int, memoryview, int]:
-        """Kind, data, and where the next part begins."""
+        """Return kind and data of the part at ``offset``, and the offset of the next part."""
         start = offset + _WORDS.size
         if not 0 <= offset <= len(self._data) - _WORDS.size:
             raise self._damaged(key, f"the file ends at {len(self._data)}, before byte {start}")
@@ -194,14 +194,14 @@ class RecordImages(IndexedImages):
             raise self._damaged(key, f"there is no record at byte {offset}")
         kind, length = word >> _LENGTH_BITS, word & (2**_LENGTH_BITS - 1)
         if kind > _LAST or start + length > len(self._data):
-            raise self._damaged(key, "it reaches beyond the end of the file")
+            raise self._damaged(key, "it extends beyond the end of the file")
         return kind, self._data[start : start + length], start + length + -length % 4
 
     def _lacking(self, key: int) -> ImagesError:
-        return ImagesError(f"{_index_of(self.path)} lacks record {key}: fetch both files again")
+        return ImagesError(f"{_index_of(self.path)} has no record {key}: download both files again")
 
     def _damaged(self, key: int, what: str) -> ImagesError:
-        return ImagesError(f"record {key} of {self.path} cannot be read: {what}; fetch the file and its .idx again")
+        return ImagesError(f"record {key} of {self.path} cannot be read: {what}; download the .rec and .idx again")
 
 
 def _index_of(path: Path) -> Path:
@@ -217,14 +217,14 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def _read_index(path: Path) -> dict[int, int]:
-    """The offset of each record by key, of lines ``key<TAB>offset``."""
+    """Read the offset of each record by number from lines ``number<TAB>offset``."""
     try:
         lines = path.read_text(encoding="ascii").splitlines()
         offsets = {int(key): int(offset) for key, offset in (line.split() for line in lines if line.strip())}
     except (OSError, ValueError) as error:
         raise ImagesError(
-            f"{path} cannot be read as an index of records ({one_line(error)}): fetch it again"
+            f"{path} cannot be read as an index of records ({one_line(error)}): download it again"
         ) from error
     if not offsets:
-        raise ImagesError(f"{path} lists no records: fetch it again")
+        raise ImagesError(f"{path} lists no records: download it again")
     return offsets

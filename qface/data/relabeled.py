@@ -1,4 +1,4 @@
-"""The same images with other labels, or with none."""
+"""Images with replaced or removed labels."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Relabeled"]
 
 
 class Relabeled(IndexedImages):
-    """The images of ``source``, with ``labels`` in the place of its own.
+    """Images of ``source`` with other labels.
 
     Args:
         source: the images.
-        labels: identities, int64 [len(source)], or None to forget who is who.
+        labels: int64 [len(source)], identities numbered from 0; None for no labels.
 
     Raises:
-        ImagesError: there are more labels or fewer than images, or they are no whole numbers from 0 on.
+        ImagesError: the number of labels is wrong, or they are not integers >= 0.
     """
 
     def __init__(self, source: IndexedImages, labels: Tensor | None) -> None:
@@ -30,9 +30,9 @@ class Relabeled(IndexedImages):
         return len(self.source)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The images at ``indices``."""
+        """Return the images at ``indices``."""
         return self.source.read(indices)
 
     def content(self, index: int) -> bytes:
-        """That of the image in the source."""
+        """Return the content of the image in the source."""
         return self.source.content(index)

@@ -1,4 +1,4 @@
-"""A few images of many, for what looks at a sample: calibration, sensitivity, pruning."""
+"""Samples of an image source for calibration, sensitivity and pruning."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ __all__ = ["evenly", "sample_batches"]
 
 
 def evenly(length: int, count: int) -> Tensor:
-    """Up to ``count`` indices below ``length``, evenly spread."""
+    """Return up to ``count`` evenly spaced indices below ``length``."""
     return torch.linspace(0, length - 1, min(count, length), dtype=torch.float64).round().long()
 
 
 def sample_batches(source: ImageSource, num_images: int, batch_size: int) -> list[Tensor]:
-    """About ``num_images`` images: every k-th of what can be indexed, else the first batches.
+    """Read up to ``num_images`` images: evenly spaced if the source has indices, else the first ones.
 
     Raises:
-        ConfigError: ``num_images`` or ``batch_size`` is below 1.
-        ImagesError: the images cannot be used, there are none, they differ in size or type, or a value of theirs is not
-            finite.
+        ConfigError: ``num_images`` or ``batch_size`` is not an integer >= 1.
+        ImagesError: the images cannot be read, there are none, they differ in size or dtype, or a value is not finite.
     """
     check_whole(1, num_images=num_images, batch_size=batch_size)
     batches = list(_sample(source, num_images, batch_size))
     if not sum(map(len, batches)):
-        raise ImagesError("there are no images to look at; pass at least one")
+        raise ImagesError("there are no images; pass at least one")
     kinds = {(batch.dtype, *batch.shape[1:]) for batch in batches}
     if len(kinds) > 1:
         raise ImagesError(
-            "the images differ: "
+            "the images differ in size or dtype: "
             + ", ".join(f"{kind[0]} {list(kind[1:])}" for kind in sorted(kinds, key=str))
-            + "; pass images of one size and type"
+            + "; pass images of one size and dtype"
         )
     if any(batch.is_floating_point() and not batch.isfinite().all() for batch in batches):
-        raise ImagesError("the images hold values that are not finite: look at how they are normalized")
+        raise ImagesError("the images contain NaN or infinity: check how they are normalized")
     return batches
 
 

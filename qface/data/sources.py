@@ -1,4 +1,4 @@
-"""One view of everything the API accepts as ``images``: a folder, a file, a tensor, or a loader."""
+"""Conversion of everything accepted as ``images`` (folder, file, tensor, loader) to an image source."""
 
 from __future__ import annotations
 
@@ -22,48 +22,51 @@ _FILES = {".rec": RecordImages, ".bin": VerificationBin}
 
 
 def as_image_source(images: Images, identities: str | Path | None = None) -> ImageSource:
-    """Turn whatever a user passed as ``images`` into an :class:`ImageSource`.
+    """Convert the argument ``images`` of a public function to an :class:`ImageSource`.
 
     Args:
         images: a folder of 112x112 crops, a ``.rec`` or ``.bin`` file of InsightFace, a split of CFP (its folder
             ``Protocol/Split/FP``), a tensor [N, 3, H, W], a loader, or an :class:`ImageSource`.
-        identities: for a folder, which identities to keep; see :class:`qface.data.folders.ImageFolder`.
+        identities: identities to keep from a folder; see :func:`qface.data.select_identities`.
+
+    Returns:
+        The image source; an :class:`ImageSource` is returned unchanged.
 
     Raises:
-        ImagesError: the images cannot be used, or ``identities`` are given for something that has no names.
+        ImagesError: the images cannot be used, or ``identities`` are given for images other than a folder.
     """
     if isinstance(images, (str, Path)):
         return _from_path(Path(images), identities)
     if identities is not None:
-        raise ImagesError("people can be selected from a folder only, since other images carry no names")
+        raise ImagesError("identities can only be selected from a folder: pass a folder, or no identities")
     if isinstance(images, ImageSource):
         return images
     if isinstance(images, Tensor):
         return TensorImages(images)
     if isinstance(images, Iterable):
         return LoaderImages(images)
-    raise ImagesError(f"images are a folder, a tensor or a loader, not {type(images).__name__}")
+    raise ImagesError(f"images must be a folder, a file, a tensor or a loader, got {type(images).__name__}")
 
 
 def _from_path(path: Path, identities: str | Path | None) -> ImageSource:
-    is_folder = os.path.isdir(path)  # unlike Path.is_dir, False for names that no folder can have
+    is_folder = os.path.isdir(path)  # Path.is_dir raises for invalid names
     reader = CfpSplit if is_cfp_split(path) else _FILES.get(path.suffix.lower()) if not is_folder else None
     if reader is None:
         return ImageFolder(path, identities=identities)
     if identities is not None:
-        raise ImagesError(f"people can be selected from a folder only; {path} carries no names")
+        raise ImagesError(f"identities can only be selected from a folder, and {path} is not one: pass no identities")
     return reader(path)
 
 
 def source_record(source: ImageSource) -> dict[str, Any]:
-    """The record of ``source`` for provenance, besides the number of images: of a folder, its name and whom it shows.
+    """Return the name and identities of a folder for the provenance of a model.
 
     Args:
         source: the images.
 
     Returns:
-        Of a folder ``folder``, its name without the folders that it lies in; ``identities``, the selection where there
-        is one; and ``people``, how many are shown, where it has one subfolder a person. Empty for other sources.
+        ``folder``: name of the folder without its parents; ``identities``: the selection, if any; ``people``: number
+        of identities, if the folder has subfolders. Empty for other sources.
 
     Example:
         >>> source_record(as_image_source("faces", "first-half"))
@@ -77,5 +80,5 @@ def source_record(source: ImageSource) -> dict[str, Any]:
 
 
 def _readable(name: str) -> str:
-    """``name`` without bytes that are no text, which no file in UTF-8 could hold."""
+    """Replace bytes of ``name`` that are not valid UTF-8."""
     return os.fsencode(name).decode("utf-8", "replace")

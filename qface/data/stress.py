@@ -1,8 +1,8 @@
-"""The stress protocol: fixed changes of faces, each of one kind, which training does not use in this form.
+"""Stress conditions: fixed corruptions of faces that differ from the training augmentation.
 
-Each condition changes every image, and the same image always in the same way. Where :mod:`qface.data.augmentation`
-turns a face on a cylinder, blurs it evenly and stores it as JPEG, these turn it as a plane before a near camera, blur
-it along a line and store it as WebP: a student that has learned the changes of its training, and nothing else, shows.
+Each condition changes all images, and each image in a reproducible way. The corruptions are implemented differently
+from :mod:`qface.data.augmentation` (a turned plane instead of a cylinder, motion blur instead of Gaussian blur, WebP
+instead of JPEG), so that they show whether robustness generalizes beyond the augmentation.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Rng = np.random.Generator
 
 
 class StressedImages(IndexedImages):
-    """The images of ``source`` under one condition.
+    """Images of ``source`` under one stress condition.
 
     Args:
         source: uint8 crops.
         condition: one of :data:`STRESS_CONDITIONS`.
-        seed: of what differs from image to image, such as the side that a face turns to.
+        seed: random seed of what varies between images, such as the direction of a turn.
 
     Raises:
-        ConfigError: there is no such condition.
-        ImagesError: (when read) the images are normalized already.
+        ConfigError: the condition is unknown.
+        ImagesError: (when reading) the images are floats instead of uint8.
 
     Example:
         >>> from qface.data.images import TensorImages
@@ -47,7 +47,7 @@ class StressedImages(IndexedImages):
 
     def __init__(self, source: IndexedImages, condition: str, seed: int = 0) -> None:
         if condition not in STRESS_CONDITIONS:
-            raise ConfigError(f"a stress condition is one of {', '.join(STRESS_CONDITIONS)}, not {condition!r}")
+            raise ConfigError(f"condition must be one of {', '.join(map(repr, STRESS_CONDITIONS))}, got {condition!r}")
         self._source, self._condition, self._seed = source, condition, seed
         self.labels = source.labels
 
@@ -55,10 +55,10 @@ class StressedImages(IndexedImages):
         return len(self._source)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The images at ``indices``, changed."""
+        """Return the changed images at ``indices``."""
         images = self._source.read(indices)
         if images.dtype != torch.uint8:
-            raise ImagesError("stress conditions change bytes: pass a folder or uint8 images, not normalized floats")
+            raise ImagesError("stress conditions need uint8 images: pass a folder or a uint8 tensor, not floats")
         pixels = images.cpu().permute(0, 2, 3, 1).numpy()
         change, kind = STRESS_CONDITIONS[self._condition], zlib.crc32(self._condition.encode())
         changed = [
@@ -68,19 +68,19 @@ class StressedImages(IndexedImages):
         return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).to(images.device)
 
     def content(self, index: int) -> bytes:
-        """Bytes that tell the image from others, and this condition from others."""
+        """Return bytes that identify the image, the condition and the seed."""
         return f"{self._condition}\0{self._seed}\0".encode() + self._source.content(index)
 
 
 def _misaligned(face: Pixels, rng: Rng) -> Pixels:
-    """Rotated by 10 degrees and shifted by 6 pixels each way, as by landmarks that miss."""
+    """Rotate by 10 degrees and shift by 6 pixels in x and y, like inaccurate landmarks."""
     angle, aside, down = (int(side) for side in rng.choice((-1, 1), 3))
     image, shift = Image.fromarray(face), (6 * aside, 6 * down)
     return np.asarray(image.rotate(10 * angle, Image.Resampling.BICUBIC, translate=shift, fillcolor=_mean(face)))
 
 
 def _turned(face: Pixels, rng: Rng) -> Pixels:
-    """A plane, turned by 40 degrees before a camera two widths away."""
+    """Turn the face as a plane by 40 degrees, with the camera two crop widths away."""
     angle = np.deg2rad(40.0) * rng.choice((-1, 1))
     height, width = face.shape[:2]
     across, depth, distance = np.cos(angle), np.sin(angle), 2.0
@@ -90,7 +90,7 @@ def _turned(face: Pixels, rng: Rng) -> Pixels:
 
 
 def _projected(face: Pixels, places: npt.NDArray[np.float64]) -> Pixels:
-    """Each pixel of the result is the one of ``face`` where the homography ``places`` [3, 3] sends it."""
+    """Warp ``face`` by the homography ``places`` [3, 3] from output to input pixels."""
     coefficients = (places / places[2, 2]).reshape(-1)[:8].tolist()
     image, size = Image.fromarray(face), (face.shape[1], face.shape[0])
     perspective, bicubic = Image.Transform.PERSPECTIVE, Image.Resampling.BICUBIC
@@ -102,7 +102,7 @@ def _mean(face: Pixels) -> tuple[int, ...]:
 
 
 def _narrow(face: Pixels, rng: Rng) -> Pixels:
-    """Squeezed to 65 % of its width, as a head that turns away is."""
+    """Squeeze to 65 % of the width, like a head turned away."""
     height, width = face.shape[:2]
     squeezed = Image.fromarray(face).resize((round(0.65 * width), height), Image.Resampling.LANCZOS)
     left = (width - squeezed.width) // 2
@@ -110,14 +110,14 @@ def _narrow(face: Pixels, rng: Rng) -> Pixels:
 
 
 def _small(face: Pixels, rng: Rng) -> Pixels:
-    """24 pixels high, as a face far away."""
+    """Downscale to a height of 24 pixels and upscale, like a distant face."""
     image = Image.fromarray(face)
     small = image.resize((24 * image.width // image.height, 24), Image.Resampling.BOX)
     return np.asarray(small.resize(image.size, Image.Resampling.LANCZOS))
 
 
 def _moved(face: Pixels, rng: Rng) -> Pixels:
-    """Moved by 9 pixels along a line while the shutter was open."""
+    """Blur by 9 pixels of motion in a random direction."""
     angle, image = rng.uniform(0, np.pi), Image.fromarray(face)
     steps = np.outer(np.arange(-4, 5), (np.cos(angle), np.sin(angle)))
     affine, bilinear, fill = Image.Transform.AFFINE, Image.Resampling.BILINEAR, _mean(face)
@@ -133,7 +133,7 @@ def _rounded(values: npt.NDArray[np.floating]) -> Pixels:
 
 
 def _stored(face: Pixels, rng: Rng) -> Pixels:
-    """Stored as WebP of quality 5."""
+    """Compress as WebP of quality 5."""
     file = io.BytesIO()
     Image.fromarray(face).save(file, "WEBP", quality=5)
     with Image.open(file) as image:
@@ -141,18 +141,18 @@ def _stored(face: Pixels, rng: Rng) -> Pixels:
 
 
 def _dark(face: Pixels, rng: Rng) -> Pixels:
-    """A quarter of the light, and the noise of a sensor."""
+    """Reduce the light to a quarter and add sensor noise."""
     return _rounded(face / 4 + rng.normal(0, 6, face.shape))
 
 
 def _sidelit(face: Pixels, rng: Rng) -> Pixels:
-    """Under light from one side, which falls from 1.5 to 0.2 across the face."""
+    """Light the face from one side, with a gain from 1.5 to 0.2."""
     gains = np.linspace(1.5, 0.2, face.shape[1])[:: int(rng.choice((-1, 1)))]
     return _rounded(face * gains[None, :, None])
 
 
 def _masked(face: Pixels, rng: Rng) -> Pixels:
-    """A medical mask over nose and mouth of the ArcFace template."""
+    """Cover nose and mouth of the ArcFace template with a medical mask."""
     image = Image.fromarray(face)
     outline = [(20, 68), (56, 62), (92, 68), (88, 104), (74, 112), (38, 112), (24, 104)]
     ImageDraw.Draw(image).polygon(outline, fill=(150, 190, 205))
@@ -160,7 +160,7 @@ def _masked(face: Pixels, rng: Rng) -> Pixels:
 
 
 def _sunglasses(face: Pixels, rng: Rng) -> Pixels:
-    """Dark glasses over the eyes of the ArcFace template."""
+    """Cover the eyes of the ArcFace template with dark glasses."""
     image = Image.fromarray(face)
     draw = ImageDraw.Draw(image)
     for left in (23, 59):
@@ -181,4 +181,4 @@ STRESS_CONDITIONS: dict[str, Callable[[Pixels, Rng], Pixels]] = {
     "masked": _masked,
     "sunglasses": _sunglasses,
 }
-"""Changes of one face [height, width, 3] by name."""
+"""Corruption of one face, uint8 [H, W, 3], by condition name."""

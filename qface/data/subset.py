@@ -1,4 +1,4 @@
-"""Part of the images: how accuracy depends on how many there are."""
+"""Random subsets of images, to measure how accuracy depends on their number."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Subset", "nested_subset"]
 
 
 class Subset(IndexedImages):
-    """The images of ``source`` at ``indices``, with their labels.
+    """Images of ``source`` at ``indices``, with their labels.
 
     Args:
         source: all images.
-        indices: which of them, in their order here.
+        indices: indices of the images of the subset, in its order.
     """
 
     def __init__(self, source: IndexedImages, indices: Sequence[int]) -> None:
@@ -35,38 +35,37 @@ class Subset(IndexedImages):
         return len(self.indices)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The images at ``indices`` of this subset, as one tensor."""
+        """Return the images at ``indices`` of this subset."""
         return self.source.read([self.indices[index] for index in indices])
 
     def content(self, index: int) -> bytes:
-        """That of the image in the source."""
+        """Return the content of the image in the source."""
         return self.source.content(self.indices[index])
 
 
 def nested_subset(
     images: Images, fraction_or_count: float | Fraction, seed: int = 0, identities: str | Path | None = None
 ) -> Subset:
-    """Some of the images, drawn at random: images and not people.
+    """Draw a random subset of the images (not of the identities).
 
-    Of one seed, a smaller subset is part of each larger one.
+    With the same seed, a smaller subset is contained in each larger one.
 
     Args:
-        images: a folder, a tensor, or anything else that can be read in any order.
-        fraction_or_count: a whole number of images (``int``), or a fraction of them (``float``, ``Fraction``) above 0
-            and up to 1, rounded down; ``0.29`` of 100 images are 29, as the decimal says. ``1`` is one image, ``1.0``
-            are all.
-        seed: of the draw.
-        identities: of a folder, which identities.
+        images: a folder, a tensor, or another source with indices.
+        fraction_or_count: number of images (``int``), or fraction of them (``float``, ``Fraction``) in (0, 1], rounded
+            down in decimal: 0.29 of 100 images is 29. ``1`` is one image, ``1.0`` is all images.
+        seed: random seed.
+        identities: identities to use from a folder; see :func:`qface.data.select_identities`.
 
     Returns:
-        The chosen images in the order of ``images``, with their labels.
+        The images in the order of ``images``, with their labels.
 
     Raises:
-        ImagesError: the images cannot be read in any order, or there are none, or not so many.
+        ImagesError: the images have no indices, or the number of images is out of range.
     """
     source = as_image_source(images, identities)
     if not isinstance(source, IndexedImages):
-        raise ImagesError("a subset needs images that can be read in any order: a folder or a tensor")
+        raise ImagesError("a subset needs images with indices: pass a folder or a tensor, not a loader")
     count = _count(fraction_or_count, len(source))
     return Subset(source, np.sort(np.random.default_rng(seed).permutation(len(source))[:count]).tolist())
 
@@ -74,12 +73,12 @@ def nested_subset(
 def _count(fraction_or_count: float | Fraction, images: int) -> int:
     if isinstance(fraction_or_count, Integral):
         if not 0 < fraction_or_count <= images:
-            raise ImagesError(f"{fraction_or_count} of {images} images cannot be drawn: choose 1 to {images}")
+            raise ImagesError(f"the number of images must be from 1 to {images}, got {fraction_or_count}")
         return int(fraction_or_count)
     if not 0 < fraction_or_count <= 1:
-        raise ImagesError(f"a fraction of {fraction_or_count} cannot be drawn: choose one above 0 and up to 1")
-    # As written in decimals: the binary 0.29 lies below, and 0.29 x 100 would be 28.
+        raise ImagesError(f"the fraction of images must be > 0 and <= 1, got {fraction_or_count}")
+    # Computed in decimal, since the binary 0.29 is smaller and 0.29 * 100 would be rounded down to 28.
     count = int(Fraction(str(fraction_or_count)) * images)
     if count == 0:
-        raise ImagesError(f"a fraction of {fraction_or_count} of {images} images leaves none: choose a larger one")
+        raise ImagesError(f"a fraction of {fraction_or_count} of {images} images is empty: choose a larger one")
     return count

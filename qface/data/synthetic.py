@@ -1,4 +1,4 @@
-"""Images that need no file."""
+"""Synthetic images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SYNTHETIC_IMAGES = 4
 
 
 def synthetic_crops(count: int = _SYNTHETIC_IMAGES, seed: int = 0) -> Tensor:
-    """Seeded noise, uint8 [count, 3, 112, 112], coarse and fine so that all layers have something to do."""
+    """Return seeded noise at two scales, to activate all layers, as uint8 [count, 3, 112, 112]."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 7, 7, generator=generator)
     coarse = F.interpolate(coarse, CROP_SIZE, mode="bilinear", align_corners=False)

@@ -1,13 +1,13 @@
-"""IJB-B and IJB-C: loose crops with landmarks, the templates they make up, and pairs of templates.
+"""IJB-B and IJB-C: face images with landmarks, templates, and pairs of templates.
 
-A folder as InsightFace gives it out::
+The folder as published by InsightFace::
 
     IJBC/loose_crop/1.jpg ...
     IJBC/meta/ijbc_face_tid_mid.txt         image, template, media
-    IJBC/meta/ijbc_name_5pts_score.txt      image, five landmarks, the detector's score
-    IJBC/meta/ijbc_template_pair_label.txt  template, template, 1 where both are of one person
+    IJBC/meta/ijbc_name_5pts_score.txt      image, five landmarks, detection score
+    IJBC/meta/ijbc_template_pair_label.txt  template, template, 1 for genuine or 0 for impostor pairs
 
-The first two name the same images in the same order.
+The first two files list the same images in the same order.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _FILES = {"faces": "*_face_tid_mid.txt", "landmarks": "*_name_5pts_score.txt", "
 
 
 class LooseCrops(IndexedImages):
-    """Photos of one face each, aligned by known landmarks when they are read.
+    """Photos of one face each, aligned by given landmarks when read.
 
     Args:
         root: the folder of the photos.
-        faces: each one's landmarks.
+        faces: landmarks of each photo.
     """
 
     def __init__(self, root: Path, faces: Sequence[FaceLandmarks]) -> None:
@@ -54,12 +54,12 @@ class LooseCrops(IndexedImages):
         """Align the faces at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
 
         Raises:
-            ImagesError: a photo is missing or damaged, or its landmarks are in one place; it is named.
+            ImagesError: a photo is missing or damaged, or its landmarks are all equal; the message names it.
         """
         return stack_crops([self._crop(self.faces[index]) for index in indices])
 
     def content(self, index: int) -> bytes:
-        """Name, landmarks and bytes of the photo at ``index``.
+        """Return name, landmarks and bytes of the photo at ``index``.
 
         Raises:
             ImagesError: it cannot be read.
@@ -73,7 +73,7 @@ class LooseCrops(IndexedImages):
             with opened(path) as photo:
                 turned = upright(photo)
             if reason := landmark_fault(face.points, turned.size):
-                _LOGGER.warning("%s: its landmarks are of no face in it, since %s", path, reason)
+                _LOGGER.warning("%s: its landmarks are not a face: %s", path, reason)
             return np.asarray(align_face(turned, face.points))
         except (*UNREADABLE, ImagesError) as error:
             raise ImagesError(f"{path} cannot be read as a face ({one_line(error)}): restore it") from error
@@ -81,17 +81,17 @@ class LooseCrops(IndexedImages):
 
 @dataclass(frozen=True, eq=False)
 class TemplateSet:
-    """Images, and how they are compared: all images of a template at once.
+    """Images grouped into templates, and pairs of templates to verify.
 
     Args:
         images: the images.
-        scores: float32 [images], how sure the detector was of each; None where it is not told of all of them.
-        templates: int64 [images], which template each belongs to, from 0 in the order of ``names``.
-        media: int64 [images], the photo or video that each comes from.
-        names: int64 [templates], the numbers that the files give templates, ascending.
-        first: int32 [pairs], the first template of each pair, from 0.
-        second: likewise the second.
-        same: bool [pairs], whether both are of one person.
+        scores: float32 [images], detection scores; None if any is missing.
+        templates: int64 [images], template of each image, an index into ``names``.
+        media: int64 [images], number of the photo or video of each image.
+        names: int64 [templates], template numbers of the files, ascending.
+        first: int32 [pairs], first template of each pair, an index into ``names``.
+        second: int32 [pairs], second template of each pair, likewise.
+        same: bool [pairs], True for genuine pairs.
     """
 
     images: LooseCrops
@@ -105,12 +105,18 @@ class TemplateSet:
 
 
 def read_templates(root: str | Path) -> TemplateSet:
-    """Read the folder ``root`` of IJB-B or IJB-C; photos are opened only when they are embedded.
+    """Read the lists of IJB-B or IJB-C; photos are opened later, when they are embedded.
+
+    Args:
+        root: the folder as described in this module.
+
+    Returns:
+        The images, templates and pairs.
 
     Raises:
-        ImagesError: a file is missing or malformed, two files do not name the same images, or most landmarks are of no
+        ImagesError: a file is missing or malformed, the files list different images, or most landmarks cannot be a
             face.
-        PairsError: the list of pairs is malformed, or names templates without images.
+        PairsError: the list of pairs is malformed or has templates without images.
     """
     root = Path(root)
     files = {what: _the_one(root / "meta", pattern) for what, pattern in _FILES.items()}
@@ -132,9 +138,11 @@ def read_templates(root: str | Path) -> TemplateSet:
 
 
 def _the_one(folder: Path, pattern: str) -> Path:
-    found = glob.glob(pattern, root_dir=folder)  # without names that begin with a dot, unlike Path.glob
+    found = glob.glob(pattern, root_dir=folder)  # ignores hidden files, unlike Path.glob
     if len(found) != 1:
-        raise ImagesError(f"{folder} holds {len(found)} files {pattern}, not one: pass the folder of IJB-B or IJB-C")
+        raise ImagesError(
+            f"{folder} must have one file {pattern}, but has {len(found)}: pass the folder of IJB-B or IJB-C"
+        )
     return folder / found[0]
 
 
@@ -144,24 +152,29 @@ def _scores(faces: Sequence[FaceLandmarks]) -> npt.NDArray[np.float32] | None:
 
 
 def _read_faces(path: Path, faces: Sequence[FaceLandmarks]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Template and media of each image, as the file numbers them."""
+    """Return the template and media numbers of each image."""
     rows = []
     for position, (number, line) in enumerate(numbered_lines(path)):
         fields = line.split()
         numbers = [_number(field) for field in fields[1:]]
         if len(numbers) != 2 or None in numbers:
-            raise ImagesError(f"{path}, line {number}: expected 'image template media', not {line.strip()!r}")
+            raise ImagesError(f"{path}, line {number}: expected 'image template media', got {line.strip()!r}")
         if position < len(faces) and fields[0] != faces[position].file:
-            raise ImagesError(f"{path}, line {number} is of {fields[0]}, and the landmarks of {faces[position].file}")
+            raise ImagesError(
+                f"{path}, line {number} lists {fields[0]}, but the landmark file lists {faces[position].file}: restore "
+                "the files"
+            )
         rows.append(numbers)
     if len(rows) != len(faces):
-        raise ImagesError(f"{path} names {len(rows)} images, and the landmarks {len(faces)}: restore the files")
+        raise ImagesError(
+            f"{path} lists {len(rows)} images, but the landmark file lists {len(faces)}: restore the files"
+        )
     table = np.array(rows, np.int64)
     return table[:, 0], table[:, 1]
 
 
 def _number(text: str) -> int | None:
-    """The number that ``text`` is, negative or not."""
+    """Parse an integer, also a negative one; None if ``text`` is not one."""
     number = whole_number(text.removeprefix("-"))
     return -number if number is not None and text.startswith("-") else number
 
@@ -169,17 +182,20 @@ def _number(text: str) -> int | None:
 def _read_pairs(
     path: Path, templates: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-    """Each pair's templates, as positions in ``templates``, and whether they are of one person."""
+    """Return the template indices and the genuine flag of each pair."""
     try:
         table = np.loadtxt(path, np.int64, comments=None, ndmin=2, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise PairsError(f"{path} cannot be read as pairs of templates: {one_line(error)}") from error
+        raise PairsError(f"{path} cannot be read as pairs of templates ({one_line(error)}): restore it") from error
     if not table.size or table.shape[1] != 3 or not np.isin(table[:, 2], (0, 1)).all():
-        raise PairsError(f"{path} does not hold lines 'template template 0-or-1': restore it")
+        raise PairsError(f"{path} must have lines 'template template 0-or-1': restore it")
     positions = np.searchsorted(templates, table[:, :2]).clip(max=len(templates) - 1).astype(np.int32)
     unknown = (templates[positions] != table[:, :2]).any(axis=1)
     if unknown.any():
-        raise PairsError(f"{np.count_nonzero(unknown)} of {len(table)} pairs in {path} name templates without images")
+        raise PairsError(
+            f"{np.count_nonzero(unknown)} of {len(table)} pairs in {path} have templates without images: restore the "
+            "files"
+        )
     if len(np.unique(table[:, 2])) < 2:
-        raise PairsError(f"{path} holds only one kind of pairs: verification needs pairs of one person and of two")
+        raise PairsError(f"{path} has only one kind of pairs: verification needs genuine and impostor pairs")
     return positions[:, 0].copy(), positions[:, 1].copy(), table[:, 2] == 1

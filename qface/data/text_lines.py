@@ -1,4 +1,4 @@
-"""Lines of text files, with the numbers that messages about them need, and the whole numbers that they hold."""
+"""Numbered lines of text files, and integers in them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from qface.errors import ImagesError, QFaceError, one_line
 
 __all__ = ["numbered_lines", "whole_number"]
 
-_MOST_DIGITS = 18  # of numbers that int64 holds; from 4,301 on, int() raises
+_MOST_DIGITS = 18  # fits into int64; int() raises for more than 4,300 digits
 
 
 def numbered_lines(path: Path, error: type[QFaceError] = ImagesError) -> Iterator[tuple[int, str]]:
-    """The lines of ``path`` that are not blank, with their numbers from 1.
+    """Yield the non-blank lines of ``path`` with their line numbers, starting at 1.
 
     Raises:
-        QFaceError: it cannot be read as text; of the type ``error``.
+        QFaceError: the file cannot be read as text; the exception has the type ``error``.
     """
     try:
         with path.open(encoding="utf-8-sig") as lines:
@@ -26,9 +26,9 @@ def numbered_lines(path: Path, error: type[QFaceError] = ImagesError) -> Iterato
     except FileNotFoundError:
         raise error(f"there is no file {path}: check the path") from None
     except (OSError, ValueError) as cause:
-        raise error(f"{path} cannot be read as text ({one_line(cause)}): give a text file in UTF-8") from cause
+        raise error(f"{path} cannot be read as text ({one_line(cause)}): pass a text file in UTF-8") from cause
 
 
 def whole_number(text: str) -> int | None:
-    """The number that ``text`` is, from 0 on; None where it is no decimal one of at most 18 digits."""
+    """Parse an integer >= 0; None if ``text`` is not a decimal number of at most 18 digits."""
     return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None

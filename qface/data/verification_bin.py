@@ -1,9 +1,9 @@
-"""InsightFace's verification sets, ``lfw.bin``, ``cfp_fp.bin``, ``agedb_30.bin`` and others.
+"""InsightFace's verification sets, such as ``lfw.bin``, ``cfp_fp.bin`` and ``agedb_30.bin``.
 
-Each is a pickle of two lists: encoded images, two for each pair, and whether the two show one person. It is read
-without running what a pickle may ask for (:mod:`qface.pickles`).
-Folds are as InsightFace's: ten runs of pairs in the order of the file. Where a run would hold one kind of pairs alone,
-as in files that list all pairs of one person first, they are ten runs of each kind.
+A file is a pickle of two lists: encoded images, two per pair, and flags for genuine pairs. It is read without executing
+code from the pickle (:mod:`qface.pickles`). As in InsightFace, the folds are ten consecutive parts of the
+file. If a part had only genuine or only impostor pairs, for example in files that list genuine pairs first, both kinds
+are split separately.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _FOLDS = 10
 
 
 class VerificationBin(PairedImages):
-    """The 112x112 crops of a ``.bin`` file, two for each of its pairs; who they show is not known.
+    """112x112 crops and pairs of a ``.bin`` file, without identity labels.
 
-    Square images of another size are resized, with a warning.
+    Square images of another size are resized with a warning.
 
     Args:
         path: the file.
 
     Attributes:
         path: the file.
-        pairs: which images to compare, and in which fold.
+        pairs: the verification pairs and their folds.
 
     Raises:
-        ImagesError: the file is missing or damaged, or asks for more than bytes, numbers and arrays.
-        LimitError: it asks for more depth, objects or memory than :mod:`qface.limits` allows.
-        PairsError: it does not hold two images for each pair.
+        ImagesError: the file is missing or damaged, or has other objects than bytes, numbers and arrays.
+        LimitError: it exceeds a limit of :mod:`qface.limits`.
+        PairsError: it does not have two images for each pair.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -55,7 +55,7 @@ class VerificationBin(PairedImages):
         self._images, same = _read(self.path)
         if len(same) == 0 or len(self._images) != 2 * len(same):
             raise PairsError(
-                f"{self.path} holds {len(self._images)} images for {len(same)} pairs, not two for each: fetch it again"
+                f"{self.path} has {len(self._images)} images for {len(same)} pairs, not two per pair: download it again"
             )
         first = 2 * np.arange(len(same), dtype=np.int64)
         self.pairs = ResolvedPairs(first, first + 1, same, _folds(same), dropped=0)
@@ -68,24 +68,24 @@ class VerificationBin(PairedImages):
         """Decode the images at ``indices`` to uint8 [len(indices), 3, 112, 112] in RGB.
 
         Raises:
-            ImagesError: one of them is damaged or not square; its number is named.
+            ImagesError: an image is damaged or not square; the message names its number.
         """
         crops = [self._decode(index) for index in indices]
         return stack_crops(crops)
 
     def content(self, index: int) -> bytes:
-        """The encoded image at ``index``."""
+        """Return the encoded image at ``index``."""
         return bytes(self._images[index])
 
     def _say_size(self) -> None:
         try:
             with opened(io.BytesIO(self._images[0])) as image:
                 width, height = image.size
-        except UNREADABLE:  # it is named when it is read
+        except UNREADABLE:  # reported later, when the image is read
             return
         if width == height != CROP_SIZE:
             _LOGGER.warning(
-                "%s holds images of %dx%d, which are resized to %dx%d: they should show what ArcFace crops show",
+                "%s has images of %dx%d pixels, which are resized to %dx%d: check that they are aligned as for ArcFace",
                 *(self.path, width, height, CROP_SIZE, CROP_SIZE),
             )
 
@@ -97,7 +97,7 @@ class VerificationBin(PairedImages):
 
 
 def _folds(same: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Ten runs, of which the first are one longer where they do not come out even; or ten runs of each kind."""
+    """Return ten consecutive folds; split by kind of pair if a fold would have only one kind."""
     sizes = [len(same) // _FOLDS + (fold < len(same) % _FOLDS) for fold in range(_FOLDS)]
     runs = np.repeat(np.arange(_FOLDS, dtype=np.int64), sizes)
     mixed = all(len(np.unique(same[runs == fold])) == 2 for fold in range(_FOLDS))
@@ -112,9 +112,9 @@ def _read(path: Path) -> tuple[list[bytes | bytearray], npt.NDArray[np.bool_]]:
         return [_as_bytes(image) for image in _entries(images)], np.array([*map(_as_flag, _entries(same))], np.bool_)
     except LimitError:
         raise
-    except Exception as error:  # damaged bytes may make the unpickler raise anything
+    except Exception as error:  # the unpickler may raise any exception for damaged bytes
         raise ImagesError(
-            f"{path} cannot be read as a verification set of InsightFace ({one_line(error, 200)}): fetch it again"
+            f"{path} cannot be read as a verification set of InsightFace ({one_line(error, 200)}): download it again"
         ) from error
 
 
@@ -123,7 +123,7 @@ def _entries(listed: object) -> Sequence[Any]:
         return listed.elements()
     if isinstance(listed, (list, tuple)):
         return listed
-    raise ValueError(f"a list is expected, not {type(listed).__name__}")
+    raise ValueError(f"expected a list, got {type(listed).__name__}")
 
 
 def _as_bytes(image: object) -> bytes | bytearray:
@@ -131,10 +131,10 @@ def _as_bytes(image: object) -> bytes | bytearray:
         return image.bytes()
     if isinstance(image, (bytes, bytearray)):
         return image
-    raise ValueError(f"an image is bytes, not {type(image).__name__}")
+    raise ValueError(f"an image must be bytes, got {type(image).__name__}")
 
 
 def _as_flag(flag: object) -> bool:
     if isinstance(flag, (bool, int, float, np.number, np.bool_)) and flag in (0, 1):
         return bool(flag)
-    raise ValueError(f"a pair is of one person or not, and not {flag!r}")
+    raise ValueError(f"a flag of a pair must be 0 or 1, got {flag!r}")

@@ -1,4 +1,4 @@
-"""Structural pruning: a smaller network of the same kind, whole channels removed with all that depends on them."""
+"""Structural pruning: remove channels together with all weights that depend on them."""
 
 from qface.pruning.budget import Budget, Cost, cost_of
 from qface.pruning.prune import prune

@@ -1,4 +1,4 @@
-"""Batch-norm statistics, measured again: a network that lost channels sees other means and variances than it keeps."""
+"""Re-estimation of BatchNorm statistics, which no longer fit after channels were removed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _BATCH = 64
 
 @torch.no_grad()
 def reestimate_batch_norms(model: nn.Module, images: Tensor) -> None:
-    """Replace the running means and variances of all batch norms of ``model``, in place.
+    """Replace the running mean and variance of all BatchNorm layers of ``model``, in place.
 
-    They become those of the images, averaged over batches of 64 of one size. Each norm then normalizes by what it
-    computes of a batch itself, so that those behind it see what they will see.
+    The new statistics are the plain average over batches of about 64 images. During these passes BatchNorm uses batch
+    statistics, so that later layers get normalized inputs; dropout stays off.
 
     Args:
-        model: any network; dropout stays off.
-        images: normalized, [N, 3, height, width].
+        model: any network.
+        images: normalized images, float [N, 3, H, W].
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -31,7 +31,7 @@ def reestimate_batch_norms(model: nn.Module, images: Tensor) -> None:
         model.eval()
         for norm in norms:
             norm.train()
-            norm.momentum = None  # the plain average of all batches
+            norm.momentum = None  # cumulative average over batches
             norm.reset_running_stats()
         for part in torch.tensor_split(images, parts):
             model(part)

@@ -1,4 +1,4 @@
-"""Budgets: the maximum cost of a pruned network, in place of a share of channels."""
+"""Cost of a network, and the maximum cost of a pruned one."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from qface.training_mode import eval_mode
 __all__ = ["Budget", "Cost", "cost_of", "count_parameters"]
 
 Unit = Literal["parameters", "macs", "mb"]
-_BYTES = 4  # of a float32
+_BYTES = 4  # per float32
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a float network.
+    """Cost of a float network.
 
     Args:
-        parameters: how many it has.
-        macs: products of all convolutions and linear layers for one image.
-        mb: 10^6 bytes of its parameters as float32.
+        parameters: number of parameters.
+        macs: multiply-accumulates of convolutions and linear layers for one image.
+        mb: size of the parameters as float32, in MB (10^6 bytes).
     """
 
     parameters: int
@@ -35,20 +35,25 @@ class Cost:
 
 
 def cost_of(model: nn.Module) -> Cost:
-    """The cost of ``model``."""
+    """Return the parameters, multiply-accumulates and size of ``model``.
+
+    Args:
+        model: a float network from images [N, 3, H, W] to embeddings.
+    """
     return Cost(count_parameters(model), _count_macs(model), _count_megabytes(model))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper limit.
+    """Maximum cost of a pruned network.
 
     Args:
-        limit: above 0.
-        unit: ``"parameters"``, ``"macs"`` or ``"mb"``, as in :class:`Cost`.
+        limit: the maximum, > 0.
+        unit: ``"parameters"``, ``"macs"`` (multiply-accumulates for one image) or ``"mb"`` (float32 parameters in
+            10^6 bytes).
 
     Raises:
-        ConfigError: the limit is not above 0, or the unit unknown.
+        ConfigError: the limit is not > 0, or the unit is unknown.
 
     Example:
         >>> pruned = qface.prune(teacher, Budget(7000, "parameters"))
@@ -59,34 +64,35 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
-            raise ConfigError(f"the unit of a budget is one of {', '.join(get_args(Unit))}, not {self.unit!r}")
+            units = ", ".join(map(repr, get_args(Unit)))
+            raise ConfigError(f"the unit of a budget must be one of {units}, got {self.unit!r}")
         if not self.limit > 0:
-            raise ConfigError(f"a budget of {self.limit} {self.unit} leaves nothing: choose a limit above 0")
+            raise ConfigError(f"the limit of a budget must be > 0, got {self.limit!r}")
 
     def cost(self, model: nn.Module) -> float:
-        """The cost of ``model``, in the unit."""
+        """Return the cost of ``model`` in ``unit``."""
         return _COUNT[self.unit](model)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters of ``model``."""
+    """Return the number of parameters of ``model``."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _count_megabytes(model: nn.Module) -> float:
-    """10^6 bytes of the parameters of ``model`` as float32."""
+    """Return the size of the parameters as float32, in MB."""
     return count_parameters(model) * _BYTES / 1e6
 
 
 def _count_macs(model: nn.Module) -> int:
-    """The products that convolutions and linear layers of ``model`` compute for one image."""
+    """Return the multiply-accumulates of convolutions and linear layers for one image."""
     total = 0
 
     def add(layer: nn.Module, _: object, output: torch.Tensor) -> None:
         nonlocal total
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        # Each output value is a sum over all weights of its channel.
+        # Each output value sums over all weights of its channel.
         total += output[0].numel() * weight[0].numel()
 
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]

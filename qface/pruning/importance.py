@@ -1,4 +1,4 @@
-"""Channel importance: torch-pruning's estimators, and the gradients that two of them read."""
+"""Channel importance: torch-pruning's estimators, and the gradients that two of them need."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qface.pruning.pruning_config import PruningConfig
 __all__ = ["Gradients", "estimator", "gradients"]
 
 Gradients = list[Tensor | None]
-"""One of each parameter's shape, in their order."""
+"""One gradient per parameter, in the order of ``model.parameters()``."""
 
 _BATCH = 32
 
 
 def estimator(config: PruningConfig) -> Callable[[Any], Tensor]:
-    """A function that torch-pruning calls for the importance of each channel of a group."""
-    # Imported late, since it costs as long as torch itself; by name, because it carries no types.
+    """Return torch-pruning's estimator of the importance of each channel in a group."""
+    # Imported late, since it takes as long as torch itself; by name, because it has no type hints.
     pruner = import_module("torch_pruning.pruner.importance")
     if config.importance == "magnitude":
         made = pruner.MagnitudeImportance(p=config.norm)
@@ -39,16 +39,16 @@ def estimator(config: PruningConfig) -> Callable[[Any], Tensor]:
 
 
 def gradients(model: nn.Module, images: Tensor, config: PruningConfig) -> Gradients:
-    """Gradients of the parameters of ``model`` on ``images``, which ``taylor`` and ``hessian`` read; empty for others.
+    """Return the parameter gradients that ``taylor`` and ``hessian`` need; None for other importances.
 
-    A network that is compared with itself has no gradient. For ``taylor`` it is taught to embed mirror images alike;
-    the gradient is that of the mean cosine distance. For ``hessian``, with embeddings z of length 1, the curvature of
-    |z - z0|^2 / 2 at z0 is J^T J, whose diagonal is the mean square of the gradient of v . z over random v.
+    The distance of a network to itself has zero gradient, so ``taylor`` uses the mean cosine distance between the
+    embeddings of images and of their mirror images. ``hessian`` uses normalized embeddings z: the Hessian of
+    |z - z0|^2 / 2 at z0 is J^T J, and its diagonal is the mean squared gradient of v . z over random v.
 
     Args:
-        model: in any mode, left as it is; computed in eval mode.
-        images: normalized, [N, 3, height, width].
-        config: which importance, and the seed.
+        model: the network, not changed; gradients are computed in eval mode.
+        images: normalized images, float [N, 3, H, W].
+        config: the importance and the seed.
     """
     twin = copy.deepcopy(model).eval().requires_grad_(True)
     twin.zero_grad()

@@ -1,4 +1,4 @@
-"""The verb ``prune``: whole channels removed through torch-pruning's dependency graph."""
+"""The verb ``prune``: remove channels with torch-pruning's dependency graph."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qface.training_mode import eval_mode
 
 __all__ = ["prune"]
 
-_HALVINGS = 12  # of the share of channels, until a budget is met
+_HALVINGS = 12  # bisection steps when searching the ratio for a budget
 
 OnStepEnd = Callable[[nn.Module, int], object]
 
@@ -46,29 +46,30 @@ def prune(
     on_step_end: OnStepEnd | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """A smaller network of the same kind, in eval mode. Does not change ``model``.
+    """Remove channels from a float network and return the smaller network. Does not change ``model``.
 
     Args:
-        model: a float network from images [N, 3, H, W] to embeddings [N, D] that torch.export can follow:
-            a module, the path of its file, or ``package.module:factory``.
-        ratio: the share of channels to remove, above 0 and below 1, or a :class:`Budget` for what is left: the least
-            share that meets it is taken.
-        images: for importance, repair and batch norms, as for :func:`qface.calibrate`; None repairs nothing.
-        config: the settings.
-        identities: of a folder, which identities.
-        on_step_end: called after every step but the last with the network so far and the number of the step, from 1 on,
-            such as to train it in place.
-        progress: show the stages on stderr.
+        model: a float network from images [N, 3, H, W] to embeddings [N, D] that torch.export can trace: a module, the
+            path of a file, or ``package.module:factory``.
+        ratio: fraction of channels to remove, in (0, 1); or a :class:`Budget`, for which the smallest such fraction is
+            searched.
+        images: calibration images for importance, repair and BatchNorm statistics, as for :func:`qface.calibrate`;
+            None skips repair.
+        config: the settings; None for the defaults.
+        identities: identities to use from a folder; see :func:`qface.data.select_identities`.
+        on_step_end: called with the network and the step number (starting at 1) after each step but the last, for
+            example to train the network in place.
+        progress: True to show progress on stderr.
 
     Returns:
-        The pruned network, a module of the same class. It is saved, quantized and distilled like any other.
+        The pruned network in eval mode, a module of the same class as ``model``.
 
     Raises:
         CheckpointError: the file of the network cannot be read.
-        ConfigError: the network is quantized; the ratio, the budget, or an ignored layer is impossible; or no channel
-            is removed.
-        ImagesError: the images cannot be used, or are needed and missing.
-        TraceError: the model cannot be traced.
+        ConfigError: the network is quantized, a setting is out of range, the budget cannot be met, or no channel was
+            removed.
+        ImagesError: the images cannot be used, or the importance needs images and none are given.
+        TraceError: torch.export cannot trace the network.
         UnsupportedLayerError: a layer cannot be pruned.
 
     Example:
@@ -90,15 +91,15 @@ def prune(
         if on_step_end is not None and step < config.iterative_steps:
             on_step_end(pruned, step)
     if isinstance(ratio, Budget) and ratio.cost(pruned) > ratio.limit:
-        # Between the rounds repair and training made other channels the weakest than when the share was looked for.
+        # Repair and training between the steps changed which channels are least important since the search.
         once = replace(config, iterative_steps=1)
         share_left = _share_for(pruned, ratio, sample, once, structure)
         _remove_and_mend(_Rounds(pruned, share_left, once, structure), sample)
     if count_parameters(pruned) == count_parameters(model):
         raise ConfigError(
-            f"no channel was removed: importance {config.importance!r} found none, or a share of {share:.3g} is less "
-            f"than {config.round_to} of any layer's channels; raise the share, or change importance, round_to or "
-            "ignored_layers"
+            f"no channel was removed: importance {config.importance!r} selected none, or a ratio of {share:.3g} is "
+            f"less than {config.round_to} channels of each layer; increase the ratio, or change importance, round_to "
+            "or ignored_layers"
         )
     seen = {} if source is None else source_record(source)
     settings = {**asdict(config), "share": share, "images": 0 if sample is None else len(sample), **seen}
@@ -107,22 +108,22 @@ def prune(
 
 def _check(model: nn.Module, ratio: float | Budget, images: Images | None, config: PruningConfig) -> None:
     if has_step(model, "quantize"):
-        raise ConfigError("this network is quantized: prune the float network that it came from, then quantize that")
+        raise ConfigError("the network is quantized: prune the float network first, then quantize the result")
     if not isinstance(ratio, Budget) and not (isinstance(ratio, (int, float)) and 0 < ratio < 1):
-        raise ConfigError(f"the share of channels to remove lies between 0 and 1, not {ratio!r}")
+        raise ConfigError(f"ratio must be > 0 and < 1, got {ratio!r}")
     if config.needs_images and images is None:
-        raise ImagesError(f"importance {config.importance!r} is measured on images: pass some")
+        raise ImagesError(f"importance {config.importance!r} needs images: pass images")
     layers = dict(model.named_modules())
     unknown = [name for name in config.ignored_layers if name not in layers]
     if unknown:
         weighted = [name for name, layer in layers.items() if isinstance(layer, WEIGHTED)]
         raise ConfigError(
-            f"no layer to ignore is called {unknown[0]!r}; there are {', '.join(weighted[:5])} and others"
+            f"ignored_layers names {unknown[0]!r}, which is not a layer; use names like {', '.join(weighted[:5])}"
         )
 
 
 def _check_shared_slopes(model: nn.Module) -> None:
-    """Refuse a PReLU of one slope behind layers of several widths: torch-pruning knows one number of its channels."""
+    """Refuse a PReLU that is called with different numbers of channels: torch-pruning supports only one."""
     widths: dict[str, set[int]] = {}
 
     def count(layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -139,24 +140,26 @@ def _check_shared_slopes(model: nn.Module) -> None:
     if shared:
         raise UnsupportedLayerError(
             f"{type(model).__name__} cannot be pruned: the PReLU {shared[0]!r} is called on "
-            f"{' and on '.join(map(str, sorted(widths[shared[0]])))} channels; give each place a PReLU of its own"
+            f"{' and '.join(map(str, sorted(widths[shared[0]])))} channels; use a separate PReLU for each call"
         )
 
 
 def _sample(source: ImageSource, model: nn.Module, config: PruningConfig) -> Tensor:
-    """Up to ``config.images`` of the images of ``source``, spread evenly, normalized."""
+    """Return up to ``config.images`` evenly spaced, normalized images of ``source``."""
     found = torch.cat(sample_batches(source, config.images, config.images))
     if config.reestimate and len(found) < 2:
-        raise ImagesError("one image has no deviation to measure batch norms by: pass several, or reestimate=False")
+        raise ImagesError("BatchNorm statistics need at least 2 images, got 1: pass more, or set reestimate=False")
     return normalize(found, preprocessing_of(model)).to(example_input(model, 1))
 
 
 def _share_for(
     model: nn.Module, budget: Budget, sample: Tensor | None, config: PruningConfig, structure: Structure
 ) -> float:
-    """The least share of channels whose removal meets ``budget``, to one in 4096."""
+    """Return the smallest pruning ratio that meets ``budget``, to within 1/4096."""
     if budget.cost(model) <= budget.limit:
-        raise ConfigError(f"the network costs {budget.cost(model):g} {budget.unit} as it is: nothing needs pruning")
+        raise ConfigError(
+            f"the network already meets the budget with {budget.cost(model):g} {budget.unit}: lower the budget"
+        )
     of_model = _measured(model, sample, config)
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
@@ -167,7 +170,7 @@ def _share_for(
             low = share
     if high == 1.0:
         least = budget.cost(_without_share(model, low, of_model, sample, config, structure))
-        raise ConfigError(f"no share of channels brings the network below {least:g} {budget.unit}: raise the budget")
+        raise ConfigError(f"pruning cannot reduce the network below {least:g} {budget.unit}: increase the budget")
     return high
 
 
@@ -179,7 +182,7 @@ def _without_share(
     config: PruningConfig,
     structure: Structure,
 ) -> nn.Module:
-    """A copy of ``model``, whose gradients are known, without ``share`` of its channels and without repair."""
+    """Return a pruned copy of ``model`` without repair; ``of_model`` are the gradients of its first step."""
     candidate = copy.deepcopy(model).eval()
     rounds = _Rounds(candidate, share, config, structure)
     for step in range(1, config.iterative_steps + 1):
@@ -188,12 +191,12 @@ def _without_share(
 
 
 def _measured(model: nn.Module, sample: Tensor | None, config: PruningConfig) -> Gradients:
-    """The gradients of ``model``, where importance needs them beside its weights."""
+    """Return the gradients of ``model`` if the importance needs them; otherwise an empty list."""
     return gradients(model, sample, config) if config.needs_images and sample is not None else []
 
 
 def _remove_and_mend(rounds: _Rounds, sample: Tensor | None) -> None:
-    """One round, and what is done on ``sample`` about its loss."""
+    """Run one pruning step, then repair and re-estimate BatchNorm statistics on ``sample``."""
     pruned, config = rounds.model, rounds.config
     before = copy.deepcopy(pruned)
     kept = rounds.remove(_measured(pruned, sample, config))
@@ -204,9 +207,10 @@ def _remove_and_mend(rounds: _Rounds, sample: Tensor | None) -> None:
 
 
 class _Rounds:
-    """The rounds in which ``model`` loses ``share`` of its channels, in place, each as many of the first ones.
+    """Pruning steps that remove ``share`` of the channels of ``model`` in place.
 
-    One pruner for all, which knows the first numbers of channels: only so do several rounds end with those of one.
+    All steps share one pruner, which knows the original channel counts: several steps then end with the same counts as
+    a single one.
     """
 
     def __init__(self, model: nn.Module, share: float, config: PruningConfig, structure: Structure) -> None:
@@ -217,9 +221,9 @@ class _Rounds:
             self._pruner = _pruner(model, share, config, structure)
 
     def remove(self, read: Gradients) -> dict[str, Kept]:
-        """Remove the channels of the next round, and say what is left of each layer.
+        """Remove the channels of the next step and return the channels left in each layer.
 
-        ``read`` are the gradients that importance reads; empty where it reads none.
+        ``read`` holds the gradients for the importance, or is empty.
         """
         kept = _Channels(self.model, self._structure)
         with self._followed():
@@ -233,7 +237,7 @@ class _Rounds:
 
     @contextmanager
     def _followed(self) -> Iterator[None]:
-        """Let torch-pruning follow the gradients of one forward pass; afterwards what trained before trains again."""
+        """Enable gradients, by which torch-pruning traces the network; restore ``requires_grad`` afterwards."""
         trained = [parameter.requires_grad for parameter in self.model.parameters()]
         self.model.requires_grad_(True)
         try:
@@ -247,7 +251,7 @@ class _Rounds:
 
 
 def _check_runs(model: nn.Module) -> None:
-    """Let what torch-pruning overlooked fail here, with an error that says so."""
+    """Run ``model`` once, so that an inconsistency left by torch-pruning fails here."""
     with eval_mode(model), torch.no_grad():
         model(example_input(model, 1))
 
@@ -268,26 +272,26 @@ def _pruner(model: nn.Module, share: float, config: PruningConfig, structure: St
         pruning_ratio_dict=None if config.global_pruning else _max_pruning_ratios(model, share, config),
         iterative_steps=config.iterative_steps,
     )
-    # torch-pruning takes the first layer of a group for its root, and follows no flatten from a depthwise one.
+    # torch-pruning starts a group at its first layer, and does not follow a flatten after a depthwise convolution.
     nodes = pruner.DG.module2node
     pruner.DG.module2node = dict(sorted(nodes.items(), key=lambda item: is_depthwise(item[0])))
     return pruner
 
 
 def _max_pruning_ratios(model: nn.Module, share: float, config: PruningConfig) -> dict[nn.Module, float]:
-    """The maximum pruning ratio of layers that would lose all channels: torch-pruning leaves such layers whole."""
+    """Limit the ratio of layers that would lose all channels, since torch-pruning does not prune these."""
     found: dict[nn.Module, float] = {}
     for layer in model.modules():
         if isinstance(layer, WEIGHTED):
             channels = len(layer.weight) // getattr(layer, "groups", 1)
             if config.round_to < channels and int(channels * (1 - share)) < config.round_to:
-                # A half more than shall stay, since torch-pruning cuts off what is behind the point.
+                # Half a channel more than must stay, since torch-pruning rounds down.
                 found[layer] = 1 - (config.round_to + 0.5) / channels
     return found
 
 
 class _Channels:
-    """The remaining channels of each convolution and linear layer of ``model``."""
+    """Remaining channels of each convolution and linear layer of ``model``."""
 
     def __init__(self, model: nn.Module, structure: Structure) -> None:
         weighted = {name: cast("nn.Conv2d | nn.Linear", model.get_submodule(name)) for name in structure.weighted}
@@ -295,7 +299,7 @@ class _Channels:
         self.left = {name: Kept(*map(torch.arange, _sizes(layer))) for name, layer in weighted.items()}
 
     def remove(self, group: Any) -> None:
-        """Note that ``group`` is to be removed, before it is."""
+        """Record the channels of ``group``; call it before the group is pruned."""
         function = import_module("torch_pruning.pruner.function")
         outputs = (function.prune_conv_out_channels, function.prune_linear_out_channels)
         inputs = (function.prune_conv_in_channels, function.prune_linear_in_channels)
@@ -312,7 +316,7 @@ class _Channels:
 
 
 def _sizes(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
-    """Numbers of input channels, of all groups together, and of output channels."""
+    """Return the number of input channels (over all groups) and of output channels."""
     if isinstance(layer, nn.Conv2d):
         return layer.in_channels, layer.out_channels
     return layer.in_features, layer.out_features

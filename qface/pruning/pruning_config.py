@@ -14,30 +14,32 @@ __all__ = ["ImportanceName", "PruningConfig"]
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """Settings of pruning: the choice of channels, and the repair of what is lost.
+    """Settings of :func:`qface.prune`.
 
-    The defaults choose as Ef-QuantFace does: the weakest channels of every layer by 2-norm of the weights (DepGraph,
-    Fang et al., CVPR 2023).
+    The defaults are those of Ef-QuantFace: remove the channels of smallest weight 2-norm, the same fraction in each
+    layer (DepGraph, Fang et al., CVPR 2023).
 
     Args:
-        importance: of a channel, over all weights that go with it. ``"magnitude"``: the norm of its weights;
-            ``"bn_scale"``: of its batch norm's scales; ``"fpgm"``: how far it lies from the geometric median of its
-            layer; ``"taylor"``: how much its removal changes a loss to first order, that of embeddings which differ
-            from those of mirror images; ``"hessian"``: to second order, of the embedding. The last two need images.
-        norm: p of ``"magnitude"``, 1 or 2.
-        global_pruning: compare all channels of the network; otherwise each layer loses the same share.
-        max_pruning_ratio: what no layer loses more than, of its channels; of global pruning.
-        round_to: number of channels is brought down to a multiple of it. Integer kernels are fastest at
-            multiples of 16.
-        ignored_layers: layers, by name, whose outputs stay as they are.
-        keep_embedding: leave the size of the embedding as it is.
-        iterative_steps: how many rounds the channels are removed in; between them :func:`qface.prune` can train.
-        repair: solve each layer that reads fewer channels for the outputs that it had, by least squares over images
-            (:mod:`qface.pruning.repair`), where images are given.
-        reestimate: measure the statistics of batch norms again, on images, behind the repair. Repaired layers make what
-            they made, and their batch norms need it less.
-        images: how many of them importance, repair and batch norms look at.
-        seed: of what is drawn for importance and repair.
+        importance: measure of channel importance, over all weights that are removed with the channel.
+            ``"magnitude"``: norm of the weights; ``"bn_scale"``: norm of the BatchNorm scales; ``"fpgm"``: distance to
+            the geometric median of the layer's filters; ``"taylor"``: first-order change of the cosine distance
+            between embeddings of images and of their mirror images; ``"hessian"``: second-order change of the
+            embedding. ``"taylor"`` and ``"hessian"`` need images.
+        norm: p of the norm for ``"magnitude"``, 1 or 2.
+        global_pruning: True to rank the channels of all layers together; False to remove the same fraction from each.
+        max_pruning_ratio: maximum fraction of channels that global pruning removes from a layer, in (0, 1).
+        round_to: round the channel count of each layer down to a multiple of this, >= 1. Integer kernels are fastest
+            at multiples of 16.
+        ignored_layers: names of layers whose output channels are all kept.
+        keep_embedding: True to keep the embedding dimension.
+        iterative_steps: number of pruning steps, >= 1; the ``on_step_end`` of :func:`qface.prune` can train between
+            them.
+        repair: True to fit layers with removed inputs to their previous outputs by ridge regression, if images are
+            given (:mod:`qface.pruning.repair`).
+        reestimate: True to re-estimate BatchNorm statistics on the images after the repair. Repaired layers keep their
+            outputs, so they need it less.
+        images: maximum number of images for importance, repair and BatchNorm statistics, >= 1.
+        seed: random seed of importance and repair.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -62,17 +64,18 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         if self.importance not in get_args(ImportanceName):
-            raise ConfigError(f"importance is one of {', '.join(get_args(ImportanceName))}, not {self.importance!r}")
+            names = ", ".join(map(repr, get_args(ImportanceName)))
+            raise ConfigError(f"importance must be one of {names}, got {self.importance!r}")
         if not isinstance(self.global_pruning, bool):
-            raise ConfigError(f"global_pruning is True or False, not {self.global_pruning!r}")
+            raise ConfigError(f"global_pruning must be True or False, got {self.global_pruning!r}")
         if self.norm not in (1, 2):
-            raise ConfigError(f"norm is 1 or 2, not {self.norm!r}")
+            raise ConfigError(f"norm must be 1 or 2, got {self.norm!r}")
         if not 0 < self.max_pruning_ratio < 1:
-            raise ConfigError(f"max_pruning_ratio lies between 0 and 1, not {self.max_pruning_ratio!r}")
+            raise ConfigError(f"max_pruning_ratio must be > 0 and < 1, got {self.max_pruning_ratio!r}")
         check_whole(1, round_to=self.round_to, iterative_steps=self.iterative_steps, images=self.images)
         check_seed(self.seed)
 
     @property
     def needs_images(self) -> bool:
-        """True if importance is measured on images."""
+        """True if the importance is measured on images."""
         return self.importance in ("taylor", "hessian")

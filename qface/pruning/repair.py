@@ -1,9 +1,9 @@
-"""Closed-form repair: a layer that lost inputs is solved for the outputs that it had.
+"""Closed-form repair of pruned layers by ridge regression to their original outputs.
 
-Layer by layer, in the order they run: over positions drawn from images, the weights are changed so that what the pruned
-network now feeds the layer gives, by least squares, what the layer made in the original network. The change is ridge
-regression of what is missing, so that few images change little. Batch norms behind it then see what they were made for.
-It needs no labels.
+Layers are repaired in execution order. For each layer with removed inputs, the weights are fitted at sampled output
+positions so that its inputs in the pruned network give its outputs in the original network. The regression is on the
+residual, so few images change the weights little. Later BatchNorm layers then get the inputs that their statistics
+describe. No labels are needed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from qface.training_mode import preserve_training_mode
 
 __all__ = ["Kept", "repair"]
 
-_POSITIONS = 16_384  # at most, of a layer
-_RIDGE = 1e-2  # of the mean square of what the layer reads
+_POSITIONS = 16_384  # maximum number of output positions per layer
+_RIDGE = 1e-2  # regularization, relative to the mean squared input of the layer
 _BATCH = 64
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Channels of a layer that are left, as numbers in the original network.
+    """Remaining channels of a layer, as indices in the original network.
 
     Args:
-        inputs: that it reads, of all groups together.
-        outputs: that it makes.
+        inputs: input channels, over all groups.
+        outputs: output channels.
     """
 
     inputs: Tensor
@@ -47,14 +47,14 @@ def repair(
     images: Tensor,
     seed: int = 0,
 ) -> None:
-    """Change the weights of ``pruned``, in place, so that its layers make what they made in ``original``.
+    """Fit the weights of ``pruned`` in place so that its layers give the outputs of ``original``.
 
     Args:
-        pruned: a network with the layers of ``original``, by the same names, of which some are narrower.
-        original: the network that it was; both are called in eval mode.
-        kept: of each convolution and linear layer, by name in the order they run, the channels that are left.
-        images: normalized, [N, 3, height, width].
-        seed: of the positions.
+        pruned: the pruned network, with the layer names of ``original``.
+        original: the network before pruning; both are run in eval mode.
+        kept: remaining channels of each convolution and linear layer, by name, in execution order.
+        images: normalized images, float [N, 3, H, W].
+        seed: random seed of the sampled positions.
     """
     names = [name for name in kept if _lost_inputs(original.get_submodule(name), kept[name])]
     generator = torch.Generator().manual_seed(seed)
@@ -71,13 +71,13 @@ def repair(
 
 
 def _lost_inputs(layer: nn.Module, kept: Kept) -> bool:
-    """True if ``layer`` mixes channels of which some are gone; a depthwise convolution mixes none."""
+    """True if input channels of the ungrouped ``layer`` were removed."""
     grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
     return not grouped and len(kept.inputs) < cast(Tensor, layer.weight).shape[1]
 
 
 def _run(model: nn.Module, hooks: Mapping[nn.Module, Callable[[Tensor, Tensor], None]], images: Tensor) -> None:
-    """Run ``model``, and call the hook of each layer with what it read and made."""
+    """Run ``model`` and call the hook of each layer with its input and output."""
 
     def calling(hook: Callable[[Tensor, Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda _, inputs, output: hook(inputs[0], output)
@@ -91,9 +91,9 @@ def _run(model: nn.Module, hooks: Mapping[nn.Module, Callable[[Tensor, Tensor], 
 
 
 def _output_sizes(model: nn.Module, names: Sequence[str], image: Tensor) -> dict[str, tuple[int, int]]:
-    """Height and width of what each layer makes, 1 x 1 of a linear layer.
+    """Return the output height and width of each layer; 1 x 1 for linear layers.
 
-    Without layers that are called more than once, and linear ones that read more than a row an image.
+    Layers that are called more than once, and linear layers with inputs of more than two dimensions, are left out.
     """
     shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
 
@@ -110,7 +110,7 @@ def _output_sizes(model: nn.Module, names: Sequence[str], image: Tensor) -> dict
 def _outputs(
     model: nn.Module, names: Sequence[str], positions: Mapping[str, Positions], images: Tensor
 ) -> dict[str, Tensor]:
-    """Outputs of each layer at its positions, [M, channels]."""
+    """Return the outputs of each layer at its positions, [M, channels]."""
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
@@ -124,11 +124,11 @@ def _outputs(
 
 
 class _StopForward(Exception):  # noqa: N818 - as StopIteration
-    """Ends a forward pass at the last layer that is needed."""
+    """Ends a forward pass after the last layer that is needed."""
 
 
 def _inputs(model: nn.Module, layer: Layer, positions: Positions, images: Tensor) -> Tensor:
-    """Inputs that ``layer`` multiplies with its weights at ``positions``, [M, weights of a channel]."""
+    """Return the input patches of ``layer`` at ``positions``, [M, weights per output channel]."""
     parts: list[Tensor] = []
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
@@ -145,7 +145,7 @@ def _inputs(model: nn.Module, layer: Layer, positions: Positions, images: Tensor
 
 
 def _solve(layer: Layer, x: Tensor, wanted: Tensor) -> None:
-    """Give ``layer`` the weights, and the bias if it has one, to make ``wanted`` [M, outputs] of ``x`` [M, inputs]."""
+    """Fit weight and bias of ``layer`` in place to map ``x`` [M, inputs] to ``wanted`` [M, outputs]."""
     x, weight = x.double(), layer.weight.double().flatten(1)
     missing = wanted.double() - F.linear(x, weight, None if layer.bias is None else layer.bias.double())
     if layer.bias is None:
@@ -158,13 +158,13 @@ def _solve(layer: Layer, x: Tensor, wanted: Tensor) -> None:
 
 
 def _ridge(x: Tensor, y: Tensor) -> Tensor:
-    """The map [outputs, inputs] from ``x`` [M, inputs] to ``y`` [M, outputs] of least squares and little length."""
+    """Return the ridge regression [outputs, inputs] from ``x`` [M, inputs] to ``y`` [M, outputs]."""
     ridge = _RIDGE * float(x.square().sum()) / x.shape[1]
-    if ridge == 0:  # nothing is read, and no weights could change what is made
+    if ridge == 0:  # all inputs are zero, so the weights have no effect
         return x.new_zeros(y.shape[1], x.shape[1])
     if x.shape[0] >= x.shape[1]:
         found: Tensor = torch.linalg.solve(_with_ridge(x.T @ x, ridge), x.T @ y).T
-    else:  # the same, by a system of as many equations as there are positions
+    else:  # the dual form: M equations instead of one per input
         found = torch.linalg.solve(_with_ridge(x @ x.T, ridge), y).T @ x
     return found
 

@@ -1,4 +1,4 @@
-"""The layers of a network that run, and where their outputs go."""
+"""Layers that a network executes, and where their outputs go."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ WEIGHTED = (nn.Conv2d, nn.Linear)
 
 @dataclass(frozen=True)
 class Structure:
-    """Convolutions and linear layers of a network, by their names and uses; pruning changes neither.
+    """Names of the convolutions and linear layers of a network by use; pruning does not change them.
 
     Args:
-        weighted: all of them that run.
-        embedding: those whose outputs are channels of the embedding.
-        reordered: those whose outputs are concatenated or shuffled: torch-pruning 1.6.1 takes one for the other there.
+        weighted: all executed layers.
+        embedding: layers whose output channels are channels of the embedding.
+        reordered: layers whose outputs are concatenated or permuted, where torch-pruning 1.6.1 confuses channels.
     """
 
     weighted: tuple[str, ...]
@@ -33,11 +33,11 @@ class Structure:
 
 
 def structure_of(model: nn.Module) -> Structure:
-    """The structure of ``model``.
+    """Return the structure of ``model``.
 
     Raises:
-        TraceError: it cannot be captured.
-        UnsupportedLayerError: it calls an operator that is not known.
+        TraceError: torch.export cannot trace the model.
+        UnsupportedLayerError: the model calls an unsupported operator.
     """
     graph = capture(model).graph
     layers = {node: model.get_submodule(str(node.target)) for node in graph.nodes if _has_layer(model, node)}
@@ -56,7 +56,7 @@ _REORDERING = (Concat, Permute)
 
 
 def _has_layer(model: nn.Module, node: fx.Node) -> bool:
-    """True if ``node`` calls what is a module in ``model`` too."""
+    """True if ``node`` calls a module that also exists in ``model``."""
     if node.op != "call_module":
         return False
     at: Any = model
@@ -77,5 +77,5 @@ def _names_before(names: dict[fx.Node, str], node: fx.Node, seen: set[fx.Node]) 
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """True if each output of ``layer`` is made of one input, and goes with it."""
+    """True if ``layer`` is a depthwise convolution with one output per input channel."""
     return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1

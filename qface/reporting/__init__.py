@@ -1,4 +1,4 @@
-"""Tables and figures of results."""
+"""Tables, figures and pages that show results."""
 
 from qface.reporting.figures import sensitivity_figure
 from qface.reporting.tables import (

@@ -1,4 +1,4 @@
-"""The ground of all figures: matplotlib (extra ``qface[figures]``), colors, and files without dates."""
+"""Common parts of all figures: matplotlib (extra ``qface[figures]``), colors, and reproducible files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qface.files import check_folder, replacing
 __all__ = ["FORMATS", "INK", "LINES", "MUTED", "check_figure", "inline_svg", "new_figure", "save_figure"]
 
 FORMATS = (".png", ".svg", ".pdf")
-"""Endings of the files that can be drawn."""
+"""File extensions of figures."""
 
 INK, MUTED = "#1b1f24", "#c9ced6"
 LINES = ("#0b6bcb", "#c2410c", "#7c3aed", "#15803d")
-"""Colors on white; a page replaces them by its own, which fit light and dark."""
+"""Colors on white; the report page replaces them by CSS variables for light and dark mode."""
 
 _VARIABLES = {INK: "ink", "#000000": "ink", MUTED: "muted"} | {
     color: f"line-{number}" for number, color in enumerate(LINES)
@@ -26,7 +26,7 @@ _VARIABLES = {INK: "ink", "#000000": "ink", MUTED: "muted"} | {
 _UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _STYLE: Any = {
-    "svg.hashsalt": "qface",  # neither dates nor random names, so that one result gives one file
+    "svg.hashsalt": "qface",  # no random names, so that equal results give equal files
     "svg.fonttype": "none",
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -44,20 +44,20 @@ _STYLE: Any = {
 
 
 def check_figure(path: str | Path) -> None:
-    """Make sure, before long work, that a figure can be drawn at its end.
+    """Raise if a figure cannot be written to ``path``; called before long work.
 
     Raises:
         DependencyError: matplotlib is not installed.
-        ExportError: ``path`` ends in none of :data:`FORMATS`, or its folder cannot be written to.
+        ExportError: the extension is not one of :data:`FORMATS`, or the folder is not writable.
     """
     figure_class()
     if Path(path).suffix not in FORMATS:
-        raise ExportError(f"{path} does not end in {', '.join(FORMATS)}; choose such a name")
+        raise ExportError(f"{path} must end in one of {', '.join(FORMATS)}")
     check_folder(path)
 
 
 def figure_class() -> Any:
-    """matplotlib's ``Figure``.
+    """Return matplotlib's class ``Figure``.
 
     Raises:
         DependencyError: matplotlib is not installed.
@@ -70,7 +70,7 @@ def figure_class() -> Any:
 
 
 def new_figure(width: float = 4.6, height: float = 3.4) -> tuple[Any, Any]:
-    """A figure in inches and its only axes, both transparent.
+    """Return a figure of ``width`` x ``height`` inches and its axes, both transparent.
 
     Raises:
         DependencyError: matplotlib is not installed.
@@ -87,11 +87,11 @@ def new_figure(width: float = 4.6, height: float = 3.4) -> tuple[Any, Any]:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write ``figure`` in the form of the ending of ``path``.
+    """Write ``figure`` in the format of the extension of ``path``, and return the path.
 
     Raises:
         DependencyError: matplotlib is not installed.
-        ExportError: the file cannot be written in this form or place.
+        ExportError: the extension is not one of :data:`FORMATS`, or the file cannot be written.
     """
     path = Path(path)
     check_figure(path)
@@ -102,13 +102,13 @@ def save_figure(figure: Any, path: str | Path) -> Path:
 
 
 def inline_svg(figure: Any, name: str, title: str, description: str) -> str:
-    """``figure`` as an SVG element for a page: its texts are texts, its colors the page's CSS variables.
+    """Return ``figure`` as an SVG element for an HTML page, with text as text and colors as CSS variables.
 
     Args:
-        figure: matplotlib's.
-        name: that no other figure of the page has.
-        title: for screen readers.
-        description: likewise, in a sentence.
+        figure: a matplotlib figure.
+        name: unique name of the figure in the page.
+        title: title for screen readers.
+        description: description for screen readers, one sentence.
     """
     file = io.StringIO()
     with _style():

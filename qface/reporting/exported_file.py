@@ -1,4 +1,4 @@
-"""The metadata of a file that :func:`qface.export` wrote."""
+"""Metadata of files written by :func:`qface.export`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _NEEDED = ("preprocessing", "provenance", "input", "target", "verified", "qface"
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """The contents of an exported file's metadata.
+    """Parsed metadata of an exported file.
 
     Args:
-        name: of the file.
-        metadata: all of it, as texts.
-        preprocessing: what its network reads.
-        steps: those that made it, as of :func:`qface.provenance.provenance_of`.
-        golden: embeddings of test images.
-        thresholds: those that were written into it, or None.
+        name: name of the file.
+        metadata: all metadata as strings.
+        preprocessing: preprocessing of the network.
+        steps: provenance, as from :func:`qface.provenance.provenance_of`.
+        golden: stored embeddings of test images.
+        thresholds: match thresholds; None if the file has none.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ExportedFile:
         """Read the metadata of ``file``.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or lacks what ``export`` writes.
+            CheckpointError: the file is missing or damaged, or was not written by ``export``.
         """
         metadata = read_metadata(file)
         missing = [key for key in _NEEDED if key not in metadata]
@@ -66,22 +66,22 @@ class ExportedFile:
 
     @property
     def dimensions(self) -> int:
-        """Length of the embedding."""
+        """Embedding dimension."""
         return int(self.golden.embeddings.shape[1])
 
     @property
     def input(self) -> str:
-        """One of :data:`qface.choices.INPUTS`."""
+        """Input type, one of :data:`qface.choices.INPUTS`."""
         return self.metadata["input"]
 
     @property
     def target(self) -> str:
-        """One of :data:`qface.choices.TARGETS`."""
+        """Export target, one of :data:`qface.choices.TARGETS`."""
         return self.metadata["target"]
 
     @property
     def reads_bytes(self) -> bool:
-        """True if it normalizes images itself."""
+        """True if the input is uint8 and the file normalizes the images."""
         return self.input == UINT8_INPUT
 
     @property
@@ -91,15 +91,15 @@ class ExportedFile:
 
     @property
     def quantized(self) -> Mapping[str, Any] | None:
-        """The step that made a student; None of a float network."""
+        """Provenance step of the quantization; None for a float network."""
         return next((step for step in reversed(self.steps) if step["step"] == "quantize"), None)
 
     @property
     def activation_bits(self) -> dict[int, int] | None:
-        """The number of values that it rounds to each number of bits; None if an older qface wrote it.
+        """Number of quantized activation tensors by bit width; None for files of older qface versions.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the metadata cannot be parsed.
         """
         if self.quantized is None or self.target != "cpu":
             return {}
@@ -110,14 +110,14 @@ class ExportedFile:
             return {int(bits): int(count) for bits, count in parse_json(text, "its activation bits").items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.name}: its {ACTIVATION_BITS} cannot be read ({one_line(error, 200)}); export it again"
+                f"{self.name}: its {ACTIVATION_BITS} cannot be parsed ({one_line(error, 200)}); export it again"
             ) from error
 
 
 def is_exported(file: str | Path) -> bool:
-    """True if ``file``, an ONNX file, has all the metadata that :func:`qface.export` writes.
+    """True if the ONNX file ``file`` has all metadata that :func:`qface.export` writes.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     return read_metadata(file).keys() >= {*_NEEDED, "golden"}

@@ -1,4 +1,4 @@
-"""Results as figures; each function returns a figure of matplotlib (extra ``qface[figures]``)."""
+"""Figures of results, drawn with matplotlib (extra ``qface[figures]``)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = [
 ]
 
 _INCHES_A_LAYER = 0.2
-_SMOOTHED = 50  # steps at most that a training curve is averaged over
+_SMOOTHED = 50  # maximum number of steps in the running mean of a training curve
 
 
 def roc_figure(models: Sequence[ModelFigures]) -> Any:
-    """True-positive over false-positive rates, the latter on a log axis."""
+    """Draw the ROC: TPR over FPR, the latter on a log axis."""
     figure, axes = new_figure()
     for model, color in zip(models, LINES, strict=False):
         band = [(fpr, 100 * low, 100 * high) for fpr, low, high in _band(model.curve)]
@@ -39,10 +39,10 @@ def roc_figure(models: Sequence[ModelFigures]) -> Any:
 
 
 def det_figure(models: Sequence[ModelFigures]) -> Any:
-    """False-negative over false-positive rates, both on log axes."""
+    """Draw the DET: FNR over FPR, both on log axes."""
     figure, axes = new_figure()
     for model, color in zip(models, LINES, strict=False):
-        # A rate of zero has no place on a log axis.
+        # A log axis cannot show a rate of 0.
         points = [(fpr, 1 - tpr) for fpr, tpr in zip(model.curve.fpr, model.curve.tpr, strict=True) if tpr < 1]
         band = [(fpr, 1 - high, 1 - low) for fpr, low, high in _band(model.curve) if low < 1]
         least = min((fnr for _, *rates in (*points, *band) for fnr in rates if fnr > 0), default=1.0)
@@ -54,7 +54,7 @@ def det_figure(models: Sequence[ModelFigures]) -> Any:
 
 
 def _band(curve: Curve) -> list[tuple[float, float, float]]:
-    """False-positive rate, and lower and upper end of the true-positive rate, where the latter two are known."""
+    """Return (FPR, lower, upper) of the known confidence intervals of the TPR."""
     return [
         (fpr, low, high)
         for fpr, low, high in zip(curve.fpr, curve.low, curve.high, strict=True)
@@ -63,13 +63,13 @@ def _band(curve: Curve) -> list[tuple[float, float, float]]:
 
 
 def _draw_band(axes: Any, band: Sequence[tuple[float, float, float]], color: str) -> None:
-    """Fill what lies between the second and third numbers of ``band`` over the first."""
+    """Fill the area between the second and third values of ``band`` over the first."""
     if band:
         axes.fill_between(*zip(*band, strict=True), color=color, alpha=0.2, linewidth=0)
 
 
 def histogram_figure(model: ModelFigures, fpr: str) -> Any:
-    """Shares of genuine and impostor pairs over their cosine, with the threshold for ``fpr`` where it is known."""
+    """Draw the distribution of genuine and impostor cosines, with the threshold at ``fpr`` if known."""
     figure, axes = new_figure()
     edges = model.histogram.edges
     for name, color in (("impostors", LINES[1]), ("genuine", LINES[0])):
@@ -85,7 +85,7 @@ def histogram_figure(model: ModelFigures, fpr: str) -> Any:
 
 
 def size_figure(layers: Sequence[LayerSize]) -> Any:
-    """Kilobytes of each layer's weight as float32, with a byte a weight, and packed; one row a layer."""
+    """Draw the size of each layer's weight in kB: as float32, as int8, and packed in the file."""
     figure, axes = new_figure(height=1 + _INCHES_A_LAYER * len(layers))
     rows = range(len(layers))
     kinds = (("float32", "float32_bytes"), ("8 bits", "int8_bytes"), ("in the file", "packed_bytes"))
@@ -98,18 +98,18 @@ def size_figure(layers: Sequence[LayerSize]) -> Any:
 
 
 def latency_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Median milliseconds of one image, a bar a file."""
+    """Draw the median latency per image in ms, one bar per file."""
     figure, axes = new_figure(height=1 + 0.45 * len(rows))
     bars = axes.barh([row["name"] for row in rows], [row["median_ms"] for row in rows], 0.6, color=LINES[0])
     axes.bar_label(bars, [f"{row['median_ms']:.2f} ms" for row in rows], padding=3, color=INK)
     axes.invert_yaxis()
     axes.margins(x=0.25)
-    axes.set_xlabel("milliseconds an image, median")
+    axes.set_xlabel("milliseconds per image, median")
     return figure
 
 
 def training_figure(rows: Sequence[Mapping[str, float]]) -> Any:
-    """The loss of a distillation over its steps, and its running mean."""
+    """Draw the loss of a distillation over its steps, with a running mean."""
     figure, axes = new_figure()
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     length = max(min(_SMOOTHED, len(losses) // 4), 1)
@@ -122,15 +122,15 @@ def training_figure(rows: Sequence[Mapping[str, float]]) -> Any:
 
 
 def _legend(figure: Any) -> None:
-    """Name the lines above the axes, where they hide nothing."""
+    """Add a legend above the axes."""
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False, labelcolor=INK)
 
 
 def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:
-    """Draw the losses of :func:`qface.sensitivity`: a line per bit width over the layers, weights above activations.
+    """Draw the result of :func:`qface.sensitivity`: loss per layer, one line per bit width.
 
     Args:
-        result: what was measured.
+        result: the result to draw; weights are in the upper panel, activations in the lower.
         path: file to write, ending in ``.png``, ``.svg`` or ``.pdf``.
 
     Returns:
@@ -138,14 +138,14 @@ def sensitivity_figure(result: Sensitivity, path: str | Path) -> Path:
 
     Raises:
         DependencyError: matplotlib is not installed.
-        ExportError: the file cannot be written in this form or place.
+        ExportError: the extension is not supported, or the file cannot be written.
     """
     check_figure(path)
     return save_figure(draw_sensitivity(result), path)
 
 
 def draw_sensitivity(result: Sensitivity) -> Any:
-    """The figure that :func:`sensitivity_figure` writes.
+    """Return the figure that :func:`sensitivity_figure` writes.
 
     Raises:
         DependencyError: matplotlib is not installed.
@@ -156,12 +156,12 @@ def draw_sensitivity(result: Sensitivity) -> Any:
     for panel, tensor in zip(panels, result.tensors, strict=True):
         _draw_losses(panel, result, tensor)
     panels[-1].set_xticks(range(len(result.layers)), [layer.name for layer in result.layers], rotation=90, fontsize=7)
-    panels[0].set_title(f"one tensor quantized, all else in float, {result.images} images", fontsize="medium")
+    panels[0].set_title(f"one tensor quantized, the others in float, {result.images} images", fontsize="medium")
     return figure
 
 
 def _draw_losses(panel: Any, result: Sensitivity, tensor: str) -> None:
-    """A line for each bit width of ``tensor``, ``"weight"`` or ``"activation"``, broken where it has none."""
+    """Draw one line per bit width of ``tensor``, ``"weight"`` or ``"activation"``, with gaps."""
     from matplotlib import colormaps
 
     bit_widths = result.bit_widths(tensor)

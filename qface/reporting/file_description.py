@@ -1,4 +1,4 @@
-"""``describe``: what a file or network is, what it reads, and how it was made."""
+"""``describe``: kind, input, size and provenance of a file or network."""
 
 from __future__ import annotations
 
@@ -34,27 +34,26 @@ from qface.reporting.steps import steps_in_words
 __all__ = ["FileDescription", "describe"]
 
 _LOGGER = logging.getLogger("qface")
-_FLOAT_BITS = 32  # of every weight of a float network, once it is loaded
+_FLOAT_BITS = 32  # bits of each weight of a loaded float network
 
 
 @dataclass(frozen=True)
 class FileDescription:
-    """Kind, input, size and origin of a file or network.
+    """Kind, input, size and provenance of a file or network.
 
     Args:
-        kind: ``"student"``, ``"float network"``, ``"exported student"``, ``"exported float network"`` or
-            ``"ONNX file"``, one that qface did not write.
-        preprocessing: what it reads.
-        input: ``"float32"``, normalized, or ``"uint8"``, the bytes of images.
-        dimensions: length of the embedding.
-        parameters: numbers that were learned; of a student or an ONNX file with BatchNorm folded.
-        weight_bits: number of weights of each number of bits.
-        activation_bits: number of values that are rounded to each number of bits; empty where none is, None where
-            the file does not say.
-        bytes: size of the file; None of a network without one.
-        steps: those that made it, a sentence each.
-        thresholds: those in the file.
-        plan: the layers that integer kernels compute or would compute; None of a file that is no network in torch.
+        kind: ``"student"``, ``"float network"``, ``"exported student"``, ``"exported float network"``, or
+            ``"ONNX file"`` if not written by qface.
+        preprocessing: preprocessing of the network.
+        input: ``"float32"`` for normalized images or ``"uint8"`` for pixels.
+        dimensions: embedding dimension.
+        parameters: number of parameters; with BatchNorm folded for students and ONNX files.
+        weight_bits: number of weight tensors by bit width.
+        activation_bits: number of quantized activation tensors by bit width; empty for float, None if unknown.
+        bytes: size of the file; None without a file.
+        steps: provenance, one sentence per step.
+        thresholds: match thresholds of the file; None without.
+        plan: plan of the layers for integer kernels; None if the file cannot be loaded as a float network.
     """
 
     kind: str
@@ -71,27 +70,27 @@ class FileDescription:
 
     @property
     def is_student(self) -> bool:
-        """True if it has bits of its own."""
+        """True for a quantized network."""
         return self.kind in ("student", "exported student")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; those of the plan stand beside the others."""
+        """Return the fields as plain values for JSON, merged with those of the plan."""
         plan = {"integer_share": None, "layers": None} if self.plan is None else self.plan.to_dict()
         return {name: value for name, value in asdict(self).items() if name != "plan"} | plan
 
 
 def describe(model: str | Path, bits: int = 6, preprocessing: PreprocessingOverride | None = None) -> FileDescription:
-    """Describe a file that qface reads, or a network by its name.
+    """Describe a model file, or a network by name.
 
     Args:
         model: a file, ``package.module:factory``, or one of :data:`qface.models.MODEL_NAMES`.
-        bits: that the plan gives a float network.
-        preprocessing: what the network reads, or some fields of that, in place of what is found.
+        bits: bit width of the plan of a float network.
+        preprocessing: preprocessing, or some of its fields, to use instead of those of the file.
 
     Raises:
-        CheckpointError: there is no such file, name or factory, or the file is damaged.
-        ConfigError: ``bits`` are out of range.
-        TraceError, UnsupportedLayerError: as :func:`qface.inspect`.
+        CheckpointError: the file, name or factory does not exist, or the file is damaged.
+        ConfigError: ``bits`` is out of range.
+        TraceError, UnsupportedLayerError: as in :func:`qface.inspect`.
 
     Example:
         >>> describe("student.onnx").kind
@@ -126,7 +125,7 @@ def _of_network(network: nn.Module, bits: int, size: int | None) -> FileDescript
 
 
 def _counts(entries: Iterable[SizeEntry]) -> tuple[int, dict[int, int]]:
-    """The number of parameters, and of weights by their bits."""
+    """Return the number of parameters, and the number of weight tensors by bit width."""
     known = [entry for entry in entries if entry.kind in PARAMETERS]
     bits = Counter(entry.bits for entry in known if entry.kind == "weight" and entry.bits is not None)
     return sum(entry.elements for entry in known), dict(sorted(bits.items()))
@@ -162,7 +161,7 @@ def _of_exported(path: Path, bits: int, preprocessing: PreprocessingOverride | N
 
 
 def _of_other(embedder: OnnxEmbedder, bits: int) -> FileDescription:
-    """A file of others, or of an older qface."""
+    """Describe an ONNX file of another program or of an older qface."""
     path = embedder.path
     parameters, weight_bits = _counts(measure_size(path).entries)
     plan = _plan_of_other(path, embedder.preprocessing, bits)
@@ -182,10 +181,10 @@ def _of_other(embedder: OnnxEmbedder, bits: int) -> FileDescription:
 
 
 def _plan_of_other(path: Path, reads: Preprocessing, bits: int) -> QuantizationPlan | None:
-    """The plan of a float network; None if it is quantized or has operators that cannot be imported."""
+    """Return the plan of a float network; None if it is quantized or has unsupported operators."""
     try:
-        network = load(path, preprocessing=replace(reads, source="given"))  # a default was named before
+        network = load(path, preprocessing=replace(reads, source="given"))  # the default was already logged
     except UnsupportedLayerError as error:
-        _LOGGER.warning("no plan of integer layers: %s", one_line(error))
+        _LOGGER.warning("no plan for integer kernels: %s", one_line(error))
         return None
     return inspect(network, bits)

@@ -1,7 +1,7 @@
-"""``model_card``: a page in Markdown that says what an exported file is, how it was made, and how to run it.
+"""``model_card``: a Markdown page that describes an exported file, its origin, and how to run it.
 
-The front matter is that of model cards on the Hugging Face Hub. All but the figures that a caller adds comes from the
-file itself, so that the same file has the same card.
+The front matter follows the model cards of the Hugging Face Hub. Except for the caller's figures, everything comes from
+the file itself: equal files give equal cards.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from qface.reporting.steps import data_in_words, steps_in_words
 __all__ = ["card_path", "model_card", "write_model_card"]
 
 _TARGETS = {
-    "cpu": "integers, the same on every processor",
-    "cuda": "fp16, on GPUs; activations are not rounded",
-    "float32": "float32, fastest in browsers; activations are not rounded",
+    "cpu": "integer kernels, with the same result on every processor",
+    "cuda": "fp16, for GPUs; activations are not quantized",
+    "float32": "float32, fastest in browsers; activations are not quantized",
 }
 
 
 def model_card(file: str | Path, figures: Sequence[str] = ()) -> str:
-    """The model card of an exported file, Markdown with the front matter of the Hugging Face Hub.
+    """Return a model card for an exported file, with the front matter of the Hugging Face Hub.
 
-    License and source network are fields to fill in: no file knows them. The card has a date only where the environment
-    sets ``SOURCE_DATE_EPOCH``. Does not change ``file``.
+    License and source network are left to fill in, since the file does not contain them. The card is dated only if the
+    environment variable ``SOURCE_DATE_EPOCH`` is set. Does not change ``file``.
 
     Args:
-        file: an ONNX file that :func:`qface.export` wrote; no network, since the card is of the file.
-        figures: sentences with measured figures, which stand beside the thresholds in the file.
+        file: an ONNX file written by :func:`qface.export`.
+        figures: sentences with measured figures to add.
 
     Returns:
-        The text.
+        The card as Markdown text.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or lacks what ``export`` writes into the metadata.
-        ConfigError: ``SOURCE_DATE_EPOCH`` is no time.
+        CheckpointError: the file is missing or damaged, or was not written by :func:`qface.export`.
+        ConfigError: ``SOURCE_DATE_EPOCH`` is not a valid time.
 
     Example:
         >>> "SHA-256 of the source network's values" in qface.model_card("student.onnx")
@@ -54,7 +54,7 @@ def model_card(file: str | Path, figures: Sequence[str] = ()) -> str:
     sections = {
         "File": _file(contents),
         "How it was made": [*steps_in_words(contents.steps), *_origin(contents)],
-        "Data": data_in_words(contents.steps) or ["The file does not say on which images it was made."],
+        "Data": data_in_words(contents.steps) or ["The file does not record which images were used."],
         "Figures": _figures(contents, figures),
         "How to run it": ["```python", *_code(contents), "```"],
         "Agreement": _agreement(contents),
@@ -67,19 +67,19 @@ def model_card(file: str | Path, figures: Sequence[str] = ()) -> str:
 
 
 def card_path(file: str | Path) -> Path:
-    """The path of the card of ``file``: beside it, with the ending ``.md``."""
+    """Return the path of the card of ``file``: the same path with the extension ``.md``."""
     return Path(file).with_suffix(".md")
 
 
 def write_model_card(file: str | Path, figures: Sequence[str] = ()) -> Path:
-    """Write the card of ``file`` beside it, in place of one that is there, and return its path.
+    """Write the card of ``file`` to :func:`card_path`, replacing an existing one, and return the path.
 
     Args:
-        file: as of :func:`model_card`.
-        figures: likewise.
+        file: as in :func:`model_card`.
+        figures: as in :func:`model_card`.
 
     Raises:
-        CheckpointError, ConfigError: as of :func:`model_card`.
+        CheckpointError, ConfigError: as in :func:`model_card`.
         ExportError: the card cannot be written.
     """
     text = model_card(file, figures)
@@ -89,7 +89,7 @@ def write_model_card(file: str | Path, figures: Sequence[str] = ()) -> Path:
 
 
 def _listed(sentences: Sequence[str]) -> list[str]:
-    """One item of a list for each sentence, in one line whatever names it holds."""
+    """Format sentences as list items, each on one line even if a name has line breaks."""
     return [f"- {' '.join(sentence.split())}" for sentence in sentences]
 
 
@@ -97,9 +97,9 @@ def _front_matter(contents: ExportedFile) -> list[str]:
     quantized = contents.quantized is not None
     return [
         "---",
-        "license: # fill in: that of the source network's weights, under which this file stays",
+        "license: # fill in: the license of the source network's weights, which also applies to this file",
         "library_name: qface",
-        "base_model: # fill in: the source network, as owner/name",
+        "base_model: # fill in: the source network as owner/name",
         *(["base_model_relation: quantized"] if quantized else []),
         "tags:",
         *(f"- {tag}" for tag in ("face-recognition", "onnx", *(["quantized"] if quantized else []))),
@@ -110,8 +110,8 @@ def _front_matter(contents: ExportedFile) -> list[str]:
 def _introduction(contents: ExportedFile) -> list[str]:
     written = f"Written by qface {contents.metadata['qface']}"
     return [
-        f"A face-recognition network: it makes an embedding of {contents.dimensions} numbers of the image of one face. "
-        "Two faces are compared by the cosine of their embeddings.",
+        f"A face-recognition network that computes an embedding of {contents.dimensions} numbers from the image of a "
+        "face. Two faces are compared by the cosine of their embeddings.",
         f"{written}{_date()}.",
     ]
 
@@ -124,7 +124,7 @@ def _date() -> str:
         return f" on {datetime.fromtimestamp(int(seconds), timezone.utc):%Y-%m-%d}"
     except (ValueError, OverflowError, OSError) as error:
         raise ConfigError(
-            f"SOURCE_DATE_EPOCH is {seconds!r}; it must be a number of seconds since 1970, or not set"
+            f"SOURCE_DATE_EPOCH must be the number of seconds since 1970, got {seconds!r}: correct or unset it"
         ) from error
 
 
@@ -147,25 +147,25 @@ def _preprocessing(contents: ExportedFile) -> str:
     size = f"{CROP_SIZE}x{CROP_SIZE}"
     words = [f"faces aligned to the ArcFace template of {size} pixels"]
     if (bottom - top, right - left) != (CROP_SIZE, CROP_SIZE):
-        words.append(f"rows {top} to {bottom} and columns {left} to {right} of that")
+        words.append(f"cropped to rows {top} to {bottom} and columns {left} to {right}")
     if (bottom - top, right - left) != preprocessing.size:
         words.append("resized")
     if contents.reads_bytes:
-        return ", ".join([*words, "as RGB bytes, which the file normalizes itself"])
+        return ", ".join([*words, "as RGB pixels, which the file normalizes itself"])
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
-    return ", ".join([*words, f"in the order {preprocessing.color}, less the mean ({mean}) and divided by ({std})"])
+    return ", ".join([*words, f"color order {preprocessing.color}, minus the mean ({mean}), divided by ({std})"])
 
 
 def _precision(contents: ExportedFile) -> list[str]:
     step, target = contents.quantized, contents.target
     if step is None:
         return ["It computes in float32 on any processor."]
-    bits = f"Bits: {step.get('weight_bits')} of weights, {step.get('activation_bits')} of activations."
+    bits = f"Bits: {step.get('weight_bits')} for weights, {step.get('activation_bits')} for activations."
     return [f"Target: `{target}`, {_TARGETS.get(target, 'unknown to this version of qface')}.", bits]
 
 
 def _origin(contents: ExportedFile) -> list[str]:
-    made = [] if contents.steps else ["Exported as it was loaded."]
+    made = [] if contents.steps else ["Exported without changes after loading."]
     digest = (contents.quantized or {}).get("source_sha256")
     return [*made, f"SHA-256 of the source network's values: `{digest}`."] if digest else made
 
@@ -175,19 +175,19 @@ def _figures(contents: ExportedFile, figures: Sequence[str]) -> list[str]:
     known = [*figures, *thresholds]
     return known or [
         "None were measured with this file. `qface evaluate` measures them, and `qface thresholds --write` writes "
-        "thresholds into the file: take faces like those that the device will see."
+        "thresholds into the file: use faces like those that the device will see."
     ]
 
 
 def _code(contents: ExportedFile) -> list[str]:
-    """Python that embeds two aligned faces with onnxruntime alone, in ten lines or few more."""
+    """Return about ten lines of Python that compare two aligned faces with onnxruntime alone."""
     providers = ["CPUExecutionProvider"]
     if contents.target == "cuda":
         providers.insert(0, "CUDAExecutionProvider")
     exact = contents.metadata.get(WEIGHT_BITS) == "8"
     options = [
         "options = ort.SessionOptions()",
-        'options.add_session_config_entry("session.x64quantprecision", "1")  # else x86 without VNNI is not exact',
+        'options.add_session_config_entry("session.x64quantprecision", "1")  # exact also on x86 without VNNI',
     ]
     return [
         "import numpy as np",
@@ -227,19 +227,18 @@ def _pixels(contents: ExportedFile) -> str:
 
 def _agreement(contents: ExportedFile) -> list[str]:
     golden = contents.golden
-    demand = "must be the same, bit for bit" if golden.tolerance == EQUAL else f"need a cosine of {golden.tolerance}"
+    demand = "must be bit-identical" if golden.tolerance == EQUAL else f"need a cosine >= {golden.tolerance}"
     return [
-        "When the file was written, it was compared with the network that it is made of, on "
-        f"{contents.metadata['verified']}.",
-        f"`qface selftest {contents.name}` tells on any machine, from the file alone, whether the runtime computes "
-        f"what was trained: the embeddings of {golden.images} test images {demand}.",
+        f"At export, the file was compared with its source network on {contents.metadata['verified']}.",
+        f"`qface selftest {contents.name}` checks on any machine, from the file alone, that the runtime computes the "
+        f"same as the trained network: the embeddings of {golden.images} test images {demand}.",
     ]
 
 
 _RESPONSIBLE_USE = [
-    "A face embedding is biometric data: it identifies a person, who cannot change it. In many places you need that "
-    "person's consent, or a law that allows it.",
-    "A threshold has its false-positive rate on the people that it was measured on, and another one on others. Measure "
-    "on faces like those that the device will see, and let a person decide where a wrong match does harm.",
-    'The page "Responsible use" of qface\'s documentation (`docs/responsible_use.md`) says more.',
+    "A face embedding is biometric data: it identifies a person, who cannot change it. In many countries you need the "
+    "person's consent, or a law that allows its use.",
+    "The false-positive rate of a threshold holds for the people it was measured on; for others it may differ. Measure "
+    "on faces like those that the device will see, and let a human decide where a wrong match does harm.",
+    'See "Responsible use" in the documentation of qface (`docs/responsible_use.md`).',
 ]

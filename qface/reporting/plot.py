@@ -1,4 +1,4 @@
-"""The verb ``plot``: one figure of a report in a file of its own."""
+"""The verb ``plot``: write one figure of a report to a file."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ __all__ = ["plot"]
 
 
 def plot(kind: FigureKind, source: str | Path, output: str | Path) -> Path:
-    """Draw one figure of :func:`qface.report`.
+    """Draw one figure of :func:`qface.report` to a file.
 
     Args:
-        kind: which figure.
-        source: what it is drawn of: for ``"roc"``, ``"det"``, ``"histogram-teacher"`` and ``"histogram-file"`` the JSON
-            that ``qface report --json`` prints; for ``"size"`` an exported file; for ``"training"`` ``log.jsonl`` of a
-            distillation, or its run folder.
+        kind: ``"roc"``, ``"det"``, ``"histogram-teacher"``, ``"histogram-file"``, ``"size"`` or ``"training"``.
+        source: input of the figure. ``"size"``: an exported file; ``"training"``: ``log.jsonl`` of a distillation, or
+            its run folder; other kinds: the JSON output of ``qface report --json``.
         output: the file to write, ending in ``.svg``, ``.png`` or ``.pdf``.
 
     Returns:
-        ``output``.
+        The path ``output``.
 
     Raises:
-        ConfigError: there is no such kind, or ``source`` is something else.
+        ConfigError: the kind is unknown, or ``source`` does not fit it.
         DependencyError: matplotlib is not installed.
-        ExportError: the file cannot be written in this form or place.
+        ExportError: the extension is not supported, or the file cannot be written.
         QFaceError: the exported file cannot be read.
 
     Example:
@@ -42,7 +41,7 @@ def plot(kind: FigureKind, source: str | Path, output: str | Path) -> Path:
         'size.svg'
     """
     if kind not in get_args(FigureKind):
-        raise ConfigError(f"kind is one of {', '.join(get_args(FigureKind))}, not {kind!r}")
+        raise ConfigError(f"kind must be one of {', '.join(map(repr, get_args(FigureKind)))}, got {kind!r}")
     check_figure(output)
     return save_figure(_drawn(kind, as_path(source)), output)
 
@@ -63,12 +62,12 @@ def _drawn(kind: FigureKind, source: Path) -> Any:
 def _named(name: str, models: Sequence[ModelFigures]) -> ModelFigures:
     found = [model for model in models if model.name == name]
     if not found:
-        raise ConfigError(f"the report has no model {name}: write it with qface report --json")
+        raise ConfigError(f"the report has no model {name!r}: write it with qface report --json")
     return found[0]
 
 
 def _log(source: Path) -> Path:
-    """The log in the run folder of a distillation or a compression, or the file itself."""
+    """Return the training log in the run folder ``source``, or ``source`` if it is a file."""
     if not source.is_dir():
         return source
     own = source / "log.jsonl"
@@ -76,5 +75,5 @@ def _log(source: Path) -> Path:
         return own
     log = RunRecord.read(source).log
     if log is None:
-        raise ConfigError(f"{source} holds no log, since nothing was trained: pass a run that distilled")
+        raise ConfigError(f"{source} has no training log: pass the folder of a run with distillation")
     return Path(log)

@@ -1,4 +1,4 @@
-"""Tables as text, and as HTML for notebooks."""
+"""Rendering of tables as text and as HTML."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["as_html", "as_text"]
 
 
 def as_text(table: Table | Group) -> str:
-    """The lines that a terminal of this width shows, without colors."""
-    # Without both, rich writes colors where FORCE_COLOR is set, and into the page instead of a text in a notebook.
+    """Render tables as plain text with the width of the terminal."""
+    # Otherwise rich writes colors if FORCE_COLOR is set, and displays the table itself in a notebook.
     console = Console(file=io.StringIO(), emoji=False, force_terminal=False, force_jupyter=False)
     with console.capture() as captured:
         console.print(table)
@@ -23,18 +23,18 @@ def as_text(table: Table | Group) -> str:
 
 
 def as_html(table: Table | Group) -> str:
-    """One ``<table>`` for each table, with all text escaped."""
+    """Render each table as an HTML ``<table>``, with all text escaped."""
     tables = table.renderables if isinstance(table, Group) else [table]
     return _printable("\n".join(_table(each) for each in tables if isinstance(each, Table)))
 
 
 def _printable(text: str) -> str:
-    """``text`` with bytes of names of files that are no UTF-8 as escapes, since nothing else can be printed."""
+    """Escape bytes of file names that are not valid UTF-8, which cannot be printed."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def _table(table: Table) -> str:
-    """Title, names of columns, rows, and notes."""
+    """Render title, column names, rows and caption."""
     title = f"<caption>{_plain(table.title)}</caption>" if table.title else ""
     names = _row("th", (column.header for column in table.columns)) if table.show_header else ""
     rows = "".join(_row("td", cells) for cells in zip(*(column.cells for column in table.columns), strict=True))
@@ -47,6 +47,6 @@ def _row(tag: str, cells: Iterable[RenderableType]) -> str:
 
 
 def _plain(cell: RenderableType) -> str:
-    """The text of ``cell`` without the markup of :mod:`rich`, escaped for HTML."""
+    """Return the text of ``cell`` without :mod:`rich` markup, escaped for HTML."""
     text = Text.from_markup(cell, emoji=False) if isinstance(cell, str) else cell
     return escape(str(text)).replace("\n", "<br>")

@@ -1,4 +1,4 @@
-"""The steps that made a model, in sentences."""
+"""Sentences about the provenance of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["data_in_words", "steps_in_words"]
 
 
 def steps_in_words(steps: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """A sentence for each step of :func:`qface.provenance.provenance_of`.
+    """Return one sentence per step of :func:`qface.provenance.provenance_of`.
 
     Example:
         >>> steps_in_words([{"step": "quantize", "weight_bits": 4, "activation_bits": 8}])
@@ -19,7 +19,7 @@ def steps_in_words(steps: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def data_in_words(steps: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """A sentence for each step that looked at images: how many there were, where they lay and whom they show.
+    """Return one sentence per step that used images: their number, folder and identities.
 
     Example:
         >>> seen = {"images": 512, "folder": "lfw", "people": 2875, "identities": "first-half"}

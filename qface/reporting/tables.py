@@ -63,18 +63,22 @@ __all__ = [
 
 @singledispatch
 def table_of(result: Result) -> Table | Group:
-    """The table of any :class:`qface.results.Result`: a function of this module for each kind, registered here."""
+    """Return the table of a :class:`qface.results.Result`, with the function registered for its class."""
     raise NotImplementedError(f"{type(result).__name__} has no table: register one in qface.reporting.tables")
 
 
 def percent(value: float | None) -> str:
-    """``97.95 %``, or ``-`` for what could not be measured."""
+    """Format a fraction like ``97.95 %``; ``-`` if it could not be measured."""
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
 @table_of.register
 def evaluation_table(result: EvaluationResult) -> Table:
-    """One evaluation: counts in the title, a row a figure."""
+    """Return the table of a verification, one row per figure.
+
+    Args:
+        result: the result of :func:`qface.evaluate`.
+    """
     table = _figures(f"{result.images} images of {result.identities} people, {result.runtime}")
     notes = [f"reads {result.preprocessing}"] if result.preprocessing else []
     if result.listed is not None:
@@ -107,7 +111,7 @@ def _add_listed(table: Table, result: EvaluationResult, listed: ListedFigures) -
 
 
 def _notes(counted: EvaluationResult | TemplateResult | ListedFigures, subject: str = "") -> list[str]:
-    """Why rates are missing, in a line, or none."""
+    """Return a line that says why rates are missing; empty if none are."""
     reason = unmeasured(tuple(counted.tpr_at_fpr), counted.impostor_pairs)
     return [] if reason is None else [subject + reason]
 
@@ -118,7 +122,11 @@ def _between(interval: Interval | None) -> str:
 
 @table_of.register
 def identification_table(result: IdentificationResult) -> Table:
-    """One evaluation of identification: counts in the title, a row a figure."""
+    """Return the table of an identification, one row per figure.
+
+    Args:
+        result: the result of :func:`qface.evaluate_identification`.
+    """
     counts = f"{result.mated_probes} mated and {result.non_mated_probes} non-mated probes"
     table = _figures(f"{result.enrolled} people enrolled, {counts}, {result.runtime}")
     for name, row in (("rank_1", "rank 1, closed set"), ("rank_5", "rank 5, closed set")):
@@ -129,7 +137,7 @@ def identification_table(result: IdentificationResult) -> Table:
         table.add_row(f"TPIR at FPIR {fpir}", value, "-" if threshold is None else f"{threshold:.4f}")
     notes = [f"reads {result.preprocessing}"]
     if None in result.tpir_at_fpir.values():
-        notes.append("a FPIR is measured where it accepts 10 non-mated probes or more")
+        notes.append("an FPIR is measured only if it accepts at least 10 non-mated probes")
     if result.bootstrap:
         notes.append(f"in brackets: 95 % confidence, {result.bootstrap} replicates over people")
     table.caption = escape("\n".join(notes))
@@ -138,7 +146,11 @@ def identification_table(result: IdentificationResult) -> Table:
 
 @table_of.register
 def groups_tables(result: GroupsResult) -> Group:
-    """The groups with their pairs, and error rates of the model beside those of the reference, a row a group."""
+    """Return tables of the pair counts and the error rates of groups, one row per group.
+
+    Args:
+        result: the result of :func:`qface.evaluate_groups`.
+    """
     runtimes = " and ".join(dict.fromkeys(result.runtimes))
     counts = Table(title=escape(f"{result.images:,} images of {result.identities:,} people, {runtimes}"))
     for name in ("group", "people", "images", "genuine pairs", "impostor pairs"):
@@ -148,7 +160,7 @@ def groups_tables(result: GroupsResult) -> Group:
         counts.add_row(escape(group.name), *(f"{number:,}" for number in numbers))
     notes = [f"reads {preprocessing}" for preprocessing in dict.fromkeys(result.preprocessing)]
     if result.ungrouped:
-        notes.append(f"{result.ungrouped:,} people are in no group: they count for the threshold alone")
+        notes.append(f"{result.ungrouped:,} people are in no group: they only count for the threshold")
     counts.caption = escape("\n".join(notes)) if notes else None
     return Group(counts, _group_rates(result))
 
@@ -182,7 +194,7 @@ def _rate_notes(result: GroupsResult, models: Sequence[ModelGroups]) -> list[str
     gaps = [model.fmr_gap for model in models if model.fmr_gap is not None]
     unmatched = dict.fromkeys(gap.lowest for gap in gaps if gap.size.value is None)
     if unmatched:
-        notes.append(f"no ratio of FMR, since no impostor pair is accepted in {', '.join(unmatched)}")
+        notes.append(f"no FMR ratio, since no impostor pair is accepted in {', '.join(unmatched)}")
     if result.bootstrap:
         notes.append(f"in brackets: 95 % confidence, {result.bootstrap} replicates over people")
     return notes
@@ -205,7 +217,11 @@ def _hundredths(share: float) -> str:
 
 @table_of.register
 def stress_table(result: StressResult) -> Table:
-    """Recognition under each condition, and the loss against a reference."""
+    """Return the table of a stress evaluation, one row per condition.
+
+    Args:
+        result: the result of :func:`qface.evaluate_stress`.
+    """
     compared = bool(result.figures[0].reference_tpr_at_fpr)
     table = Table(title=f"{result.images:,} images of {result.identities:,} people", box=box.SIMPLE)
     table.add_column("condition")
@@ -215,9 +231,9 @@ def stress_table(result: StressResult) -> Table:
     for each in result.figures:
         found = [*each.tpr_at_fpr.values(), each.accuracy]
         table.add_row(escape(each.condition), *map(percent, found), *(_losses(each, found) if compared else []))
-    notes = ["changed faces meet faces as they are; percent"]
+    notes = ["changed images compared with unchanged images; percent"]
     if result.bootstrap:
-        notes.append(f"in brackets: at most, with 95 % confidence, {result.bootstrap} replicates over people")
+        notes.append(f"in brackets: upper bound, 95 % confidence, {result.bootstrap} replicates over people")
     table.caption = escape("\n".join(notes))
     return table
 
@@ -235,7 +251,11 @@ def _losses(figures: StressFigures, found: Sequence[float | None]) -> list[str]:
 
 @table_of.register
 def plan_table(plan: QuantizationPlan) -> Table:
-    """The layers of a student, by kind: how many there are, and what they compute with."""
+    """Return the table of the layers of a student by kind.
+
+    Args:
+        plan: the result of :func:`qface.inspect`.
+    """
     table = Table(title=escape(plan.summary), box=box.SIMPLE)
     for name in ("layers", "number", "computes in", "multiply-adds"):
         table.add_column(name, justify="left" if name == "layers" else "right")
@@ -248,7 +268,11 @@ def plan_table(plan: QuantizationPlan) -> Table:
 
 
 def description_table(found: FileDescription) -> Group:
-    """A file or network, a row a property; below it the plan of its layers, where it has one."""
+    """Return the properties of a file or network, one per row, and the plan of its layers if known.
+
+    Args:
+        found: the result of :func:`qface.reporting.file_description.describe`.
+    """
     table = Table(box=box.SIMPLE, show_header=False)
     for name, value in _properties(found):
         table.add_row(name, escape(value))
@@ -271,13 +295,17 @@ def _properties(found: FileDescription) -> Iterator[tuple[str, str]]:
 
 
 def _by_bits(counts: Mapping[int, int]) -> str:
-    """``5 with 6 bits, 9 with 8 bits``."""
+    """Format counts like ``5 with 6 bits, 9 with 8 bits``."""
     return ", ".join(f"{count} with {bits} bits" for bits, count in counts.items()) or "in float"
 
 
 @table_of.register
 def templates_table(result: TemplateResult) -> Table:
-    """One evaluation of templates: how it was done and counts in the title, a row a rate."""
+    """Return the table of an evaluation of templates, one row per rate.
+
+    Args:
+        result: the result of :func:`qface.evaluate_templates`.
+    """
     added = [name for name, used in (("flip", result.flip), ("detector score", result.detector_score)) if used]
     how = f"protocol {result.protocol}, " + (" and ".join(added) if added else "neither flip nor detector score")
     table = _figures(f"{how}: {result.images} images, {result.templates} templates, {result.runtime}")
@@ -305,7 +333,11 @@ def _add_rates(
 
 @table_of.register
 def alignment_table(report: AlignmentReport) -> Table:
-    """The number of photos that became crops, and the names of the first that did not."""
+    """Return the table of an alignment: number of crops, and names of the first photos without one.
+
+    Args:
+        report: the result of :func:`qface.align`.
+    """
     table = Table()
     for name in ("photos", "number", "first of them"):
         table.add_column(name, justify="right" if name == "number" else "left")
@@ -313,19 +345,23 @@ def alignment_table(report: AlignmentReport) -> Table:
     table.add_row("aligned now", str(report.aligned), "")
     table.add_row("aligned before", str(report.present), "")
     table.add_row("without a face", str(len(report.faceless)), _first_of(report.faceless))
-    table.add_row("landmarks of no face", str(len(report.misplaced)), _first_of(report.misplaced))
-    table.add_row("no images", str(len(report.unreadable)), _first_of(report.unreadable))
+    table.add_row("landmarks not a face", str(len(report.misplaced)), _first_of(report.misplaced))
+    table.add_row("unreadable", str(len(report.unreadable)), _first_of(report.unreadable))
     return table
 
 
 def _first_of(names: Sequence[str]) -> str:
-    """Three of ``names``; bytes that are no UTF-8 cannot be printed and are shown as escapes."""
+    """Return up to three names, with bytes that are not valid UTF-8 escaped."""
     return ", ".join(escape(name.encode(errors="backslashreplace").decode()) for name in names[:3])
 
 
 @table_of.register
 def compression_table(found: Compression) -> Table:
-    """Trials of a compression, a row each; the chosen one has a mark."""
+    """Return the table of a compression, one row per trial.
+
+    Args:
+        found: the result of :func:`qface.compress`.
+    """
     target = found.target
     people = f"{found.identities} people, {found.images} images; float network {found.float_tpr:.2f} %"
     table = Table(title=f"TPR at FPR {target.at_fpr} of {people}")
@@ -347,7 +383,12 @@ def compression_table(found: Compression) -> Table:
 
 
 def costs_table(before: Cost, after: Cost) -> Table:
-    """The cost of a network before and after pruning."""
+    """Return the table of a network's cost before and after pruning.
+
+    Args:
+        before: cost of the original network.
+        after: cost of the pruned network.
+    """
     table = Table()
     for name in ("", "before", "after", "left"):
         table.add_column(name, justify="right" if name else "left")
@@ -363,8 +404,12 @@ def costs_table(before: Cost, after: Cost) -> Table:
 
 @table_of.register
 def thresholds_table(result: OperatingThresholds) -> Table:
-    """Thresholds for one false-positive rate, a row a pairing."""
-    people = f"set on {result.identities or 'all people'}, judged on {result.eval_identities or 'all people'}"
+    """Return the table of the thresholds for one FPR, one row per pairing of networks.
+
+    Args:
+        result: the result of :func:`qface.operating_thresholds`.
+    """
+    people = f"set on {result.identities or 'all people'}, evaluated on {result.eval_identities or 'all people'}"
     table = Table(title=escape(f"FPR {result.fpr}, {people}"))
     for name in ("probe and gallery", "threshold", "TPR", "FPR", "TPR with float's", "FPR with float's"):
         table.add_column(name, justify="left" if name == "probe and gallery" else "right")
@@ -380,7 +425,11 @@ def _rates(rates: Rates | None) -> tuple[str, str]:
 
 @table_of.register
 def agreement_table(agreement: Agreement) -> Table:
-    """Student against file: the embeddings, and each layer that differs anywhere."""
+    """Return the table that compares a student with its file: embeddings, and each layer that differs.
+
+    Args:
+        agreement: the result of :func:`qface.verify`.
+    """
     verdict = "agree" if agreement.agrees else "DO NOT AGREE"
     layers = f"{len(agreement.layers)} layers, " if agreement.layers else ""
     read = f"reads {agreement.preprocessing}" if agreement.preprocessing else None
@@ -388,8 +437,8 @@ def agreement_table(agreement: Agreement) -> Table:
     table.add_column("compared")
     table.add_column("result", justify="right")
     table.add_row("embeddings, mean cosine", f"{agreement.mean_cosine:.7f}")
-    table.add_row("embeddings, least cosine", f"{agreement.least_cosine:.7f}")
-    if agreement.layers:  # a file in floats has no layers of integers, and OpenVINO shows none
+    table.add_row("embeddings, minimum cosine", f"{agreement.least_cosine:.7f}")
+    if agreement.layers:  # empty for float files, and for OpenVINO
         different = sum(layer.different for layer in agreement.layers)
         table.add_row("integers that differ", f"{different} of {sum(layer.elements for layer in agreement.layers)}")
     for layer in agreement.layers:
@@ -399,7 +448,11 @@ def agreement_table(agreement: Agreement) -> Table:
 
 
 def demo_table(report: DemoReport) -> Table:
-    """Before and after, a row a model."""
+    """Return the table of the demo, one row per model.
+
+    Args:
+        report: the result of the demo.
+    """
     table = Table(title=f"{report.identities} people that no model was trained on, {report.images} images, onnxruntime")
     for name in ("model", "accuracy", *(f"TPR at FPR {fpr}" for fpr in report.fprs), "file", "latency"):
         table.add_column(name, justify="left" if name == "model" else "right")
@@ -410,7 +463,12 @@ def demo_table(report: DemoReport) -> Table:
 
 
 def latency_table(rows: Sequence[Latency], title: str) -> Table:
-    """One comparison: threads and batch in the title, a row a network; ratios are to the first."""
+    """Return the table of a latency comparison, one row per network; ratios are relative to the first.
+
+    Args:
+        rows: the latencies.
+        title: first part of the title, which also has the number of threads and the batch size.
+    """
     setting = f"{counted(rows[0].threads, 'thread')}, {counted(rows[0].batch, 'image')} a call"
     table = Table(title=f"{title}, {setting}", box=box.SIMPLE)
     for name in ("network", "provider", "median ms", "min ms", "ratio", "MB", "MiB", "load s"):
@@ -423,14 +481,14 @@ def latency_table(rows: Sequence[Latency], title: str) -> Table:
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 thread``, ``2 threads``."""
+    """Format a count like ``1 thread`` or ``2 threads``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 @table_of.register
 def size_tables(report: SizeReport, largest: int = 10) -> Group:
-    """The bytes of a file, a row a kind and in total, and the ``largest`` entries."""
-    origin = "" if report.source == "file" else ", predicted: tensors without names and nodes"
+    """Return tables of the size of a file by kind of content, and of its ``largest`` entries."""
+    origin = "" if report.source == "file" else ", predicted for the tensors, without names and nodes"
     kinds = Table(title=f"{report.bytes:,} bytes{origin}", box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for name in ("kind", "elements", "float32", "packed", "bytes", "MB", "MiB"):
         kinds.add_column(name, justify="left" if name == "kind" else "right", overflow="fold")
@@ -456,12 +514,16 @@ def _size_row(name: str, report: SizeReport) -> list[str]:
 
 @table_of.register
 def sensitivity_tables(result: Sensitivity) -> Group:
-    """Losses of single tensors in thousandths, a row a layer: a table for weights and one for activations."""
+    """Return a table of the losses for weights and one for activations, one row per layer.
+
+    Args:
+        result: the result of :func:`qface.sensitivity`.
+    """
     return Group(*(_sensitivity_table(result, tensor) for tensor in result.tensors))
 
 
 def _sensitivity_table(result: Sensitivity, tensor: str) -> Table:
-    """One of ``tensor``, ``"weight"`` or ``"activation"``."""
+    """Return the table for ``tensor``, ``"weight"`` or ``"activation"``."""
     bit_widths = result.bit_widths(tensor)
     title = f"1000 x (1 - cosine) with one {tensor} quantized, {counted(result.images, 'image')}"
     table = Table(title=title, box=box.SIMPLE, collapse_padding=True, pad_edge=False)
@@ -476,19 +538,19 @@ def _sensitivity_table(result: Sensitivity, tensor: str) -> Table:
 
 @table_of.register
 def selftest_table(result: SelfTest) -> Table:
-    """Embeddings of a device against those that were stored."""
+    """Return the table that compares the embeddings of this machine with the stored ones."""
     table = Table(title=escape(f"{'computes' if result.agrees else 'DIFFERS from'} what was trained, {result.runtime}"))
     for name in ("figure", "value"):
         table.add_column(name, justify="left" if name == "figure" else "right")
     table.add_row("embeddings that differ", f"{result.different} of {result.images}")
-    table.add_row(f"least cosine of the first {result.cosines}", f"{result.least_cosine:.6f}")
+    table.add_row(f"minimum cosine of the first {result.cosines}", f"{result.least_cosine:.6f}")
     table.add_row("tolerance", str(result.tolerance))
     return table
 
 
 @table_of.register
 def match_thresholds_table(result: MatchThresholds) -> Table:
-    """Thresholds of one model, a row a false-positive rate."""
+    """Return the table of the thresholds of one model, one row per FPR."""
     people = f"{result.identities:,} people, {result.impostor_pairs:,} impostor pairs"
     table = Table(title=f"{result.images:,} images of {people}")
     for name in ("FPR", "threshold"):
@@ -500,7 +562,7 @@ def match_thresholds_table(result: MatchThresholds) -> Table:
 
 @table_of.register
 def run_table(record: RunRecord) -> Table:
-    """The files of one compression and how its search ended, a row each."""
+    """Return the table of a compression's files and of the end of its search."""
     table = Table(box=box.SIMPLE, show_header=False)
     fields = {**asdict(record), "trials": len(record.trials) or None}
     for name, value in fields.items():
@@ -511,7 +573,7 @@ def run_table(record: RunRecord) -> Table:
 
 @table_of.register
 def report_table(report: ReportData) -> Table:
-    """Verification by the teacher and the file of a report, a row a figure."""
+    """Return the table of verification by the teacher and the file of a report, one row per figure."""
     table = Table(title=f"{report.images:,} images of {report.identities:,} people")
     for name in ("figure", *(model.name for model in report.models)):
         table.add_column(escape(name), justify="left" if name == "figure" else "right")

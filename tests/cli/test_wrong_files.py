@@ -62,7 +62,7 @@ WRONG = (
     ("evaluate faces --images faces", "is a folder", "evaluate student.onnx --images faces"),
     (
         "evaluate student.onnx --images faces --people student.onnx",
-        "give one in UTF-8",
+        "pass a text file in UTF-8",
         "evaluate student.onnx --images faces --people people.txt",
     ),
     (

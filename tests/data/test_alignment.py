@@ -42,7 +42,7 @@ def test_points_that_say_nothing_are_refused(points) -> None:
 
 
 def test_four_landmarks_are_no_face() -> None:
-    with pytest.raises(ImagesError, match=r"five landmarks \[5, 2\], not \[4, 2\]"):
+    with pytest.raises(ImagesError, match=r"shape \[5, 2\], got \[4, 2\]"):
         align_face(Image.new("RGB", (50, 50)), ARCFACE_LANDMARKS[:4])
 
 

@@ -87,5 +87,5 @@ def test_what_covers_a_face_leaves_the_rest() -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), True, "much"])
 def test_shares_out_of_range_are_refused(share: object) -> None:
-    with pytest.raises(ConfigError, match="blur of the augmentation is a share from 0 to 1"):
+    with pytest.raises(ConfigError, match="augmentation blur must be a number from 0 to 1"):
         AugmentationConfig(blur=share)  # type: ignore[arg-type]

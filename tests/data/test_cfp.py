@@ -94,7 +94,7 @@ BROKEN = {
         PairsError,
         "line 1: expected 'number",
     ),
-    "a short list": ("Pair_list_F.txt", "1 ../Data/x.jpg\n", PairsError, "in no list"),
+    "a short list": ("Pair_list_F.txt", "1 ../Data/x.jpg\n", PairsError, "not in the image lists"),
     "a number of 5,000 digits": ("Split/FP/03/diff.txt", f"1,{'9' * 5000}\n", PairsError, "line 1: expected 'number,"),
 }
 
@@ -129,9 +129,9 @@ def test_a_split_that_is_no_folder_is_refused(is_file: bool, cfp: Path) -> None:
     shutil.rmtree(split)
     if is_file:
         split.write_text("")
-    with pytest.raises(ImagesError, match="FP is no folder"):
+    with pytest.raises(ImagesError, match="FP is not a folder"):
         as_image_source(split)
-    with pytest.raises(PairsError, match="is no split of CFP"):
+    with pytest.raises(PairsError, match="is not a split of CFP"):
         CfpSplit(split)
 
 
@@ -157,12 +157,12 @@ def test_an_image_that_no_disk_can_hold_is_missing(cfp: Path) -> None:
 
 
 def test_other_folders_are_no_splits(cfp: Path) -> None:
-    with pytest.raises(PairsError, match="is no split of CFP"):
+    with pytest.raises(PairsError, match="is not a split of CFP"):
         CfpSplit(cfp / "Protocol")
     (cfp / "Protocol" / "Split" / "FP" / "01" / "same.txt").unlink()
     with pytest.raises(ImagesError, match="there is no file"):
         CfpSplit(cfp / "Protocol" / "Split" / "FP")
-    with pytest.raises(ImagesError, match="people can be selected from a folder only"):
+    with pytest.raises(ImagesError, match="identities can only be selected from a folder"):
         as_image_source(cfp / "Protocol" / "Split" / "FF", identities="first-half")
 
 

@@ -215,15 +215,15 @@ def test_crops_in_place_of_the_photos_are_refused(photos: Path) -> None:
 
 def test_refusals(photos: Path, tmp_path: Path) -> None:
     for folder in (tmp_path / "none", "x" * 300, "a\0b"):
-        with pytest.raises(ImagesError, match="is no folder"):
+        with pytest.raises(ImagesError, match="is not a folder"):
             align(folder, tmp_path / "crops")
-    with pytest.raises(ExportError, match=r"cannot make the folder .* File name too long"):
+    with pytest.raises(ExportError, match=r"cannot create the folder .* File name too long"):
         align(photos, tmp_path / ("x" * 300), detector=Detector())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ImagesError, match="holds no photos"):
+    with pytest.raises(ImagesError, match="has no photos"):
         align(tmp_path / "empty", tmp_path / "crops")
     photo(4).save(photos / "Bob" / "1.bmp")
-    with pytest.raises(ExportError, match=r"Bob/1.bmp and Bob/1.png would both become"):
+    with pytest.raises(ExportError, match=r"Bob/1.bmp and Bob/1.png would both be written to"):
         align(photos, tmp_path / "crops", detector=Detector())
 
 
@@ -239,19 +239,21 @@ def test_weights_that_cannot_be_fetched_are_one_line(error, photos: Path, tmp_pa
         raise error("the hash\ndoes not match")
 
     monkeypatch.setitem(sys.modules, "uniface", types.SimpleNamespace(RetinaFace=fail))
-    with pytest.raises(DependencyError, match=r"cannot be fetched \(the hash does not match\): give the landmarks"):
+    with pytest.raises(
+        DependencyError, match=r"cannot be downloaded \(the hash does not match\): pass a landmark file"
+    ):
         align(photos, tmp_path / "crops")
 
 
 ORDERS = {
-    "as MTCNN gives them": lambda points: points.T,
+    "the order of MTCNN": lambda points: points.T,
     "y before x": lambda points: points[:, ::-1],
     "the right eye first": lambda points: points[[1, 0, 2, 3, 4]],
     "the right corner of the mouth first": lambda points: points[[0, 1, 2, 4, 3]],
     "the viewer's right before the left": lambda points: points[[1, 0, 2, 4, 3]],
     "the mouth before the eyes": lambda points: points[[3, 4, 2, 0, 1]],
-    "the eyes lie below the mouth": lambda points: points[[4, 3, 2, 1, 0]],
-    "within 0..1": lambda points: points / 200,
+    "the eyes are below the mouth": lambda points: points[[4, 3, 2, 1, 0]],
+    "between 0 and 1": lambda points: points / 200,
     "in a photo of 200x180": lambda points: points * 4,
 }
 
@@ -272,7 +274,7 @@ def test_a_file_in_another_order_is_refused(photos: Path, tmp_path: Path) -> Non
     wrong = " ".join(map(str, (ARCFACE_LANDMARKS + SHIFT)[:, ::-1].ravel()))
     (tmp_path / "points.txt").write_text(f"Ann/1.png {wrong}\nBob/1.png {wrong}\n")
     with pytest.raises(
-        ImagesError, match=r"2 of 2 lines in .* are of no face \(first: Ann/1.png, since they look like"
+        ImagesError, match=r"2 of 2 lines in .* are not a face \(first: Ann/1.png: their order looks like"
     ):
         align(photos, tmp_path / "crops", landmarks=tmp_path / "points.txt")
 

@@ -131,7 +131,9 @@ REFUSED = {
 @pytest.mark.parametrize("outputs", REFUSED.values(), ids=REFUSED.keys())
 def test_other_networks_are_refused(outputs: Outputs, tmp_path: Path) -> None:
     file = write_network(tmp_path / "scrfd.onnx", outputs)
-    with pytest.raises(CheckpointError, match=rf"is no detector .*{next(iter(outputs))}.*: give SCRFD .* or YuNet"):
+    with pytest.raises(
+        CheckpointError, match=rf"is not a supported detector .*{next(iter(outputs))}.*: pass SCRFD .* or YuNet"
+    ):
         load_detector(file)
 
 
@@ -139,7 +141,7 @@ def test_other_networks_are_refused(outputs: Outputs, tmp_path: Path) -> None:
 def test_a_network_that_only_declares_what_scrfd_does_is_named(tmp_path: Path) -> None:
     outputs = {name: values[:100] for name, values in no_faces().items()}
     detector = load_detector(write_network(tmp_path / "short.onnx", outputs))
-    with pytest.raises(CheckpointError, match=r"short.onnx cannot look for faces \(.*\): fetch it again"):
+    with pytest.raises(CheckpointError, match=r"short.onnx cannot run as a detector \(.*\): download it again"):
         detector.detect(WHITE)
 
 
@@ -159,7 +161,7 @@ def test_without_opencv_one_is_told_what_to_install(tmp_path: Path, monkeypatch:
 
 
 def test_landmarks_and_a_detector_contradict_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match="pass only one of them"):
         align(tmp_path, tmp_path / "crops", landmarks="points.txt", detector="scrfd.onnx")
 
 
@@ -240,4 +242,4 @@ def test_the_command_takes_a_file(yunet: Path, tmp_path: Path) -> None:
     assert qface.align(tmp_path / "photos", tmp_path / "crops", detector=yunet).faceless == ("coffee.png",)
     assert Image.open(tmp_path / "crops" / "astronaut.png").size == (112, 112)
     refused = CliRunner().invoke(main, [*arguments, str(write_network(tmp_path / "a.onnx", no_faces("score")))])
-    assert refused.exit_code == 2 and "is no detector" in refused.stderr
+    assert refused.exit_code == 2 and "is not a supported detector" in refused.stderr

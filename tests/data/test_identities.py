@@ -69,7 +69,7 @@ def test_unknown_names_are_counted(tmp_path):
 
 def test_nobody_left_is_an_error(tmp_path):
     (tmp_path / "people.txt").write_text("\n")
-    with pytest.raises(ImagesError, match="no identity is left"):
+    with pytest.raises(ImagesError, match="1 identities, none selected"):
         select_identities(["Ann"], tmp_path / "people.txt")
-    with pytest.raises(ImagesError, match="no identity is left"):
+    with pytest.raises(ImagesError, match="1 identities, none selected"):
         select_identities(["Ann"], "second-half")

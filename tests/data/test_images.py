@@ -62,10 +62,10 @@ def test_loader_of_other_things_is_refused():
     ("batch", "message"),
     [
         (torch.zeros(3, 112, 112, dtype=torch.uint8), "wrap it in a DataLoader"),
-        (torch.zeros(2, 3, 160, 160, dtype=torch.uint8), "these are 160x160"),
+        (torch.zeros(2, 3, 160, 160, dtype=torch.uint8), "got 160x160"),
         (torch.zeros(2, 1, 112, 112, dtype=torch.uint8), r"\[N, 3, height, width\]"),
         (torch.zeros(2, 112, 112, 3), r"\[N, 3, height, width\]"),
-        (torch.zeros(2, 3, 112, 112, dtype=torch.int64), "not torch.int64"),
+        (torch.zeros(2, 3, 112, 112, dtype=torch.int64), "got torch.int64"),
     ],
 )
 def test_batches_of_a_loader_are_held_to_what_tensors_are(batch, message):
@@ -115,12 +115,12 @@ VERBS: dict[str, Callable[[Tensor, Path], Any]] = {
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_every_verb_refuses_floats_that_were_not_normalized_for_its_network(verb: str, tmp_path: Path) -> None:
     for images in WRONG.values():
-        with pytest.raises(ImagesError, match=r"and this network's Preprocessing says -1 to 1: attach the one"):
+        with pytest.raises(ImagesError, match=r"but the Preprocessing of the network gives -1 to 1: set the"):
             VERBS[verb](images, tmp_path)
 
 
 def test_what_floats_look_like_is_said() -> None:
-    for images, looks in ((CROPS / 255, "only divided by 255"), (CROPS.float(), "as bytes do")):
+    for images, looks in ((CROPS / 255, "only divided by 255"), (CROPS.float(), "not normalized")):
         with pytest.raises(ImagesError, match=looks):
             normalize(images, Preprocessing())
 
@@ -140,5 +140,5 @@ def test_each_channel_has_its_own_range() -> None:
     preprocessing = Preprocessing(mean=(0.0, 127.5, 255.0), std=(255.0,) * 3)
     images = preprocessing(CROPS)
     assert torch.equal(normalize(images, preprocessing), images)
-    with pytest.raises(ImagesError, match="Preprocessing says -1 to 1"):
+    with pytest.raises(ImagesError, match="Preprocessing of the network gives -1 to 1"):
         normalize(images.flip(1), preprocessing)

@@ -132,7 +132,7 @@ def test_files_that_say_nothing(tmp_path: Path) -> None:
     with pytest.raises(ImagesError, match="there is no file"):
         read_landmarks(tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ImagesError, match="holds no landmarks"):
+    with pytest.raises(ImagesError, match="has no landmarks"):
         read_landmarks(tmp_path / "empty.txt")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ImagesError, match="cannot be read as text"):

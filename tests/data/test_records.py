@@ -124,11 +124,11 @@ def test_data_that_hold_the_magic_number_come_back_whole(tmp_path_factory: pytes
 def broken(records: dict[int, bytes]) -> dict[str, dict[int, bytes]]:
     return {
         "too short": records | {3: b"abc"},
-        "announces 9 labels": records | {3: struct.pack("<IfQQ", 9, 0, 3, 0)},
+        "too short for its 9 labels": records | {3: struct.pack("<IfQQ", 9, 0, 3, 0)},
         "record 2": {key: data for key, data in records.items() if key != 2},
         "person": records | {4: header((1, 99), 4)},
-        "belong to nobody": records | {5: header((3, 3), 5)},
-        "behind the last image": records | {0: header((float("nan"), 5.0), 0)},
+        "have no identity": records | {5: header((3, 3), 5)},
+        "after the last image": records | {0: header((float("nan"), 5.0), 0)},
         "record 5": {key: data for key, data in records.items() if key != 5} | {6: b""},
     }
 
@@ -190,7 +190,7 @@ def test_without_an_index_the_file_is_walked_through(tmp_path: Path, caplog: pyt
     found = RecordImages(path)
     assert torch.equal(found.labels, wanted.labels)
     assert torch.equal(found.read(range(6)), wanted.read(range(6)))
-    assert any("has no .idx beside it" in message for message in caplog.messages)
+    assert any("has no .idx file" in message for message in caplog.messages)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ImagesError, match="beyond the end of the file"):
         RecordImages(path)

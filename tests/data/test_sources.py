@@ -22,7 +22,7 @@ def test_as_image_source_recognizes_each_kind(crops):
 def test_paths_that_no_folder_can_have_are_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for path in ("x" * 300, "a\0b", tmp_path / "loop", str(tmp_path / "loop" / "FP")):
-        with pytest.raises(ImagesError, match="is no folder"):
+        with pytest.raises(ImagesError, match="is not a folder"):
             as_image_source(path)
 
 
@@ -47,5 +47,5 @@ def test_no_images_are_an_empty_batch(crops, tmp_path):
 def test_people_select_from_folders_only(crops):
     folder = crops({"Ann": 1, "Bob": 1})
     assert as_image_source(folder, identities="first-half").num_identities == 1
-    with pytest.raises(ImagesError, match="folder only"):
+    with pytest.raises(ImagesError, match="only be selected from a folder"):
         as_image_source(torch.zeros(1, 3, 4, 4), identities="first-half")

@@ -34,7 +34,7 @@ def test_another_seed_turns_some_faces_to_the_other_side() -> None:
 
 
 def test_what_cannot_be_stressed_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"one of misaligned, .*, not 'upside-down'"):
+    with pytest.raises(ConfigError, match=r"one of 'misaligned', .*, got 'upside-down'"):
         StressedImages(FACES, "upside-down")
-    with pytest.raises(ImagesError, match="pass a folder or uint8 images"):
+    with pytest.raises(ImagesError, match="pass a folder or a uint8 tensor"):
         StressedImages(TensorImages(torch.zeros(1, 3, 8, 8)), "dark").read([0])

@@ -22,7 +22,7 @@ def test_subsets_have_the_floor_of_the_share_and_lie_in_each_other(count: int, o
     images = numbered(count)
     small, large = sorted((one, other))
     if small * count < 100:
-        with pytest.raises(ImagesError, match="leaves none"):
+        with pytest.raises(ImagesError, match="is empty"):
             nested_subset(images, Fraction(small, 100), seed)
         return
     few, many = (nested_subset(images, percent / 100, seed) for percent in (small, large))
@@ -52,10 +52,10 @@ def test_without_labels_there_are_none() -> None:
 
 @pytest.mark.parametrize("fraction_or_count", [0, -1, 11, 0.0, -0.5, 1.01, float("nan"), Fraction(11, 10)])
 def test_what_cannot_be_drawn(fraction_or_count: float | Fraction) -> None:
-    with pytest.raises(ImagesError, match="cannot be drawn: choose"):
+    with pytest.raises(ImagesError, match="images must be"):
         nested_subset(numbered(10), fraction_or_count)
 
 
 def test_a_loader_has_no_subset() -> None:
-    with pytest.raises(ImagesError, match="any order"):
+    with pytest.raises(ImagesError, match="images with indices"):
         nested_subset(LoaderImages([torch.zeros(1, 3, 4, 4)]), 0.5)

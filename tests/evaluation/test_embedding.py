@@ -164,7 +164,7 @@ def test_large_embeddings_do_not_overflow():
     "output", [torch.ones(5, 4, 2, 1), torch.ones(4, 4), (torch.ones(5, 4), torch.ones(5, 4)), None]
 )
 def test_other_outputs_are_errors(output):
-    with pytest.raises(QFaceError, match=r"for 5 images|returns .* where one embedding is needed"):
+    with pytest.raises(QFaceError, match=r"for 5 images|returns .* exactly one embedding is needed"):
         embed(Constant(output), TensorImages(FLOATS))
 
 

@@ -173,12 +173,12 @@ def test_a_file_gives_each_person_a_group(crops, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ("Ann,x\nBob\n", r"line 2: expected 'person,group', not 'Bob'"),
+        ("Ann,x\nBob\n", r"line 2: expected 'identity,group', got 'Bob'"),
         ("Ann,x\nBob,\n", "line 2"),
         (",x\n", "line 1"),
-        ("Ann,x\nBob,x\nAnn,x\n", r"1 people are named in .* twice \(first: Ann\)"),
-        ("Ann,x\nDan,x\nEve,x\n", r"2 people are named in .* no images in the folder \(first: Dan\)"),
-        ("\n", "none of 2 people a group"),
+        ("Ann,x\nBob,x\nAnn,x\n", r"1 identities are in .* more than once \(first: Ann\)"),
+        ("Ann,x\nDan,x\nEve,x\n", r"2 identities are in .* no images in the folder \(first: Dan\)"),
+        ("\n", "no group of 2 identities"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(text: str, hint: str, crops, tmp_path: Path) -> None:

@@ -431,7 +431,7 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     with torch.no_grad():
         model.body.weight[0] = torch.nan
     with pytest.raises(
-        CheckpointError, match=r"this network: 1 of \d+ tensors hold NaN or infinity \(first: body.weight\)"
+        CheckpointError, match=r"this network: 1 of \d+ tensors have NaN or infinity \(first: body.weight\)"
     ):
         canonicalize(model)
 

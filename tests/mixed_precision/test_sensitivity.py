@@ -218,7 +218,7 @@ def test_weights_that_calibration_has_rounded_are_refused() -> None:
 
 
 def test_no_images_at_a_time_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="batch_size is a whole number from 1 on"):
+    with pytest.raises(ConfigError, match="batch_size must be an integer >= 1, got 0"):
         sensitivity(network(), FACES, batch_size=0)
 
 

@@ -238,7 +238,10 @@ def test_a_default_is_named_once_and_what_is_said_is_not(tmp_path: Path, caplog:
         with caplog.at_level(logging.WARNING, "qface"):
             read(path)
         (record,) = caplog.records
-        assert "does not say what it reads; taken is RGB 112x112, mean 127.5, std 127.5" in record.getMessage()
+        assert (
+            "has no preprocessing in its metadata; the default is used: RGB 112x112, mean 127.5, std 127.5"
+            in record.getMessage()
+        )
         assert "--color" in record.getMessage()
     caplog.clear()
     said = graph.save(tmp_path / "said.onnx", {"preprocessing": Preprocessing(color="BGR").to_json()})

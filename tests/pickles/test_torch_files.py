@@ -169,7 +169,7 @@ def test_a_value_kept_far_behind_the_end_and_endless_tensors(whole: Path, tmp_pa
     model = tiny_face_net()
     model.register_buffer("endless", torch.zeros(1).expand(2**40))
     torch.save(model, tmp_path / "endless.pth")
-    with pytest.raises(LimitError, match=r"endless\.pth: the checkpoint asks for .* bytes beyond its size"):
+    with pytest.raises(LimitError, match=r"endless\.pth: the checkpoint needs .* bytes beyond the file size"):
         read_pickled_module(tmp_path / "endless.pth")
 
 

@@ -78,7 +78,7 @@ def test_a_card_has_front_matter_and_says_how_the_file_was_made(tmp_path: Path, 
 
 def test_a_float_networks_card_says_nothing_of_bits(tmp_path: Path) -> None:
     card = qface.model_card(qface.export(network(), tmp_path / "float.onnx"))
-    assert "quantized" not in card and "Bits:" not in card and "Exported as it was loaded" in card
+    assert "quantized" not in card and "Bits:" not in card and "Exported without changes after loading" in card
 
 
 def test_a_card_says_where_embeddings_have_unit_length(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_card_has_the_date_that_the_environment_sets(tmp_path: Path, monkeypat
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     assert "on 1970-01-02." in qface.model_card(file)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-    with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH is 'yesterday'"):
+    with pytest.raises(ConfigError, match=r"SOURCE_DATE_EPOCH must be .*, got 'yesterday'"):
         qface.model_card(file)
 
 

@@ -70,7 +70,7 @@ def test_the_log_is_found_in_the_run_of_a_compression(run: Path, tmp_path: Path)
     drawn = [qface.plot("training", source, tmp_path / "a.svg").read_bytes() for source in (run, tmp_path / "found")]
     assert drawn[0] == drawn[1]
     qface.RunRecord("teacher", "student", "file", "faces").write(tmp_path / "untrained")
-    with pytest.raises(ConfigError, match="untrained holds no log"):
+    with pytest.raises(ConfigError, match="untrained has no training log"):
         qface.plot("training", tmp_path / "untrained", tmp_path / "b.svg")
 
 
@@ -116,21 +116,21 @@ NO_REPORTS = {
 def test_what_is_no_report_is_refused(wrong: Any, tmp_path: Path) -> None:
     (tmp_path / "wrong.json").write_text(json.dumps(wrong))
     for kind in ("roc", "histogram-file"):
-        with pytest.raises(ConfigError, match=r"no report .*: write it with qface report --json"):
+        with pytest.raises(ConfigError, match=r"not a report .*: write it with qface report --json"):
             qface.plot(kind, tmp_path / "wrong.json", tmp_path / "figure.svg")
 
 
 def test_refusals(report: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"kind is one of roc, .*, not 'loss'"):
+    with pytest.raises(ConfigError, match=r"kind must be one of 'roc', .*, got 'loss'"):
         qface.plot("loss", report, tmp_path / "figure.svg")  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match=r"figure.gif does not end in"):
+    with pytest.raises(ExportError, match=r"figure.gif must end in"):
         qface.plot("roc", report, tmp_path / "figure.gif")
     with pytest.raises(ConfigError, match="cannot be read"):
         qface.plot("roc", tmp_path / "none.json", tmp_path / "figure.svg")
-    with pytest.raises(ConfigError, match="is no log"):
+    with pytest.raises(ConfigError, match="is not a log"):
         qface.plot("training", report, tmp_path / "figure.svg")
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": "high"}\n')
-    with pytest.raises(ConfigError, match="is no log"):
+    with pytest.raises(ConfigError, match="is not a log"):
         qface.plot("training", tmp_path / "log.jsonl", tmp_path / "figure.svg")
     report.write_text(json.dumps(record(models=record()["models"][:1])))
     with pytest.raises(ConfigError, match="has no model file"):

@@ -16,7 +16,7 @@ def test_names_that_are_no_utf8_are_shown_with_escapes() -> None:
         1,
         0,
         faceless=("caf\udce9.png", "Zoë.png"),
-        misplaced=("d.png: they look like y before x",),
+        misplaced=("d.png: their order looks like y before x",),
         unreadable=("[b]\udcff.png",),
     )
     written = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")

@@ -1,1 +1,1 @@
-"""A report on one compression: measured (``measure``), kept as plain values (``data``), and drawn as a page."""
+"""Report on one compression: ``measure`` its figures, keep them as ``data``, draw the ``page``."""

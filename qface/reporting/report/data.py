@@ -1,4 +1,4 @@
-"""The figures of a report as plain values, whatever draws them."""
+"""Figures of a report as plain values."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 SHOWN_FPR = "1e-3"
-"""False-positive rate whose threshold a histogram shows where no verdicts were compared."""
+"""FPR of the threshold in histograms of reports without changed verdicts."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Operating points over all pairs, in the order of falling false-positive rates.
+    """Operating points over all pairs, by decreasing FPR.
 
     Args:
         fpr: false-positive rates, 0..1.
         tpr: true-positive rates, 0..1.
-        threshold: the cosines above which a pair is accepted.
-        low: lower ends of the 95 % confidence intervals of ``tpr``, by bootstrap over people; None where there is none.
+        threshold: cosines above which a pair is accepted.
+        low: lower ends of the 95 % confidence intervals of ``tpr``, by bootstrap over identities; None if not measured.
         high: upper ends, likewise.
     """
 
@@ -47,19 +47,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """Verification by one model.
+    """Verification figures of one model.
 
     Args:
         name: ``"teacher"`` or ``"file"``.
-        runtime: what computed the embeddings.
-        preprocessing: what the model reads, in words.
-        dimensions: length of the embedding.
-        tpr_at_fpr: true-positive rates at the usual false-positive rates; None where there are too few pairs.
-        thresholds: cosines for the same rates.
-        accuracy: mean of the ten folds; None without pairs.
-        accuracy_std: its standard deviation over the folds.
-        curve: what ROC and DET are drawn of.
-        histogram: of the cosines.
+        runtime: name of the runtime that computed the embeddings.
+        preprocessing: description of the model's preprocessing.
+        dimensions: embedding dimension.
+        tpr_at_fpr: TPR by FPR; None with too few pairs.
+        thresholds: cosine threshold by FPR, likewise.
+        accuracy: mean accuracy over ten folds, 0..1; None without listed pairs.
+        accuracy_std: standard deviation of the accuracy over the folds.
+        curve: points of ROC and DET.
+        histogram: histogram of the cosines.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Bytes of one layer's weight as float32, with a byte a weight, and as the file holds it."""
+    """Size of one layer's weight in bytes: as float32, as int8, and packed in the file."""
 
     name: str
     float32_bytes: int
@@ -86,7 +86,7 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class ChangedPair:
-    """Two faces whose verdict changed; pictures are data URIs, or None where faces are left out."""
+    """Pair of faces whose verdict changed; ``pictures`` are data URIs, or None if faces are not shown."""
 
     same: bool
     accepted: bool
@@ -97,15 +97,15 @@ class ChangedPair:
 
 @dataclass(frozen=True)
 class Changes:
-    """Changed verdicts at the thresholds of one false-positive rate.
+    """Pairs that teacher and file judge differently, each at its threshold for one FPR.
 
     Args:
-        fpr: the rate.
-        genuine_rejected: pairs of one person that the file no longer accepts.
-        genuine_accepted: pairs of one person that it accepts now.
-        impostors_rejected: pairs of two people that it no longer accepts.
-        impostors_accepted: pairs of two people that it accepts now.
-        pairs: those that changed most.
+        fpr: the false-positive rate.
+        genuine_rejected: number of genuine pairs that only the teacher accepts.
+        genuine_accepted: number of genuine pairs that only the file accepts.
+        impostors_rejected: number of impostor pairs that only the teacher accepts.
+        impostors_accepted: number of impostor pairs that only the file accepts.
+        pairs: the pairs with the largest change.
     """
 
     fpr: str
@@ -118,35 +118,35 @@ class Changes:
 
 @dataclass(frozen=True, repr=False)
 class ReportData(Result):
-    """Everything that a report shows.
+    """All figures of a report.
 
     Args:
-        version: of qface.
+        version: version of qface.
         teacher: name of the float network.
         student: name of the student's file.
         file: name of the exported file.
-        steps: how the student was made, a sentence each.
-        tuning_people: whom it was tuned on, in words; None if it is not known.
-        eval_people: whom the figures are of, in words.
-        images: images evaluated.
-        identities: people on them.
-        genuine_pairs: pairs of images of one person.
-        impostor_pairs: pairs of images of two people.
-        pairs: listed pairs for the ten folds.
-        models: the teacher and the file.
-        teacher_bytes: the float network as an ONNX file; None if it was not written.
-        file_bytes: the exported file.
-        layers: sizes of weights.
-        processor: that latency was measured on.
-        latency: rows of ``qface bench``; empty if it was not measured.
-        sensitivity: as :meth:`qface.Sensitivity.to_dict`, or None.
+        steps: provenance of the student, one sentence per step.
+        tuning_people: identities that the student was tuned on; None if unknown.
+        eval_people: identities of the evaluation.
+        images: number of evaluated images.
+        identities: number of their identities.
+        genuine_pairs: number of genuine pairs.
+        impostor_pairs: number of impostor pairs.
+        pairs: number of listed pairs for the ten folds.
+        models: figures of the teacher and of the file.
+        teacher_bytes: size of the float network as an ONNX file; None if not measured.
+        file_bytes: size of the exported file.
+        layers: size of each weight.
+        processor: name of the processor of the latency measurement.
+        latency: rows of ``qface bench``; empty if not measured.
+        sensitivity: output of :meth:`qface.Sensitivity.to_dict`, or None.
         training: lines of ``log.jsonl``.
-        agreement: of the file with the student: ``agrees``, ``images``, ``mean_cosine``, ``least_cosine``, and
-            ``different`` of ``elements`` integers.
-        changes: verdicts that changed; None if the rate cannot be measured.
-        trials: what ``qface compress`` tried.
-        stopped: why it ended.
-        bootstrap: replicates that the intervals of the curves come from; 0 for none.
+        agreement: comparison of file and student: ``agrees``, ``images``, ``mean_cosine``, ``least_cosine``,
+            ``layers``, ``different`` and ``elements`` (integers that differ, and all integers).
+        changes: changed verdicts; None if the FPR cannot be measured.
+        trials: trials of ``qface compress``.
+        stopped: reason why the search of ``qface compress`` ended.
+        bootstrap: number of replicates for the confidence intervals of the curves; 0 for none.
     """
 
     version: str
@@ -179,22 +179,22 @@ class ReportData(Result):
         return {"student": self.student, "images": self.images, "agrees": self.agreement["agrees"]}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the figures as plain values for JSON."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
 def verification_of_report(record: Any) -> tuple[tuple[ModelFigures, ...], str]:
-    """The models in what :meth:`ReportData.to_dict` returned, and the false-positive rate that histograms show.
+    """Parse the models, and the FPR of the histograms, from the output of :meth:`ReportData.to_dict`.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: ``record`` is not such an output.
     """
     try:
         changes = record["changes"]
         return tuple(map(_model, record["models"])), str(changes["fpr"]) if changes else SHOWN_FPR
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"this is no report ({type(error).__name__}: {one_line(error, 200)}): write it with qface report --json"
+            f"not a report ({type(error).__name__}: {one_line(error, 200)}): write it with qface report --json"
         ) from error
 
 
@@ -209,5 +209,5 @@ def _model(record: Mapping[str, Any]) -> ModelFigures:
 
 
 def _numbers(values: Iterable[Any]) -> tuple[Any, ...]:
-    """``values`` as floats; None, for what is not known, stays."""
+    """Convert ``values`` to floats; None is kept."""
     return tuple(None if value is None else float(value) for value in values)

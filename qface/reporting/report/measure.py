@@ -1,4 +1,4 @@
-"""Measures what a report shows."""
+"""Measurement of the figures of a report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = ["ReportSettings", "layer_sizes", "measure_report", "read_json", "read
 
 _RATES = tuple(f"{digit}e-{power}" for power in range(1, 7) for digit in (5, 2, 1))
 _RATES_WITH_CONFIDENCE = tuple(rate for rate in _RATES if float(rate) <= float(FPRS[0]))
-"""Larger ones take most of the time, as many impostors as they accept, and their intervals are narrow."""
+"""Larger FPRs would take most of the time, since they accept many impostors, and their intervals are narrow anyway."""
 _VERIFIED = 128
 
 
@@ -52,10 +52,10 @@ class ReportSettings:
 
     Args:
         fpr: false-positive rate at which verdicts are compared, one of :data:`qface.evaluation.verification.FPRS`.
-        faces: True to put pictures of faces into the page.
-        latency_runs: timed calls of each file; 0 leaves latency out.
-        progress: show the stages on stderr.
-        bootstrap: replicates for the confidence of the curves, over people; 0 leaves it out.
+        faces: True to include pictures of faces in the page.
+        latency_runs: number of timed runs of each file; 0 skips latency.
+        progress: True to show progress on stderr.
+        bootstrap: bootstrap replicates over identities for the curves; 0 skips the confidence intervals.
     """
 
     fpr: str = "1e-3"
@@ -67,16 +67,16 @@ class ReportSettings:
     def __post_init__(self) -> None:
         check_whole(0, bootstrap=self.bootstrap)
         if self.fpr not in FPRS:
-            raise ConfigError(f"fpr {self.fpr!r} is none of {', '.join(FPRS)}")
+            raise ConfigError(f"fpr must be one of {', '.join(map(repr, FPRS))}, got {self.fpr!r}")
         if self.latency_runs < 0:
-            raise ConfigError(f"latency_runs is {self.latency_runs}; it must be an integer >= 0")
+            raise ConfigError(f"latency_runs must be an integer >= 0, got {self.latency_runs!r}")
 
 
 def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
-    """Measure the teacher and the file of ``run`` on its faces.
+    """Measure the teacher and the exported file of ``run`` on its faces.
 
     Raises:
-        QFaceError: a model, the faces or a file of the run cannot be read or used.
+        QFaceError: a model, the faces or another file of the run cannot be used.
     """
     sensitivity, training = _sensitivity(run.sensitivity), () if run.log is None else read_training(run.log)
     faces = _Faces.of(run)
@@ -121,7 +121,7 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
 
 @dataclass(frozen=True)
 class _Faces:
-    """The images to evaluate on."""
+    """Images and pairs of the evaluation."""
 
     folder: ImageFolder
     labels: Labels
@@ -132,7 +132,7 @@ class _Faces:
         folder = ImageFolder(run.images, run.eval_people)
         labels = labels_of(folder)
         if labels is None:
-            raise ImagesError(f"a report needs to know who is who: give {run.images} one subfolder a person")
+            raise ImagesError(f"a report needs identities, but {run.images} has no subfolder per identity: add them")
         count_pairs(labels)
         listed = None if run.pairs is None else resolve_pairs(read_pairs(run.pairs), folder)
         if listed is not None:
@@ -180,7 +180,7 @@ def _curve(points: Mapping[str, OperatingPoint], intervals: Mapping[str, Interva
 
 
 def _latency(run: RunRecord, network: nn.Module | None, runs: int) -> tuple[int | None, tuple[Mapping[str, Any], ...]]:
-    """The bytes of the teacher as an ONNX file, and the time of both files in alternation."""
+    """Return the size of the teacher as an ONNX file, and the latency of both files, run alternately."""
     if not runs:
         return None, ()
     with temporary_folder() as folder:
@@ -194,7 +194,7 @@ def _latency(run: RunRecord, network: nn.Module | None, runs: int) -> tuple[int 
 
 
 def _processor() -> str:
-    """Name of this machine's processor."""
+    """Return the name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -204,7 +204,7 @@ def _processor() -> str:
 
 
 def layer_sizes(file: str) -> tuple[LayerSize, ...]:
-    """Bytes of each weight in an exported file.
+    """Return the size of each weight in an exported file.
 
     Raises:
         QFaceError: the file cannot be read.
@@ -255,7 +255,7 @@ def _changed_pair(change: VerdictChange, folder: ImageFolder, shown: bool) -> Ch
 
 
 def _picture(folder: ImageFolder, index: int) -> str:
-    """A face as a data URI."""
+    """Return an image as a data URI."""
     file = io.BytesIO()
     Image.fromarray(folder.read([index])[0].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -268,14 +268,14 @@ def _sensitivity(path: str | None) -> Mapping[str, Any] | None:
 
 
 def read_training(path: str) -> tuple[Mapping[str, float], ...]:
-    """The lines of ``log.jsonl`` of a distillation.
+    """Read ``log.jsonl`` of a distillation.
 
     Raises:
-        ConfigError: the file cannot be read, or is something else.
+        ConfigError: the file cannot be read, or is not such a log.
     """
     rows = _parsed(path, lambda encoding: f"[{','.join(Path(path).read_text(encoding=encoding).splitlines())}]")
     if not all(isinstance(row, dict) and _are_numbers(row.get("step"), row.get("loss")) for row in rows):
-        raise ConfigError(f"{path} is no log of a distillation: pass log.jsonl of a run folder")
+        raise ConfigError(f"{path} is not a log of a distillation: pass log.jsonl of a run folder")
     return tuple(rows)
 
 
@@ -284,7 +284,7 @@ def _are_numbers(*values: Any) -> bool:
 
 
 def read_json(path: str) -> Any:
-    """The value in a file of JSON.
+    """Read a JSON file.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -295,6 +295,6 @@ def read_json(path: str) -> Any:
 def _parsed(path: str, read: Any) -> Any:
     try:
         with named(path):
-            return parse_json(read(encoding="utf-8"), "what it holds")
+            return parse_json(read(encoding="utf-8"), "its JSON")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({one_line(error, 200)}): restore it") from error

@@ -1,4 +1,4 @@
-"""A report as one HTML page that loads nothing."""
+"""HTML page of a report, without external resources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TRAINING_ROWS = 20
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows of texts; the first of each row is its header."""
+    """Table of strings; the first cell of each row is its header."""
 
     caption: str
     columns: tuple[str, ...]
@@ -29,7 +29,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, and the same as a table."""
+    """Figure with its data as a table."""
 
     title: str
     svg: str
@@ -38,7 +38,7 @@ class Figure:
 
 
 def check_page() -> None:
-    """Make sure, before long work, that a page can be made at its end.
+    """Raise if a package for pages is missing; called before long work.
 
     Raises:
         DependencyError: jinja2 or matplotlib is not installed.
@@ -51,7 +51,7 @@ def check_page() -> None:
 
 
 def report_page(data: ReportData) -> str:
-    """The page of ``data``; the same data give the same text.
+    """Return the HTML page of ``data``; equal data give an equal page.
 
     Raises:
         DependencyError: jinja2 or matplotlib is not installed.
@@ -115,7 +115,7 @@ def _curve_table(models: Sequence[ModelFigures], caption: str) -> Table:
 
 
 def _rates_by_fpr(curve: Curve) -> dict[float, str]:
-    """Each true-positive rate with its interval, by false-positive rate."""
+    """Format each TPR with its interval, by FPR."""
     ends = zip(curve.low, curve.high, strict=True)
     brackets = ("" if low is None or high is None else f" [{100 * low:.2f}, {100 * high:.2f}]" for low, high in ends)
     rates = (f"{percent(tpr)}{bracket}" for tpr, bracket in zip(curve.tpr, brackets, strict=True))

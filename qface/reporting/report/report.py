@@ -1,4 +1,4 @@
-"""The verb ``report``."""
+"""The verb ``report``: write an HTML page about one compression."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def report(
     progress: bool = False,
     bootstrap: int = REPLICATES,
 ) -> ReportData:
-    """Measure one compression, and write a page that shows it and loads nothing.
+    """Measure one compression and write an HTML page with all figures, without external resources.
 
     Args:
-        run: a run folder, or the record of what was compressed.
-        output: the page to write (``.html``).
-        fpr: false-positive rate at which changed verdicts are looked for.
-        faces: True to show the faces whose verdict changed most, at most a dozen pairs. They are personal data.
-        latency_runs: timed calls of each file; 0 leaves latency out, and the same models and faces give the same bytes.
-        progress: show bars on stderr.
-        bootstrap: replicates for 95 % confidence bands of ROC and DET, over people; 0 leaves them out.
+        run: a run folder of :func:`qface.compress`, or a record of the files.
+        output: the HTML file to write.
+        fpr: false-positive rate, such as ``"1e-3"``, at which changed verdicts are counted.
+        faces: True to show up to 12 pairs of faces whose verdict changed. They are personal data.
+        latency_runs: number of timed runs of each file; 0 skips latency, then equal models and faces give equal pages.
+        progress: True to show progress on stderr.
+        bootstrap: bootstrap replicates over identities for the 95 % confidence bands of ROC and DET; 0 skips them.
 
     Returns:
         The figures of the page.
 
     Raises:
-        ConfigError: a setting is wrong, or the run folder holds no record.
+        ConfigError: a setting is out of range, or the run folder has no record.
         DependencyError: jinja2 or matplotlib is not installed.
         ExportError: the page cannot be written.
         QFaceError: a model or the faces cannot be read.
