@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
-from qface.errors import CheckpointError, ConfigError, DependencyError, QFaceError, one_line
+from qface.errors import CheckpointError, ConfigError, QFaceError, one_line
 from qface.files import as_path
 from qface.models.onnx_import.image_input import ImageInput, described_input, find_image_input
 from qface.models.onnx_import.onnx_file import check_onnx, read_onnx, telling_damage
 from qface.network_output import as_rows
+from qface.onnxruntime_import import import_onnxruntime
 from qface.preprocessing import PreprocessingOverride, written_preprocessing
 
 __all__ = ["WEIGHT_BITS", "OnnxEmbedder", "cpu_session", "providers_for"]
@@ -132,19 +132,6 @@ class OnnxEmbedder:
             )
 
 
-def _onnxruntime() -> Any:
-    # Imported late, because it costs half a second; by name, because it carries no types.
-    try:
-        runtime = import_module("onnxruntime")
-        runtime.InferenceSession  # noqa: B018  # gone where one of two packages was uninstalled
-    except (ImportError, AttributeError) as error:
-        raise DependencyError(
-            "onnxruntime is missing or broken: pip install --force-reinstall onnxruntime (or onnxruntime-gpu); "
-            "only one of the two can be installed, since they share their files"
-        ) from error
-    return runtime
-
-
 def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
     """An ``onnxruntime.InferenceSession``."""
     options = _options()
@@ -180,23 +167,23 @@ def cpu_session(model: bytes) -> Any:
 
 
 def _options() -> Any:
-    options = _onnxruntime().SessionOptions()
+    options = import_onnxruntime().SessionOptions()
     options.log_severity_level = _ERROR
     return options
 
 
 def _exact_session(model: Path | bytes, options: Any, providers: list[str]) -> Any:
     """One that does not saturate. What a file needs is known once it is open; few need another one."""
-    session = _onnxruntime().InferenceSession(model, options, providers=providers)
+    session = import_onnxruntime().InferenceSession(model, options, providers=providers)
     if session.get_modelmeta().custom_metadata_map.get(WEIGHT_BITS) != "8":
         return session
     options.add_session_config_entry("session.x64quantprecision", "1")
-    return _onnxruntime().InferenceSession(model, options, providers=providers)
+    return import_onnxruntime().InferenceSession(model, options, providers=providers)
 
 
 def _known(providers: Sequence[str]) -> list[str]:
     """``providers`` as they are; onnxruntime itself would replace an unknown one by the CPU."""
-    available = _onnxruntime().get_available_providers()
+    available = import_onnxruntime().get_available_providers()
     for provider in providers:
         if provider not in available:
             raise ConfigError(f"onnxruntime has no {provider} here: use one of {', '.join(available)}")
@@ -205,17 +192,17 @@ def _known(providers: Sequence[str]) -> list[str]:
 
 def _default_providers() -> list[str]:
     # Listed means compiled in, not usable: the session itself falls back to the CPU.
-    return [_CUDA, _CPU] if _CUDA in _onnxruntime().get_available_providers() else [_CPU]
+    return [_CUDA, _CPU] if _CUDA in import_onnxruntime().get_available_providers() else [_CPU]
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Hide the complaints about a missing GPU; they go to the process-wide logger, which has no getter."""
-    _onnxruntime().set_default_logger_severity(_FATAL)
+    import_onnxruntime().set_default_logger_severity(_FATAL)
     try:
         yield
     finally:
-        _onnxruntime().set_default_logger_severity(_WARNING)
+        import_onnxruntime().set_default_logger_severity(_WARNING)
 
 
 def _image_input(path: Path, session: Any) -> tuple[str, str, torch.dtype, int | None]:
