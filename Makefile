@@ -1,9 +1,10 @@
-# make demo    sets up .venv and does the whole job on real faces
-# make test    sets up .venv and runs the tests, one process per core
-# make runtimes  installs other runtimes and processors for the tests, into QFACE_RUNTIMES or .runtimes
-# make browser  puts the page of examples/browser and onnxruntime-web into build/browser
-# make docs    sets up .venv and builds the documentation site in build/site; a broken link or a missing page fails
-# make check   sets up .venv and runs ruff, mypy and codespell
+# make demo      set up .venv and run the main job on real faces
+# make test      set up .venv and run the tests, one process per core
+# make runtimes  install other runtimes and processors for the tests, into QFACE_RUNTIMES or .runtimes
+# make browser   write the page of examples/browser and onnxruntime-web to build/browser
+# make docs      set up .venv and build the documentation site in build/site; a broken link or a missing page fails
+# make check     set up .venv and run ruff, mypy and codespell
+# make format    set up .venv and let ruff fix what it can
 PYTHON ?= python3
 VENV ?= .venv
 # Empty takes the newest torch that setup.cfg allows: make test VENV=.venv-newest CONSTRAINTS=
