@@ -20,10 +20,13 @@ _RELATIVE_LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Take the repository's URL from setup.cfg, the one file that holds it."""
+    """Link to the repository if its URL is in setup.cfg."""
     settings = configparser.RawConfigParser()
     settings.read(_ROOT / "setup.cfg", encoding="utf-8")
-    config.repo_url = settings.get("metadata", "url", fallback=None)
+    url = settings.get("metadata", "url", fallback=None)
+    # Not repo_url: with it, every page of the theme asks GitHub for stars.
+    config.extra["repository"] = url
+    config.extra["social"] = [{"icon": "fontawesome/brands/git-alt", "link": url}] if url else []
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -43,6 +46,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
             return f"[{text}]({posixpath.relpath(target.removeprefix('docs/'), posixpath.dirname(uri))}{anchor})"
         if not (_ROOT / target).exists():
             return link[0]  # MkDocs reports it
-        return f"[{text}]({config.repo_url}/blob/main/{target}{anchor})" if config.repo_url else text
+        url = config.extra["repository"]
+        return f"[{text}]({url}/blob/main/{target}{anchor})" if url else text
 
     return _RELATIVE_LINK.sub(rewritten, markdown)
