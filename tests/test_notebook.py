@@ -36,9 +36,9 @@ def test_the_notebook_runs_and_shows_its_results_as_tables(
     (tmp_path / "weights").mkdir()
     qface.save(tiny_face_net(), tmp_path / "weights" / "mobilefacenet_112x96.safetensors")
     monkeypatch.setenv("QFACE_DATA", str(tmp_path))
-    # The kernel imports this qface, and writes where the test's folder is.
-    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[2]))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[2]))  # The kernel imports the same qface.
+    for variable in ("HOME", "TMPDIR"):  # The kernel writes to both.
+        monkeypatch.setenv(variable, str(tmp_path))
     done = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(tmp_path))
     shown = [output for cell in done.cells for output in cell.get("outputs", ()) if output.output_type != "stream"]
     assert [output.data["text/html"][:6] for output in shown] == ["<table"] * 5
