@@ -1,13 +1,17 @@
-# make demo    sets up .venv and does the whole job on real faces
-# make test    sets up .venv and runs the tests, one process per core
-# make runtimes  installs other runtimes and processors for the tests, into QFACE_RUNTIMES or .runtimes
-# make browser  puts the page of examples/browser and onnxruntime-web into build/browser
-# make check   sets up .venv and runs ruff and mypy
+# make demo      set up .venv and run the main job on real faces
+# make test      set up .venv and run the tests, one process per core
+# make runtimes  install other runtimes and processors for the tests, into QFACE_RUNTIMES or .runtimes
+# make browser   write the page of examples/browser and onnxruntime-web to build/browser
+# make docs      set up .venv and build the documentation site in build/site; a broken link or a missing page fails
+# make check     set up .venv and run ruff, mypy and codespell
+# make format    set up .venv and let ruff fix what it can
 PYTHON ?= python3
 VENV ?= .venv
+# Empty takes the newest torch that setup.cfg allows: make test VENV=.venv-newest CONSTRAINTS=
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test runtimes browser check format clean
+.PHONY: demo test runtimes browser docs check format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/qface demo
@@ -21,19 +25,23 @@ runtimes:
 browser:
 	$(PYTHON) examples/browser/build.py build/browser
 
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
+
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell *.md benchmarks docs examples qface tests
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# One stamp for each set of optional packages: it is made again when the requirements change.
-$(VENV)/installed-%: setup.cfg constraints.txt
+# One stamp for each set of optional packages, renewed when the requirements change.
+$(VENV)/installed-%: setup.cfg $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %) --editable '.[$*]'
 	touch $@
 
 clean:

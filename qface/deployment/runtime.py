@@ -7,9 +7,10 @@ slower on those processors and has no effect on others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from importlib import import_module
+import ctypes
+import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qface.deployment.inputs import FLOAT_INPUT, UINT8_INPUT
-from qface.errors import CheckpointError, ConfigError, DependencyError, QFaceError, one_line
+from qface.errors import CheckpointError, ConfigError, QFaceError, one_line
 from qface.files import as_path
 from qface.models.onnx_import.image_input import ImageInput, described_input, find_image_input
 from qface.models.onnx_import.onnx_file import check_onnx, read_onnx, telling_damage
 from qface.network_output import as_rows
+from qface.onnxruntime_import import import_onnxruntime
 from qface.preprocessing import PreprocessingOverride, written_preprocessing
 
 __all__ = ["WEIGHT_BITS", "OnnxEmbedder", "cpu_session", "providers_for"]
@@ -38,7 +40,7 @@ _INPUTS = {
     "tensor(uint8)": (UINT8_INPUT, torch.uint8),
 }
 _OWN_KEYS = {"qface", "preprocessing", "input"}  # with these keys, the metadata describe the input completely
-_WARNING, _ERROR, _FATAL = 2, 3, 4
+_ERROR = 3
 
 
 class OnnxEmbedder:
@@ -132,19 +134,6 @@ class OnnxEmbedder:
             )
 
 
-def _onnxruntime() -> Any:
-    # Imported late, because the import takes half a second; by name, because the package has no type annotations.
-    try:
-        runtime = import_module("onnxruntime")
-        runtime.InferenceSession  # noqa: B018  # missing if both packages were installed and one uninstalled
-    except (ImportError, AttributeError) as error:
-        raise DependencyError(
-            "onnxruntime is missing or broken: pip install --force-reinstall onnxruntime (or onnxruntime-gpu); "
-            "install only one of the two, because they share files"
-        ) from error
-    return runtime
-
-
 def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> Any:
     """Open an ``onnxruntime.InferenceSession``."""
     options = _options()
@@ -152,9 +141,7 @@ def _open(path: Path, providers: Sequence[str] | None, threads: int | None) -> A
         options.intra_op_num_threads = threads
     chosen = _default_providers() if providers is None else _check_providers(providers)
     try:
-        # A user who names the GPU explicitly needs onnxruntime's reason if it does not work.
-        with _silenced_gpu_warnings() if providers is None and _CUDA in chosen else nullcontext():
-            return _exact_session(path, options, chosen)
+        return _exact_session(path, options, chosen)
     except Exception as error:
         raise CheckpointError(
             f"onnxruntime cannot open {path}: {one_line(error)}; restore the file or export it again"
@@ -180,23 +167,23 @@ def cpu_session(model: bytes) -> Any:
 
 
 def _options() -> Any:
-    options = _onnxruntime().SessionOptions()
+    options = import_onnxruntime().SessionOptions()
     options.log_severity_level = _ERROR
     return options
 
 
 def _exact_session(model: Path | bytes, options: Any, providers: list[str]) -> Any:
     """Open a session in exact mode if the metadata, readable only after opening, record 8-bit weights."""
-    session = _onnxruntime().InferenceSession(model, options, providers=providers)
+    session = import_onnxruntime().InferenceSession(model, options, providers=providers)
     if session.get_modelmeta().custom_metadata_map.get(WEIGHT_BITS) != "8":
         return session
     options.add_session_config_entry("session.x64quantprecision", "1")
-    return _onnxruntime().InferenceSession(model, options, providers=providers)
+    return import_onnxruntime().InferenceSession(model, options, providers=providers)
 
 
 def _check_providers(providers: Sequence[str]) -> list[str]:
     """Return ``providers`` after a check, because onnxruntime silently replaces unknown ones by the CPU."""
-    available = _onnxruntime().get_available_providers()
+    available = import_onnxruntime().get_available_providers()
     for provider in providers:
         if provider not in available:
             raise ConfigError(f"onnxruntime has no {provider} on this machine; use one of {', '.join(available)}")
@@ -204,18 +191,19 @@ def _check_providers(providers: Sequence[str]) -> list[str]:
 
 
 def _default_providers() -> list[str]:
-    # A listed provider is compiled in but may not be usable; the session then falls back to the CPU.
-    return [_CUDA, _CPU] if _CUDA in _onnxruntime().get_available_providers() else [_CPU]
+    has_cuda = _CUDA in import_onnxruntime().get_available_providers() and _has_nvidia_gpu()
+    return [_CUDA, _CPU] if has_cuda else [_CPU]
 
 
-@contextmanager
-def _silenced_gpu_warnings() -> Iterator[None]:
-    """Hide warnings about a missing GPU by the process-wide logger; its severity cannot be read back."""
-    _onnxruntime().set_default_logger_severity(_FATAL)
+@cache
+def _has_nvidia_gpu() -> bool:
+    """True if the NVIDIA driver finds a GPU; onnxruntime lists the CUDA provider on every machine it is compiled for."""
     try:
-        yield
-    finally:
-        _onnxruntime().set_default_logger_severity(_WARNING)
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def _image_input(path: Path, session: Any) -> tuple[str, str, torch.dtype, int | None]:

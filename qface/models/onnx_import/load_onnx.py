@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from qface.models.onnx_import.importer import Importer
 from qface.models.onnx_import.onnx_file import OnnxFile, read_onnx, telling_damage
 from qface.models.onnx_import.operators import OPERATOR_RULES
 from qface.network_output import as_rows
+from qface.onnxruntime_import import import_onnxruntime
 from qface.preprocessing import Preprocessing, PreprocessingOverride
 from qface.provenance import with_provenance, written_provenance
 
@@ -83,7 +82,7 @@ def _from_torch(network: nn.Module, images: Tensor, file: OnnxFile) -> Tensor:
 
 
 def _from_onnxruntime(file: OnnxFile, image: ImageInput, images: Tensor) -> Tensor:
-    onnxruntime: Any = import_module("onnxruntime")  # it has no types
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     model = file.model.SerializeToString() if file.is_converted else str(file.path)
