@@ -64,6 +64,10 @@ def snippets(page: Path) -> list[Snippet]:
     return [Snippet(fence["language"], fence["code"], fence["reason"]) for fence in found]
 
 
+def runs_here(snippet: Snippet) -> bool:
+    return snippet.not_run is None and snippet.language in ("python", "console")
+
+
 def commands(code: str) -> Iterator[list[str]]:
     """The words of each command, without comments; a backslash continues a line."""
     for line in code.replace("\\\n", " ").splitlines():
@@ -80,26 +84,39 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, files_of_examples: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "files"
+@pytest.fixture(scope="module")
+def files_of_pages(files_of_examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the docstrings' examples, a list of pairs, and a finished search that every page resumes."""
+    folder = tmp_path_factory.mktemp("pages") / "files"
     shutil.copytree(files_of_examples, folder)
-    shutil.copy(folder / "teacher.safetensors", folder / "mobilefacenet.safetensors")
     qface.make_pairs(folder / "faces", folder / "pairs.txt", folds=2, pairs_per_fold=8)
-    monkeypatch.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_commands("qface align photos/ -o faces/")
+        run_commands("qface compress teacher.safetensors --images faces/ --max-drop 0.5 -o small.onnx")
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_snippets_run_in_their_order(page: Path, workplace: Path) -> None:
+@pytest.fixture
+def workplace(files_of_pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shutil.copytree(files_of_pages, tmp_path / "files"))
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs_here, snippets(page)))], ids=name_of)
+def test_snippets_run_in_their_order(page: Path) -> None:
     names = {"qface": qface, "teacher": qface.load("teacher.safetensors"), "student": qface.load("student.safetensors")}
-    for language, code, not_run in snippets(page):
-        if not_run is None and language == "python":
-            for many, few in FEWER.items():
-                code = code.replace(many, few)
-            exec(compile(code, name_of(page), "exec"), names)
-        elif not_run is None and language == "console":
-            run_commands(code)
+    for snippet in filter(runs_here, snippets(page)):
+        if snippet.language == "python":
+            exec(compile(with_fewer(snippet.code), name_of(page), "exec"), names)
+        else:
+            run_commands(snippet.code)
+
+
+def with_fewer(code: str) -> str:
+    for many, few in FEWER.items():
+        code = code.replace(many, few)
+    return code
 
 
 def run_commands(code: str) -> None:
@@ -118,7 +135,8 @@ def arguments_and_output(words: list[str]) -> tuple[list[str], Path | None]:
     return (words[:-2], Path(words[-1])) if ">" in words else (words, None)
 
 
-def test_readme_prints_that_the_file_agrees(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("workplace")
+def test_readme_prints_that_the_file_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     code = next(snippet.code for snippet in snippets(ROOT / "README.md") if snippet.language == "python")
     exec(code, {})
     agrees, title, *_ = capsys.readouterr().out.splitlines()
