@@ -197,7 +197,7 @@ def _default_providers() -> list[str]:
 
 @cache
 def _has_nvidia_gpu() -> bool:
-    """True if the NVIDIA driver finds a GPU; onnxruntime lists the CUDA provider on every machine it is compiled for."""
+    """True if the NVIDIA driver finds a GPU; onnxruntime lists its CUDA provider also where there is none."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

@@ -1,0 +1,185 @@
+"""README.md and docs/: every snippet runs on small data, every link leads somewhere, and lines are short."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from click.testing import CliRunner
+
+import qface
+from qface.cli import main
+
+ROOT = Path(qface.__file__).parents[1]
+DOCS = ROOT / "docs"
+GENERATED = {DOCS / "index.md", *(DOCS / "reference").rglob("*.md")}
+PAGES = [ROOT / "README.md", *sorted(set(DOCS.rglob("*.md")) - GENERATED)]
+OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *ROOT.glob("examples/*/README.md")]
+
+FENCE = re.compile(r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+
+NOT_RUN = {
+    "downloads packages": 2,
+    "needs a file that is downloaded": 1,
+    "needs an emulator of other processors": 1,
+    "needs npm": 2,
+    "reads a crop of its own, which tests/test_on_device.py makes": 1,
+    "sets up a shell": 2,
+    "starts several processes": 2,
+    "takes minutes to hours": 2,
+}
+"""Why snippets do not run here, and how many may say so."""
+
+FEW_FACES = {
+    "align": ("--landmarks", "landmarks.txt"),
+    "bench": ("--runs", "1"),
+    "compress": ("--at-fpr", "1e-1"),
+    "compress --max-drop": ("--max-drop", "90"),
+    "evaluate --groups": ("--at-fpr", "1e-1"),
+    "pairs": ("--folds", "2", "--pairs-per-fold", "8"),
+    "report": ("--fpr", "1e-1", "--latency-runs", "1"),
+    "sensitivity": ("--num-images", "4"),
+    "thresholds": ("--fpr", "1e-1"),
+}
+"""Options added to the commands with these words, for twelve people who are noise."""
+
+FEWER = {'at_fpr="1e-4"': 'at_fpr="1e-1"', "max_drop=0.5": "max_drop=90"}
+"""The same in Python."""
+
+
+class Snippet(NamedTuple):
+    language: str
+    code: str
+    not_run: str | None
+
+
+def snippets(page: Path) -> list[Snippet]:
+    found = FENCE.finditer(page.read_text(encoding="utf-8"))
+    return [Snippet(fence["language"], fence["code"], fence["reason"]) for fence in found]
+
+
+def runs_here(snippet: Snippet) -> bool:
+    return snippet.not_run is None and snippet.language in ("python", "console")
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """The words of each command, without comments; a backslash continues a line."""
+    for line in code.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+def prose(page: Path) -> str:
+    """The page without its snippets, as many lines long."""
+    return FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), page.read_text(encoding="utf-8"))
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def files_of_pages(files_of_examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the docstrings' examples, a list of pairs, and a finished search that every page resumes."""
+    folder = tmp_path_factory.mktemp("pages") / "files"
+    shutil.copytree(files_of_examples, folder)
+    qface.make_pairs(folder / "faces", folder / "pairs.txt", folds=2, pairs_per_fold=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_commands("qface align photos/ -o faces/")
+        run_commands("qface compress teacher.safetensors --images faces/ --max-drop 0.5 -o small.onnx")
+    return folder
+
+
+@pytest.fixture
+def workplace(files_of_pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shutil.copytree(files_of_pages, tmp_path / "files"))
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(runs_here, snippets(page)))], ids=name_of)
+def test_snippets_run_in_their_order(page: Path) -> None:
+    names = {"qface": qface, "teacher": qface.load("teacher.safetensors"), "student": qface.load("student.safetensors")}
+    for snippet in filter(runs_here, snippets(page)):
+        if snippet.language == "python":
+            exec(compile(with_fewer(snippet.code), name_of(page), "exec"), names)
+        else:
+            run_commands(snippet.code)
+
+
+def with_fewer(code: str) -> str:
+    for many, few in FEWER.items():
+        code = code.replace(many, few)
+    return code
+
+
+def run_commands(code: str) -> None:
+    for program, *arguments in commands(code):
+        assert program == "qface", f"only commands of qface run here; mark others with <!-- not run: why -->: {code}"
+        arguments, output = arguments_and_output(arguments)
+        added = [extra for key, extra in FEW_FACES.items() if set(key.split()) <= set(arguments)]
+        result = CliRunner().invoke(main, [*arguments, *(word for extra in added for word in extra)])
+        assert result.exit_code == 0, f"qface {shlex.join(arguments)}\n{result.output}"
+        if output is not None:
+            output.write_text(result.stdout, encoding="utf-8")
+
+
+def arguments_and_output(words: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments of a command, and the file after ``>``."""
+    return (words[:-2], Path(words[-1])) if ">" in words else (words, None)
+
+
+@pytest.mark.usefixtures("workplace")
+def test_readme_prints_that_the_file_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+    code = next(snippet.code for snippet in snippets(ROOT / "README.md") if snippet.language == "python")
+    exec(code, {})
+    agrees, title, *_ = capsys.readouterr().out.splitlines()
+    assert agrees == "True" and "36 images of 6 people" in title
+
+
+def test_the_page_of_commands_runs_every_command() -> None:
+    shown = {words[1] for snippet in snippets(DOCS / "cli.md") for words in commands(snippet.code) if not snippet.not_run}
+    assert shown == set(main.commands) - {"demo"}
+
+
+def test_few_snippets_do_not_run() -> None:
+    reasons = Counter(snippet.not_run for page in PAGES for snippet in snippets(page) if snippet.not_run)
+    assert reasons == NOT_RUN
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_is_in_fences_with_a_language(page: Path) -> None:
+    languages = {snippet.language for snippet in snippets(page) if snippet.not_run is None}
+    assert languages <= {"python", "console", "text"}
+    assert not re.search(r"^(```| {4,}\S)", prose(page), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=name_of)
+def test_lines_are_short(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`]*`", "", prose(page))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), f"no file {target}"
+        assert not page.is_relative_to(DOCS) or file.is_relative_to(DOCS), f"{target} is not on the site"
+        assert not anchor or anchor in anchors(file), f"no heading {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings, which GitHub and mkdocs agree on as long as words are parted by single spaces."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
