@@ -117,7 +117,7 @@ def test_other_inputs_are_errors(write):
 
 
 def test_preprocessing_that_does_not_fit_is_an_error(write):
-    assert "reads images of 112x96" in message(write(("N", 3, 112, 96), Preprocessing().to_json()))
+    assert "has an input of 112x96" in message(write(("N", 3, 112, 96), Preprocessing().to_json()))
     assert "preprocessing record" in message(write(preprocessing="{"))
 
 
