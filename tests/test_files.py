@@ -116,7 +116,7 @@ def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path: Path) -> None:
     check_folder(tmp_path / ("a" * 255))
     for name in ("a" * 256, "ü" * 128):
-        with pytest.raises(ExportError, match="more than 255 bytes; choose a shorter one"):
+        with pytest.raises(ExportError, match="longer than 255 bytes; choose a shorter one"):
             check_folder(tmp_path / name)
 
 

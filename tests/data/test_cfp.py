@@ -78,7 +78,7 @@ def test_evaluation(cfp: Path) -> None:
 
 
 BROKEN = {
-    "a number is in no list": ("Split/FP/03/diff.txt", "1,99\n", PairsError, r"1 pairs in .* \(first: 99\)"),
+    "a number is in no list": ("Split/FP/03/diff.txt", "1,99\n", PairsError, r"1 image numbers in .* \(first: 99\)"),
     "no comma": ("Split/FP/03/same.txt", "1 2\n", PairsError, "same.txt, line 1: expected 'number,number'"),
     "a list without numbers": ("Pair_list_P.txt", "../Data/Images/1.jpg\n", PairsError, "line 1: expected 'number"),
     "a list without Data": ("Pair_list_P.txt", "1 /etc/passwd\n", PairsError, "line 1: expected 'number"),
@@ -114,7 +114,7 @@ def test_missing_and_damaged_images(cfp: Path) -> None:
     with pytest.raises(ImagesError, match=r"01.png cannot be read as a crop"):
         source.read(range(len(source)))
     image.unlink()
-    with pytest.raises(ImagesError, match=r"there is no image .*01.jpg: align"):
+    with pytest.raises(ImagesError, match=r"there is no image .*01.jpg: write"):
         CfpSplit(split)
 
 

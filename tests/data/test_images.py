@@ -31,7 +31,7 @@ def test_tensor_of_wrong_shape_or_type_is_refused(images):
 
 
 def test_tensor_needs_one_label_an_image():
-    with pytest.raises(ImagesError, match="2 images need 2 labels"):
+    with pytest.raises(ImagesError, match=r"2 images need labels of shape \[2\], got \[3\]"):
         TensorImages(torch.zeros(2, 3, 8, 8), torch.zeros(3))
 
 
@@ -54,7 +54,7 @@ def test_loader_passes_tensors_and_first_elements():
 
 
 def test_loader_of_other_things_is_refused():
-    with pytest.raises(ImagesError, match="not str"):
+    with pytest.raises(ImagesError, match="got str"):
         list(LoaderImages(["face.png"]).batches(1))
 
 

@@ -92,7 +92,7 @@ def test_malformed_lines_are_named(write, text, expected):
 
 @pytest.mark.parametrize("text", [LIST + "Ann\t1\t2\n", LIST[: LIST.rindex("Bob")], "2\t1\n"])
 def test_wrong_number_of_pairs_is_an_error(write, text):
-    assert "announces 4 pairs" in message(write(text))
+    assert "header says 4" in message(write(text))
 
 
 def test_missing_and_binary_files_are_errors(tmp_path):

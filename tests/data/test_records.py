@@ -126,7 +126,7 @@ def broken(records: dict[int, bytes]) -> dict[str, dict[int, bytes]]:
         "too short": records | {3: b"abc"},
         "too short for its 9 labels": records | {3: struct.pack("<IfQQ", 9, 0, 3, 0)},
         "record 2": {key: data for key, data in records.items() if key != 2},
-        "person": records | {4: header((1, 99), 4)},
+        "an identity's first image": records | {4: header((1, 99), 4)},
         "have no identity": records | {5: header((3, 3), 5)},
         "after the last image": records | {0: header((float("nan"), 5.0), 0)},
         "record 5": {key: data for key, data in records.items() if key != 5} | {6: b""},

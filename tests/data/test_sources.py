@@ -14,7 +14,7 @@ def test_as_image_source_recognizes_each_kind(crops):
     assert isinstance(as_image_source(torch.zeros(1, 3, 4, 4)), TensorImages)
     assert isinstance(as_image_source([torch.zeros(1, 3, 4, 4)]), LoaderImages)
     assert as_image_source(tensor) is tensor
-    with pytest.raises(ImagesError, match="not int"):
+    with pytest.raises(ImagesError, match="got int"):
         as_image_source(5)
 
 

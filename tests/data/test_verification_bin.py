@@ -121,7 +121,7 @@ def test_nothing_in_a_file_is_run(function, tmp_path: Path) -> None:
     ids=["one image", "four for one", "nothing", "three"],
 )
 def test_images_that_do_not_pair_up_are_counted(content: object, tmp_path: Path) -> None:
-    with pytest.raises(PairsError, match="two for each"):
+    with pytest.raises(PairsError, match="two per pair"):
         VerificationBin(write(tmp_path, content))
 
 
@@ -200,7 +200,7 @@ def test_any_bytes_are_refused_in_one_line(tmp_path_factory: pytest.TempPathFact
 def test_images_of_another_size_are_resized_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = VerificationBin(write(tmp_path, ([png(0, 160), png(1, 160)], [True])))
     (message,) = caplog.messages
-    assert "images of 160x160, which are resized to 112x112" in message
+    assert "images of 160x160 pixels, which are resized to 112x112" in message
     wanted = Image.open(io.BytesIO(png(1, 160))).resize((112, 112), Image.Resampling.BILINEAR)
     assert torch.equal(source.read([1])[0].permute(1, 2, 0), torch.from_numpy(np.array(wanted)))
 

@@ -210,9 +210,9 @@ def test_a_generator_an_empty_loader_and_strange_batches_are_refused() -> None:
         distill(*networks, (images for _ in range(3)), CPU)
     with pytest.raises(ImagesError, match="no batches"):
         distill(*networks, [], CPU)
-    with pytest.raises(ImagesError, match="not str"):
+    with pytest.raises(ImagesError, match="got str"):
         distill(*networks, ["batch"], CPU)
-    with pytest.raises(ImagesError, match="8 labels"):
+    with pytest.raises(ImagesError, match="labels of shape"):
         distill(*networks, [(images[:8], torch.zeros(8, 2))], CPU)
 
 
