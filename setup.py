@@ -6,7 +6,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-RELATIVE_LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
+RELATIVE_LINK = re.compile(r"!?\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
 
 settings = RawConfigParser()
 settings.read("setup.cfg", encoding="utf-8")
