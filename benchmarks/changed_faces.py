@@ -1,5 +1,6 @@
-"""Measure each change of the training images: students trained with each alone, with all and with none, judged on
-faces as they are and under the stress protocol.
+"""Measure each change of the training images by students trained with each alone, with all and with none.
+
+They are judged on unchanged faces and under the stress protocol.
 
     python benchmarks/changed_faces.py [--data ../shared] [--network mobilefacenet] [--bits 6] [--arms none --arms all]
                                       [--seed 0] [--every 5] [--epochs 1] [--max-steps N] [-o runs/changed_faces]

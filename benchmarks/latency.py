@@ -209,7 +209,7 @@ def write_forms(teacher: nn.Module, crops: Tensor, bits: int, into: Path) -> dic
 
 
 def quantize_static(source: Path, images: np.ndarray[Any, Any], target: Path) -> Path:
-    """onnxruntime's own QDQ: uint8 activations, int8 weights, a scale for each channel."""
+    """Write QDQ by onnxruntime's quantizer: uint8 activations, int8 weights per channel."""
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

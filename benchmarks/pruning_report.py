@@ -20,8 +20,10 @@ def name_of(bits: Bits) -> str:
 
 
 def gain_per_macs(row: Record, rows: Sequence[Record]) -> float | None:
-    """How many times as fast as the unpruned file of the same width, over how many times fewer products; 1 where time
-    goes with products."""
+    """Return the speedup over the unpruned file of the same bits, relative to the reduction in multiply-adds.
+
+    It is 1 if the time is proportional to the multiply-adds.
+    """
     if row["ratio"] is None:
         return None
     whole = next(other for other in rows if other["ratio"] is None and other["bits"] == row["bits"])

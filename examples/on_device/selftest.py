@@ -1,4 +1,4 @@
-"""Say whether onnxruntime computes on this device what was trained: python selftest.py student.onnx"""
+"""Say whether onnxruntime computes on this device what was trained: ``python selftest.py student.onnx``."""
 
 import base64
 import json
