@@ -121,9 +121,13 @@ class FabricProcesses(Parallel):
         return wrapped
 
     def gather(self, embeddings: Tensor) -> Tensor:
-        """All processes' embeddings; the gradient flows back to their own process."""
-        gathered: Tensor = _Gather.apply(embeddings, self.rank, self.world_size)  # type: ignore[no-untyped-call]
-        return gathered
+        """All processes' embeddings; the gradient flows back to their own process.
+
+        The gradient is summed over the processes, each of which computes the whole loss, and DistributedDataParallel
+        takes the mean of the parameter gradients: together they are the gradient of one process.
+        """
+        gathered: Tensor = self._fabric.all_gather(embeddings, sync_grads=True)
+        return gathered.flatten(0, 1)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over all processes, on the CPU."""
@@ -149,23 +153,3 @@ def _fabric(device: torch.device) -> Any:
     # Buffers (batch norm statistics, observers) are frozen, so there is nothing to broadcast.
     strategy = DDPStrategy(broadcast_buffers=False)
     return Fabric(accelerator=device.type, devices=local, num_nodes=world // local, strategy=strategy)
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenate over processes; the gradient of a slice goes back to the process it came from.
-
-    Every process computes the whole loss, so its own slice of the gradient is already complete. DDP takes the
-    mean of the processes' parameter gradients where the sum is wanted, hence the factor.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, rank: int, world_size: int) -> Tensor:
-        ctx.rank, ctx.world_size = rank, world_size
-        parts = [torch.empty_like(embeddings) for _ in range(world_size)]
-        torch.distributed.all_gather(parts, embeddings.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        own = gradients[0].chunk(ctx.world_size)[ctx.rank]
-        return own * ctx.world_size, None, None

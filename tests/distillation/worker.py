@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor
 from qface.data.images import IndexedImages
 from qface.distillation import distill
 
-from .networks import CPU, face_images, residual_network, student_of, tiny_network
+from .networks import CPU, changed, face_images, residual_network, student_of, tiny_network
 
-CONFIG = replace(CPU, class_head=True)
-WITH_FEATURES = replace(CPU, feature_loss_weight=1.0, max_steps=2)
+CONFIG = changed(CPU, losses={"class_head": True})
+WITH_FEATURES = changed(CPU, losses={"feature_loss_weight": 1.0}, max_steps=2)
 
 
 class KilledWhileReading(IndexedImages):
