@@ -111,7 +111,7 @@ class _IndexedBatches(Batches):
             batch_size=None,
             sampler=self._sampler.batches(steps),
             num_workers=self._num_workers,
-            worker_init_fn=_leave_signals_to_main,
+            worker_init_fn=_end_without_failure,
             multiprocessing_context="fork" if self._num_workers else None,
             generator=torch.Generator(),  # the DataLoader draws from it, and should not from the global one
         )
@@ -179,14 +179,12 @@ def _is_in_memory(source: IndexedImages) -> bool:
     return isinstance(source, TensorImages)
 
 
-def _leave_signals_to_main(_: int) -> None:
-    """Keep a worker from failing on a signal that a terminal or a scheduler sends to all processes.
+def _end_without_failure(_: int) -> None:
+    """Let SIGTERM, which schedulers send to all processes, end a worker without the status of a failure.
 
-    The training process finishes its step and saves it. A failed worker would raise RuntimeError in the middle of it.
+    A failure would raise RuntimeError in the training process, before it has finished and saved its step.
     """
-    for each in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # not ignored, since a DataLoader ends workers by it
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 class _LoaderBatches(Batches):
