@@ -22,6 +22,7 @@ __all__ = [
     "ScheduleConfig",
     "ScheduleName",
     "Surrogate",
+    "check_choice",
 ]
 
 Surrogate = Literal["sigmoid", "linear"]
@@ -82,9 +83,9 @@ class LossConfig:
     scale: float = 64.0
 
     def __post_init__(self) -> None:
-        _check_choice(Surrogate, ekd_surrogate=self.ekd_surrogate)
+        check_choice(Surrogate, ekd_surrogate=self.ekd_surrogate)
         if self.embedding_loss is not None:
-            _check_choice(EmbeddingLossName, embedding_loss=self.embedding_loss)
+            check_choice(EmbeddingLossName, embedding_loss=self.embedding_loss)
         _check_not_negative(
             ekd_weight=self.ekd_weight,
             embedding_weight=self.embedding_weight,
@@ -145,7 +146,7 @@ class OptimizerConfig:
     max_gradient_norm: float | None = None
 
     def __post_init__(self) -> None:
-        _check_choice(OptimizerName, optimizer=self.name)
+        check_choice(OptimizerName, optimizer=self.name)
         _check_positive(**_given(learning_rate=self.learning_rate, max_gradient_norm=self.max_gradient_norm))
         _check_not_negative(momentum=self.momentum, weight_decay=self.weight_decay)
         _check_not_negative(**_given(scale_learning_rate=self.scale_learning_rate))
@@ -175,7 +176,7 @@ class ScheduleConfig:
     warmup_steps: int = 8
 
     def __post_init__(self) -> None:
-        _check_choice(ScheduleName, schedule=self.name)
+        check_choice(ScheduleName, schedule=self.name)
         check_whole(0, warmup_steps=self.warmup_steps)
 
 
@@ -244,7 +245,7 @@ class DistillConfig:
         check_whole(0, observer_steps=self.observer_steps)
         check_whole(0, **_given(bn_statistics_steps=self.bn_statistics_steps, num_workers=self.num_workers))
         check_seed(self.seed)
-        _check_choice(PrecisionName, precision=self.precision)
+        check_choice(PrecisionName, precision=self.precision)
         if self.optimizer.learning_rate is None and not self.losses.uses_embedding_loss:
             raise ConfigError("without an embedding loss the optimizer needs a learning_rate: set it")
 
@@ -311,7 +312,16 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
-def _check_choice(choice: object, **fields: object) -> None:
+def check_choice(choice: object, **fields: object) -> None:
+    """Check that each field is a value of the Literal ``choice``.
+
+    Args:
+        choice: a ``Literal``.
+        fields: values by the name that the error shows.
+
+    Raises:
+        ConfigError: a field has another value.
+    """
     for name, value in fields.items():
         if value not in get_args(choice):
             raise ConfigError(f"{name} must be one of {', '.join(map(repr, get_args(choice)))}, got {value!r}")
