@@ -129,7 +129,8 @@ def _loops(
 
     def loop(student: nn.Module, config: qface.DistillConfig) -> Loop:
         # At next to no rate, so that the students stay as they are however often they are trained.
-        timed_config = replace(config, batch_size=batch_size, max_steps=steps, epochs=steps, learning_rate=1e-9)
+        optimizer = replace(config.optimizer, learning_rate=1e-9)
+        timed_config = replace(config, batch_size=batch_size, max_steps=steps, epochs=steps, optimizer=optimizer)
         return partial(qface.distill, student, teacher, images, timed_config, progress=False)
 
     configs = {QUANTFACE: quantface.TRAINING, PAPER: qface.DistillConfig.paper(), OURS: qface.DistillConfig()}

@@ -6,7 +6,7 @@ from qface.data.augmentation import AugmentationConfig
 from qface.data.crops import AlignmentReport, align
 from qface.data.pair_drawing import make_pairs
 from qface.deployment import SelfTest, SizeReport, export, measure_size, selftest, verify
-from qface.distillation import DistillConfig, distill
+from qface.distillation import DistillConfig, LossConfig, OptimizerConfig, ScheduleConfig, distill
 from qface.errors import QFaceError
 from qface.evaluation import (
     EvaluationResult,
@@ -47,14 +47,17 @@ __all__ = [
     "GroupsResult",
     "IdentificationResult",
     "LayerBits",
+    "LossConfig",
     "MatchThresholds",
     "OperatingThresholds",
+    "OptimizerConfig",
     "Preprocessing",
     "PruningConfig",
     "QFaceError",
     "QuantizationConfig",
     "QuantizationPlan",
     "RunRecord",
+    "ScheduleConfig",
     "SelfTest",
     "Sensitivity",
     "SizeReport",

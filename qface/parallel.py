@@ -121,9 +121,13 @@ class FabricProcesses(Parallel):
         return wrapped
 
     def gather(self, embeddings: Tensor) -> Tensor:
-        """Concatenate the embeddings of all processes; each process gets the gradient of its own slice."""
-        gathered: Tensor = _Gather.apply(embeddings, self.rank, self.world_size)  # type: ignore[no-untyped-call]
-        return gathered
+        """Concatenate the embeddings of all processes; each gradient flows back to its own process.
+
+        The gradient is summed over the processes, each of which computes the whole loss, and DistributedDataParallel
+        takes the mean of the parameter gradients: together they are the gradient of one process.
+        """
+        gathered: Tensor = self._fabric.all_gather(embeddings, sync_grads=True)
+        return gathered.flatten(0, 1)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum ``values`` over all processes; the result is on the CPU."""
@@ -149,23 +153,3 @@ def _fabric(device: torch.device) -> Any:
     # Buffers (BatchNorm statistics, observers) are frozen, so they need no broadcast.
     strategy = DDPStrategy(broadcast_buffers=False)
     return Fabric(accelerator=device.type, devices=local, num_nodes=world // local, strategy=strategy)
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenate over processes; backward returns to each process the gradient of its own slice.
-
-    Each process computes the loss of the complete batch, so the gradient of its slice is complete. DDP averages the
-    parameter gradients, but their sum is needed: hence the factor ``world_size``.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, rank: int, world_size: int) -> Tensor:
-        ctx.rank, ctx.world_size = rank, world_size
-        parts = [torch.empty_like(embeddings) for _ in range(world_size)]
-        torch.distributed.all_gather(parts, embeddings.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        own = gradients[0].chunk(ctx.world_size)[ctx.rank]
-        return own * ctx.world_size, None, None

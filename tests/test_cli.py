@@ -232,8 +232,8 @@ def test_recipes(workplace: Path, recipe: str, precision: str) -> None:
     result = run("quantize", *arguments, *options)
     assert result.exit_code == 0, result.output
     settings = provenance_of(qface.load("student.safetensors"))[-1]
-    assert (settings["embedding_loss"] is None) == (recipe == "paper")
-    assert (settings["learning_rate"], settings["precision"]) == (0.0001, precision)
+    assert (settings["losses"]["embedding_loss"] is None) == (recipe == "paper")
+    assert (settings["optimizer"]["learning_rate"], settings["precision"]) == (0.0001, precision)
 
 
 def test_what_is_not_given_is_the_recipes(workplace: Path) -> None:

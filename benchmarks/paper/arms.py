@@ -27,7 +27,8 @@ from qface.pruning import cost_of
 __all__ = ["Arms", "Unavailable"]
 
 PRUNED_SHARE = 0.2
-FROM_SCRATCH = replace(qface.DistillConfig.paper(), learning_rate=0.1)
+PAPER = qface.DistillConfig.paper()
+FROM_SCRATCH = replace(PAPER, optimizer=replace(PAPER.optimizer, learning_rate=0.1))
 """Settings for a randomly initialized network; the learning rate is that of Tencent/TFace, recognition/tasks/ekd."""
 
 
@@ -188,13 +189,12 @@ class Arms:
     def _training(self, method: Method) -> qface.DistillConfig:
         """Return the recipe's training settings; without labels, the reference EKD has no genuine pairs."""
         config = RECIPES[self.recipe].training
-        return replace(
-            config,
+        losses = replace(
+            config.losses,
             class_head=method.class_head,
-            reference_ekd=config.reference_ekd and method.labeled,
-            seed=self.seed,
-            max_steps=self.max_steps,
+            reference_ekd=config.losses.reference_ekd and method.labeled,
         )
+        return replace(config, losses=losses, seed=self.seed, max_steps=self.max_steps)
 
     def _distill(self, student: nn.Module, teacher: nn.Module, arm: Arm, config: qface.DistillConfig) -> None:
         assert arm.images is not None
@@ -244,8 +244,9 @@ class Arms:
         """Train a randomly initialized network with EKD."""
         teacher = self._teacher(self.teacher_of[arm.network])
         student = _fresh(arm.network, self._teacher(arm.network), self.seed)
-        settings = {"class_head": arm.method.class_head, "seed": self.seed, "max_steps": self.max_steps}
-        self._distill(student, teacher, arm, replace(FROM_SCRATCH, **settings))
+        losses = replace(FROM_SCRATCH.losses, class_head=arm.method.class_head)
+        config = replace(FROM_SCRATCH, losses=losses, seed=self.seed, max_steps=self.max_steps)
+        self._distill(student, teacher, arm, config)
         qface.export(student, self._path(arm, ".onnx"))
         return cost_of(student).mb
 

@@ -36,17 +36,16 @@ _NOT_READ = ("beta", "beta_t")  # unused buffers of QuantFace's quantizers
 
 TRAINING = qface.DistillConfig(
     batch_size=BATCH_SIZE,
-    ekd_weight=0.0,
-    embedding_loss="mse",
-    feature_loss_weight=0.0,
-    optimizer="sgd",
-    learning_rate=RATE_OF_AN_IMAGE * BATCH_SIZE,
-    schedule="constant",
-    warmup_steps=0,
-    momentum=0.9,
-    nesterov=True,
-    weight_decay=5e-4,
-    max_gradient_norm=5.0,
+    losses=qface.LossConfig(ekd_weight=0.0, embedding_loss="mse", feature_loss_weight=0.0),
+    optimizer=qface.OptimizerConfig(
+        "sgd",
+        learning_rate=RATE_OF_AN_IMAGE * BATCH_SIZE,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+        max_gradient_norm=5.0,
+    ),
+    schedule=qface.ScheduleConfig("constant", warmup_steps=0),
     bn_statistics_steps=None,
 )
 

@@ -199,9 +199,13 @@ PRUNING_FIELDS = (
 )
 
 
-def distill_config(recipe: str, augment: bool = False, **settings: Any) -> qface.DistillConfig:
+def distill_config(
+    recipe: str, augment: bool = False, learning_rate: float | None = None, **settings: Any
+) -> qface.DistillConfig:
     """The recipe's settings, and in their place those that were given."""
     base = qface.DistillConfig.paper() if recipe == "paper" else qface.DistillConfig()
     if augment:
         base = replace(base, augmentation=qface.AugmentationConfig())
+    if learning_rate is not None:
+        base = replace(base, optimizer=replace(base.optimizer, learning_rate=learning_rate))
     return replace(base, **{name: value for name, value in settings.items() if value is not None})

@@ -1,6 +1,12 @@
-"""Distillation: a small or quantized student learns to see faces as its teacher does."""
+"""Knowledge distillation: train a small or quantized student to embed faces as its teacher does."""
 
-from qface.distillation.distill_config import LR_PER_RMS_DISTANCE, DistillConfig
+from qface.distillation.distill_config import (
+    LR_PER_RMS_DISTANCE,
+    DistillConfig,
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from qface.distillation.heads import ArcFaceHead
 from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
 from qface.distillation.trainer import check_run, distill
@@ -11,7 +17,10 @@ __all__ = [
     "CosineEmbeddingLoss",
     "DistillConfig",
     "EKDLoss",
+    "LossConfig",
     "MSEEmbeddingLoss",
+    "OptimizerConfig",
+    "ScheduleConfig",
     "check_run",
     "distill",
 ]

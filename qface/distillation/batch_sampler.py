@@ -1,6 +1,6 @@
-"""Batches and mirrored images, as functions of the seed and the step alone.
+"""Batches, flips and random draws as pure functions of the seed and the step.
 
-Nothing here remembers anything, so a run that goes on after a crash draws exactly what it would have drawn.
+No state is kept, so a resumed run draws exactly what the interrupted run would have drawn.
 """
 
 from __future__ import annotations
@@ -8,38 +8,42 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PairSampler", "flips", "seeded_rng"]
+__all__ = ["PairSampler", "StepIndices", "flips", "seeded_rng"]
 
-# 32 random images beside 8 identities x 4 images in a batch of 64: Tencent/TFace, recognition/tasks/ekd.
+StepIndices = tuple[int, list[int]]
+"""Step number, and the indices of the images of its batch."""
+
+# 32 random images and 8 identities x 4 images in a batch of 64: Tencent/TFace, recognition/tasks/ekd.
 _IMAGES_PER_IDENTITY = 4
 _IDENTITIES_PER_IMAGE = 1 / 8
 
-_FLIPS = 1  # keeps the flips of a step apart from the batches of the epoch of the same number
-_NETWORKS = 2  # likewise, and what networks draw apart from both
+_FLIPS = 1  # separates the random stream of flips from that of batches
+_NETWORKS = 2  # separates the random stream of networks from both
 
 
 class PairSampler:
-    """Batches that hold enough positive pairs: half random images, half a few images each of some identities.
+    """Sampler of batches with positive pairs: half random images, half a few images each of some identities.
 
-    A batch of 64 has 8 identities with 4 images each; other sizes in proportion, at least one identity. An
-    identity with fewer images gives what it has, one with a single image counts as random, and random images
-    fill up the rest: an epoch's random images are all different, and no image is twice in one batch. Without
-    labels a batch is random.
+    A batch of 64 holds 4 images each of 8 identities; other sizes scale with it, with at least one identity. An
+    identity with fewer images contributes all of them, identities with a single image only appear among the random
+    images, and random images fill up the batch. Within an epoch all random images differ, and no batch holds an image
+    twice. Without labels all images are random.
 
     Args:
-        count: number of images.
-        labels: their identities, int64 [count], or None.
-        batch_size: images in a batch, at most ``count``.
-        seed: of all draws, from 0 on.
+        num_images: number of images.
+        labels: identities, int64 [num_images], or None.
+        batch_size: images per batch, at most ``num_images``.
+        seed: seed of all draws, >= 0.
     """
 
-    def __init__(self, count: int, labels: Tensor | None, batch_size: int, seed: int) -> None:
-        self.count = count
+    def __init__(self, num_images: int, labels: Tensor | None, batch_size: int, seed: int) -> None:
+        self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
         self._groups = [] if labels is None else _groups(labels)
@@ -47,21 +51,27 @@ class PairSampler:
         self._identities = min(max(1, int(batch_size * _IDENTITIES_PER_IMAGE)), len(self._groups))
 
     @property
-    def steps(self) -> int:
-        """Batches in an epoch."""
-        return self.count // self.batch_size
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        return self.num_images // self.batch_size
 
     @property
     def has_positives(self) -> bool:
-        """True if every batch holds two images of one person."""
+        """True if every batch holds two images of one identity."""
         return self._identities > 0
+
+    def batches(self, steps: range) -> Iterator[StepIndices]:
+        """Yield the batches of the consecutive ``steps``."""
+        epoch, skipped = divmod(steps.start, self.steps_per_epoch)
+        batches = chain.from_iterable(map(self.epoch, count(epoch)))
+        yield from zip(steps, islice(batches, skipped, None), strict=False)
 
     def epoch(self, number: int) -> Iterator[list[int]]:
         """Yield the batches of epoch ``number``, each a list of ``batch_size`` indices."""
         random = np.random.default_rng((self.seed, number))
-        images = deque(random.permutation(self.count).tolist())
+        images = deque(random.permutation(self.num_images).tolist())
         identities: deque[int] = deque()
-        for _ in range(self.steps):
+        for _ in range(self.steps_per_epoch):
             if len(identities) < self._identities:
                 identities = deque(random.permutation(len(self._groups)).tolist())
             chosen = [identities.popleft() for _ in range(self._identities)]
@@ -75,7 +85,7 @@ class PairSampler:
 
 
 def _groups(labels: Tensor) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """The indices of each identity that has two images or more."""
+    """Return the image indices of each identity with two or more images."""
     values = labels.cpu().numpy()
     order = np.argsort(values, kind="stable")
     starts = np.flatnonzero(np.diff(values[order])) + 1
@@ -83,10 +93,10 @@ def _groups(labels: Tensor) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
 
 
 def _take(images: deque[int], count: int, excluded: set[int]) -> list[int]:
-    """Remove the first ``count`` of ``images`` that are not ``excluded``; the excluded ones before them stay.
+    """Remove and return the first ``count`` images that are not ``excluded``; excluded ones keep their place.
 
-    An epoch never runs dry: it has at most ``floor(images / batch)`` steps, so a whole batch is left at the
-    last.
+    The images always suffice: an epoch has at most ``floor(images / batch_size)`` steps, so at least ``batch_size``
+    images remain before the last one.
     """
     taken: list[int] = []
     passed: list[int] = []
@@ -98,13 +108,13 @@ def _take(images: deque[int], count: int, excluded: set[int]) -> list[int]:
 
 
 def flips(count: int, seed: int, step: int) -> Tensor:
-    """Draw which of the ``count`` images of batch ``step`` are mirrored, bool [count]."""
+    """Draw which images of the batch of ``step`` are mirrored, bool [count]."""
     return torch.from_numpy(np.random.default_rng((seed, step, _FLIPS)).random(count) < 0.5)
 
 
 @contextmanager
 def seeded_rng(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Make random draws of networks within, such as dropout and stochastic depth, a function of seed and step."""
+    """Seed torch's generators in the block, for dropout or stochastic depth, and restore them afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.default_rng([seed, step, _NETWORKS]).integers(2**63 - 1)))
         yield

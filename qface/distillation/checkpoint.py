@@ -1,4 +1,4 @@
-"""The folder of a run: a checkpoint to go on from, and one line of JSON for every step."""
+"""Run folder: a checkpoint to resume from, and a log with one line of JSON per step."""
 
 from __future__ import annotations
 
@@ -28,29 +28,34 @@ __all__ = ["CHECKPOINT", "RunFolder", "check_run_folder", "run_folder"]
 _LOGGER = logging.getLogger("qface")
 
 CHECKPOINT = "checkpoint.pt"
-"""Name of the file in a run folder that a stopped run goes on from."""
+"""Name of the checkpoint in a run folder."""
+_FORMAT = 2  # of the checkpoint; 1, which did not say so, held flat settings
 _LOG = "log.jsonl"
 _STUDENT = "student weights"
-_LENGTH = ("epochs", "max_steps")  # which may grow
-_FREE_TO_CHANGE = ("checkpoint_every", "device")
+_LENGTH = ("epochs", "max_steps")  # may grow when a run is resumed
+_FREE_TO_CHANGE = ("checkpoint_every", "device", "num_workers")
 _PARTS = ("config", "inputs", "state")
 _PLAIN = (int, float, str, type(None))
 _STATE = {"step": int, "total": int, "student": dict, "objective": dict, "optimizer": dict}
 
 
 def check_run_folder(path: Path, resume: bool) -> None:
-    """Make sure, without making it, that a run can begin or go on in the folder ``path``.
+    """Check, without creating anything, that a run can start or resume in the folder ``path``.
+
+    Args:
+        path: the run folder.
+        resume: True if a checkpoint in it is to be resumed.
 
     Raises:
-        ConfigError: it holds a checkpoint and ``resume`` is False.
-        ExportError: it cannot be made or written to.
+        ConfigError: the folder holds a checkpoint and ``resume`` is False.
+        ExportError: the folder cannot be created or written to.
     """
     if os.path.exists(path / CHECKPOINT):
         if not resume:
             raise ConfigError(
                 f"{path} already holds a run: resume it (--resume, resume=True), delete it, or choose another folder"
             )
-        return  # a run that is finished is only read
+        return  # it may be finished, and then nothing is written
     if os.path.exists(path):
         written = [path / CHECKPOINT, path / _LOG]
     else:
@@ -63,19 +68,19 @@ def check_run_folder(path: Path, resume: bool) -> None:
 def run_folder(
     path: Path, config: DistillConfig, student: nn.Module, teacher: nn.Module, source: ImageSource, writes: bool
 ) -> Iterator[RunFolder]:
-    """The folder ``path`` for a run of these networks on these images, which it belongs to until the end of the block.
+    """Open the run folder ``path`` and lock it against other runs until the end of the block.
 
     Args:
-        path: the folder; it is made where it is missing.
+        path: the folder; it is created if it is missing.
         config: settings of the run.
-        student: the network that learns, before it does.
-        teacher: the network that it learns from.
-        source: the images, all of which are read once.
-        writes: True in the one process that writes, which keeps other runs out.
+        student: the student before training.
+        teacher: the teacher.
+        source: the training images, which are all read once.
+        writes: True in the one process that writes and holds the lock.
 
     Raises:
-        ConfigError: another run is in the folder.
-        ExportError: it cannot be made.
+        ConfigError: another run holds the lock.
+        ExportError: the folder cannot be created.
         ImagesError: an image cannot be read.
     """
     if writes:
@@ -91,17 +96,17 @@ def run_folder(
 
 
 class RunFolder:
-    """The files of a run, with which another process can finish it; :func:`run_folder` opens them.
+    """Checkpoint and log of a run; open it with :func:`run_folder`.
 
     Args:
         path: the folder, which exists.
         config: settings of the run.
-        inputs: a word for each thing the run starts from (student, teacher, images), by its name.
-        student: the network as the run starts with it.
-        writes: whether this process is the one that writes.
+        inputs: digests of student, teacher and images by name.
+        student: the student before training.
+        writes: True if this process writes.
 
     Attributes:
-        is_longer: True once a checkpoint is loaded whose run was begun with fewer epochs or steps.
+        is_longer: True after a checkpoint of a run with fewer epochs or steps was loaded.
     """
 
     def __init__(
@@ -116,12 +121,12 @@ class RunFolder:
         self.is_longer = False
 
     def load(self) -> dict[str, Any] | None:
-        """The state that was saved last, on the CPU, or None where there is none.
+        """Return the last saved state, on the CPU, or None if there is no checkpoint.
 
         Raises:
-            CheckpointError: the file is damaged.
-            ConfigError: it comes from other settings.
-            TrainingError: it comes from other networks or images.
+            CheckpointError: the file is damaged, or another version of qface wrote it.
+            ConfigError: the run had other settings.
+            TrainingError: the run had other networks or images.
         """
         if not self._checkpoint.exists():
             return None
@@ -133,8 +138,8 @@ class RunFolder:
         if self.is_longer:
             was, now = (", ".join(f"{name}={of[name]}" for name in _LENGTH) for of in (saved["config"], self._config))
             _LOGGER.warning(
-                "%s was begun with %s and goes on to %s: from step %d the learning rate is that of the longer "
-                "schedule, and what it was before stays",
+                "%s was started with %s and continues to %s: from step %d on, the learning rates are those of the "
+                "longer schedule",
                 *(self._checkpoint, was, now, state["step"]),
             )
         return state
@@ -145,64 +150,78 @@ class RunFolder:
             saved: Any = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
         if not _is_checkpoint(saved):
             raise CheckpointError(f"{self._checkpoint} is no checkpoint of a distillation: choose another run folder")
+        if (found := saved.get("format", 1)) != _FORMAT:
+            raise CheckpointError(
+                f"{self._checkpoint} has format {found}, but this version of qface resumes format "
+                f"{_FORMAT}: finish the run with the version that started it, or choose another run folder"
+            )
         return dict(saved)
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Around reading the checkpoint, and putting back what it holds.
+        """Turn errors while the checkpoint is read or its state is restored into one line.
 
         Raises:
-            CheckpointError: that fails.
+            CheckpointError: the block failed.
         """
         try:
             yield
-        except (MemoryError, torch.cuda.OutOfMemoryError):  # of which the checkpoint is innocent
+        except (MemoryError, torch.cuda.OutOfMemoryError):  # the file is not at fault
             raise
         except Exception as error:  # torch checks little, so damaged bytes may raise anything
             raise CheckpointError(f"{self._checkpoint} is damaged: delete it to start over") from error
 
     def _require_same_config(self, saved: dict[str, Any]) -> None:
         longer = _is_longer(saved, self._config)
+        was, now = _flat(saved), _flat(self._config)
         differing = [
-            name for name in self._config if saved.get(name) != self._config[name] and not (longer and name in _LENGTH)
+            name
+            for name in dict.fromkeys((*now, *was))
+            if was.get(name) != now.get(name) and not (longer and name in _LENGTH)
         ]
         if differing:
-            was = ", ".join(f"{name}={saved.get(name)!r}" for name in differing)
-            now = ", ".join(f"{name}={self._config[name]!r}" for name in differing)
+            before, after = (", ".join(f"{name}={each.get(name)!r}" for name in differing) for each in (was, now))
             raise ConfigError(
-                f"{self._checkpoint} was made with {was}, not {now}: repeat that (more epochs are allowed), or choose "
-                "another folder"
+                f"{self._checkpoint} was made with {before}, not {after}: repeat that (more epochs are allowed), or "
+                "choose another folder"
             )
 
     def _require_same_inputs(self, saved: dict[str, str], trained: Mapping[str, Any]) -> None:
-        for name, word in self._inputs.items():
-            if saved.get(name) != word and not (name == _STUDENT and _holds(self._student, trained)):
+        for name, digest in self._inputs.items():
+            if saved.get(name) != digest and not (name == _STUDENT and _holds(self._student, trained)):
                 raise TrainingError(
-                    f"{self._checkpoint} was made with other {name}: give those, or choose another folder"
+                    f"{self._checkpoint} was made with other {name}: pass the original ones, or choose another folder"
                 )
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint in one move, so that a crash leaves either the old one or the new one.
+        """Replace the checkpoint atomically, so that a crash leaves the old one or the new one.
+
+        Args:
+            state: step, total, and the states of student, objective and optimizer.
 
         Raises:
-            ExportError: it cannot be written.
+            ExportError: the file cannot be written.
         """
         if not self._writes:
             return
         if self._log.exists():
-            sync(self._log)  # or after a power failure the checkpoint could know of steps that the log does not
-        # To an open file, since torch would write the name of a path into it.
+            sync(self._log)  # or, after a power failure, the checkpoint could be ahead of the log
+        content = {"format": _FORMAT, "config": self._config, "inputs": self._inputs, "state": state}
+        # Given a path, torch would store its name in the file.
         with replacing(self._checkpoint) as temporary, temporary.open("wb") as file:
             try:
-                torch.save(_interned({"config": self._config, "inputs": self._inputs, "state": state}), file)
-            except RuntimeError as error:  # what torch makes of a full disk
+                torch.save(_interned(content), file)
+            except RuntimeError as error:  # torch's error for a full disk
                 raise ExportError(f"cannot write all of {self._checkpoint}: make room on the disk") from error
 
     def begin_log(self, step: int) -> None:
-        """Keep the log of the first ``step`` steps; a killed run may have written more than it saved.
+        """Cut the log after the first ``step`` lines; a killed run may have logged more steps than it saved.
+
+        Args:
+            step: number of steps in the checkpoint.
 
         Raises:
-            ExportError: it cannot be written.
+            ExportError: the log cannot be written.
         """
         if not self._writes:
             return
@@ -211,10 +230,13 @@ class RunFolder:
             temporary.write_bytes(b"".join(lines))
 
     def log(self, record: Mapping[str, float]) -> None:
-        """Append one line.
+        """Append one line to the log.
+
+        Args:
+            record: values of the step by name.
 
         Raises:
-            ExportError: it cannot be written.
+            ExportError: the log cannot be written.
         """
         if not self._writes:
             return
@@ -228,7 +250,7 @@ class RunFolder:
 
 
 def _interned(value: Any) -> Any:
-    """``value`` with one object for equal strings: pickle writes such a one once, and those of a resumed run differ."""
+    """Replace equal strings by one object: pickle stores it once, so that resumed runs write the same bytes."""
     if type(value) is dict:
         return {_interned(key): _interned(each) for key, each in value.items()}
     if type(value) is list:
@@ -237,25 +259,33 @@ def _interned(value: Any) -> Any:
 
 
 def _holds(student: nn.Module, trained: Mapping[str, Any]) -> bool:
-    """True if ``student`` holds the values ``trained``, as one does that this run has trained in this process."""
+    """True if ``student`` already has the values ``trained``, such as after training by this run in this process."""
     own = student.state_dict()
     return own.keys() == trained.keys() and all(
         torch.equal(value.cpu(), trained[name]) for name, value in own.items() if isinstance(value, Tensor)
     )
 
 
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings by dotted names, such as ``optimizer.learning_rate``."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def _is_longer(saved: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """True if ``config`` trains at least as long as ``saved``, by epochs and by steps; None are any number of these."""
+    """True if ``config`` trains at least as many epochs and steps as ``saved``; None is unlimited."""
     if not all(isinstance(saved.get(name), int | None) for name in _LENGTH):
         return False
     return all(config[name] is None or (saved[name] is not None and config[name] >= saved[name]) for name in _LENGTH)
 
 
 def _check_sums(path: Path) -> None:
-    """Compare what the archive ``path`` holds with the sums that torch wrote beside it, and never reads.
+    """Check the CRC-32 sums in the archive ``path``, which torch writes but does not check.
 
     Raises:
-        zipfile.BadZipFile: they differ, or it is no archive.
+        zipfile.BadZipFile: a sum differs, or the file is no archive.
     """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
@@ -264,16 +294,15 @@ def _check_sums(path: Path) -> None:
 
 
 def _is_checkpoint(saved: Any) -> bool:
-    """True if ``saved`` holds what :meth:`RunFolder.save` writes, as far as types tell."""
+    """True if ``saved`` has the structure and types that :meth:`RunFolder.save` writes."""
     if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in _PARTS):
         return False
-    return _is_plain(saved["config"]) and all(
-        isinstance(saved["state"].get(name), kind) for name, kind in _STATE.items()
-    )
+    typed = isinstance(saved.get("format", 1), int) and _is_plain(saved["config"])
+    return typed and all(isinstance(saved["state"].get(name), kind) for name, kind in _STATE.items())
 
 
 def _is_plain(settings: Mapping[Any, Any]) -> bool:
-    """True if ``settings`` are plain values by name, or groups of such."""
+    """True if ``settings`` are plain values by name, with at most one level of nesting."""
     groups = [value for value in settings.values() if isinstance(value, dict)]
     flat = all(isinstance(value, (*_PLAIN, dict)) for value in settings.values())
     return flat and all(isinstance(value, _PLAIN) for group in groups for value in group.values())

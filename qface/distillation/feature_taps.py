@@ -1,7 +1,8 @@
-"""Residual sums of student and teacher: where few bits lose most, the embedding alone says too little.
+"""Feature distillation on the sums of residual connections.
 
-A quantized student computes its teacher's residual sums, each channel times a factor that equalization chose. So the
-factors are found once, by least squares, and the sums compared in parts of their variance.
+With few bits, the embedding alone is too weak a signal. A quantized student computes its teacher's residual sums, with
+each channel scaled by a factor from cross-layer equalization. These factors are fitted once by least squares, and the
+difference of the sums is measured relative to their variance.
 """
 
 from __future__ import annotations
@@ -21,29 +22,38 @@ from qface.graph.layers import Add
 __all__ = ["FeatureLoss", "FeaturePairs", "FeatureTaps"]
 
 FeaturePairs = Sequence[tuple[Tensor, Tensor]]
-"""The value of each sum in the student and in the teacher, [n, channels, ...] each."""
+"""Values of each residual sum in the student and in the teacher, each [N, C, ...]."""
 
 
 class FeatureTaps:
-    """Values of some sums of a student and of its teacher.
+    """Forward hooks on residual sums of student and teacher.
 
     Args:
-        student: the network that learns.
-        teacher: the network to learn from.
-        names: of the sums, which are layers of both.
+        student: the student.
+        teacher: the teacher.
+        names: names of the addition layers, which both networks have.
+
+    Attributes:
+        teacher: the network to call as the teacher.
+        names: names of the addition layers.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, names: Sequence[str] = ()) -> None:
         self.teacher = teacher
         self.names = names
         self._student = student
-        self._made: dict[tuple[str, str], Tensor] = {}
+        self._values: dict[tuple[str, str], Tensor] = {}
 
     @classmethod
     def shared(cls, student: nn.Module, teacher: nn.Module) -> FeatureTaps:
-        """The sums that a quantized student shares with its teacher; those of other networks are none.
+        """Return taps on the sums that a quantized student and its teacher have in common.
 
-        Where there are any, ``teacher`` of the result computes what the teacher does, and has a layer for each.
+        Other pairs of networks have none. If there are sums, the ``teacher`` of the result is an equivalent network
+        with a layer for each.
+
+        Args:
+            student: the student.
+            teacher: the teacher.
         """
         known = _adds_of(student)
         canonical = _canonical(teacher) if known else teacher
@@ -52,23 +62,26 @@ class FeatureTaps:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Within, each forward pass of student and teacher leaves its sums for :meth:`take`."""
+        """Record the sums of each forward pass within the block, for :meth:`take`."""
         with ExitStack() as hooks:
-            hooks.callback(self._made.clear)
+            hooks.callback(self._values.clear)
             for side, network in (("student", self._student), ("teacher", self.teacher)):
                 for name in self.names:
-                    hook = network.get_submodule(name).register_forward_hook(partial(self._keep, (side, name)))
+                    hook = network.get_submodule(name).register_forward_hook(partial(self._record, (side, name)))
                     hooks.callback(hook.remove)
             yield
 
     def take(self, images: int) -> FeaturePairs:
-        """The sums of both networks' last pass, on so many images; those that have one shape, and a row of channels for
-        each image."""
-        pairs = [(self._made.pop(("student", name)), self._made.pop(("teacher", name))) for name in self.names]
+        """Return and forget the sums of the last forward pass that have a comparable shape.
+
+        Args:
+            images: number of images N in that pass. Sums are comparable if both networks have shape [N, C, ...].
+        """
+        pairs = [(self._values.pop(("student", name)), self._values.pop(("teacher", name))) for name in self.names]
         return [(found.float(), wanted.float()) for found, wanted in pairs if _comparable(found, wanted, images)]
 
-    def _keep(self, place: tuple[str, str], layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._made[place] = output
+    def _record(self, key: tuple[str, str], layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._values[key] = output
 
 
 def _comparable(found: Tensor, wanted: Tensor, images: int) -> bool:
@@ -80,7 +93,7 @@ def _adds_of(network: nn.Module) -> set[str]:
 
 
 def _canonical(teacher: nn.Module) -> nn.Module:
-    """``teacher`` with a layer for each sum, named as its students' are; itself where that is not possible."""
+    """Return ``teacher`` with addition layers, named like its students', or unchanged if it cannot be traced."""
     try:
         return canonicalize(teacher)
     except QFaceError:  # a teacher may be any module
@@ -88,10 +101,10 @@ def _canonical(teacher: nn.Module) -> nn.Module:
 
 
 class FeatureLoss(nn.Module):
-    """Mean squared difference of the sums of two networks, in parts of the mean variance of a channel.
+    """Mean squared error between residual sums, relative to the mean channel variance.
 
     Args:
-        pairs: sums of some images, from which the factor of each channel is found.
+        pairs: sums of some images, on which the factor of each channel is fitted.
     """
 
     def __init__(self, pairs: FeaturePairs) -> None:
@@ -102,7 +115,11 @@ class FeatureLoss(nn.Module):
             self.register_buffer(f"variance{number}", variance)
 
     def forward(self, pairs: FeaturePairs) -> Tensor:
-        """The loss of each image, [n, 1]: the mean over sums, channels and places."""
+        """Return the loss of each image, [N, 1]: the mean over sums, channels and positions.
+
+        Args:
+            pairs: the same sums as at construction, for other images.
+        """
         losses = [self._loss(number, *pair) for number, pair in enumerate(pairs)]
         return torch.stack(losses).mean(0)[:, None]
 
@@ -114,10 +131,9 @@ class FeatureLoss(nn.Module):
 
 @torch.no_grad()
 def _fitted(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors [channels, 1, ...] that bring ``wanted`` nearest to ``found``, and the mean variance of its channels
-    then, a scalar."""
+    """Return the least-squares factors [C, 1, ...] from ``wanted`` to ``found``, and the mean channel variance."""
     student, teacher = (values.transpose(0, 1).flatten(1) for values in (found, wanted))
-    least = torch.finfo(found.dtype).tiny
-    factor = (student * teacher).mean(1) / teacher.square().mean(1).clamp(min=least)
-    variance = (factor.square() * teacher.var(1, correction=0)).mean().clamp(min=least)
+    tiny = torch.finfo(found.dtype).tiny
+    factor = (student * teacher).mean(1) / teacher.square().mean(1).clamp(min=tiny)
+    variance = (factor.square() * teacher.var(1, correction=0)).mean().clamp(min=tiny)
     return factor.view(-1, *(1,) * (found.ndim - 2)), variance

@@ -1,4 +1,4 @@
-"""A classifier on top of the embedding, for the variant of the paper that learns from identities too."""
+"""ArcFace classification head, for distillation that also uses identities."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 __all__ = ["ArcFaceHead"]
 
 _INITIAL_STD = 0.01  # InsightFace arcface_torch
-_SMALLEST_SQUARED_SINE = 1e-12  # keeps the gradient of the square root finite
+_MIN_SQUARED_SINE = 1e-12  # keeps the gradient of the square root finite
 
 
 class ArcFaceHead(nn.Module):
-    """Additive angular margin loss (Deng et al., CVPR 2019), ``L_Arcface`` in equation 3 of Ef-QuantFace.
+    """Additive angular margin loss ArcFace (Deng et al., CVPR 2019), ``L_Arcface`` in equation 3 of Ef-QuantFace.
 
-    Logits are ``scale cos(theta_c)``, and ``scale cos(theta_y + margin)`` for an image's own identity y.
-    Where ``theta_y + margin`` would pass pi, and the cosine rise again, ``cos(theta_y) - margin sin(margin)``
-    goes on falling instead, as in InsightFace's arcface_torch.
+    The logit of class c is ``scale cos(theta_c)``, and ``scale cos(theta_y + margin)`` for the image's own class y. If
+    ``theta_y + margin > pi``, where the cosine would rise again, the own logit is ``scale (cos(theta_y) - margin
+    sin(margin))``, as in InsightFace's arcface_torch.
 
     Args:
-        embedding_size: D, the length of the embeddings.
+        embedding_size: embedding dimension D.
         num_identities: number of classes.
-        margin: in radians.
+        margin: angular margin in radians.
         scale: factor on the cosines.
-        generator: source of the first weights.
+        generator: generator of the initial weights; None means torch's global one.
     """
 
     def __init__(
@@ -43,13 +43,18 @@ class ArcFaceHead(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_identities, embedding_size, generator=generator) * _INITIAL_STD)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy, a scalar, of ``embeddings`` [N, D] that belong to ``labels`` [N], int64."""
+        """Return the mean cross entropy, a scalar.
+
+        Args:
+            embeddings: [N, D], normalized or not.
+            labels: identities, int64 [N].
+        """
         cosines = F.linear(F.normalize(embeddings), F.normalize(self.weight))
         own = F.one_hot(labels, len(self.weight)).bool()
         return F.cross_entropy(self.scale * torch.where(own, self._with_margin(cosines), cosines), labels)
 
     def _with_margin(self, cosines: Tensor) -> Tensor:
-        sines = (1 - cosines.square()).clamp_min(_SMALLEST_SQUARED_SINE).sqrt()
+        sines = (1 - cosines.square()).clamp_min(_MIN_SQUARED_SINE).sqrt()
         shifted = cosines * math.cos(self.margin) - sines * math.sin(self.margin)
         return torch.where(
             cosines > math.cos(math.pi - self.margin), shifted, cosines - self.margin * math.sin(self.margin)

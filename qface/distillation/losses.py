@@ -1,4 +1,4 @@
-"""Losses between embeddings of student and teacher: the ranking of pairs (EKD), or the distance."""
+"""Losses between the embeddings of student and teacher: ranking of pairs (EKD) and distance."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qface.distillation.distill_config import Surrogate
-from qface.errors import ConfigError, TrainingError
+from qface.distillation.distill_config import Surrogate, check_choice
+from qface.errors import TrainingError
 
 __all__ = ["CosineEmbeddingLoss", "EKDLoss", "MSEEmbeddingLoss"]
 
@@ -24,31 +24,32 @@ _EXPONENT_LIMIT = 50.0
 
 
 class EKDLoss(nn.Module):
-    """Evaluation-oriented knowledge distillation: the student shall rank the pairs of a batch as the teacher
-    does.
+    """Evaluation-oriented knowledge distillation (EKD): match the teacher's ranking of the pairs in a batch.
 
-    Huang et al., CVPR 2022, as in Tencent/TFace ``recognition/tasks/ekd``. All pairs i < j of a batch are
-    compared by the cosine of their embeddings; pairs of one identity are positive. For the false positive
-    rates 10^-1 .. 10^-6 the thresholds t_k of student and teacher are moving averages (weight 0.01 on the new
-    value, no gradient) over the ``floor(n 10^-k)``-th highest of the batch's n negatives. With
-    ``surrogate="sigmoid"`` a pair with cosine s has the soft rank ``c(s) = sum_k sigmoid((s - t_k) / 0.01)``;
-    with ``"linear"`` it is ``c(s) = sum_k (s - t_k)``, the difference of equation 1 of Ef-QuantFace summed
-    over its thresholds. The loss is ``0.02 mean_positives (c_S - c_T)^2 + 0.01 mean_negatives (c_S -
-    c_T)^2``, the latter over the 2,000 negatives that score highest for the student.
+    Huang et al., CVPR 2022, as in Tencent/TFace ``recognition/tasks/ekd``. Each pair i < j of a batch has the cosine of
+    its embeddings as its score; pairs of one identity are positive. For each FPR 10^-k, k = 1..6, student and teacher
+    have a threshold t_k: the ``floor(n 10^-k)``-th highest of the batch's n negative scores, as a moving average with
+    weight 0.01 on the new value and without gradient. The soft rank of a score s is ``c(s) = sum_k sigmoid((s - t_k) /
+    0.01)``, or ``c(s) = sum_k (s - t_k)`` with the linear surrogate (equation 1 of Ef-QuantFace, summed over the
+    thresholds). The loss is ``0.02 mean (c_S - c_T)^2`` over positives plus ``0.01 mean (c_S - c_T)^2`` over the 2,000
+    negatives with the highest student scores.
 
-    Known weaknesses. At batch 64 (about 2,000 negatives) the thresholds for 10^-4 and below are all the
-    single hardest negative. A pair further than about 8 x 0.01 from every threshold has no gradient with the
-    sigmoid. Thresholds that start at zero, as the original's do, have come only 87.5 % of their way after one
-    epoch of LFW. An embedding loss beside EKD covers the first two; the third is repaired here unless
-    ``reference`` is set.
+    Known weaknesses:
+
+    - At batch size 64 (about 2,000 negatives), all thresholds for FPR <= 10^-4 are the single hardest negative.
+    - With the sigmoid, a pair further than about 0.08 from every threshold has no gradient.
+    - Thresholds that start at 0 cover only 87.5 % of their way in one epoch of LFW. Here they start at the values of
+      the first batch, unless ``reference`` is set.
+
+    An embedding loss compensates for the first two.
 
     Args:
-        surrogate: ``"sigmoid"`` or ``"linear"``, see above.
-        reference: do as the original: thresholds start at zero instead of at the first batch's values, and a
-            batch without positives (or negatives) yields NaN instead of leaving that term out.
+        surrogate: ``"sigmoid"`` or ``"linear"``.
+        reference: follow the authors' code: thresholds start at 0, and a batch without positives (or without negatives)
+            yields NaN instead of a loss without that term.
 
     Raises:
-        ConfigError: the surrogate is neither of the two.
+        ConfigError: ``surrogate`` has another value.
     """
 
     student_thresholds: Tensor
@@ -57,8 +58,7 @@ class EKDLoss(nn.Module):
 
     def __init__(self, surrogate: Surrogate = "sigmoid", reference: bool = False) -> None:
         super().__init__()
-        if surrogate not in ("sigmoid", "linear"):
-            raise ConfigError(f"the surrogate of EKD is 'sigmoid' or 'linear', not {surrogate!r}")
+        check_choice(Surrogate, surrogate=surrogate)
         self.surrogate = surrogate
         self.reference = reference
         self.register_buffer("student_thresholds", torch.zeros(len(_INVERSE_FPR)))
@@ -66,12 +66,12 @@ class EKDLoss(nn.Module):
         self.register_buffer("started", torch.tensor(reference))
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Update the thresholds by this batch and return its loss, a scalar.
+        """Update the thresholds with a batch and return its loss, a scalar.
 
         Args:
-            student: embeddings [N, D], normalized or not; the gradient flows into them.
-            teacher: embeddings [N, E] of the same images; E may differ from D.
-            labels: identities [N]; without them every pair counts as negative.
+            student: embeddings [N, D], normalized or not.
+            teacher: embeddings [N, E] of the same images, which get no gradient; E may differ from D.
+            labels: identities, int64 [N]; None means that all pairs are negative.
         """
         pairs = _Pairs.of(student, teacher.detach(), labels)
         negatives, order = pairs.student[~pairs.positive].sort(descending=True)
@@ -84,7 +84,7 @@ class EKDLoss(nn.Module):
         return _POSITIVE_WEIGHT * positive + _NEGATIVE_WEIGHT * negative
 
     def _update_thresholds(self, student: Tensor, teacher: Tensor) -> None:
-        """Follow the cosines [n] of a batch's negatives, of which the student's are in descending order."""
+        """Update the thresholds with the negative scores [n] of a batch; ``student`` is in descending order."""
         count = len(student)
         if count == 0:
             return
@@ -112,7 +112,7 @@ class EKDLoss(nn.Module):
 
 
 class _Pairs(NamedTuple):
-    """All pairs i < j of a batch: their cosines [P] for both networks, and whether each shares a label."""
+    """Cosines [P] of all pairs i < j of a batch for both networks, and True for each positive pair."""
 
     student: Tensor
     teacher: Tensor
@@ -135,34 +135,42 @@ def _cosines(embeddings: Tensor) -> Tensor:
 
 
 class MSEEmbeddingLoss(nn.Module):
-    """Mean squared difference of the normalized embeddings, over batch and dimensions: the loss of QuantFace.
-
-    Raises:
-        TrainingError: student and teacher have embeddings of different length.
-    """
+    """Mean squared error between normalized embeddings, the loss of QuantFace."""
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of ``student`` [N, D] against ``teacher`` [N, D], a scalar."""
-        _require_same_size(student, teacher)
+        """Return the loss, a scalar: the mean over batch and dimensions.
+
+        Args:
+            student: embeddings [N, D].
+            teacher: embeddings [N, D] of the same images, which get no gradient.
+
+        Raises:
+            TrainingError: the shapes differ.
+        """
+        _require_same_shape(student, teacher)
         return F.mse_loss(F.normalize(student), F.normalize(teacher.detach()))
 
 
 class CosineEmbeddingLoss(nn.Module):
-    """Mean of ``1 - cosine`` between the two embeddings of each image; D / 2 times :class:`MSEEmbeddingLoss`.
-
-    Raises:
-        TrainingError: student and teacher have embeddings of different length.
-    """
+    """Mean cosine distance between the two embeddings of each image, D / 2 times :class:`MSEEmbeddingLoss`."""
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of ``student`` [N, D] against ``teacher`` [N, D], a scalar."""
-        _require_same_size(student, teacher)
+        """Return the mean of ``1 - cosine``, a scalar.
+
+        Args:
+            student: embeddings [N, D].
+            teacher: embeddings [N, D] of the same images, which get no gradient.
+
+        Raises:
+            TrainingError: the shapes differ.
+        """
+        _require_same_shape(student, teacher)
         return 1 - F.cosine_similarity(student, teacher.detach()).mean()
 
 
-def _require_same_size(student: Tensor, teacher: Tensor) -> None:
+def _require_same_shape(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise TrainingError(
-            f"an embedding loss needs embeddings of one shape, not {list(student.shape)} of the student and "
-            f"{list(teacher.shape)} of the teacher: use EKD alone"
+            f"an embedding loss needs embeddings of one shape, got {list(student.shape)} (student) and "
+            f"{list(teacher.shape)} (teacher): use EKD alone"
         )

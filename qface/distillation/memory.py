@@ -1,7 +1,8 @@
-"""Freed memory that stays with the process while it trains.
+"""Memory allocator settings for training.
 
-glibc gives every tensor above 32 MB back to the system as soon as it is freed, and the next one of its size is paid for
-page by page. A training step frees and asks again for the same gigabytes: kept, it took half as long on MobileFaceNet.
+glibc returns every freed tensor above 32 MiB to the system, and the next allocation of that size faults in each page
+again. A training step frees and allocates the same gigabytes; without returning them it took half as long
+(MobileFaceNet).
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from contextlib import contextmanager
 
 __all__ = ["memory_kept"]
 
-# Of glibc's malloc.h.
+# Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _ALL = 2**31 - 1
-# Where glibc's own adaptation ends, at 32 MiB and twice that: what any process that has freed a large tensor is at.
+# glibc raises its thresholds up to 32 MiB and twice that, as soon as a large tensor is freed.
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
-    """Let glibc keep what is freed inside, and give it back at the end; elsewhere do nothing."""
+    """Let glibc keep freed memory within the block, and return it to the system afterwards; else do nothing."""
     library = _glibc()
     if library is None:
         yield
@@ -36,7 +37,7 @@ def memory_kept() -> Iterator[None]:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library of this process where it is glibc."""
+    """Return the C library of this process, or None if it is not glibc."""
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)

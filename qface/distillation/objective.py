@@ -1,11 +1,11 @@
-"""The sum of losses that a configuration asks for."""
+"""Weighted sum of the configured losses."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from qface.distillation.distill_config import DistillConfig
+from qface.distillation.distill_config import LossConfig
 from qface.distillation.feature_taps import FeatureLoss, FeaturePairs
 from qface.distillation.heads import ArcFaceHead
 from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
@@ -17,65 +17,66 @@ _EMBEDDING_LOSSES = {"cosine": CosineEmbeddingLoss, "mse": MSEEmbeddingLoss}
 
 
 class Objective(nn.Module):
-    """The weighted losses of ``config``, with everything about them that is learned or remembered.
+    """The weighted terms of the loss, with their trainable parameters and buffers.
 
     Args:
-        config: which losses, and their weights.
-        student_size: length of the student's embedding.
-        teacher_size: length of the teacher's.
-        num_identities: for the class head, or None where they are unknown.
-        features: residual sums of some images, if they are to be compared.
+        config: the terms and their weights.
+        student_dim: embedding dimension of the student.
+        teacher_dim: embedding dimension of the teacher.
+        num_identities: number of classes of the class head, or None if unknown.
+        features: residual sums of some images to fit the feature loss on; empty for no feature loss.
+        seed: seed of the initial weights of the class head.
 
     Raises:
-        TrainingError: an embedding loss with embeddings of different size, or a class head without
-            identities.
+        TrainingError: an embedding loss with different embedding dimensions, or a class head without identities.
     """
 
     def __init__(
         self,
-        config: DistillConfig,
-        student_size: int,
-        teacher_size: int,
+        config: LossConfig,
+        student_dim: int,
+        teacher_dim: int,
         num_identities: int | None,
         features: FeaturePairs = (),
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
-        if config.uses_embedding_loss and student_size != teacher_size:
+        if config.uses_embedding_loss and student_dim != teacher_dim:
             raise TrainingError(
-                f"the {config.embedding_loss} loss cannot compare embeddings of {student_size} values (student) "
-                f"and {teacher_size} (teacher): set embedding_loss=None to distill by EKD alone"
+                f"the {config.embedding_loss} loss cannot compare embeddings of {student_dim} values (student) "
+                f"and {teacher_dim} (teacher): set embedding_loss=None to distill by EKD alone"
             )
         if config.uses_ekd:
             self.ekd = EKDLoss(config.ekd_surrogate, config.reference_ekd)
         if config.embedding_loss is not None:
             self.embedding = _EMBEDDING_LOSSES[config.embedding_loss]()
         if config.class_head:
-            self.head = self._class_head(student_size, num_identities)
+            self.head = self._class_head(student_dim, num_identities, seed)
         if features:
             self.feature_loss = FeatureLoss(features)
 
     def weighted_feature_loss(self, features: FeaturePairs) -> Tensor:
-        """The weighted loss of the residual sums of n images, for each of them, [n, 1]."""
+        """Return the weighted feature loss of each image, [N, 1]."""
         loss: Tensor = self.config.feature_loss_weight * self.feature_loss(features)
         return loss
 
-    def _class_head(self, embedding_size: int, num_identities: int | None) -> ArcFaceHead:
+    def _class_head(self, embedding_dim: int, num_identities: int | None, seed: int) -> ArcFaceHead:
         if num_identities is None:
             raise TrainingError(
                 "the class head needs to know all identities in advance, which a loader does not tell: give a folder "
                 "with a sub-folder per person, or a tensor with labels (TensorImages), or set class_head=False"
             )
-        generator = torch.Generator().manual_seed(self.config.seed)
-        return ArcFaceHead(embedding_size, num_identities, self.config.margin, self.config.scale, generator)
+        generator = torch.Generator().manual_seed(seed)
+        return ArcFaceHead(embedding_dim, num_identities, self.config.margin, self.config.scale, generator)
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """The weighted terms by name, each a scalar; they add up to the loss.
+        """Return the weighted terms by name, each a scalar; the loss is their sum.
 
         Args:
             student: embeddings [N, D].
             teacher: embeddings [N, E] of the same images.
-            labels: identities [N], int64, or None where they are unknown.
+            labels: identities, int64 [N], or None if unknown.
         """
         terms: dict[str, Tensor] = {}
         if self.config.uses_ekd:

@@ -1,4 +1,4 @@
-"""The optimizer, its parameter groups and the learning rate of each step."""
+"""Optimizer with its parameter groups, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from qface.distillation.distill_config import LR_PER_RMS_DISTANCE, DistillConfig
+from qface.distillation.distill_config import LR_PER_RMS_DISTANCE, OptimizerConfig, ScheduleConfig
 from qface.distillation.losses import CosineEmbeddingLoss
 from qface.distillation.relative_adam import RelativeAdam
 from qface.errors import TrainingError
 
-__all__ = ["learning_rate_of", "optimizer_for", "optimizer_step", "schedule_factor"]
-
-_BASE = "base_learning_rate"
+__all__ = ["initial_learning_rate", "optimizer_for", "optimizer_step", "schedule_for"]
 
 
-def learning_rate_of(config: DistillConfig, student: Tensor, teacher: Tensor) -> float:
-    """The learning rate at the start of the schedule.
+def initial_learning_rate(config: OptimizerConfig, student: Tensor, teacher: Tensor) -> float:
+    """Return the configured learning rate, or the one that suits the distance of student and teacher.
 
     Args:
-        config: has it, or leaves it to the distance of these embeddings.
-        student: embeddings [N, D].
-        teacher: embeddings of the same images.
+        config: settings of the optimizer.
+        student: embeddings [N, D] before training.
+        teacher: embeddings [N, D] of the same images.
     """
     if config.learning_rate is not None:
         return config.learning_rate
@@ -33,19 +32,18 @@ def learning_rate_of(config: DistillConfig, student: Tensor, teacher: Tensor) ->
 
 
 def optimizer_for(
-    config: DistillConfig, learning_rate: float, student: nn.Module, objective: nn.Module
+    config: OptimizerConfig, learning_rate: float, student: nn.Module, objective: nn.Module
 ) -> torch.optim.Optimizer:
-    """An optimizer over all that is trained: the weights (with decay), the other parameters, the quantizer
-    scales.
+    """Return an optimizer with three groups: weights (decayed), other parameters, quantizer scales.
 
     Args:
-        config: which optimizer.
-        learning_rate: at the start of the schedule.
-        student: the network that learns.
-        objective: the losses, with what they learn.
+        config: settings of the optimizer.
+        learning_rate: initial learning rate.
+        student: the network to train.
+        objective: the losses with their trainable parameters.
 
     Raises:
-        TrainingError: nothing of the student is trained.
+        TrainingError: the student has no trainable parameter.
     """
     scales = _scales(student)
     scale_ids = {id(p) for p in scales}
@@ -53,7 +51,7 @@ def optimizer_for(
     scale_rate = learning_rate if config.scale_learning_rate is None else config.scale_learning_rate
     trained_scales = [p for p in scales if p.requires_grad and scale_rate > 0]
     if not plain and not trained_scales:
-        raise TrainingError("no parameter of the student requires a gradient: there is nothing to train")
+        raise TrainingError("no parameter of the student requires a gradient: call requires_grad_() to train it")
     plain += list(objective.parameters())
     groups = [
         _group([p for p in plain if p.ndim > 1], learning_rate, config.weight_decay),
@@ -64,13 +62,13 @@ def optimizer_for(
 
 
 def _group(parameters: list[nn.Parameter], learning_rate: float, weight_decay: float) -> dict[str, Any]:
-    return {"params": parameters, "lr": learning_rate, _BASE: learning_rate, "weight_decay": weight_decay}
+    return {"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}
 
 
-def _optimizer(config: DistillConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
+def _optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if config.name == "adamw":
         return torch.optim.AdamW(groups)
-    if config.optimizer == "relative_adam":
+    if config.name == "relative_adam":
         return RelativeAdam([{**group, "weight_decay": 0.0} for group in groups])
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
 
@@ -81,22 +79,35 @@ def _scales(student: nn.Module) -> list[nn.Parameter]:
     return list(scale_parameters(student))
 
 
-def schedule_factor(config: DistillConfig, step: int, total: int) -> float:
-    """The factor of the learning rate at step ``step`` of ``total``."""
-    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    return warm * (0.5 * (1 + math.cos(math.pi * step / total)) if config.schedule == "cosine" else 1.0)
+def schedule_for(config: ScheduleConfig, optimizer: torch.optim.Optimizer, step: int, total: int) -> LambdaLR:
+    """Return a scheduler that sets the learning rates of step ``step`` and moves on with each ``step()``.
+
+    Args:
+        config: settings of the schedule.
+        optimizer: new, or with the state of step ``step``, which includes the initial learning rates.
+        step: the next step, >= 0.
+        total: number of steps of the run.
+    """
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+        return warm * (0.5 * (1 + math.cos(math.pi * step / total)) if config.name == "cosine" else 1.0)
+
+    return LambdaLR(optimizer, factor, last_epoch=step - 1)
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, factor: float, max_norm: float | None) -> float:
-    """One step at ``factor`` times the learning rates, along gradients of at most ``max_norm``.
+def optimizer_step(optimizer: torch.optim.Optimizer, max_norm: float | None) -> float:
+    """Clip the gradient to the 2-norm ``max_norm`` and take one step, unless the gradient is not finite.
+
+    Args:
+        optimizer: the optimizer; its parameters hold their gradients.
+        max_norm: maximum 2-norm of the gradient over all parameters; None does not clip.
 
     Returns:
-        The 2-norm of the gradient before it was shortened; where that is not finite, nothing is changed.
+        The 2-norm of the gradient before clipping.
     """
     parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm))
     if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = group[_BASE] * factor
         optimizer.step()
     return norm

@@ -1,10 +1,10 @@
-"""Adam whose steps are in parts of the size of what they change.
+"""Adam with steps relative to the size of each weight.
 
-Equalization multiplies channels by factors, and divides the weights behind them by the same: the network is the same,
-but its weights are of very different size. SGD's steps then break the small ones before they reach the large ones, and
-Adam's, of one size for all, do as well. Here a step for a weight of a matrix is in parts of (root mean square of its
-row) x (that of its column) / (that of the matrix), which factors of rows and columns multiply as they do the weight: so
-training does not depend on them. LARS and LAMB (You et al., 2017, 2020) do so for whole layers.
+Cross-layer equalization multiplies channels by factors and divides the weights of their consumers by the same factors.
+The function of the network stays the same, but its weights differ widely in size: steps of SGD and Adam that move large
+weights destroy small ones. Here the step of a weight is relative to RMS(row) x RMS(column) / RMS(matrix). Factors of
+rows and columns scale this product like the weight itself, so training does not depend on them. LARS and LAMB (You et
+al., 2017, 2020) do this per layer.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 __all__ = ["RelativeAdam", "sizes"]
 
-_LEAST = 1e-3
-"""Lower bound of the RMS of a row or column, relative to that of the matrix, so that rows of zeros can still train."""
-_LEAST_ELEMENT = 0.1
-"""Lower bound of a value of a vector, relative to the mean absolute value, for the same reason."""
+_MIN_RMS = 1e-3
+"""Lower bound on row and column RMS relative to the matrix RMS, so that all-zero rows can still train."""
+_MIN_ELEMENT = 0.1
+"""Lower bound on the elements of a vector relative to their mean absolute value, for the same reason."""
 
 
 class RelativeAdam(torch.optim.Optimizer):
     """Adam (Kingma and Ba, ICLR 2015) on ``parameter / size``, without weight decay.
 
     Args:
-        params: parameters, or groups of them.
-        lr: size of a step in parts of :func:`sizes`.
-        betas: of the moving averages of gradients and of their squares.
-        eps: added to the root of the latter.
+        params: parameters or parameter groups.
+        lr: learning rate relative to :func:`sizes`.
+        betas: decay rates of the moving averages of gradients and of squared gradients.
+        eps: added to the root of the squared average.
     """
 
     def __init__(
@@ -40,7 +40,14 @@ class RelativeAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step along the gradients."""
+        """Take one step along the gradients.
+
+        Args:
+            closure: computes the loss again, with gradients; None to use the present gradients.
+
+        Returns:
+            The loss of ``closure``, or None without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -68,24 +75,27 @@ class RelativeAdam(torch.optim.Optimizer):
 
 @torch.no_grad()
 def sizes(parameter: Tensor) -> Tensor:
-    """The magnitude of the values of ``parameter``, to be broadcast against it.
+    """Return the size of each value of ``parameter``, in a shape that broadcasts to it.
 
-    Of two dimensions or more: (root mean square of its row) x (of its column) / (of all), where the first dimension
-    tells rows and the second one columns. Of one: the absolute value, at least a tenth of their mean. Of zeros: 1.
+    With two or more dimensions: RMS(row) x RMS(column) / RMS(all), where the first dimension are rows and the second
+    columns. With one: the absolute value, at least a tenth of the mean absolute value. All-zero parameters: 1.
+
+    Args:
+        parameter: any shape.
     """
     values = parameter.detach()
-    whole = values.square().mean().sqrt()
-    if not whole > 0:
+    rms = values.square().mean().sqrt()
+    if not rms > 0:
         return torch.ones_like(values)
     if values.ndim <= 1:
         magnitudes = values.abs()
-        return magnitudes.clamp(min=_LEAST_ELEMENT * float(magnitudes.mean()))
-    least = _LEAST * float(whole)
-    return _along(values, 0, least) * _along(values, 1, least) / whole
+        return magnitudes.clamp(min=_MIN_ELEMENT * float(magnitudes.mean()))
+    minimum = _MIN_RMS * float(rms)
+    return _rms_along(values, 0, minimum) * _rms_along(values, 1, minimum) / rms
 
 
-def _along(values: Tensor, dimension: int, least: float) -> Tensor:
-    """Root mean square, at least ``least``, over all dimensions but one, which stays with the others of length 1."""
+def _rms_along(values: Tensor, dimension: int, minimum: float) -> Tensor:
+    """Return the RMS over all other dimensions, which are kept with length 1, but at least ``minimum``."""
     others = [each for each in range(values.ndim) if each != dimension]
     squares: Tensor = values.square().mean(others, keepdim=True)
-    return squares.sqrt().clamp_(min=least)
+    return squares.sqrt().clamp_(min=minimum)

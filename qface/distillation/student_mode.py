@@ -1,4 +1,4 @@
-"""Modes of the networks in training: parts that train, learn statistics or stand still, restored afterwards."""
+"""Training mode and device of the networks during distillation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,25 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 
 def set_observers(model: nn.Module, enabled: bool) -> None:
-    """Switch all observers of quantizers on or off; a float network has none."""
+    """Switch the observers of all quantizers on or off; a float network has none.
+
+    Args:
+        model: any network.
+        enabled: True to let observers follow the data.
+    """
     from qface.quantization import set_observers as set_all  # only that package knows about torch.ao
 
     set_all(model, enabled)
 
 
 def set_student_mode(student: nn.Module, config: DistillConfig, step: int) -> None:
-    """Training mode for ``step``: without layers of dropout, batch norms and observers as ``config`` schedules them."""
+    """Set training mode for a step: dropout is off; batch norms and observers follow their schedule.
+
+    Args:
+        student: the network to train.
+        config: settings with the schedule of batch norms and observers.
+        step: the next step, >= 0.
+    """
     frozen = config.bn_statistics_steps is not None and step >= config.bn_statistics_steps
     student.train()
     for module in student.modules():
@@ -36,18 +47,18 @@ def set_student_mode(student: nn.Module, config: DistillConfig, step: int) -> No
 
 
 def mode_changes(config: DistillConfig) -> set[int]:
-    """The steps, beside the first, at which :func:`set_student_mode` has something to change."""
+    """Return the steps, other than the first, at which :func:`set_student_mode` has to be called."""
     return {config.observer_steps, config.bn_statistics_steps or 0}
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """True if ``model`` contains a batch norm of its own, not folded away."""
+    """True if ``model`` contains a batch norm that is not folded into a convolution."""
     return any(isinstance(module, _BATCH_NORMS) for module in model.modules())
 
 
 @contextmanager
 def on_device(device: torch.device, *models: nn.Module) -> Iterator[None]:
-    """Move ``models`` to ``device``; afterwards, even after an error, device and mode are as before."""
+    """Move ``models`` to ``device`` within the block, then restore their device and training mode."""
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(preserve_training_mode(model))

@@ -1,4 +1,4 @@
-"""The verb ``distill``, and the loop behind it."""
+"""The verb ``distill`` and its training loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qface.distillation.distill_config import DistillConfig
 from qface.distillation.feature_taps import FeaturePairs, FeatureTaps
 from qface.distillation.memory import memory_kept
 from qface.distillation.objective import Objective
-from qface.distillation.optim import learning_rate_of, optimizer_for, optimizer_step, schedule_factor
+from qface.distillation.optim import initial_learning_rate, optimizer_for, optimizer_step, schedule_for
 from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.distillation.student_mode import has_batch_norm, mode_changes, on_device, set_observers, set_student_mode
 from qface.errors import ConfigError, TrainingError, UnsupportedLayerError
@@ -41,19 +41,24 @@ __all__ = ["check_run", "distill"]
 _LOGGER = logging.getLogger("qface")
 
 _EXAMPLES = 64
-"""Images on which both networks are compared before training."""
+"""Number of images on which student and teacher are compared before training."""
 
 
 def check_run(config: DistillConfig, run_dir: str | Path | None = None, resume: bool = False) -> None:
-    """Make sure, before long work, that :func:`distill` can train where these arguments say.
+    """Check, before expensive work, that :func:`distill` can run with these arguments.
+
+    Args:
+        config: settings of the distillation.
+        run_dir: run folder, or None for none.
+        resume: resume from the checkpoint in ``run_dir``.
 
     Raises:
-        ConfigError: there is no such device; the run folder holds a run that is not to be resumed, or none is given to
-            resume from.
-        ExportError: the run folder cannot be made or written to.
+        ConfigError: the device does not exist, the run folder holds a run and ``resume`` is False, or ``resume`` is
+            True without a run folder.
+        ExportError: the run folder cannot be created or written to.
     """
     if resume and run_dir is None:
-        raise ConfigError("resume=True needs the run_dir to go on from")
+        raise ConfigError("resume=True needs a run_dir: pass the folder of the run")
     device_for(config.device)
     if run_dir is not None:
         check_run_folder(Path(run_dir), resume)
@@ -70,48 +75,44 @@ def distill(
     identities: str | Path | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Train ``student`` to embed faces as ``teacher`` does.
+    """Train ``student`` in place to embed faces as ``teacher`` does.
 
-    Changes ``student`` in place and returns it; of a path it loads, changes and returns the network, and the file stays
-    as it is. Does not change ``teacher``.
+    Student and teacher may be any networks that map images to embeddings [N, D]: float, quantized or pruned. The
+    teacher is not changed, and neither are files. Both networks keep their device and training mode, even after an
+    error; the observers of the student are off afterwards.
 
-    Any two networks that map images to embeddings [N, D] will do: quantized ones, pruned ones, float ones,
-    and, where EKD is the only loss, ones with embeddings of different length. Both come back on the device
-    and in the mode they were given in, even after an error; the observers of the student's quantizers are off
-    afterwards.
+    Under ``torchrun`` (extra ``qface[distributed]``) the processes share each batch and end with the student that a
+    single process trains. All of them must see the run folder, which the first process writes.
 
-    Under ``torchrun`` all processes share every batch and end with the same student, as one process alone
-    would (extra ``qface[distributed]``); a run folder must then be visible to all of them, and the first one
-    writes it.
+    A resumed run ends with the weights of an uninterrupted one: bit for bit on a CPU with the same number of threads,
+    and for a loader only if its order repeats. A finished run returns its weights at once, unless ``config`` has more
+    epochs or steps, for which it continues with the learning rates of the longer schedule.
 
     Args:
-        student: the network that learns: a module, the path of its file, or ``package.module:factory``.
-        teacher: the network to learn from, likewise.
-        images: a folder, a tensor, a loader or an image source (:func:`qface.data.sources.as_image_source`).
-            Bytes are normalized for each network by the preprocessing it carries, floats reach both as they
-            are. Batches of one image that a loader yields are passed over. EKD uses identities where they are
-            known. Where they are not, it takes the teacher's word for them (``config.pseudo_pairs``), or, of a
-            loader, sees negative pairs only.
-        config: the settings; None takes the defaults.
-        run_dir: folder for ``checkpoint.pt`` and ``log.jsonl`` (step, loss terms, learning rate, gradient
-            norm); None writes nothing. It belongs to one run, and another process is kept out of it.
-        resume: go on from the checkpoint in ``run_dir``, or start there where it holds none, with the student that
-            the run was begun with or the one that it trained, the same teacher and images. Of images all names and
-            bytes are compared, of a loader only how many it has. A run that was
-            killed ends with the weights it would have had, bit for bit on a CPU with as many threads, and of a loader
-            only if its order repeats; a finished one returns at once. With more epochs than it was begun with it goes
-            on, from there at the learning rates of the longer schedule.
-        identities: for a folder, which identities to keep.
-        progress: show the stages on stderr.
+        student: the network to train: a module, the path of its file, or ``package.module:factory``.
+        teacher: the network to learn from, given like ``student``.
+        images: a folder, a tensor, a loader or an image source (:func:`qface.data.sources.as_image_source`). uint8
+            images are normalized for each network with its preprocessing; float images must be normalized already.
+            Batches of one image from a loader are skipped. EKD uses labels where they are known. Without
+            labels it uses those that the teacher finds (``config.losses.pseudo_pairs``), or, for a loader, negative
+            pairs only.
+        config: settings; None means the defaults.
+        run_dir: folder for ``checkpoint.pt`` and ``log.jsonl`` (step, loss terms, learning rate, gradient norm); None
+            writes neither. It belongs to one run and is locked against others.
+        resume: resume from the checkpoint in ``run_dir``, or start if there is none. Teacher and images must be those
+            of the run (all names and bytes are compared; for a loader, only its length), and the student must be
+            the one before or after training.
+        identities: which identities of a folder to use: ``"first-half"``, ``"second-half"``, or a file of names.
+        progress: show progress on stderr.
 
     Returns:
-        ``student``, trained.
+        The trained student.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or the file of a network cannot be read.
-        ConfigError: settings contradict each other, the images, or the checkpoint, or another run is in the folder.
-        DependencyError: several processes without Lightning Fabric.
-        ExportError: the run folder cannot be made or written to.
+        CheckpointError: the checkpoint or the file of a network cannot be read.
+        ConfigError: the settings contradict each other, the images or the checkpoint, or another run uses the folder.
+        DependencyError: there are several processes, but Lightning Fabric is not installed.
+        ExportError: the run folder cannot be created or written to.
         ImagesError: the images cannot be used.
         TrainingError: the networks do not fit each other, or embeddings or the loss are not finite.
 
@@ -150,7 +151,7 @@ def distill(
 
 @contextmanager
 def _released(student: nn.Module) -> Iterator[None]:
-    """Leave ``student`` without gradients and with its observers off."""
+    """Clear the gradients of ``student`` and switch off its observers at the end of the block."""
     try:
         yield
     finally:
@@ -159,8 +160,9 @@ def _released(student: nn.Module) -> Iterator[None]:
 
 
 def _batches(source: ImageSource, teacher: nn.Module, config: DistillConfig, parallel: Parallel) -> Batches:
-    """The training batches of ``source``, with the teacher's word for who is who where EKD has no other."""
-    if config.pseudo_pairs and config.uses_ekd and not config.class_head:
+    """Return the training batches of ``source``, with pseudo labels if EKD needs them."""
+    losses = config.losses
+    if losses.pseudo_pairs and losses.uses_ekd and not losses.class_head:
         source = with_pseudo_labels(source, teacher)
     return batches_of(source, config, parallel)
 
@@ -168,17 +170,17 @@ def _batches(source: ImageSource, teacher: nn.Module, config: DistillConfig, par
 def _total_steps(config: DistillConfig, batches: Batches) -> int:
     if batches.steps_per_epoch is None:
         if config.max_steps is None:
-            raise ConfigError("these images have no known number: set max_steps to say how long to train")
+            raise ConfigError("the number of images is unknown: set max_steps")
         return config.max_steps
     steps = config.epochs * batches.steps_per_epoch
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def _check_settings(config: DistillConfig, batches: Batches, student: nn.Module, parallel: Parallel) -> None:
-    if config.uses_ekd and config.reference_ekd and batches.lacks_positives:
+    if config.losses.uses_ekd and config.losses.reference_ekd and batches.lacks_positives:
         raise ConfigError(
-            "reference_ekd needs two images of one person in every batch, but none with two images is known: "
-            "set reference_ekd=False, or give images with identities"
+            "reference_ekd needs two images of one identity in every batch, but no identity with two images is known: "
+            "set reference_ekd=False, or pass images with identities"
         )
     moving_statistics = config.bn_statistics_steps != 0 and has_batch_norm(student)
     if parallel.world_size > 1 and (moving_statistics or config.observer_steps > 0):
@@ -188,7 +190,7 @@ def _check_settings(config: DistillConfig, batches: Batches, student: nn.Module,
 
 
 class _Trainer:
-    """Student, teacher, losses and optimizer at some step of a run."""
+    """Student, teacher, losses and optimizer at one step of a run."""
 
     def __init__(
         self,
@@ -199,7 +201,7 @@ class _Trainer:
         parallel: Parallel,
     ) -> None:
         self.student = student
-        make_taps = FeatureTaps.shared if config.feature_loss_weight > 0 else FeatureTaps
+        make_taps = FeatureTaps.shared if config.losses.feature_loss_weight > 0 else FeatureTaps
         self.taps = make_taps(student, teacher)
         self.teacher = self.taps.teacher.eval()
         self.batches = batches
@@ -214,25 +216,28 @@ class _Trainer:
             examples[:1].to(parallel.device), partial(self._embed, student), partial(self._embed, self.teacher)
         )
         if config.augmentation is not None and examples.dtype != torch.uint8:
-            _LOGGER.warning("images that are normalized already are not augmented: pass bytes (uint8), or a folder")
+            _LOGGER.warning("float images are not augmented: pass uint8 images or a folder")
         found, wanted, features = self._compare(examples)
-        objective = Objective(config, found.shape[1], wanted.shape[1], batches.num_identities, features)
+        objective = Objective(
+            config.losses, found.shape[1], wanted.shape[1], batches.num_identities, features, config.seed
+        )
         self.objective = objective.to(parallel.device, found.dtype)
         self._log_missing_terms(features)
-        self.learning_rate = learning_rate_of(config, found, wanted)
-        self.optimizer = optimizer_for(config, self.learning_rate, student, self.objective)
+        learning_rate = initial_learning_rate(config.optimizer, found, wanted)
+        self.optimizer = optimizer_for(config.optimizer, learning_rate, student, self.objective)
+        self.schedule = schedule_for(config.schedule, self.optimizer, self.step, self.total)
         self._student_of_all = parallel.wrap(student)
 
     def _log_missing_terms(self, features: FeaturePairs) -> None:
-        """Name the terms of the loss that cannot do what the settings ask for."""
-        if self.config.feature_loss_weight > 0 and not features:
-            _LOGGER.warning("the feature loss drops out: student and teacher share no residual sums to compare")
-        if self.config.uses_ekd and self.batches.lacks_positives:
-            _LOGGER.warning("EKD sees pairs of two people only: no two images are known to show one person")
+        """Warn about configured loss terms that have no effect."""
+        if self.config.losses.feature_loss_weight > 0 and not features:
+            _LOGGER.warning("the feature loss is left out: student and teacher have no residual sums in common")
+        if self.config.losses.uses_ekd and self.batches.lacks_positives:
+            _LOGGER.warning("EKD sees negative pairs only: no two images are known to show one identity")
 
     @torch.no_grad()
     def _compare(self, examples: Tensor) -> tuple[Tensor, Tensor, FeaturePairs]:
-        """Run both networks on some images: the student's embeddings, the teacher's, and residual sums."""
+        """Return the embeddings of student and teacher and their residual sums for ``examples``."""
         with self.taps.attached():
             found, wanted = (self._embed(model, examples) for model in (self.student, self.teacher))
             features = self.taps.take(len(examples))
@@ -241,11 +246,11 @@ class _Trainer:
                 raise TrainingError(f"embeddings of the {name} are not finite: check its weights and scales")
         return found, wanted, features
 
-    def _embed(self, model: nn.Module, images: Tensor, through: nn.Module | None = None) -> Tensor:
-        """Embeddings [n, D] of ``images``, normalized for ``model``, sent ``through`` what stands for it."""
+    def _embed(self, model: nn.Module, images: Tensor, wrapped: nn.Module | None = None) -> Tensor:
+        """Return embeddings [N, D] of ``images``, normalized for ``model``; ``wrapped`` is called in its place."""
         images = normalize(images.to(self.parallel.device), preprocessing_of(model)).to(dtype_of(model))
         with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            returned = (through or model)(images)
+            returned = (wrapped or model)(images)
         try:
             embeddings = embedding_of(returned)
         except UnsupportedLayerError as error:
@@ -253,27 +258,28 @@ class _Trainer:
         return embeddings.float() if embeddings.dtype in (torch.bfloat16, torch.float16) else embeddings
 
     def run(self, folder: RunFolder | None, state: dict[str, Any] | None) -> None:
-        """Train from the first step, or the one of ``state``, to the last, and keep ``folder`` up to date.
+        """Train from the first step, or from the step of ``state``, to the last, and keep ``folder`` up to date.
 
-        Where a command hears signals, the first one is put off to the end of the step, whose state is then saved.
+        In a command that handles signals, the first signal takes effect after the current step, whose state is saved.
         """
         if folder is not None:
             if state is not None:
                 with folder.restoring():
-                    self._go_on_from(state)
+                    self._restore(state)
                 _LOGGER.warning("resuming at step %d of %d", self.step, self.total)
             folder.begin_log(self.step)
         changes = mode_changes(self.config) | {self.step}
         alone = folder is not None and self.parallel.world_size == 1  # others would wait for this process
         noting: AbstractContextManager[list[int]] = signals_noted() if alone else nullcontext([])
         with self.taps.attached(), stage("distill", self.total, self.step) as advance, noting as signals:
-            for step, batch in zip(range(self.step, self.total), self.batches.stream(self.step), strict=False):
+            steps = range(self.step, self.total)
+            for step, batch in zip(steps, self.batches.stream(steps), strict=True):
                 if step in changes:
                     set_student_mode(self.student, self.config, step)
                 record = self._train_on(batch)
                 self.step = step + 1
                 advance(f"loss {record['loss']:.4f}")
-                if folder is not None and self._written(folder, record, signals):
+                if folder is not None and self._write(folder, record, signals):
                     break
 
     def _train_on(self, batch: Batch) -> dict[str, float]:
@@ -289,16 +295,17 @@ class _Trainer:
         self.student.zero_grad(set_to_none=True)
         self.objective.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        factor = schedule_factor(self.config, self.step, self.total)
-        norm = optimizer_step(self.optimizer, factor, self.config.max_gradient_norm)
-        self._require_finite("gradient", norm)
-        return record | {"learning_rate": self.learning_rate * factor, "gradient_norm": norm}
+        record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        record["gradient_norm"] = optimizer_step(self.optimizer, self.config.optimizer.max_gradient_norm)
+        self._require_finite("gradient", record["gradient_norm"])
+        self.schedule.step()
+        return record
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         images = batch.images.contiguous(memory_format=self.memory_format)
         with torch.no_grad():
             teacher = self.parallel.gather(self._embed(self.teacher, images))
-        student = self.parallel.gather(self._embed(self.student, images, through=self._student_of_all))
+        student = self.parallel.gather(self._embed(self.student, images, wrapped=self._student_of_all))
         teacher = teacher.to(student.dtype)
         labels = None if batch.labels is None else batch.labels.to(student.device)
         terms: dict[str, Tensor] = self.objective(student, teacher, labels)
@@ -308,23 +315,23 @@ class _Trainer:
 
     def _require_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
-            cure = f"choose a learning_rate below {self.learning_rate:g}"
-            if self.config.reference_ekd:
+            cure = f"choose a learning_rate below {self.optimizer.param_groups[0]['initial_lr']:g}"
+            if self.config.losses.reference_ekd:
                 cure += ", or set reference_ekd=False where batches may lack positive pairs"
             raise TrainingError(f"the {name} is {value} at step {self.step}: {cure}")
 
-    def _go_on_from(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.student.load_state_dict(state["student"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.learning_rate = state["learning_rate"]
+        self.schedule = schedule_for(self.config.schedule, self.optimizer, self.step, self.total)
 
-    def _written(self, folder: RunFolder, record: dict[str, float], signals: list[int]) -> bool:
-        """Write the step to ``folder``; True if a signal came before its checkpoint was due, and has made it so."""
+    def _write(self, folder: RunFolder, record: dict[str, float], signals: list[int]) -> bool:
+        """Log the step, save a checkpoint if it is due or a signal came, and return True in the latter case."""
         folder.log(record)
         stops = bool(signals)
-        # What observers have seen is no part of a network's state, so no run could go on from between their steps.
+        # The state dict lacks what observers have seen, so a run cannot be resumed between their steps.
         observing = self.step < self.config.observer_steps
         is_due = stops or self.step % self.config.checkpoint_every == 0
         if (is_due and not observing) or self.step == self.total:
@@ -338,5 +345,4 @@ class _Trainer:
             "student": self.student.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "learning_rate": self.learning_rate,
         }

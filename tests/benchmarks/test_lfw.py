@@ -54,4 +54,4 @@ def test_recipes_are_those_of_the_accuracy_table(recipe: str, data: Path) -> Non
     )
     assert steps["quantize"]["wide_residuals"] == steps["calibrate"]["gptq"] == ours
     assert steps["distill"]["batch_size"] == (16 if ours else 64)
-    assert steps["distill"]["reference_ekd"] != ours
+    assert steps["distill"]["losses"]["reference_ekd"] != ours

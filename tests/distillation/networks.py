@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qface.data.images import IndexedImages, TensorImages
-from qface.distillation import DistillConfig
+from qface.distillation import DistillConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from qface.model_digest import digest_of_structure, digest_of_values
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import calibrate, quantize
@@ -23,15 +24,23 @@ WIDE = Preprocessing(size=(8, 8), std=(20.0,) * 3)
 CPU = DistillConfig(
     batch_size=16,
     epochs=3,
-    ekd_weight=0.1,
-    feature_loss_weight=0.0,
-    optimizer="sgd",
-    learning_rate=0.05,
-    warmup_steps=0,
+    losses=LossConfig(ekd_weight=0.1, feature_loss_weight=0.0),
+    optimizer=OptimizerConfig("sgd", learning_rate=0.05),
+    schedule=ScheduleConfig(warmup_steps=0),
     checkpoint_every=2,
     device="cpu",
+    num_workers=0,
 )
-"""With EKD, by SGD: what most tests train with."""
+"""With EKD, by SGD: what most tests train with. No workers, so that sources that count their reads work."""
+
+
+def changed(config: DistillConfig, **fields: Any) -> DistillConfig:
+    """``config`` with other values; a dictionary changes some fields of losses, optimizer or schedule."""
+    parts = {
+        name: replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+    return replace(config, **parts)
 
 
 def tiny_network(seed: int, size: int = 8) -> nn.Module:

@@ -19,7 +19,7 @@ def test_an_epoch_has_full_batches_without_repeats(
     size = min(size, len(labels))
     sampler = PairSampler(len(labels), torch.tensor(labels) if known else None, size, seed)
     batches = list(sampler.epoch(data.draw(st.integers(0, 3))))
-    assert len(batches) == sampler.steps == len(labels) // size
+    assert len(batches) == sampler.steps_per_epoch == len(labels) // size
     assert all(len(batch) == len(set(batch)) == size for batch in batches)
     assert all(0 <= index < len(labels) for batch in batches for index in batch)
 

@@ -5,7 +5,6 @@ import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from qface.parallel import Parallel, SingleProcess
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.progress import Lines, displayed
 
-from .networks import CPU, WIDE, Interrupted, face_images, log, same_weights, tiny_network, weights
+from .networks import CPU, WIDE, Interrupted, changed, face_images, log, same_weights, tiny_network, weights
 
 
 def distill(*arguments: Any, **options: Any) -> nn.Module:
@@ -49,18 +48,18 @@ def test_a_teacher_in_another_type_teaches_the_same(dtype: torch.dtype) -> None:
     "options",
     [
         {},
-        {"embedding_loss": None},
-        {"embedding_loss": "mse", "ekd_weight": 0.0},
-        {"ekd_surrogate": "linear"},
-        {"optimizer": "adamw", "learning_rate": 0.01},
-        {"optimizer": "relative_adam", "learning_rate": 0.02},
-        {"class_head": True},
-        {"max_gradient_norm": 1.0},
+        {"losses": {"embedding_loss": None}},
+        {"losses": {"embedding_loss": "mse", "ekd_weight": 0.0}},
+        {"losses": {"ekd_surrogate": "linear"}},
+        {"optimizer": {"name": "adamw", "learning_rate": 0.01}},
+        {"optimizer": {"name": "relative_adam", "learning_rate": 0.02}},
+        {"losses": {"class_head": True}},
+        {"optimizer": {"max_gradient_norm": 1.0}},
     ],
     ids=str,
 )
 def test_the_student_comes_closer_to_the_teacher(options: dict[str, Any], tmp_path: Path) -> None:
-    config = replace(CPU, **{"epochs": 15, "horizontal_flip": False, "schedule": "constant"} | options)
+    config = changed(CPU, epochs=15, horizontal_flip=False, schedule={"name": "constant"}, **options)
     distill(tiny_network(0), tiny_network(1), face_images(), config, tmp_path)
     losses = [record["loss"] for record in log(tmp_path)]
     assert len(losses) == 30
@@ -70,7 +69,7 @@ def test_the_student_comes_closer_to_the_teacher(options: dict[str, Any], tmp_pa
 def test_the_loss_of_the_class_head_has_a_weight(tmp_path: Path) -> None:
     terms = []
     for weight in (1.0, 0.25):
-        config = replace(CPU, class_head=True, class_head_weight=weight, max_steps=1)
+        config = changed(CPU, losses={"class_head": True, "class_head_weight": weight}, max_steps=1)
         distill(tiny_network(0), tiny_network(1), face_images(), config, tmp_path / str(weight))
         terms.append(log(tmp_path / str(weight))[0]["class_head"])
     assert terms[1] == pytest.approx(0.25 * terms[0])
@@ -99,7 +98,7 @@ def test_each_network_sees_the_crop_it_wants() -> None:
 
     crops = torch.randint(0, 256, (4, 3, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     student = with_preprocessing(Recorder(), Preprocessing(size=(8, 8), color="BGR"))
-    distill(student, Recorder(), crops, replace(CPU, batch_size=4, max_steps=1))
+    distill(student, Recorder(), crops, changed(CPU, batch_size=4, max_steps=1))
     teacher_view, student_view = seen[-2:]
     assert tuple(student_view.shape[2:]) == (8, 8)
     assert tuple(teacher_view.shape[2:]) == (112, 112)
@@ -124,7 +123,7 @@ class Seen(nn.Module):
 def test_networks_read_channels_last_where_both_can(crossing: str) -> None:
     student, teacher = Seen(crossing == "student"), Seen(crossing == "teacher")
     before = weights(student)
-    distill(student, teacher, face_images(), replace(CPU, max_steps=2))
+    distill(student, teacher, face_images(), changed(CPU, max_steps=2))
     assert student.formats[-2:] == teacher.formats[-2:] == [crossing == "neither"] * 2
     assert not all(torch.equal(a, b) for a, b in zip(before, weights(student), strict=True))
 
@@ -132,7 +131,7 @@ def test_networks_read_channels_last_where_both_can(crossing: str) -> None:
 def test_ekd_alone_takes_embeddings_of_different_length() -> None:
     student = tiny_network(0, size=6)
     before = copy.deepcopy(student)
-    distill(student, tiny_network(1), face_images(), replace(CPU, embedding_loss=None))
+    distill(student, tiny_network(1), face_images(), changed(CPU, losses={"embedding_loss": None}))
     assert not same_weights(student, before)
 
 
@@ -161,7 +160,7 @@ def test_fewer_images_than_a_batch_are_one_batch(tmp_path: Path) -> None:
         tiny_network(0),
         tiny_network(1),
         face_images(people=2),
-        replace(CPU, batch_size=64, epochs=2),
+        changed(CPU, batch_size=64, epochs=2),
         tmp_path,
     )
     assert len(log(tmp_path)) == 2
@@ -172,23 +171,23 @@ def test_a_single_image_is_refused() -> None:
         distill(tiny_network(0), tiny_network(1), torch.zeros(1, 3, 8, 8), CPU)
 
 
-@pytest.mark.parametrize("options", [{"class_head": True}, {"reference_ekd": True}])
-def test_what_needs_identities_refuses_images_without(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("option", ["class_head", "reference_ekd"])
+def test_what_needs_identities_refuses_images_without(option: str) -> None:
     with pytest.raises((ConfigError, TrainingError), match="identit"):
-        distill(tiny_network(0), tiny_network(1), face_images().images, replace(CPU, **options))
+        distill(tiny_network(0), tiny_network(1), face_images().images, changed(CPU, losses={option: True}))
 
 
 def test_a_class_head_says_what_it_needs_in_the_place_of_a_loader() -> None:
     faces = face_images()
     loader = DataLoader(TensorDataset(faces.images, faces.labels), batch_size=8)
     with pytest.raises(TrainingError, match=r"which a loader does not tell: .* a tensor with labels"):
-        distill(tiny_network(0), tiny_network(1), loader, replace(CPU, class_head=True))
+        distill(tiny_network(0), tiny_network(1), loader, changed(CPU, losses={"class_head": True}))
 
 
 def test_a_loader_is_read_in_order_with_its_labels(tmp_path: Path) -> None:
     faces = face_images()
     loader = DataLoader(TensorDataset(faces.images, faces.labels), batch_size=8)
-    config = replace(CPU, horizontal_flip=False)
+    config = changed(CPU, horizontal_flip=False)
     stream = batches_of_loader(loader, config)
     first, second = next(stream), next(stream)
     assert torch.equal(first.images, faces.images[:8])
@@ -200,7 +199,7 @@ def test_a_loader_is_read_in_order_with_its_labels(tmp_path: Path) -> None:
 def batches_of_loader(loader: Any, config: DistillConfig) -> Iterator[Any]:
     from qface.data.images import LoaderImages
 
-    return batches_of(LoaderImages(loader), config, SingleProcess(torch.device("cpu"))).stream(0)
+    return batches_of(LoaderImages(loader), config, SingleProcess(torch.device("cpu"))).stream(range(2))
 
 
 def test_a_generator_an_empty_loader_and_strange_batches_are_refused() -> None:
@@ -224,7 +223,7 @@ class InOrder(ImageSource):
 def test_a_source_of_unknown_length_needs_max_steps(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_steps"):
         distill(tiny_network(0), tiny_network(1), InOrder(), CPU)
-    distill(tiny_network(0), tiny_network(1), InOrder(), replace(CPU, max_steps=5), tmp_path)
+    distill(tiny_network(0), tiny_network(1), InOrder(), changed(CPU, max_steps=5), tmp_path)
     assert len(log(tmp_path)) == 5
 
 
@@ -235,13 +234,13 @@ def test_ranks_read_their_own_halves_of_the_batch_of_one_process() -> None:
             self.rank, self.world_size = rank, 2
 
     def first(parallel: Parallel) -> Any:
-        return next(batches_of(face_images(), CPU, parallel).stream(3))
+        return next(batches_of(face_images(), CPU, parallel).stream(range(3, 4)))
 
     whole, halves = first(SingleProcess(torch.device("cpu"))), [first(Rank(0)), first(Rank(1))]
     assert torch.equal(whole.images, torch.cat([half.images for half in halves]))
     assert all(torch.equal(whole.labels, half.labels) for half in halves)
     with pytest.raises(ConfigError, match="multiple"):
-        batches_of(face_images(), replace(CPU, batch_size=15), Rank(0))
+        batches_of(face_images(), changed(CPU, batch_size=15), Rank(0))
 
 
 # Modes and schedules
@@ -264,14 +263,14 @@ def test_modes_come_back_as_they_were(fails: bool) -> None:
 @pytest.mark.parametrize(("steps", "updates"), [(0, 0), (2, 2), (None, 6)])
 def test_batch_norm_statistics_freeze_on_schedule(steps: int | None, updates: int) -> None:
     student = tiny_network(0)
-    distill(student, tiny_network(1), face_images(), replace(CPU, bn_statistics_steps=steps))
+    distill(student, tiny_network(1), face_images(), changed(CPU, bn_statistics_steps=steps))
     assert student[1].num_batches_tracked == updates
 
 
 def test_observers_follow_the_schedule_and_end_off(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     monkeypatch.setattr("qface.quantization.set_observers", lambda model, on: calls.append(on))
-    distill(tiny_network(0), tiny_network(1), face_images(), replace(CPU, observer_steps=2))
+    distill(tiny_network(0), tiny_network(1), face_images(), changed(CPU, observer_steps=2))
     assert calls == [False, True, False, False]  # the example, step 0, step 2, the end
 
 
@@ -282,7 +281,7 @@ def test_quantizer_scales_have_a_learning_rate_of_their_own(
     monkeypatch.setattr("qface.quantization.scale_parameters", lambda model: [model[2].weight])
     student = tiny_network(0)
     before = student[2].weight.detach().clone()
-    distill(student, tiny_network(1), face_images(), replace(CPU, scale_learning_rate=rate))
+    distill(student, tiny_network(1), face_images(), changed(CPU, optimizer={"scale_learning_rate": rate}))
     assert torch.equal(student[2].weight, before) is not moves
 
 
@@ -290,7 +289,7 @@ def test_weight_decay_spares_biases_norms_and_slopes() -> None:
     from qface.distillation.optim import optimizer_for
 
     student = tiny_network(0)
-    groups = optimizer_for(CPU, 0.05, student, nn.Module()).param_groups
+    groups = optimizer_for(CPU.optimizer, 0.05, student, nn.Module()).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(student[0].weight), id(student[5].weight)}
 
@@ -305,7 +304,11 @@ def test_the_learning_rate_falls_as_a_cosine(tmp_path: Path) -> None:
 
 def test_the_learning_rate_grows_over_the_warm_up(tmp_path: Path) -> None:
     distill(
-        tiny_network(0), tiny_network(1), face_images(), replace(CPU, schedule="constant", warmup_steps=3), tmp_path
+        tiny_network(0),
+        tiny_network(1),
+        face_images(),
+        changed(CPU, schedule={"name": "constant", "warmup_steps": 3}),
+        tmp_path,
     )
     rates = [record["learning_rate"] for record in log(tmp_path)]
     assert rates == pytest.approx([0.0125, 0.025, 0.0375, 0.05, 0.05, 0.05])
@@ -313,7 +316,7 @@ def test_the_learning_rate_grows_over_the_warm_up(tmp_path: Path) -> None:
 
 def test_the_learning_rate_is_in_parts_of_the_distance_where_none_is_given(tmp_path: Path) -> None:
     student, teacher, images = tiny_network(0), tiny_network(1), face_images()
-    config = replace(CPU, optimizer="relative_adam", learning_rate=None)
+    config = changed(CPU, optimizer={"name": "relative_adam", "learning_rate": None})
     with torch.no_grad():
         found, wanted = (F.normalize(model.eval()(images.images)) for model in (student, teacher))
     distance = float((found - wanted).square().sum(1).mean().sqrt())
@@ -331,7 +334,7 @@ def test_a_frozen_student_and_a_student_that_is_its_own_teacher_are_refused() ->
     student = tiny_network(0)
     with pytest.raises(TrainingError, match="deepcopy"):
         distill(student, student, face_images(), CPU)
-    with pytest.raises(TrainingError, match="nothing to train"):
+    with pytest.raises(TrainingError, match="requires a gradient"):
         distill(student.requires_grad_(False), tiny_network(1), face_images(), CPU)
     with pytest.raises(TrainingError, match="no output"):
         distill(with_preprocessing(tiny_network(0)[:2], WIDE), tiny_network(1), face_images(), CPU)
@@ -347,16 +350,18 @@ def test_a_network_that_makes_no_numbers_is_named(broken: str) -> None:
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_cure() -> None:
     with pytest.raises(TrainingError, match=r"at step \d+: choose a learning_rate below 1e\+30"):
-        distill(tiny_network(0), tiny_network(1), face_images(), replace(CPU, learning_rate=1e30))
+        distill(tiny_network(0), tiny_network(1), face_images(), changed(CPU, optimizer={"learning_rate": 1e30}))
 
 
 # Run folders
 
 
 @pytest.mark.parametrize("reads", [0, 1, 2, 4, 5, 6])
-@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "class_head": True, "bn_statistics_steps": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"optimizer": {"name": "adamw"}, "losses": {"class_head": True}, "bn_statistics_steps": 3}]
+)
 def test_a_resumed_run_ends_with_the_same_weights(reads: int, options: dict[str, Any], tmp_path: Path) -> None:
-    config = replace(CPU, **options)
+    config = changed(CPU, **options)
     straight, resumed = tiny_network(0), tiny_network(0)
     distill(straight, tiny_network(1), face_images(), config, tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
@@ -372,8 +377,8 @@ def test_a_run_goes_on_with_more_epochs_than_it_was_begun_with(
     reads: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Finished or stopped; with a constant rate it ends where a long run ends."""
-    constant = replace(CPU, schedule="constant")
-    longer = replace(constant, epochs=CPU.epochs + 2)
+    constant = changed(CPU, schedule={"name": "constant"})
+    longer = changed(constant, epochs=CPU.epochs + 2)
     straight, resumed = tiny_network(0), tiny_network(0)
     distill(straight, tiny_network(1), face_images(), longer, tmp_path / "straight")
     images = face_images() if reads is None else Interrupted(face_images(), reads)
@@ -383,11 +388,11 @@ def test_a_run_goes_on_with_more_epochs_than_it_was_begun_with(
     distill(resumed, tiny_network(1), face_images(), longer, tmp_path / "short", resume=True)
     assert same_weights(straight, resumed)
     assert log(tmp_path / "straight") == log(tmp_path / "short")
-    assert reads is not None or any("goes on to epochs=5" in message for message in caplog.messages)
+    assert reads is not None or any("continues to epochs=5" in message for message in caplog.messages)
 
 
 def test_a_cosine_goes_on_at_the_rates_of_the_longer_schedule(tmp_path: Path) -> None:
-    longer = replace(CPU, epochs=CPU.epochs + 1)
+    longer = changed(CPU, epochs=CPU.epochs + 1)
     distill(tiny_network(0), tiny_network(1), face_images(), longer, tmp_path / "straight")
     distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path / "short")
     short = len(log(tmp_path / "short"))
@@ -433,7 +438,7 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
 def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
     student, teacher, images = tiny_network(0), tiny_network(1), face_images()
     distill(student, teacher, images, CPU, tmp_path)
-    for config in (replace(CPU, seed=1), replace(CPU, seed=1, learning_rate=0.1)):
+    for config in (changed(CPU, seed=1), changed(CPU, seed=1, optimizer={"learning_rate": 0.1})):
         with pytest.raises(ConfigError, match=r"seed=0.*seed=1"):
             distill(student, teacher, images, config, tmp_path, resume=True)
     with pytest.raises(TrainingError, match="student"):
@@ -450,7 +455,7 @@ def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
     one_other[5] += 1
     with pytest.raises(TrainingError, match="images"):
         distill(student, teacher, TensorImages(one_other, images.labels), CPU, tmp_path, resume=True)
-    distill(student, teacher, images, replace(CPU, checkpoint_every=1, device=None), tmp_path, resume=True)
+    distill(student, teacher, images, changed(CPU, checkpoint_every=1, device=None), tmp_path, resume=True)
     begun = distill(tiny_network(0), teacher, images, CPU, tmp_path, resume=True)
     assert same_weights(begun, student)
 
@@ -462,7 +467,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_writes_the_same_bytes(tmp_path: Path) -> None:
-    config = replace(CPU, optimizer="relative_adam", learning_rate=0.02)
+    config = changed(CPU, optimizer={"name": "relative_adam", "learning_rate": 0.02})
     for name, reads in (("straight", 99), ("stopped", 4)):
         with suppress(KeyboardInterrupt):
             distill(tiny_network(0), tiny_network(1), Interrupted(face_images(), reads), config, tmp_path / name)
@@ -499,7 +504,7 @@ def test_where_a_run_cannot_be_kept_is_told_before_anything_is_read(tmp_path: Pa
 def test_a_run_can_be_checked_before_it_begins(
     device: str, options: dict[str, Any], cause: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(CPU, device=device)
+    config = changed(CPU, device=device)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "checkpoint.pt").touch()
     monkeypatch.chdir(tmp_path)
@@ -642,17 +647,19 @@ def test_each_step_says_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
 def test_training_on_a_gpu_brings_the_networks_back_to_the_cpu(tmp_path: Path) -> None:
     student, teacher = tiny_network(0), tiny_network(1)
     before = copy.deepcopy(student)
-    distill(student, teacher, face_images(), replace(CPU, device=None, class_head=True), tmp_path)
+    distill(student, teacher, face_images(), changed(CPU, device=None, losses={"class_head": True}), tmp_path)
     assert {parameter.device.type for network in (student, teacher) for parameter in network.parameters()} == {"cpu"}
     assert not same_weights(student, before)
-    resumed = distill(tiny_network(0), teacher, face_images(), replace(CPU, class_head=True), tmp_path, resume=True)
+    resumed = distill(
+        tiny_network(0), teacher, face_images(), changed(CPU, losses={"class_head": True}), tmp_path, resume=True
+    )
     assert same_weights(student, resumed)
 
 
 def test_tensor_images_may_carry_labels_that_have_gaps() -> None:
     faces = face_images()
     images = TensorImages(faces.images, faces.labels * 3)
-    distill(tiny_network(0), tiny_network(1), images, replace(CPU, class_head=True))
+    distill(tiny_network(0), tiny_network(1), images, changed(CPU, losses={"class_head": True}))
 
 
 class Endless(IterableDataset):
@@ -662,7 +669,7 @@ class Endless(IterableDataset):
 
 def test_a_loader_without_a_length_trains_for_max_steps(tmp_path: Path) -> None:
     loader = DataLoader(Endless(), batch_size=8)
-    distill(tiny_network(0), tiny_network(1), loader, replace(CPU, max_steps=6), tmp_path)
+    distill(tiny_network(0), tiny_network(1), loader, changed(CPU, max_steps=6), tmp_path)
     assert len(log(tmp_path)) == 6
     with pytest.raises(ConfigError, match="set max_steps"):
         distill(tiny_network(0), tiny_network(1), loader, CPU)
@@ -677,7 +684,7 @@ def test_a_loader_that_runs_dry_is_an_error() -> None:
             return self.left
 
     with pytest.raises(ImagesError, match="yields no batches of two"):
-        distill(tiny_network(0), tiny_network(1), Once(), replace(CPU, max_steps=20))
+        distill(tiny_network(0), tiny_network(1), Once(), changed(CPU, max_steps=20))
 
 
 def test_a_last_batch_of_one_image_is_passed_over(tmp_path: Path) -> None:
@@ -704,7 +711,7 @@ class Dropping(nn.Module):
 def test_what_a_network_draws_follows_from_the_seed(tmp_path: Path) -> None:
     def trained(rng: int, **options: Any) -> nn.Module:
         torch.manual_seed(rng)
-        return distill(Dropping(), tiny_network(1), face_images(), replace(CPU, **options))
+        return distill(Dropping(), tiny_network(1), face_images(), changed(CPU, **options))
 
     assert same_weights(trained(0), trained(1))
     assert not same_weights(trained(0), trained(0, seed=1, horizontal_flip=False))
@@ -728,7 +735,7 @@ def test_labels_that_are_no_identities_are_refused(labels: Tensor) -> None:
 def test_labels_of_any_integer_type_will_do() -> None:
     faces = face_images()
     assert faces.labels is not None
-    config = replace(CPU, class_head=True)
+    config = changed(CPU, losses={"class_head": True})
     small = TensorImages(faces.images, faces.labels.to(torch.int32))
     wide = distill(tiny_network(0), tiny_network(1), faces, config)
     assert same_weights(distill(tiny_network(0), tiny_network(1), small, config), wide)

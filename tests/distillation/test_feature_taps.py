@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qface.distillation import DistillConfig, distill
+from qface.distillation import DistillConfig, LossConfig, OptimizerConfig, ScheduleConfig, distill
 from qface.distillation.feature_taps import FeatureLoss
 from qface.preprocessing import Preprocessing, with_preprocessing
 
@@ -21,6 +20,7 @@ from .networks import (
     WIDE,
     Interrupted,
     Residual,
+    changed,
     face_images,
     log,
     residual_network,
@@ -32,13 +32,14 @@ from .networks import (
 CONFIG = DistillConfig(
     batch_size=16,
     epochs=3,
-    learning_rate=0.002,
-    feature_loss_weight=1.0,
-    warmup_steps=0,
+    losses=LossConfig(feature_loss_weight=1.0),
+    optimizer=OptimizerConfig(learning_rate=0.002),
+    schedule=ScheduleConfig(warmup_steps=0),
     checkpoint_every=2,
     device="cpu",
+    num_workers=0,
 )
-WITHOUT = replace(CONFIG, feature_loss_weight=0.0)
+WITHOUT = changed(CONFIG, losses={"feature_loss_weight": 0.0})
 
 
 class Shifted(Residual):
@@ -94,7 +95,13 @@ def test_channels_that_are_never_active_lose_nothing() -> None:
 def test_the_term_brings_the_sums_nearer(tmp_path: Path) -> None:
     ends = []
     for weight in (10.0, 1e-9):
-        config = replace(CONFIG, epochs=40, feature_loss_weight=weight, learning_rate=0.005, horizontal_flip=False)
+        config = changed(
+            CONFIG,
+            epochs=40,
+            losses={"feature_loss_weight": weight},
+            optimizer={"learning_rate": 0.005},
+            horizontal_flip=False,
+        )
         folder, student = tmp_path / str(weight), disturbed(student_of(residual_network(), bits=8))
         distill(student, residual_network(), face_images(), config, folder, progress=False)
         found = [loss / weight for loss in losses(folder) if loss is not None]

@@ -160,7 +160,7 @@ def test_ekd_is_zero_for_the_teacher_itself_at_any_size_and_scale() -> None:
 
 
 def test_ekd_refuses_an_unknown_surrogate() -> None:
-    with pytest.raises(ConfigError, match="'sigmoid' or 'linear'"):
+    with pytest.raises(ConfigError, match="surrogate must be one of 'sigmoid', 'linear'"):
         EKDLoss("cubic")  # type: ignore[arg-type]
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from qface.distillation import distill
 from qface.errors import ConfigError, DependencyError
 from qface.parallel import processes_for
 
-from .networks import face_images, residual_network, same_weights, student_of
+from .networks import changed, face_images, residual_network, same_weights, student_of
 from .worker import CONFIG, WITH_FEATURES, networks
 
 TESTS = Path(__file__).parent.parent
@@ -68,7 +67,7 @@ def test_features_are_shared_too(tmp_path: Path) -> None:
     )
     assert both.returncode == 0, both.stderr
     one = distill(student_of(residual_network()), residual_network(), face_images(), WITH_FEATURES, progress=False)
-    without = replace(WITH_FEATURES, feature_loss_weight=0.0)
+    without = changed(WITH_FEATURES, losses={"feature_loss_weight": 0.0})
     other = distill(student_of(residual_network()), residual_network(), face_images(), without, progress=False)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)

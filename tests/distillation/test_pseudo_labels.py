@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,19 @@ from torch import Tensor, nn
 
 import qface
 from qface.data import ImageFolder
-from qface.distillation import DistillConfig, distill
+from qface.distillation import DistillConfig, LossConfig, OptimizerConfig, distill
 from qface.distillation.pseudo_labels import pseudo_labels
 from qface.errors import ConfigError
 from qface.evaluation import embed
 from qface.preprocessing import with_preprocessing
-from tests.distillation.networks import WIDE, face_images, same_weights, tiny_network
+from tests.distillation.networks import WIDE, changed, face_images, same_weights, tiny_network
 
 SETTINGS = DistillConfig(
-    device="cpu", batch_size=8, max_steps=3, embedding_loss=None, ekd_weight=1.0, learning_rate=0.002
+    device="cpu",
+    batch_size=8,
+    max_steps=3,
+    losses=LossConfig(embedding_loss=None, ekd_weight=1.0),
+    optimizer=OptimizerConfig(learning_rate=0.002),
 )
 
 
@@ -88,10 +91,10 @@ def trained(images: qface.data.TensorImages | Tensor, config: DistillConfig = SE
 def test_without_labels_training_is_what_it_is_with_them() -> None:
     images = face_images()
     assert same_weights(trained(images.images), trained(images))
-    assert not same_weights(trained(images.images, replace(SETTINGS, pseudo_pairs=False)), trained(images))
+    assert not same_weights(trained(images.images, changed(SETTINGS, losses={"pseudo_pairs": False})), trained(images))
 
 
 def test_the_original_ekd_finds_its_positives_without_labels() -> None:
-    trained(face_images().images, replace(SETTINGS, reference_ekd=True))
+    trained(face_images().images, changed(SETTINGS, losses={"reference_ekd": True}))
     with pytest.raises(ConfigError, match="reference_ekd"):
-        trained(face_images().images, replace(SETTINGS, reference_ekd=True, pseudo_pairs=False))
+        trained(face_images().images, changed(SETTINGS, losses={"reference_ekd": True, "pseudo_pairs": False}))

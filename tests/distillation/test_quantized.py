@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from qface.errors import TrainingError
 from qface.provenance import provenance_of
 from qface.quantization import LSQFakeQuantize, quantize, scale_parameters
 
-from .networks import CPU, Interrupted, face_images, same_weights, student_of
+from .networks import CPU, Interrupted, changed, face_images, same_weights, student_of
 from .networks import tiny_teacher as teacher
 
 
@@ -33,7 +32,7 @@ def distance(first: nn.Module, second: nn.Module) -> float:
 def test_distillation_repairs_a_four_bit_student() -> None:
     quantized = student()
     before = distance(quantized, teacher())
-    distill(quantized, teacher(), face_images(), replace(CPU, epochs=60), progress=False)
+    distill(quantized, teacher(), face_images(), changed(CPU, epochs=60), progress=False)
     assert distance(quantized, teacher()) < 0.8 * before
 
 
@@ -41,7 +40,7 @@ def test_distillation_repairs_a_four_bit_student() -> None:
 def test_scales_are_trained_unless_their_learning_rate_is_zero(rate: float | None) -> None:
     quantized = student()
     before = [scale.detach().clone() for scale in scale_parameters(quantized)]
-    distill(quantized, teacher(), face_images(), replace(CPU, scale_learning_rate=rate), progress=False)
+    distill(quantized, teacher(), face_images(), changed(CPU, optimizer={"scale_learning_rate": rate}), progress=False)
     still = [torch.equal(old, new) for old, new in zip(before, scale_parameters(quantized), strict=True)]
     assert all(still) is (rate == 0.0)
 
@@ -49,7 +48,7 @@ def test_scales_are_trained_unless_their_learning_rate_is_zero(rate: float | Non
 @pytest.mark.parametrize("observer_steps", [0, 3])
 @pytest.mark.parametrize("reads", [2, 4, 6])
 def test_a_resumed_quantized_run_ends_with_the_same_weights(reads: int, observer_steps: int, tmp_path: Path) -> None:
-    config = replace(CPU, observer_steps=observer_steps)
+    config = changed(CPU, observer_steps=observer_steps)
     straight, stopped, resumed = student(), student(), student()
     distill(straight, teacher(), face_images(), config, progress=False)
     with pytest.raises(KeyboardInterrupt):
@@ -65,14 +64,14 @@ def test_the_student_remembers_how_it_was_distilled() -> None:
     quantized = distill(student(), teacher(), face_images(), CPU, progress=False)
     steps = provenance_of(quantized)
     assert [step["step"] for step in steps] == ["quantize", "calibrate", "distill"]
-    assert steps[-1]["learning_rate"] == 0.05
+    assert steps[-1]["optimizer"]["learning_rate"] == 0.05
     copy.deepcopy(quantized)
 
 
 def test_bfloat16_trains_too_and_quantizers_stay_exact() -> None:
     quantized = student()
     before = distance(quantized, teacher())
-    distill(quantized, teacher(), face_images(), replace(CPU, epochs=60, precision="bf16"), progress=False)
+    distill(quantized, teacher(), face_images(), changed(CPU, epochs=60, precision="bf16"), progress=False)
     assert distance(quantized, teacher()) < 0.8 * before
 
     rounded: list[tuple[LSQFakeQuantize, torch.Tensor]] = []
