@@ -17,6 +17,7 @@ __all__ = [
     "AlignmentReport",
     "AugmentationConfig",
     "Budget",
+    "CalibrationConfig",
     "CompressConfig",
     "Compression",
     "CompressionTarget",

@@ -30,7 +30,15 @@ from qface.evaluation import (
 from qface.models import load, save
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.pruning import Budget, PruningConfig, prune
-from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
+from qface.quantization import (
+    CalibrationConfig,
+    LayerBits,
+    QuantizationConfig,
+    QuantizationPlan,
+    calibrate,
+    inspect,
+    quantize,
+)
 from qface.quantization.sensitivity import Sensitivity, sensitivity
 from qface.reporting.model_card import model_card
 from qface.reporting.plot import plot
@@ -40,6 +48,7 @@ __all__ = [
     "AlignmentReport",
     "AugmentationConfig",
     "Budget",
+    "CalibrationConfig",
     "CompressConfig",
     "Compression",
     "CompressionTarget",

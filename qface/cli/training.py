@@ -109,7 +109,7 @@ def quantize(
                 raise ConfigError("--budget-mb chooses the bits of all layers; leave out --ignored-layers")
             config = qface.allocate_bits(teacher, images, budget_mb, identities, config.activation_bits)
             student = qface.quantize(teacher, config)
-        qface.calibrate(student, images, identities=identities, num_images=num_images)
+        qface.calibrate(student, images, qface.CalibrationConfig(num_images), identities)
         plan = qface.inspect(student)
         note(plan.summary)
         if distill:

@@ -36,7 +36,7 @@ from qface.models.store import check_savable
 from qface.preprocessing import preprocessing_of
 from qface.progress import shows_progress
 from qface.pruning import Budget, cost_of, prune
-from qface.quantization import QuantizationConfig, calibrate, quantize
+from qface.quantization import CalibrationConfig, QuantizationConfig, calibrate, quantize
 from qface.quantization.prepare import is_quantized
 from qface.quantization.quantization_config import MAX_BITS
 from qface.quantization.sensitivity import Sensitivity, sensitivity
@@ -338,7 +338,7 @@ class _Search:
 
     def _calibrated(self, config: QuantizationConfig) -> nn.Module:
         student = quantize(self.network, config)
-        return calibrate(student, self.tuning, num_images=self.config.calibration_images)
+        return calibrate(student, self.tuning, CalibrationConfig(self.config.calibration_images))
 
     def _distilled(self, average: float, folder: Path) -> nn.Module:
         calibrated = self.folder / self._name(average) / "student.safetensors"

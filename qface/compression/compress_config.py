@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from qface.checks import check_whole
-from qface.choices import DistillName
+from qface.choices import CALIBRATION_IMAGES, DistillName
 from qface.distillation.distill_config import DistillConfig
 from qface.errors import ConfigError
-from qface.quantization.calibrate import CALIBRATION_IMAGES
 from qface.quantization.quantization_config import QuantizationConfig
 from qface.quantization.sensitivity import SENSITIVITY_IMAGES
 

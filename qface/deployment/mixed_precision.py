@@ -22,7 +22,7 @@ from qface.files import temporary_folder
 from qface.graph.capture import capture
 from qface.models.resolve import NetworkLike, as_network
 from qface.progress import shows_progress
-from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
+from qface.quantization import CalibrationConfig, LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.allocation import choose_bit_widths
 from qface.quantization.quantization_config import MIN_BITS
 from qface.quantization.sensitivity import SENSITIVITY_IMAGES, Sensitivity, read_sample, sensitivity
@@ -34,7 +34,7 @@ _RESERVE = 2048
 """Bytes kept free for what the file's provenance will say of distillation."""
 _BYTES_PER_BIT_WIDTH = 1250
 """About what the nodes take that unpack the weights of one bit width."""
-_CALIBRATION_IMAGES = 8
+_DRAFT_CALIBRATION = CalibrationConfig(num_images=8, gptq=False)
 """Enough to measure a file, whose size and time do not depend on its ranges; nor do they on GPTQ, which is slow."""
 
 
@@ -150,7 +150,7 @@ def draft_file(model: nn.Module, config: QuantizationConfig, images: Images) -> 
 
     Its size and its time are those of the real one, its embeddings are not.
     """
-    student = calibrate(quantize(model, config), images, num_images=_CALIBRATION_IMAGES, gptq=False)
+    student = calibrate(quantize(model, config), images, _DRAFT_CALIBRATION)
     with temporary_folder() as folder:
         yield export(student, folder / "student.onnx")
 
