@@ -1,9 +1,9 @@
-"""Makes face-recognition networks small and fast without losing what they know.
+"""Make face-recognition networks small and fast with little loss of accuracy.
 
-One verb a stage, each working alone: ``load``, ``quantize``, ``calibrate``, ``distill``, ``export``, ``evaluate``,
-``save``, and ``verify``, which proves that a file computes what was trained; ``selftest`` proves it on any machine from
-the file alone. ``sensitivity`` says what each layer loses
-at each number of bits, ``allocate_bits`` chooses bits for a budget, and ``operating_thresholds`` the cosines to accept.
+One verb per stage: ``load``, ``quantize``, ``calibrate``, ``distill``, ``save``, ``export``, ``verify`` (compare a file
+with its student), ``selftest`` (check a file on any machine), ``evaluate``. ``compress`` runs all stages in one call.
+``sensitivity`` measures the loss per layer and bits, ``allocate_bits`` chooses bits for a file size, and
+``operating_thresholds`` chooses cosine thresholds.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_bits",
     "make_pairs",
     "match_thresholds",
     "measure_size",
@@ -63,6 +64,7 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "save_bits",
     "selftest",
     "sensitivity",
     "thresholds_of",
@@ -76,7 +78,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """Import torch and all else at the first use, so that the command line is ready for Ctrl-C before that."""
+        """Import torch and the rest at the first use, so that the command line handles Ctrl-C before that."""
         if name in __all__:
             return getattr(importlib.import_module("qface.api"), name)
         try:

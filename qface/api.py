@@ -1,4 +1,4 @@
-"""All that ``import qface`` offers, imported at once."""
+"""All public names of ``qface``; :mod:`qface` imports this module at the first use of one."""
 
 from qface.compression import CompressConfig, Compression, CompressionTarget, compress
 from qface.compression.run_record import RunRecord
@@ -39,6 +39,7 @@ from qface.quantization import (
     inspect,
     quantize,
 )
+from qface.quantization.bits_file import load_bits, save_bits
 from qface.quantization.sensitivity import Sensitivity, sensitivity
 from qface.reporting.model_card import model_card
 from qface.reporting.plot import plot
@@ -83,6 +84,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_bits",
     "make_pairs",
     "match_thresholds",
     "measure_size",
@@ -93,6 +95,7 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "save_bits",
     "selftest",
     "sensitivity",
     "thresholds_of",

@@ -144,8 +144,8 @@ def _check_shared_slopes(model: nn.Module) -> None:
 
 
 def _sample(source: ImageSource, model: nn.Module, config: PruningConfig) -> Tensor:
-    """Up to ``config.images`` of the images of ``source``, spread evenly, normalized."""
-    found = torch.cat(sample_batches(source, config.images, config.images))
+    """Up to ``config.num_images`` of the images of ``source``, spread evenly, normalized."""
+    found = torch.cat(sample_batches(source, config.num_images, config.num_images))
     if config.reestimate and len(found) < 2:
         raise ImagesError("one image has no deviation to measure batch norms by: pass several, or reestimate=False")
     return normalize(found, preprocessing_of(model)).to(example_input(model, 1))

@@ -36,7 +36,7 @@ class PruningConfig:
             (:mod:`qface.pruning.repair`), where images are given.
         reestimate: measure the statistics of batch norms again, on images, behind the repair. Repaired layers make what
             they made, and their batch norms need it less.
-        images: how many of them importance, repair and batch norms look at.
+        num_images: how many of them importance, repair and batch norms look at.
         seed: of what is drawn for importance and repair.
 
     Raises:
@@ -57,7 +57,7 @@ class PruningConfig:
     iterative_steps: int = 1
     repair: bool = True
     reestimate: bool = False
-    images: int = 512
+    num_images: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class PruningConfig:
             raise ConfigError(f"norm is 1 or 2, not {self.norm!r}")
         if not 0 < self.max_pruning_ratio < 1:
             raise ConfigError(f"max_pruning_ratio lies between 0 and 1, not {self.max_pruning_ratio!r}")
-        check_whole(1, round_to=self.round_to, iterative_steps=self.iterative_steps, images=self.images)
+        check_whole(1, round_to=self.round_to, iterative_steps=self.iterative_steps, num_images=self.num_images)
         check_seed(self.seed)
 
     @property

@@ -22,12 +22,12 @@ from qface.provenance import record_step
 from qface.quantization.bias_correction import channel_means, correct_biases
 from qface.quantization.calibration_config import CalibrationConfig
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
-from qface.quantization.fake_quantize import LSQFakeQuantize
+from qface.quantization.fake_quantize import NOT_CALIBRATED, LSQFakeQuantize
 from qface.quantization.gptq import HessianCollector, gptq
 from qface.quantization.quantized_layers import MAX_BIAS, WeightedLayer
 from qface.training_mode import eval_mode
 
-__all__ = ["calibrate", "scale_parameters", "set_observers"]
+__all__ = ["calibrate", "check_calibrated", "scale_parameters", "set_observers"]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -58,6 +58,19 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
         model: a network that :func:`qface.quantize` returned; any other network has none.
     """
     return [quantizer.scale for quantizer in quantizers(model)]
+
+
+def check_calibrated(model: nn.Module) -> None:
+    """Refuse a student that has a scale that was never set; accept any network without quantizers.
+
+    Args:
+        model: the network to check.
+
+    Raises:
+        ConfigError: a scale was never set.
+    """
+    if not all(quantizer.calibrated for quantizer in quantizers(model)):
+        raise ConfigError(NOT_CALIBRATED)
 
 
 @shows_progress

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import disable_fake_quant, disable_observer
 
 from qface.checks import check_whole
+from qface.choices import SENSITIVITY_IMAGES
 from qface.data.images import Images, bytes_of, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
@@ -43,8 +44,6 @@ from qface.results import Result
 
 __all__ = ["BIT_WIDTHS", "SENSITIVITY_IMAGES", "LayerSensitivity", "Sensitivity", "read_sample", "sensitivity"]
 
-SENSITIVITY_IMAGES = 64
-"""Images that :func:`sensitivity` looks at by default."""
 BIT_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
 """All bits there are."""
 
