@@ -21,6 +21,8 @@ FEW_FACES = {
     "compress": ("--max-drop", "60", "--at-fpr", "1e-1", "--distill", "never"),
     "report": ("--fpr", "1e-1", "--latency-runs", "1"),
     "sensitivity": ("--num-images", "4"),
+    "allocate-bits": ("--num-images", "4"),
+    "distill": ("--max-steps", "2"),
     "pairs": ("--folds", "2", "--pairs-per-fold", "8"),
     "thresholds": ("--fpr", "1e-1"),
     "bench": ("--runs", "1"),
