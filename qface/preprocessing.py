@@ -149,7 +149,7 @@ class Preprocessing:
             return cls(
                 crop=tuple(int(v) for v in fields["crop"]),  # type: ignore[arg-type]
                 size=tuple(int(v) for v in fields["size"]),  # type: ignore[arg-type]
-                color=str(fields.get("color", "RGB")),
+                color=fields.get("color", "RGB"),
                 mean=_three(fields["mean"]),
                 std=_three(fields["std"]),
             )

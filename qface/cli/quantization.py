@@ -106,12 +106,10 @@ def _config_of(file: Path, options: dict[str, Any]) -> qface.QuantizationConfig:
 @json_option
 def calibrate(student: str, images: Path, identities: str | None, output: Path, as_json: bool, **settings: Any) -> None:
     """Set the scales and zero points of STUDENT, a file of qface quantize, from faces."""
-    from qface.models.resolve import resolve_model
     from qface.models.store import check_model_file
 
     check_model_file(output)
-    config = qface.CalibrationConfig(**settings)
-    calibrated = qface.calibrate(resolve_model(student), images, config, identities)
+    calibrated = qface.calibrate(student, images, qface.CalibrationConfig(**settings), identities)
     qface.save(calibrated, output)
     show(written(output), f"wrote {output}", as_json)
 
