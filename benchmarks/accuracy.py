@@ -82,7 +82,7 @@ class Run:
             "weight_observer": recipe.quantization.weight_observer,
             "activation_observer": recipe.quantization.activation_observer,
             "wide_residuals": recipe.quantization.wide_residuals,
-            "calibration": recipe.calibration,
+            "calibration": asdict(recipe.calibration),
             "training": asdict(self.training) if self.row.trained else None,
         }
 
@@ -174,7 +174,7 @@ class Bench:
         return student, None if resumed else choosing + calibrating + training
 
     def _calibrated(self, run: Run, config: qface.QuantizationConfig, images: IndexedImages) -> Any:
-        return qface.calibrate(qface.quantize(self._teacher, config), images, **RECIPES[run.recipe].calibration)
+        return qface.calibrate(qface.quantize(self._teacher, config), images, RECIPES[run.recipe].calibration)
 
     def _config(self, run: Run, images: IndexedImages) -> tuple[qface.QuantizationConfig, float]:
         """Bits and ranges, and the seconds it took to choose them."""

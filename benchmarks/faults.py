@@ -409,11 +409,11 @@ def jobs_on(inputs: Path) -> list[Job]:
     images, output = ("--images", crops), ("-o", "out/new.safetensors")
     training = ("--batch-size", "8", "--epochs", "2")
     run = ("--run-dir", "out/run", "--resume")
-    quantize, distill = ("quantize", teacher, *images), ("distill", student, *images)
+    distill = ("distill", student, *images)
     prune, taught = ("prune", teacher, *images, "--json"), ("--teacher", teacher)
     return [
-        Job("quantize", qface_of(*quantize, *output, "--no-distill"), files),
-        Job("quantize and distill", qface_of(*quantize, *output, *training, *run), files, kept=("run/",)),
+        Job("quantize", qface_of("quantize", teacher, *output), files),
+        Job("calibrate", qface_of("calibrate", student, *images, *output), files),
         Job("prune", qface_of(*prune, *output), files),
         Job(
             "prune and distill",
@@ -429,7 +429,7 @@ def jobs_on(inputs: Path) -> list[Job]:
         Job("evaluate", qface_of("evaluate", student, *images, "--json")),
         Job(
             "thresholds",
-            qface_of("thresholds", teacher, student, *images, "--fpr", "0.1", "--write", "out/student.onnx", "--json"),
+            qface_of("thresholds", student, *taught, *images, "--fpr", "0.1", "--write", "out/student.onnx", "--json"),
             given=(inputs / "student.onnx",),
         ),
         Job(

@@ -51,7 +51,7 @@ def main(data: Path, weights: str, bits: int, recipe: str, seed: int, output: Pa
     rows = [row("teacher", teacher, faces, pairs, float_file)]
 
     student = qface.quantize(teacher, quantization)
-    calibration, seconds = timed(lambda: qface.calibrate(student, faces, identities="first-half", **chosen.calibration))
+    calibration, seconds = timed(lambda: qface.calibrate(student, faces, chosen.calibration, "first-half"))
     calibrated_file = qface.export(student, output / "calibrated.onnx")
     rows += [
         row("calibrated, torch", calibration, faces, pairs, seconds=seconds),

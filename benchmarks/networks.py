@@ -149,7 +149,7 @@ class Measurement:
         row.integer_share = integer_share(canonical)
         student = self._step("quantize", lambda: qface.quantize(canonical, self.bits))
         row.float_operators = float_operators(student)
-        self._step("calibrate", lambda: qface.calibrate(student, crops, num_images=CROPS, progress=False))
+        self._step("calibrate", lambda: qface.calibrate(student, crops))
         self._step("export", lambda: qface.export(student, self.file))
         agreement = self._step("verify", lambda: qface.verify(student, self.file, crops))
         row.agrees, row.cosine = agreement.agrees, agreement.least_cosine
@@ -208,7 +208,7 @@ class Measurement:
 
         def act() -> None:
             student = qface.quantize(self.loaded, self.bits)
-            qface.calibrate(student, crops, num_images=CROPS, progress=False)
+            qface.calibrate(student, crops)
             # Not over the network's own file, which is timed.
             agreement = qface.verify(student, qface.export(student, self.onnx_file), crops)
             self.row.onnx_different = sum(layer.different for layer in agreement.layers)

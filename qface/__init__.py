@@ -1,9 +1,10 @@
 """Quantization, pruning and distillation of face-recognition networks.
 
 One function per stage, each usable alone: ``load``, ``prune``, ``quantize``, ``calibrate``, ``distill``, ``export``,
-``evaluate`` and ``save``. ``verify`` checks that an exported file computes the same as the trained network;
-``selftest`` checks it on any machine from the file alone. ``sensitivity`` measures the loss of each layer at each bit
-width, ``allocate_bits`` chooses bit widths for a size budget, and ``operating_thresholds`` sets cosine thresholds.
+``evaluate`` and ``save``; ``compress`` runs all stages in one call. ``verify`` checks that an exported file computes
+the same as the trained network; ``selftest`` checks it on any machine from the file alone. ``sensitivity`` measures the
+loss of each layer at each bit width, ``allocate_bits`` chooses bit widths for a size budget, and
+``operating_thresholds`` sets cosine thresholds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = [
     "AlignmentReport",
     "AugmentationConfig",
     "Budget",
+    "CalibrationConfig",
     "CompressConfig",
     "Compression",
     "CompressionTarget",
@@ -55,6 +57,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_bits",
     "make_pairs",
     "match_thresholds",
     "measure_size",
@@ -65,6 +68,7 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "save_bits",
     "selftest",
     "sensitivity",
     "thresholds_of",

@@ -1,4 +1,4 @@
-"""All that ``import qface`` offers, imported at once."""
+"""All public names of ``qface``; :mod:`qface` imports this module at the first use of one."""
 
 from qface.compression import CompressConfig, Compression, CompressionTarget, compress
 from qface.compression.run_record import RunRecord
@@ -30,7 +30,16 @@ from qface.mixed_precision import Sensitivity, allocate_bits, sensitivity
 from qface.models import load, save
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.pruning import Budget, PruningConfig, prune
-from qface.quantization import LayerBits, QuantizationConfig, QuantizationPlan, calibrate, inspect, quantize
+from qface.quantization import (
+    CalibrationConfig,
+    LayerBits,
+    QuantizationConfig,
+    QuantizationPlan,
+    calibrate,
+    inspect,
+    quantize,
+)
+from qface.quantization.bits_file import load_bits, save_bits
 from qface.reporting.model_card import model_card
 from qface.reporting.plot import plot
 from qface.reporting.report.report import report
@@ -39,6 +48,7 @@ __all__ = [
     "AlignmentReport",
     "AugmentationConfig",
     "Budget",
+    "CalibrationConfig",
     "CompressConfig",
     "Compression",
     "CompressionTarget",
@@ -76,6 +86,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_bits",
     "make_pairs",
     "match_thresholds",
     "measure_size",
@@ -86,6 +97,7 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "save_bits",
     "selftest",
     "sensitivity",
     "thresholds_of",

@@ -1,36 +1,51 @@
-"""Names that the library and the command line let a user choose from; help and completion need nothing else.
+"""Choices and defaults that the Python verbs and the command line share.
 
-This module imports nothing of qface, so that ``qface export --help`` does not wait for torch.
+This module imports nothing else of qface, so that ``qface export --help`` does not wait for torch.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 __all__ = [
     "CALIBRATION_IMAGES",
     "INPUTS",
     "RUNTIMES",
+    "SENSITIVITY_IMAGES",
     "TARGETS",
-    "WEIGHT_FORMATS",
+    "ColorOrder",
     "DistillName",
     "FigureKind",
     "ImportanceName",
+    "InputType",
     "PrecisionName",
+    "RecipeName",
+    "RuntimeName",
+    "TargetName",
     "TemplateProtocol",
+    "WeightFormatName",
 ]
 
 CALIBRATION_IMAGES = 512
-"""Images that :func:`qface.calibrate` looks at by default; more changed no figure."""
-INPUTS = ("float32", "uint8")
-"""Types that an exported file reads: normalized floats, or the RGB bytes of images."""
-RUNTIMES = ("onnxruntime", "openvino")
-"""Runtimes that :func:`qface.verify` compares a file in."""
-TARGETS = ("cpu", "cuda", "float32")
-"""Purposes of a student's file: integers, fp16 on GPUs, float32."""
-WEIGHT_FORMATS = ("packed", "int8")
-"""Layouts of a student's weights in a file: packed to their bits, or a byte each."""
+"""Default size of the calibration set; more images changed no figure."""
 
+SENSITIVITY_IMAGES = 64
+"""Default number of images that sensitivity is measured on."""
+
+ColorOrder = Literal["RGB", "BGR"]
 DistillName = Literal["never", "if-needed", "for-size"]
 FigureKind = Literal["roc", "det", "histogram-teacher", "histogram-file", "size", "training"]
 ImportanceName = Literal["magnitude", "taylor", "hessian", "fpgm", "bn_scale"]
+InputType = Literal["float32", "uint8"]
+"""Input of an exported file: normalized floats, or the RGB bytes of an image."""
 PrecisionName = Literal["float32", "bf16"]
+RecipeName = Literal["qface", "paper"]
+RuntimeName = Literal["onnxruntime", "openvino"]
+"""Runtime that :func:`qface.verify` runs a file in."""
+TargetName = Literal["cpu", "cuda", "float32"]
+"""Use of a student's file: integers on CPUs, fp16 on GPUs, or float32."""
 TemplateProtocol = Literal["paper", "arcface"]
+WeightFormatName = Literal["packed", "int8"]
+"""Layout of a student's weights in a file: packed to their bits, or one byte per weight."""
+
+INPUTS: tuple[InputType, ...] = get_args(InputType)
+RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+TARGETS: tuple[TargetName, ...] = get_args(TargetName)

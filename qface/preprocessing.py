@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qface.checks import check_module
+from qface.choices import ColorOrder
 from qface.errors import CheckpointError, ConfigError
 from qface.limits import check, named, parse_json
 
@@ -43,7 +44,7 @@ CROP_SIZE = 112
 _LOGGER = logging.getLogger("qface")
 _ATTRIBUTE = "preprocessing"
 _KEPT = "_user_preserved_attributes"  # torch.fx's name
-_COLORS = ("RGB", "BGR")
+_COLORS = get_args(ColorOrder)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -72,7 +73,7 @@ class Preprocessing:
 
     crop: tuple[int, int, int, int] = (0, 0, CROP_SIZE, CROP_SIZE)
     size: tuple[int, int] = (CROP_SIZE, CROP_SIZE)
-    color: str = "RGB"
+    color: ColorOrder = "RGB"
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
     std: tuple[float, float, float] = (127.5, 127.5, 127.5)
     source: str = field(default="given", compare=False)
@@ -147,7 +148,7 @@ class Preprocessing:
             return cls(
                 crop=tuple(int(v) for v in fields["crop"]),  # type: ignore[arg-type]
                 size=tuple(int(v) for v in fields["size"]),  # type: ignore[arg-type]
-                color=str(fields.get("color", "RGB")),
+                color=fields.get("color", "RGB"),
                 mean=_three(fields["mean"]),
                 std=_three(fields["std"]),
             )

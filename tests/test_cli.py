@@ -82,25 +82,24 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crops: Crops) -> 
 
 @pytest.fixture
 def student(workplace: Path) -> Path:
-    arguments = ("my_networks:make", "--images", "crops", "--people", "first-half")
-    result = run("quantize", *arguments, "--no-distill", "-o", "student.safetensors")
-    assert result.exit_code == 0, result.output
-    return workplace / "student.safetensors"
+    return calibrated("my_networks:make")
+
+
+def calibrated(model: str, *options: str) -> Path:
+    """Quantize a network and calibrate it on the first half of the people."""
+    faces = ("--images", "crops", "--people", "first-half")
+    for step in (("quantize", model, *options), ("calibrate", "student.safetensors", *faces)):
+        result = run(*step, "-o", "student.safetensors")
+        assert result.exit_code == 0, result.output
+    return Path("student.safetensors").resolve()
 
 
 def test_the_whole_job(workplace: Path) -> None:
     common = ("--images", "crops", "--people", "first-half", "--batch-size", "8")
     steps = (
-        ("quantize", "my_networks:make", *common, "--bits", "6", "-o", "student.safetensors"),
-        (
-            "distill",
-            "student.safetensors",
-            "--teacher",
-            "my_networks:make",
-            *common,
-            "-o",
-            "again.safetensors",
-        ),
+        ("quantize", "my_networks:make", "--bits", "6", "-o", "new.safetensors"),
+        ("calibrate", "new.safetensors", *common, "-o", "student.safetensors"),
+        ("distill", "student.safetensors", "--teacher", "my_networks:make", *common, "-o", "again.safetensors"),
         ("export", "again.safetensors", "-o", "student.onnx"),
     )
     for step in steps:
@@ -119,26 +118,24 @@ def test_the_whole_job(workplace: Path) -> None:
 
 
 def test_what_cannot_end_well_is_refused_at_once(workplace: Path) -> None:
-    common = ("--images", "crops", "-o", "student.safetensors")
-    assert "my_networks:make_nothing: KeyError" in refusal(run("quantize", "my_networks:make_nothing", *common))
-    assert "must end in .safetensors" in refusal(run("quantize", "my_networks:make", *common[:3], "student.pt"))
+    output = ("-o", "student.safetensors")
+    assert "my_networks:make_nothing: KeyError" in refusal(run("quantize", "my_networks:make_nothing", *output))
+    assert "must end in .safetensors" in refusal(run("quantize", "my_networks:make", "-o", "student.pt"))
     assert "cannot create the folder" in refusal(run("demo", "-o", "my_networks.py"))
     assert not list(workplace.glob("student*"))
 
 
 def test_what_cannot_be_saved_is_refused_before_it_is_trained(workplace: Path) -> None:
-    common = ("my_networks:make_unsavable", "--images", "crops", "-o", "student.safetensors")
-    for command in (("quantize", "--batch-size", "8"), ("prune",)):
-        result = run(*command, *common)
+    for command in (("quantize",), ("prune", "--images", "crops")):
+        result = run(*command, "my_networks:make_unsavable", "-o", "student.safetensors")
         assert "linalg_qr" in refusal(result)
 
 
 def test_what_stays_in_float_is_told(workplace: Path) -> None:
-    common = ("--images", "crops", "--no-distill", "-o", "student.safetensors")
-    result = run("quantize", "my_networks:make_smooth", *common)
+    result = run("quantize", "my_networks:make_smooth", "-o", "student.safetensors")
     assert result.exit_code == 0, result.output
     assert "in float: 1 GELU" in result.stderr
-    result = run("quantize", "my_networks:make", "--ignored-layers", "0", *common)
+    result = run("quantize", "my_networks:make", "--ignored-layers", "0", "-o", "student.safetensors")
     assert result.exit_code == 0, result.output
     plan = json.loads(run("inspect", "student.safetensors", "--json").stdout)
     assert [layer["name"] for layer in plan["layers"] if not layer["integer"]] == ["0"]
@@ -154,7 +151,7 @@ def test_evaluate_prints_a_table_and_accepts_a_gallery(student: Path) -> None:
 
 
 def test_thresholds_of_float_quantized_and_mixed(student: Path) -> None:
-    arguments = ("thresholds", "my_networks:make", student, "--images", "crops", "--fpr", "0.2")
+    arguments = ("thresholds", student, "--teacher", "my_networks:make", "--images", "crops", "--fpr", "0.2")
     result = run(*arguments, "--people", "first-half", "--eval-people", "second-half", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
@@ -173,7 +170,7 @@ def test_a_file_proves_itself_and_knows_its_thresholds(student: Path) -> None:
     assert result.stdout.startswith("computes what was trained: 0 of 16 embeddings differ")
     assert json.loads(run("selftest", "student.onnx", "--json").stdout)["thresholds"] is None
 
-    faces = ("my_networks:make", "student.onnx", "--images", "crops", "--fpr", "0.2")
+    faces = ("student.onnx", "--teacher", "my_networks:make", "--images", "crops", "--fpr", "0.2")
     result = run("thresholds", *faces, "--people", "first-half", "--write", "student.onnx")
     assert result.exit_code == 0, result.output
     assert "wrote into student.onnx: two faces match above" in result.stderr
@@ -203,11 +200,11 @@ def test_a_file_that_differs_or_cannot_tell_is_named(student: Path) -> None:
 
 
 def test_thresholds_are_not_measured_for_a_file_that_is_missing(student: Path) -> None:
-    faces = ("thresholds", "my_networks:make", student, "--images", "crops", "--fpr", "0.2")
+    faces = ("thresholds", student, "--teacher", "my_networks:make", "--images", "crops", "--fpr", "0.2")
     assert "missing.onnx" in refusal(run(*faces, "--write", "missing.onnx"))
 
 
-def test_quantize_prints_figures_with_pairs(student: Path) -> None:
+def test_evaluate_prints_figures_with_pairs(student: Path) -> None:
     lines = ["2\t2"]
     for first, second in (("Ann", "Bob"), ("Cid", "Dee")):
         lines += [f"{first}\t1\t2", f"{second}\t1\t2", f"{first}\t1\t{second}\t1", f"{first}\t2\t{second}\t2"]
@@ -225,29 +222,59 @@ def test_the_alias_exports(student: Path) -> None:
     assert "missing.safetensors" in refusal(refused)
 
 
+def distilling(student: str | Path) -> tuple[str | Path, ...]:
+    return ("distill", student, "--teacher", "my_networks:make", "--images", "crops")
+
+
 @pytest.mark.parametrize(("recipe", "precision"), [("qface", "float32"), ("paper", "bf16")])
-def test_recipes(workplace: Path, recipe: str, precision: str) -> None:
-    arguments = ("my_networks:make", "--images", "crops", "--batch-size", "8", "--recipe", recipe)
-    options = ("--lr", "0.0001", "--precision", precision, "-o", "student.safetensors")
-    result = run("quantize", *arguments, *options)
+def test_recipes(student: Path, recipe: str, precision: str) -> None:
+    options = ("--batch-size", "8", "--recipe", recipe, "--lr", "0.0001", "--precision", precision)
+    result = run(*distilling(student), *options, "-o", "trained.safetensors")
     assert result.exit_code == 0, result.output
-    settings = provenance_of(qface.load("student.safetensors"))[-1]
+    settings = provenance_of(qface.load("trained.safetensors"))[-1]
     assert (settings["losses"]["embedding_loss"] is None) == (recipe == "paper")
     assert (settings["optimizer"]["learning_rate"], settings["precision"]) == (0.0001, precision)
 
 
-def test_what_is_not_given_is_the_recipes(workplace: Path) -> None:
-    model = ("my_networks:make", "--images", "crops")
-    result = run("quantize", *model, "-o", "student.safetensors")
+def test_what_is_not_given_is_the_recipes(student: Path) -> None:
+    result = run(*distilling(student), "-o", "trained.safetensors")
     assert result.exit_code == 0, result.output
-    assert asdict(qface.DistillConfig()).items() <= provenance_of(qface.load("student.safetensors"))[-1].items()
+    assert asdict(qface.DistillConfig()).items() <= provenance_of(qface.load("trained.safetensors"))[-1].items()
 
 
-def test_a_killed_run_resumes(workplace: Path) -> None:
-    arguments = ("my_networks:make", "--images", "crops", "--batch-size", "8", "--run-dir", "run")
-    assert run("quantize", *arguments, "-o", "student.safetensors").exit_code == 0
-    assert "resume" in refusal(run("quantize", *arguments, "-o", "student.safetensors"))
-    assert run("quantize", *arguments, "--resume", "-o", "student.safetensors").exit_code == 0
+def test_a_killed_run_resumes(student: Path) -> None:
+    arguments = (*distilling(student), "--max-steps", "2", "--run-dir", "run", "-o", "trained.safetensors")
+    assert run(*arguments).exit_code == 0
+    assert provenance_of(qface.load("trained.safetensors"))[-1]["max_steps"] == 2
+    assert "resume" in refusal(run(*arguments))
+    assert run(*arguments, "--resume").exit_code == 0
+
+
+def test_a_student_that_is_not_calibrated_is_told_the_next_command(workplace: Path) -> None:
+    quantized = run("quantize", "my_networks:make", "-o", "new.safetensors")
+    assert "qface calibrate new.safetensors --images FACES" in quantized.stdout
+    for command in (
+        (*distilling("new.safetensors"), "-o", "trained.safetensors"),
+        ("export", "new.safetensors", "-o", "new.onnx"),
+        ("evaluate", "new.safetensors", "--images", "crops"),
+    ):
+        assert "not calibrated: run qface calibrate" in refusal(run(*command))
+    assert {path.suffix for path in workplace.glob("*.*")} == {".py", ".safetensors"}
+    assert "run qface quantize" in refusal(
+        run("calibrate", "my_networks:make", "--images", "crops", "-o", "x.safetensors")
+    )
+
+
+def test_calibrate_takes_its_settings(workplace: Path) -> None:
+    assert run("quantize", "my_networks:make", "-o", "new.safetensors").exit_code == 0
+    arguments = ("calibrate", "new.safetensors", "--images", "crops", "-o", "student.safetensors")
+    options = ("--num-images", "8", "--no-equalize", "--no-gptq", "--json")
+    result = run(*arguments, *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["output"] == "student.safetensors"
+    settings = provenance_of(qface.load("student.safetensors"))[-1]
+    assert {"images": 8, "equalize": False, "gptq": False, "correct_biases": True}.items() <= settings.items()
+    assert "num_images" in refusal(run(*arguments, "--num-images", "0"))
 
 
 BAD_TRAINING = (
@@ -265,12 +292,10 @@ BAD_TRAINING = (
 @pytest.mark.parametrize(
     "command",
     [
-        ("quantize", "my_networks:make"),
-        ("quantize", "my_networks:make", "--budget-mb", "1"),
         ("prune", "my_networks:make", "--distill"),
         ("distill", "network.safetensors", "--teacher", "my_networks:make"),
     ],
-    ids=["quantize", "quantize within a budget", "prune", "distill"],
+    ids=["prune", "distill"],
 )
 @pytest.mark.parametrize(("options", "hint"), BAD_TRAINING, ids=str)
 def test_bad_settings_of_training_are_told_before_images_are_looked_at(
@@ -285,7 +310,7 @@ def test_bad_settings_of_training_are_told_before_images_are_looked_at(
 
 @pytest.mark.parametrize(
     "command",
-    [("quantize",), ("prune", "--distill"), ("distill", "none", "--teacher")],
+    [("prune", "--distill"), ("distill", "none", "--teacher"), ("compress", "--bits", "6")],
     ids=lambda command: command[0],
 )
 def test_settings_no_network_could_be_trained_with_are_told_before_one_is_loaded(
@@ -298,21 +323,22 @@ def test_settings_no_network_could_be_trained_with_are_told_before_one_is_loaded
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (("nothing", "--images", "crops"), "nothing"),
-        (("my_networks:absent", "--images", "crops"), "absent"),
-        (("my_networks:make_number", "--images", "crops"), "int"),
-        (("no_such_module:make", "--images", "crops"), "no_such_module"),
-        (("my_networks:make", "--images", "absent"), "absent"),
-        (("my_networks:make", "--images", "empty"), "empty"),
-        (("my_networks:make", "--images", "small"), "2 of 3"),
-        (("my_networks:make", "--images", "broken"), "2 of 3"),
-        (("my_networks:make", "--images", "crops", "--bits", "9"), "9"),
-        (("my_networks:make", "--images", "crops", "--people", "third-half"), "third-half"),
+        (("quantize", "nothing"), "nothing"),
+        (("quantize", "my_networks:absent"), "absent"),
+        (("quantize", "my_networks:make_number"), "int"),
+        (("quantize", "no_such_module:make"), "no_such_module"),
+        (("quantize", "my_networks:make", "--bits", "9"), "9"),
+        (("calibrate", "student.safetensors", "--images", "absent"), "absent"),
+        (("calibrate", "student.safetensors", "--images", "empty"), "empty"),
+        (("calibrate", "student.safetensors", "--images", "small"), "2 of 3"),
+        (("calibrate", "student.safetensors", "--images", "broken"), "2 of 3"),
+        (("calibrate", "student.safetensors", "--images", "crops", "--people", "third-half"), "third-half"),
     ],
 )
 def test_bad_input_gets_one_line_and_no_file(
     workplace: Path, crops: Crops, arguments: tuple[str, ...], hint: str
 ) -> None:
+    qface.save(qface.quantize(resolve_model("my_networks:make")), "student.safetensors")
     Path("empty").mkdir()
     for folder in ("small", "broken"):
         crops({"Ann": 3}, folder=folder)
@@ -322,13 +348,12 @@ def test_bad_input_gets_one_line_and_no_file(
         Image.new("RGB", (92, 112)).save(f"small/Ann/Ann_{number:04d}.png")
         Path(f"broken/Ann/Ann_{number:04d}.png").write_bytes(b"no image")
     before = set(Path().rglob("*"))
-    assert hint in refusal(run("quantize", *arguments, "-o", "student.safetensors"))
+    assert hint in refusal(run(*arguments, "-o", "output.safetensors"))
     assert {path for path in Path().rglob("*") if "__pycache__" not in path.parts} == before
 
 
 def test_an_output_folder_that_is_missing_is_refused_before_any_work(workplace: Path) -> None:
-    arguments = ("my_networks:make", "--images", "crops", "-o", "absent/student.safetensors")
-    assert "absent" in refusal(run("quantize", *arguments))
+    assert "absent" in refusal(run("quantize", "my_networks:make_nothing", "-o", "absent/student.safetensors"))
 
 
 def test_evaluate_refuses_a_single_identity_and_missing_pairs(student: Path, crops: Crops) -> None:
@@ -341,9 +366,9 @@ def test_evaluate_refuses_a_single_identity_and_missing_pairs(student: Path, cro
 
 
 def test_weights_beside_a_file_and_impossible_bits_are_refused(student: Path) -> None:
-    arguments = ("--images", "crops", "-o", "out.safetensors")
-    assert "already contains weights" in refusal(run("quantize", student, "--weights", "none.pth", *arguments))
-    assert "0" in refusal(run("quantize", "my_networks:make", "--weight-bits", "0", *arguments))
+    output = ("-o", "out.safetensors")
+    assert "already contains weights" in refusal(run("quantize", student, "--weights", "none.pth", *output))
+    assert "0" in refusal(run("quantize", "my_networks:make", "--weight-bits", "0", *output))
 
 
 def test_sensitivity_prints_every_layer_and_draws_a_figure(workplace: Path) -> None:
@@ -371,18 +396,16 @@ def test_prune_says_what_is_left_and_its_file_goes_on(workplace: Path) -> None:
     assert record["after"]["macs"] < record["before"]["macs"]
     last = provenance_of(qface.load("pruned.safetensors"))[-1]
     assert last.items() >= (asdict(qface.DistillConfig(batch_size=8)) | {"step": "distill"}).items()
-    result = run("quantize", "pruned.safetensors", *faces, "--no-distill", "-o", "student.safetensors")
-    assert result.exit_code == 0, result.output
+    calibrated("pruned.safetensors")
     table = run("prune", "my_networks:make", "--mb", "0.001", "-o", "small.safetensors")
     assert table.exit_code == 0, table.output
     assert "MACs" in table.stdout
 
 
-@pytest.mark.parametrize("command", ["quantize", "prune"])
 @pytest.mark.parametrize("options", [("--run-dir", "run"), ("--run-dir", "run", "--resume")], ids=str)
-def test_a_run_without_training_is_refused(workplace: Path, command: str, options: tuple[str, ...]) -> None:
+def test_a_run_without_training_is_refused(workplace: Path, options: tuple[str, ...]) -> None:
     network = ("my_networks:make", "--images", "crops", "-o", "out.safetensors")
-    assert "--distill" in refusal(run(command, *network, "--no-distill", *options))
+    assert "--distill" in refusal(run("prune", *network, "--no-distill", *options))
     assert not Path("run").exists()
 
 
@@ -394,16 +417,18 @@ def test_prune_refuses_what_contradicts(workplace: Path, student: Path) -> None:
     assert not Path("pruned.safetensors").exists()
 
 
-def test_quantize_within_a_budget(workplace: Path) -> None:
-    arguments = ("quantize", "my_networks:make", "--images", "crops", "--no-distill")
-    result = run(*arguments, "--budget-mb", "0.015", "-o", "student.safetensors")
+def test_bits_of_a_budget_are_quantized(workplace: Path) -> None:
+    arguments = ("allocate-bits", "my_networks:make", "--images", "crops", "--num-images", "4")
+    result = run(*arguments, "--budget-mb", "0.015", "-o", "bits.json")
     assert result.exit_code == 0, result.output
-    assert run("export", "student.safetensors", "-o", "student.onnx").exit_code == 0
+    assert "qface quantize my_networks:make --config bits.json" in result.stdout
+    assert run("export", calibrated("my_networks:make", "--config", "bits.json"), "-o", "student.onnx").exit_code == 0
     assert Path("student.onnx").stat().st_size <= 15_000
-    other = (*arguments, "-o", "other.safetensors")
-    assert "budget_mb must be >= " in refusal(run(*other, "--budget-mb", "0.001"))
-    assert "--weight-bits" in refusal(run(*other, "--budget-mb", "1", "--weight-bits", "4"))
-    assert not Path("other.safetensors").exists()
+    assert "budget_mb must be >= " in refusal(run(*arguments, "--budget-mb", "0.001", "-o", "other.json"))
+    for option in (("--bits", "4"), ("--weight-bits", "4"), ("--activation-bits", "4"), ("--ignored-layers", "0")):
+        both = ("my_networks:make", "--config", "bits.json", *option, "-o", "other.safetensors")
+        assert f"leave out {option[0]}" in refusal(run("quantize", *both))
+    assert not list(workplace.glob("other.*"))
 
 
 def test_the_installed_commands_run() -> None:
@@ -439,8 +464,7 @@ def test_photos_are_aligned_by_their_landmarks(workplace: Path) -> None:
 
 def test_an_onnx_file_is_a_network_to_quantize(student: Path) -> None:
     assert run("export", student, "-o", "student.onnx").exit_code == 0
-    common = ("--images", "crops", "--people", "first-half", "--no-distill", "-o", "again.safetensors")
-    assert "is quantized already" in refusal(run("quantize", "student.onnx", *common))
+    assert "is quantized already" in refusal(run("quantize", "student.onnx", "-o", "again.safetensors"))
     qface.export(resolve_model("my_networks:make"), "float.onnx")
-    result = run("quantize", "float.onnx", *common)
+    result = run("quantize", "float.onnx", "-o", "again.safetensors")
     assert result.exit_code == 0, result.output

@@ -30,7 +30,7 @@ def training() -> qface.DistillConfig:
 def compress(model: Any) -> qface.Compression:
     target, config = (
         qface.CompressionTarget(max_mb=0.1, at_fpr="1e-1"),
-        qface.CompressConfig(distill="never", calibration_images=4),
+        qface.CompressConfig(distill="never", calibration=qface.CalibrationConfig(num_images=4)),
     )
     return qface.compress(model, "faces", "small.onnx", target, config)
 
@@ -74,6 +74,7 @@ CHANGING = {"calibrate.student", "distill.student"}
 
 FILES: dict[str, Callable[[Any], Any]] = {
     "load": qface.load,
+    "load_bits": qface.load_bits,
     "model_card": qface.model_card,
     "plot": lambda file: qface.plot("training", file, "training.svg"),
     "report": lambda file: qface.report(file, "report.html"),

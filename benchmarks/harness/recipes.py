@@ -18,31 +18,27 @@ class Recipe:
 
     Args:
         quantization: observers of the ranges; the bits are the row's.
-        calibration: which parts of :func:`qface.calibrate` are on.
+        calibration: settings of :func:`qface.calibrate`.
         training: settings of the distillation; seed and steps are the run's.
         repair: whether what is left of a pruned layer makes up for what went.
         judged: whether goals are held against it.
     """
 
     quantization: qface.QuantizationConfig
-    calibration: dict[str, bool]
+    calibration: qface.CalibrationConfig
     training: qface.DistillConfig
     repair: bool = True
     judged: bool = True
 
 
-def _parts(on: bool) -> dict[str, bool]:
-    return dict.fromkeys(("equalize", "gptq", "correct_biases"), on)
-
-
-_OURS = Recipe(qface.QuantizationConfig(), _parts(True), training=qface.DistillConfig())
+_OURS = Recipe(qface.QuantizationConfig(), qface.CalibrationConfig(), training=qface.DistillConfig())
 
 RECIPES = {
     "qface": _OURS,
     "qface-bf16": replace(_OURS, training=replace(_OURS.training, precision="bf16")),
     "paper": Recipe(
         qface.QuantizationConfig(weight_observer="minmax", activation_observer="minmax", wide_residuals=False),
-        _parts(False),
+        qface.CalibrationConfig(equalize=False, gptq=False, correct_biases=False),
         training=qface.DistillConfig.paper(),
         repair=False,
         judged=False,

@@ -147,7 +147,7 @@ class Arms:
         recipe = RECIPES[self.recipe]
         return {
             "quantization": recipe.quantization.to_dict(),
-            "calibration": recipe.calibration,
+            "calibration": asdict(recipe.calibration),
             "training": asdict(self._training(method)),
         }
 
@@ -210,7 +210,7 @@ class Arms:
         assert bits is not None and arm.images is not None
         student = qface.quantize(teacher, replace(recipe.quantization, weight_bits=bits, activation_bits=bits))
         calibration = nested_subset(arm.images, min(CALIBRATION_IMAGES, len(arm.images)), self.seed)
-        qface.calibrate(student, calibration, **recipe.calibration)
+        qface.calibrate(student, calibration, recipe.calibration)
         self._distill(student, teacher, arm, self._training(arm.method))
         return qface.export(student, self._path(arm, ".onnx")).stat().st_size / 1e6
 

@@ -1,6 +1,6 @@
-"""The command line: each command parses its options, calls one verb of the library and prints what came of it.
+"""The command line: each command parses its options, calls one verb of the library, and prints the result.
 
-Modules of this package import torch and all that needs it within functions, so that help is there at once.
+Modules of this package import torch, and whatever imports torch, inside functions, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from qface.cli.compression import compress
 from qface.cli.deployment import bench, export, inspect, selftest, size, verify
 from qface.cli.evaluation import evaluate, identify, ijb, sensitivity, thresholds
 from qface.cli.faces import align, demo, pairs
+from qface.cli.quantization import allocate_bits, calibrate, quantize
 from qface.cli.reporting import plot, report
-from qface.cli.training import distill, prune, quantize
+from qface.cli.training import distill, prune
 
 __all__ = ["export_alias", "main"]
 
@@ -24,14 +25,14 @@ __all__ = ["export_alias", "main"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(qface.__version__, prog_name="qface")
 def main() -> None:
-    """Make face-recognition networks small and fast without losing what they know."""
+    """Make face-recognition networks small and fast with little loss of accuracy."""
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # those of libraries; qface's own are logged
+        warnings.simplefilter("ignore")  # only libraries warn; qface logs
 
 
 for _each in (
-    *(compress, quantize, prune, distill),
-    *(evaluate, identify, ijb, thresholds, sensitivity),
+    *(compress, sensitivity, allocate_bits, quantize, calibrate, distill, prune),
+    *(evaluate, identify, ijb, thresholds),
     *(inspect, export, verify, selftest, bench, size),
     *(report, plot, align, pairs, demo),
 ):

@@ -18,20 +18,20 @@ from qface.progress import progress_shown
 __all__ = ["SCHEMA_VERSION", "Command", "note", "show", "written"]
 
 SCHEMA_VERSION = 1
-"""First key of every JSON object that a command prints; it rises when a key goes or changes its meaning."""
+"""Version in every printed JSON object; it rises when a key is removed or changes its meaning."""
 _QUIET = "qface.quiet"
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
 class Command(click.Command):
-    """A command with the options that all have; it turns errors of the library into one line and exit code 2.
+    """A command with the common options, which prints an error of the library in one line and exits with code 2.
 
-    An option of the command's own hides the common one of the same name. Help shows every default.
+    An option that the command itself defines replaces the common option of that name. Help shows every default.
 
     Args:
-        args: as of :class:`click.Command`.
-        examples: lines that a user may type, for the end of the help.
-        kwargs: likewise.
+        args: positional arguments of :class:`click.Command`.
+        examples: command lines for the end of the help.
+        kwargs: keyword arguments of :class:`click.Command`.
     """
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
@@ -42,20 +42,20 @@ class Command(click.Command):
         self.params += [option for option in _common_options() if own.isdisjoint(option.opts)]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples, each in one line whatever its length, so that it can be copied."""
+        """Write each example in one line of any length, so that it can be copied."""
         if self.examples:
             with formatter.section("Examples"):
                 for example in self.examples:
                     formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command as click does, with progress and logging as its options say."""
+        """Run the command with the progress and logging that its options ask for."""
         quiet, verbose, log_file = (ctx.params.pop(name, None) for name in ("quiet", "verbose", "log_file"))
         ctx.meta[_QUIET] = quiet
         try:
             if quiet and verbose:
-                raise ConfigError("-q and -v contradict each other: give one of them")
-            with _logging_at(_LEVELS[min(verbose or 0, 2)]), _written_to(log_file), progress_shown(not quiet):
+                raise ConfigError("-q and -v contradict each other: give only one of them")
+            with _logging_at(_LEVELS[min(verbose or 0, 2)]), _log_to(log_file), progress_shown(not quiet):
                 return super().invoke(ctx)
         except QFaceError as error:
             click.echo(f"Error: {_line(error)}", err=True)
@@ -68,19 +68,21 @@ def _line(error: QFaceError) -> str:
 
 def _common_options() -> list[click.Option]:
     return [
-        click.Option(["-q", "--quiet"], is_flag=True, help="Show no progress and no notes, only warnings and errors."),
-        click.Option(["-v", "--verbose"], count=True, show_default=False, help="Say more on stderr; -vv says most."),
+        click.Option(["-q", "--quiet"], is_flag=True, help="Print no progress and no notes, only warnings and errors."),
+        click.Option(
+            ["-v", "--verbose"], count=True, show_default=False, help="Print more on stderr; -vv prints most."
+        ),
         click.Option(
             ["--log", "log_file"],
             type=click.Path(path_type=Path),
-            help="File to append warnings and errors to, with times; with -v, more.  [default: none]",
+            help="File to append log lines to, with times; -v adds lines.  [default: none]",
         ),
     ]
 
 
 @contextmanager
 def _logging_at(level: int) -> Iterator[None]:
-    """Show the logger ``qface`` on stderr from ``level`` on, and leave it as it was."""
+    """Print log records >= ``level`` of the logger ``qface`` on stderr within the block."""
     logger = logging.getLogger("qface")
     before, handler = logger.level, _Stderr()
     logger.setLevel(level)
@@ -93,20 +95,20 @@ def _logging_at(level: int) -> Iterator[None]:
 
 
 class _Stderr(logging.Handler):
-    """Writes to what stderr is at the moment, since bars of progress replace it while they are shown."""
+    """Write to the current stderr, since progress bars replace it while they are shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
+        """Write one record."""
         click.echo(self.format(record), err=True)
 
 
-def _written_to(file: Path | None) -> AbstractContextManager[None]:
+def _log_to(file: Path | None) -> AbstractContextManager[None]:
     return nullcontext() if file is None else _appending(file)
 
 
 @contextmanager
 def _appending(file: Path) -> Iterator[None]:
-    """Append the lines of the logger ``qface`` to ``file``, and the error that ends the block."""
+    """Append the records of the logger ``qface``, and the error that ends the block, to ``file``."""
     try:
         handler = logging.FileHandler(file, encoding="utf-8")
     except OSError as error:
@@ -125,23 +127,31 @@ def _appending(file: Path) -> Iterator[None]:
 
 
 def note(text: object) -> None:
-    """Say on stderr what a command did, unless it is to be quiet."""
+    """Print a line on stderr, unless the command is quiet.
+
+    Args:
+        text: the line.
+    """
     if not click.get_current_context().meta.get(_QUIET):
         click.echo(text, err=True)
 
 
 def written(file: Path) -> dict[str, Any]:
-    """Name and size of a file that a command wrote."""
+    """Return the JSON keys of a written file: its name and size.
+
+    Args:
+        file: the file.
+    """
     return {"output": str(file), "bytes": file.stat().st_size}
 
 
 def show(record: dict[str, Any], words: Any, as_json: bool) -> None:
-    """Print what a verb did, as one JSON object or in words; of several processes, the first does.
+    """Print the result of a command, in the first of several processes only.
 
     Args:
-        record: what docs/json.md lists, without the version.
-        words: the same as a line, as a :class:`qface.results.Result`, or as a table of :mod:`rich`.
-        as_json: which of both.
+        record: the JSON object, as docs/json.md lists it, without its version.
+        words: the same as a line, a :class:`qface.results.Result`, or a table of :mod:`rich`.
+        as_json: True to print the JSON object.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -150,6 +160,6 @@ def show(record: dict[str, Any], words: Any, as_json: bool) -> None:
     elif isinstance(words, str):
         click.echo(words)
     else:
-        from rich.console import Console  # only here, so that help does not wait for it
+        from rich.console import Console  # imported here to keep --help fast
 
         Console(emoji=False).print(words)

@@ -1,14 +1,14 @@
-"""Commands on files: inspect, export, verify, selftest, bench, size."""
+"""Commands that write or check files: inspect, export, verify, selftest, bench, size."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 import qface
-from qface.choices import INPUTS, RUNTIMES, TARGETS, WEIGHT_FORMATS
+from qface.choices import InputType, RuntimeName, TargetName, WeightFormatName
 from qface.cli.command import Command, show, written
 from qface.cli.model_card import card_option, write_card
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
@@ -16,11 +16,11 @@ from qface.errors import ConfigError
 
 __all__ = ["bench", "export", "inspect", "selftest", "size", "verify"]
 
-bits_option = click.option("--bits", type=int, help="Bits that a float network would get, 2 to 8.  [default: 6]")
+bits_option = click.option("--bits", type=int, help="Bits to assume for a float network, 2 to 8.  [default: 6]")
 
 
 def _has_bits(model: str) -> ConfigError:
-    return ConfigError(f"{model} is a student, which has bits of its own: leave out --bits")
+    return ConfigError(f"{model} is a student and has bits already: leave out --bits")
 
 
 @click.command(
@@ -35,7 +35,7 @@ def _has_bits(model: str) -> ConfigError:
 @preprocessing_options
 @json_option
 def inspect(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: bool) -> None:
-    """Say what MODEL is, a file or network: what it reads, its bits, how it was made, and its integer layers."""
+    """Describe MODEL, a file or network: its input, bits, processing steps, and integer layers."""
     from qface.reporting.file_description import describe
     from qface.reporting.tables import description_table
 
@@ -56,41 +56,41 @@ def inspect(model: str, bits: int | None, preprocessing: dict[str, Any], as_json
 @click.option("-o", "--output", required=True, type=FilePath, help="File to write (.onnx).")
 @click.option(
     "--weight-format",
-    type=click.Choice(WEIGHT_FORMATS),
+    type=click.Choice(get_args(WeightFormatName)),
     default="packed",
-    help="How a student's weights lie in the file: to their bits, or a byte each.",
+    help="Layout of a student's weights: packed to their bits, or one byte per weight.",
 )
-@click.option("--images", type=FilePath, help="Faces to check the file on.  [default: synthetic ones]")
+@click.option("--images", type=FilePath, help="Faces to check the file on.  [default: synthetic images]")
 @click.option(
     "--input",
     "input_type",
-    type=click.Choice(INPUTS),
+    type=click.Choice(get_args(InputType)),
     default="float32",
-    help="What the file reads: normalized floats, or the bytes of RGB images.",
+    help="Input of the file: normalized floats, or the bytes of RGB images.",
 )
 @click.option(
     "--target",
-    type=click.Choice(TARGETS),
+    type=click.Choice(get_args(TargetName)),
     default="cpu",
-    help="What a student's file is for: integers on CPUs, fp16 on GPUs, or float32 (fastest in browsers).",
+    help="Arithmetic of a student's file: integers for CPUs, fp16 for GPUs, or float32 (fastest in browsers).",
 )
-@click.option("--normalize", is_flag=True, help="Give embeddings unit length, by an L2 normalization at the end.")
+@click.option("--normalize", is_flag=True, help="Add an L2 normalization, so that embeddings have length 1.")
 @card_option
 @json_option
 @preprocessing_options
 def export(
     student: str,
     output: Path,
-    weight_format: str,
+    weight_format: WeightFormatName,
     images: Path | None,
-    input_type: str,
-    target: str,
+    input_type: InputType,
+    target: TargetName,
     normalize: bool,
     card: bool,
     as_json: bool,
     preprocessing: dict[str, Any],
 ) -> None:
-    """Write a student as an integer ONNX file (a float network as a float one), and check what it computes."""
+    """Write a calibrated STUDENT as an integer ONNX file, or a float network as a float file, and check its outputs."""
     from qface.files import check_folder
     from qface.models.resolve import resolve_model
 
@@ -116,9 +116,9 @@ def export(
 @people_option
 @click.option(
     "--runtime",
-    type=click.Choice(RUNTIMES),
+    type=click.Choice(get_args(RuntimeName)),
     default="onnxruntime",
-    help="What runs the file; OpenVINO (qface[bench]) is compared from end to end only.",
+    help="Runtime for the file; with openvino (qface[bench]), only embeddings are compared.",
 )
 @preprocessing_options
 @json_option
@@ -127,11 +127,14 @@ def verify(
     file: Path,
     images: Path,
     identities: str | None,
-    runtime: str,
+    runtime: RuntimeName,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Prove that FILE computes what STUDENT computes, layer by layer and from end to end."""
+    """Compare FILE with the STUDENT it was exported from, layer by layer and by embeddings.
+
+    Exit code 1 means that they differ.
+    """
     from qface.models.resolve import resolve_model
 
     network = resolve_model(student, preprocessing=preprocessing)
@@ -149,10 +152,13 @@ def verify(
     ),
 )
 @click.argument("file", type=FilePath)
-@click.option("--provider", help="onnxruntime's execution provider.  [default: the CPU; CUDA for a file for GPUs]")
+@click.option("--provider", help="Execution provider of onnxruntime.  [default: CPU, or CUDA for a file for GPUs]")
 @json_option
 def selftest(file: Path, provider: str | None, as_json: bool) -> None:
-    """Prove from FILE alone that onnxruntime computes here what was trained."""
+    """Compare the embeddings of FILE on this machine with the golden values inside it.
+
+    Exit code 1 means that they differ.
+    """
     found = qface.selftest(file, None if provider is None else [provider])
     thresholds = qface.thresholds_of(file)
     words = "\n".join(str(each) for each in (found, thresholds) if each is not None)
@@ -169,20 +175,24 @@ def selftest(file: Path, provider: str | None, as_json: bool) -> None:
     ),
 )
 @click.argument("files", type=FilePath, nargs=-1, required=True, metavar="FILE...")
-@click.option("--threads", type=int, default=1, help="Threads within an operation.")
-@click.option("--batch", type=int, default=1, help="Images in a call.")
-@click.option("--runs", type=int, default=40, help="Timed calls of each file.")
+@click.option("--threads", type=int, default=1, help="Threads per operator.")
+@click.option("--batch", type=int, default=1, help="Images per call.")
+@click.option("--runs", type=int, default=40, help="Timed calls per file.")
 @preprocessing_options
 @json_option
 def bench(
     files: tuple[Path, ...], threads: int, batch: int, runs: int, preprocessing: dict[str, Any], as_json: bool
 ) -> None:
-    """Time ONNX files in turns; the first is what the others are measured by."""
+    """Measure the latency of ONNX files, alternately; ratios are relative to the first file."""
     from qface.deployment.latency import compare, open_file
     from qface.reporting import latency_table
 
     rows = compare([open_file(file, threads, preprocessing=preprocessing) for file in files], threads, batch, runs)
-    show({"rows": [row.to_dict() for row in rows]}, latency_table(rows, f"{runs} calls of each, in turns"), as_json)
+    show(
+        {"rows": [row.to_dict() for row in rows]},
+        latency_table(rows, f"{runs} calls of each file, alternately"),
+        as_json,
+    )
 
 
 @click.command(
@@ -197,7 +207,7 @@ def bench(
 @preprocessing_options
 @json_option
 def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: bool) -> None:
-    """Say what each byte is spent on; MODEL is an .onnx file, or a network whose packed file is predicted."""
+    """List what the bytes of a file are used for; MODEL is an .onnx file, or a network whose file size is predicted."""
     from torch import nn
 
     from qface.models.resolve import resolve_architecture
@@ -206,7 +216,7 @@ def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: b
     is_file = model.lower().endswith(".onnx")
     useless = [*preprocessing, *(["bits"] if bits is not None else [])] if is_file else []
     if useless:
-        raise ConfigError(f"the size of {model}, a file, depends on nothing else; leave out --{useless[0]}")
+        raise ConfigError(f"the size of the file {model} is fixed: leave out --{useless[0]}")
     measured = Path(model) if is_file else resolve_architecture(model, preprocessing=preprocessing)
     if bits is not None and isinstance(measured, nn.Module) and is_quantized(measured):
         raise _has_bits(model)

@@ -1,4 +1,4 @@
-"""Commands that measure networks on faces: evaluate, identify, ijb, thresholds, sensitivity."""
+"""Commands that measure accuracy: evaluate, identify, ijb, thresholds, sensitivity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 
 import qface
-from qface.choices import TemplateProtocol
+from qface.choices import SENSITIVITY_IMAGES, TemplateProtocol
 from qface.cli.command import Command, note, show
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
 from qface.errors import ConfigError
@@ -30,32 +30,35 @@ __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
 @click.option(
     "--pairs",
     type=FilePath,
-    help="Pair list, of LFW for ten-fold accuracy or lines path,path,flag.  [default: none]",
+    help="Pair list: in LFW's format, for ten-fold accuracy, or lines path,path,flag.  [default: none]",
 )
-@click.option(
-    "--gallery", help="Another model that embeds the gallery, while MODEL embeds the probes.  [default: MODEL]"
-)
+@click.option("--gallery", help="Model of the gallery; MODEL embeds the probes.  [default: MODEL]")
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @click.option(
     "--run-dir",
     type=FilePath,
-    help="Folder to keep embeddings and counts of pairs in; a run that was stopped goes on there.  [default: none]",
+    help="Folder to store embeddings in; a stopped run continues there.  [default: none]",
 )
-@click.option("--bootstrap", type=int, default=0, help="Replicates for 95 % confidence intervals, over people.")
+@click.option(
+    "--bootstrap",
+    type=int,
+    default=0,
+    help="Bootstrap replicates over people, for 95 % confidence intervals; 0 for none.",
+)
 @click.option(
     "--groups",
     type=FilePath,
-    help="File of lines person,group: measure each group, and the gaps between.  [default: none]",
+    help="File of lines person,group: also measure each group and the gaps between them.  [default: none]",
 )
 @click.option(
     "--stress",
     is_flag=True,
-    help="Measure changed faces against unchanged ones: ill aligned, turned, small, blurred, dark, covered.",
+    help="Measure misaligned, rotated, small, blurred, dark and covered faces against unchanged ones.",
 )
 @click.option(
-    "--reference", help="With --groups or --stress: another model, such as the float network.  [default: none]"
+    "--reference", help="With --groups or --stress: model to compare with, such as the float network.  [default: none]"
 )
-@click.option("--at-fpr", help="With --groups: FPR over everybody that sets the threshold.  [default: 1e-3]")
+@click.option("--at-fpr", help="With --groups: FPR over all people, which sets the threshold.  [default: 1e-3]")
 @preprocessing_options
 @json_option
 def evaluate(
@@ -74,7 +77,7 @@ def evaluate(
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Measure verification on faces; MODEL is a student, a float network or an .onnx file."""
+    """Measure 1:1 verification; MODEL is a student, a float network or an .onnx file."""
     from qface.evaluation import as_embedder
 
     given = {"pairs": pairs, "gallery": gallery, "flip": flip, "run_dir": run_dir, "bootstrap": bootstrap}
@@ -111,17 +114,17 @@ _OPTIONS_OF = {
     "groups": {"groups", "reference", "at_fpr", "flip", "bootstrap"},
     "stress": {"stress", "reference", "pairs", "run_dir", "bootstrap"},
 }
-"""Options of ``evaluate`` that go with one of its kinds of evaluation, by the option that asks for the kind."""
+"""Options of ``evaluate`` that each kind of evaluation uses, by the option that selects the kind."""
 
 
 def _check_options(kind: str | None, options: Mapping[str, Any]) -> None:
-    """Refuse what would be passed over."""
+    """Refuse options that the kind of evaluation would ignore."""
     for name in (name for name, value in options.items() if value and name not in _OPTIONS_OF[kind]):
         option = f"--{name.replace('_', '-')}"
         if kind is not None:
-            raise ConfigError(f"{option} does not go with --{kind}: leave one of them out")
+            raise ConfigError(f"{option} cannot be used with --{kind}: leave out one of them")
         kinds = " or ".join(f"--{each}" for each, names in _OPTIONS_OF.items() if each and name in names)
-        raise ConfigError(f"{option} goes with {kinds}: give that as well, or leave {option} out")
+        raise ConfigError(f"{option} needs {kinds}: give that as well, or leave out {option}")
 
 
 @click.command(
@@ -134,8 +137,13 @@ def _check_options(kind: str | None, options: Mapping[str, Any]) -> None:
 @click.argument("model")
 @images_option
 @people_option
-@click.option("--seed", type=int, default=0, help="Seed of the draw of images that are enrolled.")
-@click.option("--bootstrap", type=int, default=0, help="Replicates for 95 % confidence intervals, over people.")
+@click.option("--seed", type=int, default=0, help="Seed of the random choice of gallery images.")
+@click.option(
+    "--bootstrap",
+    type=int,
+    default=0,
+    help="Bootstrap replicates over people, for 95 % confidence intervals; 0 for none.",
+)
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @preprocessing_options
 @json_option
@@ -149,7 +157,7 @@ def identify(
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Measure 1:N identification with one image of each person enrolled; MODEL as for evaluate."""
+    """Measure 1:N identification with one gallery image per person; MODEL as for evaluate."""
     from qface.evaluation import as_embedder
 
     chosen = as_embedder(model, preprocessing)
@@ -170,14 +178,14 @@ def identify(
     "--protocol",
     type=click.Choice(get_args(TemplateProtocol)),
     default="paper",
-    help="A template is the mean of its images, or of its photos and videos.",
+    help="A template is the mean of its images (arcface), or of its photos and videos (paper).",
 )
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @click.option("--detector-score", is_flag=True, help="Weight images by the detector's score.")
 @click.option(
     "--run-dir",
     type=FilePath,
-    help="Folder to keep embeddings in; a run that was stopped goes on there.  [default: none]",
+    help="Folder to store embeddings in; a stopped run continues there.  [default: none]",
 )
 @preprocessing_options
 @json_option
@@ -202,27 +210,31 @@ def ijb(
 @click.command(
     cls=Command,
     examples=(
-        "qface thresholds teacher.onnx student.onnx --images faces/ --fpr 1e-4",
-        "qface thresholds teacher.onnx student.onnx --images faces/ --people first-half --write student.onnx",
+        "qface thresholds student.onnx --teacher teacher.onnx --images faces/ --fpr 1e-4",
+        "qface thresholds student.onnx --teacher teacher.onnx --images faces/ --write student.onnx",
     ),
 )
-@click.argument("teacher")
 @click.argument("student")
+@click.option(
+    "--teacher", required=True, help="Float network: an .onnx file, a network file, or package.module:factory."
+)
 @images_option
-@click.option("--people", "identities", help="Whom to set thresholds on, as for other commands.  [default: all]")
-@click.option("--eval-people", "eval_identities", help="Whom to measure them on.  [default: the same]")
-@click.option("--fpr", default="1e-4", help="Share of impostors that may be accepted, 0..1.")
+@click.option(
+    "--people", "identities", help="People to set thresholds on: first-half, second-half, or a file.  [default: all]"
+)
+@click.option("--eval-people", "eval_identities", help="People to measure thresholds on.  [default: those of --people]")
+@click.option("--fpr", default="1e-4", help="FPR to set thresholds for, 0..1.")
 @click.option(
     "--write",
     "file",
     type=FilePath,
-    help="Also measure this .onnx file against itself at several FPRs, and write that into it.  [default: none]",
+    help="Also measure thresholds of this .onnx file at several FPRs, and write them into it.  [default: none]",
 )
 @preprocessing_options
 @json_option
 def thresholds(
-    teacher: str,
     student: str,
+    teacher: str,
     images: Path,
     identities: str | None,
     eval_identities: str | None,
@@ -231,11 +243,11 @@ def thresholds(
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Set the cosine to accept where float meets float, quantized quantized, and quantized a float gallery."""
+    """Choose the cosine threshold of STUDENT: for a gallery of its own embeddings, and for one of its teacher's."""
     from qface.evaluation import as_embedder
 
     if file is not None:
-        qface.thresholds_of(file)  # a file that cannot be read is told before any work
+        qface.thresholds_of(file)  # refuse an unreadable file before the work
     result = qface.operating_thresholds(
         as_embedder(teacher, preprocessing), student, images, fpr, identities, eval_identities
     )
@@ -263,13 +275,13 @@ def _write_thresholds(file: Path, images: Path, fpr: str, identities: str | None
 @click.argument("model")
 @images_option
 @people_option
-@click.option("--num-images", type=int, default=64, help="Images to look at, evenly spread.")
+@click.option("--num-images", type=int, default=SENSITIVITY_IMAGES, help="Images to measure on, evenly spaced.")
 @click.option(
     "--run-dir",
     type=FilePath,
-    help="Folder to keep losses in; a run that was stopped goes on there.  [default: none]",
+    help="Folder to store losses in; a stopped run continues there.  [default: none]",
 )
-@click.option("--figure", type=FilePath, help="Also draw the losses here (.png, .svg or .pdf).  [default: none]")
+@click.option("--figure", type=FilePath, help="Figure of the losses to write (.png, .svg or .pdf).  [default: none]")
 @preprocessing_options
 @json_option
 def sensitivity(
@@ -282,7 +294,7 @@ def sensitivity(
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Measure what quantizing each layer alone costs, its weight and what it reads, at 2 to 8 bits."""
+    """Measure the loss of quantizing one weight or activation tensor alone, at 2 to 8 bits."""
     from qface.models.resolve import resolve_model
     from qface.reporting import sensitivity_figure
     from qface.reporting.figures import check_figure

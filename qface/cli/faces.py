@@ -1,4 +1,4 @@
-"""Commands that bring faces of their own, or list them: align, demo, pairs."""
+"""Commands that make face crops or pair lists: align, pairs, demo."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["align", "demo", "pairs"]
     ),
 )
 @click.argument("photos", type=FilePath)
-@click.option("-o", "--output", required=True, type=FilePath, help="Folder of crops to write.")
+@click.option("-o", "--output", required=True, type=FilePath, help="Folder to write the crops to.")
 @click.option(
     "--landmarks",
     type=FilePath,
-    help="Lines 'file x1 y1 ... x5 y5' in pixels, or what mtcnn found.  [default: look for faces]",
+    help="File of lines 'file x1 y1 ... x5 y5' in pixels, or of mtcnn landmarks.  [default: detect faces]",
 )
 @click.option("--detector", type=FilePath, help="ONNX file of SCRFD or YuNet.  [default: uniface's RetinaFace]")
 @json_option
 def align(photos: Path, output: Path, landmarks: Path | None, detector: Path | None, as_json: bool) -> None:
-    """Cut aligned 112x112 crops from PHOTOS, a folder; what is there already is kept."""
+    """Cut aligned 112x112 crops from a folder of PHOTOS; existing crops are kept."""
     report = qface.align(photos, output, landmarks, detector)
     show(report.to_dict(), report, as_json)
 
@@ -45,16 +45,16 @@ def align(photos: Path, output: Path, landmarks: Path | None, detector: Path | N
     ),
 )
 @click.argument("images", type=FilePath)
-@click.option("-o", "--output", required=True, type=FilePath, help="List of pairs to write.")
+@click.option("-o", "--output", required=True, type=FilePath, help="Pair list to write.")
 @people_option
-@click.option("--folds", type=int, default=10, help="Folds, which share no people.")
-@click.option("--pairs-per-fold", type=int, default=300, help="Pairs of one person in a fold, and as many of two.")
-@click.option("--seed", type=int, default=0, help="Seed of the draw.")
+@click.option("--folds", type=int, default=10, help="Number of folds; no person is in two of them.")
+@click.option("--pairs-per-fold", type=int, default=300, help="Genuine pairs per fold, and as many impostor pairs.")
+@click.option("--seed", type=int, default=0, help="Random seed.")
 @json_option
 def pairs(
     images: Path, output: Path, identities: str | None, folds: int, pairs_per_fold: int, seed: int, as_json: bool
 ) -> None:
-    """Draw a balanced list of pairs for evaluate --pairs from IMAGES, a folder with one subfolder a person."""
+    """Draw a balanced pair list for evaluate --pairs from IMAGES, a folder with one subfolder per person."""
     drawn = qface.make_pairs(images, output, identities, folds, pairs_per_fold, seed)
     genuine = int(drawn.same.sum())
     record = {"folds": folds, "genuine_pairs": genuine, "impostor_pairs": len(drawn) - genuine}
@@ -68,11 +68,11 @@ def pairs(
         "qface demo -o /tmp/demo --seed 1 --json",
     ),
 )
-@click.option("-o", "--output", type=FilePath, default=Path("runs/demo"), help="Folder for its files.")
+@click.option("-o", "--output", type=FilePath, default=Path("runs/demo"), help="Folder of all files.")
 @click.option("--seed", type=int, default=0, help="Seed of training.")
 @json_option
 def demo(output: Path, seed: int, as_json: bool) -> None:
-    """Do the whole job on 400 real faces: train a small teacher, quantize, distill, export, evaluate."""
+    """Run all stages on 400 real faces: train a small teacher, quantize, calibrate, distill, export, evaluate."""
     from qface.demo import run_demo
     from qface.reporting import demo_table
 

@@ -1,4 +1,4 @@
-"""The model card that commands write beside an ONNX file."""
+"""The model card next to an exported ONNX file."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ __all__ = ["card_option", "write_card"]
 card_option = click.option(
     "--card/--no-card",
     default=True,
-    help="Write a model card beside the file: student.md beside student.onnx. One that is there is left as it is.",
+    help="Write a model card next to the file: student.md for student.onnx. An existing card is kept.",
 )
 
 
 def write_card(file: Path, figures: Sequence[str] = ()) -> None:
-    """Write the card of ``file`` and say so; one that is there may hold what its owner filled in, and stays."""
+    """Write the model card of a file; keep an existing one, which may have text of its owner.
+
+    Args:
+        file: the ONNX file.
+        figures: sentences on its accuracy.
+    """
     from qface.reporting.model_card import card_path, write_model_card
 
     path = card_path(file)
     if path.exists():
-        note(f"left {path} as it was: remove it and run this again for a card of the new file")
+        note(f"kept {path}: delete it and run the command again for a card of the new file")
     else:
         note(f"wrote {write_model_card(file, figures)}")

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the settings that they stand for."""
+"""Options that several commands share, and the settings they set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 import qface
-from qface.choices import ImportanceName, PrecisionName
+from qface.choices import ColorOrder, ImportanceName, PrecisionName, RecipeName
 
 __all__ = [
     "PRUNING_FIELDS",
@@ -22,6 +22,7 @@ __all__ = [
     "people_option",
     "preprocessing_options",
     "pruning_options",
+    "run_options",
     "training_options",
     "weights_option",
 ]
@@ -31,7 +32,7 @@ FilePath = click.Path(path_type=Path)
 
 
 def _options(*options: Callable[[FunctionT], FunctionT]) -> Callable[[FunctionT], FunctionT]:
-    """Several options as one decorator."""
+    """Combine several options into one decorator."""
 
     def decorate(function: FunctionT) -> FunctionT:
         for option in reversed(options):
@@ -45,30 +46,30 @@ images_option = click.option(
     "--images",
     required=True,
     type=FilePath,
-    help="Folder of 112x112 face crops, one folder a person, or all in one where it is not known who is who.",
+    help="Folder of 112x112 face crops, one subfolder per person, or a flat folder if identities are unknown.",
 )
 people_option = click.option(
     "--people",
     "identities",
-    help="Which people: first-half, second-half, or a file with one name a line.  [default: all]",
+    help="People to use: first-half, second-half, or a file with one name per line.  [default: all]",
 )
 weights_option = click.option(
     "--weights",
     type=FilePath,
-    help="A file of weights for the network MODEL, a name or package.module:factory.  [default: its own]",
+    help="File of weights for MODEL, a name or package.module:factory.  [default: those of MODEL]",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of words.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
 class _Numbers(click.ParamType[Any]):
-    """So many numbers with commas between them; one of them may stand for all.
+    """A fixed count of numbers, such as ``R,G,B``.
 
     Args:
-        name: for messages and help.
-        kind: of the numbers.
-        count: how many there are.
-        separator: between them.
-        repeats: True if a single number stands for all.
+        name: the format, for help and errors.
+        kind: type of each number.
+        count: how many numbers there are.
+        separator: text between two numbers.
+        repeats: True to accept a single number that is used for all.
     """
 
     def __init__(self, name: str, kind: type[int] | type[float], count: int, separator: str, repeats: bool) -> None:
@@ -76,7 +77,7 @@ class _Numbers(click.ParamType[Any]):
         self._kind, self._count, self._separator, self._repeats = kind, count, separator, repeats
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """The numbers of ``value``."""
+        """Return the numbers in ``value``."""
         parts = str(value).split(self._separator)
         try:
             numbers = tuple(self._kind(part) for part in parts)
@@ -90,34 +91,39 @@ class _Numbers(click.ParamType[Any]):
 
 
 _PREPROCESSING = _options(
-    click.option("--color", type=click.Choice(["RGB", "BGR"]), help="Color order the model reads.  [default: found]"),
+    click.option(
+        "--color", type=click.Choice(get_args(ColorOrder)), help="Color order of the model's input.  [default: found]"
+    ),
     click.option(
         "--mean",
         type=_Numbers("NUMBER or R,G,B", float, 3, ",", repeats=True),
-        help="Mean in 0..255 that is subtracted from the pixels before they reach the model.  [default: found]",
+        help="Mean, 0..255, to subtract from the pixels.  [default: found]",
     ),
     click.option(
         "--std",
         type=_Numbers("NUMBER or R,G,B", float, 3, ",", repeats=True),
-        help="What the pixels are divided by after that: 1 for a model that reads bytes.  [default: found]",
+        help="Divisor of the pixels after that; 1 for a model whose input is bytes.  [default: found]",
     ),
     click.option(
         "--crop",
         type=_Numbers("TOP,LEFT,BOTTOM,RIGHT", int, 4, ",", repeats=False),
-        help="Part of the 112x112 crop that the model reads, in pixels.  [default: found]",
+        help="Part of the 112x112 crop that the model uses, in pixels.  [default: found]",
     ),
     click.option(
         "--size",
         type=_Numbers("HEIGHTxWIDTH", int, 2, "x", repeats=True),
-        help="Size that the model reads, in pixels; 112x96 is columns 8 to 104.  [default: found]",
+        help="Input size of the model in pixels; 112x96 means columns 8 to 104.  [default: found]",
     ),
 )
 
 
 def preprocessing_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for what a model reads, in place of what its file says; given as the mapping ``preprocessing``.
+    """Add options that override the preprocessing of a model, passed on as the mapping ``preprocessing``.
 
-    Of two models they are for the first one, the teacher.
+    A command with a student and a teacher applies them to the teacher.
+
+    Args:
+        function: the command's function.
     """
 
     @functools.wraps(function)
@@ -130,33 +136,35 @@ def preprocessing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 training_options = _options(
-    click.option("--epochs", type=int, default=1, help="Epochs to train: rounds of as many images as there are."),
-    click.option("--batch-size", type=int, help="Images a step.  [default: the recipe's]"),
+    click.option("--epochs", type=int, default=1, help="Epochs to train."),
+    click.option("--max-steps", type=int, help="Maximum number of training steps.  [default: no limit]"),
+    click.option("--batch-size", type=int, help="Images per training step.  [default: the recipe's]"),
     click.option("--lr", "learning_rate", type=float, help="Learning rate.  [default: the recipe's]"),
     click.option(
         "--recipe",
-        type=click.Choice(["qface", "paper"]),
+        type=click.Choice(get_args(RecipeName)),
         default="qface",
-        help="Loss and optimizer: ours or the paper's; ranges and calibration are ours either way.",
+        help="Loss and optimizer: those of qface or of the paper Ef-QuantFace. Calibration is the same for both.",
     ),
     click.option(
         "--precision",
         type=click.Choice(get_args(PrecisionName)),
         default="float32",
-        help="What is multiplied in: bf16 is faster for large networks, on GPUs and on CPUs with AMX.",
+        help="Data type of products: bf16 is faster for large networks, on GPUs and on CPUs with AMX.",
     ),
-    click.option(
-        "--augment", is_flag=True, help="Also show faces turned, ill aligned, small, blurred, dark and covered."
-    ),
-    click.option("--seed", type=int, default=0, help="Seed of batches, flips and changes of faces."),
-    click.option("--device", help="Where to train.  [default: cuda where there is one, else cpu]"),
+    click.option("--augment", is_flag=True, help="Also rotate, shift, shrink, blur, darken and cover faces at random."),
+    click.option("--seed", type=int, default=0, help="Seed of batches, flips and augmentation."),
+    click.option("--device", help="Device to train on, as torch names it.  [default: cuda if present, else cpu]"),
+    click.option("--checkpoint-every", type=int, help="Steps between two checkpoints.  [default: the recipe's]"),
+)
+
+run_options = _options(
     click.option(
         "--run-dir",
         type=FilePath,
-        help="Folder for checkpoints and the log.  [default: OUTPUT.run, until the output is written]",
+        help="Folder of checkpoints and the log.  [default: OUTPUT.run, deleted when the output is written]",
     ),
-    click.option("--resume", is_flag=True, help="Go on from the checkpoint in the run folder."),
-    click.option("--checkpoint-every", type=int, help="Steps between two checkpoints.  [default: the recipe's]"),
+    click.option("--resume", is_flag=True, help="Continue from the checkpoint in the run folder."),
 )
 
 pruning_options = _options(
@@ -166,25 +174,30 @@ pruning_options = _options(
         default="magnitude",
         help="How channel importance is measured.",
     ),
-    click.option("--norm", type=int, default=2, help="Norm that magnitude takes of a channel's weights: 1 or 2."),
+    click.option("--norm", type=int, default=2, help="Norm of a channel's weights for magnitude: 1 or 2."),
     click.option(
         "--global-pruning/--layer-pruning",
         default=False,
-        help="Remove the weakest channels of the network, or the same share of each layer.",
+        help="Remove the least important channels of the network, or the same fraction of each layer.",
     ),
     click.option(
         "--round-to",
         type=int,
         default=1,
-        help="Numbers of channels are multiples of it; 16 suits integer kernels best.",
+        help="Round numbers of channels down to a multiple of this; 16 suits integer kernels best.",
     ),
-    click.option("--ignored-layers", multiple=True, help="A layer whose outputs stay as they are; repeatable."),
+    click.option("--ignored-layers", multiple=True, help="Layer that keeps all its output channels; repeatable."),
     click.option(
-        "--keep-embedding/--cut-embedding", default=True, help="Leave the embedding as long as it is, or prune it too."
+        "--keep-embedding/--cut-embedding", default=True, help="Keep the embedding dimension, or prune it too."
     ),
-    click.option("--repair/--no-repair", default=True, help="Solve for lost outputs on --images."),
-    click.option("--reestimate/--no-reestimate", default=False, help="Measure batch norms again."),
-    click.option("--iterative-steps", type=int, default=1, help="Rounds to remove the channels in."),
+    click.option(
+        "--num-images", type=int, default=512, help="Images for repair, importance and BatchNorm, evenly spaced."
+    ),
+    click.option(
+        "--repair/--no-repair", default=True, help="Refit the remaining weights by least squares on --images."
+    ),
+    click.option("--reestimate/--no-reestimate", default=False, help="Re-estimate BatchNorm statistics."),
+    click.option("--iterative-steps", type=int, default=1, help="Number of steps to remove the channels in."),
 )
 PRUNING_FIELDS = (
     "importance",
@@ -193,6 +206,7 @@ PRUNING_FIELDS = (
     "round_to",
     "ignored_layers",
     "keep_embedding",
+    "num_images",
     "repair",
     "reestimate",
     "iterative_steps",
@@ -200,9 +214,16 @@ PRUNING_FIELDS = (
 
 
 def distill_config(
-    recipe: str, augment: bool = False, learning_rate: float | None = None, **settings: Any
+    recipe: RecipeName, augment: bool = False, learning_rate: float | None = None, **settings: Any
 ) -> qface.DistillConfig:
-    """The recipe's settings, and in their place those that were given."""
+    """Return the settings of a recipe, with the options that were given in place of its own.
+
+    Args:
+        recipe: ``"qface"`` or ``"paper"``.
+        augment: True to augment images.
+        learning_rate: learning rate of the optimizer; None keeps the recipe's.
+        settings: fields of :class:`qface.DistillConfig`; None keeps the recipe's value.
+    """
     base = qface.DistillConfig.paper() if recipe == "paper" else qface.DistillConfig()
     if augment:
         base = replace(base, augmentation=qface.AugmentationConfig())

@@ -1,4 +1,4 @@
-"""Commands that show what came of a compression: report, plot."""
+"""Commands that show the results of a compression: report, plot."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ _NEEDED = ("teacher", "student", "file", "images")
     ),
 )
 @click.argument("run", required=False, type=FilePath)
-@click.option("--teacher", help="Instead of RUN: the float network.  [default: RUN's]")
-@click.option("--student", help="Instead of RUN: the student (.safetensors).  [default: RUN's]")
-@click.option("--file", help="Instead of RUN: the exported file (.onnx).  [default: RUN's]")
-@click.option("--images", help="Folder of 112x112 face crops, one folder a person.  [default: RUN's]")
-@click.option("--people", "eval_people", help="Which people: first-half, second-half, or a file.  [default: all]")
+@click.option("--teacher", help="Float network, instead of RUN.  [default: RUN's]")
+@click.option("--student", help="Student (.safetensors), instead of RUN.  [default: RUN's]")
+@click.option("--file", help="Exported file (.onnx), instead of RUN.  [default: RUN's]")
+@click.option("--images", help="Folder of 112x112 face crops, one subfolder per person.  [default: RUN's]")
+@click.option(
+    "--people", "eval_people", help="People to evaluate on: first-half, second-half, or a file.  [default: all]"
+)
 @click.option("--pairs", help="Pair list, for ten-fold accuracy.  [default: none]")
-@click.option("--sensitivity", help="JSON of qface sensitivity --json.  [default: none]")
+@click.option("--sensitivity", help="JSON file of qface sensitivity --json.  [default: none]")
 @click.option("--log", help="log.jsonl of a distillation.  [default: none]")
-@click.option("--fpr", default="1e-3", help="FPR at which changed verdicts are looked for.")
+@click.option("--fpr", default="1e-3", help="FPR of the threshold for changed decisions.")
 @click.option("--faces/--no-faces", default=True, help="Show faces, which are personal data.")
-@click.option("--latency-runs", type=int, default=40, help="Timed calls of each file; 0 for none.")
-@click.option("--bootstrap", type=int, default=200, help="Replicates for the curves' confidence; 0 for none.")
+@click.option("--latency-runs", type=int, default=40, help="Timed calls per file; 0 for none.")
+@click.option("--bootstrap", type=int, default=200, help="Bootstrap replicates for the confidence bands; 0 for none.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Page to write (.html).")
 @json_option
 def report(
@@ -51,7 +53,7 @@ def report(
     as_json: bool,
     **fields: Any,
 ) -> None:
-    """Write a page on one compression: accuracy before and after, size, latency, agreement.
+    """Write an HTML page on one compression: accuracy before and after, size, latency, agreement.
 
     RUN is a run folder of qface compress; without one, give --teacher, --student, --file and --images.
     """
@@ -64,11 +66,11 @@ def _record(run: Path | None, fields: Mapping[str, Any]) -> qface.RunRecord:
     if run is not None:
         if given:
             option = next(iter(given)).removeprefix("eval_")
-            raise ConfigError(f"{run} says what was compressed: leave out --{option}, or the run folder")
+            raise ConfigError(f"{run} has all inputs already: leave out --{option}, or the run folder")
         return qface.RunRecord.read(run)
     missing = [f"--{name}" for name in _NEEDED if name not in given]
     if missing:
-        raise ConfigError(f"give a run folder, or also {', '.join(missing)}")
+        raise ConfigError(f"give a run folder, or add {', '.join(missing)}")
     return qface.RunRecord(**given)
 
 
@@ -87,7 +89,7 @@ def _record(run: Path | None, fields: Mapping[str, Any]) -> qface.RunRecord:
 def plot(kind: FigureKind, source: Path, output: Path, as_json: bool) -> None:
     """Draw one figure of a report.
 
-    INPUT is an exported file for size, log.jsonl or its run folder for training, and else what qface report --json
-    printed.
+    INPUT is an exported file for size, log.jsonl or its run folder for training, and otherwise the output of
+    qface report --json.
     """
     show(written(qface.plot(kind, source, output)), f"wrote {output}", as_json)

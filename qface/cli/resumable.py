@@ -1,4 +1,4 @@
-"""Run folders of commands that train: where they lie, and how a command that was stopped goes on."""
+"""Run folders of the commands that train."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Run:
     """The run folder of a command that trains.
 
     Args:
-        folder: the run folder.
-        resume: True to go on.
+        folder: folder of checkpoints and the log.
+        resume: True to continue from its checkpoint.
     """
 
     folder: Path
@@ -30,20 +30,25 @@ class Run:
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Print the command that goes on, if a signal ends the block; the training has written a checkpoint then."""
+        """If a signal ends the block, after training wrote a checkpoint, print the command that continues."""
         try:
             yield
         except SystemExit:
             resume = [] if self.resume else ["--resume"]
-            note(f"stopped; to go on: {shlex.join(['qface', *sys.argv[1:], *resume])}")
+            note(f"stopped; to continue: {shlex.join(['qface', *sys.argv[1:], *resume])}")
             raise
 
 
 @contextmanager
 def run_of(output: Path, run_dir: Path | None, resume: bool) -> Iterator[Run]:
-    """The run in the folder that a user chose, or in ``OUTPUT.run``, where the same command simply goes on.
+    """Yield the run in ``run_dir``, or in ``OUTPUT.run``, where the same command continues without ``--resume``.
 
-    The latter folder goes away once the block has ended well.
+    ``OUTPUT.run`` is deleted at the end of the block, unless an error ends it.
+
+    Args:
+        output: file that the command writes.
+        run_dir: run folder; None means ``OUTPUT.run``.
+        resume: True to continue in ``run_dir``.
     """
     if run_dir is not None:
         yield Run(run_dir, resume)

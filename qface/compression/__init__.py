@@ -1,4 +1,4 @@
-"""Compression to a target: trials of bits, judged on people who did not tune, until the smallest file is found."""
+"""All stages in one call: a file at fixed bits, or the smallest file within limits, evaluated on other people."""
 
 from qface.compression.compress import compress
 from qface.compression.compress_config import CompressConfig, CompressionTarget

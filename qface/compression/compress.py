@@ -1,8 +1,8 @@
-"""The verb ``compress``: the smallest file that keeps a target.
+"""The verb ``compress``: all stages in one call, at fixed bits or as a search for the smallest file within limits.
 
-Weights get 2 to 8 bits on average, by one pass of :func:`qface.sensitivity` over the people that tune. Each number of
-bits is a trial: quantized, calibrated, exported, and judged on other people. Trials are bisected, since fewer bits lose
-more. Training comes last, because it takes longest.
+The search chooses bits per weight tensor with an average of 2 to 8, from one :func:`qface.sensitivity` table. Each
+average is a trial: quantize, calibrate, export, and evaluate on other people. Trials are bisected, since fewer bits
+lose more. Training comes last, because it takes longest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import nn
 
+from qface.choices import SENSITIVITY_IMAGES
 from qface.compression.compress_config import CompressConfig, CompressionTarget
 from qface.compression.judge import Judge, milliseconds_of
 from qface.compression.run_record import RunRecord
@@ -43,12 +44,12 @@ from qface.quantization.quantization_config import MAX_BITS
 __all__ = ["compress"]
 
 AVERAGE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
-"""Averages over all weights that are tried: half a bit apart where a bit costs much."""
+"""Average bits per weight to try; steps are finer at low bits, where a bit costs more."""
 
-_PRUNINGS = 4
-"""Attempts to prune to ``max_ms``: time falls more slowly than the number of products."""
-_NEXT_RUNG = 0.25
-"""Bits by which the next rung is at least smaller than the largest that fits."""
+_PRUNING_ATTEMPTS = 4
+"""Attempts to prune to ``max_ms``, since time falls more slowly than MACs."""
+_MIN_STEP = 0.25
+"""Minimum difference in average bits between the largest trial that fits and the next one."""
 
 
 @shows_progress
@@ -56,62 +57,64 @@ def compress(
     model: NetworkLike,
     images: str | Path,
     output: str | Path,
-    target: CompressionTarget,
+    target: CompressionTarget | None = None,
     config: CompressConfig | None = None,
     identities: str | Path | None = None,
     eval_identities: str | Path | None = None,
     run_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Compression:
-    """Write the smallest integer ONNX file of ``model`` that keeps ``target``.
+    """Quantize, calibrate, distill and export a network, and evaluate the file on other people.
 
-    Without ``max_drop`` the best file within ``max_mb`` and ``max_ms`` is written, trained unless ``config`` says
-    ``"never"``. A call that was stopped goes on in its run folder. If no file keeps the target, none is written; the
-    run folder has all that were tried. Does not change ``model``.
+    With ``config.weight_bits`` there is one trial at these bits. Otherwise a search finds the smallest file that meets
+    ``target``; without ``max_drop``, the file with the most bits within ``max_mb`` and ``max_ms``. A call that was
+    stopped continues in its run folder. If no file meets the target, none is written; the run folder has all trials.
+    Does not change ``model``.
 
     Args:
-        model: a float network [N, 3, height, width] -> [N, dimensions]: a module, the path of its file, or
-            ``package.module:factory``.
-        images: a folder of 112x112 crops, one subfolder a person.
+        model: float network [N, 3, H, W] -> [N, D]: a module, the path of its file, or ``package.module:factory``.
+        images: folder of 112x112 crops, one subfolder per person.
         output: file to write (``.onnx``).
-        target: what the file must keep.
-        config: how it is looked for.
-        identities: people to tune on; see :func:`qface.data.identities.select_identities`. By default the first half.
-        eval_identities: people to judge on, by default the second half. Nobody may be in both.
-        run_dir: folder for trials; by default ``output`` with the ending ``.run``.
-        progress: show the stages on stderr.
+        target: limits of the file; None means ``CompressionTarget()``, which has none.
+        config: settings; None means ``CompressConfig()``.
+        identities: people to tune on: ``"first-half"``, ``"second-half"``, or a file with one name per line; None means
+            the first half.
+        eval_identities: people to evaluate on; None means the second half. Nobody may be in both.
+        run_dir: folder of the trials; None means ``output`` with the suffix ``.run``.
+        progress: show progress on stderr.
 
     Returns:
         All trials, the chosen one, and why the search ended.
 
     Raises:
-        ConfigError: people are in both halves, the rate needs more impostor pairs, ``max_mb`` or ``max_ms`` cannot be
-            met at any bits, or the run folder belongs to another compression.
-        ImagesError: the images cannot be read or carry no labels.
+        ConfigError: there are neither limits nor fixed bits, somebody is in both groups of people, the FPR needs more
+            impostor pairs, no bits meet ``max_mb`` or ``max_ms``, or the run folder belongs to another compression.
+        ImagesError: the images cannot be read or have no labels.
         CheckpointError: the model's file or the run folder cannot be read.
         ExportError: a file cannot be written.
-        UnsupportedLayerError: a layer cannot be quantized or exported; it is named.
+        UnsupportedLayerError: a layer cannot be quantized or exported; the message names it.
 
     Example:
-        >>> target = qface.CompressionTarget(max_mb=0.1, at_fpr="1e-1")
-        >>> config = qface.CompressConfig(distill="never", calibration_images=16)
-        >>> qface.compress("teacher.onnx", "faces/", "small.onnx", target, config).chosen.mb <= 0.1
-        True
+        >>> target = qface.CompressionTarget(at_fpr="1e-1")
+        >>> config = qface.CompressConfig(weight_bits=6, activation_bits=6, distill="never")
+        >>> qface.compress("teacher.onnx", "faces/", "small.onnx", target, config).chosen.name
+        'w6a6'
     """
-    output, config = as_path(output), config or CompressConfig()
+    output, target, config = as_path(output), target or CompressionTarget(), config or CompressConfig()
+    if not target.has_limits and config.weight_bits is None:
+        raise ConfigError("there is no target: give max_drop, max_mb or max_ms, or fixed bits (weight_bits, --bits)")
     if output.suffix != ".onnx":
-        raise ExportError(f"{output} does not end in .onnx; choose such a name")
+        raise ExportError(f"the name of an exported file must end in .onnx, got {output}")
     check_folder(output)
     teacher = as_network(model)
     check_savable(teacher)
     if is_quantized(teacher):
-        raise ConfigError("this network is quantized already: compress the float network that it came from")
+        raise ConfigError("this network is quantized already: compress the float network that it was made from")
     tuning, judged = _people(images, identities, eval_identities)
     folder = output.with_suffix(".run") if run_dir is None else Path(run_dir)
     with _run_of(folder, teacher, (tuning, judged), target, config):
         judge = Judge(teacher, judged, target, folder / "reference")
-        search = _Search(teacher, tuning, judge, target, config, folder)
-        found = search.run()
+        found = _Search(teacher, tuning, judge, target, config, folder).run()
         if found.chosen is not None:
             _copy(folder / found.chosen.name / "student.onnx", output)
             save(teacher, folder / "teacher.safetensors")
@@ -123,13 +126,13 @@ def _people(
     images: str | Path, identities: str | Path | None, eval_identities: str | Path | None
 ) -> tuple[ImageFolder, ImageFolder]:
     if (identities is None) != (eval_identities is None):
-        raise ConfigError("people to tune on and people to judge on are given together, or left out together")
+        raise ConfigError("give both people to tune on and people to evaluate on, or neither")
     tuning = ImageFolder(images, identities or FIRST_HALF)
     judged = ImageFolder(images, eval_identities or SECOND_HALF)
     both = sorted(set(tuning.names) & set(judged.names))
     if both:
         raise ConfigError(
-            f"{len(both)} people are to tune and to judge (first: {both[0]}): a figure on them says nothing of others"
+            f"{len(both)} people are in both groups (first: {both[0]}): evaluate on people who are not tuned on"
         )
     return tuning, judged
 
@@ -142,7 +145,7 @@ def _run_of(
     target: CompressionTarget,
     config: CompressConfig,
 ) -> Iterator[None]:
-    """The folder, which belongs to one network, one set of images and one target."""
+    """Lock the run folder, and refuse one that belongs to another network, image set, target or config."""
     inputs = {
         "layers": digest_of_structure(teacher),
         "weights": digest_of_values(teacher),
@@ -169,12 +172,12 @@ def _check_inputs(path: Path, inputs: dict[str, object]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: choose another run folder") from error
     if other:
-        raise ConfigError(f"{path.parent} is the run of another {other[0]}: choose another run folder")
+        raise ConfigError(f"{path.parent} belongs to a run with different {other[0]}: choose another run folder")
 
 
 @dataclass
 class _Search:
-    """The trials of one compression."""
+    """The trials of one compression, each made once."""
 
     teacher: nn.Module
     tuning: ImageFolder
@@ -188,9 +191,8 @@ class _Search:
         self.configs: dict[float, QuantizationConfig] = {}
 
     def run(self) -> Compression:
-        """Look for the smallest file, train where that helps, and say how it ended."""
-        rungs = self._rungs()
-        chosen, stopped = self._best_within(rungs) if self.target.max_drop is None else self._smallest(rungs)
+        """Make the trials and choose one."""
+        chosen, stopped = self._within_limits() if self.config.weight_bits is None else self._at_fixed_bits()
         faces = self.judge.faces
         return Compression(
             self.target,
@@ -203,58 +205,69 @@ class _Search:
             str(self.folder),
         )
 
-    def _best_within(self, rungs: list[float]) -> tuple[Trial | None, str]:
-        trial = self._trial(rungs[-1], distilled=self.config.distill != "never")
-        if not trial.keeps:
-            return None, f"{trial.name} has the most bits that fit, and misses the target: {_listed(trial)}"
-        return trial, "these are the most bits that the limits leave"
+    def _at_fixed_bits(self) -> tuple[Trial | None, str]:
+        assert self.config.weight_bits is not None
+        average = float(self.config.weight_bits)
+        self.configs[average] = QuantizationConfig(self.config.weight_bits, self.config.activation_bits)
+        trial = self._trial(average, distilled=self.config.distill != "never")
+        if trial.misses:
+            return None, f"{trial.name} has the given bits, and misses the target: {_listed(trial)}"
+        return trial, "the bits were given"
 
-    def _smallest(self, rungs: list[float]) -> tuple[Trial | None, str]:
-        at = smallest_passing(len(rungs), lambda rung: self._trial(rungs[rung]).keeps)
+    def _within_limits(self) -> tuple[Trial | None, str]:
+        averages = self._averages()
+        return self._best_within(averages) if self.target.max_drop is None else self._smallest(averages)
+
+    def _best_within(self, averages: list[float]) -> tuple[Trial | None, str]:
+        trial = self._trial(averages[-1], distilled=self.config.distill != "never")
+        if trial.misses:
+            return None, f"{trial.name} has the most bits that fit, and misses the target: {_listed(trial)}"
+        return trial, "these are the most bits that the limits allow"
+
+    def _smallest(self, averages: list[float]) -> tuple[Trial | None, str]:
+        at = smallest_passing(len(averages), lambda index: self._trial(averages[index]).keeps)
         if at is None:
-            return self._trained_largest(rungs)
-        # a further bit width costs nodes, so that a very small network's file may grow where its bits fall
+            return self._trained_largest(averages)
+        # Each further bit width adds nodes, so a very small network's file may grow as its bits fall.
         kept = min((trial for trial in self.trials.values() if trial.keeps), key=lambda trial: trial.mb)
         if self.config.distill == "for-size":
-            return self._trained_down(rungs[:at], kept)
+            return self._trained_down(averages[:at], kept)
         if at == 0:
             return kept, "there are no fewer bits"
         smaller = "" if self.config.distill == "never" else "; distill='for-size' trains smaller files as well"
-        return kept, f"{self._name(rungs[at - 1])} loses too much without training{smaller}"
+        return kept, f"{self._name(averages[at - 1])} loses too much without training{smaller}"
 
-    def _trained_largest(self, rungs: list[float]) -> tuple[Trial | None, str]:
-        """Train, where calibration alone misses the target with the most bits that are allowed."""
-        largest = self._trial(rungs[-1])
+    def _trained_largest(self, averages: list[float]) -> tuple[Trial | None, str]:
+        """Train the student with the most bits, if that can help it to meet the target."""
+        largest = self._trial(averages[-1])
         if self.config.distill == "never" or any(_misses_beside_tpr(largest, self.target)):
             return None, f"{largest.name} is the largest file allowed, and misses the target: {_listed(largest)}"
-        trained = self._trial(rungs[-1], distilled=True)
-        if not trained.keeps:
+        trained = self._trial(averages[-1], distilled=True)
+        if trained.misses:
             return None, f"{trained.name} is the largest file allowed, and misses the target: {_listed(trained)}"
         if self.config.distill == "for-size":
-            return self._trained_down(rungs[:-1], trained)
-        return trained, "calibration alone misses the target at any bits, and training keeps it"
+            return self._trained_down(averages[:-1], trained)
+        return trained, "calibration alone misses the target at any bits, and training meets it"
 
-    def _trained_down(self, rungs: list[float], kept: Trial) -> tuple[Trial, str]:
-        """Train ever smaller files of ``rungs``, from the largest on, until one misses; ``kept`` is larger."""
-        for average in reversed(rungs):
+    def _trained_down(self, averages: list[float], kept: Trial) -> tuple[Trial, str]:
+        """Train ever smaller files until one misses the target; ``kept`` is larger than all of them."""
+        for average in reversed(averages):
             trial = self._trial(average, distilled=True)
-            if not trial.keeps:
+            if trial.misses:
                 return kept, f"{trial.name} loses too much after training too"
             kept = trial
         return kept, "there are no fewer bits"
 
-    # ---- what is tried
-
     @functools.cached_property
     def network(self) -> nn.Module:
-        """The network that is quantized, pruned where ``max_ms`` needs it and pruning is asked for."""
+        """The network to quantize: the teacher, pruned if ``max_ms`` needs it and the config allows it."""
         if self.target.max_ms is None:
             return self.teacher
         kept = self.folder / "pruned.safetensors"
         if kept.exists():
             return load(kept)
         network, left, cost = self.teacher, 1.0, cost_of(self.teacher)
-        for _ in range(_PRUNINGS):
+        for _ in range(_PRUNING_ATTEMPTS):
             milliseconds = self._milliseconds_at_8_bits(network)
             if milliseconds <= self.target.max_ms:
                 if network is not self.teacher:
@@ -276,20 +289,20 @@ class _Search:
 
     @functools.cached_property
     def table(self) -> Sensitivity:
-        """The losses of the network's weights; a copy lies in the run folder."""
+        """The sensitivity of the network's weights; the run folder keeps a copy."""
         table = sensitivity(
             self.network,
             self.tuning,
             activation_bits=(),
-            num_images=self.config.sensitivity_images,
+            num_images=min(SENSITIVITY_IMAGES, self.config.calibration.num_images),
             run_dir=self.folder / "sensitivity",
         )
         with replacing(self.folder / "sensitivity.json") as temporary:
             temporary.write_text(json.dumps(table.to_dict()) + "\n", encoding="utf-8")
         return table
 
-    def _rungs(self) -> list[float]:
-        """Rising average bits to try, the last of which are the most that ``max_mb`` allows."""
+    def _averages(self) -> list[float]:
+        """Return the average bits to try, ascending; the last one has the most bits that ``max_mb`` allows."""
         if self.target.max_mb is None or self._megabytes(self._config(MAX_BITS)) <= self.target.max_mb:
             return list(AVERAGE_BITS)
         largest = allocate_bits(
@@ -301,7 +314,7 @@ class _Search:
         )
         most = average_bits(self.table, largest)
         self.configs[most] = largest
-        return [average for average in AVERAGE_BITS if average < most - _NEXT_RUNG] + [most]
+        return [average for average in AVERAGE_BITS if average < most - _MIN_STEP] + [most]
 
     def _config(self, average: float) -> QuantizationConfig:
         if average not in self.configs:
@@ -316,7 +329,7 @@ class _Search:
         return f"w{average:.3g}a{self.config.activation_bits}" + ("-distilled" if distilled else "")
 
     def _trial(self, average: float, distilled: bool = False) -> Trial:
-        """The trial of about ``average`` bits, which is made once."""
+        """Return the trial with about ``average`` bits per weight; make it if it is new."""
         name = self._name(average, distilled)
         if name not in self.trials:
             self.trials[name] = self._kept_trial(name, average, distilled)
@@ -327,24 +340,33 @@ class _Search:
         make_folder(folder)
         trial = Trial.read(folder)
         if trial is None:
-            config = self._config(average)
-            student = self._distilled(average, folder) if distilled else self._calibrated(config)
+            student = self._distilled(average, folder) if distilled else self._calibrated(average)
             save(student, folder / "student.safetensors")
             file = export(student, folder / "student.onnx", images=self.tuning)
-            trial = self._judged(name, file, average_bits(self.table, config), distilled)
+            trial = self._judged(name, file, self._mean_weight_bits(average), distilled)
             trial.write(folder)
         return trial
 
-    def _calibrated(self, config: QuantizationConfig) -> nn.Module:
-        student = quantize(self.network, config)
-        return calibrate(student, self.tuning, num_images=self.config.calibration_images)
+    def _mean_weight_bits(self, average: float) -> float:
+        config = self._config(average)
+        return average_bits(self.table, config) if config.overrides else float(config.weight_bits)
+
+    def _calibrated(self, average: float) -> nn.Module:
+        return calibrate(quantize(self.network, self._config(average)), self.tuning, self.config.calibration)
 
     def _distilled(self, average: float, folder: Path) -> nn.Module:
         calibrated = self.folder / self._name(average) / "student.safetensors"
-        student = load(calibrated) if calibrated.exists() else self._calibrated(self._config(average))
+        if not calibrated.exists():  # a stopped run continues from this file: another machine may round otherwise
+            make_folder(calibrated.parent)
+            save(self._calibrated(average), calibrated)
         run = folder / "distillation"
         return distill(
-            student, self.teacher, self.tuning, self.config.training, run, resume=(run / "checkpoint.pt").exists()
+            load(calibrated),
+            self.teacher,
+            self.tuning,
+            self.config.training,
+            run,
+            resume=(run / "checkpoint.pt").exists(),
         )
 
     def _judged(self, name: str, file: Path, weight_bits: float, distilled: bool) -> Trial:
@@ -367,14 +389,14 @@ class _Search:
 def _misses(trial: Trial, target: CompressionTarget) -> Iterator[str]:
     if target.max_drop is not None and trial.drop_bound > target.max_drop:
         yield (
-            f"it loses {trial.drop:.2f} points of TPR, with {target.confidence:.0%} confidence "
+            f"it loses {trial.drop:.2f} percentage points of TPR, with {target.confidence:.0%} confidence "
             f"at most {trial.drop_bound:.2f}"
         )
     yield from _misses_beside_tpr(trial, target)
 
 
 def _misses_beside_tpr(trial: Trial, target: CompressionTarget) -> Iterator[str]:
-    """Limits that training cannot help to keep: it changes neither size nor time."""
+    """Yield the limits that training cannot help to meet, since it changes neither size nor time."""
     if target.max_mb is not None and trial.mb > target.max_mb:
         yield f"{trial.mb:.3f} MB"
     if target.max_ms is not None and trial.ms is not None and trial.ms > target.max_ms:
@@ -396,10 +418,10 @@ def _record(
     found: Compression,
     people: tuple[str | Path | None, str | Path | None],
 ) -> RunRecord:
-    """The record that ``qface report`` reads."""
+    """Return the record that ``qface report`` reads."""
     assert found.chosen is not None
     folder = Path(found.run_dir)
-    trained = folder / found.chosen.name / "distillation" / "log.jsonl"
+    trained, sensitivities = folder / found.chosen.name / "distillation" / "log.jsonl", folder / "sensitivity.json"
     tuning, judged = people
     return RunRecord(
         teacher=str(folder / "teacher.safetensors"),
@@ -408,7 +430,7 @@ def _record(
         images=str(images),
         tuning_people=str(tuning or FIRST_HALF),
         eval_people=str(judged or SECOND_HALF),
-        sensitivity=str(folder / "sensitivity.json"),
+        sensitivity=str(sensitivities) if sensitivities.exists() else None,
         log=str(trained) if trained.exists() else None,
         trials=tuple(trial.to_dict() for trial in found.trials),
         stopped=found.stopped,

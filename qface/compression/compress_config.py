@@ -1,4 +1,4 @@
-"""The settings of :func:`qface.compress`: what the file must keep, and how it is looked for."""
+"""Settings of :func:`qface.compress`: the limits of the file, and the method."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import get_args
 
-from qface.checks import check_whole
 from qface.choices import DistillName
 from qface.distillation.distill_config import DistillConfig
 from qface.errors import ConfigError
-from qface.mixed_precision import SENSITIVITY_IMAGES
-from qface.quantization.calibrate import CALIBRATION_IMAGES
+from qface.quantization.calibration_config import CalibrationConfig
 from qface.quantization.quantization_config import QuantizationConfig
 
 __all__ = ["CompressConfig", "CompressionTarget"]
@@ -19,18 +17,19 @@ __all__ = ["CompressConfig", "CompressionTarget"]
 
 @dataclass(frozen=True)
 class CompressionTarget:
-    """Limits that a compressed file must keep; at least one is given, and all that are given hold together.
+    """Limits that a compressed file must meet, all of them together.
 
     Args:
-        max_drop: percentage points of TPR that the file may lose against the float network. The upper confidence bound
-            of the loss has to keep it, and not the measured loss alone.
-        max_mb: size of the file in MB of 10^6 bytes.
-        max_ms: median time of one image on one thread of this machine, in milliseconds.
-        at_fpr: false-positive rate of that TPR, as a decimal.
-        confidence: one-sided, of the bound, over people (:mod:`qface.evaluation.bootstrap`).
+        max_drop: maximum loss of TPR against the float network, in percentage points. It limits the upper confidence
+            bound of the loss, not the measured loss alone.
+        max_mb: maximum size of the file in MB (10^6 bytes).
+        max_ms: maximum median time per image on one thread of this machine, in ms.
+        at_fpr: FPR of that TPR, as a decimal.
+        confidence: one-sided confidence of the bound, 0..1, from a bootstrap over people
+            (:mod:`qface.evaluation.bootstrap`).
 
     Raises:
-        ConfigError: no limit is given, or a value is out of its range.
+        ConfigError: a value is out of range.
 
     Example:
         >>> CompressionTarget(max_drop=0.5, max_mb=1.0).at_fpr
@@ -44,48 +43,50 @@ class CompressionTarget:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        limits = {"max_drop": self.max_drop, "max_mb": self.max_mb, "max_ms": self.max_ms}
-        given = {name: limit for name, limit in limits.items() if limit is not None}
-        if not given:
-            raise ConfigError("there is no target: give at least one of max_drop, max_mb and max_ms")
-        for name, limit in given.items():
-            if not math.isfinite(limit) or limit <= 0:
-                raise ConfigError(f"{name} is {limit}; it must be a number above 0")
+        for name, limit in (("max_drop", self.max_drop), ("max_mb", self.max_mb), ("max_ms", self.max_ms)):
+            if limit is not None and not (math.isfinite(limit) and limit > 0):
+                raise ConfigError(f"{name} must be a number > 0, got {limit}")
         if not 0 < self.confidence < 1:
-            raise ConfigError(f"confidence is {self.confidence}; it must be a number above 0 and below 1, such as 0.95")
+            raise ConfigError(f"confidence must be above 0 and below 1, such as 0.95, got {self.confidence}")
+
+    @property
+    def has_limits(self) -> bool:
+        """True if there is at least one limit."""
+        return (self.max_drop, self.max_mb, self.max_ms) != (None, None, None)
 
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """Settings of the search of :func:`qface.compress`.
+    """Settings of :func:`qface.compress`.
 
     Args:
-        activation_bits: bits of what layers read, 2 to 8. They do not change the size of the file.
-        distill: ``"if-needed"`` trains only where calibration alone misses the target, or where ``max_drop`` is not
-            given; ``"for-size"`` also trains smaller files, as long as they keep ``max_drop``; ``"never"`` does not
+        weight_bits: bits of all weights, 2 to 8, for one file without a search; None searches for bits per weight
+            tensor.
+        activation_bits: bits of all activations, 2 to 8. They do not change the size of the file.
+        distill: ``"if-needed"`` trains if calibration alone misses the target, at fixed bits, and without
+            ``max_drop``; ``"for-size"`` also trains smaller files while they meet ``max_drop``; ``"never"`` does not
             train.
-        prune: remove channels where the network takes longer than ``max_ms`` at any bits.
-        sensitivity_images: images that the widths are chosen on.
-        calibration_images: images that each trial is calibrated on.
-        training: settings of the distillation.
+        prune: remove channels if the network takes longer than ``max_ms`` at any bits.
+        calibration: settings of calibration. The search measures sensitivity on at most 64 of its images.
+        training: settings of distillation.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of range.
 
     Example:
-        >>> CompressConfig(distill="never").activation_bits
-        8
+        >>> CompressConfig(weight_bits=6, activation_bits=6, distill="never").weight_bits
+        6
     """
 
+    weight_bits: int | None = None
     activation_bits: int = 8
     distill: DistillName = "if-needed"
     prune: bool = False
-    sensitivity_images: int = SENSITIVITY_IMAGES
-    calibration_images: int = CALIBRATION_IMAGES
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     training: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
-        QuantizationConfig(activation_bits=self.activation_bits)
-        check_whole(1, sensitivity_images=self.sensitivity_images, calibration_images=self.calibration_images)
+        QuantizationConfig(8 if self.weight_bits is None else self.weight_bits, self.activation_bits)
         if self.distill not in get_args(DistillName):
-            raise ConfigError(f"distill is one of {', '.join(get_args(DistillName))}, not {self.distill!r}")
+            choices = ", ".join(map(repr, get_args(DistillName)))
+            raise ConfigError(f"distill must be one of {choices}, got {self.distill!r}")

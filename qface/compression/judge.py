@@ -1,4 +1,4 @@
-"""Judging of files: the TPR that a file loses against the float network, on people that nothing was tuned on."""
+"""Evaluation of trials: the TPR that a file loses against the float network, on people who were not tuned on."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ __all__ = ["Judge", "milliseconds_of"]
 
 
 class Judge:
-    """Compares files with ``teacher`` on ``faces``, the people that trials are judged on.
+    """Compare ONNX files with the float network on one set of people.
 
     Args:
         teacher: the float network.
-        faces: a folder with labels.
-        target: whose rate and confidence count.
-        folder: where the teacher's embeddings are kept, so that a stopped run goes on.
+        faces: folder with one subfolder per person.
+        target: its ``at_fpr`` and ``confidence`` are used.
+        folder: cache of the teacher's embeddings, for runs that continue.
 
     Attributes:
-        faces: those.
-        tpr: of the float network, 0..1.
+        faces: the folder.
+        tpr: TPR of the float network, 0..1.
 
     Raises:
-        ConfigError: the people have too few impostor pairs for the rate.
-        ImagesError: images carry no labels, cannot be read, or have no genuine or no impostor pairs.
+        ConfigError: the people have too few impostor pairs for the FPR.
+        ImagesError: the images have no labels, cannot be read, or have no genuine or no impostor pairs.
     """
 
     def __init__(self, teacher: nn.Module, faces: ImageFolder, target: CompressionTarget, folder: Path) -> None:
         labels = labels_of(faces)
         if labels is None:
-            raise ImagesError(f"{faces.root} does not say who is who: give a folder with one subfolder a person")
+            raise ImagesError(f"{faces.root} does not say who is who: give a folder with one subfolder per person")
         _check_rate(target.at_fpr, count_pairs(labels)[1])
         self.faces, self._labels, self._target = faces, labels, target
         self._reference = embed_shared(as_embedder(teacher), faces, processes_for(None), folder)
@@ -50,11 +50,14 @@ class Judge:
         self.tpr = tpr
 
     def __call__(self, file: Path) -> TprDrop:
-        """The TPR that the ONNX file at ``file`` loses.
+        """Return the TPR that an ONNX file loses, with its confidence interval.
+
+        Args:
+            file: the file.
 
         Raises:
-            CheckpointError: it cannot be read.
-            QFaceError: its embeddings are not finite.
+            CheckpointError: the file cannot be read.
+            QFaceError: an embedding is not finite.
         """
         probes, rate = embed(file, self.faces), self._target.at_fpr
         drop = bootstrap_tpr_drop(self._reference, probes, self._labels, [rate], confidence=self._target.confidence)[
@@ -69,12 +72,16 @@ def _check_rate(fpr: str, impostors: int) -> None:
         return
     advice = finest_rate(impostors)
     raise ConfigError(
-        f"FPR {fpr} needs {impostors_needed(fpr):,} impostor pairs, and the people to judge on have {impostors:,}: "
-        + ("give more people" if advice is None else f"give more people, or judge at {advice}")
+        f"FPR {fpr} needs {impostors_needed(fpr):,} impostor pairs, and the people to evaluate on have {impostors:,}: "
+        + ("give more people" if advice is None else f"give more people, or use the FPR {advice} (at_fpr, --at-fpr)")
     )
 
 
 def milliseconds_of(file: Path) -> float:
-    """Median time of one image on one thread in onnxruntime."""
+    """Return the median time per image on one thread in onnxruntime, in ms.
+
+    Args:
+        file: the ONNX file.
+    """
     (row,) = compare([open_file(file)])
     return row.median

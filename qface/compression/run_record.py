@@ -1,4 +1,4 @@
-"""``run.json``: the files that one compression read and wrote, so that a report finds them in its run folder."""
+"""``run.json``: the input and output files of one compression, for :func:`qface.report`."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _HALVES = (FIRST_HALF, SECOND_HALF)
 
 @dataclass(frozen=True, repr=False)
 class RunRecord(Result):
-    """The inputs and results of one compression. Paths are absolute in memory, and relative in a folder's ``run.json``.
+    """Input and output files of one compression; paths inside the run folder are relative in ``run.json``.
 
     Args:
-        teacher: the float network: a file, a name, or ``package.module:factory``.
-        student: the quantized network (``.safetensors``).
-        file: the exported file (``.onnx``).
-        images: the folder of face crops.
-        pairs: a list of pairs.
-        tuning_people: people that the student was tuned on, as ``--people`` takes them; None for all.
-        eval_people: people to evaluate on, likewise.
-        sensitivity: JSON of :meth:`qface.Sensitivity.to_dict`.
+        teacher: float network: a file, a name, or ``package.module:factory``.
+        student: quantized network (``.safetensors``).
+        file: exported file (``.onnx``).
+        images: folder of face crops.
+        pairs: pair list.
+        tuning_people: people that the student was tuned on, as for ``--people``; None means all.
+        eval_people: people to evaluate on; None means all.
+        sensitivity: JSON file of :meth:`qface.Sensitivity.to_dict`.
         log: ``log.jsonl`` of the distillation.
-        trials: what was tried, a row each, with the same keys.
-        stopped: why the search ended, in a sentence.
+        trials: one row per trial, all with the same keys.
+        stopped: why the search ended, in words.
 
     Example:
         >>> record = RunRecord("teacher.safetensors", "student.safetensors", "student.onnx", "faces")
@@ -64,7 +64,10 @@ class RunRecord(Result):
         return {name: getattr(self, name) for name in _REQUIRED}
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``run.json`` into ``folder``, which is made where it is missing; return its path.
+        """Write ``run.json`` and return its path.
+
+        Args:
+            folder: run folder; it is made if it is missing.
 
         Raises:
             ExportError: the file cannot be written.
@@ -79,24 +82,27 @@ class RunRecord(Result):
 
     @classmethod
     def read(cls, folder: str | Path) -> RunRecord:
-        """Read the ``run.json`` of ``folder``.
+        """Read the ``run.json`` of a run folder.
+
+        Args:
+            folder: run folder.
 
         Raises:
-            ConfigError: there is none, or it cannot be read.
+            ConfigError: the file is missing or damaged.
         """
         path = as_path(folder) / RUN_FILE
         try:
             with named(path):
-                record = parse_json(path.read_text(encoding="utf-8"), "the record of the run")
+                record = parse_json(path.read_text(encoding="utf-8"), "the run record")
             return cls(**_checked(record, path, Path(folder)))
         except (FileNotFoundError, NotADirectoryError):
-            raise ConfigError(f"{folder} holds no {RUN_FILE}: pass the run folder of qface compress") from None
+            raise ConfigError(f"{folder} has no {RUN_FILE}: pass the run folder of qface compress") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read ({one_line(error, 200)}): restore it") from error
 
 
 def _from(folder: Path, text: str | None) -> str | None:
-    """``text`` as it is written in ``folder``: relative if it names something in there, absolute if elsewhere."""
+    """Make a path relative if it is inside ``folder``, else absolute; keep a text that is not a path."""
     if text is None or text in _HALVES or not os.path.exists(text):
         return text
     path = Path(os.path.realpath(text))
@@ -105,21 +111,23 @@ def _from(folder: Path, text: str | None) -> str | None:
 
 
 def _in(folder: Path, text: str | None) -> str | None:
-    """The path that ``text`` names in ``folder``; a name, a selection or a path elsewhere stays as it is."""
+    """Resolve a path relative to ``folder``; keep a text that names nothing there."""
     if text is None or text in _HALVES or not os.path.exists(folder / text):
         return text
     return str(folder / text)
 
 
 def _checked(record: Any, path: Path, folder: Path) -> dict[str, Any]:
-    """The fields of ``record``, with their paths resolved."""
+    """Return the fields of a parsed ``run.json`` with paths resolved."""
     if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-        raise ConfigError(f"{path} is no record of schema_version {SCHEMA_VERSION}: compress again, or update qface")
+        raise ConfigError(
+            f"{path} does not have schema_version {SCHEMA_VERSION}: run qface compress again, or update qface"
+        )
     known = {field.name: record[field.name] for field in fields(RunRecord) if field.name in record}
     wrong = [
         name for name in _PATHS if not isinstance(known.get(name), str if name in _REQUIRED else (str, type(None)))
     ]
     trials = known.get("trials") or []
     if wrong or not isinstance(trials, list) or not all(isinstance(trial, dict) for trial in trials):
-        raise ConfigError(f"{path}: {(*wrong, 'trials')[0]} is missing or of another type; restore the file")
+        raise ConfigError(f"{path}: {(*wrong, 'trials')[0]} is missing or has the wrong type; restore the file")
     return {**known, **{name: _in(folder, known.get(name)) for name in _PATHS}, "trials": tuple(trials)}

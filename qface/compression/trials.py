@@ -1,4 +1,4 @@
-"""A trial of a compression, what came of all, and the search among them."""
+"""The trials of a compression, its result, and the bisection over trials."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _RECORD = "trial.json"
 
 @dataclass(frozen=True)
 class Trial:
-    """One file that was made and judged. TPR and drop are in percent and percentage points.
+    """One exported file and its evaluation.
 
     Args:
         name: average bits of weights and bits of activations, such as ``"w4.5a8"``.
         weight_bits: average over all weights.
-        mb: size of the file in 10^6 bytes.
-        tpr: of the file on the people it is judged on.
-        drop: TPR of the float network minus that.
-        drop_low: lower end of its two-sided confidence interval.
-        drop_high: upper end.
-        drop_bound: its one-sided upper bound, which the target is compared with.
-        ms: median milliseconds of an image on one thread; None where no time is asked for.
-        distilled: whether it was trained.
-        misses: limits that it does not keep, in words; empty where it keeps all.
+        mb: size of the file in MB (10^6 bytes).
+        tpr: TPR of the file on the people to evaluate on, in percent.
+        drop: TPR of the float network minus ``tpr``, in percentage points.
+        drop_low: lower end of the two-sided confidence interval of ``drop``.
+        drop_high: upper end of that interval.
+        drop_bound: one-sided upper bound of ``drop``, which ``max_drop`` limits.
+        ms: median time per image on one thread, in ms; None without ``max_ms``.
+        distilled: True if the student was trained.
+        misses: limits that the file does not meet, in words.
     """
 
     name: str
@@ -51,15 +51,18 @@ class Trial:
 
     @property
     def keeps(self) -> bool:
-        """True if it keeps every limit of the target."""
+        """True if the file meets every limit of the target."""
         return not self.misses
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
     def write(self, folder: Path) -> None:
-        """Keep it in ``folder``.
+        """Write the trial to its folder.
+
+        Args:
+            folder: existing folder.
 
         Raises:
             ExportError: the folder cannot be written to.
@@ -69,21 +72,24 @@ class Trial:
 
     @classmethod
     def read(cls, folder: Path) -> Trial | None:
-        """The one that :meth:`write` kept in ``folder``; None where there is none.
+        """Read the trial that :meth:`write` wrote; return None if there is none.
+
+        Args:
+            folder: folder of the trial.
 
         Raises:
-            CheckpointError: its record is damaged.
+            CheckpointError: the file is damaged.
         """
         path = folder / _RECORD
         if not path.exists():
             return None
         try:
             with named(path):
-                record = parse_json(path.read_text(encoding="utf-8"), "its trial")
+                record = parse_json(path.read_text(encoding="utf-8"), "the trial")
             values = {each.name: record[each.name] for each in fields(cls)}
             return cls(**{**values, "misses": tuple(values["misses"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: delete its folder, and run again") from error
+            raise CheckpointError(f"{path} is damaged: delete its folder and run the command again") from error
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,18 +97,18 @@ class Compression(Result):
     """Result of :func:`qface.compress`.
 
     Args:
-        target: what was asked for.
-        float_tpr: TPR of the float network in percent, on the people that trials are judged on.
-        images: images that trials are judged on.
-        identities: people that they are judged on.
-        trials: all that were made, in their order.
-        chosen: the one that was written; None where none keeps the target.
-        stopped: why the search ended, in a sentence.
-        run_dir: folder with every trial's network and file.
+        target: limits of the file.
+        float_tpr: TPR of the float network in percent, on the people to evaluate on.
+        images: number of images to evaluate on.
+        identities: number of people to evaluate on.
+        trials: all trials, in the order in which they were made.
+        chosen: the trial whose file was written; None if no trial meets the target.
+        stopped: why the search ended, in words.
+        run_dir: folder with the student and file of every trial.
 
     Example:
         >>> target = qface.CompressionTarget(max_mb=0.1, at_fpr="1e-1")
-        >>> config = qface.CompressConfig(distill="never", calibration_images=16)
+        >>> config = qface.CompressConfig(distill="never", calibration=qface.CalibrationConfig(num_images=16))
         >>> qface.compress("teacher.onnx", "faces/", "small.onnx", target, config).chosen.mb <= 0.1
         True
     """
@@ -120,18 +126,17 @@ class Compression(Result):
         return {"chosen": self.chosen and self.chosen.name, "trials": len(self.trials), "stopped": self.stopped}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
     def figures(self) -> tuple[str, ...]:
-        """Sentences on what the chosen file recognizes and loses; none where nothing was chosen."""
+        """Return sentences on the TPR of the chosen file and its loss, for a model card."""
         trial = self.chosen
         if trial is None:
             return ()
-        judged = f"{self.images:,} images of {self.identities:,} people who were not tuned on"
         recognized = (
-            f"TPR {trial.tpr:.2f} % at FPR {self.target.at_fpr} on {judged}; that of the float network is "
-            f"{self.float_tpr:.2f} %."
+            f"TPR {trial.tpr:.2f} % at FPR {self.target.at_fpr} on {self.images:,} images of {self.identities:,} "
+            f"people who were not tuned on; the float network has {self.float_tpr:.2f} %."
         )
         confidence = f"{self.target.confidence:.0%}"
         lost = (
@@ -143,13 +148,12 @@ class Compression(Result):
 
 
 def smallest_passing(count: int, passes: Callable[[int], bool]) -> int | None:
-    """The smallest number below ``count`` that passes, by bisection; None if the largest does not.
-
-    It is exact where every number above one that passes does as well.
+    """Return the smallest number below ``count`` that passes, by bisection; None if ``count - 1`` fails.
 
     Args:
-        count: at least 1.
-        passes: asked about each number at most once, the largest first.
+        count: number of candidates, >= 1.
+        passes: test of one candidate, called at most once for each. The result is exact if every number above a passing
+            one passes too.
 
     Example:
         >>> smallest_passing(11, lambda number: number >= 4)

@@ -22,7 +22,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
-from qface.choices import RUNTIMES
+from qface.choices import RUNTIMES, RuntimeName
 from qface.data.images import Images, ImageSource, normalize
 from qface.data.sources import as_image_source
 from qface.deployment import integer_graph as ir
@@ -149,7 +149,7 @@ def verify(
     file: str | Path,
     images: Images,
     identities: str | Path | None = None,
-    runtime: str = "onnxruntime",
+    runtime: RuntimeName = "onnxruntime",
 ) -> Agreement:
     """Compare the outputs of ``student`` in eval mode with those of the file exported from it.
 

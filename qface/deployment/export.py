@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface._version import __version__
-from qface.choices import TARGETS
+from qface.choices import TARGETS, InputType, TargetName, WeightFormatName
 from qface.data.images import Images, normalize
 from qface.data.sources import as_image_source
 from qface.data.synthetic import synthetic_crops
@@ -63,10 +63,10 @@ _QUOTED = 300  # maximum characters quoted from an error of torch or onnx, which
 def export(
     model: NetworkLike,
     path: str | Path,
-    weight_format: str = "packed",
+    weight_format: WeightFormatName = "packed",
     images: Images | None = None,
-    input: str = FLOAT_INPUT,
-    target: str = "cpu",
+    input: InputType = FLOAT_INPUT,
+    target: TargetName = "cpu",
     normalize: bool = False,
 ) -> Path:
     """Export ``model`` to ONNX and check that onnxruntime computes the same embeddings.

@@ -26,6 +26,7 @@ from qface.quantization import (
     QuantizedPReLU,
     is_quantized,
 )
+from qface.quantization.fake_quantize import NOT_CALIBRATED
 from qface.quantization.placement import computes_in_float
 from qface.quantization.quantized_layers import AFFINE_BITS, Quantizer, is_quantizer
 
@@ -45,7 +46,7 @@ def lower(student: nn.Module) -> ir.IntegerGraph:
             placement.
     """
     if not isinstance(student, fx.GraphModule) or not is_quantized(student):
-        raise ConfigError("this network is not quantized; give a student, the output of qface quantize")
+        raise ConfigError("this network is not quantized; give a student: run qface quantize, then qface calibrate")
     return _Lowering(student).run()
 
 
@@ -391,7 +392,7 @@ def _value_of(node: fx.Node, qparams: ir.TensorQParams | None) -> ir.Value:
 
 def _qparams_of(layer: Quantizer, node: fx.Node) -> ir.TensorQParams:
     if isinstance(layer, LSQFakeQuantize) and not layer.calibrated.item():
-        raise ConfigError(f"the scale of {node.name!r} is not calibrated; call qface.calibrate(student, images) first")
+        raise ConfigError(NOT_CALIBRATED)
     scale, zero_point, *_ = layer.qparams()
     return ir.TensorQParams(layer.bits, float(scale), int(zero_point))
 

@@ -24,7 +24,7 @@ from qface.mixed_precision.knapsack import choose_bit_widths
 from qface.mixed_precision.sensitivity import SENSITIVITY_IMAGES, Sensitivity, read_sample, sensitivity
 from qface.models.resolve import NetworkLike, as_network
 from qface.progress import shows_progress
-from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
+from qface.quantization import CalibrationConfig, LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.quantization_config import MIN_BITS
 
 __all__ = ["allocate_bits", "average_bits", "bits_for", "draft_file"]
@@ -34,8 +34,8 @@ _RESERVE = 2048
 """Bytes reserved for the provenance of later distillation."""
 _BYTES_PER_BIT_WIDTH = 1250
 """Approximate bytes of the nodes that unpack the weights of one bit width."""
-_CALIBRATION_IMAGES = 8
-"""Images for a draft student: size and latency of the file depend on neither its ranges nor GPTQ, which is slow."""
+_DRAFT_CALIBRATION = CalibrationConfig(num_images=8, gptq=False)
+"""Calibration of a draft student: size and latency of the file depend on neither its ranges nor GPTQ, which is slow."""
 
 
 @shows_progress
@@ -161,7 +161,7 @@ def draft_file(model: nn.Module, config: QuantizationConfig, images: Images) -> 
         config: bits and observers.
         images: calibration set.
     """
-    student = calibrate(quantize(model, config), images, num_images=_CALIBRATION_IMAGES, gptq=False)
+    student = calibrate(quantize(model, config), images, _DRAFT_CALIBRATION)
     with temporary_folder() as folder:
         yield export(student, folder / "student.onnx")
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qface.checks import check_whole
+from qface.choices import SENSITIVITY_IMAGES
 from qface.data.images import Images, bytes_of, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
@@ -42,8 +43,6 @@ from qface.results import Result
 
 __all__ = ["BIT_WIDTHS", "SENSITIVITY_IMAGES", "LayerSensitivity", "Sensitivity", "read_sample", "sensitivity"]
 
-SENSITIVITY_IMAGES = 64
-"""Default number of images of :func:`sensitivity`."""
 BIT_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
 """All supported bits, 2 to 8."""
 

@@ -145,8 +145,8 @@ def _check_shared_slopes(model: nn.Module) -> None:
 
 
 def _sample(source: ImageSource, model: nn.Module, config: PruningConfig) -> Tensor:
-    """Return up to ``config.images`` evenly spaced, normalized images of ``source``."""
-    found = torch.cat(sample_batches(source, config.images, config.images))
+    """Return up to ``config.num_images`` evenly spaced, normalized images of ``source``."""
+    found = torch.cat(sample_batches(source, config.num_images, config.num_images))
     if config.reestimate and len(found) < 2:
         raise ImagesError("BatchNorm statistics need at least 2 images, got 1: pass more, or set reestimate=False")
     return normalize(found, preprocessing_of(model)).to(example_input(model, 1))

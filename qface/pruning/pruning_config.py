@@ -38,7 +38,7 @@ class PruningConfig:
             given (:mod:`qface.pruning.repair`).
         reestimate: True to re-estimate BatchNorm statistics on the images after the repair. Repaired layers keep their
             outputs, so they need it less.
-        images: maximum number of images for importance, repair and BatchNorm statistics, >= 1.
+        num_images: maximum number of images for importance, repair and BatchNorm statistics, >= 1.
         seed: random seed of importance and repair.
 
     Raises:
@@ -59,7 +59,7 @@ class PruningConfig:
     iterative_steps: int = 1
     repair: bool = True
     reestimate: bool = False
-    images: int = 512
+    num_images: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class PruningConfig:
             raise ConfigError(f"norm must be 1 or 2, got {self.norm!r}")
         if not 0 < self.max_pruning_ratio < 1:
             raise ConfigError(f"max_pruning_ratio must be > 0 and < 1, got {self.max_pruning_ratio!r}")
-        check_whole(1, round_to=self.round_to, iterative_steps=self.iterative_steps, images=self.images)
+        check_whole(1, round_to=self.round_to, iterative_steps=self.iterative_steps, num_images=self.num_images)
         check_seed(self.seed)
 
     @property

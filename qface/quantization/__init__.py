@@ -1,6 +1,7 @@
 """Quantization-aware training on torch.ao's FX graph mode; the only package that imports ``torch.ao``."""
 
 from qface.quantization.calibrate import calibrate, scale_parameters, set_observers
+from qface.quantization.calibration_config import CalibrationConfig
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
 from qface.quantization.observers import (
     MinMaxObserver,
@@ -23,6 +24,7 @@ from qface.quantization.quantized_layers import (
 )
 
 __all__ = [
+    "CalibrationConfig",
     "ImageFakeQuantize",
     "IntegerRange",
     "LSQFakeQuantize",

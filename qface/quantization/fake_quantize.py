@@ -15,8 +15,12 @@ from qface.quantization.lsq import lsq_fake_quantize, lsq_fake_quantize_prelu
 from qface.quantization.observers import make_observer
 from qface.quantization.qparams import QUINT8_MAX, IntegerRange, QParams
 
-__all__ = ["ImageFakeQuantize", "LSQFakeQuantize", "SharedScaleFakeQuantize"]
+__all__ = ["NOT_CALIBRATED", "ImageFakeQuantize", "LSQFakeQuantize", "SharedScaleFakeQuantize"]
 
+NOT_CALIBRATED = (
+    "this student is not calibrated: run qface calibrate STUDENT --images FACES -o FILE, or call "
+    "qface.calibrate(student, images), first"
+)
 _MIN_SCALE = 1e-12
 
 
@@ -102,9 +106,7 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         if not self.quantizing or self.rounds_within_prelu:
             return x
         if not self._ready:
-            raise ConfigError(
-                "this network is quantized but not calibrated; call qface.calibrate(student, images) first"
-            )
+            raise ConfigError(NOT_CALIBRATED)
         if not self.training:
             return self._deployed(x)
         return self.fake_quantize(x, self.quant_min, self.quant_max)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 from qface.errors import ConfigError
 
 __all__ = ["LayerBits", "QuantizationConfig", "as_config"]
 
+WeightObserver = Literal["mse", "minmax", "percentile"]
+ActivationObserver = Literal["mse", "minmax", "moving_average", "percentile"]
+
 MIN_BITS, MAX_BITS = 2, 8
-OBSERVERS = ("mse", "minmax", "moving_average", "percentile")
+OBSERVERS = get_args(ActivationObserver)
 
 
 def _check_bits(name: str, bits: int) -> None:
@@ -77,8 +80,8 @@ class QuantizationConfig:
     weight_bits: int = 6
     activation_bits: int = 6
     overrides: Mapping[str, LayerBits] = field(default_factory=dict)
-    weight_observer: str = "mse"
-    activation_observer: str = "mse"
+    weight_observer: WeightObserver = "mse"
+    activation_observer: ActivationObserver = "mse"
     percentile: float = 99.99
     wide_residuals: bool = True
     ignored_layers: tuple[str, ...] = ()
@@ -89,7 +92,7 @@ class QuantizationConfig:
         for name, bits in self.overrides.items():
             if not isinstance(bits, LayerBits):
                 raise ConfigError(f"overrides[{name!r}] must be a LayerBits, got {bits!r}")
-        if self.weight_observer not in OBSERVERS or self.weight_observer == "moving_average":
+        if self.weight_observer not in get_args(WeightObserver):
             raise ConfigError(f"weight_observer must be one of mse, minmax, percentile, got {self.weight_observer!r}")
         if self.activation_observer not in OBSERVERS:
             raise ConfigError(

@@ -23,11 +23,13 @@ PAGE = Path(qface.__file__).parents[1] / "docs" / "json.md"
 NET = "tests.networks:tiny_face_net"
 FACES = "--images crops --people first-half"
 LINES = (
-    f"quantize {NET} {FACES} --no-distill -o calibrated.safetensors",
+    f"allocate-bits {NET} {FACES} --num-images 4 --budget-mb 0.1 -o bits.json",
+    f"quantize {NET} --config bits.json -o new.safetensors",
+    f"calibrate new.safetensors {FACES} -o calibrated.safetensors",
     f"distill calibrated.safetensors --teacher {NET} {FACES} --batch-size 8 --run-dir run -o student.safetensors",
     "export student.safetensors -o student.onnx",
     "verify student.safetensors student.onnx --images crops",
-    f"thresholds {NET} student.onnx --images crops --fpr 0.2 --write student.onnx",
+    f"thresholds student.onnx --teacher {NET} --images crops --fpr 0.2 --write student.onnx",
     "selftest student.onnx",
     "inspect student.safetensors",
     "inspect student.onnx",
@@ -42,7 +44,8 @@ LINES = (
     "align IJBC/loose_crop --landmarks IJBC/meta/ijbc_name_5pts_score.txt -o aligned",
     f"sensitivity {NET} {FACES} --num-images 4",
     f"prune {NET} --ratio 0.5 -o pruned.safetensors",
-    f"compress {NET} --images crops --max-mb 1 --at-fpr 1e-1 --run-dir found -o small.onnx",
+    f"compress {NET} --images crops --bits 6 --at-fpr 1e-1 --run-dir found -o small.onnx",
+    f"compress {NET} --images crops --max-mb 1 --at-fpr 1e-1 --run-dir searched -o smaller.onnx",
     "report found --fpr 1e-1 --latency-runs 1 -o found.html",
     "plot size student.onnx -o size.svg",
     "demo",

@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 
+import qface
 from qface.cli import main
 from qface.distillation.checkpoint import RunFolder
 from qface.signals import ended_by_signals
 from tests.crops import write_crops
+from tests.networks import random_faces, tiny_face_net
 
 NET = "tests.networks:tiny_face_net"
+COMMANDS = {
+    "distill": ["distill", "student.safetensors", "--teacher", NET],
+    "prune": ["prune", NET, "--distill"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +34,7 @@ def interrupts_are_heard() -> Iterator[None]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_crops(tmp_path / "crops", dict.fromkeys(("Ann", "Bob", "Cid"), 8))
+    qface.save(qface.calibrate(qface.quantize(tiny_face_net()), random_faces(8)), tmp_path / "student.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -54,35 +61,36 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(RunFolder, "log", interrupted)
 
 
-@pytest.mark.parametrize("verb", ["quantize", "prune"])
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_the_same_command_goes_on_after_a_signal(
     verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--images", "crops", "--batch-size", "8", "--epochs", "2", "--distill"]
-    whole, stopped = ([verb, NET, *options, "-o", f"{name}.safetensors"] for name in ("whole", "stopped"))
+    command = [*COMMANDS[verb], "--images", "crops", "--batch-size", "8", "--epochs", "2"]
+    whole, stopped = ([*command, "-o", f"{name}.safetensors"] for name in ("whole", "stopped"))
     assert run(monkeypatch, *whole) == 0
     with monkeypatch.context() as patch:
         interrupting(patch, 2)
         assert run(patch, *stopped) == 130
-    assert f"stopped; to go on: qface {' '.join(stopped)}\n" in capsys.readouterr().err
+    assert f"stopped; to continue: qface {' '.join(stopped)}\n" in capsys.readouterr().err
     assert not (folder / "stopped.safetensors").exists()
     assert list((folder / "stopped.safetensors.run").rglob("checkpoint.pt"))
     assert run(monkeypatch, *stopped) == 0
     assert "resuming at step 3 of 6" in capsys.readouterr().err
     files = [(folder / f"{name}.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert files[0] == files[1]
-    assert sorted(path.name for path in folder.iterdir()) == ["crops", "stopped.safetensors", "whole.safetensors"]
+    networks = [f"{name}.safetensors" for name in ("stopped", "student", "whole")]
+    assert sorted(path.name for path in folder.iterdir()) == ["crops", *networks]
 
 
 def test_a_folder_that_was_chosen_stays_and_is_resumed_where_that_is_asked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--images", "crops", "--batch-size", "8", "--run-dir", "runs", "--checkpoint-every", "1"]
-    command = ["quantize", NET, *options, "-o", "student.safetensors"]
+    command = [*COMMANDS["distill"], *options, "-o", "trained.safetensors"]
     with monkeypatch.context() as patch:
         interrupting(patch, 1)
         assert run(patch, *command) == 130
-    assert capsys.readouterr().err.rstrip().endswith("-o student.safetensors --resume")
+    assert capsys.readouterr().err.rstrip().endswith("-o trained.safetensors --resume")
     assert run(monkeypatch, *command) == 2
     assert "already holds a run: resume it" in capsys.readouterr().err
     assert run(monkeypatch, *command, "--resume") == 0

@@ -41,9 +41,9 @@ WRONG = (
     ("bench student.safetensors", "one that qface export writes", "bench student.onnx --runs 1"),
     ("selftest student.safetensors", "one that qface export writes", "selftest student.onnx"),
     (
-        "thresholds float.safetensors student.onnx --images faces --fpr 0.2 --write student.safetensors",
+        "thresholds student.onnx --teacher float.safetensors --images faces --fpr 0.2 --write student.safetensors",
         "one that qface export writes",
-        "thresholds float.safetensors student.onnx --images faces --fpr 0.2",
+        "thresholds student.onnx --teacher float.safetensors --images faces --fpr 0.2",
     ),
     ("selftest foreign.onnx", "export it again", "export foreign.onnx --no-card -o ours.onnx"),
     ("size student.safetensors --bits 4", "leave out --bits", "size student.safetensors"),

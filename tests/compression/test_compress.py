@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +16,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qface
-from qface import CompressConfig, CompressionTarget, DistillConfig
+from qface import CalibrationConfig, CompressConfig, CompressionTarget, DistillConfig
+from qface.choices import DistillName
 from qface.cli import main
 from qface.compression.run_record import RunRecord
 from qface.compression.trials import smallest_passing
 from qface.errors import ConfigError, QFaceError
 from qface.preprocessing import Preprocessing, with_preprocessing
+from qface.provenance import provenance_of
 from tests.networks import tiny_face_net
 
 Crops = Callable[..., Path]
 
 QUICK = CompressConfig(
-    distill="never", sensitivity_images=4, calibration_images=16, training=DistillConfig(max_steps=2, batch_size=4)
+    distill="never", calibration=CalibrationConfig(num_images=16), training=DistillConfig(max_steps=2, batch_size=4)
 )
 
 
@@ -77,7 +81,7 @@ def test_the_smallest_file_that_keeps_the_drop_is_written(folder: Path, tmp_path
     other = network()
     with torch.no_grad():
         next(other.parameters()).mul_(2)
-    with pytest.raises(ConfigError, match="run of another weights"):
+    with pytest.raises(ConfigError, match="run with different weights"):
         qface.compress(other, folder, tmp_path / "small.onnx", target, QUICK)
 
 
@@ -95,9 +99,8 @@ def test_a_target_that_nothing_keeps_writes_no_file_and_says_why(folder: Path, t
 
 
 def test_within_a_size_the_best_file_is_trained(folder: Path, tmp_path: Path) -> None:
-    config = CompressConfig(sensitivity_images=4, calibration_images=16, training=QUICK.training)
     target = CompressionTarget(max_mb=10.0, at_fpr="1e-1")
-    found = qface.compress(network(), folder, tmp_path / "best.onnx", target, config)
+    found = qface.compress(network(), folder, tmp_path / "best.onnx", target, replace(QUICK, distill="if-needed"))
     assert found.chosen is not None
     assert found.chosen.distilled and found.chosen.weight_bits == pytest.approx(8, abs=0.5)
 
@@ -105,9 +108,9 @@ def test_within_a_size_the_best_file_is_trained(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("target", "people", "message"),
     [
-        (CompressionTarget(max_drop=1.0), (None, None), "FPR 1e-4 needs 100,000 impostor pairs.*judge at 1e-1"),
-        (CompressionTarget(max_drop=1.0), ("first-half", None), "are given together"),
-        (CompressionTarget(max_drop=1.0), ("first-half", "first-half"), "are to tune and to judge"),
+        (CompressionTarget(max_drop=1.0), (None, None), "FPR 1e-4 needs 100,000 impostor pairs.*use the FPR 1e-1"),
+        (CompressionTarget(max_drop=1.0), ("first-half", None), "give both"),
+        (CompressionTarget(max_drop=1.0), ("first-half", "first-half"), "are in both groups"),
         (CompressionTarget(max_ms=1e-6, at_fpr="1e-1"), (None, None), "raise max_ms, or allow pruning"),
     ],
 )
@@ -119,6 +122,68 @@ def test_what_cannot_be_is_refused_before_the_work(
     assert not (tmp_path / "small.onnx").exists()
 
 
-def test_a_target_without_limits_is_refused() -> None:
-    with pytest.raises(ConfigError, match="at least one of max_drop, max_mb and max_ms"):
-        CompressionTarget()
+def test_a_search_without_limits_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give max_drop, max_mb or max_ms, or fixed bits"):
+        qface.compress(network(), tmp_path / "nowhere", tmp_path / "small.onnx")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["max_drop", "max_mb", "max_ms"])
+def test_a_limit_that_is_no_positive_number_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a number > 0"):
+        CompressionTarget(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["weight_bits", "activation_bits"])
+@pytest.mark.parametrize("bits", [1, 9, True, 6.0])
+def test_bits_out_of_range_are_refused(name: str, bits: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        CompressConfig(**{name: bits})
+
+
+@pytest.mark.parametrize(("distill", "name"), [("never", "w4a6"), ("if-needed", "w4a6-distilled")])
+def test_fixed_bits_are_one_trial(folder: Path, tmp_path: Path, distill: DistillName, name: str) -> None:
+    config = replace(QUICK, weight_bits=4, activation_bits=6, distill=distill)
+    target = CompressionTarget(at_fpr="1e-1")
+    found = qface.compress(network(), folder, tmp_path / "small.onnx", target, config)
+    (trial,) = found.trials
+    assert (trial.name, trial.weight_bits, trial.distilled) == (name, 4, distill != "never")
+    assert found.chosen == trial
+    steps = [step["step"] for step in provenance_of(qface.load(tmp_path / "small.run" / name / "student.safetensors"))]
+    assert steps == ["quantize", "calibrate", *(["distill"] if trial.distilled else [])]
+    record = RunRecord.read(tmp_path / "small.run")
+    assert (record.sensitivity, record.log is None) == (None, distill == "never")
+    made = (tmp_path / "small.run" / name / "student.onnx").stat().st_mtime_ns
+    assert qface.compress(network(), folder, tmp_path / "small.onnx", target, config) == found
+    assert (tmp_path / "small.run" / name / "student.onnx").stat().st_mtime_ns == made
+
+
+def test_limits_decide_about_a_file_with_fixed_bits(folder: Path, tmp_path: Path) -> None:
+    arguments = ["compress", "tests.compression.test_compress:network", "--images", str(folder), "--bits", "6"]
+    arguments += ["--at-fpr", "1e-1", "--distill", "never", "--num-images", "8", "--json"]
+    kept, missed = tmp_path / "kept.onnx", tmp_path / "missed.onnx"
+    result = CliRunner().invoke(main, [*arguments, "--max-drop", "100", "-o", str(kept)])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["chosen"]["name"] == "w6a6"
+    result = CliRunner().invoke(main, [*arguments, "--max-mb", "0.001", "-o", str(missed)])
+    assert result.exit_code == 1, result.output
+    (trial,) = json.loads(result.stdout)["trials"]
+    assert trial["misses"] == [f"{trial['mb']:.3f} MB"]
+    assert kept.exists() and not missed.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--bits", "5", "--activation-bits", "7"], "w5a7"),
+        (["--bits", "5", "--weight-bits", "3"], "w3a5"),
+        (["--weight-bits", "3"], "w3a8"),
+    ],
+    ids=" ".join,
+)
+def test_options_set_the_bits(folder: Path, tmp_path: Path, options: list[str], name: str) -> None:
+    arguments = ["compress", "tests.compression.test_compress:network", "--images", str(folder), *options]
+    arguments += ["--at-fpr", "1e-1", "--distill", "never", "--num-images", "8", "--json"]
+    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "small.onnx")])
+    assert result.exit_code == 0, result.output
+    assert [trial["name"] for trial in json.loads(result.stdout)["trials"]] == [name]

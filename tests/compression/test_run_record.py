@@ -46,5 +46,5 @@ def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no run\.json"):
+    with pytest.raises(ConfigError, match=r"has no run\.json"):
         RunRecord.read(tmp_path)

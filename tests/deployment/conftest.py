@@ -20,6 +20,6 @@ def mobilefacenet_file(faces: Path, tmp_path_factory: pytest.TempPathFactory) ->
     with FileLock(f"{path}.lock"):
         if not path.exists():
             student = qface.quantize(qface.load(faces / "weights" / "mobilefacenet_112x96.safetensors"), 6)
-            qface.calibrate(student, faces / "data" / "lfw", identities="first-half", num_images=32, progress=False)
+            qface.calibrate(student, faces / "data" / "lfw", qface.CalibrationConfig(num_images=32), "first-half")
             qface.save(student, path)
     return path

@@ -1,3 +1,5 @@
+from typing import get_args
+
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
@@ -6,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper
 
+from qface.choices import WeightFormatName
 from qface.deployment.nodes import IR_VERSION, OPSET
 from qface.deployment.weight_formats import WEIGHT_FORMATS, make_weight_format
 
@@ -42,6 +45,10 @@ def assert_given_back(model: ModelProto, integers: Weights) -> None:
     for out, values in zip(session.run(None, {}), integers.values(), strict=True):
         assert out.dtype == np.int8
         np.testing.assert_array_equal(out, values)
+
+
+def test_every_choice_has_a_format() -> None:
+    assert set(WEIGHT_FORMATS) == set(get_args(WeightFormatName))
 
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)

@@ -214,7 +214,7 @@ def test_the_command_prints_tables_and_json(crops, tmp_path: Path, monkeypatch: 
     assert record["model"]["rates"]["[a]"]["fnmr"]["value"] is None
     assert record["fmr_gap_change"]["value"] in (1.0, None)
     alone = CliRunner().invoke(main, [*arguments[:4], "--at-fpr", "0.1"])
-    assert alone.exit_code == 2 and "--at-fpr goes with --groups: give that as well" in alone.stderr
+    assert alone.exit_code == 2 and "--at-fpr needs --groups: give that as well" in alone.stderr
     for extra in (["--pairs", "pairs.txt"], ["--run-dir", str(tmp_path)]):
         refused = CliRunner().invoke(main, [*arguments, *extra])
-        assert refused.exit_code == 2 and f"{extra[0]} does not go with --groups" in refused.stderr
+        assert refused.exit_code == 2 and f"{extra[0]} cannot be used with --groups" in refused.stderr

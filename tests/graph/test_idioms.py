@@ -43,7 +43,7 @@ def steps(name: str) -> tuple[nn.Module, fx.GraphModule, fx.GraphModule]:
     model = build(IDIOMS[name])
     layers = canonicalize(model)
     student = qface.quantize(layers, 6)
-    qface.calibrate(student, synthetic_crops(8), num_images=8, progress=False)
+    qface.calibrate(student, synthetic_crops(8))
     return model, layers, student
 
 

@@ -17,7 +17,14 @@ import qface
 from qface.errors import ConfigError, ImagesError
 from qface.mixed_precision import BIT_WIDTHS, LayerSensitivity, Sensitivity, sensitivity
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import LSQFakeQuantize, QuantizationConfig, calibrate, quantize, set_observers
+from qface.quantization import (
+    CalibrationConfig,
+    LSQFakeQuantize,
+    QuantizationConfig,
+    calibrate,
+    quantize,
+    set_observers,
+)
 from qface.quantization.quantized_layers import WeightedLayer
 from tests.networks import foreign_net, random_faces, tiny_face_net
 
@@ -30,7 +37,8 @@ def network(make: Callable[..., nn.Module] = tiny_face_net) -> nn.Module:
 
 
 def calibrated(bits: int | QuantizationConfig = 6, make: Callable[..., nn.Module] = tiny_face_net) -> fx.GraphModule:
-    return calibrate(quantize(network(make), bits), FACES, equalize=False, gptq=False, correct_biases=False)
+    ranges_only = CalibrationConfig(equalize=False, gptq=False, correct_biases=False)
+    return calibrate(quantize(network(make), bits), FACES, ranges_only)
 
 
 def layers(student: fx.GraphModule) -> dict[str, Any]:

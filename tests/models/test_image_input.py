@@ -335,7 +335,10 @@ def test_options_out_of_range_are_one_line(options: tuple[str, str], tmp_path: P
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", ["evaluate", "ijb", "thresholds", "sensitivity", "quantize", "prune", "distill"])
+@pytest.mark.parametrize(
+    "command",
+    ["evaluate", "ijb", "thresholds", "sensitivity", "allocate-bits", "quantize", "prune", "distill", "compress"],
+)
 def test_every_command_that_takes_a_model_has_them(command: str) -> None:
     text = CliRunner().invoke(main, [command, "--help"]).output
     assert all(option in text for option in ("--color", "--mean", "--std", "--crop", "--size"))

@@ -133,7 +133,7 @@ def test_global_pruning_takes_more_where_weak_channels_are() -> None:
 
 @pytest.mark.parametrize("importance", ["magnitude", "taylor", "hessian", "fpgm", "bn_scale"])
 def test_every_importance_prunes_the_same_share(importance) -> None:
-    config = PruningConfig(importance=importance, images=4, repair=False)
+    config = PruningConfig(importance=importance, num_images=4, repair=False)
     pruned = prune(tiny(), 0.25, random_faces(4), config)
     assert channels(pruned) == channels(prune(tiny(), 0.25))
 

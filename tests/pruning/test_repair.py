@@ -36,7 +36,7 @@ class Doubled(nn.Module):
 def test_what_other_channels_know_is_recovered(bias: bool, stride: int) -> None:
     torch.manual_seed(0)
     network = with_preprocessing(Doubled(bias, stride).eval(), SMALL)
-    config = PruningConfig(ignored_layers=("second",), images=32)
+    config = PruningConfig(ignored_layers=("second",), num_images=32)
     faces = random_faces(32)
     broken = prune(network, 0.5, faces, PruningConfig(ignored_layers=("second",), repair=False))
     repaired = prune(network, 0.5, faces, config)
@@ -86,7 +86,7 @@ class Odd(nn.Module):
 def test_layers_without_a_map_of_their_own_are_left_alone(images: int) -> None:
     torch.manual_seed(0)
     network = with_preprocessing(Odd().eval(), SMALL)
-    pruned = prune(network, 0.5, random_faces(images), PruningConfig(images=images))
+    pruned = prune(network, 0.5, random_faces(images), PruningConfig(num_images=images))
     assert pruned.pixels.out_features == 6
     with torch.no_grad():
         assert pruned(SMALL(random_faces(2))).isfinite().all()

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from qface.quantization import calibrate, quantize
+from qface.quantization import CalibrationConfig, calibrate, quantize
 from qface.quantization.bias_correction import channel_means, correct_biases
 from qface.quantization.calibrate import quantizers
 from tests.networks import foreign_net, random_faces, tiny_face_net
 from tests.quantization.test_cross_layer_equalization import floating, images, sized
+
+UNCORRECTED = CalibrationConfig(equalize=False, correct_biases=False)
 
 
 @pytest.mark.parametrize("bits", [3, 5])
@@ -21,7 +23,7 @@ def test_every_channel_gets_back_its_mean(make: Callable[..., nn.Module], bits: 
     model = sized(make)
     batch = images(16)
     wanted = channel_means(floating(model, bits), batch)
-    student = calibrate(quantize(model, bits), random_faces(16), correct_biases=False, equalize=False).eval()
+    student = calibrate(quantize(model, bits), random_faces(16), UNCORRECTED).eval()
     before = channel_means(student, batch)
     weights = [layer.weight.clone() for layer in student.modules() if hasattr(layer, "weight_fake_quant")]
     correct_biases(student, [batch], [wanted])
@@ -49,7 +51,7 @@ def test_it_brings_the_embeddings_closer() -> None:
     losses = []
     with torch.no_grad():
         for correct in (False, True):
-            student = calibrate(quantize(model, 3), faces, correct_biases=correct)
+            student = calibrate(quantize(model, 3), faces, CalibrationConfig(correct_biases=correct))
             losses.append(float((student.eval()(held_out) - model(held_out)).square().mean()))
     assert losses[1] < losses[0]
 
@@ -60,7 +62,7 @@ def test_batches_count_alike() -> None:
     biases = []
     for batches in ([batch], [batch[:8], batch[8:]]):
         wanted = [channel_means(floating(model, 8), part) for part in batches]
-        student = calibrate(quantize(model, 8), random_faces(16), correct_biases=False, equalize=False).eval()
+        student = calibrate(quantize(model, 8), random_faces(16), UNCORRECTED).eval()
         correct_biases(student, batches, wanted)
         biases.append(torch.cat([v for name, v in student.named_parameters() if name.endswith("bias")]))
     assert torch.allclose(biases[0], biases[1], atol=0.01)

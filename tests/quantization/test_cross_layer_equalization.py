@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import LSQFakeQuantize, QuantizationConfig, calibrate, quantize
+from qface.quantization import CalibrationConfig, LSQFakeQuantize, QuantizationConfig, calibrate, quantize
 from qface.quantization.calibrate import quantizers
 from qface.quantization.cross_layer_equalization import cross_layer_equalization, find_regions
 from tests.deployment.networks import Gate, Sum, framed, prelu
@@ -196,7 +196,9 @@ def test_uneven_channels_survive_low_bits_only_when_equalized() -> None:
     with torch.no_grad():
         expected = model(images(8, seed=2))
         students = [
-            calibrate(quantize(model, 6), faces, equalize=choice, gptq=False, correct_biases=False).eval()
+            calibrate(
+                quantize(model, 6), faces, CalibrationConfig(equalize=choice, gptq=False, correct_biases=False)
+            ).eval()
             for choice in (False, True)
         ]
         x = images(8, seed=2)
@@ -247,8 +249,8 @@ def test_what_an_activation_function_hides_keeps_its_steps_fine(make: Callable[[
         expected = model(x)
         lost = [
             1 - torch.cosine_similarity(student.eval()(x), expected).mean()
-            for choice in (False, True)
-            for student in [calibrate(quantize(model, QuantizationConfig(8, bits)), random_faces(16), equalize=choice)]
+            for config in (CalibrationConfig(equalize=False), CalibrationConfig())
+            for student in [calibrate(quantize(model, QuantizationConfig(8, bits)), random_faces(16), config)]
         ]
     assert lost[1] < 1.2 * lost[0]
 

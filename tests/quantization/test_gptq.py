@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qface.models.patches import Positions, patches
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import QuantizationConfig, calibrate, quantize
+from qface.quantization import CalibrationConfig, QuantizationConfig, calibrate, quantize
 from qface.quantization.quantized_layers import WeightedLayer
 from tests.deployment.networks import framed
 from tests.networks import foreign_net, random_faces, tiny_face_net
@@ -22,7 +22,7 @@ FACES = random_faces(64)
 
 def calibrated(model: nn.Module, weight_bits: int, gptq: bool) -> nn.Module:
     student = quantize(model, QuantizationConfig(weight_bits, 8))
-    return calibrate(student, FACES, equalize=False, gptq=gptq, correct_biases=False).eval()
+    return calibrate(student, FACES, CalibrationConfig(equalize=False, gptq=gptq, correct_biases=False)).eval()
 
 
 @pytest.mark.parametrize("make", [tiny_face_net, foreign_net])
@@ -57,7 +57,7 @@ def test_a_layer_of_two_weights_gets_about_the_best_of_all_roundings() -> None:
     before = layer.weight.detach().clone()
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    calibrate(student, FACES, equalize=False, correct_biases=False)
+    calibrate(student, FACES, CalibrationConfig(equalize=False, correct_biases=False))
     hook.remove()
     values = torch.cat(seen).view(-1, 2, 4, *seen[0].shape[2:]).permute(1, 0, 3, 4, 2).flatten(1, 3)
     scale = layer.weight_fake_quant.scale.detach()
@@ -91,7 +91,8 @@ def test_inputs_that_hardly_vary_do_no_harm(spread: float) -> None:
         model.body[0].weight.mul_(spread)
         model.body[0].bias.fill_(1)
     for count in (4, 64):
-        student = calibrate(quantize(model, QuantizationConfig(4, 8)), FACES[:count], equalize=False)
+        student = quantize(model, QuantizationConfig(4, 8))
+        calibrate(student, FACES[:count], CalibrationConfig(equalize=False))
         assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
 
 

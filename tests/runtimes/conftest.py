@@ -19,6 +19,7 @@ from tests.benchmarks.scripts import script
 from tests.runtimes.runtime import HOST, Embeddings, Images, Runtime
 
 CALIBRATION_IMAGES = 8
+RANGES_ONLY = qface.CalibrationConfig(equalize=False, gptq=False, correct_biases=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def write(case: Case, faces: Path, file: Path) -> Images:
     config = qface.QuantizationConfig(**bits, weight_observer="minmax", activation_observer="minmax")
     student = qface.quantize(teacher, config)
     tuning, judging = read_crops(faces)
-    qface.calibrate(student, tuning, equalize=False, gptq=False, correct_biases=False)  # the arithmetic is the same
+    qface.calibrate(student, tuning, RANGES_ONLY)  # the arithmetic is the same
     qface.export(student, file, input="uint8")
     preprocessing = preprocessing_of(teacher)
     pixels = preprocessing.to_bytes(preprocessing(judging[: case.images]))

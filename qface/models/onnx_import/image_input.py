@@ -19,6 +19,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from qface.choices import ColorOrder
 from qface.errors import CheckpointError
 from qface.models.onnx_import.constants import COMPUTED, ConstantFolder
 from qface.models.onnx_import.onnx_file import Array, Node, OnnxFile
@@ -173,7 +174,8 @@ def _composed(given: Preprocessing, inside: ImageInput) -> Preprocessing:
     outer_mean, outer_std = ([values[channel] for channel in order] for values in (given.mean, given.std))
     means = [_snapped(mean + std * inner) for mean, std, inner in zip(outer_mean, outer_std, inside.mean, strict=True)]
     stds = [_snapped(std * inner) for std, inner in zip(outer_std, inside.std, strict=True)]
-    color = {"RGB": "BGR", "BGR": "RGB"}[given.color] if inside.swaps_colors else given.color
+    swapped: dict[ColorOrder, ColorOrder] = {"RGB": "BGR", "BGR": "RGB"}
+    color = swapped[given.color] if inside.swaps_colors else given.color
     return replace(given, color=color, mean=_three(means), std=_three(stds))
 
 

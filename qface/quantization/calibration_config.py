@@ -1,0 +1,44 @@
+"""Settings of :func:`qface.calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qface.checks import check_whole
+from qface.choices import CALIBRATION_IMAGES
+from qface.errors import ConfigError
+
+__all__ = ["CalibrationConfig"]
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Settings of calibration. The three methods apply only to a student that was never calibrated.
+
+    Args:
+        num_images: size of the calibration set: evenly spaced images of a folder or tensor, the first ones of a loader.
+        batch_size: images per forward pass.
+        equalize: run cross-layer equalization first (:mod:`qface.quantization.cross_layer_equalization`).
+        gptq: round weights with GPTQ (:mod:`qface.quantization.gptq`); otherwise to the nearest value.
+        correct_biases: run DFQ bias correction last (:mod:`qface.quantization.bias_correction`).
+
+    Raises:
+        ConfigError: a field has the wrong type or is out of range.
+
+    Example:
+        >>> CalibrationConfig(num_images=64, gptq=False).batch_size
+        64
+    """
+
+    num_images: int = CALIBRATION_IMAGES
+    batch_size: int = 64
+    equalize: bool = True
+    gptq: bool = True
+    correct_biases: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole(1, num_images=self.num_images, batch_size=self.batch_size)
+        for name in ("equalize", "gptq", "correct_biases"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} must be True or False, got {value!r}")
