@@ -126,7 +126,9 @@ class FabricProcesses(Parallel):
         The gradient is summed over the processes, each of which computes the whole loss, and DistributedDataParallel
         takes the mean of the parameter gradients: together they are the gradient of one process.
         """
-        gathered: Tensor = self._fabric.all_gather(embeddings, sync_grads=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*all_gather is deprecated.*")  # Fabric calls it
+            gathered: Tensor = self._fabric.all_gather(embeddings, sync_grads=True)
         return gathered.flatten(0, 1)
 
     def sum(self, values: Tensor) -> Tensor:

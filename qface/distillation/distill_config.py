@@ -39,13 +39,13 @@ LR_PER_RMS_DISTANCE = 0.017
 class LossConfig:
     """Terms of the distillation loss and their weights.
 
-    The defaults compare embeddings and residual sums. EKD is off: in addition to an embedding loss it costs more
-    than it gains (figures in ``docs/distillation.md``).
+    The defaults compare embeddings and residual sums. EKD is off: together with an embedding loss it costs more than it
+    gains (figures in ``docs/distillation.md``).
 
     Args:
-        ekd_weight: weight of :class:`qface.distillation.losses.EKDLoss`; 0 switches it off. Keep it small in
-            addition to an embedding loss: at its authors' weights, the EKD gradient is three times as long as the
-            cosine gradient and much noisier (MobileFaceNet, w6a6).
+        ekd_weight: weight of :class:`qface.distillation.losses.EKDLoss`; 0 switches it off. Keep it small together with
+            an embedding loss: at its authors' weights, the EKD gradient is three times as long as that of the cosine
+            loss and much noisier (MobileFaceNet, w6a6).
         ekd_surrogate: ``"sigmoid"`` as in the EKD authors' code, or ``"linear"`` as in equation 1 of the paper.
         reference_ekd: follow the authors' code: thresholds start at 0, and a batch without positive pairs fails.
         pseudo_pairs: for images without labels, let EKD use the positive pairs that the teacher is sure of
@@ -58,7 +58,7 @@ class LossConfig:
             architecture, and is left out for other students.
         class_head: also train an ArcFace head on the identities (equation 3 of the paper). It needs a folder or a
             tensor with labels.
-        class_head_weight: weight of the ArcFace loss, whose gradient is about 100 times as long as the cosine loss's.
+        class_head_weight: weight of the ArcFace loss, whose gradient is about 100 times as long as the cosine gradient.
         margin: angular margin of the ArcFace head in radians.
         scale: factor of the ArcFace head on the cosines.
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from qface.data.augmentation import AugmentationConfig
 from qface.data.images import ImageSource, TensorImages
 from qface.distillation import LR_PER_RMS_DISTANCE, DistillConfig, check_run
 from qface.distillation import distill as distill_with_progress
@@ -438,9 +440,19 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path) -> None:
 def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
     student, teacher, images = tiny_network(0), tiny_network(1), face_images()
     distill(student, teacher, images, CPU, tmp_path)
-    for config in (changed(CPU, seed=1), changed(CPU, seed=1, optimizer={"learning_rate": 0.1})):
-        with pytest.raises(ConfigError, match=r"seed=0.*seed=1"):
-            distill(student, teacher, images, config, tmp_path, resume=True)
+    others: dict[str, dict[str, Any]] = {
+        r"with seed=0, not seed=1": {"seed": 1},
+        r"with optimizer.learning_rate=0.05, seed=0, not optimizer.learning_rate=0.1, seed=1": {
+            "seed": 1,
+            "optimizer": {"learning_rate": 0.1},
+        },
+        r"with losses.ekd_weight=0.1, not losses.ekd_weight=0.2": {"losses": {"ekd_weight": 0.2}},
+        r"with schedule.name='cosine', not schedule.name='constant'": {"schedule": {"name": "constant"}},
+        r"with augmentation.misalignment=None": {"augmentation": AugmentationConfig()},
+    }
+    for cause, fields in others.items():
+        with pytest.raises(ConfigError, match=re.escape(cause)):
+            distill(student, teacher, images, changed(CPU, **fields), tmp_path, resume=True)
     with pytest.raises(TrainingError, match="student"):
         distill(tiny_network(0, size=9), tiny_network(1, size=9), images, CPU, tmp_path, resume=True)
     with pytest.raises(TrainingError, match="student"):
@@ -455,7 +467,9 @@ def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
     one_other[5] += 1
     with pytest.raises(TrainingError, match="images"):
         distill(student, teacher, TensorImages(one_other, images.labels), CPU, tmp_path, resume=True)
-    distill(student, teacher, images, changed(CPU, checkpoint_every=1, device=None), tmp_path, resume=True)
+    distill(
+        student, teacher, images, changed(CPU, checkpoint_every=1, device=None, num_workers=1), tmp_path, resume=True
+    )
     begun = distill(tiny_network(0), teacher, images, CPU, tmp_path, resume=True)
     assert same_weights(begun, student)
 
@@ -605,6 +619,18 @@ def test_a_damaged_byte_is_found_in_each_part(tmp_path: Path) -> None:
             distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("found", [None, 1, 3])
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(found: int | None, tmp_path: Path) -> None:
+    distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved.pop("format") == 2
+    assert saved["config"]["losses"]["ekd_weight"] == 0.1
+    torch.save(saved if found is None else saved | {"format": found}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=f"has format {found or 1}, but .* resumes format 2: finish") as caught:
+        distill(tiny_network(0), tiny_network(1), face_images(), CPU, tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(1)}, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="no checkpoint of a distillation"):
@@ -617,6 +643,7 @@ def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
         ("config", [], "no checkpoint"),
         ("config", {"seed": torch.zeros(2)}, "no checkpoint"),
         ("inputs", "word", "no checkpoint"),
+        ("format", torch.zeros(2), "no checkpoint"),
         ("state", None, "no checkpoint"),
         ("state", {"step": "two"}, "no checkpoint"),
         ("state", {"step": 2, "total": 6, "student": {}, "objective": {}}, "no checkpoint"),
