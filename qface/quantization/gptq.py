@@ -34,7 +34,7 @@ Subtracting the mean may cancel nearly the whole product, and the errors of all 
 """
 _BLOCK = 128  # weights per block; later weights get a block's errors by one matrix product
 _PRODUCTS = 1024  # rows of the second moments per matrix product, which skips most of the lower triangle
-_MOST_WEIGHTS = 4608
+_MAX_WEIGHTS = 4608
 """Maximum weights per output channel, 512 x 3 x 3. Larger layers are rounded to nearest: their H takes gigabytes."""
 
 
@@ -80,7 +80,7 @@ class HessianCollector:
         self._layers = [
             layer
             for layer in student.modules()
-            if isinstance(layer, WeightedLayer) and layer.weight[0].numel() <= _MOST_WEIGHTS
+            if isinstance(layer, WeightedLayer) and layer.weight[0].numel() <= _MAX_WEIGHTS
         ]
         self._generator = torch.Generator().manual_seed(0)
         self._moments: dict[nn.Module, _Moments] = {}

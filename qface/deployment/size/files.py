@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 from onnx import TensorProto
+from onnx.external_data_helper import uses_external_data
 
 from qface.deployment.size.report import KINDS, SizeEntry
 from qface.deployment.size.tensor_roles import TensorRoles
@@ -65,7 +66,7 @@ def _read(path: Path) -> tuple[bytes, onnx.ModelProto]:
         raise CheckpointError(f"{path} is no ONNX file, or damaged; export it again") from error
     if not model.HasField("graph"):
         raise CheckpointError(f"{path} holds no graph, so it is no ONNX model; export it again")
-    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
+    if any(map(uses_external_data, model.graph.initializer)):
         raise CheckpointError(f"{path} stores weights in external files; save it as one file to measure it")
     return data, model
 
