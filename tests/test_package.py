@@ -55,7 +55,6 @@ TORCH_AO = {
         "fx.custom_config.PrepareCustomConfig",
         "quantize_fx.prepare_qat_fx",
     },
-    "quantization/sensitivity.py": {"disable_fake_quant", "disable_observer"},
 }
 """All that must be replaced when torch drops torch.ao: file of qface to names of torch.ao.quantization."""
 
