@@ -14,7 +14,7 @@ from qface.errors import CheckpointError, one_line
 from qface.limits import named, parse_json
 from qface.preprocessing import attach, preprocessing_of, with_preprocessing
 
-__all__ = ["carry", "has_step", "provenance_of", "record_step", "with_provenance", "written_provenance"]
+__all__ = ["carry", "provenance_of", "record_step", "with_provenance", "written_provenance"]
 
 _ATTRIBUTE = "provenance"
 
@@ -24,11 +24,6 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def provenance_of(model: nn.Module) -> tuple[dict[str, Any], ...]:
     """Return the steps of ``model``, oldest first: ``step``, ``qface`` (version) and the settings of each."""
     return tuple(getattr(model, _ATTRIBUTE, ()))
-
-
-def has_step(model: nn.Module, step: str) -> bool:
-    """True if the provenance of ``model`` contains ``step``."""
-    return any(made["step"] == step for made in provenance_of(model))
 
 
 def with_provenance(model: ModuleT, steps: tuple[dict[str, Any], ...]) -> ModuleT:

@@ -31,14 +31,13 @@ from qface.model_digest import digest_of_structure, digest_of_values
 from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import example_input, preprocessing_of
 from qface.progress import shows_progress, stage
-from qface.provenance import provenance_of
 from qface.quantization.calibrate import quantizers
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize
 from qface.quantization.placement import Role, role_of
 from qface.quantization.prepare import is_quantized, quantize
 from qface.quantization.quantization_config import MAX_BITS, MIN_BITS, QuantizationConfig
-from qface.quantization.quantized_layers import WeightedLayer
+from qface.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear, WeightedLayer
 from qface.results import Result
 
 __all__ = ["BIT_WIDTHS", "SENSITIVITY_IMAGES", "LayerSensitivity", "Sensitivity", "read_sample", "sensitivity"]
@@ -47,6 +46,7 @@ BIT_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
 """All supported bits, 2 to 8."""
 
 _READ_AT_ONCE = 64
+_ROUNDED = 0.05  # steps between a weight and an integer; float32 and exact scales move it by less
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def sensitivity(
     _check_bit_widths(weight_bits, activation_bits)
     check_whole(1, batch_size=batch_size)
     model = as_network(model)
-    if weight_bits and any(step.get("gptq") for step in provenance_of(model) if step["step"] == "calibrate"):
+    if weight_bits and any(_is_rounded(layer) for layer in model.modules() if isinstance(layer, WeightedLayer)):
         raise ConfigError(
             "GPTQ has rounded this student's weights, so their loss cannot be measured; pass the float network that it "
             "was made from"
@@ -239,6 +239,16 @@ def _check_bit_widths(weight_bits: Sequence[int], activation_bits: Sequence[int]
         QuantizationConfig(weight_bits=bits)
     for bits in activation_bits:
         QuantizationConfig(activation_bits=bits)
+
+
+def _is_rounded(layer: QuantizedConv2d | QuantizedLinear) -> bool:
+    """True if GPTQ has replaced the weights by multiples of their scales."""
+    quantizer = layer.weight_fake_quant
+    if not quantizer.calibrated:
+        return False
+    weight = layer.weight.detach()
+    steps = weight / quantizer.qparams().scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return bool(((steps - steps.round()).abs() < _ROUNDED).all())
 
 
 def _without_quantization(model: nn.Module) -> fx.GraphModule:

@@ -20,13 +20,14 @@ from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_li
 from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import example_input, preprocessing_of
 from qface.progress import shows_progress
-from qface.provenance import carry, has_step, record_step
+from qface.provenance import carry, record_step
 from qface.pruning.batch_norm import reestimate_batch_norms
 from qface.pruning.budget import Budget, count_parameters
 from qface.pruning.importance import Gradients, estimator, gradients
 from qface.pruning.pruning_config import PruningConfig
 from qface.pruning.repair import Kept, repair
 from qface.pruning.structure import WEIGHTED, Structure, is_depthwise, structure_of
+from qface.quantization import is_quantized
 from qface.training_mode import eval_mode
 
 __all__ = ["prune"]
@@ -107,7 +108,7 @@ def prune(
 
 
 def _check(model: nn.Module, ratio: float | Budget, images: Images | None, config: PruningConfig) -> None:
-    if has_step(model, "quantize"):
+    if is_quantized(model):
         raise ConfigError("the network is quantized: prune the float network first, then quantize the result")
     if not isinstance(ratio, Budget) and not (isinstance(ratio, (int, float)) and 0 < ratio < 1):
         raise ConfigError(f"ratio must be > 0 and < 1, got {ratio!r}")
