@@ -67,7 +67,7 @@ def test_a_card_has_front_matter_and_says_how_the_file_was_made(tmp_path: Path, 
     fields = [line.partition(" #")[0] for line in front.splitlines()]
     assert fields[:4] == ["license:", "library_name: qface", "base_model:", "base_model_relation: quantized"]
     assert fields[4:] == ["tags:", "- face-recognition", "- onnx", "- quantized"]
-    assert "uint8" not in body and "float32 [batch, 3, 112, 96]" in body and "in the order BGR" in body
+    assert "uint8" not in body and "float32 [batch, 3, 112, 96]" in body and "color order BGR" in body
     assert "float32 [batch, 16]" in body
     assert "7 images of the folder my_faces, 2 people (people.txt)" in body
     assert str(tmp_path) not in card

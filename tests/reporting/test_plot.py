@@ -133,7 +133,7 @@ def test_refusals(report: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a log"):
         qface.plot("training", tmp_path / "log.jsonl", tmp_path / "figure.svg")
     report.write_text(json.dumps(record(models=record()["models"][:1])))
-    with pytest.raises(ConfigError, match="has no model file"):
+    with pytest.raises(ConfigError, match="has no model 'file'"):
         qface.plot("histogram-file", report, tmp_path / "figure.svg")
 
 
