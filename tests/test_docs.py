@@ -48,8 +48,8 @@ FEW_FACES = {
 }
 """Options added to the commands with these words, for twelve people who are noise."""
 
-FEWER = {'at_fpr="1e-4"': 'at_fpr="1e-1"', "max_drop=0.5": "max_drop=90"}
-"""The same in Python."""
+SMALLER = {'at_fpr="1e-4"': 'at_fpr="1e-1"', "max_drop=0.5": "max_drop=90", "round_to=16": "round_to=1", "conv1": "conv"}
+"""The same in Python, and for a tiny network."""
 
 
 class Snippet(NamedTuple):
@@ -88,7 +88,7 @@ def files_of_pages(files_of_examples: Path, tmp_path_factory: pytest.TempPathFac
     """The files of the docstrings' examples, a list of pairs, and a finished search that every page resumes."""
     folder = tmp_path_factory.mktemp("pages") / "files"
     shutil.copytree(files_of_examples, folder)
-    qface.make_pairs(folder / "faces", folder / "pairs.txt", folds=2, pairs_per_fold=8)
+    qface.make_pairs(folder / "faces", folder / "pairs.txt", "second-half", folds=2, pairs_per_fold=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run_commands("qface align photos/ -o faces/")
@@ -107,14 +107,14 @@ def test_snippets_run_in_their_order(page: Path) -> None:
     names = {"qface": qface, "teacher": qface.load("teacher.safetensors"), "student": qface.load("student.safetensors")}
     for snippet in filter(runs_here, snippets(page)):
         if snippet.language == "python":
-            exec(compile(with_fewer(snippet.code), name_of(page), "exec"), names)
+            exec(compile(made_smaller(snippet.code), name_of(page), "exec"), names)
         else:
             run_commands(snippet.code)
 
 
-def with_fewer(code: str) -> str:
-    for many, few in FEWER.items():
-        code = code.replace(many, few)
+def made_smaller(code: str) -> str:
+    for large, small in SMALLER.items():
+        code = code.replace(large, small)
     return code
 
 
