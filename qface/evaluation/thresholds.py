@@ -48,7 +48,7 @@ class OperatingThresholds(Result):
         preprocessing: what the teacher and the student read and who says so, in words.
 
     Example:
-        >>> result = qface.operating_thresholds("teacher.onnx", "student.onnx", "faces/", fpr="1e-2")
+        >>> result = qface.operating_thresholds("student.onnx", "teacher.onnx", "faces/", fpr="1e-2")
         >>> result.fpr
         '1e-2'
     """
@@ -69,8 +69,8 @@ class OperatingThresholds(Result):
 
 @shows_progress
 def operating_thresholds(
-    teacher: Model,
     student: Model,
+    teacher: Model,
     images: Images,
     fpr: str = "1e-4",
     identities: str | Path | None = None,
@@ -83,8 +83,8 @@ def operating_thresholds(
     Does not change ``teacher`` or ``student``.
 
     Args:
-        teacher: the float model: a module, the path of its file, ``package.module:factory``, or an Embedder.
-        student: the quantized one.
+        student: the quantized model: a module, the path of its file, ``package.module:factory``, or an Embedder.
+        teacher: the float model, likewise.
         images: a folder of 112x112 crops with one subfolder a person, or other labeled images.
         fpr: the rate, a decimal between 0 and 1 such as ``"1e-4"``.
         identities: of a folder, the people to set thresholds on.
@@ -99,7 +99,7 @@ def operating_thresholds(
         QFaceError: a model gives no finite embeddings, or the two models' do not compare.
 
     Example:
-        >>> result = qface.operating_thresholds("teacher.onnx", "student.onnx", "faces/", fpr="1e-2")
+        >>> result = qface.operating_thresholds("student.onnx", "teacher.onnx", "faces/", fpr="1e-2")
         >>> len(result.pairings)
         3
     """
