@@ -81,7 +81,7 @@ VERBS: dict[str, Verb] = {
     "selftest": lambda folder: qface.selftest(folder / "student.onnx"),
     "evaluate": lambda folder: qface.evaluate(network(), folder / "crops"),
     "evaluate_templates": lambda folder: qface.evaluate_templates(network(), folder / "ijb"),
-    "operating_thresholds": lambda folder: qface.operating_thresholds(network(), student(), folder / "crops", "0.1"),
+    "operating_thresholds": lambda folder: qface.operating_thresholds(student(), network(), folder / "crops", "0.1"),
     "match_thresholds": lambda folder: qface.match_thresholds(folder / "student.onnx", folder / "crops", ("0.1",)),
     "prune": lambda folder: qface.prune(network(), 0.2, random_faces(16)),
     "distill": distill,

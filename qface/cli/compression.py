@@ -56,8 +56,8 @@ _LIMITS = ("max_drop", "max_mb", "max_ms", "at_fpr", "confidence")
     "--distill",
     type=click.Choice(get_args(DistillName)),
     default="if-needed",
-    help="if-needed: train if calibration misses the target, at fixed bits, and without --max-drop; "
-    "for-size: also train for a smaller file; never.",
+    help="When to train. if-needed: at fixed bits, without --max-drop, or if calibration misses it; for-size: also to "
+    "make the file smaller.",
 )
 @click.option("--prune/--no-prune", default=False, help="Remove channels if --max-ms needs it.")
 @training_options

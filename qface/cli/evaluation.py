@@ -249,7 +249,7 @@ def thresholds(
     if file is not None:
         qface.thresholds_of(file)  # refuse an unreadable file before the work
     result = qface.operating_thresholds(
-        as_embedder(teacher, preprocessing), student, images, fpr, identities, eval_identities
+        student, as_embedder(teacher, preprocessing), images, fpr, identities, eval_identities
     )
     show(result.to_dict(), result, as_json)
     if file is not None:

@@ -151,7 +151,7 @@ def _run_of(
         "weights": digest_of_values(teacher),
         "preprocessing": preprocessing_of(teacher).describe(),
         "images to tune on": digest_of_images(people[0]),
-        "images to judge on": digest_of_images(people[1]),
+        "images to evaluate on": digest_of_images(people[1]),
         "target": asdict(target),
         "config": asdict(config),
     }

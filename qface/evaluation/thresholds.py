@@ -48,7 +48,7 @@ class OperatingThresholds(Result):
         preprocessing: preprocessing of teacher and student and its source, in words.
 
     Example:
-        >>> result = qface.operating_thresholds("teacher.onnx", "student.onnx", "faces/", fpr="1e-2")
+        >>> result = qface.operating_thresholds("student.onnx", "teacher.onnx", "faces/", fpr="1e-2")
         >>> result.fpr
         '1e-2'
     """
@@ -69,8 +69,8 @@ class OperatingThresholds(Result):
 
 @shows_progress
 def operating_thresholds(
-    teacher: Model,
     student: Model,
+    teacher: Model,
     images: Images,
     fpr: str = "1e-4",
     identities: str | Path | None = None,
@@ -83,8 +83,8 @@ def operating_thresholds(
     Does not change ``teacher`` or ``student``.
 
     Args:
-        teacher: the float model: a module, the path of its file, ``package.module:factory``, or an Embedder.
-        student: the quantized model, in the same forms.
+        student: the quantized model: a module, the path of its file, ``package.module:factory``, or an Embedder.
+        teacher: the float model, in the same forms.
         images: a folder of 112x112 crops with one subfolder per identity, or other labeled images.
         fpr: false-positive rate, a decimal between 0 and 1 such as ``"1e-4"``.
         identities: identities of a folder for the thresholds; None uses all.
@@ -103,7 +103,7 @@ def operating_thresholds(
         QFaceError: an embedding is not finite, or the two models have different embedding dimensions.
 
     Example:
-        >>> result = qface.operating_thresholds("teacher.onnx", "student.onnx", "faces/", fpr="1e-2")
+        >>> result = qface.operating_thresholds("student.onnx", "teacher.onnx", "faces/", fpr="1e-2")
         >>> len(result.pairings)
         3
     """

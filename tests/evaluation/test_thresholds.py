@@ -42,7 +42,7 @@ def test_each_pairing_has_its_own_threshold_and_says_what_floats_would_do() -> N
     images, teacher, student = people(), Corner(), Corner(noise=0.5)
     assert images.labels is not None
     labels = images.labels.numpy()
-    result = operating_thresholds(teacher, student, images, "1e-2")
+    result = operating_thresholds(student, teacher, images, "1e-2")
     teachers, students = unit(teacher(images.images)), unit(student(images.images))
     pairings = {"float": (teachers, None), "quantized": (students, None), "mixed": (students, teachers)}
     float_threshold = tpr_at_fpr(teachers, labels, ["1e-2"])["1e-2"].threshold
@@ -60,13 +60,13 @@ def test_each_pairing_has_its_own_threshold_and_says_what_floats_would_do() -> N
 
 
 def test_a_rate_with_too_few_pairs_has_no_threshold() -> None:
-    result = operating_thresholds(Corner(), Corner(0.5), people(count=10), "1e-5")
+    result = operating_thresholds(Corner(0.5), Corner(), people(count=10), "1e-5")
     assert all((row.threshold, row.rates, row.rates_at_float) == (None, None, None) for row in result.pairings)
 
 
 def test_thresholds_are_judged_on_other_people(crops: Crops) -> None:
     folder = crops({f"Person {number}": 3 for number in range(12)})
-    models = (Corner(), Corner(0.5))
+    models = (Corner(0.5), Corner())
     same = operating_thresholds(*models, folder, "0.1", identities="first-half")
     other = operating_thresholds(*models, folder, "0.1", identities="first-half", eval_identities="second-half")
     assert [row.threshold for row in same.pairings] == [row.threshold for row in other.pairings]
