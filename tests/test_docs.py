@@ -51,7 +51,12 @@ FEW_FACES = {
 }
 """Options added to the commands with these words, for twelve people who are noise."""
 
-SMALLER = {'at_fpr="1e-4"': 'at_fpr="1e-1"', "max_drop=0.5": "max_drop=90", "round_to=16": "round_to=1", "conv1": "conv"}
+SMALLER = {
+    'at_fpr="1e-4"': 'at_fpr="1e-1"',
+    "max_drop=0.5": "max_drop=90",
+    "round_to=16": "round_to=1",
+    "conv1": "conv",
+}
 """The same in Python, and for a tiny network."""
 
 
