@@ -619,7 +619,7 @@ def _mean(run: Converter, call: Call) -> Any:
     return _over_map(run, call, nn.AdaptiveAvgPool2d(1))
 
 
-def _greatest(run: Converter, call: Call) -> Any:
+def _amax(run: Converter, call: Call) -> Any:
     if len(call.shape("self")) != 4:
         return None
     kernel = call.shape("self")[2:]
@@ -900,7 +900,7 @@ LAYER_RULES: dict[str, Rule] = {
     "addmm": _biased_matrix_product,
     "alias": _first,
     "alpha_dropout": _first,
-    "amax": _greatest,
+    "amax": _amax,
     "avg_pool2d": _average_pool,
     "batch_norm": _batch_norm,
     "cat": _concat,

@@ -31,7 +31,7 @@ _TOLERANCE = 1e-4
 
 Folded weights are rounded to float32, which causes 1e-6 in a network of fifty layers.
 """
-_GREATEST_ROUNDING = 1e-2
+_MAX_ROUNDING = 1e-2
 """Upper bound of the tolerance for a network that amplifies rounding, whose tolerance is its own float32 error."""
 _TOLERANCE_FLOAT32 = 1e-3  # for a network that runs only in float32
 
@@ -113,10 +113,10 @@ def _check_equal(model: nn.Module, canonical: fx.GraphModule) -> None:
 
 @torch.no_grad()
 def _rounding_of(model: nn.Module, images: Tensor, wanted: Tensor) -> Tensor:
-    """Return the error of the network's own embeddings in float32, limited by ``_GREATEST_ROUNDING``."""
+    """Return the error of the network's own embeddings in float32, limited by ``_MAX_ROUNDING``."""
     with preserve_training_mode(model):
         rounded = embedding_of(model.eval()(images))
-    return torch.minimum((rounded - wanted).norm(), _GREATEST_ROUNDING * wanted.norm())
+    return torch.minimum((rounded - wanted).norm(), _MAX_ROUNDING * wanted.norm())
 
 
 def _outputs(model: nn.Module, canonical: fx.GraphModule, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,9 +37,9 @@ __all__ = ["Converter", "capture", "unwrapped"]
 _LOGGER = logging.getLogger("qface")
 
 _LEAF_MODULES = ("torch.nn.modules.", "qface.graph.layers.")
-_WHERE = ("device", "layout", "pin_memory")  # dropped: the same as those of the images
+_DROPPED_KEYWORDS = ("device", "layout", "pin_memory")  # the same as those of the images
 _NO_VALUE = ("_assert", "sym_constrain")
-_ALL_OF = (torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled)
+_WITH_SUBGRAPH = (torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled)
 """Operators with a subgraph, which is inlined; autocast and gradient mode do not change a captured network."""
 
 
@@ -238,7 +238,7 @@ class Converter(LayerGraph):
         if node.target is operator.getitem:
             source, index = self._value(node.args[0]), cast(int, node.args[1])
             return source[index] if isinstance(source, (list, tuple)) else self._function(node, (source, index), {})
-        if node.target in _ALL_OF:
+        if node.target in _WITH_SUBGRAPH:
             return self._inlined(node, owner)
         if node.target in SYMBOLIC_FUNCTIONS:
             return self._function(node, *self._given(node))
@@ -319,7 +319,7 @@ class Converter(LayerGraph):
                     node, f"{node.name!r} calls {name} in place, which qface does not support; call it out of place"
                 )
         args, kwargs = self._given(node)
-        return self._function(node, args, {key: kwargs[key] for key in kwargs if key not in _WHERE}, target)
+        return self._function(node, args, {key: kwargs[key] for key in kwargs if key not in _DROPPED_KEYWORDS}, target)
 
     def _function(self, node: fx.Node, args: Any, kwargs: Any, target: Any = None) -> fx.Node:
         args, kwargs = self._stored(args), self._stored(kwargs)

@@ -49,7 +49,7 @@ _OPERATORS = frozenset(
 }
 _HIGHER_ORDER = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 _SPECS = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict"})
-_LEAST_COSINE = 0.9999
+_MIN_COSINE = 0.9999
 
 
 def is_exported_program(path: str | Path) -> bool:
@@ -318,7 +318,7 @@ def _check_agreement(
     cosine = -1.0
     with contextlib.suppress(RuntimeError):  # sizes that do not fit another batch size
         cosine = float(torch.cosine_similarity(wanted, network(images)).min())
-    if not cosine >= _LEAST_COSINE:
+    if not cosine >= _MIN_COSINE:
         raise CheckpointError(
             f"{path}: its layers and the file differ on {2 * count} images (minimum cosine {cosine:.4f}); export it "
             "in eval mode with dynamic_shapes=({0: Dim('batch')},)"

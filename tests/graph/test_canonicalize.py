@@ -370,7 +370,7 @@ def test_a_sum_in_place_changes_the_value_under_its_other_name() -> None:
 
 
 def test_a_sum_in_place_that_changes_a_view_is_right_or_refused() -> None:
-    with pytest.raises(TraceError, match="in place"):
+    with pytest.raises(TraceError, match="in-place operation"):
         canonicalize(small(Kept(lambda z: z.flatten(1))))
 
 

@@ -25,7 +25,7 @@ def fold_affine_maps(graph_module: fx.GraphModule) -> None:
         layer = layer_of(node)
         if not isinstance(layer, (*_NORMS, ChannelAffine)):
             continue
-        producer = _maker(node, layer)
+        producer = _producer_of(node, layer)
         scale, shift = _affine_of(layer)
         if len(producer.users) == 1 and _takes(producer, node, layer):
             _fold(layer_of(producer), scale, shift)
@@ -42,12 +42,12 @@ def _affine_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return affine.weight.detach().double(), affine.bias.detach().double()
 
 
-def _maker(node: fx.Node, layer: nn.Module) -> fx.Node:
+def _producer_of(node: fx.Node, layer: nn.Module) -> fx.Node:
     """Return the producer of the input of ``node``, before reshapes that keep the scaled channels."""
     producer = input_of(node)
     while isinstance(layer_of(producer), (Reshape, nn.Flatten)) and len(producer.users) == 1:
         source = input_of(producer)
-        if not _is_one_number(layer) and not _keeps_last(source, producer, _channels_of(node, layer)):
+        if not _is_scalar(layer) and not _keeps_last(source, producer, _channels_of(node, layer)):
             break
         producer = source
     return producer
@@ -74,17 +74,17 @@ def _takes(producer: fx.Node, node: fx.Node, layer: nn.Module) -> bool:
         channels = rank - 1
     elif isinstance(previous, ChannelAffine):
         same = producer is input_of(node) and _channels_of(node, layer) == previous.dim
-        return isinstance(layer, ChannelAffine) and (same or _is_one_number(layer))
+        return isinstance(layer, ChannelAffine) and (same or _is_scalar(layer))
     else:
         return False
-    if _is_one_number(layer):
+    if _is_scalar(layer):
         return True
     if producer is not input_of(node):
         return channels == rank - 1
     return _channels_of(node, layer) == channels
 
 
-def _is_one_number(layer: nn.Module) -> bool:
+def _is_scalar(layer: nn.Module) -> bool:
     return isinstance(layer, ChannelAffine) and layer.num_channels == 1
 
 

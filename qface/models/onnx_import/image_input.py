@@ -289,7 +289,7 @@ class _Prefix:
             for low, high, shown in (*kinds, *signed)
         ]
         misfit, shown = min(misfits, key=lambda each: each[0])
-        return shown if misfit < _GREATEST_MISFIT else None
+        return shown if misfit < _MAX_MISFIT else None
 
     def _cuts(self) -> Iterator[tuple[list[Node], str]]:
         """Yield each prefix after which all nodes depend on the image through one tensor, and its name."""
@@ -378,7 +378,7 @@ def _in_float64(node: Node, constants: dict[str, Array]) -> list[onnx.NodeProto]
     ]
 
 
-_GREATEST_MISFIT = 6.5  # subtracting only a mean from 0..255 gives 4.9, multiplying 0..1 by 255 gives 5.9
+_MAX_MISFIT = 6.5  # subtracting only a mean from 0..255 gives 4.9, multiplying 0..1 by 255 gives 5.9
 
 
 def _misfit(low: float, high: float, mean: float, std: float) -> float:

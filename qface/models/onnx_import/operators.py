@@ -332,17 +332,17 @@ def _clip(run: Importer, node: Node) -> Any:
         node.get(name) if name in node.attributes else _number(run.array(node, position))
         for position, name in ((1, "min"), (2, "max"))
     )
-    return run.call(node, clamp_layer(_none_beyond(low, -_GREATEST), _none_beyond(high, _GREATEST)))
+    return run.call(node, clamp_layer(_real_limit(low, -_FLOAT32_MAX), _real_limit(high, _FLOAT32_MAX)))
 
 
-_GREATEST = 3.402e38  # exporters write the float32 maximum, in fp16 infinity, for "no limit"
+_FLOAT32_MAX = 3.402e38  # exporters write the float32 maximum, in fp16 infinity, for "no limit"
 
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _none_beyond(limit: float | None, greatest: float) -> float | None:
+def _real_limit(limit: float | None, greatest: float) -> float | None:
     return None if limit is None or abs(limit) >= abs(greatest) else limit
 
 
@@ -419,7 +419,7 @@ def _mean(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> 
     return run.function(aten.mean.dim, (x, axes, keep), {}, name)
 
 
-def _greatest(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
+def _reduce_max(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
     if axes == [2, 3] and len(run.sizes(x)) == 4:
         kernel = run.sizes(x)[2:]
         return _pooled(run, x, nn.MaxPool2d(kernel, kernel), keep, name)
@@ -431,23 +431,23 @@ def _pooled(run: Importer, x: fx.Node, pool: nn.Module, keep: bool, name: str) -
     return made if keep else run.layer(nn.Flatten(1), (made,), f"{name}_flatten")
 
 
-def _least(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
+def _reduce_min(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
     return run.function(aten.amin.default, (x, axes, keep), {}, name)
 
 
-def _total(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
+def _reduce_sum(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
     return run.function(aten.sum.dim_IntList, (x, axes, keep), {}, name)
 
 
-def _total_of_squares(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
-    return _total(run, run.layer(Multiply(), (x, x), f"{name}_square"), axes, keep, name)
+def _reduce_sum_square(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
+    return _reduce_sum(run, run.layer(Multiply(), (x, x), f"{name}_square"), axes, keep, name)
 
 
-def _total_of_sizes(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
-    return _total(run, run.function(aten.abs.default, (x,), {}, f"{name}_abs"), axes, keep, name)
+def _reduce_l1(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
+    return _reduce_sum(run, run.function(aten.abs.default, (x,), {}, f"{name}_abs"), axes, keep, name)
 
 
-def _length(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
+def _reduce_l2(run: Importer, x: fx.Node, axes: list[int], keep: bool, name: str) -> fx.Node:
     return run.function(aten.linalg_vector_norm.default, (x, 2, axes, keep), {}, name)
 
 
@@ -678,13 +678,13 @@ OPERATOR_RULES: dict[str, Rule] = {
     "Pow": _power,
     "RMSNormalization": _rms_norm,
     "Reciprocal": _function(aten.reciprocal.default),
-    "ReduceL1": _reduction(_total_of_sizes),
-    "ReduceL2": _reduction(_length),
-    "ReduceMax": _reduction(_greatest),
+    "ReduceL1": _reduction(_reduce_l1),
+    "ReduceL2": _reduction(_reduce_l2),
+    "ReduceMax": _reduction(_reduce_max),
     "ReduceMean": _reduction(_mean),
-    "ReduceMin": _reduction(_least),
-    "ReduceSum": _reduction(_total),
-    "ReduceSumSquare": _reduction(_total_of_squares),
+    "ReduceMin": _reduction(_reduce_min),
+    "ReduceSum": _reduction(_reduce_sum),
+    "ReduceSumSquare": _reduction(_reduce_sum_square),
     "Relu": _simple(lambda node: nn.ReLU()),
     "Reshape": _reshape,
     "Round": _function(aten.round.default),

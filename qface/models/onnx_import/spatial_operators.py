@@ -353,7 +353,7 @@ SPATIAL_RULES: dict[str, Rule] = {
     "ConvTranspose": _transposed_conv,
     "DepthToSpace": _depth_to_space,
     "GlobalAveragePool": _global_pool("average"),
-    "GlobalMaxPool": _global_pool("greatest"),
+    "GlobalMaxPool": _global_pool("max"),
     "MaxPool": _max_pool,
     "Pad": _pad,
     "Resize": _resize,
