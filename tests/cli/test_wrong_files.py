@@ -67,7 +67,7 @@ WRONG = (
     ),
     (
         "evaluate student.onnx --images faces --people missing.txt",
-        "a text file with one name a line",
+        "a text file with one name per line",
         "evaluate student.onnx --images faces --people people.txt",
     ),
     ("report float.safetensors -o page.html", "pass the run folder of qface compress", None),
