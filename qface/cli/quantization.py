@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def quantize(
     qface.save(student, output)
     plan = qface.inspect(student)
     note(plan.summary)
-    next_command = f"qface calibrate {output} --images FACES -o {output}"
+    next_command = shlex.join(["qface", "calibrate", str(output), "--images", "FACES", "-o", str(output)])
     show({**written(output), "integer_share": plan.integer_share}, f"wrote {output}; next: {next_command}", as_json)
 
 
@@ -156,5 +157,5 @@ def allocate_bits(
     qface.save_bits(config, output)
     record = {"weight_bits": config.weight_bits, "activation_bits": activation_bits, "overrides": len(config.overrides)}
     bits = f"{config.weight_bits} bits per weight, other bits in {len(config.overrides)} layers"
-    next_command = f"qface quantize {model} --config {output} -o student.safetensors"
+    next_command = shlex.join(["qface", "quantize", model, "--config", str(output), "-o", "student.safetensors"])
     show({**written(output), **record}, f"wrote {output}: {bits}; next: {next_command}", as_json)

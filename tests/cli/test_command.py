@@ -52,7 +52,7 @@ def test_as_much_is_said_as_was_asked_for(options: tuple[str, ...], levels: int,
 
 def test_quiet_and_verbose_contradict() -> None:
     result = CliRunner().invoke(speak, ["-q", "-v"])
-    assert (result.exit_code, result.stderr) == (2, "Error: -q and -v contradict each other: give one of them\n")
+    assert (result.exit_code, result.stderr) == (2, "Error: -q and -v contradict each other: give only one of them\n")
 
 
 def test_the_log_is_appended_to_with_times_and_ends_with_the_error(tmp_path: Path) -> None:
