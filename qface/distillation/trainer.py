@@ -75,11 +75,13 @@ def distill(
     identities: str | Path | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Train ``student`` in place to embed faces as ``teacher`` does.
+    """Train ``student`` to embed faces like ``teacher``.
 
-    Student and teacher may be any networks that map images to embeddings [N, D]: float, quantized or pruned. The
-    teacher is not changed, and neither are files. Both networks keep their device and training mode, even after an
-    error; the observers of the student are off afterwards.
+    Changes ``student`` in place and returns it; of a path it loads, changes and returns the network, and the file stays
+    as it is. Does not change ``teacher``.
+
+    Student and teacher may be any networks that map images to embeddings [N, D]: float, quantized or pruned. Both keep
+    their device and training mode, even after an error; the observers of the student are off afterwards.
 
     Under ``torchrun`` (extra ``qface[distributed]``) the processes share each batch and end with the student that a
     single process trains. All of them must see the run folder, which the first process writes.
