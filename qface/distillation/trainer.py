@@ -249,7 +249,7 @@ class _Trainer:
         return found, wanted, features
 
     def _embed(self, model: nn.Module, images: Tensor, wrapped: nn.Module | None = None) -> Tensor:
-        """Return embeddings [N, D] of ``images``, normalized for ``model``; ``wrapped`` is called in its place."""
+        """Return embeddings [N, D] of ``images``, normalized for ``model``, by calling ``wrapped`` or it."""
         images = normalize(images.to(self.parallel.device), preprocessing_of(model)).to(dtype_of(model))
         with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             returned = (wrapped or model)(images)
@@ -260,7 +260,7 @@ class _Trainer:
         return embeddings.float() if embeddings.dtype in (torch.bfloat16, torch.float16) else embeddings
 
     def run(self, folder: RunFolder | None, state: dict[str, Any] | None) -> None:
-        """Train from the first step, or from the step of ``state``, to the last, and keep ``folder`` up to date.
+        """Train from the first step, or the step of ``state``, to the last, and update ``folder``.
 
         In a command that handles signals, the first signal takes effect after the current step, whose state is saved.
         """
