@@ -28,7 +28,7 @@ _NETWORKS = 2  # separates the random stream of networks from both
 
 
 class PairSampler:
-    """Sampler of batches with positive pairs: half random images, half a few images each of some identities.
+    """Sampler of batches with positive pairs: half random images, half images of a few identities.
 
     A batch of 64 holds 4 images each of 8 identities; other sizes scale with it, with at least one identity. An
     identity with fewer images contributes all of them, identities with a single image only appear among the random
@@ -93,7 +93,7 @@ def _groups(labels: Tensor) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
 
 
 def _take(images: deque[int], count: int, excluded: set[int]) -> list[int]:
-    """Remove and return the first ``count`` images that are not ``excluded``; excluded ones keep their place.
+    """Remove and return the first ``count`` images that are not ``excluded``.
 
     The images always suffice: an epoch has at most ``floor(images / batch_size)`` steps, so at least ``batch_size``
     images remain before the last one.

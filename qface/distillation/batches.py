@@ -91,7 +91,7 @@ def batches_of(source: ImageSource, config: DistillConfig, parallel: Parallel) -
 
 
 class _IndexedBatches(Batches):
-    """Batches of :class:`PairSampler`, read by a DataLoader; each process reads its own slice of each batch."""
+    """Batches of :class:`PairSampler`; a DataLoader reads the slice of this process."""
 
     def __init__(self, source: IndexedImages, config: DistillConfig, parallel: Parallel) -> None:
         size = _batch_size(len(source), config.batch_size, parallel.world_size)
@@ -125,7 +125,10 @@ class _IndexedBatches(Batches):
 
 
 class _StepDataset(Dataset[Batch | QFaceError]):
-    """Map from a step and the indices of its batch to the places ``own`` of that batch, flipped and augmented."""
+    """Dataset of batches: maps a step and its image indices to the flipped and augmented images.
+
+    Only the positions ``own`` of each batch are read, which are the slice of this process.
+    """
 
     def __init__(self, source: IndexedImages, config: DistillConfig, own: range) -> None:
         self._source = source
@@ -162,8 +165,9 @@ def _batch_size(images: int, wanted: int, processes: int) -> int:
 
 
 def _num_workers(source: IndexedImages, config: DistillConfig, parallel: Parallel) -> int:
-    """Return the number of workers: as configured, or one per free core; 0 if they do not help or cannot be forked."""
-    # Without fork, every worker would import the user's script again.
+    """Return the number of workers: as configured, one per free core, or 0 if they cannot be used."""
+    # Workers gain nothing for images in memory, and a forked process cannot use CUDA tensors. Without fork, each worker
+    # would import the user's script again.
     if _is_in_memory(source) or sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 0
     if config.num_workers is not None:
@@ -254,7 +258,7 @@ def _augmented(images: Tensor, mates: Tensor, config: DistillConfig, step: int, 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute with one thread, like a DataLoader worker, since the number of threads decides the rounding of sums."""
+    """Compute with one thread like a DataLoader worker: the number of threads affects rounding."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

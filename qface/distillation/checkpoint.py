@@ -250,7 +250,7 @@ class RunFolder:
 
 
 def _interned(value: Any) -> Any:
-    """Replace equal strings by one object: pickle stores it once, so that resumed runs write the same bytes."""
+    """Share equal strings: pickle stores an object once, so resumed runs write the same bytes."""
     if type(value) is dict:
         return {_interned(key): _interned(each) for key, each in value.items()}
     if type(value) is list:
@@ -259,7 +259,7 @@ def _interned(value: Any) -> Any:
 
 
 def _holds(student: nn.Module, trained: Mapping[str, Any]) -> bool:
-    """True if ``student`` already has the values ``trained``, such as after training by this run in this process."""
+    """True if ``student`` has the values ``trained``, as after this run in the same process."""
     own = student.state_dict()
     return own.keys() == trained.keys() and all(
         torch.equal(value.cpu(), trained[name]) for name, value in own.items() if isinstance(value, Tensor)

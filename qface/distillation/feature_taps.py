@@ -93,7 +93,7 @@ def _adds_of(network: nn.Module) -> set[str]:
 
 
 def _canonical(teacher: nn.Module) -> nn.Module:
-    """Return ``teacher`` with addition layers, named like its students', or unchanged if it cannot be traced."""
+    """Return ``teacher`` with the addition layers of its students, or unchanged if it cannot be traced."""
     try:
         return canonicalize(teacher)
     except QFaceError:  # a teacher may be any module
@@ -131,7 +131,7 @@ class FeatureLoss(nn.Module):
 
 @torch.no_grad()
 def _fitted(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least-squares factors [C, 1, ...] from ``wanted`` to ``found``, and the mean channel variance."""
+    """Return least-squares factors [C, 1, ...] from ``wanted`` to ``found``, and the mean variance."""
     student, teacher = (values.transpose(0, 1).flatten(1) for values in (found, wanted))
     tiny = torch.finfo(found.dtype).tiny
     factor = (student * teacher).mean(1) / teacher.square().mean(1).clamp(min=tiny)

@@ -15,11 +15,11 @@ _MIN_SQUARED_SINE = 1e-12  # keeps the gradient of the square root finite
 
 
 class ArcFaceHead(nn.Module):
-    """Additive angular margin loss ArcFace (Deng et al., CVPR 2019), ``L_Arcface`` in equation 3 of Ef-QuantFace.
+    """ArcFace, the additive angular margin loss (Deng et al., CVPR 2019).
 
-    The logit of class c is ``scale cos(theta_c)``, and ``scale cos(theta_y + margin)`` for the image's own class y. If
-    ``theta_y + margin > pi``, where the cosine would rise again, the own logit is ``scale (cos(theta_y) - margin
-    sin(margin))``, as in InsightFace's arcface_torch.
+    It is ``L_Arcface`` in equation 3 of Ef-QuantFace. The logit of class c is ``scale cos(theta_c)``, and that of the
+    image's own class y is ``scale cos(theta_y + margin)``. If ``theta_y + margin > pi``, where the cosine would rise
+    again, it is ``scale (cos(theta_y) - margin sin(margin))``, as in InsightFace's arcface_torch.
 
     Args:
         embedding_size: embedding dimension D.

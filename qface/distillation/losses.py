@@ -24,7 +24,7 @@ _EXPONENT_LIMIT = 50.0
 
 
 class EKDLoss(nn.Module):
-    """Evaluation-oriented knowledge distillation (EKD): match the teacher's ranking of the pairs in a batch.
+    """Evaluation-oriented knowledge distillation (EKD): match the teacher's ranking of pairs.
 
     Huang et al., CVPR 2022, as in Tencent/TFace ``recognition/tasks/ekd``. Each pair i < j of a batch has the cosine of
     its embeddings as its score; pairs of one identity are positive. For each FPR 10^-k, k = 1..6, student and teacher
@@ -152,7 +152,7 @@ class MSEEmbeddingLoss(nn.Module):
 
 
 class CosineEmbeddingLoss(nn.Module):
-    """Mean cosine distance between the two embeddings of each image, D / 2 times :class:`MSEEmbeddingLoss`."""
+    """Mean cosine distance between two embeddings per image, D / 2 times :class:`MSEEmbeddingLoss`."""
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the mean of ``1 - cosine``, a scalar.

@@ -23,7 +23,7 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
-    """Let glibc keep freed memory within the block, and return it to the system afterwards; else do nothing."""
+    """Let glibc keep freed memory within the block; do nothing with another C library."""
     library = _glibc()
     if library is None:
         yield

@@ -75,11 +75,13 @@ def distill(
     identities: str | Path | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Train ``student`` in place to embed faces as ``teacher`` does.
+    """Train ``student`` to embed faces like ``teacher``.
 
-    Student and teacher may be any networks that map images to embeddings [N, D]: float, quantized or pruned. The
-    teacher is not changed, and neither are files. Both networks keep their device and training mode, even after an
-    error; the observers of the student are off afterwards.
+    Changes ``student`` in place and returns it; of a path it loads, changes and returns the network, and the file stays
+    as it is. Does not change ``teacher``.
+
+    Student and teacher may be any networks that map images to embeddings [N, D]: float, quantized or pruned. Both keep
+    their device and training mode, even after an error; the observers of the student are off afterwards.
 
     Under ``torchrun`` (extra ``qface[distributed]``) the processes share each batch and end with the student that a
     single process trains. All of them must see the run folder, which the first process writes.
@@ -247,7 +249,7 @@ class _Trainer:
         return found, wanted, features
 
     def _embed(self, model: nn.Module, images: Tensor, wrapped: nn.Module | None = None) -> Tensor:
-        """Return embeddings [N, D] of ``images``, normalized for ``model``; ``wrapped`` is called in its place."""
+        """Return embeddings [N, D] of ``images``, normalized for ``model``, by calling ``wrapped`` or it."""
         images = normalize(images.to(self.parallel.device), preprocessing_of(model)).to(dtype_of(model))
         with torch.autocast(self.parallel.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             returned = (wrapped or model)(images)
@@ -258,7 +260,7 @@ class _Trainer:
         return embeddings.float() if embeddings.dtype in (torch.bfloat16, torch.float16) else embeddings
 
     def run(self, folder: RunFolder | None, state: dict[str, Any] | None) -> None:
-        """Train from the first step, or from the step of ``state``, to the last, and keep ``folder`` up to date.
+        """Train from the first step, or the step of ``state``, to the last, and update ``folder``.
 
         In a command that handles signals, the first signal takes effect after the current step, whose state is saved.
         """
