@@ -19,7 +19,10 @@ from qface.cli import main
 ROOT = Path(qface.__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("research/*.md"))]
-OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *ROOT.glob("examples/*/README.md")]
+OTHER_PAGES = [
+    *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    *ROOT.glob("examples/*/*.md"),
+]
 
 FENCE = re.compile(r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
@@ -37,10 +40,12 @@ NOT_RUN = {
 
 FEW_FACES = {
     "align": ("--landmarks", "landmarks.txt"),
+    "allocate-bits": ("--num-images", "4"),
     "bench": ("--runs", "1"),
     "compress": ("--at-fpr", "1e-1"),
     "compress --max-drop": ("--max-drop", "90"),
     "evaluate --groups": ("--at-fpr", "1e-1"),
+    "evaluate --stress": ("--people", "few.txt"),
     "pairs": ("--folds", "2", "--pairs-per-fold", "8"),
     "report": ("--fpr", "1e-1", "--latency-runs", "1"),
     "sensitivity": ("--num-images", "4"),
@@ -48,7 +53,14 @@ FEW_FACES = {
 }
 """Options added to the commands with these words, for twelve people who are noise."""
 
-SMALLER = {'at_fpr="1e-4"': 'at_fpr="1e-1"', "max_drop=0.5": "max_drop=90", "round_to=16": "round_to=1", "conv1": "conv"}
+SMALLER = {
+    'at_fpr="1e-4"': 'at_fpr="1e-1"',
+    "max_drop=0.5": "max_drop=90",
+    "round_to=16": "round_to=1",
+    "conv1": "conv",
+    "budget_mb=": "num_images=4, budget_mb=",
+    'sensitivity(teacher, "faces/"': 'sensitivity(teacher, "faces/", num_images=4',
+}
 """The same in Python, and for a tiny network."""
 
 
@@ -88,6 +100,7 @@ def files_of_pages(files_of_examples: Path, tmp_path_factory: pytest.TempPathFac
     """The files of the docstrings' examples, a list of pairs, and a finished search that every page resumes."""
     folder = tmp_path_factory.mktemp("pages") / "files"
     shutil.copytree(files_of_examples, folder)
+    (folder / "few.txt").write_text("Ann_0\nAnn_1\nBob_0\nCid_0\n")
     qface.make_pairs(folder / "faces", folder / "pairs.txt", "second-half", folds=2, pairs_per_fold=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -143,7 +156,7 @@ def test_readme_prints_that_the_file_agrees(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_page_of_commands_runs_every_command() -> None:
-    shown = {words[1] for snippet in snippets(DOCS / "cli.md") for words in commands(snippet.code) if not snippet.not_run}
+    shown = {words[1] for snippet in filter(runs_here, snippets(DOCS / "cli.md")) for words in commands(snippet.code)}
     assert shown == set(main.commands) - {"demo"}
 
 
