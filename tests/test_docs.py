@@ -20,8 +20,8 @@ ROOT = Path(qface.__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("research/*.md"))]
 OTHER_PAGES = [
-    *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")),
-    *ROOT.glob("examples/*/*.md"),
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *ROOT.glob("examples/*/README.md"),
 ]
 
 FENCE = re.compile(r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
@@ -156,7 +156,8 @@ def test_readme_prints_that_the_file_agrees(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_page_of_commands_runs_every_command() -> None:
-    shown = {words[1] for snippet in filter(runs_here, snippets(DOCS / "cli.md")) for words in commands(snippet.code)}
+    run = [snippet for snippet in snippets(DOCS / "cli.md") if not snippet.not_run]
+    shown = {words[1] for snippet in run for words in commands(snippet.code)}
     assert shown == set(main.commands) - {"demo"}
 
 
