@@ -97,7 +97,7 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def files_of_pages(files_of_examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the docstrings' examples, a list of pairs, and a finished search that every page resumes."""
+    """The files of the docstrings' examples, a list of pairs, and runs of compress that pages resume."""
     folder = tmp_path_factory.mktemp("pages") / "files"
     shutil.copytree(files_of_examples, folder)
     (folder / "few.txt").write_text("Ann_0\nAnn_1\nBob_0\nCid_0\n")
@@ -106,6 +106,7 @@ def files_of_pages(files_of_examples: Path, tmp_path_factory: pytest.TempPathFac
         patch.chdir(folder)
         run_commands("qface align photos/ -o faces/")
         run_commands("qface compress teacher.safetensors --images faces/ --max-drop 0.5 -o small.onnx")
+        run_commands("qface compress teacher.safetensors --images faces/ --bits 6 -o w6a6.onnx")
     return folder
 
 
