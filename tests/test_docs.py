@@ -42,7 +42,7 @@ FEW_FACES = {
     "align": ("--landmarks", "landmarks.txt"),
     "allocate-bits": ("--num-images", "4"),
     "bench": ("--runs", "1"),
-    "compress": ("--at-fpr", "1e-1"),
+    "compress": ("--at-fpr", "1e-1", "--num-images", "8"),
     "compress --max-drop": ("--max-drop", "90"),
     "evaluate --groups": ("--at-fpr", "1e-1"),
     "evaluate --stress": ("--people", "few.txt"),
@@ -56,6 +56,7 @@ FEW_FACES = {
 SMALLER = {
     'at_fpr="1e-4"': 'at_fpr="1e-1"',
     "max_drop=0.5": "max_drop=90",
+    "num_images=512": "num_images=8",
     "round_to=16": "round_to=1",
     "conv1": "conv",
     "budget_mb=": "num_images=4, budget_mb=",
