@@ -40,10 +40,12 @@ NOT_RUN = {
 
 FEW_FACES = {
     "align": ("--landmarks", "landmarks.txt"),
+    "allocate-bits": ("--num-images", "4"),
     "bench": ("--runs", "1"),
-    "compress": ("--at-fpr", "1e-1"),
+    "compress": ("--at-fpr", "1e-1", "--num-images", "8"),
     "compress --max-drop": ("--max-drop", "90"),
     "evaluate --groups": ("--at-fpr", "1e-1"),
+    "evaluate --stress": ("--people", "few.txt"),
     "pairs": ("--folds", "2", "--pairs-per-fold", "8"),
     "report": ("--fpr", "1e-1", "--latency-runs", "1"),
     "sensitivity": ("--num-images", "4"),
@@ -54,8 +56,11 @@ FEW_FACES = {
 SMALLER = {
     'at_fpr="1e-4"': 'at_fpr="1e-1"',
     "max_drop=0.5": "max_drop=90",
+    "num_images=512": "num_images=8",
     "round_to=16": "round_to=1",
     "conv1": "conv",
+    "budget_mb=": "num_images=4, budget_mb=",
+    'sensitivity(teacher, "faces/"': 'sensitivity(teacher, "faces/", num_images=4',
 }
 """The same in Python, and for a tiny network."""
 
@@ -93,14 +98,16 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def files_of_pages(files_of_examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the docstrings' examples, a list of pairs, and a finished search that every page resumes."""
+    """The files of the docstrings' examples, a list of pairs, and runs of compress that pages resume."""
     folder = tmp_path_factory.mktemp("pages") / "files"
     shutil.copytree(files_of_examples, folder)
+    (folder / "few.txt").write_text("Ann_0\nAnn_1\nBob_0\nCid_0\n")
     qface.make_pairs(folder / "faces", folder / "pairs.txt", "second-half", folds=2, pairs_per_fold=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run_commands("qface align photos/ -o faces/")
         run_commands("qface compress teacher.safetensors --images faces/ --max-drop 0.5 -o small.onnx")
+        run_commands("qface compress teacher.safetensors --images faces/ --bits 6 -o w6a6.onnx")
     return folder
 
 
