@@ -40,7 +40,7 @@ class LossConfig:
     """Terms of the distillation loss and their weights.
 
     The defaults compare embeddings and residual sums. EKD is off: together with an embedding loss it costs more than it
-    gains (figures in ``docs/distillation.md``).
+    gains (figures in ``docs/research/distillation.md``).
 
     Args:
         ekd_weight: weight of :class:`qface.distillation.losses.EKDLoss`; 0 switches it off. Keep it small together with
@@ -195,7 +195,7 @@ class DistillConfig:
         optimizer: optimizer and learning rates.
         schedule: schedule of the learning rate.
         augmentation: random changes of the images, the same for student and teacher; None does not change them, which
-            is best for one epoch on a few thousand faces (``docs/distillation.md``). Float images are never changed.
+            is best for one epoch on a few thousand faces (``docs/research/distillation.md``). Float images are never changed.
         horizontal_flip: mirror each image with probability 1/2, the same for student and teacher.
         bn_statistics_steps: number of steps in which batch norms use and update batch statistics before the running
             statistics are frozen; None never freezes them. The affine parameters always train.
