@@ -347,7 +347,7 @@ def test_what_cannot_be_pruned_is_told_why() -> None:
         {"iterative_steps": 0},
         {"seed": -1},
         {"seed": 2**64},
-        {"images": 0},
+        {"num_images": 0},
     ],
     ids=str,
 )
