@@ -195,7 +195,8 @@ class DistillConfig:
         optimizer: optimizer and learning rates.
         schedule: schedule of the learning rate.
         augmentation: random changes of the images, the same for student and teacher; None does not change them, which
-            is best for one epoch on a few thousand faces (``docs/research/distillation.md``). Float images are never changed.
+            is best for one epoch on a few thousand faces (``docs/research/distillation.md``). Float images are never
+            changed.
         horizontal_flip: mirror each image with probability 1/2, the same for student and teacher.
         bn_statistics_steps: number of steps in which batch norms use and update batch statistics before the running
             statistics are frozen; None never freezes them. The affine parameters always train.
