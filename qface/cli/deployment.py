@@ -210,8 +210,8 @@ def size(model: str, bits: int | None, preprocessing: dict[str, Any], as_json: b
     """List what the bytes of a file are used for; MODEL is an .onnx file, or a network whose file size is predicted."""
     from torch import nn
 
+    from qface.graph.queries import is_quantized
     from qface.models.resolve import resolve_architecture
-    from qface.quantization import is_quantized
 
     is_file = model.lower().endswith(".onnx")
     useless = [*preprocessing, *(["bits"] if bits is not None else [])] if is_file else []

@@ -29,6 +29,7 @@ from qface.deployment import export
 from qface.distillation import distill
 from qface.errors import CheckpointError, ConfigError, ExportError
 from qface.files import alone_in, as_path, check_folder, make_folder, replacing
+from qface.graph.queries import is_quantized
 from qface.mixed_precision import Sensitivity, allocate_bits, average_bits, bits_for, draft_file, sensitivity
 from qface.model_digest import digest_of_structure, digest_of_values
 from qface.models import load, save
@@ -38,7 +39,6 @@ from qface.preprocessing import preprocessing_of
 from qface.progress import shows_progress
 from qface.pruning import Budget, cost_of, prune
 from qface.quantization import QuantizationConfig, calibrate, quantize
-from qface.quantization.prepare import is_quantized
 from qface.quantization.quantization_config import MAX_BITS
 
 __all__ = ["compress"]

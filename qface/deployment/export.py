@@ -43,10 +43,10 @@ from qface.deployment.torch_onnx import torch_onnx_model
 from qface.deployment.weight_formats import check_weight_format
 from qface.errors import ConfigError, ExportError, ImagesError, one_line
 from qface.files import as_path, replacing
+from qface.graph.queries import is_quantized
 from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import Preprocessing, example_input, preprocessing_of
 from qface.provenance import provenance_of
-from qface.quantization import is_quantized
 from qface.quantization.binding import layers_near_ties
 from qface.quantization.plan import count_activation_bits
 

@@ -14,7 +14,16 @@ from qface.deployment import integer_graph as ir
 from qface.deployment.float_islands import island_module
 from qface.errors import ConfigError, ExportError, UnsupportedLayerError
 from qface.graph import layers
-from qface.graph.queries import input_of, is_clamp, is_shape_only, layer_of, limits_of, makes_rows, pair_of
+from qface.graph.queries import (
+    input_of,
+    is_clamp,
+    is_quantized,
+    is_shape_only,
+    layer_of,
+    limits_of,
+    makes_rows,
+    pair_of,
+)
 from qface.preprocessing import example_input, preprocessing_of
 from qface.quantization import (
     ImageFakeQuantize,
@@ -24,7 +33,6 @@ from qface.quantization import (
     QuantizedGlobalAveragePool,
     QuantizedLinear,
     QuantizedPReLU,
-    is_quantized,
 )
 from qface.quantization.fake_quantize import NOT_CALIBRATED
 from qface.quantization.placement import computes_in_float

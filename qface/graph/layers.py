@@ -13,6 +13,7 @@ __all__ = [
     "Add",
     "ChannelAffine",
     "Concat",
+    "FakeQuantizer",
     "L2Normalize",
     "Maximum",
     "Multiply",
@@ -24,6 +25,10 @@ __all__ = [
     "along_channels",
     "batch_norm_affine",
 ]
+
+
+class FakeQuantizer:
+    """Marker of the modules that fake-quantize a tensor; a network that contains one is a student."""
 
 
 class Add(nn.Module):

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from qface.graph.layers import Maximum, Pad, Permute, Reshape, Slice, UpsampleNearest
+from qface.graph.layers import FakeQuantizer, Maximum, Pad, Permute, Reshape, Slice, UpsampleNearest
 
 __all__ = [
     "CLAMPS",
@@ -19,6 +19,7 @@ __all__ = [
     "input_of",
     "is_clamp",
     "is_layer_graph",
+    "is_quantized",
     "is_shape_only",
     "layer_of",
     "limits_of",
@@ -130,3 +131,12 @@ def _is_captured(node: fx.Node) -> bool:
         known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
         return known or node.target in SYMBOLIC_FUNCTIONS
     return node.op != "call_method"
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return True if ``model`` contains fake-quant modules.
+
+    Args:
+        model: any module.
+    """
+    return any(isinstance(module, FakeQuantizer) for module in model.modules())

@@ -25,7 +25,7 @@ from qface.data.images import Images, bytes_of, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, one_line
-from qface.graph.queries import is_shape_only, layer_of
+from qface.graph.queries import is_quantized, is_shape_only, layer_of
 from qface.mixed_precision.loss_store import Losses, loss_store
 from qface.model_digest import digest_of_structure, digest_of_values
 from qface.models.resolve import NetworkLike, as_network
@@ -35,7 +35,7 @@ from qface.quantization.calibrate import quantizers
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize
 from qface.quantization.placement import Role, role_of
-from qface.quantization.prepare import is_quantized, quantize
+from qface.quantization.prepare import quantize
 from qface.quantization.quantization_config import MAX_BITS, MIN_BITS, QuantizationConfig
 from qface.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear, WeightedLayer
 from qface.results import Result

@@ -17,6 +17,7 @@ from qface.data.images import Images, ImageSource, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source, source_record
 from qface.errors import ConfigError, ImagesError, UnsupportedLayerError, one_line
+from qface.graph.queries import is_quantized
 from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import example_input, preprocessing_of
 from qface.progress import shows_progress
@@ -27,7 +28,6 @@ from qface.pruning.importance import Gradients, estimator, gradients
 from qface.pruning.pruning_config import PruningConfig
 from qface.pruning.repair import Kept, repair
 from qface.pruning.structure import WEIGHTED, Structure, is_depthwise, structure_of
-from qface.quantization import is_quantized
 from qface.training_mode import eval_mode
 
 __all__ = ["prune"]

@@ -12,7 +12,7 @@ from qface.quantization.observers import (
 )
 from qface.quantization.placement import Role, activation_bits, role_of
 from qface.quantization.plan import LayerPlan, QuantizationPlan
-from qface.quantization.prepare import inspect, is_quantized, quantize
+from qface.quantization.prepare import inspect, quantize
 from qface.quantization.qparams import IntegerRange, QParams
 from qface.quantization.quantization_config import LayerBits, QuantizationConfig
 from qface.quantization.quantized_layers import (
@@ -48,7 +48,6 @@ __all__ = [
     "activation_bits",
     "calibrate",
     "inspect",
-    "is_quantized",
     "quantize",
     "role_of",
     "scale_parameters",

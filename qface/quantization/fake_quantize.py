@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from qface.errors import ConfigError
+from qface.graph.layers import FakeQuantizer
 from qface.quantization.exact_scales import ExactScale, ExactWeightScale
 from qface.quantization.kernels import quantize_affine
 from qface.quantization.lsq import lsq_fake_quantize, lsq_fake_quantize_prelu
@@ -24,7 +25,7 @@ NOT_CALIBRATED = (
 _MIN_SCALE = 1e-12
 
 
-class _SwitchedFakeQuantize(FakeQuantizeBase):
+class _SwitchedFakeQuantize(FakeQuantizer, FakeQuantizeBase):
     """Base that mirrors torch.ao's switch tensors as bools, to avoid a CUDA sync in each forward."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from qface.graph.canonicalize import canonicalize
 from qface.graph.edit import set_layer
 from qface.graph.graph_data import CONVOLUTION_ARGUMENTS, LINEAR_ARGUMENTS, on_rebuild, register_layer
 from qface.graph.layers import OWN_LAYERS, ChannelAffine
-from qface.graph.queries import SHAPE_ONLY, input_of, layer_of, shape_of
+from qface.graph.queries import SHAPE_ONLY, input_of, is_quantized, layer_of, shape_of
 from qface.model_digest import sha256_of_values
 from qface.models.resolve import NetworkLike, as_architecture, as_network
 from qface.preprocessing import example_input, preprocessing_of
@@ -44,7 +44,7 @@ from qface.quantization.quantized_layers import (
 )
 from qface.quantization.residuals import widen_residuals
 
-__all__ = ["inspect", "is_quantized", "quantize"]
+__all__ = ["inspect", "quantize"]
 
 _WEIGHT_ARGUMENTS = ("weight_bits", "weight_observer", "percentile")
 on_rebuild(bind_quantizers)
@@ -145,15 +145,6 @@ def inspect(model: NetworkLike, bits: int | QuantizationConfig = 6) -> Quantizat
     model = as_architecture(model)
     student = model if isinstance(model, fx.GraphModule) and is_quantized(model) else quantize(model, bits)
     return plan_of(student)
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Return True if ``model`` contains fake-quant modules.
-
-    Args:
-        model: any module.
-    """
-    return any(isinstance(module, LSQFakeQuantize) for module in model.modules())
 
 
 def _swap_leaves(model: fx.GraphModule) -> None:

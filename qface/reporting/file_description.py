@@ -20,13 +20,14 @@ from qface.deployment.runtime import OnnxEmbedder
 from qface.deployment.size.report import PARAMETERS, SizeEntry
 from qface.errors import UnsupportedLayerError, one_line
 from qface.evaluation.match_thresholds import MatchThresholds, thresholds_of
+from qface.graph.queries import is_quantized
 from qface.models import load
 from qface.models.resolve import resolve_architecture
 from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, PreprocessingOverride, example_input, overridden, preprocessing_of
 from qface.provenance import provenance_of, written_provenance
 from qface.pruning.budget import count_parameters
-from qface.quantization import QuantizationPlan, inspect, is_quantized
+from qface.quantization import QuantizationPlan, inspect
 from qface.quantization.plan import count_activation_bits, unrounded
 from qface.reporting.exported_file import ExportedFile, is_exported
 from qface.reporting.steps import steps_in_words

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.errors import ConfigError
-from qface.graph.queries import source_of_values
+from qface.graph.queries import is_quantized, source_of_values
 from qface.models import IResNet, MobileFaceNet
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.provenance import provenance_of
@@ -25,7 +25,6 @@ from qface.quantization import (
     QuantizedPReLU,
     calibrate,
     inspect,
-    is_quantized,
     quantize,
 )
 from tests.networks import foreign_net, random_faces, tiny_face_net, with_statistics

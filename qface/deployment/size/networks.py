@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from qface.deployment.size.report import SizeEntry
 from qface.graph import ChannelAffine
-from qface.graph.queries import layer_of
+from qface.graph.queries import is_quantized, layer_of
 from qface.quantization import (
     ImageFakeQuantize,
     LSQFakeQuantize,
@@ -18,7 +18,6 @@ from qface.quantization import (
     QuantizedConv2d,
     QuantizedLinear,
     QuantizedPReLU,
-    is_quantized,
     quantize,
 )
 from qface.quantization.placement import BIAS_BITS
