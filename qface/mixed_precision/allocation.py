@@ -53,7 +53,7 @@ def allocate_bits(
     """Choose 2 to 8 bits per weight tensor so that the exported file fits a size budget with minimum loss.
 
     It minimizes the sum of the layers' losses from :func:`qface.sensitivity`, and exports drafts to check the size.
-    Pass the result to :func:`qface.quantize`. ``model`` does not change.
+    Pass the result to :func:`qface.quantize`. Does not change ``model``.
 
     Args:
         model: a float network: a module, the path of its file, or ``package.module:factory``.

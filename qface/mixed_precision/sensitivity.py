@@ -149,7 +149,7 @@ def sensitivity(
 
     A calibrated student keeps its own scale at its own bits. Otherwise the student's observer chooses the scale, from
     the weight itself or from the activations of ``images``. Each layer, tensor and number of bits takes about half a
-    forward pass. ``model`` does not change.
+    forward pass. Does not change ``model``.
 
     Args:
         model: a float network or a student: a module, the path of its file, or ``package.module:factory``. Of a student

@@ -71,7 +71,7 @@ _LEAVES = (*OWN_LAYERS, QuantizedAffine, QuantizedGlobalAveragePool)
 
 @torch.random.fork_rng(devices=[])  # torch.ao's layer swap draws random weights
 def quantize(model: NetworkLike, bits: int | QuantizationConfig = 6) -> fx.GraphModule:
-    """Return a quantized student of a float network; ``model`` does not change.
+    """Return a quantized student of a float network. Does not change ``model``.
 
     The student is an FX graph from torch.ao's ``prepare_qat_fx`` with fake-quant modules and folded BatchNorm, in the
     training or eval mode of ``model``. Call :func:`qface.calibrate` next, to set its scales.
@@ -120,7 +120,7 @@ def quantize(model: NetworkLike, bits: int | QuantizationConfig = 6) -> fx.Graph
 
 
 def inspect(model: NetworkLike, bits: int | QuantizationConfig = 6) -> QuantizationPlan:
-    """Report which layers run on integer kernels and which stay in float; ``model`` does not change.
+    """Report which layers run on integer kernels and which stay in float. Does not change ``model``.
 
     Args:
         model: a float network or a student: a module, the path of its file, ``package.module:factory``, or the name of

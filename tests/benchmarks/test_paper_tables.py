@@ -202,7 +202,7 @@ def test_networks_that_no_table_has_and_rows_that_fail(paper: Path) -> None:
     (paper / "weights" / "R34.safetensors").write_bytes(b"damaged")
     result, table = measure(paper, 4, "--networks", "R34")
     assert result.exit_code == 1
-    assert all("R34.safetensors is no complete" in row["missing"] for row in table["rows"])
+    assert all("R34.safetensors is not a complete" in row["missing"] for row in table["rows"])
 
 
 def test_an_interrupted_table_shows_what_is_there(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

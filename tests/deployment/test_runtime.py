@@ -118,7 +118,7 @@ def test_other_inputs_are_errors(write):
 
 def test_preprocessing_that_does_not_fit_is_an_error(write):
     assert "has an input of 112x96" in message(write(("N", 3, 112, 96), Preprocessing().to_json()))
-    assert "preprocessing record" in message(write(preprocessing="{"))
+    assert "use the output of Preprocessing.to_json" in message(write(preprocessing="{"))
 
 
 def test_images_of_another_size_are_an_error_of_one_line(write):

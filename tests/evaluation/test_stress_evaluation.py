@@ -75,7 +75,7 @@ def test_what_cannot_be_judged_is_refused() -> None:
     images = people(4)
     with pytest.raises(ConfigError, match="needs a reference to compare with"):
         evaluate_stress(Pooled(5), images, bootstrap=5)
-    with pytest.raises(ConfigError, match="stress condition"):
+    with pytest.raises(ConfigError, match="condition must be one of"):
         evaluate_stress(Pooled(5), images, conditions=["upside-down"])
     with pytest.raises(ImagesError, match="labeled images"):
         evaluate_stress(Pooled(5), images.images)

@@ -89,5 +89,5 @@ def test_errors_come_before_any_embedding(crops: Crops) -> None:
     folder = crops({f"Person {number}": 3 for number in range(12)})
     with pytest.raises(ConfigError, match="false-positive rate"):
         operating_thresholds(Unused(), Unused(), folder, "1e-4x")
-    with pytest.raises(ImagesError, match="is no file"):
+    with pytest.raises(ImagesError, match="does not exist"):
         operating_thresholds(Unused(), Unused(), folder, "0.1", eval_identities="nobody.txt")

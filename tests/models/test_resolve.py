@@ -51,14 +51,14 @@ def test_a_file_with_the_name_of_an_architecture_is_a_file() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "quantize mobilefacenet --images . -o out.safetensors",
+        "quantize mobilefacenet -o out.safetensors",
         "prune mobilefacenet -o out.safetensors",
         "distill mobilefacenet --teacher iresnet18 --images . -o out.safetensors",
         "compress mobilefacenet --images . --max-mb 1 -o out.onnx",
         "export mobilefacenet -o out.onnx",
         "verify mobilefacenet out.onnx --images .",
         "evaluate mobilefacenet --images .",
-        "thresholds mobilefacenet iresnet18 --images .",
+        "thresholds mobilefacenet --teacher mobilefacenet --images .",
         "sensitivity mobilefacenet --images .",
         "ijb mobilefacenet --data .",
     ],

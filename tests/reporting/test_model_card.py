@@ -127,5 +127,5 @@ def test_the_command_export_writes_the_card_beside_the_file(tmp_path: Path) -> N
     assert card.read_text(encoding="utf-8") == qface.model_card(tmp_path / "net.onnx")
     card.write_text("filled in by hand", encoding="utf-8")
     result = CliRunner().invoke(main, command)
-    assert result.exit_code == 0 and f"left {card} as it was" in result.output
+    assert result.exit_code == 0 and f"kept {card}: delete it" in result.output
     assert card.read_text(encoding="utf-8") == "filled in by hand"

@@ -14,7 +14,9 @@ __all__ = ["measure_size"]
 
 
 def measure_size(model_or_file: NetworkLike, bits: int | QuantizationConfig = 6) -> SizeReport:
-    """Count the bytes of an ONNX file by purpose, or predict them for a network, which does not change.
+    """Count the bytes of an ONNX file by purpose, or predict them for a network.
+
+    Does not change ``model_or_file``.
 
     Args:
         model_or_file: an ``.onnx`` file, counted exactly; a student, predicted from its quantizers; or a float network,
