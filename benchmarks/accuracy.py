@@ -160,7 +160,7 @@ class Bench:
         return {**figures, **size, "seconds": seconds, "file": file.name}
 
     def _tuned(self, run: Run) -> tuple[nn.Module, float | None]:
-        """Return the student of ``run`` and its tuning seconds, None if an earlier process did part of the training."""
+        """Return the student of ``run`` and its tuning seconds, None if its training was resumed."""
         tuning = nested_subset(self._halves.tuning, run.row.share, run.seed)
         calibration = nested_subset(tuning, min(CALIBRATION_IMAGES, len(tuning)), run.seed)
         config, choosing = self._config(run, calibration)

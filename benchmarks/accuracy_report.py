@@ -36,7 +36,7 @@ _SAME_RATE = 1e-3  # TPR of the float network varies this much between machines
 
 
 def summarize(teachers: dict[str, Record], runs: Iterable[Record]) -> list[Record]:
-    """Return one record per network, recipe and row: means over seeds in points, losses against float, goals."""
+    """Return means over seeds, losses against float and goals, in points, per network, recipe and row."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for run in runs:
         groups.setdefault((run["network"], run["recipe"], run["row"]), []).append(run)
@@ -145,7 +145,7 @@ def _verdict(verdict: Record) -> str:
 
 
 def draw_sweep(lines: Iterable[Record], path: Path) -> None:
-    """Plot the TPR loss at FPR 1e-4 over bits, one curve per network, recipe and training; needs matplotlib."""
+    """Plot the TPR loss at FPR 1e-4 over bits; without matplotlib or sweep rows, write nothing."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""Random changes to file contents for the fuzzer: bytes, JSON values, pickle opcodes, zip members, ONNX fields."""
+"""Random changes for the fuzzer: bytes, lines, JSON values, pickle opcodes, zip members, ONNX fields."""
 
 from __future__ import annotations
 
