@@ -123,10 +123,10 @@ class Running:
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         self.pid = os.fork()
         if self.pid == 0:
-            self._be(job, case, limit)
+            self._run_in_child(job, case, limit)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
-    def _be(self, job: Job, case: Path, limit: int | None) -> None:
+    def _run_in_child(self, job: Job, case: Path, limit: int | None) -> None:
         code = 1
         try:
             for path, number in zip(self._printed, (1, 2), strict=True):
@@ -255,9 +255,9 @@ class Cases:
         number = getattr(signal, name)
         # The code is -number if the signal arrived before or after the command handles signals.
         if ended.code not in (0, -number, 128 + number):
-            self._find(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
-        self._look(case, now, start, ended, leaves=name == "SIGKILL")
-        self._again(case, now)
+            self._add_finding(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
+        self._check_files(case, now, start, ended, leaves=name == "SIGKILL")
+        self._check_repetition(case, now)
 
     def _run_two(self, case: Path, now: str) -> None:
         start = prepared(self.job, case, self.draw.random() < 0.5)
@@ -268,11 +268,11 @@ class Cases:
         for ended in both:
             refused = ended.code == 2 and "another run is writing to" in ended.stderr
             if ended.code != 0 and not refused:
-                self._find(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
-            self._look(case, now, start, ended, leaves=False)
+                self._add_finding(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
+            self._check_files(case, now, start, ended, leaves=False)
         if all(ended.code for ended in both):
-            self._find(now, "neither succeeds")
-        self._again(case, now)
+            self._add_finding(now, "neither succeeds")
+        self._check_repetition(case, now)
 
     def _fill(self, case: Path, now: str) -> None:
         largest = max([PAGE, *(path.stat().st_size for path in self._kept_files())])
@@ -285,50 +285,50 @@ class Cases:
             ended = Running(self.job, case, limit=room if resize is None else None).end()
             now = f"{now}, room for {room}"
             if ended.code not in (0, 2) or (ended.code == 2 and ended.stderr.count("Error:") != 1):
-                self._find(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
-            self._look(case, now, start, ended, leaves=False)
+                self._add_finding(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
+            self._check_files(case, now, start, ended, leaves=False)
             if resize is not None:
                 resize(ROOM)
-            self._again(case, now)
+            self._check_repetition(case, now)
 
     def _kept_files(self) -> Iterator[Path]:
         done = self.root / f"{self.job.name}-1"
         return (path for path in done.rglob("*") if path.is_file())
 
-    def _look(self, case: Path, now: str, start: dict[str, str], ended: Ended, leaves: bool) -> None:
+    def _check_files(self, case: Path, now: str, start: dict[str, str], ended: Ended, leaves: bool) -> None:
         """Compare the files after a disturbance with those before it and with the undisturbed run."""
         for trace in TRACES:
             if trace in ended.stderr:
-                self._find(now, f"prints {ended.stderr[-600:]}")
+                self._add_finding(now, f"prints {ended.stderr[-600:]}")
         out = files_in(case / "out")
         for name, digest in out.items():
             is_temporary = name.rpartition("/")[2].startswith(".qface-")
             if is_temporary and not leaves:
-                self._find(now, f"leaves {name}")
+                self._add_finding(now, f"leaves {name}")
             if not (is_temporary or name.startswith(self.job.kept)) and digest not in (
                 *(found.get(name) for found in (start, self.alone.files)),
             ):
-                self._find(now, f"{name} is neither absent, old nor complete")
+                self._add_finding(now, f"{name} is neither absent, old nor complete")
         if not leaves and any((case / "tmp").iterdir()):
-            self._find(now, "leaves temporary files")
+            self._add_finding(now, "leaves temporary files")
         done = all(out.get(name) == digest for name, digest in self.alone.files.items())
         outcome = "complete" if done and out else "as before" if out == start else "part of it"
         self.tally.outcomes[now.split(", ")[1].split(" after")[0], outcome] += 1
 
-    def _again(self, case: Path, now: str) -> None:
+    def _check_repetition(self, case: Path, now: str) -> None:
         ended = Running(self.job, case).end()
         found = files_in(case / "out")
         if ended.code != 0:
-            self._find(now, f"the next run exits with {ended.code}: {ended.stderr[-300:]}")
+            self._add_finding(now, f"the next run exits with {ended.code}: {ended.stderr[-300:]}")
         elif found != self.alone.files:
             differing = sorted(name for name, _ in found.items() ^ self.alone.files.items())
-            self._find(now, f"the next run ends with other files: {', '.join(differing)}")
+            self._add_finding(now, f"the next run ends with other files: {', '.join(differing)}")
         elif comparable(ended.stdout) != self.alone.printed and not self.job.kept and "align" not in self.job.name:
-            self._find(now, f"the next run prints {ended.stdout[-300:]}")
+            self._add_finding(now, f"the next run prints {ended.stdout[-300:]}")
         if any((case / "tmp").iterdir()):
-            self._find(now, "the next run leaves temporary files")
+            self._add_finding(now, "the next run leaves temporary files")
 
-    def _find(self, now: str, what: str) -> None:
+    def _add_finding(self, now: str, what: str) -> None:
         self.tally.findings.append(f"{now}: {what.strip()}")
 
 
