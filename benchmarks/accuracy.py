@@ -276,10 +276,7 @@ def planned(
     epochs: int,
     max_steps: int | None,
 ) -> Iterator[Run]:
-    """Yield the runs, ordered by network and then seed.
-
-    Grouping by network keeps only one in memory; seeds come before rows, so that early results cover all rows.
-    """
+    """Yield the runs by network, then by seed, so that all rows of a seed precede the next seed."""
     for network in networks:
         for seed in range(seeds):
             for row in rows:

@@ -107,7 +107,7 @@ def _student(teacher: nn.Module, halves: Halves, bits: int, training: qface.Dist
 
 
 def judged(model: Embedder, teacher: Embedder, halves: Halves, every: int) -> Record:
-    """Evaluate both models on unchanged faces, and ``model`` under stress on each ``every``-th identity."""
+    """Evaluate both models on unchanged faces and, with each ``every``-th identity, under stress."""
     images = halves.judging
     assert images.labels is not None
     embeddings: list[Embeddings] = [embed(each, images) for each in (model, teacher)]

@@ -79,7 +79,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """Result of a process: exit code (minus the number of a fatal signal) and output."""
+    """Exit code of a process (``-number`` after a fatal signal) and its output."""
 
     code: int
     stdout: str
@@ -253,7 +253,7 @@ class Cases:
         start = prepared(self.job, case, self.draw.random() < 0.5)
         ended = Running(self.job, case).end(at, name)
         number = getattr(signal, name)
-        # The code is -number if the signal arrived before or after the command handles signals.
+        # The code is -number if the signal came before the command installed its handlers or after it removed them.
         if ended.code not in (0, -number, 128 + number):
             self._add_finding(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
         self._check_files(case, now, start, ended, leaves=name == "SIGKILL")
