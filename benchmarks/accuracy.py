@@ -1,24 +1,25 @@
-"""What quantization costs: recipes x bits x seeds, tuned on half of the people of LFW, judged on the other half.
+"""Measure the accuracy loss from quantization on LFW, for each network, recipe, bit setting and seed.
 
     python benchmarks/accuracy.py [--data ../shared] [--networks mobilefacenet] [--recipe qface] [--recipe paper]
                                   [--rows w6a6] [--seeds 3] [--epochs 1] [--max-steps N] [--sweep] [-o runs/accuracy]
                                   [--json FILE]
 
-Ranges, training and mixed precision see the first half of the people only. All figures are those of the exported file
-in onnxruntime on the second half; "float gallery" lets the float network enroll and the file probe. Where a row has a
-share, calibration too sees no other images. A seed draws the 512 images of calibration, the share, and the order of
-training. Goals are those of the recipe ``qface`` and of one epoch; means over the seeds are held against them.
-``qface-bf16`` is the same, but trains in bfloat16, which CPUs with AMX and GPUs are faster in.
+Calibration, training and the choice of mixed bits use the first half of the identities. All figures are measured on
+the second half with the exported file in onnxruntime. "float gallery" means that the float network embeds the gallery
+and the exported file the probes. A row with a share uses only that fraction of the first half, for calibration too. The
+seed selects the 512 calibration images, the share and the training order. Goals apply to the recipe ``qface`` with one
+epoch and are compared with means over seeds. ``qface-bf16`` is ``qface`` trained in bfloat16, which is faster on GPUs
+and on CPUs with AMX.
 
-``--recipe paper`` is Ef-QuantFace's: EKD alone, one epoch, batch 64, learning rate 0.001, and channels and biases as
-they are. Its ranges are taken to be QuantFace's (``QuantAct`` of its ``quant_modules.py``): from the least to the
-greatest value. Two things differ: QuantFace goes on widening the ranges of activations while it trains, here they stay
-where 512 images put them; its weights are asymmetric, here they are symmetric. Mixed bits are chosen once a seed,
-for both recipes.
+``--recipe paper`` is Ef-QuantFace: EKD loss only, one epoch, batch size 64, learning rate 0.001, no cross-layer
+equalization, GPTQ or bias correction. Ranges are min-max, as in QuantFace (``QuantAct`` in its ``quant_modules.py``),
+with two differences. QuantFace keeps widening activation ranges during training; here they stay as calibrated on 512
+images. Its weights are asymmetric; here they are symmetric. Mixed bits are chosen once per seed and shared by all
+recipes.
 
-``--sweep`` adds the rows with 8, 6, 4 and 2 bits for weights and activations alike, and a figure; ``--rows w8a8
---sweep`` runs these rows alone. Each run is written to the output folder at once; the same command goes on behind the
-last, a training behind its last checkpoint (its seconds are then not known). Ctrl-C prints the table of what is there.
+``--sweep`` adds the rows with 8, 6, 4 and 2 bits for both weights and activations, and draws a figure; ``--rows w8a8
+--sweep`` runs only these rows. Each run is saved at once. Repeat the command to resume after the last saved run, and a
+training from its last checkpoint (its duration is then unknown). Ctrl-C prints the table of the runs so far.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from qface.files import make_folder
 
 @dataclass(frozen=True)
 class Run:
-    """One student: of which network, how it is made, and by what chance."""
+    """Settings of one student: network, recipe, row, seed and training length."""
 
     network: str
     recipe: str
@@ -63,17 +64,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For files and messages."""
+        """Name for files and messages."""
         return f"{self.network}-{self.recipe}-{self.row.name}-seed{self.seed}"
 
     @property
     def training(self) -> qface.DistillConfig:
-        """The settings of its distillation."""
+        """Distillation settings of the recipe with the seed and length of this run."""
         training = RECIPES[self.recipe].training
         return replace(training, seed=self.seed, epochs=self.epochs, max_steps=self.max_steps)
 
     def settings(self) -> Record:
-        """All that its figures depend on, beside network and images."""
+        """Return all settings that affect the figures, except network and images."""
         recipe = RECIPES[self.recipe]
         return {
             **self.row.settings(),
@@ -88,20 +89,20 @@ class Run:
 
 
 class Bench:
-    """One network: its students and their figures, each made once.
+    """Students of one network and their figures; saved results are not measured again.
 
     Args:
         network: one of :data:`NETWORKS`.
-        data: the folder with ``weights/``.
+        data: folder with ``weights/``.
         halves: images and pairs.
-        records: where results are kept.
+        records: saved results.
     """
 
     def __init__(self, network: str, data: Path, halves: Halves, records: Records) -> None:
         self.network = network
         self._weights = data / "weights" / NETWORKS[network]
         if not self._weights.exists():
-            raise click.ClickException(f"no weights of {network} in {self._weights}: put them there")
+            raise click.ClickException(f"no weights of {network} in {self._weights}: put them there or set --data")
         self._halves = halves
         self._records = records
         self._inputs = {
@@ -111,21 +112,21 @@ class Bench:
         }
 
     def find(self, run: Run) -> Record | None:
-        """The figures of ``run``, where they were measured before."""
+        """Return the saved figures of ``run``, or None."""
         return self._records.find(run.name, self._settings(run))
 
     def figures(self, run: Run) -> Record:
-        """The figures of ``run``, measured where they are missing."""
+        """Return the figures of ``run``; measure them if they are not saved."""
         result = self._records.recall(run.name, self._settings(run), lambda: self._measure(run))
         shutil.rmtree(self._training_folder(run), ignore_errors=True)
         return result
 
     def find_teacher(self) -> Record | None:
-        """The figures of the float network, where they were measured before."""
+        """Return the saved figures of the float network, or None."""
         return self._records.find(f"{self.network}-float", self._inputs)
 
     def teacher_figures(self) -> Record:
-        """The figures of the float network."""
+        """Return the figures of the float network; measure them if they are not saved."""
         return self._records.recall(
             f"{self.network}-float",
             self._inputs,
@@ -151,7 +152,7 @@ class Bench:
         )
 
     def _measure(self, run: Run) -> Record:
-        """Make the student of ``run``, export it, and judge its file."""
+        """Quantize and train the student of ``run``, export it and evaluate the file."""
         student, seconds = self._tuned(run)
         file = qface.export(student, self._records.path(run.name, self._settings(run), ".onnx"))
         figures = self._halves.figures(embed(file, self._halves.judging, progress=True), self._teacher_embeddings)
@@ -159,7 +160,7 @@ class Bench:
         return {**figures, **size, "seconds": seconds, "file": file.name}
 
     def _tuned(self, run: Run) -> tuple[nn.Module, float | None]:
-        """The student of ``run``, and the seconds it took; None where some of them were another process's."""
+        """Return the student of ``run`` and its tuning seconds, None if its training was resumed."""
         tuning = nested_subset(self._halves.tuning, run.row.share, run.seed)
         calibration = nested_subset(tuning, min(CALIBRATION_IMAGES, len(tuning)), run.seed)
         config, choosing = self._config(run, calibration)
@@ -177,7 +178,7 @@ class Bench:
         return qface.calibrate(qface.quantize(self._teacher, config), images, RECIPES[run.recipe].calibration)
 
     def _config(self, run: Run, images: IndexedImages) -> tuple[qface.QuantizationConfig, float]:
-        """Bits and ranges, and the seconds it took to choose them."""
+        """Return the quantization settings and the seconds spent on choosing mixed bits."""
         row, ranges = run.row, RECIPES[run.recipe].quantization
         uniform = replace(ranges, weight_bits=row.weight_bits, activation_bits=row.activation_bits)
         if not row.mixed:
@@ -200,9 +201,9 @@ class Bench:
         return self._records.recall(name, settings, lambda: self._allocate(row, images))
 
     def _allocate(self, row: Row, images: IndexedImages) -> Record:
-        """The best bits for the weights in a file as large as with ``row.weight_bits`` for all of them.
+        """Choose bits per weight tensor, limited to the file size of uniform ``row.weight_bits``.
 
-        Since a further bit width takes more nodes, such a file has no more bits a weight on average.
+        Each additional bit width adds nodes to the file, so the mean weight bits do not exceed ``row.weight_bits``.
         """
         start = time.perf_counter()
         uniform = qface.QuantizationConfig(row.weight_bits, row.activation_bits)
@@ -217,7 +218,7 @@ class Bench:
 
 
 def mean_weight_bits(file: Path) -> float:
-    """The average bits of the weights of ``file``."""
+    """Return the mean bits per weight of ``file``."""
     weights = qface.measure_size(file).of_kind("weight").entries
     return sum(entry.elements * (entry.bits or 0) for entry in weights) / sum(entry.elements for entry in weights)
 
@@ -226,14 +227,14 @@ def mean_weight_bits(file: Path) -> float:
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
 @click.option("--networks", type=click.Choice(list(NETWORKS)), multiple=True, default=list(NETWORKS), show_default=True)
 @click.option("--recipe", "recipes", type=click.Choice(list(RECIPES)), multiple=True, default=["qface"])
-@click.option("--rows", type=click.Choice(list(EVERY_ROW)), multiple=True, help="Repeatable.  [default: with goals]")
+@click.option("--rows", type=click.Choice(list(EVERY_ROW)), multiple=True, help="Repeatable.  [default: main rows]")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Rounds of the images.")
-@click.option("--max-steps", type=click.IntRange(1), help="Train no longer than this.  [default: all epochs]")
-@click.option("--sweep", is_flag=True, help="Also 8, 6, 4 and 2 bits for weights and activations alike.")
-@click.option("--no-train", is_flag=True, help="Leave out all rows that train.")
+@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the training images.")
+@click.option("--max-steps", type=click.IntRange(1), help="Maximum number of training steps.  [default: all epochs]")
+@click.option("--sweep", is_flag=True, help="Also measure 8, 6, 4 and 2 bits for both weights and activations.")
+@click.option("--no-train", is_flag=True, help="Skip rows that train.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/accuracy"), show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures here.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures to this file.")
 def main(
     data: Path,
     networks: Sequence[str],
@@ -247,22 +248,22 @@ def main(
     output: Path,
     json_file: Path | None,
 ) -> None:
-    """Measure what is missing, then print the table; Ctrl-C prints what there is."""
+    """Measure the missing runs and print the table; Ctrl-C prints the table of the runs so far."""
     make_folder(output)
     halves, records = Halves(data / "data"), Records(output)
     benches = {network: Bench(network, data, halves, records) for network in networks}
     runs = list(planned(networks, recipes, chosen(rows, sweep, no_train), seeds, epochs, max_steps))
-    code = 130  # a shell's, after Ctrl-C
+    code = 130  # exit code of a shell after Ctrl-C
     try:
         code = 0 if measure_missing(runs, benches) else 1
     except KeyboardInterrupt:
-        click.echo("interrupted: the same command goes on from here", err=True)
+        click.echo("interrupted: repeat the command to resume", err=True)
     report(runs, benches, output, sweep, json_file)
     sys.exit(code)
 
 
 def chosen(names: Sequence[str], sweep: bool, no_train: bool) -> list[Row]:
-    """The rows called ``names`` (those with goals where there are none), and those of the sweep."""
+    """Return the rows in ``names``, or all of ROWS if it is empty, plus the sweep rows."""
     wanted = {*(names or [row.name for row in ROWS]), *(SWEEP if sweep else ())}
     return [row for row in EVERY_ROW.values() if row.name in wanted and not (no_train and row.trained)]
 
@@ -275,7 +276,7 @@ def planned(
     epochs: int,
     max_steps: int | None,
 ) -> Iterator[Run]:
-    """All runs, network by network, so that one is in memory; all rows of one seed before the next seed."""
+    """Yield the runs by network, then by seed, so that all rows of a seed precede the next seed."""
     for network in networks:
         for seed in range(seeds):
             for row in rows:
@@ -284,7 +285,7 @@ def planned(
 
 
 def measure_missing(runs: Sequence[Run], benches: dict[str, Bench]) -> bool:
-    """Measure what is not on disk, and say whether all is there; what fails is named and does not stop the others."""
+    """Measure the runs that are not saved; report a run that fails, go on, and return False at the end."""
     complete = True
     for bench in benches.values():
         bench.teacher_figures()
@@ -300,13 +301,13 @@ def measure_missing(runs: Sequence[Run], benches: dict[str, Bench]) -> bool:
 
 
 def report(runs: Sequence[Run], benches: dict[str, Bench], output: Path, sweep: bool, json_file: Path | None) -> None:
-    """Show and write what is there of ``runs``."""
+    """Print and write the figures of the saved ``runs``."""
     teachers = {name: found for name, bench in benches.items() if (found := bench.find_teacher())}
     results = [(run, benches[run.network].find(run)) for run in runs if run.network in teachers]
     figures = [_identified(run, result) for run, result in results if result is not None]
     lines = summarize(teachers, figures)
     show(lines, teachers)
-    click.echo(f"{len(figures)} of {len(runs)} runs are there")
+    click.echo(f"{len(figures)} of {len(runs)} runs are complete")
     write_text(output / "accuracy.md", markdown(lines, teachers))
     if sweep:
         draw_sweep(lines, output / "accuracy.png")

@@ -1,9 +1,9 @@
-"""The accuracy table as figures, as text, as Markdown, and as a plot of loss over width.
+"""Summarize accuracy results as figures, a terminal table, Markdown, and a plot of loss over bits.
 
     python benchmarks/accuracy_report.py docs/results/accuracy_*.json [--figure sweep.png] [--json FILE]
 
-puts together what accuracy.py wrote in several runs or on several machines; of a run that is in two files the later
-file's counts.
+merges JSON files that accuracy.py wrote in several calls or on several machines. If a run is in two files, the last
+file on the command line counts.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ HEADINGS = (
     *("1 - cosine", "weight bits", "MB", "tuning s", "goal"),
 )
 
-_SAME_RATE = 1e-3  # float embeddings differ by as much between machines
+_SAME_RATE = 1e-3  # TPR of the float network varies this much between machines
 
 
 def summarize(teachers: dict[str, Record], runs: Iterable[Record]) -> list[Record]:
-    """A record for each network, recipe and row: means over seeds in points, losses against float, and verdicts."""
+    """Return means over seeds, losses against float and goals, in points, per network, recipe and row."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for run in runs:
         groups.setdefault((run["network"], run["recipe"], run["row"]), []).append(run)
@@ -63,13 +63,13 @@ def _line(key: tuple[str, str, str], group: Sequence[Record], teacher: Record) -
         "distance": _over_seeds([run["distance"] for run in group]),
         "mean_weight_bits": _over_seeds([run["mean_weight_bits"] for run in group]),
         "mb": _over_seeds([run["bytes"] / 1e6 for run in group]),
-        # What was interrupted has no time of its own.
+        # A resumed training has no duration.
         "seconds": _over_seeds([run["seconds"] for run in group if run["seconds"] is not None]),
     }
 
 
 def _points(share: float | None) -> float | None:
-    """In percent; None where too few pairs were there to measure it."""
+    """Convert a fraction to percent; None means that there were too few pairs."""
     return None if share is None else 100 * share
 
 
@@ -78,7 +78,7 @@ def _minus(minuend: float | None, subtrahend: float | None) -> float | None:
 
 
 def _over_seeds(values: Sequence[float | None]) -> Record:
-    """Mean and standard deviation, None where they are not known."""
+    """Return mean and standard deviation; both are None if any value is unknown."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return {"mean": None, "std": None}
@@ -86,7 +86,7 @@ def _over_seeds(values: Sequence[float | None]) -> Record:
 
 
 def _verdicts(line: Record, goal: Goal, rival: Record | None) -> list[Record]:
-    """For each goal the limit and by how many points it is met, negative where it is missed."""
+    """Return each goal and its margin in points; a missed goal has a negative margin."""
     verdicts = []
     for name in ("tpr", "accuracy", "gallery"):
         most, lost = asdict(goal)[name], line[f"{name}_loss"]["mean"]
@@ -100,13 +100,13 @@ def _verdicts(line: Record, goal: Goal, rival: Record | None) -> list[Record]:
 
 
 def show(lines: Iterable[Record], teachers: dict[str, Record]) -> None:
-    """Print the table, as wide as its columns need."""
-    table = terminal_table("Judged on the second half of the people, in points", HEADINGS, _rows(lines, teachers))
+    """Print the table, at least 220 columns wide so that no cell wraps."""
+    table = terminal_table("Second half of the identities, in percentage points", HEADINGS, _rows(lines, teachers))
     Console(width=max(Console().width, 220)).print(table)
 
 
 def markdown(lines: Iterable[Record], teachers: dict[str, Record]) -> str:
-    """The same table as text for a page."""
+    """Return the table as Markdown."""
     return markdown_table(HEADINGS, _rows(lines, teachers))
 
 
@@ -145,7 +145,7 @@ def _verdict(verdict: Record) -> str:
 
 
 def draw_sweep(lines: Iterable[Record], path: Path) -> None:
-    """Points lost at FPR 1e-4 over the width, a line a network, recipe and training; nothing without matplotlib."""
+    """Plot the TPR loss at FPR 1e-4 over bits; without matplotlib or sweep rows, write nothing."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -157,8 +157,8 @@ def draw_sweep(lines: Iterable[Record], path: Path) -> None:
     if not panel.lines:
         return
     panel.set_xlabel("bits of weights and activations")
-    panel.set_ylabel("points of TPR at FPR 1e-4 lost")
-    panel.set_yscale("symlog", linthresh=1)  # 2 bits lose a hundred times what 8 bits lose, which may be less than 0
+    panel.set_ylabel("loss of TPR at FPR 1e-4 in points")
+    panel.set_yscale("symlog", linthresh=1)  # losses span two decades and may be negative
     panel.set_xticks(SWEEP_BITS)
     panel.grid(linewidth=0.3)
     panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -176,10 +176,10 @@ def _curves(lines: Iterable[Record]) -> dict[str, dict[int, float]]:
 
 
 def combined(reports: Iterable[Record]) -> Record:
-    """What several commands of accuracy.py wrote as if one had measured it all.
+    """Merge reports of accuracy.py into one.
 
     Raises:
-        ValueError: they judge one network by different float figures, so by other images or weights.
+        ValueError: the float figures of a network differ, so its images or weights differ.
     """
     teachers: dict[str, Record] = {}
     runs: dict[tuple[Any, ...], Record] = {}
@@ -195,14 +195,14 @@ def combined(reports: Iterable[Record]) -> Record:
 
 @click.command(cls=BenchmarkCommand)
 @click.argument("files", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=-1, required=True)
-@click.option("--figure", type=click.Path(path_type=Path), help="Draw points lost over the width here.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures here.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Write a plot of loss over bits to this file.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures to this file.")
 def main(files: Sequence[Path], figure: Path | None, json_file: Path | None) -> None:
-    """Print one table of what FILES hold."""
+    """Print one table of the results in FILES."""
     try:
         report = combined(json.loads(file.read_text(encoding="utf-8")) for file in files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise click.ClickException(f"not figures of accuracy.py that belong together: {error}") from error
+        raise click.ClickException(f"FILES must be reports of accuracy.py that match: {error}") from error
     show(report["summary"], report["float"])
     if figure is not None:
         draw_sweep(report["summary"], figure)

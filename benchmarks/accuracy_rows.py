@@ -1,4 +1,4 @@
-"""What the accuracy table measures, and what each line has to reach."""
+"""Rows of the accuracy table and their goals."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Goal:
-    """Points that may be lost against float, and points to be won over another row; None means anything will do.
+    """Limits in percentage points; None means no limit.
 
     Args:
-        tpr: TPR at FPR 1e-4 that may be lost.
-        accuracy: 10-fold accuracy that may be lost.
-        gallery: TPR at FPR 1e-4 that may be lost against a gallery of the float network.
-        gain: TPR at FPR 1e-4 to be won over the row ``over``.
-        over: its name.
+        tpr: maximum loss of TPR at FPR 1e-4 against the float network.
+        accuracy: maximum loss of 10-fold accuracy.
+        gallery: maximum loss of TPR at FPR 1e-4 with a gallery of float embeddings.
+        gain: minimum gain of TPR at FPR 1e-4 over the row ``over``.
+        over: name of the row to compare with.
     """
 
     tpr: float | None = None
@@ -27,17 +27,17 @@ class Goal:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Args:
-        name: of the line.
-        weight_bits: of weights; where they are mixed, the most that they have on average.
-        activation_bits: of activations.
-        trained: distilled after calibration.
-        share: of the images that are seen at all.
-        mixed: bits chosen for each weight.
-        goal: of the recipe ``qface``.
-        exceptions: networks with another goal.
+        name: row name.
+        weight_bits: weight bits; with ``mixed``, the maximum mean over all weights.
+        activation_bits: activation bits.
+        trained: distill after calibration.
+        share: fraction of the tuning images that is used.
+        mixed: choose bits per weight tensor.
+        goal: goal for the recipe ``qface``.
+        exceptions: goals of networks that differ from ``goal``.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Row:
     exceptions: dict[str, Goal] = field(default_factory=dict)
 
     def goal_of(self, network: str) -> Goal:
-        """What ``network`` has to reach."""
+        """Return the goal for ``network``."""
         return self.exceptions.get(network, self.goal)
 
     def settings(self) -> dict[str, Any]:
-        """All that figures depend on."""
+        """Return the settings that affect the figures."""
         fields = ("weight_bits", "activation_bits", "trained", "share", "mixed")
         return {name: getattr(self, name) for name in fields}
 

@@ -1,14 +1,14 @@
-"""Measure each change of the training images by students trained with each alone, with all and with none.
+"""Ablate training augmentation: train students with each augmentation alone, with all and with none.
 
-They are judged on unchanged faces and under the stress protocol.
+Students are evaluated on unchanged faces and with the stress protocol.
 
     python benchmarks/changed_faces.py [--data ../shared] [--network mobilefacenet] [--bits 6] [--arms none --arms all]
                                       [--seed 0] [--every 5] [--epochs 1] [--max-steps N] [-o runs/changed_faces]
                                       [--json FILE]
 
-Ranges and training see the first half of LFW's people; the exported file is judged in onnxruntime on the second half,
-under stress on the images of every fifth person of it (``--every``). "not trained" is the calibrated student. Each arm
-is written to the output folder at once, and the same command goes on behind the last.
+Calibration and training use the first half of the LFW identities. The exported file is evaluated in onnxruntime on the
+second half; the stress protocol uses every fifth identity of it (``--every``). "not trained" is the calibrated student.
+Each arm is saved at once; repeat the command to resume after the last saved arm.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PARTS = tuple(field.name for field in fields(qface.AugmentationConfig))
 
 
 def _alone(*parts: str) -> qface.AugmentationConfig:
-    """``parts`` as often as by default, and no others."""
+    """Return settings with only ``parts``, each at its default probability."""
     whole = qface.AugmentationConfig()
     return replace(qface.AugmentationConfig.none(), **{part: getattr(whole, part) for part in parts})
 
@@ -61,11 +61,11 @@ ARMS: dict[str, qface.AugmentationConfig | None] = {
 @click.option("--bits", default=6, show_default=True)
 @click.option("--arms", type=click.Choice(list(ARMS)), multiple=True, default=list(ARMS))
 @click.option("--seed", default=0, show_default=True)
-@click.option("--every", type=click.IntRange(1), default=5, show_default=True, help="Of the people under stress.")
+@click.option("--every", type=click.IntRange(1), default=5, show_default=True, help="Stress every n-th identity.")
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--max-steps", type=click.IntRange(1), help="Of training, for a quick look.")
+@click.option("--max-steps", type=click.IntRange(1), help="Maximum number of training steps.  [default: all epochs]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/changed_faces"), show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures to this file.")
 def main(
     data: Path,
     network: str,
@@ -78,7 +78,7 @@ def main(
     output: Path,
     json_file: Path | None,
 ) -> None:
-    """Train and judge each arm, then print and write what is lost against the float network."""
+    """Train and evaluate each arm, then print and write the loss against the float network."""
     make_folder(output)
     weights = data / "weights" / NETWORKS[network]
     teacher, halves, records = qface.load(weights), Halves(data / "data"), Records(output)
@@ -107,7 +107,7 @@ def _student(teacher: nn.Module, halves: Halves, bits: int, training: qface.Dist
 
 
 def judged(model: Embedder, teacher: Embedder, halves: Halves, every: int) -> Record:
-    """Figures of both on faces as they are, and under stress on every so many people."""
+    """Evaluate both models on unchanged faces and, with each ``every``-th identity, under stress."""
     images = halves.judging
     assert images.labels is not None
     embeddings: list[Embeddings] = [embed(each, images) for each in (model, teacher)]
@@ -121,8 +121,8 @@ def judged(model: Embedder, teacher: Embedder, halves: Halves, every: int) -> Re
 
 
 def table(found: dict[str, Record], title: str) -> Table:
-    """Percentage points of TPR lost: a row an arm, a column a condition."""
-    result = Table(title=f"{title}: lost TPR in points; under stress at {FPR}, changed faces against unchanged ones")
+    """Return the loss of TPR in percentage points, one row per arm and one column per condition."""
+    result = Table(title=f"{title}: loss of TPR in points; stress at FPR {FPR}, degraded probes, unchanged gallery")
     conditions = [each["condition"] for each in next(iter(found.values()))["stress"]][1:]
     fprs = list(next(iter(found.values()))["model"]["tpr"])
     for heading in ("arm", *fprs, *conditions, "mean"):

@@ -1,13 +1,14 @@
-"""Kills commands at random moments, fills their disk and runs two at once, and looks at what is left.
+"""Disturb commands with random signals, a full disk or a second process, and check their files.
 
     python benchmarks/faults.py [--rounds 20] [--seed 0] [--only align]... [--json]
 
-Commands run on a tiny network and a few images of noise, each in a process forked from this one, so that the moments
-lie in their own work and not in the import of torch. After each disturbance an output must be absent, the old one or
-that of an undisturbed run, byte for byte; no traceback may be told; and the same command, run once more, must end as
-the undisturbed run did, with nothing else in its folder or among the temporary files. Exits with 1 where that fails.
+Commands run on a tiny network and a few noise images. Each runs in a fork of this process, so that disturbances hit
+the work of the command and not the import of torch. After a disturbance every output must be absent, unchanged, or
+byte-identical to the output of an undisturbed run, and no traceback may be printed. The command is then repeated: it
+must succeed with the same files as the undisturbed run and leave no others, not even temporary ones. Otherwise the
+exit code is 1.
 
-Disks are filled on a tmpfs where root may mount one; others get a limit on the size of files.
+A full disk is a small tmpfs if this process may mount one (as root), else a limit on the file size.
 """
 
 from __future__ import annotations
@@ -54,19 +55,19 @@ PAGE = 4096
 ROOM = 64 * 2**20
 OLD = b"an old file"
 IMPORTED = ("qface.api", "onnxruntime", "torch._dynamo")
-"""Imported before commands are forked, since each of them would spend most of its time on it."""
+"""Imported before the forks, since otherwise every command would spend most of its time on these imports."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command, run in a folder with ``out`` for what it writes and ``tmp`` for the system's temporary files.
+    """A command that runs in a folder with ``out`` for its outputs and ``tmp`` for temporary files.
 
     Args:
-        name: of the command and its variant.
-        run: what the process does.
-        outputs: files in ``out`` that may be there before.
-        given: inputs that are copied to ``out``, where the command changes them.
-        kept: folders in ``out`` that hold a run, whose files grow until it ends.
+        name: name of the command and its variant.
+        run: function that the process calls.
+        outputs: files in ``out`` that some cases create with old content before the run.
+        given: inputs that the command changes; they are copied to ``out``.
+        kept: run folders in ``out``; their files may be incomplete until the command ends.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a process: its exit code, or minus the signal, and what it told."""
+    """Exit code of a process (``-number`` after a fatal signal) and its output."""
 
     code: int
     stdout: str
@@ -87,7 +88,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """The results of a job that is let alone: the digests of its files, what it prints, and its seconds."""
+    """Result of an undisturbed job: digest of each output file, standard output, and duration."""
 
     files: dict[str, str]
     printed: str
@@ -96,7 +97,7 @@ class Undisturbed:
 
 @dataclass
 class Tally:
-    """Counts of what a job's disturbances led to, and what should not have happened."""
+    """Number of cases per disturbance and outcome, and the findings."""
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
@@ -106,26 +107,26 @@ class Tally:
 
 
 class Running:
-    """A job in a process of its own, in the folder ``case``; what it prints goes to files beside that.
+    """A job in a child process; its output goes to files next to the folder ``case``.
 
     Args:
-        job: what to do.
-        case: its working directory.
-        limit: greatest size of a file that it may write, in bytes.
+        job: job to run.
+        case: working directory.
+        limit: maximum size in bytes of any file it writes.
     """
 
     def __init__(self, job: Job, case: Path, limit: int | None = None) -> None:
         handle, name = tempfile.mkstemp(dir=case.parent)
         os.close(handle)
         self._printed = Path(name), Path(f"{name}.err")
-        # A signal waits until the command hears it: before that the process is this one, which has no business here.
+        # Block signals until the child handles them: before that the child would run the handlers of this process.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         self.pid = os.fork()
         if self.pid == 0:
-            self._be(job, case, limit)
+            self._run_in_child(job, case, limit)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
-    def _be(self, job: Job, case: Path, limit: int | None) -> None:
+    def _run_in_child(self, job: Job, case: Path, limit: int | None) -> None:
         code = 1
         try:
             for path, number in zip(self._printed, (1, 2), strict=True):
@@ -150,7 +151,7 @@ class Running:
             os._exit(code)
 
     def end(self, at: float | None = None, name: str = "SIGKILL") -> Ended:
-        """Wait until it ends; ``at`` seconds from now it is sent the signal ``name``, where it still runs."""
+        """Wait for the process to end; send it the signal ``name`` if it still runs after ``at`` seconds."""
         deadline = None if at is None else time.monotonic() + at
         while deadline is not None and time.monotonic() < deadline:
             found, status = os.waitpid(self.pid, os.WNOHANG)
@@ -168,17 +169,17 @@ class Running:
         return Ended(os.waitstatus_to_exitcode(status), printed, told)
 
 
-# ---- what is there
+# ---- files and undisturbed runs
 
 
 def files_in(folder: Path) -> dict[str, str]:
-    """The digest of each file below ``folder``, by its name."""
+    """Map the relative path of each file in ``folder`` and its subfolders to its digest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def comparable(printed: str) -> str:
-    """The output of a command, without the seconds that it took."""
+    """Return standard output without the field ``seconds``, which differs between runs."""
     try:
         record = json.loads(printed)
     except ValueError:
@@ -188,7 +189,7 @@ def comparable(printed: str) -> str:
 
 
 def prepared(job: Job, case: Path, old: bool) -> dict[str, str]:
-    """Make the folder of a case; returns what is in ``out``."""
+    """Create the folder of a case, with old outputs if ``old``; return the digests of files in ``out``."""
     for name in ("out", "tmp"):
         (case / name).mkdir(parents=True)
     for source in job.given:
@@ -199,7 +200,7 @@ def prepared(job: Job, case: Path, old: bool) -> dict[str, str]:
 
 
 def undisturbed(job: Job, root: Path) -> Undisturbed:
-    """Run ``job`` alone, twice, since the first time has imports that others find done."""
+    """Run ``job`` twice and return the second result, since only the first run includes imports."""
     for number in range(2):
         case = root / f"{job.name}-{number}"
         prepared(job, case, old=False)
@@ -214,13 +215,13 @@ def undisturbed(job: Job, root: Path) -> Undisturbed:
 
 
 class Cases:
-    """The cases of one job.
+    """Test cases of one job.
 
     Args:
-        job: what is disturbed.
-        alone: what it does undisturbed.
-        root: folder for its cases.
-        draw: chooses moments, sizes and whether there are old files.
+        job: job to disturb.
+        alone: result of the undisturbed job.
+        root: parent folder of the cases.
+        draw: random generator for times, sizes and old outputs.
     """
 
     def __init__(self, job: Job, alone: Undisturbed, root: Path, draw: random.Random) -> None:
@@ -231,7 +232,7 @@ class Cases:
         self.tally = Tally()
 
     def disturb(self, disturbance: str) -> None:
-        """Disturb the job once, run it once more, and note what is wrong with either."""
+        """Run the job with one disturbance, then repeat it without; record what is wrong with either run."""
         case = Path(tempfile.mkdtemp(dir=self.root)) / "case"
         case.mkdir()
         before, now = len(self.tally.findings), f"{self.job.name}, {disturbance}"
@@ -252,11 +253,11 @@ class Cases:
         start = prepared(self.job, case, self.draw.random() < 0.5)
         ended = Running(self.job, case).end(at, name)
         number = getattr(signal, name)
-        # Minus the number: the process had ended its work, or not begun it, and left the signal to the system.
+        # The code is -number if the signal came before the command installed its handlers or after it removed them.
         if ended.code not in (0, -number, 128 + number):
-            self._find(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
-        self._look(case, now, start, ended, leaves=name == "SIGKILL")
-        self._again(case, now)
+            self._add_finding(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
+        self._check_files(case, now, start, ended, leaves=name == "SIGKILL")
+        self._check_repetition(case, now)
 
     def _run_two(self, case: Path, now: str) -> None:
         start = prepared(self.job, case, self.draw.random() < 0.5)
@@ -267,11 +268,11 @@ class Cases:
         for ended in both:
             refused = ended.code == 2 and "another run is writing to" in ended.stderr
             if ended.code != 0 and not refused:
-                self._find(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
-            self._look(case, now, start, ended, leaves=False)
+                self._add_finding(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
+            self._check_files(case, now, start, ended, leaves=False)
         if all(ended.code for ended in both):
-            self._find(now, "neither succeeds")
-        self._again(case, now)
+            self._add_finding(now, "neither succeeds")
+        self._check_repetition(case, now)
 
     def _fill(self, case: Path, now: str) -> None:
         largest = max([PAGE, *(path.stat().st_size for path in self._kept_files())])
@@ -284,56 +285,56 @@ class Cases:
             ended = Running(self.job, case, limit=room if resize is None else None).end()
             now = f"{now}, room for {room}"
             if ended.code not in (0, 2) or (ended.code == 2 and ended.stderr.count("Error:") != 1):
-                self._find(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
-            self._look(case, now, start, ended, leaves=False)
+                self._add_finding(now, f"exits with {ended.code}: {ended.stderr[-300:]}")
+            self._check_files(case, now, start, ended, leaves=False)
             if resize is not None:
                 resize(ROOM)
-            self._again(case, now)
+            self._check_repetition(case, now)
 
     def _kept_files(self) -> Iterator[Path]:
         done = self.root / f"{self.job.name}-1"
         return (path for path in done.rglob("*") if path.is_file())
 
-    def _look(self, case: Path, now: str, start: dict[str, str], ended: Ended, leaves: bool) -> None:
-        """Hold what is there after a disturbance against what was there before, and the undisturbed run."""
+    def _check_files(self, case: Path, now: str, start: dict[str, str], ended: Ended, leaves: bool) -> None:
+        """Compare the files after a disturbance with those before it and with the undisturbed run."""
         for trace in TRACES:
             if trace in ended.stderr:
-                self._find(now, f"tells {ended.stderr[-600:]}")
+                self._add_finding(now, f"prints {ended.stderr[-600:]}")
         out = files_in(case / "out")
         for name, digest in out.items():
             is_temporary = name.rpartition("/")[2].startswith(".qface-")
             if is_temporary and not leaves:
-                self._find(now, f"leaves {name}")
+                self._add_finding(now, f"leaves {name}")
             if not (is_temporary or name.startswith(self.job.kept)) and digest not in (
                 *(found.get(name) for found in (start, self.alone.files)),
             ):
-                self._find(now, f"{name} is neither absent, old nor complete")
+                self._add_finding(now, f"{name} is neither absent, old nor complete")
         if not leaves and any((case / "tmp").iterdir()):
-            self._find(now, "leaves temporary files")
+            self._add_finding(now, "leaves temporary files")
         done = all(out.get(name) == digest for name, digest in self.alone.files.items())
         outcome = "complete" if done and out else "as before" if out == start else "part of it"
         self.tally.outcomes[now.split(", ")[1].split(" after")[0], outcome] += 1
 
-    def _again(self, case: Path, now: str) -> None:
+    def _check_repetition(self, case: Path, now: str) -> None:
         ended = Running(self.job, case).end()
         found = files_in(case / "out")
         if ended.code != 0:
-            self._find(now, f"the next run exits with {ended.code}: {ended.stderr[-300:]}")
+            self._add_finding(now, f"the next run exits with {ended.code}: {ended.stderr[-300:]}")
         elif found != self.alone.files:
             differing = sorted(name for name, _ in found.items() ^ self.alone.files.items())
-            self._find(now, f"the next run ends with other files: {', '.join(differing)}")
+            self._add_finding(now, f"the next run ends with other files: {', '.join(differing)}")
         elif comparable(ended.stdout) != self.alone.printed and not self.job.kept and "align" not in self.job.name:
-            self._find(now, f"the next run prints {ended.stdout[-300:]}")
+            self._add_finding(now, f"the next run prints {ended.stdout[-300:]}")
         if any((case / "tmp").iterdir()):
-            self._find(now, "the next run leaves temporary files")
+            self._add_finding(now, "the next run leaves temporary files")
 
-    def _find(self, now: str, what: str) -> None:
+    def _add_finding(self, now: str, what: str) -> None:
         self.tally.findings.append(f"{now}: {what.strip()}")
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Callable[[int], None] | None]:
-    """A disk mounted at ``folder`` and what sets its size in bytes; None where none may be mounted."""
+    """Mount a tmpfs and yield a function that sets its size in bytes, or None if mounting fails."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "qface-faults", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         yield None
@@ -345,14 +346,14 @@ def small_disk(folder: Path) -> Iterator[Callable[[int], None] | None]:
     try:
         yield resize
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a command may still run, if this one is stopped
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazy: a child may still run after Ctrl-C
 
 
 # ---- inputs and jobs
 
 
 def write_inputs(folder: Path) -> None:
-    """A network, its student and their files, crops, photos with landmarks, and templates as in IJB-C."""
+    """Write a network, its student, the student's ONNX file, noise crops and IJB-C templates."""
     draw = np.random.default_rng(0)
     write_crops(folder / "crops", draw)
     write_templates(folder / "ijb", draw)
@@ -368,7 +369,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def write_crops(folder: Path, draw: np.random.Generator) -> None:
-    """Crops of noise of six people."""
+    """Write five noise crops for each of six identities."""
     for person in range(6):
         (folder / f"p{person}").mkdir(parents=True)
         for number in range(5):
@@ -376,7 +377,7 @@ def write_crops(folder: Path, draw: np.random.Generator) -> None:
 
 
 def write_templates(folder: Path, draw: np.random.Generator) -> None:
-    """Photos of noise with landmarks, three of each of eight templates, two templates a person."""
+    """Write noise photos with landmarks, as eight IJB-C templates of three; two templates per identity."""
     (folder / "loose_crop").mkdir(parents=True)
     (folder / "meta").mkdir()
     points = " ".join(f"{value:.3f}" for value in (ARCFACE_LANDMARKS + 20).ravel())
@@ -394,12 +395,12 @@ def write_templates(folder: Path, draw: np.random.Generator) -> None:
 
 
 def save_noise(path: Path, draw: np.random.Generator, side: int) -> None:
-    """A square photo."""
+    """Write a square noise image with ``side`` pixels per side."""
     Image.fromarray(draw.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
 
 
 def jobs_on(inputs: Path) -> list[Job]:
-    """Every command that writes or runs long, on ``inputs``."""
+    """Return a job for every command that writes files or runs long."""
     crops, teacher, student = (str(inputs / name) for name in ("crops", "teacher.safetensors", "student.safetensors"))
     ijb, files = str(inputs / "ijb"), ("new.safetensors",)
 
@@ -447,7 +448,7 @@ def jobs_on(inputs: Path) -> list[Job]:
 
 
 def distill_by_steps(inputs: Path) -> None:
-    """As the command does, with a checkpoint after every step."""
+    """Run distillation like the command, with a checkpoint after every step."""
     config = qface.DistillConfig(batch_size=8, epochs=2, checkpoint_every=1, device="cpu")
     student, teacher = (qface.load(inputs / f"{name}.safetensors") for name in ("student", "teacher"))
     try:
@@ -462,20 +463,20 @@ def distill_by_steps(inputs: Path) -> None:
 
 
 @click.command(cls=BenchmarkCommand)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Cases of each kind a command.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of moments and sizes.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Cases per command and kind.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of times and sizes.")
 @click.option(
     "--only",
     multiple=True,
     type=click.Choice([job.name for job in jobs_on(Path())]),
-    help="A command; repeatable.  [default: all]",
+    help="Command to test; repeatable.  [default: all]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def main(rounds: int, seed: int, only: tuple[str, ...], as_json: bool) -> None:
-    """Disturb every command and look at what is left."""
+    """Run every command with each disturbance and check the files it leaves."""
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="qface-faults-"))
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root / "torch")  # a folder that torch makes, empty, where it finds none
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root / "torch")  # torch would create it in ``tmp``: a false finding
     for module in IMPORTED:
         importlib.import_module(module)
     inputs = root / "inputs"
@@ -490,7 +491,7 @@ def main(rounds: int, seed: int, only: tuple[str, ...], as_json: bool) -> None:
     findings = [finding for each in cases for finding in each.tally.findings]
     show(cases, findings, as_json)
     if findings:
-        click.echo(f"what is left lies in {root}", err=True)
+        click.echo(f"the files of the failed cases are in {root}", err=True)
         raise click.exceptions.Exit(1)
     shutil.rmtree(root)
 
@@ -502,7 +503,7 @@ def _new_case(root: Path) -> Path:
 
 
 def show(cases: list[Cases], findings: list[str], as_json: bool) -> None:
-    """Print what came of each disturbance of each command, and the findings."""
+    """Print the number of cases per outcome for each command and disturbance, and the findings."""
     rows = [
         {"command": each.job.name, "disturbance": disturbance, "seconds": each.alone.seconds}
         | {outcome: each.tally.outcomes[disturbance, outcome] for outcome in ("as before", "part of it", "complete")}
@@ -521,5 +522,5 @@ def show(cases: list[Cases], findings: list[str], as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    with ended_by_signals():  # or a disk would stay mounted
+    with ended_by_signals():  # otherwise a signal would leave a disk mounted
         main()

@@ -1,7 +1,7 @@
-"""Networks that nobody here wrote, with random weights: of pytorchcv, of transformers, and one for each idiom.
+"""Networks from pytorchcv and transformers, and one network per idiom of tests/graph/idioms.py.
 
-Neither package needs torchvision. Weights are random and seeded; statistics of BatchNorm are random too, since those
-of a new network change nothing.
+Neither package needs torchvision. Weights are random and seeded. BatchNorm statistics are random too, since the initial
+ones would make it an identity.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _IDIOM = "idiom"
 
 @dataclass(frozen=True)
 class ForeignNetwork:
-    """One network.
+    """A network and how to build it.
 
     Args:
-        name: for ``--names`` and the table.
-        package: that has it.
-        make: builds it.
-        size: side of the images that it reads.
+        name: name for ``--names`` and the table.
+        package: package that defines it.
+        make: function that builds it.
+        size: height and width of its input images.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ForeignNetwork:
     size: int = 112
 
     def build(self) -> nn.Module:
-        """The network in eval mode, with repeatable weights."""
+        """Build the network in eval mode with seeded random weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.make().eval()
@@ -50,7 +50,7 @@ class ForeignNetwork:
 
 
 def is_installed(package: str) -> bool:
-    """Whether ``package`` can be imported."""
+    """True if ``package`` can be imported."""
     return package == _IDIOM or importlib.util.find_spec(package) is not None
 
 
@@ -66,12 +66,12 @@ def _pytorchcv(name: str) -> nn.Module:
     model = importlib.import_module("pytorchcv.model_provider").get_model(name)
     for module in list(model.modules()):
         if isinstance(getattr(module, "final_pool", None), nn.AvgPool2d):
-            module.final_pool = nn.AdaptiveAvgPool2d(1)  # that of 224 pixels is too large for faces
+            module.final_pool = nn.AdaptiveAvgPool2d(1)  # its window fits 224 x 224 images and is too large here
     return model
 
 
 class _Embedding(nn.Module):
-    """The embedding of a network of transformers: what it pools, or a mean of its map, or its first token."""
+    """Embedding of a transformers model: pooled output, mean of its feature map, or first token."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -173,4 +173,4 @@ NETWORKS: dict[str, ForeignNetwork] = {
         *_idioms(),
     )
 }
-"""All networks, by name."""
+"""Name of each network and the network."""

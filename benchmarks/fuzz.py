@@ -1,10 +1,10 @@
-"""Files that are changed at random, read in processes of their own: no crash, traceback, hang or flood of memory.
+"""Fuzz the file readers: read randomly changed files, each in its own process.
 
     python benchmarks/fuzz.py [--cases 200] [--seed 0] [--readers onnx,checkpoint] [--keep FOLDER] [--json]
 
-Each case is an honest file of a reader with bytes, fields, opcodes, members or values changed. A reader may read it
-or refuse it in one line. Anything else is a finding: a traceback, a crash, more than 10 seconds, or a gigabyte more
-than the honest file takes. The file of a finding is kept, and the exit code is 1.
+Each case is a valid file with changed bytes, fields, opcodes, zip members or values. The reader may read it or refuse
+it with a one-line error. Anything else is a finding: a traceback, a crash, more than 10 seconds, or over 1 GiB more
+memory than for the valid file. Files of findings are kept, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ HEADINGS = ("reader", "cases", "read", "refused", "findings", "slowest", "most m
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader and what is done to its files.
+    """A file reader under test.
 
     Args:
-        ending: of the file's name.
-        write: writes an honest file.
+        ending: file name extension with the dot.
+        write: writes a valid file.
         read: reads a file.
-        mutations: of its bytes; one is drawn for each case.
+        mutations: changes of the file content; each case draws one.
     """
 
     ending: str
@@ -76,15 +76,15 @@ class Reader:
 
 @dataclass
 class Row:
-    """The cases of one reader.
+    """Results of one reader.
 
     Args:
-        reader: its name.
-        cases: how many files were read.
-        kinds: how many of them ended in which way, as :class:`Outcome` names them.
-        seconds: of the slowest.
-        memory: bytes of the largest.
-        findings: the kept files, each with its case and what happened.
+        reader: reader name.
+        cases: number of cases.
+        kinds: number of cases per ``kind`` of :class:`Outcome`.
+        seconds: duration of the slowest case.
+        memory: maximum memory growth of a case in bytes.
+        findings: path of each kept file and its finding.
     """
 
     reader: str
@@ -95,17 +95,17 @@ class Row:
     findings: list[str] = field(default_factory=list)
 
     def cells(self) -> Sequence[str]:
-        """For the table."""
+        """Return the cells of the table row."""
         read, refused = (self.kinds.get(kind, 0) for kind in ("read", "refused"))
         numbers = (self.cases, read, refused, len(self.findings))
         return self.reader, *map(str, numbers), f"{self.seconds:.1f} s", f"{self.memory / 1e6:.0f} MB"
 
 
-# ---- honest files
+# ---- valid files
 
 
 class Net(nn.Module):
-    """A network of two convolutions, whose files are small."""
+    """Small network with two convolutions, so that its files are small."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,14 +116,14 @@ class Net(nn.Module):
         self.linear = nn.Linear(64, 8)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Embeddings of ``images`` [N, 3, 16, 16]."""
+        """Return embeddings ``[N, 8]`` of ``images`` ``[N, 3, 16, 16]``."""
         x = self.slope(self.norm(self.conv(images)))
         return self.linear(self.last(x).flatten(1))  # type: ignore[no-any-return]
 
 
 @functools.cache
 def network() -> nn.Module:
-    """A network with fixed weights."""
+    """Return the network with seeded weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return with_preprocessing(Net(), Preprocessing(size=SIZE, source="file")).eval()
@@ -131,7 +131,7 @@ def network() -> nn.Module:
 
 @functools.cache
 def student() -> nn.Module:
-    """The same, quantized."""
+    """Return the network quantized to 6 bits and calibrated on noise."""
     made = qface.quantize(network(), 6)
     generator = torch.Generator().manual_seed(0)
     return qface.calibrate(made, torch.randint(0, 256, (16, 3, 112, 112), dtype=torch.uint8, generator=generator))
@@ -268,7 +268,7 @@ READERS = {
 
 
 def fuzz(name: str, cases: int, seed: int, keep: Path, progress: bool) -> Row:
-    """Read ``cases`` changed files of the reader ``name``."""
+    """Read ``cases`` changed files with the reader ``name``; files of findings go to ``keep``."""
     reader, row = READERS[name], Row(name)
     with tempfile.TemporaryDirectory() as text:
         path = Path(text) / f"case{reader.ending}"
@@ -277,7 +277,7 @@ def fuzz(name: str, cases: int, seed: int, keep: Path, progress: bool) -> Row:
         gc.collect()
         before = _confined(reader, path)
         if before.kind != "read":
-            raise click.ClickException(f"{name} does not read its honest file: {before.message}")
+            raise click.ClickException(f"{name} does not read a valid file: {before.message}")
         for number in track(range(cases), name):
             rng = random.Random(f"{seed} {name} {number}")
             path.write_bytes(_changed(reader, honest, rng))
@@ -303,7 +303,7 @@ def _changed(reader: Reader, honest: bytes, rng: random.Random) -> bytes:
 
 
 def _finding(outcome: Outcome, before: Outcome) -> str | None:
-    """The rule that a case breaks, None if it breaks none."""
+    """Describe why a case is a finding, or return None."""
     if outcome.kind not in ("read", "refused"):
         return f"{outcome.kind}: {outcome.message}"
     if outcome.memory > before.memory + MEMORY:
@@ -320,19 +320,19 @@ def _chosen(text: str | None) -> list[str]:
 
 
 @click.command(cls=BenchmarkCommand)
-@click.option("--cases", type=click.IntRange(1), default=200, show_default=True, help="Files of each reader.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the changes.")
-@click.option("--readers", help="Names with commas between them.  [default: all]")
+@click.option("--cases", type=click.IntRange(1), default=200, show_default=True, help="Changed files per reader.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the changes.")
+@click.option("--readers", help="Comma-separated names.  [default: all]")
 @click.option(
-    "--keep", type=click.Path(path_type=Path), default=Path("runs/fuzz"), show_default=True, help="Files of findings."
+    "--keep", type=click.Path(path_type=Path), default=Path("runs/fuzz"), show_default=True, help="Folder for findings."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(cases: int, seed: int, readers: str | None, keep: Path, as_json: bool) -> None:
-    """Read changed files, and report what was not read or refused in one line."""
+    """Read changed files; report those that are neither read nor refused in one line."""
     torch.set_num_threads(1)
     names = _chosen(readers)
     for module in ("onnxruntime", "onnx.reference", "qface.models.onnx_import"):
-        importlib.import_module(module)  # before the forks, each of which would take seconds for it
+        importlib.import_module(module)  # import before the forks, each of which would need seconds for it
     rows = [fuzz(name, cases, seed, keep, progress=not as_json) for name in names]
     if as_json:
         click.echo(json.dumps({"seed": seed, "rows": [asdict(row) for row in rows]}))

@@ -1,1 +1,1 @@
-"""What the benchmarks share: networks and recipes, images, kept results and how they are written."""
+"""Code shared by the benchmarks: networks, recipes, held-out images, saved results and report files."""

@@ -1,4 +1,4 @@
-"""The command line of a benchmark, which tells errors of the library in one line, as ``qface`` does."""
+"""Command line of a benchmark that prints library errors in one line, as ``qface`` does."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ __all__ = ["BenchmarkCommand"]
 
 
 class BenchmarkCommand(click.Command):
-    """``@click.command(cls=BenchmarkCommand)``."""
+    """Command class for ``@click.command(cls=BenchmarkCommand)``."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the benchmark.
-
-        Raises:
-            click.ClickException: the library refused something.
-        """
+        """Run the benchmark; a QFaceError becomes a one-line click.ClickException."""
         try:
             return super().invoke(ctx)
         except qface.QFaceError as error:

@@ -1,4 +1,4 @@
-"""Calls in processes of their own, with bounds on time and memory, so that a crash is a result like others."""
+"""Run a call in a child process with time and memory limits, so that a crash becomes a result."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ import qface
 __all__ = ["Outcome", "confined"]
 
 _HEADROOM = 4 * 2**30
-"""Bytes beyond its present size that a child may map, so that no file fills the machine."""
+"""Bytes a child may map beyond its initial size, so that no file exhausts the memory of the machine."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a call.
+    """Result of a confined call.
 
     Args:
-        kind: ``"read"``, ``"refused"`` (by an error of qface's), ``"traceback"``, ``"crash"`` or ``"timeout"``.
-        message: the error in a line, a traceback, or the signal.
-        seconds: from the start of the process to its end.
-        memory: bytes by which its resident memory grew at most.
+        kind: ``"read"``, ``"refused"`` (a QFaceError), ``"traceback"``, ``"crash"`` or ``"timeout"``.
+        message: error message, traceback, exit status or time limit; empty for ``"read"``.
+        seconds: lifetime of the child process.
+        memory: peak growth of resident memory in bytes; 0 after a crash or timeout.
     """
 
     kind: str
@@ -43,9 +43,9 @@ class Outcome:
 
 
 def confined(call: Callable[[], object], seconds: float) -> Outcome:
-    """Run ``call`` in a fork of this process, which is killed after ``seconds``.
+    """Run ``call`` in a forked child that is killed after ``seconds``.
 
-    This process should have imported what ``call`` needs, and should run no threads.
+    Import all modules that ``call`` needs first, and run no other threads in this process.
     """
     reader, writer = os.pipe()
     start = time.monotonic()
@@ -71,7 +71,7 @@ def confined(call: Callable[[], object], seconds: float) -> Outcome:
 
 
 def _answer(reader: int, deadline: float) -> bytes | None:
-    """All that the child writes; None if the time is up before."""
+    """Return all output of the child, or None if it is still running at ``deadline``."""
     content = b""
     while True:
         ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
@@ -84,15 +84,15 @@ def _answer(reader: int, deadline: float) -> bytes | None:
 
 
 def _report(call: Callable[[], object], writer: int) -> None:
-    """Write what comes of ``call``, and end this process."""
+    """Run ``call``, write its result to the pipe ``writer`` and exit this process."""
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     sys.stderr = sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     warnings.simplefilter("ignore")
-    faulthandler.disable()  # whose file may be another than stderr
+    faulthandler.disable()  # it may write to a file other than stderr
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM, the peak resident size
     mapped = _status("VmSize") + _HEADROOM
     resource.setrlimit(resource.RLIMIT_AS, (mapped, mapped))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -107,12 +107,12 @@ def _outcome(call: Callable[[], object]) -> tuple[str, str]:
         call()
     except qface.QFaceError as error:
         return "refused", str(error)[:2000]
-    except BaseException:  # SystemExit and KeyboardInterrupt are no better than the others here
+    except BaseException:  # SystemExit and KeyboardInterrupt count as faults too
         return "traceback", traceback.format_exc()[-3000:]
     return "read", ""
 
 
 def _status(field: str) -> int:
-    """A line of this process's status, in bytes."""
+    """Return a size field of ``/proc/self/status`` in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

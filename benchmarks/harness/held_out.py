@@ -1,4 +1,4 @@
-"""LFW in two halves: the people that everything is tuned on, and those that it is judged on."""
+"""LFW split by identity into a tuning half and an evaluation half."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Embeddings = npt.NDArray[np.float32]
 
 
 class Halves:
-    """``lfw`` and ``lfw_pairs.txt`` of a folder.
+    """Both halves of LFW, from ``lfw`` and ``lfw_pairs.txt`` in the folder ``faces``.
 
     Attributes:
-        tuning: images of the first half of the people.
+        tuning: images of the first half of the identities.
         judging: images of the second half.
     """
 
@@ -30,21 +30,21 @@ class Halves:
         self._pairs = resolve_pairs(read_lfw_pairs(faces / "lfw_pairs.txt"), self.judging)
 
     def names(self) -> str:
-        """All images by name, and how many of the pairs are judged."""
+        """Return all image names and the number of evaluated pairs as text, one per line."""
         images = [path.relative_to(half.root).as_posix() for half in (self.tuning, self.judging) for path in half.paths]
         return "\n".join([*images, str(len(self._pairs))])
 
     def figures(self, embeddings: Embeddings, teacher: Embeddings) -> dict[str, Any]:
-        """Verification of the second half, as shares.
+        """Measure verification on the second half, as fractions in [0, 1].
 
         Args:
-            embeddings: [images, dimensions] of ``judging``, L2-normalized.
-            teacher: the same of the float network.
+            embeddings: L2-normalized embeddings of ``judging``, ``[N, D]``.
+            teacher: embeddings of the float network for the same images, ``[N, D]``.
 
         Returns:
-            ``tpr`` and ``thresholds`` at each of :data:`FPRS`, ``gallery_tpr`` where the teacher enrolled the gallery,
-            ``accuracy`` over the ten folds, and ``distance``, the mean of 1 - cosine to the teacher. None where there
-            are too few pairs.
+            ``tpr`` and ``thresholds`` at each of :data:`FPRS`; ``gallery_tpr`` with the teacher's
+            embeddings as gallery; 10-fold ``accuracy``; ``distance``, the mean of 1 - cosine to the teacher. A TPR or
+            threshold is None if there are too few pairs.
         """
         assert self.judging.labels is not None
         labels = self.judging.labels.numpy()

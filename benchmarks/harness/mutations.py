@@ -1,4 +1,4 @@
-"""Changes of files that a fuzzer makes: of bytes, and of the fields, opcodes, members and values that formats have."""
+"""Random changes for the fuzzer: bytes, lines, JSON values, pickle opcodes, zip members, ONNX fields."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VALUES: tuple[Any, ...] = (*_NUMBERS, 0.5, -1e308, 1e308, True, None, "", "x" *
 
 
 def bytes_changed(content: bytes, rng: random.Random) -> bytes:
-    """A few bytes flipped, cut, repeated, zeroed or replaced by an extreme number."""
+    """Flip, cut, repeat, zero, randomize or overwrite bytes with extreme numbers, 1 to 20 times."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5, 20))):
         place = rng.randrange(len(changed) + 1)
@@ -50,7 +50,7 @@ def bytes_changed(content: bytes, rng: random.Random) -> bytes:
 
 
 def lines_changed(content: bytes, rng: random.Random) -> bytes:
-    """A field of a line replaced, or a line removed or repeated."""
+    """Replace a field of a line, or remove or repeat a line."""
     lines = content.split(b"\n")
     place = rng.randrange(len(lines))
     kind = rng.randrange(4)
@@ -69,7 +69,7 @@ def lines_changed(content: bytes, rng: random.Random) -> bytes:
 
 
 def json_changed(content: bytes, rng: random.Random) -> bytes:
-    """A value or key of a JSON text replaced, removed or repeated."""
+    """Replace, remove, swap or repeat values or keys of a JSON text."""
     value = json.loads(content)
     for _ in range(rng.choice((1, 1, 2, 4))):
         value = _changed_value(value, rng)
@@ -77,8 +77,8 @@ def json_changed(content: bytes, rng: random.Random) -> bytes:
 
 
 def _changed_value(value: Any, rng: random.Random) -> Any:
-    """``value`` with a part changed, at a random place."""
-    if isinstance(value, str) and value[:1] in ("{", "[") and rng.random() < 0.9:  # JSON in JSON, as in metadata
+    """Return a copy of ``value`` with a change at a random depth."""
+    if isinstance(value, str) and value[:1] in ("{", "[") and rng.random() < 0.9:  # metadata may hold JSON as a string
         try:
             return json.dumps(_changed_value(json.loads(value), rng))
         except ValueError:
@@ -104,7 +104,7 @@ def _changed_value(value: Any, rng: random.Random) -> Any:
 
 
 def safetensors_changed(content: bytes, rng: random.Random) -> bytes:
-    """A change of the header, whose metadata may hold JSON themselves, or of bytes."""
+    """Change the JSON header of a safetensors file, preferably its metadata."""
     (length,) = struct.unpack_from("<Q", content)
     header = content[8 : 8 + length]
     record = json.loads(header)
@@ -121,7 +121,7 @@ def safetensors_changed(content: bytes, rng: random.Random) -> bytes:
 
 
 def pickle_changed(content: bytes, rng: random.Random) -> bytes:
-    """An opcode of the first pickle removed, repeated or replaced, or its number made extreme."""
+    """Remove, repeat or replace one to three opcodes of the first pickle, or make a number extreme."""
     places = [place for _, _, place in pickletools.genops(content)]
     starts = list(zip(places, [*places[1:], places[-1] + 1], strict=True))
     changed = content
@@ -147,7 +147,7 @@ def _changed_opcode(opcode: bytes, rng: random.Random, content: bytes, starts: l
 
 
 def zip_changed(content: bytes, rng: random.Random, inner: dict[str, Mutation]) -> bytes:
-    """A member of an archive changed, by the mutation for the ending of its name, or renamed, dropped or repeated."""
+    """Rename, drop, compress or mutate one zip member; ``inner`` maps name endings to mutations."""
     target = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(target, "w") as made, _quiet():
         infos = archive.infolist()
@@ -171,7 +171,7 @@ def zip_changed(content: bytes, rng: random.Random, inner: dict[str, Mutation]) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let zipfile not warn of two members of one name, which are wanted here."""
+    """Silence the warning of zipfile about duplicate member names, which are intended here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -181,7 +181,7 @@ def _quiet() -> Iterator[None]:
 
 
 def onnx_changed(content: bytes, rng: random.Random) -> bytes:
-    """Fields of an ONNX file set, cleared, repeated or swapped, at random depths."""
+    """Set, clear, repeat or remove fields of an ONNX file at random depths."""
     model = onnx.ModelProto.FromString(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         _change_message(model, rng)
@@ -234,7 +234,7 @@ def _scalar(field: Any, rng: random.Random) -> Any:
 
 
 def _try(change: Callable[[], object]) -> None:
-    """Make a change that the format may not have, such as a number that is too large for its field."""
+    """Apply ``change``; ignore it if the field cannot hold the value, such as a number out of range."""
     try:
         change()
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The networks that are measured, and how they are quantized and trained."""
+"""Benchmark networks, and the recipes that quantize and train them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass, replace
 import qface
 
 NETWORKS = {"mobilefacenet": "mobilefacenet_112x96.safetensors", "iresnet18": "iresnet18.safetensors"}
-"""Each network, and the file of its weights in ``weights/`` of --data."""
+"""Name of each network and its weight file in ``weights/`` of --data."""
 
 CALIBRATION_IMAGES = 512
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is quantized and trained.
+    """Settings for quantization, calibration and distillation.
 
     Args:
-        quantization: observers of the ranges; the bits are the row's.
+        quantization: observers and residual settings; the benchmark row sets the bits.
         calibration: settings of :func:`qface.calibrate`.
-        training: settings of the distillation; seed and steps are the run's.
-        repair: whether what is left of a pruned layer makes up for what went.
-        judged: whether goals are held against it.
+        training: settings of :func:`qface.distill`; the run sets seed, epochs and steps.
+        repair: fit pruned layers to their original outputs, as in :class:`qface.PruningConfig`.
+        judged: compare results with the goals.
     """
 
     quantization: qface.QuantizationConfig

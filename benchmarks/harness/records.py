@@ -1,4 +1,4 @@
-"""Results on disk, each beside the settings it was made with, so that an interrupted benchmark goes on where it was."""
+"""Results saved with their settings, so that an interrupted benchmark can resume."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Records:
-    """JSON files in ``folder``: a name, a word for the settings, and what was measured with them."""
+    """Results in ``folder``, one JSON file per name and digest of the settings."""
 
     folder: Path
 
     def path(self, name: str, settings: Record, ending: str = "") -> Path:
-        """Where what belongs to ``name`` and ``settings`` lies; other settings have another path."""
+        """Return the path for ``name`` and ``settings``; different settings give different paths."""
         return self.folder / f"{name}-{digest(canonical(settings))}{ending}"
 
     def find(self, name: str, settings: Record) -> Record | None:
-        """What was measured with exactly these settings, or None."""
+        """Return the saved result for exactly these settings, or None."""
         path = self.path(name, settings, ".json")
         if not path.exists():
             return None
@@ -38,7 +38,7 @@ class Records:
         return record["result"] if canonical(record["settings"]) == canonical(settings) else None
 
     def recall(self, name: str, settings: Record, make: Callable[[], Record]) -> Record:
-        """What is there already, or else what ``make`` returns, which is written at once."""
+        """Return the saved result; if there is none, call ``make`` and save its result."""
         found = self.find(name, settings)
         if found is None:
             found = make()
@@ -46,7 +46,7 @@ class Records:
         return found
 
     def recall_array(self, name: str, settings: Record, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """The same for an array."""
+        """Return the saved array; if there is none, call ``make`` and save its result."""
         path = self.path(name, settings, ".npy")
         if not path.exists():
             with replacing(path) as temporary, temporary.open("wb") as file:
@@ -55,17 +55,17 @@ class Records:
 
 
 def canonical(settings: Record) -> str:
-    """``settings`` as text that is equal where they are."""
+    """Return ``settings`` as JSON with sorted keys, so that equal settings give equal text."""
     return json.dumps(settings, sort_keys=True)
 
 
 def digest(content: str | bytes) -> str:
-    """A short word for ``content``."""
+    """Return the first 8 hex digits of the SHA-256 of ``content``."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:8]
 
 
 def digest_of_file(path: Path) -> str:
-    """A short word for what is in a file, which is read again only when it has changed."""
+    """Return the digest of a file; it is cached until size or modification time change."""
     status = path.stat()
     return _digest_of_file(path, status.st_size, status.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""Tables, figures and JSON of a benchmark, each written whole or not at all."""
+"""Tables, figures and JSON of a benchmark; files are replaced atomically."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["markdown_table", "terminal_table", "write_figure", "write_json", "wr
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """For a page."""
+    """Return a Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """For the terminal."""
+    """Return a rich table for the terminal."""
     table = Table(title=title)
     for heading in headings:
         table.add_column(heading)
@@ -42,6 +42,6 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_figure(path: Path, figure: Any) -> None:
-    """Write a figure of matplotlib to ``path`` as PNG."""
+    """Write a matplotlib figure to ``path`` as PNG."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -1,4 +1,4 @@
-"""How long something takes."""
+"""Time a call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ResultT = TypeVar("ResultT")
 
 
 def timed(work: Callable[[], ResultT]) -> tuple[ResultT, float]:
-    """What ``work`` returns, and its seconds."""
+    """Call ``work``; return its result and the elapsed seconds."""
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start
