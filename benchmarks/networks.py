@@ -5,8 +5,8 @@
 :mod:`foreign_networks` lists the networks: those of pytorchcv and transformers (``pip install -e '.[networks]'``), with
 random weights, and with ``--idioms`` one network per idiom of ``tests/graph/idioms.py``.
 
-- "integers that differ": integers of all layers that differ between student and file on synthetic images. The next
-  column counts those that are not rounded right after a float operator.
+- "integers that differ": integers of all layers that differ between student and file on eight synthetic images. The
+  next column counts those that are not rounded right after a float operator.
 - "integer": fraction of the multiply-adds that convolutions and linear layers compute with integers. "float operators
   left" names the other operators with their number.
 - "size": file size relative to the float32 parameters x bits / 32.
