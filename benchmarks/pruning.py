@@ -5,8 +5,8 @@
                                  [--max-steps N] [-o runs/pruning] [--json FILE]
 
 The first half of the people tunes each network, the second half evaluates its exported file in onnxruntime. Latency is
-measured with one image on one thread; timed calls alternate between all files, and the table gives the speedup over the float
-network. "of the products saved" is the speedup by pruning relative to the reduction in multiply-adds. Numbers of
+measured with one image on one thread. Timed calls alternate between all files, and the table gives the speedup over the
+float network. "of the products saved" is the speedup by pruning relative to the reduction in multiply-adds. Numbers of
 channels are rounded down to multiples of 16, where integer kernels are fastest; ``--round-to 1`` turns this off.
 
 Each file and its figures are written when they are ready, so that the same command continues a stopped run. The script

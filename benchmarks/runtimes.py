@@ -3,7 +3,7 @@
     make runtimes
     python benchmarks/runtimes.py student.onnx [--float float32.onnx] [--images 2000] [--json] [-o FILE]
 
-``tests/runtimes`` defines the runtimes. A runtime that is not installed has no row, and a line says why. All figures use
+``tests/runtimes`` defines the runtimes. A runtime that is not installed has no row; a line says why. All figures use
 the held-out second half of the people. Emulated processors take about half a second per face, so they embed fewer faces
 (``--emulated-images``) and are not timed.
 

@@ -54,7 +54,7 @@ Loop = Callable[[], nn.Module]
 @click.option("--bits", default=6, show_default=True)
 @click.option("--batch-size", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Steps of each loop per round.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Timed rounds, after one for warm-up.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Timed rounds, after a warm-up.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/training_time"), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(
