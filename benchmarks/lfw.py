@@ -1,4 +1,4 @@
-"""Accuracy of one student on LFW, calibrated and distilled, in torch and as a file, next to its teacher.
+"""Accuracy of a teacher and its student on LFW: calibrated and distilled, in torch and as a file.
 
     python benchmarks/lfw.py --data ../shared [--weights FILE] [--bits 6] [--recipe qface] [--json lfw.json]
 

@@ -268,7 +268,7 @@ class _Multiplications(fx.Interpreter):
 
 
 def integer_share(canonical: fx.GraphModule) -> float:
-    """Return the fraction of multiply-adds in convolutions and linear layers, which all have an integer form."""
+    """Return the fraction of multiply-adds in convolutions and linear layers, which compute with integers."""
     counter = _Multiplications(copy.deepcopy(canonical).requires_grad_(False))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # FlopCounterMode counts its products
         counter.run(example_input(canonical))

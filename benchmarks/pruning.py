@@ -1,4 +1,4 @@
-"""Accuracy, size and latency of a network pruned, quantized, and both, to compare pruning with lower bits.
+"""Accuracy, size and latency of a network after pruning, after quantization, and after both.
 
     python benchmarks/pruning.py [--data ../shared] [--network mobilefacenet] [--ratios 0.1 --ratios 0.2]
                                  [--bits 6 --bits w4a8] [--global-pruning] [--round-to 16] [--no-train]

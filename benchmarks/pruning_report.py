@@ -20,7 +20,7 @@ def name_of(bits: Bits) -> str:
 
 
 def gain_per_macs(row: Record, rows: Sequence[Record]) -> float | None:
-    """Return the speedup over the unpruned file of the same bits, relative to the reduction in multiply-adds.
+    """Return the speedup by pruning, at the same bits, relative to the reduction in multiply-adds.
 
     It is 1 if the time is proportional to the multiply-adds.
     """

@@ -1,10 +1,10 @@
-"""Sizes that Ef-QuantFace (the paper) and QuantFace print, their formula and units, and ours; errors of the paper.
+"""Model sizes printed by Ef-QuantFace ("the paper") and QuantFace, their formula, and ours.
 
     python benchmarks/size.py [--json]
 
 Neither has code that computes its low-bit sizes: the figures equal the size of the float file x bits / 32, in MB (10^6
 bytes) or MiB (2^20 bytes) as the row says. Ours come from :func:`qface.measure_size`: BatchNorm folded, weights packed,
-biases, scales and slopes with four bytes each.
+biases, scales and slopes with four bytes each. A list of the paper's errors follows the table.
 """
 
 from __future__ import annotations

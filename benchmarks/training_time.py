@@ -1,11 +1,11 @@
-"""Time of a step and an epoch of QuantFace's training loop and of ours, to explain the paper's factor of 440.
+"""Time of a step and of an epoch in QuantFace's training loop and in ours.
 
     python benchmarks/training_time.py [--data ../shared] [--networks mobilefacenet] [--steps 8] [--rounds 3]
                                        [-o runs/training_time] [--json FILE]
 
 Figure 1 of Ef-QuantFace compares epochs: 6,600 minutes for QuantFace on 5.8 million images, and 15 minutes for
-Ef-QuantFace on 13,233. Here the loops train alternately on the same images, a few steps at a time. The seconds per step
-are measured; the minutes per epoch are *extrapolated* from them: seconds per step x number of steps.
+Ef-QuantFace on 13,233, a factor of 440. Here the loops train alternately on the same images, a few steps at a time. The
+seconds per step are measured; the minutes per epoch are *extrapolated* from them: seconds per step x number of steps.
 
 QuantFace's loop is benchmarks/paper/quantface.py in :func:`qface.distill`. Like the original, it embeds each batch with
 both teacher and student. Only its first 299 steps search for activation ranges; the timed steps, which stand for up to
