@@ -151,7 +151,7 @@ def accelerators(file: Path) -> list[str]:
 
 
 def runs_on(file: Path, provider: str) -> bool:
-    """True if a session with ``file`` gets ``provider``."""
+    """True if onnxruntime runs ``file`` with ``provider`` and does not fall back to another one."""
     try:
         return OnnxEmbedder(file, [provider, CPU]).provider == provider
     except qface.QFaceError:

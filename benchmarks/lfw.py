@@ -3,8 +3,8 @@
     python benchmarks/lfw.py --data ../shared [--weights FILE] [--bits 6] [--recipe qface] [--json lfw.json]
 
 The first half of the people tunes the student, the second half evaluates it. The table also has size, latency and
-seconds of tuning. Figures of the student are measured in onnxruntime unless the row says torch. ``--recipe`` is that
-option of accuracy.py, which measures several students and compares their means with goals.
+seconds of tuning. Figures of the student are measured in onnxruntime unless the row says torch. ``--recipe`` works as in
+accuracy.py, which measures several students and compares their means with goals.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def row(
 
 
 def add_latencies(rows: list[dict[str, Any]]) -> None:
-    """Add each file's median milliseconds on one thread; timed calls alternate between the files."""
+    """Add each file's median milliseconds for one image on one thread; calls alternate between files."""
     timed_rows = [line for line in rows if line["file"] is not None]
     for line in rows:
         line["milliseconds"] = None

@@ -109,7 +109,7 @@ class _RefusedError(Exception):
 
 
 class Measurement:
-    """Runs all steps on one network and fills its row.
+    """Run all steps on one network and fill its row.
 
     Args:
         network: the network to measure.

@@ -123,7 +123,7 @@ def _in_a_process(images: int, dimensions: int, device: str | None, run_dir: Pat
         [sys.executable, __file__, "--alone", *options], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
-        raise click.ClickException(f"{images} images failed; what went wrong is above")
+        raise click.ClickException(f"{images} images failed: see the error above")
     return Row(**json.loads(done.stdout.splitlines()[-1]))
 
 
