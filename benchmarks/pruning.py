@@ -149,7 +149,7 @@ class Bench:
         return {**figures, **costs, "bytes": file.stat().st_size, "file": file.name}
 
     def _pruned(self, variant: Variant) -> nn.Module:
-        """Return the network of ``variant`` before quantization; a pruned one is built once and kept in a file."""
+        """Return the network of ``variant`` before quantization; a pruned one is built once and saved."""
         if variant.ratio is None:
             return self.teacher
         path = self._path(replace(variant, bits=None), ".safetensors")

@@ -63,7 +63,7 @@ PUBLISHED = (
 
 SLIPS = (
     "R34's 130.44, 32.61 and 24.45 are in MiB, not in MB as the heading says: 136.8, 34.2 and 25.6 MB.",
-    "R34 is not 7.32 MB smaller than R50 at w6a6: the table's figures differ by 8.32, which is 7.1 MB in one unit.",
+    "R34 is not 7.32 MB smaller than R50 at w6a6: the table's figures differ by 8.32, but by 7.1 MB in the same unit.",
     "The pruned sizes 61.39, 87.22 and 111.32 do not match their parameters: 17.39, 23.83 and 29.83 M take 69.6, 95.3 "
     "and 119.3 MB. They match another model, whose embedding dimension is pruned to 409 too.",
     'Table 5 repeats R18\'s size as its number of training images, "96.22M".',
