@@ -141,10 +141,7 @@ def settings(file: Path, threads: Sequence[int], batch: Sequence[int]) -> list[S
 
 
 def accelerators(file: Path) -> list[str]:
-    """Return CUDA and TensorRT if a session gets them.
-
-    onnxruntime's list of providers does not tell: it names all that were compiled in, with or without a GPU.
-    """
+    """Return CUDA and TensorRT if sessions get them; onnxruntime lists both even without a GPU."""
     if OnnxEmbedder(file).provider != CUDA:
         return []
     return [CUDA, *(provider for provider in [TENSORRT] if runs_on(file, provider))]

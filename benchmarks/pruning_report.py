@@ -79,10 +79,7 @@ def _points(share: float | None) -> str:
 
 
 def draw(network: str, rows: Sequence[Record], path: Path) -> None:
-    """Plot the lost TPR over size and over speedup.
-
-    Each number of bits has its color. Networks that were not distilled have dashed lines.
-    """
+    """Plot lost TPR over size and speedup: one color per bits, dashed lines if not distilled."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")

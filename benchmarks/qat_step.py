@@ -94,10 +94,7 @@ def measured(name: str, data: Path, bits: int, batch_size: int, repeats: int, de
 
 
 def training_step(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
-    """Return an SGD step on the mean square of the embeddings, with matrix products in ``dtype``.
-
-    The learning rate is so small that the weights hardly change.
-    """
+    """Return an SGD step in ``dtype`` on the embeddings; its tiny learning rate hardly changes weights."""
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-8, momentum=0.9)
 
