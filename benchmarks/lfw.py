@@ -3,8 +3,8 @@
     python benchmarks/lfw.py --data ../shared [--weights FILE] [--bits 6] [--recipe qface] [--json lfw.json]
 
 The first half of the people tunes the student, the second half evaluates it. The table also has size, latency and
-seconds of tuning. Figures of the student are measured in onnxruntime unless the row says torch. ``--recipe`` is that of
-accuracy.py, which measures several students and compares their means with goals.
+seconds of tuning. Figures of the student are measured in onnxruntime unless the row says torch. ``--recipe`` takes a
+recipe of accuracy.py, which measures several students and compares their means with goals.
 """
 
 from __future__ import annotations
