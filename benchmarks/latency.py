@@ -1,10 +1,10 @@
-"""Latency and size of one network in five forms, timed in turns: float32, three int8 forms, and qface's packed file.
+"""Latency and size of a network as float32, as int8 from three quantizers, and as qface's packed file.
 
     python benchmarks/latency.py [--data ../shared] [--networks mobilefacenet] [--threads 1] [--batch 1] [--runs 40]
 
-Weights come from --data where they are there, else they are random, as the title then says; ratios of random weights
-are not those of trained ones. Compare ratios within one table; milliseconds are those of this machine at this moment.
-On a GPU the time includes the copies of images and embeddings.
+The timed calls alternate between the files. Compare ratios within one table; milliseconds depend on the machine and
+its load. If --data has no weights, the network gets random weights and the table's title says so; ratios of random and
+trained weights differ. Times on a GPU include the copies of images and embeddings.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NETWORKS = {
     "iresnet18": "iresnet18.safetensors",
     "iresnet50": "iresnet50.safetensors",
 }
-"""Each network, and the file of its weights in ``weights/`` of --data."""
+"""Weight file of each network, in ``weights/`` of --data."""
 
 CROPS = 32
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
@@ -53,7 +53,7 @@ PACKED, INT8, FLOAT, STATIC, OPENVINO = "qface packed", "qface int8", "float32",
 
 @dataclass(frozen=True)
 class Setting:
-    """Where, on how many threads, and how many images a call."""
+    """Execution provider, number of threads and batch size of a comparison."""
 
     provider: str
     threads: int
@@ -77,7 +77,7 @@ def main(
     runs: int,
     output: Path,
 ) -> None:
-    """Write all forms of the networks, time them side by side, and report as table, JSON and figure."""
+    """Export each network in all forms, time them, and write a table, JSON and a figure."""
     console, notes = Console(), list(missing_packages())
     crops = few_crops(data)
     report: dict[str, Any] = {"machine": machine(), "bits": bits, "runs": runs, "notes": notes, "networks": {}}
@@ -101,7 +101,7 @@ def main(
 
 
 def missing_packages() -> Iterator[str]:
-    """A line for each part of the report that has to go."""
+    """Yield a line for each part of the report that a missing package prevents."""
     if not has_openvino():
         yield f"no row {OPENVINO}: nncf and openvino are not installed; run: pip install 'qface[bench]'"
     if importlib.util.find_spec("matplotlib") is None:
@@ -109,12 +109,12 @@ def missing_packages() -> Iterator[str]:
 
 
 def has_openvino() -> bool:
-    """Whether OpenVINO and its quantizer are installed."""
+    """True if OpenVINO and its quantizer NNCF are installed."""
     return all(importlib.util.find_spec(package) for package in ("openvino", "nncf"))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the processor, the number of cores and the version of torch."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -123,43 +123,43 @@ def machine() -> dict[str, Any]:
 
 
 def every_thread() -> list[int]:
-    """One thread, and as many as this process may use."""
+    """Return 1 and the number of cores that this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return sorted({1, usable})
 
 
 def folder(path: Path) -> Path:
-    """``path``, made where it is not there."""
+    """Create the folder ``path`` if it is missing, and return it."""
     make_folder(path)
     return path
 
 
 def settings(file: Path, threads: Sequence[int], batch: Sequence[int]) -> list[Setting]:
-    """The CPU on each number of threads, then each accelerator that really runs ``file``, on one."""
+    """Return settings of the CPU for each number of threads, then of each accelerator that runs ``file``."""
     places = [(CPU, count) for count in threads] + [(provider, 1) for provider in accelerators(file)]
     return [Setting(provider, count, images) for provider, count in places for images in sorted(set(batch))]
 
 
 def accelerators(file: Path) -> list[str]:
-    """CUDA and TensorRT where a session gets them; onnxruntime lists what it was compiled with, GPU or not."""
+    """Return CUDA and TensorRT if sessions get them; onnxruntime lists both even without a GPU."""
     if OnnxEmbedder(file).provider != CUDA:
         return []
     return [CUDA, *(provider for provider in [TENSORRT] if runs_on(file, provider))]
 
 
 def runs_on(file: Path, provider: str) -> bool:
-    """Whether ``provider`` really is what runs ``file``."""
+    """True if onnxruntime runs ``file`` with ``provider`` and does not fall back to another one."""
     try:
         return OnnxEmbedder(file, [provider, CPU]).provider == provider
     except qface.QFaceError:
         return False
 
 
-# The network and its forms
+# Network and exported forms
 
 
 def few_crops(data: Path) -> Tensor:
-    """Real faces, uint8 [CROPS, 3, 112, 112], or random ones where --data has none."""
+    """Return LFW crops, uint8 `[CROPS, 3, 112, 112]`, or random pixels if --data has no LFW."""
     faces = data / "data" / "lfw"
     if not faces.is_dir():
         shape = (CROPS, 3, CROP_SIZE, CROP_SIZE)
@@ -169,7 +169,7 @@ def few_crops(data: Path) -> Tensor:
 
 
 def load_network(name: str, data: Path, crops: Tensor) -> tuple[nn.Module, str]:
-    """The network, and where its weights are from: ``pretrained`` or ``random``."""
+    """Return the network and the origin of its weights: ``pretrained`` or ``random``."""
     weights = data / "weights" / NETWORKS[name]
     if weights.exists():
         return qface.load(weights), "pretrained"
@@ -178,10 +178,10 @@ def load_network(name: str, data: Path, crops: Tensor) -> tuple[nn.Module, str]:
 
 
 def with_statistics(network: nn.Module, crops: Tensor) -> nn.Module:
-    """Make a fresh network one like those that were trained, as far as runtimes care.
+    """Set BatchNorm statistics and PReLU slopes of a random network, so that it runs like a trained one.
 
-    Every BatchNorm gets the statistics of ``crops``, or a deep network overflows; slopes of PReLU differ, or
-    ``torch.onnx.export`` lets layers share them through Identity.
+    BatchNorm gets the statistics of ``crops``, since a deep network overflows with its initial ones. PReLU layers get
+    different slopes, since ``torch.onnx.export`` lets layers share equal slopes through Identity.
     """
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -194,7 +194,7 @@ def with_statistics(network: nn.Module, crops: Tensor) -> nn.Module:
 
 
 def write_forms(teacher: nn.Module, crops: Tensor, bits: int, into: Path) -> dict[str, Path]:
-    """Every form as a file; the first is what the others are measured by."""
+    """Write the network in every form; the first file is the reference of all ratios."""
     images = preprocessing_of(teacher)(crops).numpy()
     student = qface.calibrate(qface.quantize(teacher, bits), crops)
     files = {
@@ -209,7 +209,7 @@ def write_forms(teacher: nn.Module, crops: Tensor, bits: int, into: Path) -> dic
 
 
 def quantize_static(source: Path, images: np.ndarray[Any, Any], target: Path) -> Path:
-    """Write QDQ by onnxruntime's quantizer: uint8 activations, int8 weights per channel."""
+    """Quantize with onnxruntime to QDQ: uint8 activations, per-channel int8 weights."""
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -242,8 +242,8 @@ def quantize_static(source: Path, images: np.ndarray[Any, Any], target: Path) ->
 
 
 def quantize_openvino(source: Path, images: np.ndarray[Any, Any], target: Path) -> Path:
-    """NNCF's int8 with its defaults, as OpenVINO's pair of .xml and .bin."""
-    os.environ.setdefault("NNCF_CI", "1")  # or it would report to its makers
+    """Quantize to int8 with NNCF's defaults, and write OpenVINO's .xml and .bin files."""
+    os.environ.setdefault("NNCF_CI", "1")  # turns off NNCF's telemetry
     import nncf
     import openvino
 
@@ -257,7 +257,7 @@ def quantize_openvino(source: Path, images: np.ndarray[Any, Any], target: Path) 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, advice or warnings of other people's quantizers."""
+    """Suppress progress bars, log messages and warnings of the other quantizers."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -271,7 +271,7 @@ def quiet() -> Iterator[None]:
 
 
 def time_forms(files: dict[str, Path], setting: Setting, runs: int) -> list[Latency]:
-    """A row for each form that can run in ``setting``."""
+    """Return the latencies of all forms that run in ``setting``."""
     candidates = [
         open_openvino(file, name, setting)
         if name == OPENVINO
@@ -283,7 +283,7 @@ def time_forms(files: dict[str, Path], setting: Setting, runs: int) -> list[Late
 
 
 def open_openvino(file: Path, name: str, setting: Setting) -> Candidate:
-    """OpenVINO on the CPU, compiled for exactly this batch."""
+    """Compile ``file`` with OpenVINO on the CPU, for exactly this batch size."""
     import openvino
 
     start = time.perf_counter()
@@ -302,11 +302,11 @@ def open_openvino(file: Path, name: str, setting: Setting) -> Candidate:
     return Candidate(name, embed, size, "OpenVINO CPU", size_on_disk, seconds)
 
 
-# The figure
+# Figure
 
 
 def draw(networks: dict[str, list[list[Latency]]], path: Path) -> None:
-    """A panel for each title and its comparisons: every median as a multiple of qface's packed file."""
+    """Draw one panel per network: median times relative to qface's packed file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -324,7 +324,7 @@ def draw(networks: dict[str, list[list[Latency]]], path: Path) -> None:
 
 
 def draw_panel(panel: Any, comparisons: list[list[Latency]]) -> None:
-    """Bars in groups, one for each comparison."""
+    """Draw one group of bars per comparison."""
     names = [row.name for row in max(comparisons, key=len)]
     width = 0.8 / len(names)
     for place, name in enumerate(names):
@@ -336,7 +336,7 @@ def draw_panel(panel: Any, comparisons: list[list[Latency]]) -> None:
 
 
 def label(row: Latency) -> str:
-    """Where and how a comparison was made, for an axis."""
+    """Return the axis label of a comparison: provider, threads and batch size."""
     return f"{row.provider.removesuffix('ExecutionProvider')}, {row.threads} thr.\nbatch {row.batch}"
 
 

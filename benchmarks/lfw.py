@@ -1,10 +1,10 @@
-"""One student on LFW in each of its forms, beside its teacher: calibrated and distilled, in torch and as a file.
+"""Accuracy of a teacher and its student on LFW: calibrated and distilled, in torch and as a file.
 
     python benchmarks/lfw.py --data ../shared [--weights FILE] [--bits 6] [--recipe qface] [--json lfw.json]
 
-Tuned on the first half of the people, judged on the second, with size, latency, and seconds of tuning. Every figure of
-the student is that of the file in onnxruntime unless the row says torch. ``--recipe`` is accuracy.py's, which measures
-several students, and holds their means against goals.
+The first half of the people tunes the student, the second half evaluates it. The table also has size, latency and
+seconds of tuning. Figures of the student are measured in onnxruntime unless the row says torch. ``--recipe`` takes a
+recipe of accuracy.py, which measures several students and compares their means with goals.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ AGREEMENT_IMAGES = 2000
 
 @click.command(cls=BenchmarkCommand)
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
-@click.option("--weights", default="weights/mobilefacenet_112x96.safetensors", show_default=True, help="In --data.")
+@click.option("--weights", default="weights/mobilefacenet_112x96.safetensors", show_default=True, help="Below --data.")
 @click.option("--bits", default=6, show_default=True)
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="qface", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/lfw"), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(data: Path, weights: str, bits: int, recipe: str, seed: int, output: Path, json_file: Path | None) -> None:
-    """Measure teacher, calibrated student, distilled student and both exported files side by side."""
+    """Measure the teacher, the calibrated student, the distilled student and both exported files."""
     chosen = RECIPES[recipe]
     quantization = replace(chosen.quantization, weight_bits=bits, activation_bits=bits)
     training = replace(chosen.training, seed=seed)
@@ -82,7 +82,7 @@ def row(
     seconds: float | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """One row of the table, on the second half of the people."""
+    """Evaluate ``model`` on the second half of the people, and return its row of the table."""
     result = qface.evaluate(model, faces, pairs=pairs, identities="second-half", **options)
     return {
         "model": name,
@@ -94,7 +94,7 @@ def row(
 
 
 def add_latencies(rows: list[dict[str, Any]]) -> None:
-    """Median milliseconds an image, batch 1, one thread, of each row's own file, all measured in turns."""
+    """Add each file's median milliseconds for one image on one thread; calls alternate between files."""
     timed_rows = [line for line in rows if line["file"] is not None]
     for line in rows:
         line["milliseconds"] = None
@@ -104,7 +104,7 @@ def add_latencies(rows: list[dict[str, Any]]) -> None:
 
 
 def agreement(student: Any, file: Path, faces: Path) -> dict[str, float]:
-    """Cosines between the student's embeddings and the file's, over held-out faces."""
+    """Return the mean and minimum cosine between embeddings of student and file, on held-out faces."""
     folder = ImageFolder(faces, identities="second-half")
     images = qface.data.TensorImages(folder.read(range(min(AGREEMENT_IMAGES, len(folder)))))
     cosines = np.sum(embed(student, images) * embed(file, images), axis=1)
@@ -112,7 +112,7 @@ def agreement(student: Any, file: Path, faces: Path) -> dict[str, float]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the table."""
+    """Print the table and the agreement of file and student."""
     title = f"w{report['bits']}a{report['bits']}, recipe {report['recipe']}, second half of the people"
     headings = ("model", *(f"TPR at {fpr}" for fpr in FPRS), "LFW 10-fold", "MB", "ms", "tuning s")
     Console().print(terminal_table(title, headings, map(cells, report["rows"])))
@@ -120,7 +120,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def cells(line: dict[str, Any]) -> list[str]:
-    """A row as text: empty where something was not measured, ``-`` where too few pairs were there to measure it."""
+    """Return a row as text: empty if not measured, ``-`` if there are too few pairs."""
     rates = ["-" if rate is None else f"{100 * rate:.2f}" for rate in (line["tpr_at_fpr"][fpr] for fpr in FPRS)]
     size = "" if line["bytes"] is None else f"{line['bytes'] / 1e6:.2f}"
     latency = "" if line["milliseconds"] is None else f"{line['milliseconds']:.2f}"

@@ -1,20 +1,20 @@
-"""Networks that nobody here wrote, each the whole way: captured, quantized, calibrated, exported and verified.
+"""Capture, quantize, calibrate, export and verify networks of other packages.
 
     python benchmarks/networks.py [--names resnet18 --names ViT] [--bits 8] [--runs 40] [--json] [-o FILE]
 
-The networks are those of pytorchcv and transformers (``pip install -e '.[networks]'``) in
-:mod:`foreign_networks`, with random weights, and one for each idiom of ``tests/graph/idioms.py`` with ``--idioms``.
+:mod:`foreign_networks` lists the networks: those of pytorchcv and transformers (``pip install -e '.[networks]'``), with
+random weights, and with ``--idioms`` one network per idiom of ``tests/graph/idioms.py``.
 
-- "integers that differ": between student and file, layer by layer, on eight synthetic images; and those of them that
-  are not rounded right after a float operator.
-- "integer": share of the multiply-adds that convolutions and linear layers compute with integers; the rest is that of
-  float operators, which are named with their number.
-- "size": bytes of the file, over those of the float32 parameters x bits / 32.
-- "speed": time of one image on one thread against float32 in onnxruntime, both files in turns, median of ``--runs``
-  calls, in which 0.5 is twice as fast; ``--runs 0`` leaves it out.
-- "ONNX": what became of the network's float ONNX, as torch's older exporter writes it: read by :func:`qface.load`,
-  compared with the network, then quantized, exported and verified, so that the figure is that of integers that differ.
-- "newer exporter": whether the float ONNX of ``torch.onnx.export(dynamo=True)`` is read, and computes the same.
+- "integers that differ": integers of all layers that differ between student and file on eight synthetic images. The
+  next column counts those that are not rounded right after a float operator.
+- "integer": fraction of the multiply-adds that convolutions and linear layers compute with integers. "float operators
+  left" names the other operators with their number.
+- "size": file size relative to the float32 parameters x bits / 32.
+- "speed": time of one image on one thread in onnxruntime relative to the float32 file (0.5 is twice as fast). Calls
+  alternate between both files; the figure is the ratio of the medians of ``--runs`` calls. ``--runs 0`` leaves it out.
+- "ONNX": result for the float ONNX of torch's older exporter. :func:`qface.load` reads the file, which is compared with
+  the network, then quantized, exported and verified. The figure counts the integers that differ.
+- "newer exporter": "read" if the float ONNX of ``torch.onnx.export(dynamo=True)`` loads and gives the same embeddings.
 """
 
 from __future__ import annotations
@@ -55,33 +55,33 @@ from qface.progress import track
 from qface.quantization.placement import computes_in_float
 
 CROPS = 12
-LEAST_COSINE = 0.9999  # of the network's and its ONNX file's embeddings
+LEAST_COSINE = 0.9999  # between embeddings of the network and of its float ONNX file
 T = TypeVar("T")
 
 
 @dataclass
 class Row:
-    """The result for one network.
+    """Result of one network.
 
     Args:
-        name: of the network.
-        package: that it comes from.
-        parameters: their number.
-        refused: the step that failed, and why; None where all went well.
-        seconds: of each step.
-        agrees: whether the file computes what the student computes.
-        cosine: least of two embeddings, of student and file.
+        name: name of the network.
+        package: package that defines the network.
+        parameters: number of parameters.
+        refused: the step that failed, and why; None if all steps succeeded.
+        seconds: duration of each step.
+        agrees: True if :func:`qface.verify` finds that file and student agree.
+        cosine: minimum cosine between embeddings of student and file.
         different: integers of all layers that differ between student and file.
-        different_elsewhere: those of them that are not rounded right after a float operator.
-        compared: integers of all layers.
-        float_operators: kinds of operators that compute in float, with their number.
-        integer_share: multiply-adds that are computed with integers, of all.
-        file_bytes: of the file.
-        size_ratio: of the file to float32 parameters x bits / 32.
-        speed_ratio: time of the file, over that of the float32 file.
-        onnx: ``"read"``, or why the float ONNX is not, or does not go the whole way.
-        onnx_different: integers that differ between the file and the student that was made of the float ONNX.
-        newer_onnx: as ``onnx``, of the newer exporter's file, which is read only.
+        different_elsewhere: those of ``different`` that are not rounded right after a float operator.
+        compared: number of integers compared, in all layers.
+        float_operators: number of operators that compute in float, by kind.
+        integer_share: fraction of the multiply-adds that use integers.
+        file_bytes: size of the file in bytes.
+        size_ratio: file size relative to float32 parameters x bits / 32.
+        speed_ratio: latency relative to the float32 file.
+        onnx: ``"read"`` if the float ONNX passes all steps, else the reason.
+        onnx_different: integers that differ between the student of the float ONNX and its file.
+        newer_onnx: the same as ``onnx`` for the newer exporter's file, which is only loaded and compared.
     """
 
     name: str
@@ -105,18 +105,18 @@ class Row:
 
 
 class _RefusedError(Exception):
-    """A step failed, which the row tells."""
+    """A step failed; the row says why."""
 
 
 class Measurement:
-    """Takes one network the whole way and fills its row.
+    """Run all steps on one network and fill its row.
 
     Args:
-        network: which.
-        bits: of weights and activations.
-        runs: timed calls of each file; none with 0.
-        folder: for the files.
-        onnx: whether its ONNX goes the whole way too.
+        network: the network to measure.
+        bits: bits of weights and activations.
+        runs: timed calls of each file; 0 skips timing.
+        folder: folder of the files that are written.
+        onnx: also measure the network's float ONNX.
     """
 
     def __init__(self, network: ForeignNetwork, bits: int, runs: int, folder: Path, onnx: bool = True) -> None:
@@ -130,7 +130,7 @@ class Measurement:
         self.row = Row(network.name, network.package)
 
     def run(self) -> Row:
-        """The row, filled as far as the network goes."""
+        """Return the row, filled up to the first step that fails."""
         with contextlib.suppress(_RefusedError):
             self._measure(self._built())
         return self.row
@@ -138,7 +138,7 @@ class Measurement:
     def _built(self) -> nn.Module:
         try:
             return self.network.build()
-        except Exception as error:  # a package of others, with whatever it needs
+        except Exception as error:  # packages raise errors of any type
             self.row.refused = f"build: {type(error).__name__}: {one_line(error, 200)}"
             raise _RefusedError from error
 
@@ -175,7 +175,7 @@ class Measurement:
         return result
 
     def _measure_onnx(self, model: nn.Module, crops: Tensor) -> None:
-        """Take the older exporter's ONNX the whole way, and read the newer one's."""
+        """Run all steps on the older exporter's ONNX; only load the newer exporter's."""
         row = self.row
         row.onnx = self._write_float(model)
         if row.onnx is None:
@@ -190,7 +190,7 @@ class Measurement:
         return _told(lambda: qface.export(model, self.float_file), "not written")
 
     def _read(self, file: Path, model: nn.Module, crops: Tensor) -> str | None:
-        """Load ``file`` and compare it with the network; what stands in the way, if anything does."""
+        """Load ``file`` and compare it with the network; return the reason of a failure, else None."""
 
         def act() -> None:
             self.loaded = with_preprocessing(qface.load(file), preprocessing_of(model)).eval()
@@ -204,12 +204,12 @@ class Measurement:
         return None if least > LEAST_COSINE else f"computes something else: {least:.6f}"
 
     def _go_on(self, crops: Tensor) -> str | None:
-        """Quantize, export and verify what was loaded."""
+        """Quantize, export and verify the loaded network; return the reason of a failure, else None."""
 
         def act() -> None:
             student = qface.quantize(self.loaded, self.bits)
             qface.calibrate(student, crops)
-            # Not over the network's own file, which is timed.
+            # A file of its own, since the network's file is timed later.
             agreement = qface.verify(student, qface.export(student, self.onnx_file), crops)
             self.row.onnx_different = sum(layer.different for layer in agreement.layers)
 
@@ -217,16 +217,16 @@ class Measurement:
 
 
 def _told(act: Callable[[], Any], failure: str) -> str | None:
-    """None if ``act`` succeeds, else ``failure`` and why."""
+    """Return None if ``act`` succeeds, else ``failure`` and the error in one line."""
     try:
         act()
-    except Exception as error:  # of torch's exporters, anything
+    except Exception as error:  # torch's exporters raise errors of any type
         return f"{failure}: {one_line(error, 200)}"
     return None
 
 
 def export_anew(model: nn.Module, file: Path) -> None:
-    """The ONNX that torch's newer exporter writes of ``model``."""
+    """Export ``model`` with torch's newer ONNX exporter."""
     images = example_input(model)[:1].repeat(2, 1, 1, 1)
     shapes = ({0: torch.export.Dim("images", min=1, max=64)},)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -234,9 +234,9 @@ def export_anew(model: nn.Module, file: Path) -> None:
 
 
 def float_operators(student: fx.GraphModule) -> dict[str, int]:
-    """Kinds of layers and functions of ``student`` without integer form, with their number.
+    """Count the operators of ``student`` that compute in float, by kind.
 
-    An L2 normalization at the end is none, and neither is what only computes with the number of images.
+    L2 normalization and arithmetic on the batch size are not counted.
     """
     found: Counter[str] = Counter()
     for node in student.graph.nodes:
@@ -251,7 +251,7 @@ def _is_number(node: fx.Node) -> bool:
 
 
 class _Multiplications(fx.Interpreter):
-    """Counts multiply-adds by the kind of layer that makes them."""
+    """Count all multiply-adds, and those of convolutions and linear layers."""
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
@@ -268,25 +268,25 @@ class _Multiplications(fx.Interpreter):
 
 
 def integer_share(canonical: fx.GraphModule) -> float:
-    """Share of the multiply-adds of convolutions and linear layers, all of which have an integer form."""
+    """Return the fraction of multiply-adds in convolutions and linear layers, which compute with integers."""
     counter = _Multiplications(copy.deepcopy(canonical).requires_grad_(False))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose products are counted
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # FlopCounterMode counts its products
         counter.run(example_input(canonical))
     return counter.integer / max(counter.all, 1)
 
 
 @click.command(cls=BenchmarkCommand)
-@click.option("--names", multiple=True, help="Networks to measure; by default all of both packages.")
-@click.option("--idioms", is_flag=True, help="Also one network for each idiom.")
+@click.option("--names", multiple=True, help="Networks to measure.  [default: all of both packages]")
+@click.option("--idioms", is_flag=True, help="Also measure one network per idiom.")
 @click.option("--bits", type=click.IntRange(2, 8), default=8, show_default=True, help="Of weights and activations.")
 @click.option("--runs", type=click.IntRange(0), default=40, show_default=True, help="Timed calls of each file.")
-@click.option("--onnx/--no-onnx", default=True, show_default=True, help="Take their ONNX the whole way too.")
+@click.option("--onnx/--no-onnx", default=True, show_default=True, help="Also measure their float ONNX.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the table as Markdown.")
 def main(
     names: Sequence[str], idioms: bool, bits: int, runs: int, onnx: bool, as_json: bool, output: Path | None
 ) -> None:
-    """Take networks of other packages the whole way, and print what became of each."""
+    """Run all steps on networks of other packages, and print the results."""
     networks = chosen(names, idioms)
     rows = []
     for network in track(networks, "networks"):
@@ -301,10 +301,10 @@ def main(
 
 
 def chosen(names: Sequence[str], idioms: bool) -> list[ForeignNetwork]:
-    """The networks of these names, or all whose package is there.
+    """Return the networks of these names, or all whose package is installed.
 
     Raises:
-        ConfigError: there is no such network, or its package is missing.
+        ConfigError: a name is unknown, or the package of a named network is not installed.
     """
     unknown = [name for name in names if name not in NETWORKS]
     if unknown:
@@ -320,7 +320,7 @@ def chosen(names: Sequence[str], idioms: bool) -> list[ForeignNetwork]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the packages from warning about weights that nobody asked for."""
+    """Suppress warnings of the packages, such as those about random weights."""
     loggers = [logging.getLogger(name) for name in ("transformers", "qface")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -352,7 +352,7 @@ STEPS = ("capture", "quantize", "calibrate", "export", "verify")
 
 
 def cells(row: Row) -> list[str]:
-    """One line of the table."""
+    """Return the row as text."""
     seconds = " ".join(f"{row.seconds[step]:.1f}" for step in STEPS if step in row.seconds)
     onnx, newer = ((told or "-").partition(":")[0] for told in (row.onnx, row.newer_onnx))
     if row.onnx_different is not None:

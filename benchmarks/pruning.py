@@ -1,15 +1,16 @@
-"""Where pruning pays against lower bits: accuracy, size and latency of networks pruned, quantized, and both.
+"""Accuracy, size and latency of a network after pruning, after quantization, and after both.
 
     python benchmarks/pruning.py [--data ../shared] [--network mobilefacenet] [--ratios 0.1 --ratios 0.2]
                                  [--bits 6 --bits w4a8] [--global-pruning] [--round-to 16] [--no-train]
                                  [--max-steps N] [-o runs/pruning] [--json FILE]
 
-Everything is tuned on the first half of the people, and judged on the second: all figures are those of the exported
-file in onnxruntime. Latencies are of one image on one thread, all files in turns, in multiples of the float network's
-time; "of the products saved" is what pruning gained in time, over what it saved in products. Numbers of channels are
-rounded down to multiples of 16, which integer kernels are fastest at; ``--round-to 1`` leaves them as they come out.
-Each file is written at once with its figures; the same command goes on behind the last. It prints a table, and writes
-it as Markdown beside a figure of accuracy over size and over latency.
+The first half of the people tunes each network, the second half evaluates its exported file in onnxruntime. Latency is
+measured with one image on one thread. Timed calls alternate between all files, and the table gives the speedup over the
+float network. "of the products saved" is the speedup by pruning relative to the reduction in multiply-adds. Numbers of
+channels are rounded down to multiples of 16, where integer kernels are fastest; ``--round-to 1`` turns this off.
+
+Each file and its figures are written when they are ready, so that the same command continues a stopped run. The script
+prints a table, and writes it as Markdown with a plot of accuracy over size and over speedup.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from qface.pruning import cost_of
 
 
 class BitsOption(click.ParamType):
-    """``6`` for weights and activations alike, or ``w4a8``."""
+    """Option such as ``6``, for weights and activations, or ``w4a8``."""
 
     name = "BITS"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Bits:
-        """Bits of weights and of activations."""
+        """Return the bits of weights and of activations."""
         found = re.fullmatch(r"([2-8])|w([2-8])a([2-8])", value)
         if found is None:
             self.fail(f"{value!r} is neither a number of bits from 2 to 8 nor two of them, as in w4a8", param, ctx)
@@ -53,13 +54,13 @@ class BitsOption(click.ParamType):
 
 @dataclass(frozen=True)
 class Variant:
-    """One network: pruned by ``ratio`` and repaired or not, quantized to ``bits``; None leaves a step out.
+    """Steps that one network goes through.
 
     Args:
-        ratio: share of channels removed.
-        repaired: layers solved for their outputs after pruning.
-        bits: of weights, and of activations.
-        trained: distilled after pruning, and again after calibration.
+        ratio: fraction of channels removed; None skips pruning.
+        repaired: after pruning, refit layers to their original outputs.
+        bits: bits of weights and of activations; None keeps the network in float.
+        trained: distill after pruning, and again after calibration.
     """
 
     ratio: float | None = None
@@ -69,7 +70,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """For files and the table."""
+        """Name in files and in the table."""
         pruned = "" if self.ratio is None else f"pruned{self.ratio:g}"
         parts = (
             pruned,
@@ -84,7 +85,7 @@ FLOAT = Variant()
 
 
 def variants(ratios: Sequence[float], bits: Sequence[Bits], train: bool) -> Iterator[Variant]:
-    """All that is compared."""
+    """Yield all variants to compare, the float network first."""
     yield FLOAT
     for ratio in ratios:
         yield Variant(ratio, repaired=False)
@@ -98,14 +99,14 @@ def variants(ratios: Sequence[float], bits: Sequence[Bits], train: bool) -> Iter
 
 
 class Bench:
-    """Makes and judges variants of one network.
+    """Build and evaluate variants of one network.
 
     Args:
-        network: one of :data:`NETWORKS`.
-        data: the folder with ``data/`` and ``weights/``.
-        records: where files and figures are kept.
-        pruning: how channels are chosen.
-        max_steps: of each training; None for one epoch.
+        network: a name in :data:`NETWORKS`.
+        data: folder with ``data/`` and ``weights/``.
+        records: store of files and figures.
+        pruning: settings of pruning.
+        max_steps: maximum number of steps of each training; None for one epoch.
     """
 
     def __init__(
@@ -126,11 +127,11 @@ class Bench:
         }
 
     def figures(self, variant: Variant) -> Record:
-        """Accuracy, size, MACs and file of ``variant``."""
+        """Return accuracy, size, MACs and file of ``variant``, measured once."""
         return self._records.recall(*self._key(variant), lambda: self._measure(variant))
 
     def _key(self, variant: Variant) -> tuple[str, Record]:
-        """Name and settings of ``variant``."""
+        """Return the name and all inputs of ``variant``, which identify its record."""
         training = {"training": asdict(self._training)} if variant.trained else {}
         return f"{self.network}-{variant.name}", {**self._inputs, **training, **asdict(variant)}
 
@@ -148,7 +149,7 @@ class Bench:
         return {**figures, **costs, "bytes": file.stat().st_size, "file": file.name}
 
     def _pruned(self, variant: Variant) -> nn.Module:
-        """The float network, pruned as far as ``variant`` says; once trained, from its own file."""
+        """Return the network of ``variant`` before quantization; a pruned one is built once and saved."""
         if variant.ratio is None:
             return self.teacher
         path = self._path(replace(variant, bits=None), ".safetensors")
@@ -177,7 +178,7 @@ class Bench:
 
     @cached_property
     def _float_embeddings(self) -> Embeddings:
-        """Of the float network's file, which is measured first."""
+        """Embeddings of the float network's file, which is measured first."""
         return self._records.recall_array(*self._key(FLOAT), lambda: self._embed(self._path(FLOAT, ".onnx")))
 
     def _embed(self, file: Path) -> Embeddings:
@@ -189,10 +190,10 @@ class Bench:
 @click.option("--network", type=click.Choice(list(NETWORKS)), default="mobilefacenet", show_default=True)
 @click.option("--ratios", type=click.FloatRange(0, 1, True, True), multiple=True, default=[0.1, 0.2, 0.3])
 @click.option("--bits", type=BitsOption(), multiple=True, default=["6", "w4a8"], show_default=True)
-@click.option("--global-pruning", is_flag=True, help="Compare all channels of the network.")
+@click.option("--global-pruning", is_flag=True, help="Rank channels across all layers.")
 @click.option("--round-to", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--no-train", is_flag=True, help="Leave out all that is distilled.")
-@click.option("--max-steps", type=click.IntRange(1), help="Train no longer than this.  [default: one epoch]")
+@click.option("--no-train", is_flag=True, help="Skip all variants that are distilled.")
+@click.option("--max-steps", type=click.IntRange(1), help="Maximum of steps per training.  [default: one epoch]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/pruning"), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures here.")
 def main(
@@ -207,7 +208,7 @@ def main(
     output: Path,
     json_file: Path | None,
 ) -> None:
-    """Measure what is missing, time all files in turns, print the table and draw the figure."""
+    """Measure the missing variants, time all files, print the table and draw the figure."""
     make_folder(output)
     pruning = qface.PruningConfig(global_pruning=global_pruning, round_to=round_to)
     bench = Bench(network, data, Records(output), pruning, max_steps)

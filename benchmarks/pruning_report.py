@@ -1,4 +1,4 @@
-"""The frontier of pruned and quantized networks as a table and as a figure."""
+"""Table and figure of pruned and quantized networks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from harness.report_files import markdown_table, terminal_table, write_figure
 from rich.table import Table
 
 Bits = tuple[int, int]
-"""Of weights, and of activations."""
+"""Bits of weights and of activations."""
 
 
 def name_of(bits: Bits) -> str:
-    """As ``w4a8``."""
+    """Return a name such as ``w4a8``."""
     return "w{}a{}".format(*bits)
 
 
 def gain_per_macs(row: Record, rows: Sequence[Record]) -> float | None:
-    """Return the speedup over the unpruned file of the same bits, relative to the reduction in multiply-adds.
+    """Return the speedup by pruning, at the same bits, relative to the reduction in multiply-adds.
 
     It is 1 if the time is proportional to the multiply-adds.
     """
@@ -38,12 +38,12 @@ HEADINGS = (
 
 
 def table(network: str, rows: Sequence[Record]) -> Table:
-    """For the terminal, a row a file."""
+    """Return the table for the terminal, one row per file."""
     return terminal_table(f"{network}, second half of the people", HEADINGS, _cells(rows))
 
 
 def markdown(rows: Sequence[Record]) -> str:
-    """The same as text for a page."""
+    """Return the same table as Markdown."""
     return markdown_table(HEADINGS, _cells(rows))
 
 
@@ -60,7 +60,7 @@ def _cells(rows: Sequence[Record]) -> Iterable[list[str]]:
 
 
 def _words(row: Record) -> str:
-    """What was done, in its order."""
+    """Return the steps that the network went through, in their order."""
     done = []
     if row["ratio"] is not None:
         done.append(f"{row['ratio']:.0%} pruned")
@@ -74,12 +74,12 @@ def _words(row: Record) -> str:
 
 
 def _points(share: float | None) -> str:
-    """In percent."""
+    """Return a fraction as percent."""
     return "-" if share is None else f"{100 * share:.2f}"
 
 
 def draw(network: str, rows: Sequence[Record], path: Path) -> None:
-    """Points lost over size and over speed: a color for each width, dashes for what was not distilled."""
+    """Plot lost TPR over size and speedup: one color per bits, dashed lines if not distilled."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -110,7 +110,7 @@ def draw(network: str, rows: Sequence[Record], path: Path) -> None:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Numbers such as 0.5, 1 and 2 along a logarithmic axis."""
+    """Label a logarithmic axis with numbers such as 0.5, 1 and 2."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
@@ -119,7 +119,7 @@ def _plain_ticks(axis: Any) -> None:
 
 
 def _lines(rows: Sequence[Record]) -> dict[tuple[Bits | None, bool], list[Record]]:
-    """Rows that differ in how much was pruned only."""
+    """Group rows by bits and training; the rows of a group differ only in the pruning ratio."""
     found: dict[tuple[Bits | None, bool], list[Record]] = {}
     for row in rows:
         if row["repaired"] and row["tpr"]["1e-4"] is not None:

@@ -1,13 +1,12 @@
-"""What a training step of a quantized student costs, in steps of the float network it came from.
+"""Time of a training step of a quantized student, relative to a step of the float network.
 
     python benchmarks/qat_step.py [--data ../shared] [--network mobilefacenet] [--batch-size 64] [--repeats 10]
                                   [--json FILE]
 
-A step is forward, backward and SGD, in training mode: of the float network with its batch norms, and of the student
-with all quantizers on and their steps learning, in float32 and in bfloat16. The teacher's forward, which both need
-beside it, is a row of its own. All are timed in turns within one run; compare the ratios. On a CPU freed memory is kept
-and images lie channels last, as :func:`qface.distill` does; the last rows show the same steps without the one or the
-other.
+A step is forward, backward and SGD in training mode, in float32 and in bfloat16. The float network has its BatchNorm
+layers; the student has all quantizers on and learns their scales. The teacher's forward, which distillation adds to
+both, has its own row. One run times all steps alternately; compare the ratios. On a CPU freed memory is kept and images
+are channels last, as in :func:`qface.distill`; the last rows leave out one of the two.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ BF16 = ", bfloat16"
 @click.option("--repeats", type=click.IntRange(1), default=10, show_default=True, help="Timed steps of each kind.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(data: Path, network: Sequence[str], bits: int, batch_size: int, repeats: int, json_file: Path | None) -> None:
-    """Time the steps of each network on the CPU, and on a GPU where there is one."""
+    """Time the steps of each network on the CPU, and on a GPU if there is one."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     report = [
         {"network": name, "device": device, **measured(name, data, bits, batch_size, repeats, device)}
@@ -65,7 +64,7 @@ def main(data: Path, network: Sequence[str], bits: int, batch_size: int, repeats
 
 
 def measured(name: str, data: Path, bits: int, batch_size: int, repeats: int, device: str) -> dict[str, Any]:
-    """Median seconds of each kind of step."""
+    """Return the median seconds of each kind of step."""
     file = data / "weights" / NETWORKS[name]
     teacher = qface.load(file if file.exists() else name).to(device).eval()
     planes = torch.rand(batch_size, *example_input(teacher).shape[1:], device=device) * 2 - 1
@@ -95,7 +94,7 @@ def measured(name: str, data: Path, bits: int, batch_size: int, repeats: int, de
 
 
 def training_step(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
-    """One step of SGD, which moves next to nothing, on the squares of the embeddings; multiplied in ``dtype``."""
+    """Return an SGD step in ``dtype`` on the embeddings; its tiny learning rate hardly changes weights."""
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-8, momentum=0.9)
 
@@ -111,12 +110,12 @@ def training_step(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.f
 
 @torch.no_grad()
 def forward(model: nn.Module, images: Tensor) -> None:
-    """Embed once."""
+    """Run the forward pass without gradients."""
     model(images)
 
 
 def in_turns(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """The median seconds of each step, timed in rounds of random order; the first round does not count."""
+    """Return the median seconds of each step, timed in rounds of random order after a warm-up round."""
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     order = random.Random(0)
     for _ in track(range(repeats + 1), "steps"):
@@ -126,7 +125,7 @@ def in_turns(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, fl
 
 
 def timed(step: Callable[[], None]) -> float:
-    """Seconds of ``step``, on a GPU until it is done."""
+    """Return the seconds of ``step``, including the work that it queues on a GPU."""
     finish = torch.cuda.synchronize if torch.cuda.is_available() else nullcontext
     start = time.perf_counter()
     step()
@@ -135,7 +134,7 @@ def timed(step: Callable[[], None]) -> float:
 
 
 def show(entry: dict[str, Any]) -> None:
-    """Print one network on one device."""
+    """Print the table of one network on one device."""
     title = f"{entry['network']} ({entry['weights']} weights), {entry['device']}, batch {entry['batch_size']}"
     table = Table(title=f"{title}, {entry['threads']} threads")
     for heading in ("step", "seconds", "of the float step"):

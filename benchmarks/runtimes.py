@@ -1,16 +1,16 @@
-"""One file in other runtimes and on other processors: equal embeddings, accuracy and latency.
+"""Equal embeddings, accuracy and latency of a file in other runtimes and on other processors.
 
     make runtimes
     python benchmarks/runtimes.py student.onnx [--float float32.onnx] [--images 2000] [--json] [-o FILE]
 
-The runtimes are those of ``tests/runtimes``; one that is not installed gets no row, and a line says why. Every figure
-is of the held-out people, the second half. Emulated processors embed fewer faces (``--emulated-images``), since one
-takes about half a second, and are not timed.
+``tests/runtimes`` defines the runtimes. A runtime that is not installed has no row; a line says why. All figures use
+the held-out second half of the people. Emulated processors take about half a second per face, so they embed fewer faces
+(``--emulated-images``) and are not timed.
 
-- "equal": embeddings that are the same, bit for bit, as those of the host's onnxruntime.
-- "least cosine": of an embedding and the host's.
-- "TPR": at an FPR of 1e-4 over all pairs of the embedded faces, and that of the host on the same faces.
-- "ms": median time of one image on one thread, of the file and of the float32 file in the same runtime, alternating.
+- "equal": number of embeddings that equal those of the host's onnxruntime bit for bit.
+- "least cosine": minimum cosine between an embedding and the host's.
+- "TPR": TPR at FPR 1e-4 over all pairs of the embedded faces, for the runtime and for the host on the same faces.
+- "ms": median time of one image on one thread; calls alternate between the file and the float32 file.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Row:
     """The result of one runtime.
 
     Args:
-        runtime: its name.
-        version: of onnxruntime or OpenVINO.
-        images: that were embedded.
-        equal: embeddings that are the host's, bit for bit.
-        least_cosine: of an embedding and the host's.
-        tpr: at FPR, None where there are too few pairs.
-        host_tpr: of the host on the same images.
-        milliseconds: median of one image; None if emulated.
-        float_milliseconds: the same of the float32 file; None without one.
+        runtime: name of the runtime.
+        version: version of onnxruntime or OpenVINO.
+        images: number of images embedded.
+        equal: number of embeddings that equal the host's bit for bit.
+        least_cosine: minimum cosine between an embedding and the host's.
+        tpr: TPR at :data:`FPR`; None if there are too few pairs.
+        host_tpr: TPR of the host on the same images.
+        milliseconds: median time of one image; None if not timed.
+        float_milliseconds: the same for the float32 file; None without one.
     """
 
     runtime: str
@@ -73,7 +73,7 @@ class Row:
 
 
 class Faces:
-    """Held-out faces, as files read them.
+    """Held-out faces, converted to the input of a file.
 
     Args:
         root: folder with ``data/lfw``.
@@ -88,7 +88,7 @@ class Faces:
         self.labels = folder.labels[: len(chosen)].numpy()
 
     def read_by(self, file: Path) -> Array:
-        """All faces as the input of ``file``."""
+        """Return all faces as the input of ``file``: uint8 or normalized float32."""
         embedder = OnnxEmbedder(file)
         images = embedder.preprocessing(self.crops)
         pixels = embedder.preprocessing.to_bytes(images) if embedder.input == UINT8_INPUT else images
@@ -116,7 +116,7 @@ def main(
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Measure FILE, an exported student, in every runtime."""
+    """Measure FILE, an exported student, in each runtime."""
     faces = Faces(data, images)
     inputs = faces.read_by(file)
     timed_files = [(path, faces.read_by(path)[:1]) for path in (file, float_file) if path is not None]
@@ -139,7 +139,7 @@ def main(
 
 
 def compare(runtime: Any, embeddings: Array, reference: Array, labels: Array) -> Row:
-    """The row of ``runtime``, without times."""
+    """Compare embeddings of ``runtime`` with the host's; the row has no times yet."""
     ours, hosts = normalized(embeddings), normalized(reference)
     return Row(
         runtime.name,
@@ -153,19 +153,19 @@ def compare(runtime: Any, embeddings: Array, reference: Array, labels: Array) ->
 
 
 def normalized(embeddings: Array) -> Array:
-    """Rows of length 1."""
+    """Scale each row to length 1."""
     lengths: Array = np.linalg.norm(embeddings, axis=1, keepdims=True)
     return embeddings / lengths
 
 
 def add_times(row: Row, times: list[list[float]]) -> None:
-    """Fill in the medians of the file and, if there is one, of the float32 file."""
+    """Set the median times of the file and, if there is one, of the float32 file."""
     medians = [statistics.median(measured) for measured in times]
     row.milliseconds, row.float_milliseconds = (*medians, None)[:2]
 
 
 def show(rows: list[Row], notes: list[str], file: Path, as_json: bool) -> None:
-    """Print the rows, and why others are missing."""
+    """Print the rows, and the reasons why others are missing."""
     if as_json:
         print(json.dumps({"file": file.name, "rows": [asdict(row) for row in rows], "notes": notes}, indent=1))
         return
@@ -176,7 +176,7 @@ def show(rows: list[Row], notes: list[str], file: Path, as_json: bool) -> None:
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text: empty where nothing was measured, ``-`` where there are too few pairs."""
+    """Return a row as text: empty if not measured, ``-`` if there are too few pairs."""
     rates = ["-" if rate is None else f"{100 * rate:.2f}" for rate in (row.tpr, row.host_tpr)]
     times = ["" if time is None else f"{time:.2f}" for time in (row.milliseconds, row.float_milliseconds)]
     ratio = f"{row.milliseconds / row.float_milliseconds:.2f}" if row.milliseconds and row.float_milliseconds else ""

@@ -1,10 +1,10 @@
-"""Time and memory of TPR at fixed FPR over all pairs, by the number of embeddings.
+"""Time and memory of TPR at FPR over all pairs, by number of embeddings.
 
     python benchmarks/scale.py [--images 25000 --images 50000 ...] [--dimensions 512] [--device cpu]
 
-Embeddings are drawn at random around people, ten images each, as far apart as those of a good network. Each number of
-images runs in a process of its own, whose greatest memory is that of the embeddings and of all that is done with them.
-The last row is extrapolated from the largest set measured: pairs grow with the square of the images.
+Embeddings are random, ten per person around a random center, with cosines like those of a good network. Each number of
+images runs in its own process, so that its peak memory covers only these embeddings and their comparison. The last row
+is extrapolated from the largest set measured: the number of pairs grows with the square of the number of images.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from qface.evaluation import tpr_at_fpr
 FPRS = ("1e-3", "1e-4", "1e-5", "1e-6")
 EXTRAPOLATED = 1_000_000
 IMAGES_OF_A_PERSON = 10
-SPREAD = 1.8  # of an image around its person, in lengths of the latter: genuine cosines are 1 / (1 + 1.8^2) on average
+SPREAD = 1.8  # distance from the center relative to its length: genuine cosines are 1 / (1 + 1.8^2) on average
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of images.
+    """Result for one number of images.
 
     Args:
-        images: embeddings compared.
-        people: whom they show.
-        pairs: of two images.
-        seconds: of the comparison.
-        gigabytes: the process's greatest memory, with the embeddings.
-        extrapolated: True if it was not measured.
-        tpr: by false-positive rate; empty if it was not measured.
+        images: number of embeddings compared.
+        people: number of people.
+        pairs: number of pairs of images.
+        seconds: time of the comparison.
+        gigabytes: peak memory of the process in GiB, with the embeddings.
+        extrapolated: True if the row was not measured.
+        tpr: TPR by FPR; empty if not measured.
     """
 
     images: int
@@ -67,8 +67,8 @@ class Row:
     help="Repeatable.",
 )
 @click.option("--dimensions", type=click.IntRange(2), default=512, show_default=True)
-@click.option("--device", help="Where cosines are computed.  [default: a GPU where there is one]")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Keep counts here, and go on where a run stopped.")
+@click.option("--device", help="Device that computes cosines.  [default: a GPU if there is one]")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Keep counts here, and continue a stopped run.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write all figures here.")
 @click.option("--alone", is_flag=True, hidden=True, help="Measure one number of images in this process.")
 def main(
@@ -79,7 +79,7 @@ def main(
     json_path: Path | None,
     alone: bool,
 ) -> None:
-    """Measure each number of images in a process of its own, extrapolate to a million, and print the table."""
+    """Measure each number of images in its own process, extrapolate to a million, and print the table."""
     if alone:
         click.echo(json.dumps(asdict(measure(images[0], dimensions, device, run_dir))))
         return
@@ -91,7 +91,7 @@ def main(
 
 
 def measure(images: int, dimensions: int, device: str | None, run_dir: Path | None) -> Row:
-    """Compare ``images`` random embeddings, and measure time and memory of this process."""
+    """Compare ``images`` random embeddings, and measure the time and memory of this process."""
     embeddings, labels = random_embeddings(images, dimensions)
     start = time.perf_counter()
     points = tpr_at_fpr(embeddings, labels, FPRS, run_dir=run_dir, device=device, progress=True)
@@ -102,7 +102,7 @@ def measure(images: int, dimensions: int, device: str | None, run_dir: Path | No
 
 
 def random_embeddings(images: int, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors, float32 [images, dimensions], around those of their people, and the people's numbers."""
+    """Return unit vectors, float32 `[images, dimensions]`, and their labels `[images]`."""
     rng = np.random.default_rng(0)
     labels = np.arange(images) // IMAGES_OF_A_PERSON
     centers = rng.standard_normal((int(labels[-1]) + 1, dimensions), np.float32)
@@ -123,12 +123,12 @@ def _in_a_process(images: int, dimensions: int, device: str | None, run_dir: Pat
         [sys.executable, __file__, "--alone", *options], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
-        raise click.ClickException(f"{images} images failed; what went wrong is above")
+        raise click.ClickException(f"{images} images failed: see the error above")
     return Row(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def extrapolate(rows: Sequence[Row], images: int, dimensions: int) -> Row:
-    """The row of ``images``: time by the pairs of the largest row, memory by its embeddings."""
+    """Extrapolate the last row: time in proportion to the pairs, plus the memory of more embeddings."""
     last = rows[-1]
     pairs = images * (images - 1) // 2
     gigabytes = last.gigabytes + 4 * dimensions * (images - last.images) / 2**30

@@ -1,10 +1,10 @@
-"""The paper's and QuantFace's sizes beside ours, each with its formula and its unit, and the paper's slips marked.
+"""Model sizes printed by Ef-QuantFace ("the paper") and QuantFace, their formula, and ours.
 
     python benchmarks/size.py [--json]
 
-No code computed the low-bit figures of either: they are the size of the float file x bits / 32, in MB (10^6 bytes) or
-in MiB (2^20) as the row says. Ours are :func:`qface.measure_size`: BatchNorm folded, weights packed, biases, scales and
-slopes at four bytes.
+Neither has code that computes its low-bit sizes: the figures equal the size of the float file x bits / 32, in MB (10^6
+bytes) or MiB (2^20 bytes) as the row says. Ours come from :func:`qface.measure_size`: BatchNorm folded, weights packed,
+biases, scales and slopes with four bytes each. A list of the paper's errors follows the table.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class Published:
-    """A size that stands in a table, as it stands there.
+    """A size as a paper prints it.
 
     Args:
-        source: whose figure, and in which table of the paper Ef-QuantFace.
-        depth: of the IResNet.
-        bits: 32 for the float file.
-        size: in ``unit``, which the paper prints as MB in every row.
-        unit: the one that the formula gives it in.
+        source: paper and table; "paper" is Ef-QuantFace.
+        depth: depth of the IResNet.
+        bits: bits of weights; 32 for the float file.
+        size: size in ``unit``.
+        unit: unit in which the formula gives ``size``; the paper prints MB in every row.
     """
 
     source: str
@@ -62,27 +62,27 @@ PUBLISHED = (
 )
 
 SLIPS = (
-    "R34's 130.44, 32.61 and 24.45 are MiB under the heading MB: 136.8, 34.2 and 25.6 MB.",
-    "R34 is not 7.32 MB smaller than R50 at w6a6: the table's figures differ by 8.32, and in one unit by 7.1 MB.",
-    "The pruned 61.39, 87.22 and 111.32 do not belong to the parameters beside them: 17.39, 23.83 and 29.83 M take "
-    "69.6, 95.3 and 119.3 MB. They are another model's, whose embedding is cut to 409 too.",
+    "R34's 130.44, 32.61 and 24.45 are in MiB, not in MB as the heading says: 136.8, 34.2 and 25.6 MB.",
+    "R34 is not 7.32 MB smaller than R50 at w6a6: the table's figures differ by 8.32, but by 7.1 MB in the same unit.",
+    "The pruned sizes 61.39, 87.22 and 111.32 do not match their parameters: 17.39, 23.83 and 29.83 M take 69.6, 95.3 "
+    "and 119.3 MB. They match another model, whose embedding dimension is pruned to 409 too.",
     'Table 5 repeats R18\'s size as its number of training images, "96.22M".',
     'Table 5 prints sizes of 96.22 and 18.10 with an "M" like a number of parameters.',
 )
 
 
 def file_tensors(model: nn.Module) -> int:
-    """Numbers in a checkpoint: parameters, and statistics of BatchNorm."""
+    """Count the numbers in a checkpoint: parameters and BatchNorm statistics."""
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
 def by_formula(numbers: int, bits: int) -> float:
-    """Bytes of the float file x bits / 32."""
+    """Return the bytes of the float file x bits / 32."""
     return 4 * numbers * bits / 32
 
 
 def rows_of(depth: int) -> list[dict[str, Any]]:
-    """A row a width: the published figures, their formula, and ours."""
+    """Return one row per number of bits: published sizes, their formula, and ours."""
     model = iresnet(depth).eval()
     numbers = file_tensors(model)
     reports = {bits: qface.measure_size(model, bits) for bits in BITS if bits < 32}
@@ -106,7 +106,7 @@ def rows_of(depth: int) -> list[dict[str, Any]]:
 
 
 def published_row(figure: Published, expected: float) -> dict[str, Any]:
-    """A published figure, and how far the formula is from it."""
+    """Return a published size with the deviation of the formula from it."""
     deviation = expected / UNITS[figure.unit] / figure.size - 1
     return {**asdict(figure), "formula_deviation": deviation, "explained": abs(deviation) < TOLERANCE}
 
@@ -114,7 +114,7 @@ def published_row(figure: Published, expected: float) -> dict[str, Any]:
 @click.command(cls=BenchmarkCommand)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def main(as_json: bool) -> None:
-    """Print published sizes beside ours."""
+    """Print published sizes and ours."""
     rows = [row for depth in DEPTHS for row in rows_of(depth)]
     if as_json:
         click.echo(json.dumps({"rows": rows, "slips": SLIPS}))
@@ -123,7 +123,7 @@ def main(as_json: bool) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table, and the slips below it."""
+    """Print the table, then the paper's errors."""
     table = Table(title="Sizes, published and ours", box=box.SIMPLE, pad_edge=False)
     for name in ("network", "bits", "published", "off", "whose", "formula", "ours: bytes", "MB", "MiB"):
         table.add_column(name, justify="left" if name in ("network", "whose", "formula") else "right", overflow="fold")
@@ -142,7 +142,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
     console = Console(width=max(Console().width, 140))
     console.print(table)
-    console.print("off: the formula against the published figure. Slips of the paper:")
+    console.print("off: deviation of the formula from the published size. Errors of the paper:")
     for slip in SLIPS:
         console.print(f"- {slip}", soft_wrap=True)
 

@@ -1,14 +1,15 @@
-"""Where the 440 times come from: QuantFace's training loop and ours, timed in one run, and what an epoch of each takes.
+"""Time of a step and of an epoch in QuantFace's training loop and in ours.
 
     python benchmarks/training_time.py [--data ../shared] [--networks mobilefacenet] [--steps 8] [--rounds 3]
                                        [-o runs/training_time] [--json FILE]
 
-Ef-QuantFace's figure 1 sets 6,600 minutes an epoch of QuantFace, on 5.8 million images, against 15 minutes of its own,
-on 13,233. Here both loops take the same images in turns, a few steps at a time, so that the ratio of a step is measured
-and the rest is arithmetic: minutes an epoch are seconds a step times steps, *extrapolated* from these few.
-QuantFace's loop is benchmarks/paper/quantface.py in :func:`qface.distill`, with embeddings of teacher and student for
-each batch, as its own has. Only its first 299 steps search for ranges; those that are timed, which stand for up to
-91,000, do not. A GPU is used where there is one.
+Figure 1 of Ef-QuantFace compares epochs: 6,600 minutes for QuantFace on 5.8 million images, and 15 minutes for
+Ef-QuantFace on 13,233, a factor of 440. Here the loops train alternately on the same images, a few steps at a time. The
+seconds per step are measured; the minutes per epoch are *extrapolated* from them: seconds per step x number of steps.
+
+QuantFace's loop is benchmarks/paper/quantface.py in :func:`qface.distill`. Like the original, it embeds each batch with
+both teacher and student. Only its first 299 steps search for activation ranges; the timed steps, which stand for up to
+91,000, do not. A GPU is used if there is one.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from qface.files import make_folder
 from qface.progress import track
 
 EPOCHS = {"LFW": 13_233, "QuantFace, synthetic": 500_000, "MS1MV2": 5_822_653}
-"""Images of an epoch."""
+"""Number of images per epoch."""
 PRINTED_MINUTES = {"QuantFace on MS1MV2": 6_600, "Ef-QuantFace on LFW": 15}
-"""Of figure 1 of the paper."""
+"""Minutes per epoch in figure 1 of the paper."""
 QUANTFACE, PAPER, OURS = "QuantFace", "qface, paper's recipe", "qface"
 CALIBRATION_IMAGES = 128
 
@@ -52,8 +53,8 @@ Loop = Callable[[], nn.Module]
 @click.option("--networks", type=click.Choice(list(NETWORKS)), multiple=True, default=["mobilefacenet"])
 @click.option("--bits", default=6, show_default=True)
 @click.option("--batch-size", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Of each loop in a round.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Beside one that does not count.")
+@click.option("--steps", type=click.IntRange(1), default=8, show_default=True, help="Steps of each loop per round.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Timed rounds, after a warm-up.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/training_time"), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(
@@ -66,7 +67,7 @@ def main(
     output: Path,
     json_file: Path | None,
 ) -> None:
-    """Time the loops of each network, then print, draw and write what an epoch takes."""
+    """Time the loops of each network, then print, draw and write the time of an epoch."""
     make_folder(output)
     report = [{"network": name, **measured(name, data, bits, batch_size, steps, rounds)} for name in networks]
     for entry in report:
@@ -78,7 +79,7 @@ def main(
 
 
 def measured(name: str, data: Path, bits: int, batch_size: int, steps: int, rounds: int) -> dict[str, Any]:
-    """Median seconds a step of each loop, and minutes an epoch of each number of images."""
+    """Return each loop's median seconds per step, and its minutes per epoch of each dataset."""
     weights = data / "weights" / NETWORKS[name]
     teacher = qface.load(weights if weights.exists() else name)
     images = _images(data, max(CALIBRATION_IMAGES, batch_size * steps))
@@ -105,7 +106,7 @@ def measured(name: str, data: Path, bits: int, batch_size: int, steps: int, roun
 
 
 def _images(data: Path, count: int) -> TensorImages:
-    """So many labeled crops of LFW's first half of people, in memory, so that the disk is not timed."""
+    """Read ``count`` labeled LFW crops of the first half into memory, so that the disk is not timed."""
     folder = ImageFolder(data / "data" / "lfw", identities="first-half")
     chosen = list(range(min(count, len(folder))))
     assert folder.labels is not None
@@ -113,7 +114,7 @@ def _images(data: Path, count: int) -> TensorImages:
 
 
 def _students(teacher: nn.Module, images: TensorImages, bits: int, batch_size: int) -> dict[str, nn.Module]:
-    """A student for each loop; QuantFace's finds its ranges in the round that does not count."""
+    """Return a student per loop; QuantFace's student finds its ranges in the warm-up round."""
     sample = torch.cat(sample_batches(images, CALIBRATION_IMAGES, batch_size))
     return {
         QUANTFACE: quantface.student_of(teacher, bits, bits),
@@ -125,10 +126,10 @@ def _students(teacher: nn.Module, images: TensorImages, bits: int, batch_size: i
 def _loops(
     students: dict[str, nn.Module], teacher: nn.Module, images: TensorImages, batch_size: int, steps: int
 ) -> dict[str, Loop]:
-    """What trains each student for ``steps`` steps."""
+    """Return functions that train each student for ``steps`` steps."""
 
     def loop(student: nn.Module, config: qface.DistillConfig) -> Loop:
-        # At next to no rate, so that the students stay as they are however often they are trained.
+        # With a tiny learning rate, repeated training hardly changes the students.
         optimizer = replace(config.optimizer, learning_rate=1e-9)
         timed_config = replace(config, batch_size=batch_size, max_steps=steps, epochs=steps, optimizer=optimizer)
         return partial(qface.distill, student, teacher, images, timed_config, progress=False)
@@ -138,14 +139,14 @@ def _loops(
 
 
 def _end_search_for_ranges(student: nn.Module) -> None:
-    """Let QuantFace's quantizers keep the ranges they have, as they do after their first 299 steps."""
+    """Freeze the ranges of QuantFace's quantizers, as training does after its first 299 steps."""
     for module in student.modules():
         if isinstance(module, quantface.RangeQuantizer):
             module.steps.fill_(quantface.STEPS_OF_RANGES)
 
 
 def table(entry: dict[str, Any]) -> Table:
-    """A row a loop."""
+    """Return the table, one row per loop."""
     title = f"{entry['network']}, {entry['device']}, batch {entry['batch_size']}, {entry['threads']} threads"
     result = Table(title=f"{title}; minutes an epoch are extrapolated from {entry['steps_timed']} steps")
     for heading in ("loop", "seconds a step", "images a second", *(f"{name}, {n:,}" for name, n in EPOCHS.items())):
@@ -157,7 +158,7 @@ def table(entry: dict[str, Any]) -> Table:
 
 
 def explained(entry: dict[str, Any]) -> str:
-    """How much of the paper's 440 is the step, and how much the number of images."""
+    """Split the paper's factor of 440 into the time of a step and the number of images."""
     minutes = entry["minutes_an_epoch"]
     whole = minutes["QuantFace"]["MS1MV2"] / minutes["qface"]["LFW"]
     step = entry["seconds_a_step"]["QuantFace"] / entry["seconds_a_step"]["qface"]
@@ -170,7 +171,7 @@ def explained(entry: dict[str, Any]) -> str:
 
 
 def draw(entry: dict[str, Any], path: Path) -> None:
-    """Minutes an epoch, in the manner of the paper's first figure, beside what it prints."""
+    """Draw the minutes per epoch like the paper's figure 1, with the printed minutes."""
     from matplotlib.figure import Figure
 
     minutes = entry["minutes_an_epoch"]

@@ -2,7 +2,7 @@
 
     python examples/quantize_a_network.py mobilefacenet_112x96.safetensors faces/ lfw_pairs.txt
 
-``faces/`` holds 112x112 crops, one folder a person. Half of the people tune the student, the other half judges it.
+``faces/`` holds 112x112 crops, one folder per person. Half of the people tune the student, the other half evaluates it.
 """
 
 import sys
@@ -12,7 +12,7 @@ import qface
 weights, faces, pairs = sys.argv[1:]
 
 teacher = qface.load(weights)
-student = qface.quantize(teacher, bits=6)  # a new model; the teacher is untouched
+student = qface.quantize(teacher, bits=6)  # a new model; the teacher does not change
 qface.calibrate(student, faces, identities="first-half")
 qface.distill(student, teacher, faces, qface.DistillConfig(), identities="first-half")
 
@@ -22,4 +22,4 @@ qface.export(student, "student.onnx")
 
 for name, model in (("teacher", teacher), ("student.onnx", "student.onnx")):
     result = qface.evaluate(model, faces, pairs=pairs, identities="second-half")
-    print(f"{name}: accuracy {result.accuracy:.4f}, TPR by FPR {result.tpr_at_fpr}")  # None: too few pairs to tell
+    print(f"{name}: accuracy {result.accuracy:.4f}, TPR by FPR {result.tpr_at_fpr}")  # None: too few pairs

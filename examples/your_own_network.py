@@ -1,4 +1,4 @@
-"""A network that qface does not know goes through the same verbs: anything that torch.export can follow.
+"""Quantize a network that qface does not know; any network that torch.export captures will do.
 
 python examples/your_own_network.py faces/
 """
@@ -12,7 +12,7 @@ import qface
 
 
 class SqueezeExcite(nn.Module):
-    """Gate each channel by what the whole image says about it."""
+    """Scale each channel by a gate computed from its mean over the image."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A few convolutions from a 112x112 image to 64 numbers."""
+    """A small network from images `[N, 3, 112, 112]` to embeddings `[N, 64]`."""
 
     def __init__(self) -> None:
         super().__init__()

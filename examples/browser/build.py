@@ -1,8 +1,8 @@
-"""Put the page, qface.mjs and onnxruntime-web into a folder that any web server can serve.
+"""Copy the page, qface.mjs and onnxruntime-web into a folder that any web server can serve.
 
 python build.py SITE [student.onnx [float.onnx]]
 
-onnxruntime-web comes from node_modules beside this script, where npm installs it unless it is there, or from --modules.
+onnxruntime-web comes from --modules, by default node_modules next to this script; npm installs it there if missing.
 """
 
 import argparse
@@ -15,7 +15,7 @@ PAGE = [HERE / name for name in ("index.html", "style.css", "page.mjs", "faces.m
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("site", type=Path, help="the folder; it is made, and files in it are replaced")
+parser.add_argument("site", type=Path, help="output folder; it is created if missing, and its files are replaced")
 parser.add_argument("models", nargs="*", type=Path, help="the packed file, then the float32 file")
 parser.add_argument("--modules", type=Path, default=HERE / "node_modules", help="node_modules with onnxruntime-web")
 arguments = parser.parse_args()

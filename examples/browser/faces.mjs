@@ -1,8 +1,8 @@
-// From an image file to the pixels that a network reads: the rules of docs/on_device.md, "Crop".
+// Convert image files to the input of a network, by the rules of docs/on_device.md, "Crop".
 
 export const SIDE = 112;  // of an aligned crop, in pixels
 
-export async function readFace(file) {  // an image file to RGB bytes, three planes
+export async function readFace(file) {  // takes an image file, returns RGB bytes [3, SIDE, SIDE]
   const image = await createImageBitmap(file, { colorSpaceConversion: 'none', premultiplyAlpha: 'none' }).catch(() => {
     throw new Error(`${file.name} is no image that this browser reads`);
   });
@@ -22,7 +22,7 @@ export function drawFace(canvas, pixels) {
   canvas.getContext('2d').putImageData(image, 0, 0);
 }
 
-export function asModelReads({ metadata, height, width }, pixels) {  // crops, and resizes bilinearly where sizes differ
+export function asModelReads({ metadata, height, width }, pixels) {  // crops, then resizes bilinearly if sizes differ
   const [top, left, bottom, right] = JSON.parse(metadata.preprocessing).crop;
   const rows = neighbors(top, bottom, height), columns = neighbors(left, right, width);
   const found = new Float32Array(3 * height * width);
@@ -36,7 +36,7 @@ export function asModelReads({ metadata, height, width }, pixels) {  // crops, a
   return metadata.input === 'uint8' ? new Uint8Array(Uint8ClampedArray.from(found).buffer) : found;  // rounds to even
 }
 
-function neighbors(start, end, length) {  // of each pixel along one axis: the two it lies between, and how far
+function neighbors(start, end, length) {  // per output pixel: both source pixels, weight of the second
   return Array.from({ length }, (_, place) => {
     const exact = Math.max(0, (place + 0.5) * (end - start) / length - 0.5), first = Math.floor(exact);
     return [start + first, Math.min(start + first + 1, end - 1), exact - first];

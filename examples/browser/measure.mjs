@@ -1,9 +1,9 @@
-// Latency of files in turns, so that load on the device affects all of them equally, and which file to take.
+// Measure latency and recommend a file. Calls alternate between files, so that load affects all of them equally.
 
-const CALLS = 50, MILLISECONDS = 4000, LEAST = 5;  // a file that is slow gets fewer calls
+const CALLS = 50, MILLISECONDS = 4000, LEAST = 5;  // slow files get fewer calls
 
-export async function measure(runs, onProgress) {  // functions to their median milliseconds
-  await takeTurns(runs, 1, (share) => onProgress(share / 2));  // browsers compile a function again after many calls
+export async function measure(runs, onProgress) {  // returns the median milliseconds of each function
+  await takeTurns(runs, 1, (share) => onProgress(share / 2));  // warm-up: browsers recompile after many calls
   const times = await takeTurns(runs, LEAST, (share) => onProgress((1 + share) / 2));
   return { medians: times.map(median), calls: times[0].length };
 }
@@ -17,7 +17,7 @@ async function takeTurns(runs, least, onProgress) {
       times[place].push(performance.now() - before);
     }
     onProgress(Math.max(turn / CALLS, Math.min(1, (performance.now() - start) / MILLISECONDS)));
-    await new Promise((resume) => setTimeout(resume));  // the page stays responsive
+    await new Promise((resume) => setTimeout(resume));  // keeps the page responsive
   }
   return times;
 }
@@ -28,10 +28,10 @@ function median(values) {
 }
 
 export function advice(sizeRatio, latencyRatio) {  // packed / float32
-  if (sizeRatio >= 1) return 'The packed file is not smaller than the float32 file: are they the right way round?';
+  if (sizeRatio >= 1) return 'The packed file is not smaller than the float32 file: are the two files swapped?';
   const size = `the packed file is ${(1 / sizeRatio).toFixed(1)} x smaller`;
   if (latencyRatio > 1.1)
-    return `Here ${size}, but takes ${latencyRatio.toFixed(2)} x as long: take it where embeddings must be those of every other device; qface export --target float32 writes one as small and as fast as float32.`;
+    return `Here ${size}, but takes ${latencyRatio.toFixed(2)} x as long: take it if embeddings must equal those of all other devices; qface export --target float32 writes a file as small as this and as fast as float32.`;
   const speed = latencyRatio < 0.9 ? `${(1 / latencyRatio).toFixed(2)} x faster` : 'about as fast';
   return `Here ${size} and ${speed}: take the packed file.`;
 }

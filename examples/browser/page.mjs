@@ -1,4 +1,4 @@
-// The page: files and faces come in, one job at a time, and everything that depends on them is shown anew.
+// The page: each new file or face is a job; jobs run one at a time and update everything that depends on them.
 import * as ort from './ort.wasm.bundle.min.mjs';
 import { asModelReads, drawFace, readFace, SIDE } from './faces.mjs';
 import { advice, measure } from './measure.mjs';
@@ -6,9 +6,9 @@ import { cosine, embed, goldenImage, open, selftest } from './qface.mjs';
 
 const KINDS = ['student', 'float'];
 const DEFAULT_FPR = '1e-4';
-const models = {};  // by kind: what `open` of qface.mjs returns, and the size in bytes
-const faces = [];  // {pixels, isTest}: RGB bytes, three planes; whether the page drew them
-let drawn = 0;  // number of the first test image that is shown
+const models = {};  // by kind: the result of `open` in qface.mjs, and the size in bytes
+const faces = [];  // {pixels, isTest}: RGB bytes [3, SIDE, SIDE]; true if the page drew them
+let drawn = 0;  // number of the first test image shown
 
 const find = (id) => document.getElementById(id);
 const say = (id, words) => { find(id).textContent = words; };
@@ -51,14 +51,14 @@ async function openModel(bytes, name) {
   }
 }
 
-async function openBeside(kind) {  // the page, where there is such a file
+async function openBeside(kind) {  // opens a file next to the page, if there is one
   const answer = await fetch(`${kind}.onnx`);
   if (answer.ok) await openFile(kind, new File([await answer.blob()], `${kind}.onnx`));
 }
 
 // ---- faces
 
-async function takeFaces(place, files) {  // the second of two files goes to the other place
+async function takeFaces(place, files) {  // a second file goes to the other place
   for (const [number, file] of [...files].slice(0, 2).entries()) show((place + number) % 2, { pixels: await readFace(file) }, file.name);
   await compare();
 }
@@ -96,7 +96,7 @@ async function similarityBy(model) {
 
 async function compare() {
   if (!models.student) return;
-  if (faces.some(({ isTest }) => isTest)) say('remark', 'Test images are not faces, and look alike to a network: choose two faces.');
+  if (faces.some(({ isTest }) => isTest)) say('remark', 'Test images are not faces, and their embeddings are similar: choose two faces.');
   else if (models.float) say('remark', `The float32 file finds a cosine of ${(await similarityBy(models.float)).toFixed(4)}.`);
   else say('remark', '');
   const similarity = await similarityBy(models.student), found = thresholds(), rate = find('fpr').value;
@@ -137,7 +137,7 @@ async function measureAll() {
   const { medians, calls } = await measure(runs, (share) => { find('progress').value = share; })
     .finally(() => { find('progress').hidden = true; });
   kinds.forEach((kind, place) => say(`${kind}-latency`, `${medians[place].toFixed(medians[place] < 10 ? 2 : 1)} ms`));
-  say('method', `Median of ${calls} calls${kinds.length > 1 ? ' of each file, in turns' : ''}.`);
+  say('method', `Median of ${calls} calls${kinds.length > 1 ? ' of each file, alternately' : ''}.`);
   if (kinds.length < 2) return;
   const sizeRatio = models.student.size / models.float.size, latencyRatio = medians[0] / medians[1];
   say('size-ratio', sizeRatio.toFixed(2));
@@ -149,7 +149,7 @@ async function measureAll() {
 
 let queue = Promise.resolve();
 
-function enqueue(...jobs) {  // runs them after all others, one after the other; an error ends only its own
+function enqueue(...jobs) {  // runs jobs after those in the queue; an error ends only its own job
   queue = queue.then(async () => {
     setBusy(true);
     find('error').hidden = true;
@@ -172,9 +172,9 @@ function showError(error) {
 const firstLine = (error) => String(error.message ?? error).split('\n', 1)[0];
 const painted = () => new Promise((resume) => requestAnimationFrame(() => setTimeout(resume)));
 
-// ---- what the user does
+// ---- user input
 
-async function take(target, files) {  // a name of KINDS, or the place of a face
+async function take(target, files) {  // target: a name in KINDS, or the place of a face
   if (!KINDS.includes(target)) return takeFaces(Number(target), files);
   await openFile(target, files[0]);
   return measureAll();
@@ -190,7 +190,7 @@ for (const card of document.querySelectorAll('[data-drop]')) {
   card.querySelector('input').addEventListener('change', ({ target }) => {
     const files = [...target.files];
     enqueue(() => take(drop, files));
-    target.value = '';  // so that the same file may be chosen again
+    target.value = '';  // so that the same file can be chosen again
   });
 }
 for (const type of ['dragover', 'drop']) document.addEventListener(type, (event) => event.preventDefault());

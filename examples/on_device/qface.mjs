@@ -1,13 +1,13 @@
-// Reads the metadata of files that qface wrote, embeds faces with them and tests the runtime; for browsers and Node.
-// `ort` is onnxruntime-web or onnxruntime-node, which hide a file's metadata: they are read from its bytes.
+// Read the metadata of qface's files, embed faces with them and test the runtime, in browsers and Node.
+// `ort` is onnxruntime-web or onnxruntime-node. Neither gives access to metadata, so the file's bytes are parsed.
 
-function* fields(bytes) {  // of a protobuf message: number and bytes of those that have a length
+function* fields(bytes) {  // yields [number, bytes] of the length-delimited fields of a protobuf message
   let at = 0;
   const varint = () => {
     for (let value = 0, scale = 1; ; scale *= 128) {
       const byte = bytes[at++];
       value += (byte & 127) * scale;
-      if (!(byte >= 128)) return value;  // also where the file ends
+      if (!(byte >= 128)) return value;  // undefined at the end of the file ends the loop, too
     }
   };
   while (at < bytes.length) {
@@ -18,7 +18,7 @@ function* fields(bytes) {  // of a protobuf message: number and bytes of those t
   }
 }
 
-export function readMetadata(file) {  // bytes of the .onnx file to {key: text}
+export function readMetadata(file) {  // takes the bytes of the .onnx file, returns {key: text}
   const text = new TextDecoder(), metadata = {};
   for (const [number, entry] of fields(file)) {
     if (number !== 14) continue;  // ModelProto.metadata_props
@@ -28,7 +28,7 @@ export function readMetadata(file) {  // bytes of the .onnx file to {key: text}
   return metadata;
 }
 
-export function goldenImage(number, height, width) {  // RGB bytes, three planes
+export function goldenImage(number, height, width) {  // returns RGB bytes [3, height, width]
   const random = (plane, y, x) => {
     let word = ((6 * number + plane) << 20) + (y << 10) + x;
     word = Math.imul(word ^ word >>> 16, 0x7feb352d);
@@ -44,7 +44,7 @@ export function goldenImage(number, height, width) {  // RGB bytes, three planes
   return image;
 }
 
-export function digest(embedding) {  // CRC-32 of its bytes
+export function digest(embedding) {  // returns the CRC-32 of its bytes
   let found = ~0;
   for (const byte of new Uint8Array(embedding.buffer, embedding.byteOffset, embedding.byteLength)) {
     found ^= byte;
@@ -59,9 +59,9 @@ export function cosine(one, other) {
   return product / Math.sqrt(first * second);
 }
 
-export async function open(ort, file) {  // bytes of the .onnx file to {session, metadata, height, width}
+export async function open(ort, file) {  // takes the bytes of the .onnx file
   const metadata = readMetadata(file), [height, width] = JSON.parse(metadata.preprocessing).size;
-  // Weights of 8 bits need a mode that is exact on old x86 processors.
+  // With 8-bit weights, int8 kernels of old x86 processors saturate without x64quantprecision.
   const options = metadata.weight_bits === '8' ? { extra: { session: { x64quantprecision: '1' } } } : {};
   return { ort, session: await ort.InferenceSession.create(file, options), metadata, height, width };
 }
@@ -74,13 +74,13 @@ function normalized(pixels, { mean, std, color }) {
   });
 }
 
-export async function embed({ ort, session, metadata, height, width }, pixels) {  // RGB bytes, three planes
+export async function embed({ ort, session, metadata, height, width }, pixels) {  // takes RGB bytes [3, height, width]
   const data = metadata.input === 'uint8' ? pixels : normalized(pixels, JSON.parse(metadata.preprocessing));
   const images = new ort.Tensor(metadata.input, data, [1, 3, height, width]);
   return (await session.run({ images })).embedding.data;
 }
 
-export async function selftest(model) {  // of a file whose metadata have the key golden
+export async function selftest(model) {  // the metadata must have the key golden
   const { embeddings, digests, tolerance } = JSON.parse(model.metadata.golden);
   const images = digests.length || embeddings.length;
   let different = 0, leastCosine = 1;

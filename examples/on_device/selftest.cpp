@@ -1,5 +1,5 @@
-// Say whether onnxruntime computes on this device what was trained: of files of integers that read bytes.
-// With onnxruntime's headers and library, from its release archives:
+// Test that onnxruntime on this device gives the trained embeddings, for integer files with uint8 input.
+// Take onnxruntime's headers and library from its release archives:
 //   g++ -std=c++17 -I onnxruntime/include selftest.cpp -L onnxruntime/lib -lonnxruntime -o selftest
 //   ./selftest student.onnx
 #include <onnxruntime_cxx_api.h>
@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-// RGB bytes [3, height, width] of a test image: random bytes 16 pixels apart, interpolated, and noise.
+// Return a test image, RGB bytes [3, height, width]: interpolated random bytes 16 pixels apart, and noise.
 std::vector<uint8_t> golden_image(uint32_t number, uint32_t height, uint32_t width) {
   const auto random = [=](uint32_t plane, uint32_t y, uint32_t x) {
     uint32_t word = ((6 * number + plane) << 20) + (y << 10) + x;
@@ -31,7 +31,7 @@ std::vector<uint8_t> golden_image(uint32_t number, uint32_t height, uint32_t wid
   return image;
 }
 
-// CRC-32 of the bytes of an embedding, on a little-endian processor.
+// Return the CRC-32 of an embedding; the processor must be little-endian.
 uint32_t digest(const float* embedding, size_t count) {
   uint32_t found = ~0u;
   const auto* bytes = reinterpret_cast<const uint8_t*>(embedding);
@@ -42,7 +42,7 @@ uint32_t digest(const float* embedding, size_t count) {
   return ~found;
 }
 
-// The integers in the list under `key` of a flat JSON object; take a JSON library where you have one.
+// Return the list of integers under `key` of a JSON object; in an application, use a JSON library.
 std::vector<uint32_t> integers(const std::string& json, const std::string& key) {
   std::vector<uint32_t> found;
   const size_t at = json.find("\"" + key + "\": [");
@@ -68,7 +68,7 @@ int main(int, char** arguments) {
   Ort::Env env;
   Ort::SessionOptions options;
   Ort::Session session(env, arguments[1], options);
-  if (metadata(session, "weight_bits") == "8") {  // needs a mode that is exact on old x86 processors
+  if (metadata(session, "weight_bits") == "8") {  // without this option they saturate on old x86 processors
     options.AddConfigEntry("session.x64quantprecision", "1");
     session = Ort::Session(env, arguments[1], options);
   }

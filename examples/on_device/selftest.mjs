@@ -1,4 +1,5 @@
-// Say whether onnxruntime computes here what was trained: npm install onnxruntime-web (or onnxruntime-node), then
+// Test that onnxruntime on this device gives the trained embeddings.
+//   npm install onnxruntime-web  (or onnxruntime-node)
 //   node selftest.mjs student.onnx [onnxruntime-web | onnxruntime-node]
 import { readFile } from 'node:fs/promises';
 import { open, selftest } from './qface.mjs';

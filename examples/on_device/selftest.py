@@ -1,4 +1,4 @@
-"""Say whether onnxruntime computes on this device what was trained: ``python selftest.py student.onnx``."""
+"""Test that onnxruntime here gives the trained embeddings: ``python selftest.py student.onnx``."""
 
 import base64
 import json
@@ -10,10 +10,10 @@ import onnxruntime
 
 
 def golden_image(number: int, height: int, width: int) -> np.ndarray:
-    """Test image, uint8 [3, height, width]: random bytes 16 pixels apart, interpolated, and noise."""
+    """Return a test image, uint8 `[3, height, width]`: interpolated random bytes, and noise."""
 
     def random(plane: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        word = (plane << 20) + (y << 10) + x  # all in 32 bits
+        word = (plane << 20) + (y << 10) + x  # uint32 arithmetic wraps around
         word = (word ^ word >> 16) * 0x7FEB352D
         word = (word ^ word >> 15) * 0x846CA68B
         return word >> 24
@@ -27,7 +27,10 @@ def golden_image(number: int, height: int, width: int) -> np.ndarray:
 
 
 def open_session(file: str, **config: str) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
-    """The file in onnxruntime, and its metadata; weights of 8 bits need a mode that is exact on old x86 processors."""
+    """Open the file in onnxruntime, and return the session and the metadata.
+
+    8-bit weights need x64quantprecision: without it, int8 kernels of old x86 processors saturate.
+    """
     options = onnxruntime.SessionOptions()
     for key, value in config.items():
         options.add_session_config_entry(f"session.{key}", value)
@@ -38,7 +41,7 @@ def open_session(file: str, **config: str) -> tuple[onnxruntime.InferenceSession
 
 
 def embed(session: onnxruntime.InferenceSession, metadata: dict[str, str], pixels: np.ndarray) -> np.ndarray:
-    """The embedding, float32 [dimensions], of RGB bytes [3, height, width]."""
+    """Return the embedding, float32 `[dimensions]`, of RGB bytes `[3, height, width]`."""
     if metadata["input"] == "float32":
         reads = json.loads(metadata["preprocessing"])
         mean, std = (np.array(reads[key], np.float32)[:, None, None] for key in ("mean", "std"))
@@ -47,13 +50,13 @@ def embed(session: onnxruntime.InferenceSession, metadata: dict[str, str], pixel
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:
-    """Between two embeddings."""
+    """Return the cosine of two embeddings."""
     one, other = one.astype(np.float64), other.astype(np.float64)
     return float(one @ other / np.sqrt((one @ one) * (other @ other)))
 
 
 def main(file: str) -> int:
-    """Print the verdict; 0 if the runtime computes what was trained, else 1, or 2 where nobody can tell."""
+    """Print the verdict; return 0 if the embeddings agree, 1 if not, 2 if the file has no golden values."""
     session, metadata = open_session(file)
     if "golden" not in metadata:
         print(f"{file} holds no golden values: export it again", file=sys.stderr)
