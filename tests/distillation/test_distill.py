@@ -269,24 +269,6 @@ def test_batch_norm_statistics_freeze_on_schedule(steps: int | None, updates: in
     assert student[1].num_batches_tracked == updates
 
 
-def test_observers_follow_the_schedule_and_end_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[bool] = []
-    monkeypatch.setattr("qface.quantization.set_observers", lambda model, on: calls.append(on))
-    distill(tiny_network(0), tiny_network(1), face_images(), changed(CPU, observer_steps=2))
-    assert calls == [False, True, False, False]  # the example, step 0, step 2, the end
-
-
-@pytest.mark.parametrize(("rate", "moves"), [(0.0, False), (None, True), (0.1, True)])
-def test_quantizer_scales_have_a_learning_rate_of_their_own(
-    rate: float | None, moves: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qface.quantization.scale_parameters", lambda model: [model[2].weight])
-    student = tiny_network(0)
-    before = student[2].weight.detach().clone()
-    distill(student, tiny_network(1), face_images(), changed(CPU, optimizer={"scale_learning_rate": rate}))
-    assert torch.equal(student[2].weight, before) is not moves
-
-
 def test_weight_decay_spares_biases_norms_and_slopes() -> None:
     from qface.distillation.optim import optimizer_for
 

@@ -45,6 +45,17 @@ def test_scales_are_trained_unless_their_learning_rate_is_zero(rate: float | Non
     assert all(still) is (rate == 0.0)
 
 
+@pytest.mark.parametrize(("observer_steps", "follow"), [(0, False), (2, True)])
+def test_observers_follow_the_data_for_their_steps_and_end_off(observer_steps: int, follow: bool) -> None:
+    quantized = student()
+    before = [scale.detach().clone() for scale in scale_parameters(quantized)]
+    config = changed(CPU, observer_steps=observer_steps, optimizer={"scale_learning_rate": 0.0})
+    distill(quantized, teacher(), face_images(), config, progress=False)
+    still = [torch.equal(old, new) for old, new in zip(before, scale_parameters(quantized), strict=True)]
+    assert all(still) is not follow
+    assert not any(module.observing for module in quantized.modules() if isinstance(module, LSQFakeQuantize))
+
+
 @pytest.mark.parametrize("observer_steps", [0, 3])
 @pytest.mark.parametrize("reads", [2, 4, 6])
 def test_a_resumed_quantized_run_ends_with_the_same_weights(reads: int, observer_steps: int, tmp_path: Path) -> None:
