@@ -16,11 +16,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed-demo
 	$(BIN)/qface demo
 
-# One thread per process, as the processes share the cores; freed memory stays in a process, as its pages cost time; and
-# a process that is done takes tests of another, since tests differ in length by a factor of a thousand.
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=2000000000 \
-		$(BIN)/pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 
 runtimes:
 	$(PYTHON) -m tests.runtimes.setup
