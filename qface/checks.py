@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 from torch import Tensor, nn
 
 from qface.errors import CheckpointError, ConfigError
 
-__all__ = ["check_finite", "check_module", "check_seed", "check_whole"]
+__all__ = ["check_choice", "check_finite", "check_flag", "check_module", "check_seed", "check_whole"]
 
 _SEEDS = 2**63
 
@@ -23,6 +24,35 @@ def check_whole(least: int, **settings: object) -> None:
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_choice(choice: object, **settings: object) -> None:
+    """Raise if a setting is not a value of the Literal ``choice``.
+
+    Args:
+        choice: a ``Literal``.
+        settings: values by the name that the error shows.
+
+    Raises:
+        ConfigError: a setting has another value.
+    """
+    for name, value in settings.items():
+        if value not in get_args(choice):
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, get_args(choice)))}, got {value!r}")
+
+
+def check_flag(**settings: object) -> None:
+    """Raise if a setting is not a bool.
+
+    Args:
+        settings: values by the name that the error shows.
+
+    Raises:
+        ConfigError: a setting has another type.
+    """
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, got {value!r}")
 
 
 def check_seed(seed: object) -> None:

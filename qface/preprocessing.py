@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qface.checks import check_module
+from qface.checks import check_choice, check_module
 from qface.choices import ColorOrder
 from qface.errors import CheckpointError, ConfigError
 from qface.limits import check, named, parse_json
@@ -44,7 +44,6 @@ CROP_SIZE = 112
 _LOGGER = logging.getLogger("qface")
 _ATTRIBUTE = "preprocessing"
 _KEPT = "_user_preserved_attributes"  # torch.fx's name
-_COLORS = get_args(ColorOrder)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -86,8 +85,7 @@ class Preprocessing:
         if not _numbers(self.size, 2, Integral) or min(self.size) < 1:
             raise ConfigError(f"size must be (height, width) in pixels, each >= 1, got {self.size}")
         check("image", self.size[0] * self.size[1], f"the preprocessing with the size {self.size}")
-        if self.color not in _COLORS:
-            raise ConfigError(f"color must be one of {', '.join(map(repr, _COLORS))}, got {self.color!r}")
+        check_choice(ColorOrder, color=self.color)
         if not _numbers(self.mean, 3, Real) or not _numbers(self.std, 3, Real) or min(self.std) <= 0:
             raise ConfigError(f"mean and std must be 3 numbers each, std > 0, got mean {self.mean}, std {self.std}")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import get_args
 
+from qface.checks import check_choice
 from qface.choices import DistillName
 from qface.distillation.distill_config import DistillConfig
 from qface.errors import ConfigError
@@ -87,6 +87,4 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         QuantizationConfig(8 if self.weight_bits is None else self.weight_bits, self.activation_bits)
-        if self.distill not in get_args(DistillName):
-            choices = ", ".join(map(repr, get_args(DistillName)))
-            raise ConfigError(f"distill must be one of {choices}, got {self.distill!r}")
+        check_choice(DistillName, distill=self.distill)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard
 
-from qface.checks import check_seed, check_whole
+from qface.checks import check_choice, check_seed, check_whole
 from qface.choices import PrecisionName
 from qface.data.augmentation import AugmentationConfig
 from qface.errors import ConfigError
@@ -22,7 +22,6 @@ __all__ = [
     "ScheduleConfig",
     "ScheduleName",
     "Surrogate",
-    "check_choice",
 ]
 
 Surrogate = Literal["sigmoid", "linear"]
@@ -311,21 +310,6 @@ def _check_positive(**fields: object) -> None:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def check_choice(choice: object, **fields: object) -> None:
-    """Check that each field is a value of the Literal ``choice``.
-
-    Args:
-        choice: a ``Literal``.
-        fields: values by the name that the error shows.
-
-    Raises:
-        ConfigError: a field has another value.
-    """
-    for name, value in fields.items():
-        if value not in get_args(choice):
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, get_args(choice)))}, got {value!r}")
 
 
 def _check_type(kind: type, **fields: object) -> None:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qface.distillation.distill_config import Surrogate, check_choice
+from qface.checks import check_choice
+from qface.distillation.distill_config import Surrogate
 from qface.errors import TrainingError
 
 __all__ = ["CosineEmbeddingLoss", "EKDLoss", "MSEEmbeddingLoss"]

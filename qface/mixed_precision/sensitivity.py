@@ -25,6 +25,7 @@ from qface.data.images import Images, bytes_of, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, one_line
+from qface.graph.layers import along_channels
 from qface.graph.queries import is_quantized, is_shape_only, layer_of
 from qface.mixed_precision.loss_store import Losses, loss_store
 from qface.model_digest import digest_of_structure, digest_of_values
@@ -247,7 +248,7 @@ def _is_rounded(layer: QuantizedConv2d | QuantizedLinear) -> bool:
     if not quantizer.calibrated:
         return False
     weight = layer.weight.detach()
-    steps = weight / quantizer.qparams().scale.reshape(-1, *[1] * (weight.ndim - 1))
+    steps = weight / along_channels(quantizer.qparams().scale, weight, 0)
     return bool(((steps - steps.round()).abs() < _ROUNDED).all())
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
-from qface.checks import check_seed, check_whole
+from qface.checks import check_choice, check_flag, check_seed, check_whole
 from qface.choices import ImportanceName
 from qface.errors import ConfigError
 
@@ -63,11 +62,8 @@ class PruningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.importance not in get_args(ImportanceName):
-            names = ", ".join(map(repr, get_args(ImportanceName)))
-            raise ConfigError(f"importance must be one of {names}, got {self.importance!r}")
-        if not isinstance(self.global_pruning, bool):
-            raise ConfigError(f"global_pruning must be True or False, got {self.global_pruning!r}")
+        check_choice(ImportanceName, importance=self.importance)
+        check_flag(global_pruning=self.global_pruning)
         if self.norm not in (1, 2):
             raise ConfigError(f"norm must be 1 or 2, got {self.norm!r}")
         if not 0 < self.max_pruning_ratio < 1:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qface.checks import check_whole
+from qface.checks import check_flag, check_whole
 from qface.choices import CALIBRATION_IMAGES
-from qface.errors import ConfigError
 
 __all__ = ["CalibrationConfig"]
 
@@ -38,7 +37,4 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         check_whole(1, num_images=self.num_images, batch_size=self.batch_size)
-        for name in ("equalize", "gptq", "correct_biases"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ConfigError(f"{name} must be True or False, got {value!r}")
+        check_flag(equalize=self.equalize, gptq=self.gptq, correct_biases=self.correct_biases)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from qface.checks import check_choice
 from qface.choices import FigureKind
 from qface.compression.run_record import RunRecord
 from qface.errors import ConfigError
@@ -40,8 +41,7 @@ def plot(kind: FigureKind, source: str | Path, output: str | Path) -> Path:
         >>> qface.plot("size", "student.onnx", "size.svg").name
         'size.svg'
     """
-    if kind not in get_args(FigureKind):
-        raise ConfigError(f"kind must be one of {', '.join(map(repr, get_args(FigureKind)))}, got {kind!r}")
+    check_choice(FigureKind, kind=kind)
     check_figure(output)
     return save_figure(_drawn(kind, as_path(source)), output)
 
