@@ -148,14 +148,14 @@ class Bench:
         return self._records.recall_array(
             f"{self.network}-float",
             self._inputs,
-            lambda: embed(self._teacher, self._halves.judging, progress=True),
+            lambda: embed(self._teacher, self._halves.held_out, progress=True),
         )
 
     def _measure(self, run: Run) -> Record:
         """Quantize and train the student of ``run``, export it and evaluate the file."""
         student, seconds = self._tuned(run)
         file = qface.export(student, self._records.path(run.name, self._settings(run), ".onnx"))
-        figures = self._halves.figures(embed(file, self._halves.judging, progress=True), self._teacher_embeddings)
+        figures = self._halves.figures(embed(file, self._halves.held_out, progress=True), self._teacher_embeddings)
         size = {"bytes": file.stat().st_size, "mean_weight_bits": mean_weight_bits(file)}
         return {**figures, **size, "seconds": seconds, "file": file.name}
 

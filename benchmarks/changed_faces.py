@@ -108,7 +108,7 @@ def _student(teacher: nn.Module, halves: Halves, bits: int, training: qface.Dist
 
 def judged(model: Embedder, teacher: Embedder, halves: Halves, every: int) -> Record:
     """Evaluate both models on unchanged faces and, with each ``every``-th identity, under stress."""
-    images = halves.judging
+    images = halves.held_out
     assert images.labels is not None
     embeddings: list[Embeddings] = [embed(each, images) for each in (model, teacher)]
     few = Subset(images, np.flatnonzero(images.labels.numpy() % every == 0).tolist())

@@ -108,7 +108,7 @@ def agreement(student: Any, file: Path, faces: Path) -> dict[str, float]:
     folder = ImageFolder(faces, identities="second-half")
     images = qface.data.TensorImages(folder.read(range(min(AGREEMENT_IMAGES, len(folder)))))
     cosines = np.sum(embed(student, images) * embed(file, images), axis=1)
-    return {"images": len(cosines), "mean_cosine": float(cosines.mean()), "least_cosine": float(cosines.min())}
+    return {"images": len(cosines), "mean_cosine": float(cosines.mean()), "min_cosine": float(cosines.min())}
 
 
 def show(report: dict[str, Any]) -> None:

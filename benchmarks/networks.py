@@ -55,7 +55,7 @@ from qface.progress import track
 from qface.quantization.placement import computes_in_float
 
 CROPS = 12
-LEAST_COSINE = 0.9999  # between embeddings of the network and of its float ONNX file
+MIN_COSINE = 0.9999  # between embeddings of the network and of its float ONNX file
 T = TypeVar("T")
 
 
@@ -152,7 +152,7 @@ class Measurement:
         self._step("calibrate", lambda: qface.calibrate(student, crops))
         self._step("export", lambda: qface.export(student, self.file))
         agreement = self._step("verify", lambda: qface.verify(student, self.file, crops))
-        row.agrees, row.cosine = agreement.agrees, agreement.least_cosine
+        row.agrees, row.cosine = agreement.agrees, agreement.min_cosine
         row.different = sum(layer.different for layer in agreement.layers)
         row.different_elsewhere = sum(layer.different for layer in agreement.layers if layer.operation != "Quantize")
         row.compared = sum(layer.elements for layer in agreement.layers)
@@ -200,8 +200,8 @@ class Measurement:
             return told
         images = preprocessing_of(model)(crops)
         with torch.no_grad():
-            least = float(torch.cosine_similarity(self.loaded(images), embedding_of(model(images))).min())
-        return None if least > LEAST_COSINE else f"computes something else: {least:.6f}"
+            lowest = float(torch.cosine_similarity(self.loaded(images), embedding_of(model(images))).min())
+        return None if lowest > MIN_COSINE else f"computes something else: {lowest:.6f}"
 
     def _go_on(self, crops: Tensor) -> str | None:
         """Quantize, export and verify the loaded network; return the reason of a failure, else None."""

@@ -182,7 +182,7 @@ class Bench:
         return self._records.recall_array(*self._key(FLOAT), lambda: self._embed(self._path(FLOAT, ".onnx")))
 
     def _embed(self, file: Path) -> Embeddings:
-        return embed(file, self._halves.judging, progress=True)
+        return embed(file, self._halves.held_out, progress=True)
 
 
 @click.command(cls=BenchmarkCommand)

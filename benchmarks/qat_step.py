@@ -80,9 +80,9 @@ def measured(name: str, data: Path, bits: int, batch_size: int, repeats: int, de
     }
     planar = {FLOAT: training_step(trained, planes), QAT: training_step(student, planes)}
     with memory_kept():
-        kept = in_turns(steps, repeats)
-        in_planes = in_turns(planar, repeats) if device == "cpu" else {}
-    given_back = in_turns({kind: steps[kind] for kind in (FLOAT, QAT)}, repeats) if device == "cpu" else {}
+        kept = interleaved(steps, repeats)
+        in_planes = interleaved(planar, repeats) if device == "cpu" else {}
+    given_back = interleaved({kind: steps[kind] for kind in (FLOAT, QAT)}, repeats) if device == "cpu" else {}
     return {
         "weights": "pretrained" if file.exists() else "random",
         "batch_size": batch_size,
@@ -114,7 +114,7 @@ def forward(model: nn.Module, images: Tensor) -> None:
     model(images)
 
 
-def in_turns(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def interleaved(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
     """Return the median seconds of each step, timed in rounds of random order after a warm-up round."""
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     order = random.Random(0)

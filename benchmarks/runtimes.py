@@ -8,7 +8,7 @@ the held-out second half of the people. Emulated processors take about half a se
 (``--emulated-images``) and are not timed.
 
 - "equal": number of embeddings that equal those of the host's onnxruntime bit for bit.
-- "least cosine": minimum cosine between an embedding and the host's.
+- "minimum cosine": minimum cosine between an embedding and the host's.
 - "TPR": TPR at FPR 1e-4 over all pairs of the embedded faces, for the runtime and for the host on the same faces.
 - "ms": median time of one image on one thread; calls alternate between the file and the float32 file.
 """
@@ -40,7 +40,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 runtimes = importlib.import_module("tests.runtimes.runtime")
 
 FPR = "1e-4"
-HEADINGS = ("runtime", "version", "equal", "least cosine", f"TPR at {FPR}", "host's", "ms", "float32 ms", "ratio")
+HEADINGS = ("runtime", "version", "equal", "minimum cosine", f"TPR at {FPR}", "host's", "ms", "float32 ms", "ratio")
 
 Array = npt.NDArray[Any]
 
@@ -54,7 +54,7 @@ class Row:
         version: version of onnxruntime or OpenVINO.
         images: number of images embedded.
         equal: number of embeddings that equal the host's bit for bit.
-        least_cosine: minimum cosine between an embedding and the host's.
+        min_cosine: minimum cosine between an embedding and the host's.
         tpr: TPR at :data:`FPR`; None if there are too few pairs.
         host_tpr: TPR of the host on the same images.
         milliseconds: median time of one image; None if not timed.
@@ -65,7 +65,7 @@ class Row:
     version: str
     images: int
     equal: int
-    least_cosine: float
+    min_cosine: float
     tpr: float | None
     host_tpr: float | None
     milliseconds: float | None = None
@@ -181,7 +181,7 @@ def cells(row: Row) -> list[str]:
     times = ["" if time is None else f"{time:.2f}" for time in (row.milliseconds, row.float_milliseconds)]
     ratio = f"{row.milliseconds / row.float_milliseconds:.2f}" if row.milliseconds and row.float_milliseconds else ""
     equal = f"{row.equal} of {row.images}"
-    return [row.runtime, row.version, equal, f"{row.least_cosine:.4f}", *rates, *times, ratio]
+    return [row.runtime, row.version, equal, f"{row.min_cosine:.4f}", *rates, *times, ratio]
 
 
 if __name__ == "__main__":

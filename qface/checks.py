@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from torch import Tensor, nn
 
@@ -15,30 +15,31 @@ __all__ = ["check_choice", "check_finite", "check_flag", "check_module", "check_
 _SEEDS = 2**63
 
 
-def check_whole(least: int, **settings: object) -> None:
-    """Raise if a setting is not an integer >= ``least``.
+def check_whole(minimum: int, **settings: object) -> None:
+    """Raise if a setting is not an integer >= ``minimum``.
 
     Raises:
         ConfigError: a setting is out of range; the message names it.
     """
     for name, value in settings.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(f"{name} must be an integer >= {minimum}, got {value!r}")
 
 
-def check_choice(choice: object, **settings: object) -> None:
-    """Raise if a setting is not a value of the Literal ``choice``.
+def check_choice(choices: object, **settings: object) -> None:
+    """Raise if a setting is not one of ``choices``.
 
     Args:
-        choice: a ``Literal``.
+        choices: a ``Literal`` or a collection of values.
         settings: values by the name that the error shows.
 
     Raises:
         ConfigError: a setting has another value.
     """
+    values = get_args(choices) or tuple(cast(Collection[object], choices))
     for name, value in settings.items():
-        if value not in get_args(choice):
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, get_args(choice)))}, got {value!r}")
+        if value not in values:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, values))}, got {value!r}")
 
 
 def check_flag(**settings: object) -> None:

@@ -3,14 +3,11 @@
 This module imports nothing else of qface, so that ``qface export --help`` does not wait for torch.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 __all__ = [
     "CALIBRATION_IMAGES",
-    "INPUTS",
-    "RUNTIMES",
     "SENSITIVITY_IMAGES",
-    "TARGETS",
     "ColorOrder",
     "DistillName",
     "FigureKind",
@@ -45,7 +42,3 @@ TargetName = Literal["cpu", "cuda", "float32"]
 TemplateProtocol = Literal["paper", "arcface"]
 WeightFormatName = Literal["packed", "int8"]
 """Layout of a student's weights in a file: packed to their bits, or one byte per weight."""
-
-INPUTS: tuple[InputType, ...] = get_args(InputType)
-RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
-TARGETS: tuple[TargetName, ...] = get_args(TargetName)

@@ -23,7 +23,7 @@ from qface.errors import ConfigError, LimitError
 __all__ = ["Allowance", "Limits", "check", "elements_of", "limits", "named", "parse_json"]
 
 _VARIABLE = "QFACE_LIMITS"
-_MOST_DIMENSIONS = 64  # the limit of numpy; torch's is close
+_MAX_DIMENSIONS = 64  # the limit of numpy; torch's is close
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
@@ -121,8 +121,8 @@ def elements_of(shape: Sequence[Any], what: str) -> int:
         LimitError: it has more than 64 dimensions.
         ValueError: a size is not an integer in [0, 2^63).
     """
-    if len(shape) > _MOST_DIMENSIONS:
-        raise LimitError(f"{what} has {len(shape)} dimensions; the maximum is {_MOST_DIMENSIONS}")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise LimitError(f"{what} has {len(shape)} dimensions; the maximum is {_MAX_DIMENSIONS}")
     for side in shape:
         if not isinstance(side, int) or not 0 <= side < 2**63:
             raise ValueError(f"{what} has a size that is not an integer >= 0")

@@ -190,7 +190,7 @@ def test_a_file_that_differs_or_cannot_tell_is_named(student: Path) -> None:
     add_metadata("student.onnx", {"golden": json.dumps(golden)})
     result = run("selftest", "student.onnx")
     assert result.exit_code == 1
-    assert result.stdout.startswith("DIFFERS from what was trained: 4 of 16 embeddings differ, least cosine")
+    assert result.stdout.startswith("DIFFERS from what was trained: 4 of 16 embeddings differ, minimum cosine")
     assert json.loads(run("selftest", "student.onnx", "--json").stdout)["agrees"] is False
     kept = {key: value for key, value in read_metadata("student.onnx").items() if key != "golden"}
     model = onnx.load("student.onnx")

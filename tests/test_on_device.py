@@ -174,7 +174,7 @@ def test_javascript_says_what_qface_says(kind: str, runtime: str, node: Path, fi
 @pytest.mark.parametrize("kind", ["6 uint8", "8 uint8"])
 def test_cpp_says_what_qface_says(kind: str, compiled: Path, files: dict[str, Path]) -> None:
     for name, code in ((kind, 0), (f"{kind}, changed", 1)):
-        expected = str(qface.selftest(files[name])).partition(", least cosine")[0]
+        expected = str(qface.selftest(files[name])).partition(", minimum cosine")[0]
         found, words = spoken(compiled, files[name])
         assert words.startswith(f"{expected}, onnxruntime {onnxruntime.__version__}")
         assert found == code

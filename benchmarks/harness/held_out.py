@@ -21,24 +21,26 @@ class Halves:
 
     Attributes:
         tuning: images of the first half of the identities.
-        judging: images of the second half.
+        held_out: images of the second half.
     """
 
     def __init__(self, faces: Path) -> None:
         self.tuning = ImageFolder(faces / "lfw", identities="first-half")
-        self.judging = ImageFolder(faces / "lfw", identities="second-half")
-        self._pairs = resolve_pairs(read_lfw_pairs(faces / "lfw_pairs.txt"), self.judging)
+        self.held_out = ImageFolder(faces / "lfw", identities="second-half")
+        self._pairs = resolve_pairs(read_lfw_pairs(faces / "lfw_pairs.txt"), self.held_out)
 
     def names(self) -> str:
         """Return all image names and the number of evaluated pairs as text, one per line."""
-        images = [path.relative_to(half.root).as_posix() for half in (self.tuning, self.judging) for path in half.paths]
+        images = [
+            path.relative_to(half.root).as_posix() for half in (self.tuning, self.held_out) for path in half.paths
+        ]
         return "\n".join([*images, str(len(self._pairs))])
 
     def figures(self, embeddings: Embeddings, teacher: Embeddings) -> dict[str, Any]:
         """Measure verification on the second half, as fractions in [0, 1].
 
         Args:
-            embeddings: L2-normalized embeddings of ``judging``, ``[N, D]``.
+            embeddings: L2-normalized embeddings of ``held_out``, ``[N, D]``.
             teacher: embeddings of the float network for the same images, ``[N, D]``.
 
         Returns:
@@ -46,8 +48,8 @@ class Halves:
             embeddings as gallery; 10-fold ``accuracy``; ``distance``, the mean of 1 - cosine to the teacher. A TPR or
             threshold is None if there are too few pairs.
         """
-        assert self.judging.labels is not None
-        labels = self.judging.labels.numpy()
+        assert self.held_out.labels is not None
+        labels = self.held_out.labels.numpy()
         own = tpr_at_fpr(embeddings, labels, FPRS)
         mixed = tpr_at_fpr(embeddings, labels, FPRS, gallery=teacher)
         return {

@@ -19,8 +19,6 @@ SETS = {
 }
 """The paper's columns: accuracy in percent of four sets of pairs, and TPR at two FPRs."""
 
-LFW_IMAGES = 13_233
-
 
 @dataclass(frozen=True)
 class Method:

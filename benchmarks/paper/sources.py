@@ -111,7 +111,7 @@ class Sources:
 
     def _on_halves(self, model: Model) -> Figures:
         assert self.halves is not None
-        embeddings: Embeddings = embed(model, self.halves.judging, progress=True)
+        embeddings: Embeddings = embed(model, self.halves.held_out, progress=True)
         figures = self.halves.figures(embeddings, embeddings)
         return {
             HALF_COLUMNS["lfw"]: 100 * figures["accuracy"],

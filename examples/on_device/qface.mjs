@@ -95,7 +95,7 @@ export async function selftest(model) {  // the metadata must have the key golde
     different += tolerance === 'equal' ? digest(found) !== digests[number] : !(near >= tolerance);
   }
   const verdict = different ? 'DIFFERS from what was trained' : 'computes what was trained';
-  const cosines = `least cosine of the first ${embeddings.length} is ${leastCosine.toFixed(6)}`;
+  const cosines = `minimum cosine of the first ${embeddings.length} is ${leastCosine.toFixed(6)}`;
   const words = `${verdict}: ${different} of ${images} embeddings differ, ${cosines}`;
   return { agrees: !different, different, images, leastCosine, words };
 }

@@ -71,7 +71,7 @@ def main(file: str) -> int:
     else:
         different = sum(not each >= golden["tolerance"] for each in cosines)
     verdict = "DIFFERS from what was trained" if different else "computes what was trained"
-    least = f"least cosine of the first {len(expected)} is {min(cosines):.6f}"
+    least = f"minimum cosine of the first {len(expected)} is {min(cosines):.6f}"
     print(f"{verdict}: {different} of {images} embeddings differ, {least}, onnxruntime {onnxruntime.__version__}")
     return 1 if different else 0
 

@@ -78,12 +78,12 @@ def align_face(photo: Image.Image, landmarks: npt.ArrayLike) -> Image.Image:
     )
 
 
-_MOST_RESIDUAL = 18.5
+_MAX_RESIDUAL = 18.5
 """Maximum RMS distance to the template in crop pixels. A rigid face with yaw up to 90 degrees, pitch up to 30 degrees
 and landmark errors of 1.5 pixels gives 15.9 to 18.5; swapped eyes give 18.1 to 19.6, a mirrored face 21.4."""
-_MOST_CROSSED = 1.0
+_MAX_CROSSED = 1.0
 """Maximum crossed area relative to the squared RMS radius of the landmarks. Those rigid faces stay below 0.9."""
-_MOST_ROLL = 120.0  # maximum, degrees
+_MAX_ROLL = 120.0  # maximum, degrees
 _OTHER_ORDERS: dict[str, list[int]] = {
     "x1 ... x5 y1 ... y5 (the order of MTCNN)": [0, 5, 1, 6, 2, 7, 3, 8, 4, 9],
     "y before x": [1, 0, 3, 2, 5, 4, 7, 6, 9, 8],
@@ -111,9 +111,9 @@ def landmark_fault(landmarks: Landmarks, size: tuple[int, int] | None = None) ->
     likely = min(others, key=others.__getitem__)
     if others[likely] < residual / 2:
         return f"their order looks like {likely}"
-    if residual > _MOST_RESIDUAL:
+    if residual > _MAX_RESIDUAL:
         return f"they are {residual:.0f} pixels (RMS) from the template in the 112x112 crop"
-    if roll > _MOST_ROLL:
+    if roll > _MAX_ROLL:
         return "the eyes are below the mouth"
     return _crossed(landmarks)
 
@@ -147,7 +147,7 @@ def _crossed(landmarks: Landmarks) -> str | None:
     left, right, _, mouth_left, mouth_right = landmarks
     eyes, mouth = right - left, mouth_right - mouth_left
     down = (mouth_left + mouth_right) / 2 - (left + right) / 2
-    area = _MOST_CROSSED * _spread(landmarks) ** 2
+    area = _MAX_CROSSED * _spread(landmarks) ** 2
     if _cross(eyes, down) < -area:
         return "the left eye is to the right of the right eye"
     if _cross(mouth, down) < -area:

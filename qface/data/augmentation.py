@@ -32,7 +32,7 @@ _YAW = 60.0  # maximum, degrees
 _PITCH = 25.0  # maximum, degrees
 _RADIUS = 1.35
 """Radius of the cylinder that models a turned face, in half crop widths: the ears are just outside the crop."""
-_LEAST_SIDE = 20  # minimum height of a face with low resolution, pixels
+_MIN_SIDE = 20  # minimum height of a face with low resolution, pixels
 _BLUR = 2.0  # maximum standard deviation, pixels
 _QUALITY = (10, 70)  # JPEG quality
 _EXPOSURE = 0.7  # maximum of |log(gamma)| and |log(contrast)|
@@ -183,7 +183,7 @@ def _low_resolution(faces: Tensor, mates: Tensor, draws: _Draws) -> Tensor:
     size = faces.shape[2:]
     smaller = [
         F.interpolate(face[None], scale_factor=float(scale), mode="bilinear", antialias=True)
-        for face, scale in zip(faces, draws.between(0, _LEAST_SIDE / size[0], 0.7), strict=True)
+        for face, scale in zip(faces, draws.between(0, _MIN_SIDE / size[0], 0.7), strict=True)
     ]
     return torch.cat([F.interpolate(face, size, mode="bicubic") for face in smaller])
 

@@ -218,18 +218,18 @@ def check_normalized(batch: Tensor, preprocessing: Preprocessing) -> None:
     if not batch.is_floating_point() or not batch.numel():
         return
     mean, std = (batch.new_tensor(values, dtype=torch.float32) for values in (preprocessing.mean, preprocessing.std))
-    least, greatest, level = -mean / std, (255 - mean) / std, 1 / std
+    lowest_possible, highest_possible, level = -mean / std, (255 - mean) / std, 1 / std
     low, high = (extreme.float() for extreme in torch.aminmax(batch.transpose(0, 1).reshape(3, -1), dim=1))
-    outside = bool((low < least - level).any() or (high > greatest + level).any())
+    outside = bool((low < lowest_possible - level).any() or (high > highest_possible + level).any())
     lowest, highest = float(low.min()), float(high.max())
-    within_one = len(batch) > 1 and 0 <= lowest < highest <= 1 and bool((least < 0).all())
+    within_one = len(batch) > 1 and 0 <= lowest < highest <= 1 and bool((lowest_possible < 0).all())
     if not outside and not within_one:
         return
     looks = _LOOKS[0] if lowest >= 0 and highest <= 1 else _LOOKS[1] if lowest >= 0 and highest <= 256 else ""
     raise ImagesError(
         f"the images have values from {lowest:.3g} to {highest:.3g}{looks}, but the Preprocessing of the network gives "
-        f"{float(least.min()):.3g} to {float(greatest.max()):.3g}: set the Preprocessing that normalized them, or pass "
-        "uint8 RGB images"
+        f"{float(lowest_possible.min()):.3g} to {float(highest_possible.max()):.3g}: "
+        "set the Preprocessing that normalized them, or pass uint8 RGB images"
     )
 
 

@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from qface.checks import check_choice
 from qface.data.images import IndexedImages
-from qface.errors import ConfigError, ImagesError
+from qface.errors import ImagesError
 
 __all__ = ["STRESS_CONDITIONS", "StressedImages"]
 
@@ -46,8 +47,7 @@ class StressedImages(IndexedImages):
     """
 
     def __init__(self, source: IndexedImages, condition: str, seed: int = 0) -> None:
-        if condition not in STRESS_CONDITIONS:
-            raise ConfigError(f"condition must be one of {', '.join(map(repr, STRESS_CONDITIONS))}, got {condition!r}")
+        check_choice(STRESS_CONDITIONS, condition=condition)
         self._source, self._condition, self._seed = source, condition, seed
         self.labels = source.labels
 

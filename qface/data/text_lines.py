@@ -9,7 +9,7 @@ from qface.errors import ImagesError, QFaceError, one_line
 
 __all__ = ["numbered_lines", "whole_number"]
 
-_MOST_DIGITS = 18  # fits into int64; int() raises for more than 4,300 digits
+_MAX_DIGITS = 18  # fits into int64; int() raises for more than 4,300 digits
 
 
 def numbered_lines(path: Path, error: type[QFaceError] = ImagesError) -> Iterator[tuple[int, str]]:
@@ -31,4 +31,4 @@ def numbered_lines(path: Path, error: type[QFaceError] = ImagesError) -> Iterato
 
 def whole_number(text: str) -> int | None:
     """Parse an integer >= 0; None if ``text`` is not a decimal number of at most 18 digits."""
-    return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None
+    return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else None

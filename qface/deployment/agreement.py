@@ -22,7 +22,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
-from qface.choices import RUNTIMES, RuntimeName
+from qface.checks import check_choice
+from qface.choices import RuntimeName
 from qface.data.images import Images, ImageSource, normalize
 from qface.data.sources import as_image_source
 from qface.deployment import integer_graph as ir
@@ -30,7 +31,7 @@ from qface.deployment.inputs import as_model_sees, to_file_input, with_input_dty
 from qface.deployment.lowering import lower, value_name
 from qface.deployment.openvino_runtime import OpenVinoEmbedder
 from qface.deployment.runtime import OnnxEmbedder, cpu_session, providers_for
-from qface.errors import ConfigError, ExportError, ImagesError
+from qface.errors import ExportError, ImagesError
 from qface.graph.queries import layer_of
 from qface.models.resolve import NetworkLike, as_network
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
@@ -40,7 +41,6 @@ from qface.results import Result
 
 __all__ = [
     "LAYER_IMAGES",
-    "RUNTIMES",
     "Agreement",
     "LayerAgreement",
     "compare_embeddings",
@@ -50,12 +50,12 @@ __all__ = [
 ]
 
 
-LEAST_EQUAL = 0.999
+MIN_EQUAL = 0.999
 """Minimum fraction of equal integers in layers that round floats; the others may be off by one."""
-LEAST_MEAN_COSINE = 0.9999
-LEAST_COSINE = 0.999
-LEAST_MEAN_COSINE_WITH_FLOAT = 0.99
-LEAST_COSINE_WITH_FLOAT = 0.95
+MIN_MEAN_COSINE = 0.9999
+MIN_COSINE = 0.999
+MIN_MEAN_COSINE_WITH_FLOAT = 0.99
+MIN_COSINE_WITH_FLOAT = 0.95
 """Minimum cosine of networks with float islands. Torch and onnxruntime sum floats in different orders; a difference of
 1e-7 rounds one of every few thousand values differently, and later layers spread it. Each single layer must still agree
 as in other networks."""
@@ -75,7 +75,7 @@ class LayerAgreement:
         bits: bit width of the output.
         elements: number of output integers compared.
         different: number of integers that differ.
-        greatest_step: maximum difference of two integers.
+        max_difference: maximum difference of two integers.
         integer_range: minimum and maximum output integer of the file.
         exact: True if the output is equal on every processor, so that no integer may differ; False for layers that
             round floats or lie near a rounding tie (:func:`qface.quantization.binding.layers_near_ties`).
@@ -86,15 +86,15 @@ class LayerAgreement:
     bits: int
     elements: int
     different: int
-    greatest_step: int
+    max_difference: int
     integer_range: tuple[int, int]
     exact: bool = True
 
     @property
     def agrees(self) -> bool:
         """True if the integers fit into ``bits`` and agree: all if ``exact``, else within the tolerance."""
-        allowed = 0 if self.exact else (1 - LEAST_EQUAL) * self.elements
-        equal = self.different <= allowed and self.greatest_step <= 1
+        allowed = 0 if self.exact else (1 - MIN_EQUAL) * self.elements
+        equal = self.different <= allowed and self.max_difference <= 1
         return equal and self.integer_range[1] - self.integer_range[0] < 1 << self.bits
 
 
@@ -106,16 +106,16 @@ class Agreement(Result):
         layers: comparison of each layer with integer outputs; empty for OpenVINO and for files that compute in float.
         images: number of images whose embeddings were compared.
         mean_cosine: mean cosine between the embeddings of student and file.
-        least_cosine: minimum of these cosines.
+        min_cosine: minimum of these cosines.
         float_layers: names of the float islands, which lower the required cosine.
-        runtime: runtime of the file, one of :data:`RUNTIMES`.
+        runtime: runtime of the file, a :data:`qface.choices.RuntimeName`.
         preprocessing: preprocessing of both and its source, in words.
     """
 
     layers: tuple[LayerAgreement, ...]
     images: int
     mean_cosine: float
-    least_cosine: float
+    min_cosine: float
     float_layers: tuple[str, ...] = ()
     runtime: str = "onnxruntime"
     preprocessing: str = ""
@@ -123,12 +123,10 @@ class Agreement(Result):
     @property
     def agrees(self) -> bool:
         """True if all layers and the embeddings agree."""
-        mean, least = (
-            (LEAST_MEAN_COSINE_WITH_FLOAT, LEAST_COSINE_WITH_FLOAT)
-            if self.float_layers
-            else (LEAST_MEAN_COSINE, LEAST_COSINE)
+        mean, minimum = (
+            (MIN_MEAN_COSINE_WITH_FLOAT, MIN_COSINE_WITH_FLOAT) if self.float_layers else (MIN_MEAN_COSINE, MIN_COSINE)
         )
-        embeddings = self.mean_cosine >= mean and self.least_cosine >= least
+        embeddings = self.mean_cosine >= mean and self.min_cosine >= minimum
         return embeddings and all(layer.agrees for layer in self.layers)
 
     def _key_figures(self) -> Mapping[str, object]:
@@ -136,7 +134,7 @@ class Agreement(Result):
             "agrees": self.agrees,
             "images": self.images,
             "layers": len(self.layers),
-            "least_cosine": self.least_cosine,
+            "min_cosine": self.min_cosine,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,8 +175,7 @@ def verify(
         >>> found.images, found.agrees
         (72, True)
     """
-    if runtime not in RUNTIMES:
-        raise ConfigError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    check_choice(RuntimeName, runtime=runtime)
     student = as_network(student)
     graph = lower(student)
     on_openvino = runtime == "openvino"
@@ -387,7 +384,7 @@ def _layer_agreement(
         bits=operation.output.qparams.bits,
         elements=steps.size,
         different=int(np.count_nonzero(steps)),
-        greatest_step=int(steps.max()),
+        max_difference=int(steps.max()),
         integer_range=(int(found[name].min()), int(found[name].max())),
         exact=exact,
     )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface._version import __version__
-from qface.choices import TARGETS, InputType, TargetName, WeightFormatName
+from qface.checks import check_choice
+from qface.choices import InputType, TargetName, WeightFormatName
 from qface.data.images import Images, normalize
 from qface.data.sources import as_image_source
 from qface.data.synthetic import synthetic_crops
@@ -29,7 +30,6 @@ from qface.deployment.inputs import (
     FLOAT_INPUT,
     UINT8_INPUT,
     as_model_sees,
-    check_input,
     through_uint8,
     with_input_dtype,
 )
@@ -40,7 +40,6 @@ from qface.deployment.nodes import OPSET
 from qface.deployment.onnx_writer import to_onnx
 from qface.deployment.runtime import OnnxEmbedder, providers_for
 from qface.deployment.torch_onnx import torch_onnx_model
-from qface.deployment.weight_formats import check_weight_format
 from qface.errors import ConfigError, ExportError, ImagesError, one_line
 from qface.files import as_path, replacing
 from qface.graph.queries import is_quantized
@@ -50,7 +49,7 @@ from qface.provenance import provenance_of
 from qface.quantization.binding import layers_near_ties
 from qface.quantization.plan import count_activation_bits
 
-__all__ = ["ACTIVATION_BITS", "TARGETS", "export"]
+__all__ = ["ACTIVATION_BITS", "export"]
 
 ACTIVATION_BITS = "activation_bits"
 """Metadata key for the number of quantized activations at each bit width."""
@@ -111,8 +110,8 @@ def export(
     path = as_path(path)
     if path.suffix != ".onnx":
         raise ExportError(f"path must end in .onnx, got {path}")
-    check_input(input)
-    check_weight_format(weight_format)
+    check_choice(InputType, input=input)
+    check_choice(WeightFormatName, weight_format=weight_format)
     model = as_network(model)
     _check_target(target, model)
     crops, name = _verification_images(images)
@@ -158,8 +157,7 @@ def _student_model(graph: IntegerGraph, metadata: dict[str, str], weight_format:
 
 
 def _check_target(target: str, model: nn.Module) -> None:
-    if target not in TARGETS:
-        raise ConfigError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    check_choice(TargetName, target=target)
     if target != "cpu" and not is_quantized(model):
         raise ConfigError(
             f"target {target!r} is for students only; leave it out: a float network's file runs on any processor"
@@ -191,13 +189,13 @@ def _check_layers(student: nn.Module, graph: IntegerGraph, file: Path, inputs: T
         first = wrong[0]
         raise ExportError(
             f"onnxruntime and the student differ in {len(wrong)} of {len(layers)} layers (first: {first.layer}, "
-            f"{first.different} of {first.elements} integers, by up to {first.greatest_step}); no file was written: "
+            f"{first.different} of {first.elements} integers, by up to {first.max_difference}); no file was written: "
             "please report this processor and network"
         )
     if not agreement.agrees:  # onnxruntime optimizes the whole file differently from single layers
         raise ExportError(
             "onnxruntime and the student agree in each layer but not in the whole file (minimum cosine "
-            f"{agreement.least_cosine:.6f}); no file was written: please report this processor and network"
+            f"{agreement.min_cosine:.6f}); no file was written: please report this processor and network"
         )
 
 
@@ -208,7 +206,7 @@ def _check_embeddings(student: nn.Module, graph: IntegerGraph, file: Path, input
     if not agreement.agrees:
         raise ExportError(
             f"onnxruntime and the student without activation rounding differ for target {target} (cosines of "
-            f"{agreement.images} embeddings: mean {agreement.mean_cosine:.6f}, minimum {agreement.least_cosine:.6f}); "
+            f"{agreement.images} embeddings: mean {agreement.mean_cosine:.6f}, minimum {agreement.min_cosine:.6f}); "
             "no file was written: export with target cpu"
         )
 
@@ -219,7 +217,7 @@ def _check_float(network: nn.Module, file: Path, inputs: Tensor) -> None:
     agreement = compare_embeddings(network, embedder, [images])
     if not agreement.agrees:
         raise ExportError(
-            f"onnxruntime and the network differ (minimum cosine {agreement.least_cosine:.6f}); no file was written: "
+            f"onnxruntime and the network differ (minimum cosine {agreement.min_cosine:.6f}); no file was written: "
             "check the network for random operations and for branches on Python values"
         )
 

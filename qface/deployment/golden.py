@@ -53,11 +53,11 @@ NUM_DIGESTS = 16
 """Number of images with a 4-byte digest, where embeddings must be bit-equal. A runtime that rounds one image in ten
 differently passes with 4 images two times in three, with 16 images one time in five."""
 
-LEAST_COSINE_OF_FLOATS = 0.999
+MIN_COSINE_OF_FLOATS = 0.999
 """Minimum cosine of float32 and fp16 files, as in ``verify``."""
-LEAST_COSINE_WITH_ISLANDS = 0.95
+MIN_COSINE_WITH_ISLANDS = 0.95
 """Minimum cosine of files with float islands: runtimes may round their outputs to different integers."""
-LEAST_COSINE_OF_FLOAT_OUTPUT = 0.999999
+MIN_COSINE_OF_FLOAT_OUTPUT = 0.999999
 """Minimum cosine where only the last step is computed in float, such as the L2 normalization."""
 
 Tolerance = Literal["equal"] | float
@@ -238,7 +238,7 @@ class SelfTest(Result):
         tolerance: ``"equal"``, or the minimum allowed cosine.
         images: number of test images compared.
         different: number of embeddings outside the tolerance.
-        least_cosine: minimum cosine over the embeddings that are stored in full.
+        min_cosine: minimum cosine over the embeddings that are stored in full.
         cosines: number of these embeddings.
 
     Example:
@@ -250,7 +250,7 @@ class SelfTest(Result):
     tolerance: Tolerance
     images: int
     different: int
-    least_cosine: float
+    min_cosine: float
     cosines: int
 
     @property
@@ -264,7 +264,7 @@ class SelfTest(Result):
     def __str__(self) -> str:
         """Return the verdict in one line."""
         verdict = "computes what was trained" if self.agrees else "DIFFERS from what was trained"
-        cosines = f"least cosine of the first {self.cosines} is {self.least_cosine:.6f}"
+        cosines = f"minimum cosine of the first {self.cosines} is {self.min_cosine:.6f}"
         return f"{verdict}: {self.different} of {self.images} embeddings differ, {cosines}, {self.runtime}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -286,10 +286,10 @@ def golden_tolerance(graph: ir.IntegerGraph | None, target: str) -> Tolerance:
         0.999
     """
     if graph is None or target != "cpu":
-        return LEAST_COSINE_OF_FLOATS
+        return MIN_COSINE_OF_FLOATS
     if any(isinstance(operation, ir.FloatIslandOp) for operation in graph.operations):
-        return LEAST_COSINE_WITH_ISLANDS
-    return EQUAL if _sums_only_integers(graph) else LEAST_COSINE_OF_FLOAT_OUTPUT
+        return MIN_COSINE_WITH_ISLANDS
+    return EQUAL if _sums_only_integers(graph) else MIN_COSINE_OF_FLOAT_OUTPUT
 
 
 def _sums_only_integers(graph: ir.IntegerGraph) -> bool:

@@ -7,36 +7,24 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from qface.choices import INPUTS
+from qface.choices import InputType
 from qface.deployment import integer_graph as ir
-from qface.errors import ConfigError
 from qface.preprocessing import Preprocessing
 
 __all__ = [
     "FLOAT_INPUT",
-    "INPUTS",
     "UINT8_INPUT",
     "as_model_sees",
-    "check_input",
     "through_uint8",
     "to_file_input",
     "with_input_dtype",
 ]
 
-FLOAT_INPUT, UINT8_INPUT = INPUTS
+FLOAT_INPUT: InputType = "float32"
+UINT8_INPUT: InputType = "uint8"
 
 _BYTES = ir.TensorQParams(8, 1.0, 0)
 _ORDERS: dict[str, ir.Channels] = {"RGB": (0, 1, 2), "BGR": (2, 1, 0)}
-
-
-def check_input(kind: str) -> None:
-    """Check that ``kind`` is one of :data:`INPUTS`.
-
-    Raises:
-        ConfigError: ``kind`` is unknown.
-    """
-    if kind not in INPUTS:
-        raise ConfigError(f"input must be one of {', '.join(INPUTS)}, got {kind!r}")
 
 
 def with_input_dtype(kind: str, graph: ir.IntegerGraph) -> ir.IntegerGraph:
@@ -45,7 +33,7 @@ def with_input_dtype(kind: str, graph: ir.IntegerGraph) -> ir.IntegerGraph:
     Bytes go in directly if they equal the integers of the input quantizer; otherwise they are normalized first.
 
     Args:
-        kind: one of :data:`INPUTS`.
+        kind: an :data:`qface.choices.InputType`.
         graph: output of :func:`qface.deployment.lowering.lower`, with a float input.
     """
     return _with_uint8_input(graph) if kind == UINT8_INPUT else graph

@@ -38,7 +38,7 @@ class Candidate:
         provider: provider in use, such as onnxruntime's execution provider.
         bytes: file size.
         load_seconds: time to open the file once.
-        input: input type, one of :data:`qface.deployment.inputs.INPUTS`.
+        input: input type, a :data:`qface.choices.InputType`.
         preprocessing: preprocessing of the file, in words.
     """
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import CheckpointError, DependencyError, QFaceError, one_line
+from qface.network_output import as_rows
 from qface.preprocessing import PreprocessingOverride
 
 __all__ = ["OpenVinoEmbedder"]
@@ -46,7 +47,7 @@ class OpenVinoEmbedder(OnnxEmbedder):
         except RuntimeError as error:  # the only error type of OpenVINO
             raise QFaceError(f"{self.path} cannot embed images {list(images.shape)}: {one_line(error)}") from error
         # A copy, because OpenVINO overwrites its result in the next call.
-        return torch.tensor(outputs[self._compiled.output(self._output)]).float()
+        return as_rows(torch.tensor(outputs[self._compiled.output(self._output)]).float())
 
 
 def _openvino() -> Any:

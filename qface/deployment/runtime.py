@@ -57,7 +57,7 @@ class OnnxEmbedder:
     Attributes:
         path: path of the file.
         preprocessing: preprocessing of the network, including a normalization in the graph, as in :func:`qface.load`.
-        input: input type, one of :data:`qface.deployment.inputs.INPUTS`: normalized floats, or RGB bytes.
+        input: input type, a :data:`qface.choices.InputType`: normalized floats, or RGB bytes.
         target: target of :func:`qface.export`; ``"cpu"`` if the file does not record one.
         provider: execution provider in use.
         runtime: runtime and provider in words, for reports.

@@ -14,11 +14,11 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from qface.checks import check_choice
 from qface.deployment.integer_graph import Int8
 from qface.deployment.packing import Place, offset, pack, places
-from qface.errors import ConfigError
 
-__all__ = ["WEIGHT_FORMATS", "Int8Format", "PackedFormat", "WeightFormat", "check_weight_format", "make_weight_format"]
+__all__ = ["WEIGHT_FORMATS", "Int8Format", "PackedFormat", "WeightFormat", "make_weight_format"]
 
 
 class WeightFormat(Protocol):
@@ -172,21 +172,11 @@ WEIGHT_FORMATS: dict[str, type[Int8Format] | type[PackedFormat]] = {"packed": Pa
 """Weight formats by name, as in :func:`qface.export`."""
 
 
-def check_weight_format(name: str) -> None:
-    """Check that ``name`` is a key of :data:`WEIGHT_FORMATS`.
-
-    Raises:
-        ConfigError: the weight format is unknown.
-    """
-    if name not in WEIGHT_FORMATS:
-        raise ConfigError(f"weight_format must be one of {', '.join(WEIGHT_FORMATS)}, got {name!r}")
-
-
 def make_weight_format(name: str) -> WeightFormat:
     """Create an empty weight format.
 
     Raises:
         ConfigError: the weight format is unknown.
     """
-    check_weight_format(name)
+    check_choice(WEIGHT_FORMATS, weight_format=name)
     return WEIGHT_FORMATS[name]()

@@ -67,7 +67,7 @@ class EKDLoss(nn.Module):
         self.register_buffer("started", torch.tensor(reference))
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Update the thresholds with a batch and return its loss, a scalar.
+        """Update the thresholds with a batch, in training mode, and return its loss, a scalar.
 
         Args:
             student: embeddings [N, D], normalized or not.
@@ -76,7 +76,8 @@ class EKDLoss(nn.Module):
         """
         pairs = _Pairs.of(student, teacher.detach(), labels)
         negatives, order = pairs.student[~pairs.positive].sort(descending=True)
-        self._update_thresholds(negatives.detach(), pairs.teacher[~pairs.positive])
+        if self.training:
+            self._update_thresholds(negatives.detach(), pairs.teacher[~pairs.positive])
 
         difference = self._rank(pairs.student, self.student_thresholds)
         difference = difference - self._rank(pairs.teacher, self.teacher_thresholds)

@@ -46,7 +46,7 @@ __all__ = [
 REPLICATES = 200
 CONFIDENCE = 0.95
 
-_MOST_KEPT = 15_000_000
+_MAX_KEPT = 15_000_000
 """Maximum number of impostor scores kept; sorting takes 0.6 GB. Enough for an FPR of 1e-1 of 100 million pairs."""
 _BLOCK = 2**15  # scores weighted at a time, so that temporaries stay in the cache
 
@@ -337,8 +337,8 @@ def each_draw(
     scores, images = PairScores(probes, labels, gallery), images_of(labels)
     impostors = count_pairs(labels, scores.ordered)[1]
     ranks = {fpr: rank for fpr, rank in ranks_of(fprs, impostors).items() if rank is not None}
-    wanted = [fpr for fpr, rank in ranks.items() if _with_margin(rank) <= _MOST_KEPT]
-    most = min(impostors, _MOST_KEPT)
+    wanted = [fpr for fpr, rank in ranks.items() if _with_margin(rank) <= _MAX_KEPT]
+    most = min(impostors, _MAX_KEPT)
     kept = min(most, _with_margin(max((ranks[fpr] for fpr in wanted), default=0)))
     found: dict[str, Floats | None] = dict.fromkeys(fprs)
     while wanted:

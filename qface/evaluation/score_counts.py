@@ -21,7 +21,7 @@ _HALF = 1 << 16
 _LARGE = 2**25
 """Minimum number of impostor pairs for choosing the watched bins by a sample, so that one pass suffices."""
 _SAMPLE = (4096, 2048)
-_MOST_WATCHED = 256  # maximum number of watched bins, 1 MiB each
+_MAX_WATCHED = 256  # maximum number of watched bins, 1 MiB each
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def watch_for_sample(scores: PairScores, ranks: list[int], impostors: int) -> Wa
     bins: set[int] = set()
     for rank in sorted(ranks, reverse=True):
         nearby = _bins_around(sample, rank / impostors)
-        if len(bins | nearby) > _MOST_WATCHED:
+        if len(bins | nearby) > _MAX_WATCHED:
             break
         bins |= nearby
     return Watch.of(bins) if bins else Watch()

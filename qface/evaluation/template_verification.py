@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qface.checks import check_choice
 from qface.choices import TemplateProtocol
 from qface.data.templates import TemplateSet, read_templates
 from qface.errors import ConfigError, QFaceError
@@ -120,8 +121,7 @@ def evaluate_templates(
         >>> qface.evaluate_templates("student.onnx", "IJBC", protocol="arcface").runtime
         'onnxruntime CPUExecutionProvider'
     """
-    if protocol not in get_args(TemplateProtocol):
-        raise ConfigError(f"protocol must be one of {', '.join(get_args(TemplateProtocol))}, got {protocol!r}")
+    check_choice(TemplateProtocol, protocol=protocol)
     start = time.perf_counter()
     embedder = as_embedder(model)
     templates = read_templates(folder)

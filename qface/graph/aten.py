@@ -883,8 +883,8 @@ def _attention(run: Converter, call: Call) -> Any:
     if not isinstance(mask, Constant) or mask.tensor.dtype != torch.bool:
         return None
     allowed = mask.tensor.to(run.example_parameter.device)
-    least = torch.finfo(run.example_parameter.dtype).min / 2  # instead of -inf, which saved files may not contain
-    summand = run.example_parameter.new_zeros(allowed.shape).masked_fill(~allowed, least)
+    lowest = torch.finfo(run.example_parameter.dtype).min / 2  # instead of -inf, which saved files may not contain
+    summand = run.example_parameter.new_zeros(allowed.shape).masked_fill(~allowed, lowest)
     given = None if bool(mask.tensor.all()) else run.constant(summand, mask.name)
     kwargs = {"attn_mask": given, "is_causal": call["is_causal"], "scale": call["scale"]}
     return run.function(call.node.target, (call["query"], call["key"], call["value"]), kwargs, call.node.name)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
 
+from qface.checks import check_choice
 from qface.errors import ConfigError
 from qface.preprocessing import example_input
 from qface.training_mode import eval_mode
@@ -63,9 +64,7 @@ class Budget:
     unit: Unit
 
     def __post_init__(self) -> None:
-        if self.unit not in get_args(Unit):
-            units = ", ".join(map(repr, get_args(Unit)))
-            raise ConfigError(f"the unit of a budget must be one of {units}, got {self.unit!r}")
+        check_choice(Unit, unit=self.unit)
         if not self.limit > 0:
             raise ConfigError(f"the limit of a budget must be > 0, got {self.limit!r}")
 

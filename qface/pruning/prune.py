@@ -170,8 +170,8 @@ def _share_for(
         else:
             low = share
     if high == 1.0:
-        least = budget.cost(_without_share(model, low, of_model, sample, config, structure))
-        raise ConfigError(f"pruning cannot reduce the network below {least:g} {budget.unit}: increase the budget")
+        smallest = budget.cost(_without_share(model, low, of_model, sample, config, structure))
+        raise ConfigError(f"pruning cannot reduce the network below {smallest:g} {budget.unit}: increase the budget")
     return high
 
 

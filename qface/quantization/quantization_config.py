@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from qface.checks import check_choice
 from qface.errors import ConfigError
 
 __all__ = ["LayerBits", "QuantizationConfig", "as_config"]
@@ -15,7 +16,6 @@ WeightObserver = Literal["mse", "minmax", "percentile"]
 ActivationObserver = Literal["mse", "minmax", "moving_average", "percentile"]
 
 MIN_BITS, MAX_BITS = 2, 8
-OBSERVERS = get_args(ActivationObserver)
 
 
 def _check_bits(name: str, bits: int) -> None:
@@ -92,12 +92,8 @@ class QuantizationConfig:
         for name, bits in self.overrides.items():
             if not isinstance(bits, LayerBits):
                 raise ConfigError(f"overrides[{name!r}] must be a LayerBits, got {bits!r}")
-        if self.weight_observer not in get_args(WeightObserver):
-            raise ConfigError(f"weight_observer must be one of mse, minmax, percentile, got {self.weight_observer!r}")
-        if self.activation_observer not in OBSERVERS:
-            raise ConfigError(
-                f"activation_observer must be one of {', '.join(OBSERVERS)}, got {self.activation_observer!r}"
-            )
+        check_choice(WeightObserver, weight_observer=self.weight_observer)
+        check_choice(ActivationObserver, activation_observer=self.activation_observer)
         if isinstance(self.ignored_layers, str):
             raise ConfigError(f"ignored_layers must be a tuple of names or patterns, got {self.ignored_layers!r}")
         object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))  # JSON gives a list

@@ -71,12 +71,12 @@ class ExportedFile:
 
     @property
     def input(self) -> str:
-        """Input type, one of :data:`qface.choices.INPUTS`."""
+        """Input type, a :data:`qface.choices.InputType`."""
         return self.metadata["input"]
 
     @property
     def target(self) -> str:
-        """Export target, one of :data:`qface.choices.TARGETS`."""
+        """Export target, a :data:`qface.choices.TargetName`."""
         return self.metadata["target"]
 
     @property

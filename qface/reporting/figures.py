@@ -45,8 +45,8 @@ def det_figure(models: Sequence[ModelFigures]) -> Any:
         # A log axis cannot show a rate of 0.
         points = [(fpr, 1 - tpr) for fpr, tpr in zip(model.curve.fpr, model.curve.tpr, strict=True) if tpr < 1]
         band = [(fpr, 1 - high, 1 - low) for fpr, low, high in _band(model.curve) if low < 1]
-        least = min((fnr for _, *rates in (*points, *band) for fnr in rates if fnr > 0), default=1.0)
-        _draw_band(axes, [(fpr, max(low, least), high) for fpr, low, high in band], color)
+        smallest = min((fnr for _, *rates in (*points, *band) for fnr in rates if fnr > 0), default=1.0)
+        _draw_band(axes, [(fpr, max(low, smallest), high) for fpr, low, high in band], color)
         axes.plot([fpr for fpr, _ in points], [fnr for _, fnr in points], ".-", color=color, label=model.name)
     axes.set(xscale="log", yscale="log", xlabel="false-positive rate", ylabel="false-negative rate")
     _legend(figure)

@@ -437,13 +437,15 @@ def agreement_table(agreement: Agreement) -> Table:
     table.add_column("compared")
     table.add_column("result", justify="right")
     table.add_row("embeddings, mean cosine", f"{agreement.mean_cosine:.7f}")
-    table.add_row("embeddings, minimum cosine", f"{agreement.least_cosine:.7f}")
+    table.add_row("embeddings, minimum cosine", f"{agreement.min_cosine:.7f}")
     if agreement.layers:  # empty for float files, and for OpenVINO
         different = sum(layer.different for layer in agreement.layers)
         table.add_row("integers that differ", f"{different} of {sum(layer.elements for layer in agreement.layers)}")
     for layer in agreement.layers:
         if layer.different:
-            table.add_row(escape(layer.layer), f"{layer.different} of {layer.elements}, by up to {layer.greatest_step}")
+            table.add_row(
+                escape(layer.layer), f"{layer.different} of {layer.elements}, by up to {layer.max_difference}"
+            )
     return table
 
 
@@ -543,7 +545,7 @@ def selftest_table(result: SelfTest) -> Table:
     for name in ("figure", "value"):
         table.add_column(name, justify="left" if name == "figure" else "right")
     table.add_row("embeddings that differ", f"{result.different} of {result.images}")
-    table.add_row(f"minimum cosine of the first {result.cosines}", f"{result.least_cosine:.6f}")
+    table.add_row(f"minimum cosine of the first {result.cosines}", f"{result.min_cosine:.6f}")
     table.add_row("tolerance", str(result.tolerance))
     return table
 

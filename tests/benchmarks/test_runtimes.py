@@ -26,7 +26,7 @@ def test_the_host_equals_itself_and_what_is_missing_is_named(
     report = json.loads(result.output)
     (row,) = report["rows"]
     assert (row["runtime"], row["equal"], row["images"]) == ("host", 12, 12)
-    assert row["least_cosine"] == pytest.approx(1)
+    assert row["min_cosine"] == pytest.approx(1)
     assert row["milliseconds"] > 0 and row["float_milliseconds"] > 0
     assert report["notes"] == ["web is not set up: run make runtimes"]
     assert len({line.count("|") for line in page.read_text().splitlines()}) == 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 
 import click
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from qface.cli import main
 from qface.cli.command import Command, note
 from qface.errors import ImagesError
-from qface.progress import stage
+from qface.progress import Lines, stage
 
 _LOGGER = logging.getLogger("qface")
 _NAMES = ["warning", "info", "debug"]
@@ -92,7 +93,7 @@ def test_progress_is_shown_unless_quiet(options: tuple[str, ...], shown: bool, m
         with stage("count", 1) as advance:
             advance()
 
-    monkeypatch.setattr("qface.progress.Lines.__init__.__defaults__", (lambda: 0.0, 0.0))
+    monkeypatch.setattr("qface.progress.Lines", partial(Lines, interval=0.0))
     assert ("count: 1/1" in CliRunner().invoke(work, options).stderr) == shown
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -13,9 +14,9 @@ from onnx import numpy_helper
 from torch import Tensor, fx, nn
 
 import qface
+from qface.choices import TargetName
 from qface.cli import main
 from qface.deployment import LayerAgreement
-from qface.deployment.export import TARGETS
 from qface.errors import ExportError, ImagesError
 from qface.preprocessing import Preprocessing, with_preprocessing
 from tests.deployment.networks import calibrated, framed
@@ -53,7 +54,7 @@ def test_a_file_agrees_with_its_student(student: fx.GraphModule, file: Path) -> 
     assert agreement.agrees
     assert agreement.images == 80
     assert "32x32" in agreement.preprocessing
-    assert agreement.least_cosine > 0.9999
+    assert agreement.min_cosine > 0.9999
     assert len(agreement.layers) > 5
     for layer in agreement.layers:
         assert layer.different == 0
@@ -77,7 +78,7 @@ def test_one_integer_that_differs_is_a_difference(student: fx.GraphModule, file:
     agreement = qface.verify(student, file, random_faces(8))
     (layer,) = (layer for layer in agreement.layers if layer.different)
     assert layer.exact
-    assert layer.greatest_step == 1
+    assert layer.max_difference == 1
     assert not agreement.agrees
 
 
@@ -86,7 +87,7 @@ def test_a_rounding_is_forgiven_where_floats_are_rounded() -> None:
     assert layer.agrees
     assert not replace(layer, exact=True).agrees
     assert not replace(layer, different=11).agrees
-    assert not replace(layer, greatest_step=2).agrees
+    assert not replace(layer, max_difference=2).agrees
 
 
 def test_too_many_integers_are_found(student: fx.GraphModule, file: Path) -> None:
@@ -129,7 +130,7 @@ def test_the_file_says_on_which_images_it_was_checked(student: fx.GraphModule, t
     assert said == {"default": "4 synthetic images", "given": "3 given images"}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", get_args(TargetName))
 def test_no_images_are_an_error(target: str, student: fx.GraphModule, tmp_path: Path) -> None:
     path = qface.export(student, tmp_path / "net.onnx", target=target)
     with pytest.raises(ImagesError, match="no images"):

@@ -143,7 +143,7 @@ def test_floats_have_a_tolerance_that_the_file_names(case: str, tmp_path: Path) 
     assert (golden.tolerance, len(golden.embeddings), golden.digests) == (tolerance, 4, ())
     found = qface.selftest(path)
     assert (found.agrees, found.images, found.different) == (True, 4, 0)
-    assert found.least_cosine >= tolerance
+    assert found.min_cosine >= tolerance
 
 
 def test_golden_values_take_little_room(file: Path) -> None:
@@ -168,9 +168,9 @@ def test_one_integer_more_is_a_difference(copied: Path) -> None:
     found = qface.selftest(copied)
     assert not found.agrees
     assert (found.images, found.different) == (16, 16)
-    assert 0.9 < found.least_cosine < 1
+    assert 0.9 < found.min_cosine < 1
     assert str(found).startswith(
-        "DIFFERS from what was trained: 16 of 16 embeddings differ, least cosine of the first 4"
+        "DIFFERS from what was trained: 16 of 16 embeddings differ, minimum cosine of the first 4"
     )
     assert found.to_dict()["agrees"] is False
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
@@ -181,7 +181,7 @@ def test_a_difference_in_a_digest_counts(copied: Path) -> None:
     digests = (golden.digests[0] ^ 1, *golden.digests[1:])
     write_golden(copied, GoldenValues(golden.tolerance, golden.embeddings, digests))
     found = qface.selftest(copied)
-    assert (found.agrees, found.different, found.least_cosine) == (False, 1, 1.0)
+    assert (found.agrees, found.different, found.min_cosine) == (False, 1, 1.0)
 
 
 @pytest.mark.parametrize(("tolerance", "different"), [("equal", 2), (0.9, 1), (0.7, 0)])
@@ -192,7 +192,7 @@ def test_embeddings_are_compared_by_the_tolerance(tolerance: Tolerance, differen
     found[1, 2] = 0.9
     result = golden.compare(found, "a runtime")
     assert result.different == different
-    assert result.least_cosine == pytest.approx(1 / np.sqrt(1.81))
+    assert result.min_cosine == pytest.approx(1 / np.sqrt(1.81))
     assert result.runtime in str(result)
 
 
@@ -201,7 +201,7 @@ def test_embeddings_are_compared_by_the_tolerance(tolerance: Tolerance, differen
 def test_embeddings_without_a_direction_differ(value: float, tolerance: Tolerance) -> None:
     golden = GoldenValues.of(tolerance, np.ones((1, 4), np.float32))
     found = golden.compare(np.full((1, 4), value, np.float32), "a runtime")
-    assert (found.agrees, found.least_cosine) == (False, 0.0)
+    assert (found.agrees, found.min_cosine) == (False, 0.0)
 
 
 def test_golden_values_survive_thresholds_and_other_metadata(copied: Path) -> None:

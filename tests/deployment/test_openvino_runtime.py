@@ -85,7 +85,7 @@ def test_the_command_line_takes_a_runtime(student: fx.GraphModule, file: Path, c
 def test_images_of_another_size_are_refused(file: Path) -> None:
     pytest.importorskip("openvino")
     with pytest.raises(QFaceError, match="cannot embed images"):
-        OpenVinoEmbedder(file)._run(random_faces(1)[:, :2])
+        OpenVinoEmbedder(file)(random_faces(1)[..., :56])
 
 
 def test_without_openvino_the_message_says_what_to_install(

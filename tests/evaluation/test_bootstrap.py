@@ -122,7 +122,7 @@ def test_intervals_cover_what_holds_for_everybody() -> None:
 
 def test_rates_beyond_what_is_kept_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     probes, labels = many(40, 3, 0, 0.6)
-    monkeypatch.setattr(bootstrap, "_MOST_KEPT", 1200)
+    monkeypatch.setattr(bootstrap, "_MAX_KEPT", 1200)
     found = bootstrap_tpr(probes, labels, ("1e-1", "1e-2", "1e-6"))
     assert found["1e-1"] is None and found["1e-6"] is None
     assert found["1e-2"] is not None

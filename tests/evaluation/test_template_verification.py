@@ -181,7 +181,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_no_such_protocol(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="paper, arcface, got 'median'"):
+    with pytest.raises(ConfigError, match="protocol must be one of 'paper', 'arcface', got 'median'"):
         qface.evaluate_templates(tiny_face_net(), tmp_path, "median")
 
 

@@ -358,7 +358,7 @@ def test_impossible_settings_are_refused(fields) -> None:
 
 @pytest.mark.parametrize(("limit", "unit"), [(0, "macs"), (-1, "mb"), (1, "acres")])
 def test_impossible_budgets_are_refused(limit: float, unit) -> None:
-    with pytest.raises(ConfigError, match=r"budget"):
+    with pytest.raises(ConfigError, match="limit" if limit <= 0 else "unit"):
         Budget(limit, unit)
 
 

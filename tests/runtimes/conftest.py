@@ -75,11 +75,11 @@ def write(case: Case, faces: Path, file: Path) -> Images:
     bits = {"weight_bits": case.weight_bits, "activation_bits": case.activation_bits}
     config = qface.QuantizationConfig(**bits, weight_observer="minmax", activation_observer="minmax")
     student = qface.quantize(teacher, config)
-    tuning, judging = read_crops(faces)
+    tuning, held_out = read_crops(faces)
     qface.calibrate(student, tuning, RANGES_ONLY)  # the arithmetic is the same
     qface.export(student, file, input="uint8")
     preprocessing = preprocessing_of(teacher)
-    pixels = preprocessing.to_bytes(preprocessing(judging[: case.images]))
+    pixels = preprocessing.to_bytes(preprocessing(held_out[: case.images]))
     return np.ascontiguousarray(pixels.numpy())
 
 
@@ -95,5 +95,5 @@ def read_crops(faces: Path) -> tuple[Tensor, Tensor]:
     """Images to calibrate on, and as many as any case embeds of other people."""
     halves = (ImageFolder(faces / "data" / "lfw", identities=half) for half in ("first-half", "second-half"))
     numbers = (CALIBRATION_IMAGES, max(case.images for case in CASES.values()))
-    tuning, judging = (half.read(range(number)) for half, number in zip(halves, numbers, strict=True))
-    return tuning, judging
+    tuning, held_out = (half.read(range(number)) for half, number in zip(halves, numbers, strict=True))
+    return tuning, held_out

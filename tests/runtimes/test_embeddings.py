@@ -11,7 +11,7 @@ from tests.runtimes.conftest import CASES, Exported
 from tests.runtimes.runtime import HOST, RUNTIMES, Embeddings, Runtime
 
 EXACT = [name for name, environment in RUNTIMES.items() if environment.exact and name != HOST]
-LEAST_COSINE = 0.99999  # of OpenVINO, which rounds floats otherwise: the last product, and nothing before it
+MIN_COSINE = 0.99999  # of OpenVINO, which rounds floats otherwise: the last product, and nothing before it
 
 pytestmark = [pytest.mark.runtimes, pytest.mark.faces]
 
@@ -41,7 +41,7 @@ def test_openvino_computes_the_same_integers(exported: Callable[[str], Exported]
     # Its sums of weights of 8 bits saturate on processors without VNNI; those with it were not tried.
     cases = [case for case in CASES if CASES[case].weight_bits < 8]
     least = {case: cosines_of(*both).min() for case, both in embedded("openvino", cases, exported).items()}
-    assert min(least.values()) >= LEAST_COSINE, least
+    assert min(least.values()) >= MIN_COSINE, least
 
 
 def cosines_of(one: Embeddings, other: Embeddings) -> Embeddings:

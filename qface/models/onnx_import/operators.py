@@ -342,8 +342,8 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _real_limit(limit: float | None, greatest: float) -> float | None:
-    return None if limit is None or abs(limit) >= abs(greatest) else limit
+def _real_limit(limit: float | None, limit_of_dtype: float) -> float | None:
+    return None if limit is None or abs(limit) >= abs(limit_of_dtype) else limit
 
 
 def _elu(run: Importer, node: Node) -> Any:

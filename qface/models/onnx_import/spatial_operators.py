@@ -116,10 +116,10 @@ def _transposed_conv(run: Importer, node: Node) -> Any:
     bias = run.stored(node, 2) if node.has(2) else None
     arguments = (run.value(node), run.stored(node, 1), bias, strides, padding, extra, node.get("group", 1), dilations)
     made = run.function(aten.conv_transpose2d.input, arguments, {}, run.name_of(node))
-    for dim, (before, after), least in zip((2, 3), pads, padding, strict=True):
+    for dim, (before, after), symmetric in zip((2, 3), pads, padding, strict=True):
         size = run.sizes(made)[dim]
         if before != after:
-            cut = Slice(dim, before - least, size - (after - least))
+            cut = Slice(dim, before - symmetric, size - (after - symmetric))
             made = run.layer(cut, (made,), f"{run.name_of(node)}_cut")
     return made
 

@@ -141,7 +141,7 @@ class ReportData(Result):
         latency: rows of ``qface bench``; empty if not measured.
         sensitivity: output of :meth:`qface.Sensitivity.to_dict`, or None.
         training: lines of ``log.jsonl``.
-        agreement: comparison of file and student: ``agrees``, ``images``, ``mean_cosine``, ``least_cosine``,
+        agreement: comparison of file and student: ``agrees``, ``images``, ``mean_cosine``, ``min_cosine``,
             ``layers``, ``different`` and ``elements`` (integers that differ, and all integers).
         changes: changed verdicts; None if the FPR cannot be measured.
         trials: trials of ``qface compress``.

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from qface._version import __version__
-from qface.checks import check_whole
+from qface.checks import check_choice, check_whole
 from qface.compression.run_record import RunRecord
 from qface.data.folders import ImageFolder
 from qface.data.images import Labels, labels_of
@@ -65,11 +65,8 @@ class ReportSettings:
     bootstrap: int = REPLICATES
 
     def __post_init__(self) -> None:
-        check_whole(0, bootstrap=self.bootstrap)
-        if self.fpr not in FPRS:
-            raise ConfigError(f"fpr must be one of {', '.join(map(repr, FPRS))}, got {self.fpr!r}")
-        if self.latency_runs < 0:
-            raise ConfigError(f"latency_runs must be an integer >= 0, got {self.latency_runs!r}")
+        check_whole(0, bootstrap=self.bootstrap, latency_runs=self.latency_runs)
+        check_choice(FPRS, fpr=self.fpr)
 
 
 def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
@@ -224,7 +221,7 @@ def _agreement(found: Agreement) -> dict[str, Any]:
         "agrees": found.agrees,
         "images": found.images,
         "mean_cosine": found.mean_cosine,
-        "least_cosine": found.least_cosine,
+        "min_cosine": found.min_cosine,
         "layers": len(found.layers),
         "different": sum(layer.different for layer in found.layers),
         "elements": sum(layer.elements for layer in found.layers),
