@@ -22,7 +22,7 @@ from qface.cli.options import (
 
 __all__ = ["compress"]
 
-_LIMITS = ("max_drop", "max_mb", "max_ms", "at_fpr", "confidence")
+_LIMITS = ("max_drop", "max_mb", "max_ms", "stress", "at_fpr", "confidence")
 
 
 @click.command(
@@ -44,6 +44,12 @@ _LIMITS = ("max_drop", "max_mb", "max_ms", "at_fpr", "confidence")
 @click.option("--max-mb", type=float, help="Maximum size of the file in MB (10^6 bytes).  [default: no limit]")
 @click.option(
     "--max-ms", type=float, help="Maximum time per image on one thread of this machine, in ms.  [default: no limit]"
+)
+@click.option(
+    "--stress",
+    multiple=True,
+    metavar="CONDITION",
+    help="Keep --max-drop also with changed probes, such as dark or small (see evaluate --stress); repeatable.",
 )
 @click.option("--at-fpr", default="1e-4", help="FPR of that TPR.")
 @click.option(

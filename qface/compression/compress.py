@@ -370,7 +370,8 @@ class _Search:
         )
 
     def _judged(self, name: str, file: Path, weight_bits: float, distilled: bool) -> Trial:
-        drop = self.judge(file)
+        drops = self.judge(file)
+        drop = drops.plain
         trial = Trial(
             name=name,
             weight_bits=round(weight_bits, 2),
@@ -382,6 +383,7 @@ class _Search:
             drop_bound=100 * drop.upper,
             ms=None if self.target.max_ms is None else milliseconds_of(file),
             distilled=distilled,
+            stress={condition: 100 * each.upper for condition, each in drops.stress.items()},
         )
         return replace(trial, misses=tuple(_misses(trial, self.target)))
 
@@ -392,6 +394,9 @@ def _misses(trial: Trial, target: CompressionTarget) -> Iterator[str]:
             f"it loses {trial.drop:.2f} percentage points of TPR, with {target.confidence:.0%} confidence "
             f"at most {trial.drop_bound:.2f}"
         )
+    for condition, bound in trial.stress.items():
+        if target.max_drop is not None and bound > target.max_drop:
+            yield f"it loses up to {bound:.2f} percentage points under the condition {condition!r}"
     yield from _misses_beside_tpr(trial, target)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from qface.checks import check_choice
 from qface.choices import DistillName
+from qface.data.stress import STRESS_CONDITIONS
 from qface.distillation.distill_config import DistillConfig
 from qface.errors import ConfigError
 from qface.quantization.calibration_config import CalibrationConfig
@@ -24,12 +25,14 @@ class CompressionTarget:
             bound of the loss, not the measured loss alone.
         max_mb: maximum size of the file in MB (10^6 bytes).
         max_ms: maximum median time per image on one thread of this machine, in ms.
+        stress: stress conditions of the probes (:data:`qface.data.stress.STRESS_CONDITIONS`) under which a file must
+            meet ``max_drop`` too; the gallery stays unchanged. Each takes as long as an evaluation of unchanged images.
         at_fpr: FPR of that TPR, as a decimal.
         confidence: one-sided confidence of the bound, 0..1, from a bootstrap over people
             (:mod:`qface.evaluation.bootstrap`).
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, a condition is unknown, or ``stress`` is given without ``max_drop``.
 
     Example:
         >>> CompressionTarget(max_drop=0.5, max_mb=1.0).at_fpr
@@ -39,6 +42,7 @@ class CompressionTarget:
     max_drop: float | None = None
     max_mb: float | None = None
     max_ms: float | None = None
+    stress: tuple[str, ...] = ()
     at_fpr: str = "1e-4"
     confidence: float = 0.95
 
@@ -48,6 +52,9 @@ class CompressionTarget:
                 raise ConfigError(f"{name} must be a number > 0, got {limit}")
         if not 0 < self.confidence < 1:
             raise ConfigError(f"confidence must be above 0 and below 1, such as 0.95, got {self.confidence}")
+        check_choice(STRESS_CONDITIONS, **{f"stress[{at}]": condition for at, condition in enumerate(self.stress)})
+        if self.stress and self.max_drop is None:
+            raise ConfigError("stress needs a limit on the loss of TPR: set max_drop (--max-drop) as well")
 
     @property
     def has_limits(self) -> bool:

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from qface.compression.compress_config import CompressionTarget
 from qface.data.folders import ImageFolder
-from qface.data.images import labels_of
+from qface.data.images import IndexedImages, labels_of
+from qface.data.stress import StressedImages
 from qface.deployment.latency import compare, open_file
 from qface.errors import ConfigError, ImagesError
 from qface.evaluation.bootstrap import TprDrop, bootstrap_tpr_drop
-from qface.evaluation.embedding import as_embedder, embed
+from qface.evaluation.embedding import Embeddings, as_embedder, embed
 from qface.evaluation.shared_embedding import embed_shared
 from qface.evaluation.verification import count_pairs, finest_rate, impostors_needed, ranks_of, tpr_at_fpr
 from qface.parallel import processes_for
 
-__all__ = ["Judge", "milliseconds_of"]
+__all__ = ["Drops", "Judge", "milliseconds_of"]
+
+
+@dataclass(frozen=True)
+class Drops:
+    """TPR that a file loses, as fractions.
+
+    Args:
+        plain: drop on unchanged images.
+        stress: drop under each evaluated condition.
+    """
+
+    plain: TprDrop
+    stress: dict[str, TprDrop]
+
+    @property
+    def largest_bound(self) -> float:
+        """Maximum upper confidence bound of these drops."""
+        return max(drop.upper for drop in (self.plain, *self.stress.values()))
 
 
 class Judge:
@@ -26,7 +46,7 @@ class Judge:
     Args:
         teacher: the float network.
         faces: folder with one subfolder per person.
-        target: its ``at_fpr`` and ``confidence`` are used.
+        target: its ``max_drop``, ``stress``, ``at_fpr`` and ``confidence`` are used.
         folder: cache of the teacher's embeddings, for runs that continue.
 
     Attributes:
@@ -44,13 +64,16 @@ class Judge:
             raise ImagesError(f"{faces.root} does not say who is who: give a folder with one subfolder per person")
         _check_rate(target.at_fpr, count_pairs(labels)[1])
         self.faces, self._labels, self._target = faces, labels, target
-        self._reference = embed_shared(as_embedder(teacher), faces, processes_for(None), folder)
+        self._teacher, self._folder = as_embedder(teacher), folder
+        self._reference = self._reference_of(faces, folder)
         tpr = tpr_at_fpr(self._reference, labels, [target.at_fpr])[target.at_fpr].tpr
         assert tpr is not None  # the rate was checked
         self.tpr = tpr
 
-    def __call__(self, file: Path) -> TprDrop:
-        """Return the TPR that an ONNX file loses, with its confidence interval.
+    def __call__(self, file: Path) -> Drops:
+        """Return the TPR that an ONNX file loses, with its confidence interval, also under stress.
+
+        A condition is evaluated only if the unchanged images and all conditions before it meet ``max_drop``.
 
         Args:
             file: the file.
@@ -59,10 +82,37 @@ class Judge:
             CheckpointError: the file cannot be read.
             QFaceError: an embedding is not finite.
         """
-        probes, rate = embed(file, self.faces), self._target.at_fpr
-        drop = bootstrap_tpr_drop(self._reference, probes, self._labels, [rate], confidence=self._target.confidence)[
-            rate
-        ]
+        embedder = as_embedder(file)
+        gallery = embed(embedder, self.faces)
+        found = Drops(self._drop(self._reference, gallery), {})
+        for condition in self._target.stress:
+            if found.largest_bound > self._max_drop:
+                break
+            images = StressedImages(self.faces, condition)
+            reference = self._reference_of(images, self._folder / condition)
+            found.stress[condition] = self._drop(reference, embed(embedder, images), gallery)
+        return found
+
+    @property
+    def _max_drop(self) -> float:
+        assert self._target.max_drop is not None  # checked by the target if there are stress conditions
+        return self._target.max_drop / 100
+
+    def _reference_of(self, images: IndexedImages, folder: Path) -> Embeddings:
+        return embed_shared(self._teacher, images, processes_for(None), folder)
+
+    def _drop(self, reference: Embeddings, probes: Embeddings, gallery: Embeddings | None = None) -> TprDrop:
+        """Return the drop from ``reference`` to ``probes``; a gallery means that the probes are degraded."""
+        rate = self._target.at_fpr
+        drop = bootstrap_tpr_drop(
+            reference,
+            probes,
+            self._labels,
+            [rate],
+            confidence=self._target.confidence,
+            gallery=gallery,
+            reference_gallery=None if gallery is None else self._reference,
+        )[rate]
         assert drop is not None  # the rate was checked
         return drop
 

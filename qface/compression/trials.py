@@ -34,6 +34,8 @@ class Trial:
         drop_bound: one-sided upper bound of ``drop``, which ``max_drop`` limits.
         ms: median time per image on one thread, in ms; None without ``max_ms``.
         distilled: True if the student was trained.
+        stress: one-sided upper bound of the drop under each evaluated stress condition, in percentage points. No
+            condition is evaluated after the first one that misses ``max_drop``.
         misses: limits that the file does not meet, in words.
     """
 
@@ -47,6 +49,7 @@ class Trial:
     drop_bound: float
     ms: float | None
     distilled: bool
+    stress: Mapping[str, float]
     misses: tuple[str, ...] = ()
 
     @property
@@ -144,7 +147,13 @@ class Compression(Result):
             f"{trial.drop_low:.2f} to {trial.drop_high:.2f}), and with {confidence} confidence at most "
             f"{trial.drop_bound:.2f}."
         )
-        return recognized, lost
+        return (recognized, lost, *self._stress_figures(trial))
+
+    def _stress_figures(self, trial: Trial) -> tuple[str, ...]:
+        if not trial.stress:
+            return ()
+        bounds = ", ".join(f"{condition} {bound:.2f}" for condition, bound in trial.stress.items())
+        return (f"With changed probes it loses, with {self.target.confidence:.0%} confidence, at most: {bounds}.",)
 
 
 def smallest_passing(count: int, passes: Callable[[int], bool]) -> int | None:

@@ -366,9 +366,11 @@ def compression_table(found: Compression) -> Table:
     people = f"{found.identities} people, {found.images} images; float network {found.float_tpr:.2f} %"
     table = Table(title=f"TPR at FPR {target.at_fpr} of {people}")
     bound = f"at most ({target.confidence:.0%})"
-    for name in ("", "weights, bits", "MB", "TPR, %", "lost, points", bound, "ms", "keeps the target"):
+    stress = ("with changed probes",) if target.stress else ()
+    for name in ("", "weights, bits", "MB", "TPR, %", "lost, points", bound, *stress, "ms", "keeps the target"):
         table.add_column(name, justify="right" if name else "left")
     for trial in found.trials:
+        largest = max(trial.stress.items(), key=lambda item: item[1], default=None)
         table.add_row(
             escape(trial.name),
             f"{trial.weight_bits:.2f}",
@@ -376,6 +378,7 @@ def compression_table(found: Compression) -> Table:
             f"{trial.tpr:.2f}",
             f"{trial.drop:.2f}",
             f"{trial.drop_bound:.2f}",
+            *(() if not stress else ("-",) if largest is None else (f"{largest[1]:.2f} ({largest[0]})",)),
             "-" if trial.ms is None else f"{trial.ms:.2f}",
             "chosen" if trial == found.chosen else "yes" if trial.keeps else "no",
         )

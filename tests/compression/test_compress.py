@@ -21,7 +21,11 @@ from qface.choices import DistillName
 from qface.cli import main
 from qface.compression.run_record import RunRecord
 from qface.compression.trials import smallest_passing
+from qface.data import ImageFolder
+from qface.data.stress import STRESS_CONDITIONS, StressedImages
 from qface.errors import ConfigError, QFaceError
+from qface.evaluation import embed
+from qface.evaluation.bootstrap import bootstrap_tpr_drop
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.provenance import provenance_of
 from tests.networks import tiny_face_net
@@ -125,6 +129,52 @@ def test_what_cannot_be_is_refused_before_the_work(
 def test_a_search_without_limits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give max_drop, max_mb or max_ms, or fixed bits"):
         qface.compress(network(), tmp_path / "nowhere", tmp_path / "small.onnx")
+
+
+def test_a_drop_under_stress_is_limited_too(folder: Path, tmp_path: Path) -> None:
+    config = replace(QUICK, weight_bits=6, activation_bits=6)
+    target = CompressionTarget(max_drop=100.0, stress=("dark", "small"), at_fpr="1e-1")
+    found = qface.compress(network(), folder, tmp_path / "small.onnx", target, config)
+    (trial,) = found.trials
+    assert found.chosen == trial and list(trial.stress) == ["dark", "small"]
+    for condition, bound in trial.stress.items():
+        assert bound == pytest.approx(100 * upper_bound(tmp_path / "small.onnx", folder, condition))
+    assert "With changed probes it loses, with 95% confidence, at most: dark" in found.figures()[-1]
+    assert f"{max(trial.stress.values()):.2f}" in str(found)
+
+
+def upper_bound(file: Path, folder: Path, condition: str) -> float:
+    faces = ImageFolder(folder, "second-half")
+    changed = StressedImages(faces, condition)
+    (probes, gallery), (reference, its_gallery) = (
+        (embed(model, changed), embed(model, faces)) for model in (file, network())
+    )
+    drops = bootstrap_tpr_drop(
+        reference, probes, faces.labels, ["1e-1"], gallery=gallery, reference_gallery=its_gallery
+    )
+    assert drops["1e-1"] is not None
+    return drops["1e-1"].upper
+
+
+def test_the_first_condition_that_is_missed_ends_a_trial(folder: Path, tmp_path: Path) -> None:
+    arguments = ["compress", "tests.compression.test_compress:network", "--images", str(folder), "--bits", "2"]
+    arguments += ["--at-fpr", "1e-1", "--distill", "never", "--num-images", "8", "--json"]
+    plain = CliRunner().invoke(main, [*arguments, "--max-drop", "100", "-o", str(tmp_path / "plain.onnx")])
+    bound = json.loads(plain.stdout)["trials"][0]["drop_bound"]
+    limits = ["--max-drop", str(bound + 1e-6), *(word for name in STRESS_CONDITIONS for word in ("--stress", name))]
+    result = CliRunner().invoke(main, [*arguments, *limits, "-o", str(tmp_path / "small.onnx")])
+    assert result.exit_code == 1, result.output
+    (trial,) = json.loads(result.stdout)["trials"]
+    *met, (missed, largest) = trial["stress"].items()
+    assert all(each <= bound + 1e-6 for _, each in met) and largest > bound + 1e-6
+    assert trial["misses"] == [f"it loses up to {largest:.2f} percentage points under the condition {missed!r}"]
+
+
+def test_impossible_stress_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"stress\[1\] must be one of .*'dark'.*, got 'foggy'"):
+        CompressionTarget(max_drop=1.0, stress=("dark", "foggy"))
+    with pytest.raises(ConfigError, match="set max_drop"):
+        CompressionTarget(max_mb=1.0, stress=("dark",))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
