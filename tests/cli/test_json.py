@@ -44,7 +44,7 @@ LINES = (
     "align IJBC/loose_crop --landmarks IJBC/meta/ijbc_name_5pts_score.txt -o aligned",
     f"sensitivity {NET} {FACES} --num-images 4",
     f"prune {NET} --ratio 0.5 -o pruned.safetensors",
-    f"compress {NET} --images crops --bits 6 --at-fpr 1e-1 --run-dir found -o small.onnx",
+    f"compress {NET} --images crops --bits 6 --max-drop 100 --stress dark --at-fpr 1e-1 --run-dir found -o small.onnx",
     f"compress {NET} --images crops --max-mb 1 --at-fpr 1e-1 --run-dir searched -o smaller.onnx",
     "report found --fpr 1e-1 --latency-runs 1 -o found.html",
     "plot size student.onnx -o size.svg",
