@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qface.archives import opened
 from qface.data.content_digest import digest_of_images
 from qface.data.images import ImageSource
 from qface.distillation.distill_config import DistillConfig
-from qface.errors import CheckpointError, ConfigError, ExportError, TrainingError
+from qface.errors import CheckpointError, ConfigError, ExportError, LimitError, TrainingError
 from qface.files import alone_in, check_folder, make_folder, replacing, sync
 from qface.model_digest import digest_of_structure, digest_of_values
 
@@ -163,10 +164,11 @@ class RunFolder:
 
         Raises:
             CheckpointError: the block failed.
+            LimitError: the file exceeds a limit of :mod:`qface.limits`.
         """
         try:
             yield
-        except (MemoryError, torch.cuda.OutOfMemoryError):  # the file is not at fault
+        except (LimitError, MemoryError, torch.cuda.OutOfMemoryError):  # the file may be complete
             raise
         except Exception as error:  # torch checks little, so damaged bytes may raise anything
             raise CheckpointError(f"{self._checkpoint} is damaged: delete it to start over") from error
@@ -287,7 +289,7 @@ def _check_sums(path: Path) -> None:
     Raises:
         zipfile.BadZipFile: a sum differs, or the file is no archive.
     """
-    with zipfile.ZipFile(path) as archive:
+    with opened(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(damaged)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qface.archives import names_in
 from qface.errors import CheckpointError, one_line
 from qface.files import check_file
 from qface.models.insightface_mbf import InsightFaceMobileFaceNet
@@ -79,17 +79,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 def is_torchscript(path: Path) -> bool:
     """True if ``torch.jit.save`` wrote the file: it is a zip archive with constants and code."""
-    names = _names_in(path)
+    names = names_in(path)
     return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
-
-
-def _names_in(path: Path) -> list[str]:
-    """Return the names in a zip archive; an empty list if it is not a complete one."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return []
 
 
 _MOBILEFACENET = ("linear7.conv.weight", "linear1.conv.weight")

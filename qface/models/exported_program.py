@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from qface.archives import names_in, opened
 from qface.data.synthetic import synthetic_crops
 from qface.errors import CheckpointError, LimitError, QFaceError, one_line
 from qface.graph.capture import capture
@@ -54,12 +55,7 @@ _MIN_COSINE = 0.9999
 
 def is_exported_program(path: str | Path) -> bool:
     """True if ``torch.export.save`` wrote the file at ``path``; its name does not matter."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False
-    return any(name.rpartition("/")[2] in (_FORMAT, _OLD_GRAPH) for name in names)
+    return any(name.rpartition("/")[2] in (_FORMAT, _OLD_GRAPH) for name in names_in(path))
 
 
 def load_exported_program(path: str | Path) -> tuple[fx.GraphModule, Preprocessing]:
@@ -86,7 +82,7 @@ def load_exported_program(path: str | Path) -> tuple[fx.GraphModule, Preprocessi
 
 def _program(path: str | Path) -> ExportedProgram:
     try:
-        with named(path), zipfile.ZipFile(path) as archive:
+        with named(path), opened(path) as archive:
             content = _without_code(archive)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -25,6 +25,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from qface.archives import opened
 from qface.errors import CheckpointError, LimitError, one_line
 from qface.limits import Allowance, elements_of, named
 from qface.pickles.arrays import ArrayUnpickler
@@ -65,7 +66,7 @@ def read_torch_file(path: str | Path) -> Any:
             allowance = Allowance("the checkpoint", 2 * os.path.getsize(path))
             if not zipfile.is_zipfile(path):
                 return _read_legacy(path, allowance)
-            with zipfile.ZipFile(path) as archive:
+            with opened(path) as archive:
                 return _ArchiveUnpickler.of(archive, allowance).load()
     except LimitError:
         raise
