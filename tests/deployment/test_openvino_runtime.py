@@ -97,5 +97,5 @@ def test_without_openvino_the_message_says_what_to_install(
 
 
 def test_an_unknown_runtime_is_refused(student: fx.GraphModule, file: Path) -> None:
-    with pytest.raises(ConfigError, match="one of onnxruntime, openvino"):
+    with pytest.raises(ConfigError, match="runtime must be one of 'onnxruntime', 'openvino'"):
         qface.verify(student, file, random_faces(2), runtime="tensorrt")

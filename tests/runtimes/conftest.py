@@ -35,7 +35,6 @@ class Case:
 CASES = {
     "mobilefacenet-w6a6": Case("mobilefacenet_112x96", 6, 6, images=3),
     "mobilefacenet-w4a8": Case("mobilefacenet_112x96", 4, 8, images=2),
-    "mobilefacenet-w8a8": Case("mobilefacenet_112x96", 8, 8, images=2),
     "iresnet18-w6a6": Case("iresnet18", 6, 6, images=1),
     "mobilenetv3-w8a8": Case("mobilenetv3_small_w1", 8, 8, images=2),
 }
