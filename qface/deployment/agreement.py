@@ -36,6 +36,7 @@ from qface.graph.queries import layer_of
 from qface.models.resolve import NetworkLike, as_network
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
 from qface.quantization.binding import layers_near_ties
+from qface.quantization.deployed_mode import deployed_on_cpu
 from qface.quantization.quantized_layers import Quantizer, WeightedLayer
 from qface.results import Result
 
@@ -188,8 +189,8 @@ def verify(
         return replace(compare_integers(student, graph, embedder, batches), preprocessing=read)
     if not on_openvino:
         embedder = OnnxEmbedder(file, providers_for(embedder.target))
-    network = without_rounded_activations(student) if in_floats else copy.deepcopy(student).cpu().eval()
-    return replace(compare_embeddings(network, embedder, batches), runtime=runtime, preprocessing=read)
+    with deployed_on_cpu(without_rounded_activations(student) if in_floats else student) as network:
+        return replace(compare_embeddings(network, embedder, batches), runtime=runtime, preprocessing=read)
 
 
 def compare_integers(
@@ -209,9 +210,9 @@ def compare_integers(
     """
     first = next(batches)
     layers = compare_layers(student, graph, embedder.path, first[:LAYER_IMAGES])
-    network = copy.deepcopy(student).cpu().eval()
     islands = tuple(each.name for each in graph.operations if isinstance(each, ir.FloatIslandOp))
-    found = compare_embeddings(network, embedder, chain([first], batches))
+    with deployed_on_cpu(student) as network:
+        found = compare_embeddings(network, embedder, chain([first], batches))
     return replace(found, layers=layers, float_layers=islands)
 
 
@@ -327,8 +328,8 @@ def _is_rounded(operation: ir.IntegerOp) -> bool:
 
 def _record_integers(student: nn.Module, inputs: Tensor, values: set[str]) -> dict[str, Integers]:
     """Record the output integers of each activation quantizer, keyed by the name in ``values``."""
-    recorder = _Recorder(copy.deepcopy(student).cpu().eval(), values)
-    with torch.no_grad():
+    with deployed_on_cpu(student) as network, torch.no_grad():
+        recorder = _Recorder(network, values)
         recorder.run(inputs)
     return recorder.integers
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -34,6 +33,7 @@ from qface.quantization import (
     QuantizedLinear,
     QuantizedPReLU,
 )
+from qface.quantization.deployed_mode import deployed_mode
 from qface.quantization.fake_quantize import NOT_CALIBRATED
 from qface.quantization.placement import computes_in_float
 from qface.quantization.quantized_layers import AFFINE_BITS, Quantizer, is_quantizer
@@ -94,9 +94,8 @@ class _Lowering:
         inputs = [node for node in self.student.graph.nodes if node.op == "placeholder"]
         if len(inputs) != 1:
             raise ExportError(f"the network has {len(inputs)} inputs; its only input must be the images")
-        # A copy, because the forward pass changes the mode, and the ranges if observers are on.
-        recorder = _ShapeRecorder(copy.deepcopy(self.student).eval())
-        with torch.no_grad():
+        recorder = _ShapeRecorder(self.student)
+        with deployed_mode(self.student), torch.no_grad():
             recorder.run(example_input(self.student))
         self._shapes, self._dtypes = recorder.shapes, recorder.dtypes
 
