@@ -1,4 +1,4 @@
-"""Commands that show the results of a compression: report, plot."""
+"""Commands that show the results of a compression: report, plot, tensorboard."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qface.cli.command import Command, show, written
 from qface.cli.options import FilePath, json_option
 from qface.errors import ConfigError
 
-__all__ = ["plot", "report"]
+__all__ = ["plot", "report", "tensorboard"]
 
 _NEEDED = ("teacher", "student", "file", "images")
 
@@ -93,3 +93,22 @@ def plot(kind: FigureKind, source: Path, output: Path, as_json: bool) -> None:
     qface report --json.
     """
     show(written(qface.plot(kind, source, output)), f"wrote {output}", as_json)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "qface tensorboard run/ -o events/first",
+        "qface tensorboard small.run -o events/small --json",
+    ),
+)
+@click.argument("source", metavar="RUN", type=FilePath)
+@click.option("-o", "--output", required=True, type=FilePath, help="Folder for the event file, one per run.")
+@json_option
+def tensorboard(source: Path, output: Path, as_json: bool) -> None:
+    """Write a training log as an event file of TensorBoard.
+
+    RUN is the run folder of qface distill or qface compress, or its log.jsonl.
+    """
+    file = qface.write_tensorboard(source, output)
+    show(written(file), f"wrote {file}", as_json)

@@ -23,7 +23,7 @@ from qface.data.sample import evenly
 from qface.data.subset import Subset
 from qface.deployment import Agreement, export, measure_size, verify
 from qface.deployment.latency import compare, open_file
-from qface.errors import ConfigError, ImagesError, one_line
+from qface.errors import ConfigError, ImagesError
 from qface.evaluation.bootstrap import REPLICATES, Interval, bootstrap_tpr
 from qface.evaluation.embedding import Embedder, Embeddings, as_embedder, embed
 from qface.evaluation.evaluate import listed_cosines
@@ -31,14 +31,14 @@ from qface.evaluation.score_histogram import score_histogram
 from qface.evaluation.verdicts import VerdictChange, Verifier, verdict_changes
 from qface.evaluation.verification import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.files import temporary_folder
-from qface.limits import named, parse_json
 from qface.mixed_precision import Sensitivity
 from qface.models.resolve import as_network
 from qface.provenance import provenance_of
 from qface.reporting.report.data import ChangedPair, Changes, Curve, LayerSize, ModelFigures, ReportData
+from qface.reporting.run_files import read_json, read_training
 from qface.reporting.steps import steps_in_words
 
-__all__ = ["ReportSettings", "layer_sizes", "measure_report", "read_json", "read_training"]
+__all__ = ["ReportSettings", "layer_sizes", "measure_report"]
 
 _RATES = tuple(f"{digit}e-{power}" for power in range(1, 7) for digit in (5, 2, 1))
 _RATES_WITH_CONFIDENCE = tuple(rate for rate in _RATES if float(rate) <= float(FPRS[0]))
@@ -262,36 +262,3 @@ def _sensitivity(path: str | None) -> Mapping[str, Any] | None:
     if path is None:
         return None
     return Sensitivity.from_dict(read_json(path)).to_dict()
-
-
-def read_training(path: str) -> tuple[Mapping[str, float], ...]:
-    """Read ``log.jsonl`` of a distillation.
-
-    Raises:
-        ConfigError: the file cannot be read, or is not such a log.
-    """
-    rows = _parsed(path, lambda encoding: f"[{','.join(Path(path).read_text(encoding=encoding).splitlines())}]")
-    if not all(isinstance(row, dict) and _are_numbers(row.get("step"), row.get("loss")) for row in rows):
-        raise ConfigError(f"{path} is not a log of a distillation: pass log.jsonl of a run folder")
-    return tuple(rows)
-
-
-def _are_numbers(*values: Any) -> bool:
-    return all(isinstance(value, (int, float)) for value in values)
-
-
-def read_json(path: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    return _parsed(path, Path(path).read_text)
-
-
-def _parsed(path: str, read: Any) -> Any:
-    try:
-        with named(path):
-            return parse_json(read(encoding="utf-8"), "its JSON")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({one_line(error, 200)}): restore it") from error
