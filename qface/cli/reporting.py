@@ -11,7 +11,7 @@ import click
 import qface
 from qface.choices import FigureKind
 from qface.cli.command import Command, show, written
-from qface.cli.options import FilePath, json_option
+from qface.cli.options import FilePath, json_option, preprocessing_options
 from qface.errors import ConfigError
 
 __all__ = ["plot", "report", "tensorboard"]
@@ -42,6 +42,7 @@ _NEEDED = ("teacher", "student", "file", "images")
 @click.option("--latency-runs", type=int, default=40, help="Timed calls per file; 0 for none.")
 @click.option("--bootstrap", type=int, default=200, help="Bootstrap replicates for the confidence bands; 0 for none.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Page to write (.html).")
+@preprocessing_options
 @json_option
 def report(
     run: Path | None,
@@ -50,6 +51,7 @@ def report(
     latency_runs: int,
     bootstrap: int,
     output: Path,
+    preprocessing: dict[str, Any],
     as_json: bool,
     **fields: Any,
 ) -> None:
@@ -57,7 +59,9 @@ def report(
 
     RUN is a run folder of qface compress; without one, give --teacher, --student, --file and --images.
     """
-    data = qface.report(_record(run, fields), output, fpr, faces, latency_runs, bootstrap=bootstrap)
+    data = qface.report(
+        _record(run, fields), output, fpr, faces, latency_runs, bootstrap=bootstrap, preprocessing=preprocessing
+    )
     show(data.to_dict(), f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)", as_json)
 
 

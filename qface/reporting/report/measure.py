@@ -32,7 +32,8 @@ from qface.evaluation.verdicts import VerdictChange, Verifier, verdict_changes
 from qface.evaluation.verification import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.files import temporary_folder
 from qface.mixed_precision import Sensitivity
-from qface.models.resolve import as_network
+from qface.models.resolve import as_network, resolve_model
+from qface.preprocessing import PreprocessingOverride
 from qface.provenance import provenance_of
 from qface.reporting.report.data import ChangedPair, Changes, Curve, LayerSize, ModelFigures, ReportData
 from qface.reporting.run_files import read_json, read_training
@@ -56,6 +57,7 @@ class ReportSettings:
         latency_runs: number of timed runs of each file; 0 skips latency.
         progress: True to show progress on stderr.
         bootstrap: bootstrap replicates over identities for the curves; 0 skips the confidence intervals.
+        preprocessing: preprocessing of the teacher, or some of its fields; replaces the detected one.
     """
 
     fpr: str = "1e-3"
@@ -63,6 +65,7 @@ class ReportSettings:
     latency_runs: int = 40
     progress: bool = False
     bootstrap: int = REPLICATES
+    preprocessing: PreprocessingOverride | None = None
 
     def __post_init__(self) -> None:
         check_whole(0, bootstrap=self.bootstrap, latency_runs=self.latency_runs)
@@ -77,15 +80,16 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
     """
     sensitivity, training = _sensitivity(run.sensitivity), () if run.log is None else read_training(run.log)
     faces = _Faces.of(run)
-    network = None if _is_onnx(run.teacher) else as_network(run.teacher)
-    teacher, file = as_embedder(run.teacher if network is None else network), as_embedder(run.file)
+    network = None if _is_onnx(run.teacher) else resolve_model(run.teacher, preprocessing=settings.preprocessing)
+    teacher = as_embedder(run.teacher if network is None else network, settings.preprocessing)
+    file = as_embedder(run.file)
     student = as_network(run.student)
     found = [embed(each, faces.folder, progress=settings.progress) for each in (teacher, file)]
     models = tuple(
         _figures(name, embedder, embeddings, faces, settings.bootstrap)
         for name, embedder, embeddings in zip(("teacher", "file"), (teacher, file), found, strict=True)
     )
-    teacher_bytes, latency = _latency(run, network, settings.latency_runs)
+    teacher_bytes, latency = _latency(run, network, settings)
     genuine, impostors = count_pairs(faces.labels)
     return ReportData(
         version=__version__,
@@ -176,17 +180,20 @@ def _curve(points: Mapping[str, OperatingPoint], intervals: Mapping[str, Interva
     return Curve(*zip(*measured, strict=True)) if measured else Curve((), (), (), (), ())
 
 
-def _latency(run: RunRecord, network: nn.Module | None, runs: int) -> tuple[int | None, tuple[Mapping[str, Any], ...]]:
+def _latency(
+    run: RunRecord, network: nn.Module | None, settings: ReportSettings
+) -> tuple[int | None, tuple[Mapping[str, Any], ...]]:
     """Return the size of the teacher as an ONNX file, and the latency of both files, run alternately."""
-    if not runs:
+    if not settings.latency_runs:
         return None, ()
     with temporary_folder() as folder:
         teacher = Path(run.teacher) if network is None else export(network, folder / "teacher.onnx")
         cpu = ["CPUExecutionProvider"]
         candidates = [
-            open_file(path, name=name, providers=cpu) for path, name in ((teacher, "teacher"), (run.file, "file"))
+            open_file(teacher, name="teacher", providers=cpu, preprocessing=settings.preprocessing),
+            open_file(run.file, name="file", providers=cpu),
         ]
-        rows = tuple(row.to_dict() for row in compare(candidates, runs=runs))
+        rows = tuple(row.to_dict() for row in compare(candidates, runs=settings.latency_runs))
         return teacher.stat().st_size, rows
 
 

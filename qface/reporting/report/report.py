@@ -7,6 +7,7 @@ from pathlib import Path
 from qface.compression.run_record import RunRecord
 from qface.evaluation.bootstrap import REPLICATES
 from qface.files import check_folder, replacing
+from qface.preprocessing import PreprocessingOverride
 from qface.reporting.report.data import ReportData
 from qface.reporting.report.measure import ReportSettings, measure_report
 from qface.reporting.report.page import check_page, report_page
@@ -22,6 +23,7 @@ def report(
     latency_runs: int = 40,
     progress: bool = False,
     bootstrap: int = REPLICATES,
+    preprocessing: PreprocessingOverride | None = None,
 ) -> ReportData:
     """Measure one compression and write an HTML page with all figures, without external resources.
 
@@ -33,6 +35,8 @@ def report(
         latency_runs: number of timed runs of each file; 0 skips latency, then equal models and faces give equal pages.
         progress: True to show progress on stderr.
         bootstrap: bootstrap replicates over identities for the 95 % confidence bands of ROC and DET; 0 skips them.
+        preprocessing: preprocessing of the teacher, or some of its fields, if its file does not state them; student
+            and file state theirs.
 
     Returns:
         The figures of the page.
@@ -48,7 +52,7 @@ def report(
         >>> qface.report(record, "report.html", fpr="1e-2", latency_runs=1).agreement["agrees"]
         True
     """
-    settings = ReportSettings(fpr, faces, latency_runs, progress, bootstrap)
+    settings = ReportSettings(fpr, faces, latency_runs, progress, bootstrap, preprocessing)
     check_page()
     check_folder(output)
     data = measure_report(run if isinstance(run, RunRecord) else RunRecord.read(run), settings)
