@@ -24,6 +24,7 @@ _NEEDED = ("teacher", "student", "file", "images")
     examples=(
         "qface report small.run -o report.html",
         "qface report --teacher t.onnx --student s.safetensors --file s.onnx --images faces/ -o report.html",
+        "qface report small.run --stress --run-dir small.run/report -o report.html",
     ),
 )
 @click.argument("run", required=False, type=FilePath)
@@ -41,6 +42,12 @@ _NEEDED = ("teacher", "student", "file", "images")
 @click.option("--faces/--no-faces", default=True, help="Show faces, which are personal data.")
 @click.option("--latency-runs", type=int, default=40, help="Timed calls per file; 0 for none.")
 @click.option("--bootstrap", type=int, default=200, help="Bootstrap replicates for the confidence bands; 0 for none.")
+@click.option("--stress", is_flag=True, help="Also compare both models on misaligned, small, dark and covered faces.")
+@click.option(
+    "--run-dir",
+    type=FilePath,
+    help="Folder to store embeddings in; a stopped report continues there.  [default: none]",
+)
 @click.option("-o", "--output", required=True, type=FilePath, help="Page to write (.html).")
 @preprocessing_options
 @json_option
@@ -50,6 +57,8 @@ def report(
     faces: bool,
     latency_runs: int,
     bootstrap: int,
+    stress: bool,
+    run_dir: Path | None,
     output: Path,
     preprocessing: dict[str, Any],
     as_json: bool,
@@ -60,7 +69,15 @@ def report(
     RUN is a run folder of qface compress; without one, give --teacher, --student, --file and --images.
     """
     data = qface.report(
-        _record(run, fields), output, fpr, faces, latency_runs, bootstrap=bootstrap, preprocessing=preprocessing
+        _record(run, fields),
+        output,
+        fpr,
+        faces,
+        latency_runs,
+        bootstrap=bootstrap,
+        preprocessing=preprocessing,
+        stress=stress,
+        run_dir=run_dir,
     )
     show(data.to_dict(), f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)", as_json)
 

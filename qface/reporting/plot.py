@@ -12,7 +12,7 @@ from qface.errors import ConfigError
 from qface.files import as_path
 from qface.reporting import figures
 from qface.reporting.drawing import check_figure, save_figure
-from qface.reporting.report.data import ModelFigures, verification_of_report
+from qface.reporting.report.data import ModelFigures, stress_of_report, verification_of_report
 from qface.reporting.report.measure import layer_sizes
 from qface.reporting.run_files import read_json, read_training, training_log
 
@@ -23,7 +23,8 @@ def plot(kind: FigureKind, source: str | Path, output: str | Path) -> Path:
     """Draw one figure of :func:`qface.report` to a file.
 
     Args:
-        kind: ``"roc"``, ``"det"``, ``"histogram-teacher"``, ``"histogram-file"``, ``"size"`` or ``"training"``.
+        kind: ``"roc"``, ``"det"``, ``"histogram-teacher"``, ``"histogram-file"``, ``"size"``, ``"stress"`` or
+            ``"training"``.
         source: input of the figure. ``"size"``: an exported file; ``"training"``: ``log.jsonl`` of a distillation, or
             its run folder; other kinds: the JSON output of ``qface report --json``.
         output: the file to write, ending in ``.svg``, ``.png`` or ``.pdf``.
@@ -51,6 +52,8 @@ def _drawn(kind: FigureKind, source: Path) -> Any:
         return figures.size_figure(layer_sizes(str(source)))
     if kind == "training":
         return figures.training_figure(read_training(training_log(source)))
+    if kind == "stress":
+        return figures.stress_figure(stress_of_report(read_json(source)))
     models, fpr = verification_of_report(read_json(source))
     if kind == "roc":
         return figures.roc_figure(models)

@@ -23,16 +23,19 @@ from qface.data.sample import evenly
 from qface.data.subset import Subset
 from qface.deployment import Agreement, export, measure_size, verify
 from qface.deployment.latency import compare, open_file
-from qface.errors import ConfigError, ImagesError
+from qface.errors import ImagesError
 from qface.evaluation.bootstrap import REPLICATES, Interval, bootstrap_tpr
-from qface.evaluation.embedding import Embedder, Embeddings, as_embedder, embed
+from qface.evaluation.embedding import Embedder, Embeddings, as_embedder
 from qface.evaluation.evaluate import listed_cosines
 from qface.evaluation.score_histogram import score_histogram
+from qface.evaluation.shared_embedding import embed_shared
+from qface.evaluation.stress_evaluation import StressResult, evaluate_stress
 from qface.evaluation.verdicts import VerdictChange, Verifier, verdict_changes
 from qface.evaluation.verification import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.files import temporary_folder
 from qface.mixed_precision import Sensitivity
 from qface.models.resolve import as_network, resolve_model
+from qface.parallel import processes_for
 from qface.preprocessing import PreprocessingOverride
 from qface.provenance import provenance_of
 from qface.reporting.report.data import ChangedPair, Changes, Curve, LayerSize, ModelFigures, ReportData
@@ -55,21 +58,27 @@ class ReportSettings:
         fpr: false-positive rate at which verdicts are compared, one of :data:`qface.evaluation.verification.FPRS`.
         faces: True to include pictures of faces in the page.
         latency_runs: number of timed runs of each file; 0 skips latency.
-        progress: True to show progress on stderr.
         bootstrap: bootstrap replicates over identities for the curves; 0 skips the confidence intervals.
         preprocessing: preprocessing of the teacher, or some of its fields; replaces the detected one.
+        stress: True to measure both models under stress conditions too.
+        run_dir: folder for embeddings, from which an interrupted report resumes; None saves nothing.
     """
 
     fpr: str = "1e-3"
     faces: bool = True
     latency_runs: int = 40
-    progress: bool = False
     bootstrap: int = REPLICATES
     preprocessing: PreprocessingOverride | None = None
+    stress: bool = False
+    run_dir: Path | None = None
 
     def __post_init__(self) -> None:
         check_whole(0, bootstrap=self.bootstrap, latency_runs=self.latency_runs)
         check_choice(FPRS, fpr=self.fpr)
+
+    def folder_of(self, name: str) -> Path | None:
+        """Return the folder inside ``run_dir`` for the embeddings called ``name``; None without ``run_dir``."""
+        return None if self.run_dir is None else self.run_dir / name
 
 
 def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
@@ -84,7 +93,7 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
     teacher = as_embedder(run.teacher if network is None else network, settings.preprocessing)
     file = as_embedder(run.file)
     student = as_network(run.student)
-    found = [embed(each, faces.folder, progress=settings.progress) for each in (teacher, file)]
+    found = [_embed(name, each, faces.folder, settings) for name, each in (("teacher", teacher), ("file", file))]
     models = tuple(
         _figures(name, embedder, embeddings, faces, settings.bootstrap)
         for name, embedder, embeddings in zip(("teacher", "file"), (teacher, file), found, strict=True)
@@ -117,6 +126,7 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
         trials=run.trials,
         stopped=run.stopped,
         bootstrap=settings.bootstrap,
+        stress=_stress(run, teacher, file, faces.folder, settings) if settings.stress else None,
     )
 
 
@@ -139,6 +149,23 @@ class _Faces:
         if listed is not None:
             usable_folds(listed.same, listed.fold)
         return cls(folder, labels, listed)
+
+
+def _embed(name: str, embedder: Embedder, folder: ImageFolder, settings: ReportSettings) -> Embeddings:
+    return embed_shared(embedder, folder, processes_for(None), settings.folder_of(name))
+
+
+def _stress(
+    run: RunRecord, teacher: Embedder, file: Embedder, folder: ImageFolder, settings: ReportSettings
+) -> StressResult:
+    return evaluate_stress(
+        file,
+        folder,
+        run.pairs,
+        reference=teacher,
+        bootstrap=settings.bootstrap,
+        run_dir=settings.folder_of("stress"),
+    )
 
 
 def _is_onnx(model: str) -> bool:
