@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -145,33 +145,78 @@ def _verdict(verdict: Record) -> str:
 
 
 def draw_sweep(lines: Iterable[Record], path: Path) -> None:
-    """Plot the TPR loss at FPR 1e-4 over bits; without matplotlib or sweep rows, write nothing."""
+    """Plot the TPR loss at FPR 1e-4 over bits, a panel per network; without matplotlib or sweep rows, write nothing."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    panel = figure.subplots()
-    for label, losses in _curves(lines).items():
-        panel.plot(*zip(*sorted(losses.items()), strict=True), marker="o", label=label)
-    if not panel.lines:
+    curves = _curves(lines)
+    if not curves:
         return
-    panel.set_xlabel("bits of weights and activations")
-    panel.set_ylabel("loss of TPR at FPR 1e-4 in points")
-    panel.set_yscale("symlog", linthresh=1)  # losses span two decades and may be negative
-    panel.set_xticks(SWEEP_BITS)
-    panel.grid(linewidth=0.3)
-    panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    networks = tuple(dict.fromkeys(network for network, _ in curves))
+    colors = {recipe: f"C{number}" for number, recipe in enumerate(RECIPES)}
+    lowest = min(lost for losses in curves.values() for lost in losses.values())
+    figure = Figure(figsize=(1 + 3.6 * len(networks), 4.2), layout="constrained")
+    panels = dict(zip(networks, figure.subplots(1, len(networks), sharey=True, squeeze=False)[0], strict=True))
+    for (network, kind), losses in curves.items():
+        points = zip(*sorted(losses.items()), strict=True)
+        panels[network].plot(*points, label=kind.name, color=colors[kind.recipe], **kind.look)
+    for network, panel in panels.items():
+        panel.set(title=network, xlabel="bits of weights and activations", xticks=SWEEP_BITS)
+        panel.set_yscale("symlog", linthresh=1)  # losses span two decades and may be negative
+        panel.set_ylim(min(-0.6, lowest - 0.1), 150)
+        panel.set_yticks([-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100], minor=False)
+        panel.set_yticks([], minor=True)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.grid(linewidth=0.3)
+    panels[networks[0]].set_ylabel("points of TPR at FPR 1e-4 lost")
+    _add_legend(figure, panels.values())
     write_figure(path, figure)
 
 
-def _curves(lines: Iterable[Record]) -> dict[str, dict[int, float]]:
-    curves: dict[str, dict[int, float]] = {}
+@dataclass(frozen=True)
+class _Kind:
+    """A recipe, with or without training."""
+
+    recipe: str
+    trained: bool
+
+    @property
+    def name(self) -> str:
+        """Name in the legend."""
+        return f"{self.recipe}, {'trained' if self.trained else 'not trained'}"
+
+    @property
+    def look(self) -> Record:
+        """Style of line and markers; hollow ones are larger, so that equal points show both."""
+        hollow = {"linestyle": "--", "markerfacecolor": "none", "markersize": 9}
+        return {"marker": "o", **({"markersize": 5} if self.trained else hollow)}
+
+
+def _add_legend(figure: Any, panels: Iterable[Any]) -> None:
+    """Explain each kind once, below the panels, where the legend covers no point."""
+    handles: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    labels = sorted(handles)
+    figure.legend(
+        [handles[label] for label in labels],
+        labels,
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+        handlelength=3,
+    )
+
+
+def _curves(lines: Iterable[Record]) -> dict[tuple[str, _Kind], dict[int, float]]:
+    curves: dict[tuple[str, _Kind], dict[int, float]] = {}
     for line in lines:
         row, lost = EVERY_ROW[line["row"]], line["tpr_loss"]["mean"]
         if row.name in SWEEP and lost is not None:
-            label = f"{line['network']}, {line['recipe']}, {'trained' if row.trained else 'untrained'}"
-            curves.setdefault(label, {})[row.weight_bits] = lost
+            key = (line["network"], _Kind(line["recipe"], row.trained))
+            curves.setdefault(key, {})[row.weight_bits] = lost
     return curves
 
 

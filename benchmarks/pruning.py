@@ -10,7 +10,8 @@ float network. "of the products saved" is the speedup by pruning relative to the
 channels are rounded down to multiples of 16, where integer kernels are fastest; ``--round-to 1`` turns this off.
 
 Each file and its figures are written when they are ready, so that the same command continues a stopped run. The script
-prints a table, and writes it as Markdown with a plot of accuracy over size and over speedup.
+prints a table, and writes it as Markdown with a plot of accuracy over size and over speedup. pruning_report.py draws
+the plot again from the JSON file.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ __all__ = [
     "thresholds_of",
     "verify",
     "with_preprocessing",
+    "write_tensorboard",
     "write_thresholds",
 ]
 

@@ -43,6 +43,7 @@ from qface.quantization.bits_file import load_bits, save_bits
 from qface.reporting.model_card import model_card
 from qface.reporting.plot import plot
 from qface.reporting.report.report import report
+from qface.reporting.tensorboard import write_tensorboard
 
 __all__ = [
     "AlignmentReport",
@@ -103,5 +104,6 @@ __all__ = [
     "thresholds_of",
     "verify",
     "with_preprocessing",
+    "write_tensorboard",
     "write_thresholds",
 ]

@@ -29,7 +29,7 @@ SENSITIVITY_IMAGES = 64
 
 ColorOrder = Literal["RGB", "BGR"]
 DistillName = Literal["never", "if-needed", "for-size"]
-FigureKind = Literal["roc", "det", "histogram-teacher", "histogram-file", "size", "training"]
+FigureKind = Literal["roc", "det", "histogram-teacher", "histogram-file", "size", "stress", "training"]
 ImportanceName = Literal["magnitude", "taylor", "hessian", "fpgm", "bn_scale"]
 InputType = Literal["float32", "uint8"]
 """Input of an exported file: normalized floats, or the RGB bytes of an image."""

@@ -13,6 +13,7 @@ import qface
 from qface.cli import export_alias, main
 from qface.deployment.metadata import add_metadata, read_metadata
 from qface.models.resolve import resolve_model
+from qface.preprocessing import preprocessing_of
 from qface.provenance import provenance_of
 from tests.data.ijb import SmallIjb
 
@@ -148,6 +149,17 @@ def test_evaluate_prints_a_table_and_accepts_a_gallery(student: Path) -> None:
     assert "TPR at FPR 1e-1" in result.stdout
     assert "FPR 1e-2 needs 1,000 impostor pairs, there are 896: use 1e-1" in " ".join(result.stdout.split())
     assert "3 replicates over people" in " ".join(result.stdout.split())
+
+
+def test_both_models_of_evaluate_and_a_student_to_calibrate_are_told_their_input(student: Path) -> None:
+    Path("groups.csv").write_text("".join(f"{name},{name[0] < 'E'}\n" for name in ("Ann", "Bob", "Fay", "Gus")))
+    command = ("evaluate", student, "--images", "crops", "--color", "BGR", "--json")
+    gallery = json.loads(run(*command, "--gallery", "my_networks:make").stdout)
+    assert all(gallery[name].startswith("BGR") for name in ("preprocessing", "gallery_preprocessing"))
+    groups = ("--groups", "groups.csv", "--reference", "my_networks:make", "--at-fpr", "1e-1")
+    assert all(each.startswith("BGR") for each in json.loads(run(*command, *groups).stdout)["preprocessing"])
+    assert run("calibrate", student, "--images", "crops", "--mean", "100", "-o", "new.safetensors").exit_code == 0
+    assert preprocessing_of(qface.load("new.safetensors")).mean == (100, 100, 100)
 
 
 def test_thresholds_of_float_quantized_and_mixed(student: Path) -> None:

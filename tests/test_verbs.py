@@ -81,6 +81,7 @@ FILES: dict[str, Callable[[Any], Any]] = {
     "selftest": qface.selftest,
     "thresholds_of": qface.thresholds_of,
     "verify": lambda file: qface.verify("student.safetensors", file, FACES),
+    "write_tensorboard": lambda file: qface.write_tensorboard(file, "events"),
     "write_thresholds": lambda file: qface.write_thresholds(file, qface.MatchThresholds({}, 1, 1, 1)),
 }
 """A call of each verb that takes a file in no other form."""

@@ -44,4 +44,4 @@ def write_json(path: Path, data: Any) -> None:
 def write_figure(path: Path, figure: Any) -> None:
     """Write a matplotlib figure to ``path`` as PNG."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=130, pil_kwargs={"optimize": True})

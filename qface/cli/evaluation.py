@@ -32,7 +32,10 @@ __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
     type=FilePath,
     help="Pair list: in LFW's format, for ten-fold accuracy, or lines path,path,flag.  [default: none]",
 )
-@click.option("--gallery", help="Model of the gallery; MODEL embeds the probes.  [default: MODEL]")
+@click.option(
+    "--gallery",
+    help="Model of the gallery, with the input options of MODEL, which embeds the probes.  [default: MODEL]",
+)
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @click.option(
     "--run-dir",
@@ -56,7 +59,8 @@ __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
     help="Measure misaligned, rotated, small, blurred, dark and covered faces against unchanged ones.",
 )
 @click.option(
-    "--reference", help="With --groups or --stress: model to compare with, such as the float network.  [default: none]"
+    "--reference",
+    help="With --groups or --stress: model to compare with, such as the float network.  [default: none]",
 )
 @click.option("--at-fpr", help="With --groups: FPR over all people, which sets the threshold.  [default: 1e-3]")
 @preprocessing_options
@@ -77,23 +81,24 @@ def evaluate(
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Measure 1:1 verification; MODEL is a student, a float network or an .onnx file."""
+    """Measure 1:1 verification; MODEL is a student, a float network or an .onnx file.
+
+    --color, --mean, --std, --crop and --size apply to MODEL, and to the model of --gallery or --reference.
+    """
     from qface.evaluation import as_embedder
 
     given = {"pairs": pairs, "gallery": gallery, "flip": flip, "run_dir": run_dir, "bootstrap": bootstrap}
     given |= {"groups": groups, "stress": stress, "reference": reference, "at_fpr": at_fpr}
     _check_options("groups" if groups else "stress" if stress else None, given)
     chosen = as_embedder(model, preprocessing)
+    given_second = gallery if reference is None else reference  # no kind of evaluation takes both
+    second = None if given_second is None else as_embedder(given_second, preprocessing)
     if groups is not None:
-        compared = qface.evaluate_groups(
-            chosen, images, groups, reference, at_fpr or "1e-3", identities, bootstrap, flip
-        )
+        compared = qface.evaluate_groups(chosen, images, groups, second, at_fpr or "1e-3", identities, bootstrap, flip)
         show(compared.to_dict(), compared, as_json)
         return
     if stress:
-        changed = qface.evaluate_stress(
-            chosen, images, pairs, identities, reference, bootstrap=bootstrap, run_dir=run_dir
-        )
+        changed = qface.evaluate_stress(chosen, images, pairs, identities, second, bootstrap=bootstrap, run_dir=run_dir)
         show(changed.to_dict(), changed, as_json)
         return
     result = qface.evaluate(
@@ -101,7 +106,7 @@ def evaluate(
         images,
         pairs=pairs,
         identities=identities,
-        gallery=gallery,
+        gallery=second,
         flip=flip,
         run_dir=run_dir,
         bootstrap=bootstrap,

@@ -120,7 +120,7 @@ _PREPROCESSING = _options(
 def preprocessing_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add options that override the preprocessing of a model, passed on as the mapping ``preprocessing``.
 
-    A command with a student and a teacher applies them to the teacher.
+    A command with a student and a teacher applies them to the teacher; ``evaluate`` applies them to both its models.
 
     Args:
         function: the command's function.

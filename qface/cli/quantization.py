@@ -105,12 +105,23 @@ def _config_of(file: Path, options: dict[str, Any]) -> qface.QuantizationConfig:
 @click.option("--correct-biases/--no-correct-biases", default=True, help="Run DFQ bias correction last.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
 @json_option
-def calibrate(student: str, images: Path, identities: str | None, output: Path, as_json: bool, **settings: Any) -> None:
+@preprocessing_options
+def calibrate(
+    student: str,
+    images: Path,
+    identities: str | None,
+    output: Path,
+    as_json: bool,
+    preprocessing: dict[str, Any],
+    **settings: Any,
+) -> None:
     """Set the scales and zero points of STUDENT, a file of qface quantize, from faces."""
+    from qface.models.resolve import resolve_model
     from qface.models.store import check_model_file
 
     check_model_file(output)
-    calibrated = qface.calibrate(student, images, qface.CalibrationConfig(**settings), identities)
+    network: Any = resolve_model(student, preprocessing=preprocessing)
+    calibrated = qface.calibrate(network, images, qface.CalibrationConfig(**settings), identities)
     qface.save(calibrated, output)
     show(written(output), f"wrote {output}", as_json)
 

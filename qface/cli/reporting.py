@@ -1,4 +1,4 @@
-"""Commands that show the results of a compression: report, plot."""
+"""Commands that show the results of a compression: report, plot, tensorboard."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import click
 import qface
 from qface.choices import FigureKind
 from qface.cli.command import Command, show, written
-from qface.cli.options import FilePath, json_option
+from qface.cli.options import FilePath, json_option, preprocessing_options
 from qface.errors import ConfigError
 
-__all__ = ["plot", "report"]
+__all__ = ["plot", "report", "tensorboard"]
 
 _NEEDED = ("teacher", "student", "file", "images")
 
@@ -24,6 +24,7 @@ _NEEDED = ("teacher", "student", "file", "images")
     examples=(
         "qface report small.run -o report.html",
         "qface report --teacher t.onnx --student s.safetensors --file s.onnx --images faces/ -o report.html",
+        "qface report small.run --stress --run-dir small.run/report -o report.html",
     ),
 )
 @click.argument("run", required=False, type=FilePath)
@@ -41,7 +42,14 @@ _NEEDED = ("teacher", "student", "file", "images")
 @click.option("--faces/--no-faces", default=True, help="Show faces, which are personal data.")
 @click.option("--latency-runs", type=int, default=40, help="Timed calls per file; 0 for none.")
 @click.option("--bootstrap", type=int, default=200, help="Bootstrap replicates for the confidence bands; 0 for none.")
+@click.option("--stress", is_flag=True, help="Also compare both models on misaligned, small, dark and covered faces.")
+@click.option(
+    "--run-dir",
+    type=FilePath,
+    help="Folder to store embeddings in; a stopped report continues there.  [default: none]",
+)
 @click.option("-o", "--output", required=True, type=FilePath, help="Page to write (.html).")
+@preprocessing_options
 @json_option
 def report(
     run: Path | None,
@@ -49,7 +57,10 @@ def report(
     faces: bool,
     latency_runs: int,
     bootstrap: int,
+    stress: bool,
+    run_dir: Path | None,
     output: Path,
+    preprocessing: dict[str, Any],
     as_json: bool,
     **fields: Any,
 ) -> None:
@@ -57,7 +68,17 @@ def report(
 
     RUN is a run folder of qface compress; without one, give --teacher, --student, --file and --images.
     """
-    data = qface.report(_record(run, fields), output, fpr, faces, latency_runs, bootstrap=bootstrap)
+    data = qface.report(
+        _record(run, fields),
+        output,
+        fpr,
+        faces,
+        latency_runs,
+        bootstrap=bootstrap,
+        preprocessing=preprocessing,
+        stress=stress,
+        run_dir=run_dir,
+    )
     show(data.to_dict(), f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)", as_json)
 
 
@@ -93,3 +114,22 @@ def plot(kind: FigureKind, source: Path, output: Path, as_json: bool) -> None:
     qface report --json.
     """
     show(written(qface.plot(kind, source, output)), f"wrote {output}", as_json)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "qface tensorboard run/ -o events/first",
+        "qface tensorboard small.run -o events/small --json",
+    ),
+)
+@click.argument("source", metavar="RUN", type=FilePath)
+@click.option("-o", "--output", required=True, type=FilePath, help="Folder for the event file, one per run.")
+@json_option
+def tensorboard(source: Path, output: Path, as_json: bool) -> None:
+    """Write a training log as an event file of TensorBoard.
+
+    RUN is the run folder of qface distill or qface compress, or its log.jsonl.
+    """
+    file = qface.write_tensorboard(source, output)
+    show(written(file), f"wrote {file}", as_json)

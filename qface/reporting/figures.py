@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qface.evaluation.stress_evaluation import StressResult
 from qface.mixed_precision import Sensitivity
 from qface.reporting.drawing import INK, LINES, check_figure, figure_class, new_figure, save_figure
-from qface.reporting.report.data import Curve, LayerSize, ModelFigures
+from qface.reporting.report.data import SHOWN_FPR, Curve, LayerSize, ModelFigures
 
 __all__ = [
     "check_figure",
@@ -19,6 +21,7 @@ __all__ = [
     "roc_figure",
     "sensitivity_figure",
     "size_figure",
+    "stress_figure",
     "training_figure",
 ]
 
@@ -95,6 +98,28 @@ def size_figure(layers: Sequence[LayerSize]) -> Any:
     axes.set(xscale="log", xlabel="kB", ylim=(len(layers) - 0.5, -0.5))
     _legend(figure)
     return figure
+
+
+def stress_figure(result: StressResult) -> Any:
+    """Draw the TPR of reference (teacher) and model (file) at FPR 1e-3 under each condition."""
+    figure, axes = new_figure(height=1 + 0.3 * len(result.figures))
+    rows = range(len(result.figures))
+    rates = {
+        "teacher": [_percent(each.reference_tpr_at_fpr.get(SHOWN_FPR)) for each in result.figures],
+        "file": [_percent(each.tpr_at_fpr[SHOWN_FPR]) for each in result.figures],
+    }
+    axes.hlines(rows, rates["teacher"], rates["file"], color=INK, linewidth=1)
+    axes.plot(rates["teacher"], rows, "o", markersize=8, markerfacecolor="none", color=LINES[0], label="teacher")
+    axes.plot(rates["file"], rows, "o", markersize=4, color=LINES[1], label="file")
+    axes.set_yticks(rows, [each.condition for each in result.figures])
+    axes.set(xlabel=f"true-positive rate at FPR {SHOWN_FPR}, %", ylim=(len(rows) - 0.5, -0.5))
+    _legend(figure)
+    return figure
+
+
+def _percent(rate: float | None) -> float:
+    """Return ``rate`` in percent; NaN, which is not drawn, if it could not be measured."""
+    return math.nan if rate is None else 100 * rate
 
 
 def latency_figure(rows: Sequence[Mapping[str, Any]]) -> Any:

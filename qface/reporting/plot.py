@@ -8,13 +8,13 @@ from typing import Any
 
 from qface.checks import check_choice
 from qface.choices import FigureKind
-from qface.compression.run_record import RunRecord
 from qface.errors import ConfigError
 from qface.files import as_path
 from qface.reporting import figures
 from qface.reporting.drawing import check_figure, save_figure
-from qface.reporting.report.data import ModelFigures, verification_of_report
-from qface.reporting.report.measure import layer_sizes, read_json, read_training
+from qface.reporting.report.data import ModelFigures, stress_of_report, verification_of_report
+from qface.reporting.report.measure import layer_sizes
+from qface.reporting.run_files import read_json, read_training, training_log
 
 __all__ = ["plot"]
 
@@ -23,7 +23,8 @@ def plot(kind: FigureKind, source: str | Path, output: str | Path) -> Path:
     """Draw one figure of :func:`qface.report` to a file.
 
     Args:
-        kind: ``"roc"``, ``"det"``, ``"histogram-teacher"``, ``"histogram-file"``, ``"size"`` or ``"training"``.
+        kind: ``"roc"``, ``"det"``, ``"histogram-teacher"``, ``"histogram-file"``, ``"size"``, ``"stress"`` or
+            ``"training"``.
         source: input of the figure. ``"size"``: an exported file; ``"training"``: ``log.jsonl`` of a distillation, or
             its run folder; other kinds: the JSON output of ``qface report --json``.
         output: the file to write, ending in ``.svg``, ``.png`` or ``.pdf``.
@@ -50,8 +51,10 @@ def _drawn(kind: FigureKind, source: Path) -> Any:
     if kind == "size":
         return figures.size_figure(layer_sizes(str(source)))
     if kind == "training":
-        return figures.training_figure(read_training(str(_log(source))))
-    models, fpr = verification_of_report(read_json(str(source)))
+        return figures.training_figure(read_training(training_log(source)))
+    if kind == "stress":
+        return figures.stress_figure(stress_of_report(read_json(source)))
+    models, fpr = verification_of_report(read_json(source))
     if kind == "roc":
         return figures.roc_figure(models)
     if kind == "det":
@@ -64,16 +67,3 @@ def _named(name: str, models: Sequence[ModelFigures]) -> ModelFigures:
     if not found:
         raise ConfigError(f"the report has no model {name!r}: write it with qface report --json")
     return found[0]
-
-
-def _log(source: Path) -> Path:
-    """Return the training log in the run folder ``source``, or ``source`` if it is a file."""
-    if not source.is_dir():
-        return source
-    own = source / "log.jsonl"
-    if own.exists():
-        return own
-    log = RunRecord.read(source).log
-    if log is None:
-        raise ConfigError(f"{source} has no training log: pass the folder of a run with distillation")
-    return Path(log)

@@ -54,6 +54,7 @@ __all__ = [
     "plan_table",
     "sensitivity_tables",
     "size_tables",
+    "stress_losses",
     "stress_table",
     "table_of",
     "templates_table",
@@ -230,7 +231,7 @@ def stress_table(result: StressResult) -> Table:
         table.add_column(name, justify="right")
     for each in result.figures:
         found = [*each.tpr_at_fpr.values(), each.accuracy]
-        table.add_row(escape(each.condition), *map(percent, found), *(_losses(each, found) if compared else []))
+        table.add_row(escape(each.condition), *map(percent, found), *(stress_losses(each) if compared else []))
     notes = ["changed images compared with unchanged images; percent"]
     if result.bootstrap:
         notes.append(f"in brackets: upper bound, 95 % confidence, {result.bootstrap} replicates over people")
@@ -238,7 +239,9 @@ def stress_table(result: StressResult) -> Table:
     return table
 
 
-def _losses(figures: StressFigures, found: Sequence[float | None]) -> list[str]:
+def stress_losses(figures: StressFigures) -> list[str]:
+    """Return the losses against the reference as text: of each TPR, with an upper bound if known, and of accuracy."""
+    found = [*figures.tpr_at_fpr.values(), figures.accuracy]
     bounds = [figures.drops.get(fpr) for fpr in figures.tpr_at_fpr]
     before = [*figures.reference_tpr_at_fpr.values(), figures.reference_accuracy]
     return [

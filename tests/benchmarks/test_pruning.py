@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 import qface
-from tests.benchmarks.scripts import run, script
+from tests.benchmarks.scripts import FOLDER, run, script
+
+DOCS = FOLDER.parent / "docs"
 
 
 def test_every_variant_is_a_file_with_figures_and_is_made_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +41,27 @@ def test_every_variant_is_a_file_with_figures_and_is_made_once(data: Path, monke
     for verb in ("prune", "export", "distill"):
         monkeypatch.setattr(qface, verb, again)
     assert run("pruning", *options).exit_code == 0
+
+
+@pytest.mark.parametrize("network", ["iresnet18", "mobilefacenet"])
+def test_published_figures_are_drawn_again(network: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    published = DOCS / "results" / f"pruning_{network}.json"
+    result = run("pruning_report", published, "--figure", tmp_path / "figure.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    page = (DOCS / "research" / "pruning.md").read_text(encoding="utf-8")
+    for line in script("pruning_report").markdown(json.loads(published.read_text())["rows"]).splitlines()[2:]:
+        cells = re.escape(line).split(r"\ \|\ ")
+        cells[2] = r"-?[\d.]+"  # the loss was rounded after it was computed, not before
+        assert re.search(r" \| ".join(cells).replace(r"\ ", " "), page), line
+
+
+def test_another_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"network": "mobilefacenet"}')
+    result = run("pruning_report", tmp_path / "other.json")
+    assert result.exit_code == 1
+    assert "must be a JSON file of pruning.py: KeyError('rows')" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(("text", "name"), [("6", "w6a6"), ("w4a8", "w4a8")])

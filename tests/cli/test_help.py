@@ -45,6 +45,18 @@ def test_every_option_says_what_it_is_without(name: str) -> None:
             assert "[default: " in " ".join(option.get_help_record(context) or ()), option.name
 
 
+INPUT_OPTIONS = {"--color", "--mean", "--std", "--crop", "--size"}
+MODELS = {"model", "student", "teacher", "gallery", "reference", "files"}
+"""Names of the arguments that may be a file of another program, which does not state its input."""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_that_takes_a_model_can_be_told_its_input(name: str) -> None:
+    params = main.commands[name].params
+    takes_model = any(param.name in MODELS for param in params)
+    assert ({option for param in params for option in param.opts} >= INPUT_OPTIONS) == takes_model
+
+
 SLOW = ("torch", "onnx", "onnxruntime", "numpy", "rich", "PIL")
 
 

@@ -48,6 +48,7 @@ LINES = (
     f"compress {NET} --images crops --max-mb 1 --at-fpr 1e-1 --run-dir searched -o smaller.onnx",
     "report found --fpr 1e-1 --latency-runs 1 -o found.html",
     "plot size student.onnx -o size.svg",
+    "tensorboard run -o events",
     "demo",
 )
 

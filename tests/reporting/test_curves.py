@@ -72,5 +72,6 @@ def test_a_report_has_the_intervals_of_its_rates(record: qface.RunRecord, tmp_pa
     plain = qface.report(record, tmp_path / "two.html", "1e-1", latency_runs=0, bootstrap=0)
     assert plain.models[1].curve.tpr == curve.tpr and set(plain.models[1].curve.low) == {None}
     assert "replicates" not in (tmp_path / "two.html").read_text()
+    assert plain.stress is None and "tress conditions" not in page
     with pytest.raises(ConfigError, match="bootstrap"):
         qface.report(record, tmp_path / "three.html", bootstrap=-1)

@@ -14,10 +14,12 @@ import qface
 from qface.choices import FigureKind
 from qface.cli import main
 from qface.errors import ConfigError, ExportError
+from qface.evaluation.bootstrap import Interval, TprDrop
 from qface.evaluation.score_histogram import ScoreHistogram
+from qface.evaluation.stress_evaluation import StressFigures, StressResult
 from qface.reporting import figures
 from qface.reporting.drawing import save_figure
-from qface.reporting.report.data import Curve, ModelFigures
+from qface.reporting.report.data import Curve, ModelFigures, stress_of_report
 from tests.small_record import write_record
 
 pytest.importorskip("matplotlib")
@@ -29,11 +31,21 @@ MODELS = [
     for name, cosine in (("teacher", 0.25), ("file", 0.5))
 ]
 ROWS = [{"step": step, "loss": 1 / step} for step in range(1, 20)]
+DROP = TprDrop(0.1, Interval(0.0, 0.2), 0.15)
+RATES = dict.fromkeys(("1e-3", "1e-4", "1e-5"))
+STRESS = StressResult(
+    tuple(
+        StressFigures(name, RATES | {"1e-3": rate}, None, 0.9, RATES | {"1e-3": 0.9}, None, RATES | {"1e-3": DROP})
+        for name, rate in (("none", 0.8), ("dark", None))
+    ),
+    *(24, 6, 0, 2),
+)
 EXPECTED: dict[str, Callable[[], Any]] = {
     "roc": lambda: figures.roc_figure(MODELS),
     "det": lambda: figures.det_figure(MODELS),
     "histogram-teacher": lambda: figures.histogram_figure(MODELS[0], "1e-2"),
     "histogram-file": lambda: figures.histogram_figure(MODELS[1], "1e-2"),
+    "stress": lambda: figures.stress_figure(STRESS),
     "training": lambda: figures.training_figure(ROWS),
 }
 
@@ -41,7 +53,7 @@ EXPECTED: dict[str, Callable[[], Any]] = {
 def record(**changed: Any) -> dict[str, Any]:
     """The part of a report's JSON that is drawn."""
     models = [vars(each) | {"curve": vars(CURVE), "histogram": vars(HISTOGRAM)} for each in MODELS]
-    return {"models": models, "changes": {"fpr": "1e-2"}, **changed}
+    return {"models": models, "changes": {"fpr": "1e-2"}, "stress": STRESS.to_dict(), **changed}
 
 
 @pytest.fixture
@@ -118,6 +130,24 @@ def test_what_is_no_report_is_refused(wrong: Any, tmp_path: Path) -> None:
     for kind in ("roc", "histogram-file"):
         with pytest.raises(ConfigError, match=r"not a report .*: write it with qface report --json"):
             qface.plot(kind, tmp_path / "wrong.json", tmp_path / "figure.svg")
+
+
+@pytest.mark.parametrize(
+    ("stress", "words"),
+    [
+        (None, "no stress conditions: write it with qface report --stress --json"),
+        ({"figures": []}, "not a report"),
+        ({**STRESS.to_dict(), "figures": [{}]}, "not a report"),
+    ],
+)
+def test_a_report_without_stress_conditions_is_refused(stress: Any, words: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(record(stress=stress)))
+    with pytest.raises(ConfigError, match=words):
+        qface.plot("stress", tmp_path / "report.json", tmp_path / "figure.svg")
+
+
+def test_stress_conditions_are_read_as_they_were_written() -> None:
+    assert stress_of_report(json.loads(json.dumps(record()))) == STRESS
 
 
 def test_refusals(report: Path, tmp_path: Path) -> None:

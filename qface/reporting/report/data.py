@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from qface.errors import ConfigError, one_line
+from qface.evaluation.bootstrap import Interval, TprDrop
 from qface.evaluation.score_histogram import ScoreHistogram
+from qface.evaluation.stress_evaluation import StressFigures, StressResult
 from qface.results import Result
 
 __all__ = [
@@ -18,12 +21,13 @@ __all__ = [
     "LayerSize",
     "ModelFigures",
     "ReportData",
+    "stress_of_report",
     "verification_of_report",
 ]
 
 SCHEMA_VERSION = 1
 SHOWN_FPR = "1e-3"
-"""FPR of the threshold in histograms of reports without changed verdicts."""
+"""FPR of the figure of stress conditions, and of the threshold in histograms of reports without changed verdicts."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ class ReportData(Result):
         trials: trials of ``qface compress``.
         stopped: reason why the search of ``qface compress`` ended.
         bootstrap: number of replicates for the confidence intervals of the curves; 0 for none.
+        stress: the file under stress conditions, with the teacher as the reference; None if not measured.
     """
 
     version: str
@@ -174,6 +179,7 @@ class ReportData(Result):
     trials: tuple[Mapping[str, Any], ...]
     stopped: str | None
     bootstrap: int
+    stress: StressResult | None
 
     def _key_figures(self) -> Mapping[str, object]:
         return {"student": self.student, "images": self.images, "agrees": self.agreement["agrees"]}
@@ -189,13 +195,44 @@ def verification_of_report(record: Any) -> tuple[tuple[ModelFigures, ...], str]:
     Raises:
         ConfigError: ``record`` is not such an output.
     """
-    try:
+    with _read_as_report():
         changes = record["changes"]
         return tuple(map(_model, record["models"])), str(changes["fpr"]) if changes else SHOWN_FPR
+
+
+def stress_of_report(record: Any) -> StressResult:
+    """Parse the stress conditions from the output of :meth:`ReportData.to_dict`.
+
+    Raises:
+        ConfigError: ``record`` is not such an output, or has no stress conditions.
+    """
+    with _read_as_report():
+        stress = record["stress"]
+        if stress is not None:
+            return StressResult(**{**stress, "figures": tuple(map(_condition, stress["figures"]))})
+    raise ConfigError("the report has no stress conditions: write it with qface report --stress --json")
+
+
+@contextmanager
+def _read_as_report() -> Iterator[None]:
+    """Turn errors of a record that is not a report into one line."""
+    try:
+        yield
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(
             f"not a report ({type(error).__name__}: {one_line(error, 200)}): write it with qface report --json"
         ) from error
+
+
+def _condition(record: Mapping[str, Any]) -> StressFigures:
+    rates = ("tpr_at_fpr", "reference_tpr_at_fpr")
+    numbers = {name: dict(zip(record[name], _numbers(record[name].values()), strict=True)) for name in rates}
+    drops = {fpr: None if drop is None else _drop(drop) for fpr, drop in record["drops"].items()}
+    return StressFigures(**{**record, **numbers, "drops": drops})
+
+
+def _drop(record: Mapping[str, Any]) -> TprDrop:
+    return TprDrop(**{**record, "interval": Interval(**record["interval"])})
 
 
 def _model(record: Mapping[str, Any]) -> ModelFigures:

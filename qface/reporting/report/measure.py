@@ -23,22 +23,26 @@ from qface.data.sample import evenly
 from qface.data.subset import Subset
 from qface.deployment import Agreement, export, measure_size, verify
 from qface.deployment.latency import compare, open_file
-from qface.errors import ConfigError, ImagesError, one_line
+from qface.errors import ImagesError
 from qface.evaluation.bootstrap import REPLICATES, Interval, bootstrap_tpr
-from qface.evaluation.embedding import Embedder, Embeddings, as_embedder, embed
+from qface.evaluation.embedding import Embedder, Embeddings, as_embedder
 from qface.evaluation.evaluate import listed_cosines
 from qface.evaluation.score_histogram import score_histogram
+from qface.evaluation.shared_embedding import embed_shared
+from qface.evaluation.stress_evaluation import StressResult, evaluate_stress
 from qface.evaluation.verdicts import VerdictChange, Verifier, verdict_changes
 from qface.evaluation.verification import FPRS, OperatingPoint, count_pairs, ten_fold_accuracy, tpr_at_fpr, usable_folds
 from qface.files import temporary_folder
-from qface.limits import named, parse_json
 from qface.mixed_precision import Sensitivity
-from qface.models.resolve import as_network
+from qface.models.resolve import as_network, resolve_model
+from qface.parallel import processes_for
+from qface.preprocessing import PreprocessingOverride
 from qface.provenance import provenance_of
 from qface.reporting.report.data import ChangedPair, Changes, Curve, LayerSize, ModelFigures, ReportData
+from qface.reporting.run_files import read_json, read_training
 from qface.reporting.steps import steps_in_words
 
-__all__ = ["ReportSettings", "layer_sizes", "measure_report", "read_json", "read_training"]
+__all__ = ["ReportSettings", "layer_sizes", "measure_report"]
 
 _RATES = tuple(f"{digit}e-{power}" for power in range(1, 7) for digit in (5, 2, 1))
 _RATES_WITH_CONFIDENCE = tuple(rate for rate in _RATES if float(rate) <= float(FPRS[0]))
@@ -54,19 +58,27 @@ class ReportSettings:
         fpr: false-positive rate at which verdicts are compared, one of :data:`qface.evaluation.verification.FPRS`.
         faces: True to include pictures of faces in the page.
         latency_runs: number of timed runs of each file; 0 skips latency.
-        progress: True to show progress on stderr.
         bootstrap: bootstrap replicates over identities for the curves; 0 skips the confidence intervals.
+        preprocessing: preprocessing of the teacher, or some of its fields; replaces the detected one.
+        stress: True to measure both models under stress conditions too.
+        run_dir: folder for embeddings, from which an interrupted report resumes; None saves nothing.
     """
 
     fpr: str = "1e-3"
     faces: bool = True
     latency_runs: int = 40
-    progress: bool = False
     bootstrap: int = REPLICATES
+    preprocessing: PreprocessingOverride | None = None
+    stress: bool = False
+    run_dir: Path | None = None
 
     def __post_init__(self) -> None:
         check_whole(0, bootstrap=self.bootstrap, latency_runs=self.latency_runs)
         check_choice(FPRS, fpr=self.fpr)
+
+    def folder_of(self, name: str) -> Path | None:
+        """Return the folder inside ``run_dir`` for the embeddings called ``name``; None without ``run_dir``."""
+        return None if self.run_dir is None else self.run_dir / name
 
 
 def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
@@ -77,15 +89,16 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
     """
     sensitivity, training = _sensitivity(run.sensitivity), () if run.log is None else read_training(run.log)
     faces = _Faces.of(run)
-    network = None if _is_onnx(run.teacher) else as_network(run.teacher)
-    teacher, file = as_embedder(run.teacher if network is None else network), as_embedder(run.file)
+    network = None if _is_onnx(run.teacher) else resolve_model(run.teacher, preprocessing=settings.preprocessing)
+    teacher = as_embedder(run.teacher if network is None else network, settings.preprocessing)
+    file = as_embedder(run.file)
     student = as_network(run.student)
-    found = [embed(each, faces.folder, progress=settings.progress) for each in (teacher, file)]
+    found = [_embed(name, each, faces.folder, settings) for name, each in (("teacher", teacher), ("file", file))]
     models = tuple(
         _figures(name, embedder, embeddings, faces, settings.bootstrap)
         for name, embedder, embeddings in zip(("teacher", "file"), (teacher, file), found, strict=True)
     )
-    teacher_bytes, latency = _latency(run, network, settings.latency_runs)
+    teacher_bytes, latency = _latency(run, network, settings)
     genuine, impostors = count_pairs(faces.labels)
     return ReportData(
         version=__version__,
@@ -113,6 +126,7 @@ def measure_report(run: RunRecord, settings: ReportSettings) -> ReportData:
         trials=run.trials,
         stopped=run.stopped,
         bootstrap=settings.bootstrap,
+        stress=_stress(run, teacher, file, faces.folder, settings) if settings.stress else None,
     )
 
 
@@ -135,6 +149,23 @@ class _Faces:
         if listed is not None:
             usable_folds(listed.same, listed.fold)
         return cls(folder, labels, listed)
+
+
+def _embed(name: str, embedder: Embedder, folder: ImageFolder, settings: ReportSettings) -> Embeddings:
+    return embed_shared(embedder, folder, processes_for(None), settings.folder_of(name))
+
+
+def _stress(
+    run: RunRecord, teacher: Embedder, file: Embedder, folder: ImageFolder, settings: ReportSettings
+) -> StressResult:
+    return evaluate_stress(
+        file,
+        folder,
+        run.pairs,
+        reference=teacher,
+        bootstrap=settings.bootstrap,
+        run_dir=settings.folder_of("stress"),
+    )
 
 
 def _is_onnx(model: str) -> bool:
@@ -176,17 +207,20 @@ def _curve(points: Mapping[str, OperatingPoint], intervals: Mapping[str, Interva
     return Curve(*zip(*measured, strict=True)) if measured else Curve((), (), (), (), ())
 
 
-def _latency(run: RunRecord, network: nn.Module | None, runs: int) -> tuple[int | None, tuple[Mapping[str, Any], ...]]:
+def _latency(
+    run: RunRecord, network: nn.Module | None, settings: ReportSettings
+) -> tuple[int | None, tuple[Mapping[str, Any], ...]]:
     """Return the size of the teacher as an ONNX file, and the latency of both files, run alternately."""
-    if not runs:
+    if not settings.latency_runs:
         return None, ()
     with temporary_folder() as folder:
         teacher = Path(run.teacher) if network is None else export(network, folder / "teacher.onnx")
         cpu = ["CPUExecutionProvider"]
         candidates = [
-            open_file(path, name=name, providers=cpu) for path, name in ((teacher, "teacher"), (run.file, "file"))
+            open_file(teacher, name="teacher", providers=cpu, preprocessing=settings.preprocessing),
+            open_file(run.file, name="file", providers=cpu),
         ]
-        rows = tuple(row.to_dict() for row in compare(candidates, runs=runs))
+        rows = tuple(row.to_dict() for row in compare(candidates, runs=settings.latency_runs))
         return teacher.stat().st_size, rows
 
 
@@ -262,36 +296,3 @@ def _sensitivity(path: str | None) -> Mapping[str, Any] | None:
     if path is None:
         return None
     return Sensitivity.from_dict(read_json(path)).to_dict()
-
-
-def read_training(path: str) -> tuple[Mapping[str, float], ...]:
-    """Read ``log.jsonl`` of a distillation.
-
-    Raises:
-        ConfigError: the file cannot be read, or is not such a log.
-    """
-    rows = _parsed(path, lambda encoding: f"[{','.join(Path(path).read_text(encoding=encoding).splitlines())}]")
-    if not all(isinstance(row, dict) and _are_numbers(row.get("step"), row.get("loss")) for row in rows):
-        raise ConfigError(f"{path} is not a log of a distillation: pass log.jsonl of a run folder")
-    return tuple(rows)
-
-
-def _are_numbers(*values: Any) -> bool:
-    return all(isinstance(value, (int, float)) for value in values)
-
-
-def read_json(path: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    return _parsed(path, Path(path).read_text)
-
-
-def _parsed(path: str, read: Any) -> Any:
-    try:
-        with named(path):
-            return parse_json(read(encoding="utf-8"), "its JSON")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({one_line(error, 200)}): restore it") from error

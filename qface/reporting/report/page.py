@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qface.errors import DependencyError
+from qface.evaluation.stress_evaluation import STRESS_FPRS, StressFigures, StressResult
 from qface.mixed_precision import Sensitivity
 from qface.reporting import figures
 from qface.reporting.drawing import figure_class, inline_svg
 from qface.reporting.report.data import SHOWN_FPR, Curve, ModelFigures, ReportData
-from qface.reporting.tables import percent
+from qface.reporting.tables import percent, stress_losses
 
 __all__ = ["check_page", "report_page"]
 
@@ -29,12 +31,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """Figure with its data as a table."""
+    """Figure with its data as a table, which is folded unless ``shows_table``."""
 
     title: str
     svg: str
     table: Table
     wide: bool = False
+    shows_table: bool = False
 
 
 def check_page() -> None:
@@ -78,6 +81,7 @@ def report_page(data: ReportData) -> str:
         latency=_latency(data) if data.latency else None,
         sensitivity=None if data.sensitivity is None else _sensitivity(Sensitivity.from_dict(data.sensitivity)),
         training=_training(data) if data.training else None,
+        stress=None if data.stress is None else _stress(data.stress),
         trials=_trials(data) if data.trials else None,
     )
 
@@ -189,6 +193,24 @@ def _training(data: ReportData) -> Figure:
     columns = ("step", "loss", "learning_rate")
     texts = (tuple(f"{row.get(column, float('nan')):g}" for column in columns) for row in rows)
     return Figure("Training", svg, Table("Some of the steps", ("step", "loss", "learning rate"), tuple(texts)))
+
+
+def _stress(result: StressResult) -> Figure:
+    title = "Stress conditions"
+    svg = inline_svg(figures.stress_figure(result), "stress", title, "True-positive rates of both by condition.")
+    rates = [f"TPR at {fpr}" for fpr in STRESS_FPRS]
+    names = [*rates, "accuracy"] if any(each.accuracy is not None for each in result.figures) else rates
+    columns = ("condition", *(f"{name}, {of}" for name in names for of in ("teacher", "file", "lost")))
+    rows = (_stress_row(each, len(names)) for each in result.figures)
+    return Figure(title, svg, Table("Changed against unchanged faces", columns, tuple(rows)), shows_table=True)
+
+
+def _stress_row(figures: StressFigures, length: int) -> tuple[str, ...]:
+    """Return the condition, and for each of ``length`` rates the teacher's, the file's and the loss."""
+    before = [*figures.reference_tpr_at_fpr.values(), figures.reference_accuracy]
+    after = [*figures.tpr_at_fpr.values(), figures.accuracy]
+    cells = zip(map(percent, before), map(percent, after), stress_losses(figures), strict=True)
+    return (figures.condition, *(cell for rate in itertools.islice(cells, length) for cell in rate))
 
 
 def _trials(data: ReportData) -> Table:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from qface.compression.run_record import RunRecord
 from qface.evaluation.bootstrap import REPLICATES
-from qface.files import check_folder, replacing
+from qface.files import as_path, check_folder, replacing
+from qface.preprocessing import PreprocessingOverride
+from qface.progress import shows_progress
 from qface.reporting.report.data import ReportData
 from qface.reporting.report.measure import ReportSettings, measure_report
 from qface.reporting.report.page import check_page, report_page
@@ -14,6 +16,7 @@ from qface.reporting.report.page import check_page, report_page
 __all__ = ["report"]
 
 
+@shows_progress
 def report(
     run: RunRecord | str | Path,
     output: str | Path,
@@ -22,6 +25,9 @@ def report(
     latency_runs: int = 40,
     progress: bool = False,
     bootstrap: int = REPLICATES,
+    preprocessing: PreprocessingOverride | None = None,
+    stress: bool = False,
+    run_dir: str | Path | None = None,
 ) -> ReportData:
     """Measure one compression and write an HTML page with all figures, without external resources.
 
@@ -33,12 +39,18 @@ def report(
         latency_runs: number of timed runs of each file; 0 skips latency, then equal models and faces give equal pages.
         progress: True to show progress on stderr.
         bootstrap: bootstrap replicates over identities for the 95 % confidence bands of ROC and DET; 0 skips them.
+        preprocessing: preprocessing of the teacher, or some of its fields, if its file does not state them; student
+            and file state theirs.
+        stress: True to compare both models on degraded faces too, as :func:`qface.evaluate_stress` does. This takes
+            about eleven times as long as the other embeddings.
+        run_dir: folder for embeddings, from which an interrupted call resumes. None saves nothing.
 
     Returns:
         The figures of the page.
 
     Raises:
-        ConfigError: a setting is out of range, or the run folder has no record.
+        ConfigError: a setting is out of range, the run folder has no record, or ``run_dir`` holds embeddings of other
+            models or images.
         DependencyError: jinja2 or matplotlib is not installed.
         ExportError: the page cannot be written.
         QFaceError: a model or the faces cannot be read.
@@ -48,7 +60,8 @@ def report(
         >>> qface.report(record, "report.html", fpr="1e-2", latency_runs=1).agreement["agrees"]
         True
     """
-    settings = ReportSettings(fpr, faces, latency_runs, progress, bootstrap)
+    folder = None if run_dir is None else as_path(run_dir)
+    settings = ReportSettings(fpr, faces, latency_runs, bootstrap, preprocessing, stress, folder)
     check_page()
     check_folder(output)
     data = measure_report(run if isinstance(run, RunRecord) else RunRecord.read(run), settings)
