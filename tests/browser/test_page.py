@@ -86,6 +86,7 @@ def chromium() -> tuple[Path, dict[str, str]]:
     triplet = f"{platform.machine()}-linux-gnu"
     # This machine's libraries come first, since its loader fits only its own libc.
     libraries = [root / parent / triplet for root in (Path("/"), folder) for parent in ("usr/lib", "lib")]
+    libraries.append(folder / "usr/lib" / triplet / "pulseaudio")  # libpulse looks for its parts there by full path
     variables = {"LD_LIBRARY_PATH": ":".join(map(str, libraries)), "FONTCONFIG_SYSROOT": str(folder)}
     return folder / "usr" / "lib" / "chromium" / "chromium-headless-shell", {**os.environ, **variables}
 
