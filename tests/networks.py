@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qface import CalibrationConfig
+
 SIZE = (112, 112)
+RANGES_ONLY = CalibrationConfig(equalize=False, gptq=False, correct_biases=False)
+"""Enough for tests of what follows calibration: the arithmetic of a student is the same."""
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import QuantizationConfig, calibrate, quantize
-from tests.networks import random_faces, with_statistics
+from tests.networks import RANGES_ONLY, random_faces, with_statistics
 
 CHANNELS = 8
 SIDE = 24
@@ -105,5 +105,5 @@ def framed(body: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 
 def calibrated(model: nn.Module, bits: int | QuantizationConfig = 4) -> fx.GraphModule:
-    """A calibrated student of ``model``."""
-    return calibrate(quantize(model, bits), random_faces(8))
+    """A student of ``model`` with calibrated ranges."""
+    return calibrate(quantize(model, bits), random_faces(8), RANGES_ONLY)

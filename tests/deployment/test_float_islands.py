@@ -14,7 +14,7 @@ import qface
 from qface.deployment import export
 from qface.graph.aten import FLOAT_FUNCTIONS, operator_name
 from qface.preprocessing import Preprocessing, with_preprocessing
-from tests.networks import random_faces
+from tests.networks import RANGES_ONLY, random_faces
 
 SIZE = Preprocessing(size=(16, 16))
 WEIGHT = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(5))
@@ -178,7 +178,7 @@ def test_a_float_function_goes_the_whole_way(name: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = with_preprocessing(Between((FUNCTIONS | MORE_FUNCTIONS)[name]).eval(), SIZE)
     student = qface.quantize(model, 8)
-    qface.calibrate(student, random_faces(8))
+    qface.calibrate(student, random_faces(8), RANGES_ONLY)
     qface.save(student, tmp_path / "student.safetensors")
     student = qface.load(tmp_path / "student.safetensors")
     agreement = qface.verify(student, export(student, tmp_path / "student.onnx"), random_faces(3, seed=4))

@@ -21,6 +21,7 @@ from qface.preprocessing import preprocessing_of
 from qface.quantization.placement import computes_in_float
 from tests.graph.idioms import IDIOMS, Idiom, build
 from tests.graph.kinds import kind_of, kinds
+from tests.networks import RANGES_ONLY
 
 BEHIND_ISLANDS = "Quantize"
 """The operation that rounds what a float island makes: torch and onnxruntime compute its floats a little otherwise."""
@@ -43,7 +44,7 @@ def steps(name: str) -> tuple[nn.Module, fx.GraphModule, fx.GraphModule]:
     model = build(IDIOMS[name])
     layers = canonicalize(model)
     student = qface.quantize(layers, 6)
-    qface.calibrate(student, synthetic_crops(8))
+    qface.calibrate(student, synthetic_crops(8), RANGES_ONLY)
     return model, layers, student
 
 

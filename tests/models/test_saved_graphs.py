@@ -28,7 +28,7 @@ from qface.models import (
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.provenance import provenance_of, record_step
 from qface.quantization import QuantizationConfig, calibrate, quantize
-from tests.networks import foreign_net, random_faces, tiny_face_net, with_statistics
+from tests.networks import RANGES_ONLY, foreign_net, random_faces, tiny_face_net, with_statistics
 
 PREPROCESSING = Preprocessing(crop=(0, 8, 112, 104), size=(64, 48), color="BGR", std=(128.0,) * 3)
 SMALL = (64, 48)
@@ -49,7 +49,7 @@ def float_foreign() -> nn.Module:
 
 def student(make: Callable[[], nn.Module], bits: int | QuantizationConfig = 6) -> nn.Module:
     model = quantize(with_preprocessing(make(), PREPROCESSING), bits)
-    return calibrate(model, random_faces(8, seed=3)).eval()
+    return calibrate(model, random_faces(8, seed=3), RANGES_ONLY).eval()
 
 
 def quantized_tiny() -> nn.Module:

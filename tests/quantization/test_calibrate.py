@@ -25,11 +25,10 @@ from qface.quantization import (
     scale_parameters,
     set_observers,
 )
-from tests.networks import foreign_net, random_faces, tiny_face_net
+from tests.networks import RANGES_ONLY, foreign_net, random_faces, tiny_face_net
 
 SIZE = Preprocessing(size=(48, 48), std=(128.0,) * 3)
 FACES = random_faces(12)
-RANGES_ONLY = CalibrationConfig(equalize=False, gptq=False, correct_biases=False)
 
 
 def student(bits: int | QuantizationConfig = 6, make: Callable[..., nn.Module] = tiny_face_net) -> fx.GraphModule:

@@ -16,10 +16,10 @@ from qface.data import ImageFolder
 from qface.graph.capture import capture
 from qface.preprocessing import preprocessing_of
 from tests.benchmarks.scripts import script
+from tests.networks import RANGES_ONLY
 from tests.runtimes.runtime import HOST, Embeddings, Images, Runtime
 
 CALIBRATION_IMAGES = 8
-RANGES_ONLY = qface.CalibrationConfig(equalize=False, gptq=False, correct_biases=False)
 
 
 @dataclass(frozen=True)
