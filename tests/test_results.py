@@ -35,7 +35,7 @@ TAGS = {"table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "br"}
 
 def evaluation(text: str, value: float) -> qface.EvaluationResult:
     rates = {"1e-3": value}
-    listed = ListedFigures(1, 1, value, rates, rates, Interval(value, value), {}, "people")
+    listed = ListedFigures(1, 1, value, rates, rates, Interval(value, value), Interval(value, value), {}, "people")
     return qface.EvaluationResult(
         value, value, rates, rates, 1, 1, 1, 0, 1, 1, text, 1.0, text, None, value, 1, {}, listed
     )

@@ -4,9 +4,11 @@ from qface.evaluation.bootstrap import (
     Interval,
     PairIntervals,
     TprDrop,
+    bootstrap_eer,
     bootstrap_pairs,
     bootstrap_tpr,
     bootstrap_tpr_drop,
+    bootstrap_tpr_of_scores,
 )
 from qface.evaluation.embedding import Embedder, TorchEmbedder, as_embedder, embed
 from qface.evaluation.evaluate import EvaluationResult, ListedFigures, evaluate
@@ -53,9 +55,11 @@ __all__ = [
     "TorchEmbedder",
     "TprDrop",
     "as_embedder",
+    "bootstrap_eer",
     "bootstrap_pairs",
     "bootstrap_tpr",
     "bootstrap_tpr_drop",
+    "bootstrap_tpr_of_scores",
     "count_pairs",
     "embed",
     "equal_error_rate",

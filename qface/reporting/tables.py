@@ -86,7 +86,7 @@ def evaluation_table(result: EvaluationResult) -> Table:
         _add_listed(table, result, result.listed)
         notes += _notes(result.listed, "listed pairs: ")
     if result.eer is not None:
-        table.add_row("equal error rate, all pairs", percent(result.eer), "")
+        table.add_row("equal error rate, all pairs", percent(result.eer) + _between(result.eer_interval), "")
         _add_rates(table, result, result.tpr_intervals)
         notes += _notes(result)
     if result.bootstrap:
@@ -104,7 +104,7 @@ def _add_listed(table: Table, result: EvaluationResult, listed: ListedFigures) -
     else:
         figure = f"{percent(result.accuracy)} ± {100 * result.accuracy_std:.2f}{interval}"
         table.add_row(f"10-fold accuracy ({pairs}, {result.pairs_dropped} dropped)", figure, "")
-    table.add_row("equal error rate, listed pairs", percent(listed.eer), "")
+    table.add_row("equal error rate, listed pairs", percent(listed.eer) + _between(listed.eer_interval), "")
     for fpr, rate in listed.tpr_at_fpr.items():
         if rate is not None:
             value = percent(rate) + _between(listed.tpr_intervals.get(fpr))
