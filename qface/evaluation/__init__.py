@@ -13,9 +13,15 @@ from qface.evaluation.bootstrap import (
 from qface.evaluation.embedding import Embedder, TorchEmbedder, as_embedder, embed
 from qface.evaluation.evaluate import EvaluationResult, ListedFigures, evaluate
 from qface.evaluation.groups import GroupsResult, evaluate_groups
-from qface.evaluation.identification import FPIRS, IdentificationResult, evaluate_identification
+from qface.evaluation.identification import (
+    FPIRS,
+    IdentificationRates,
+    IdentificationResult,
+    evaluate_identification,
+)
 from qface.evaluation.match_thresholds import MatchThresholds, match_thresholds, thresholds_of, write_thresholds
 from qface.evaluation.stress_evaluation import STRESS_FPRS, StressFigures, StressResult, evaluate_stress
+from qface.evaluation.template_identification import GalleryFigures, TemplateIdentification
 from qface.evaluation.template_verification import TemplateProtocol, TemplateResult, evaluate_templates
 from qface.evaluation.thresholds import OperatingThresholds, PairingThreshold, operating_thresholds
 from qface.evaluation.verification import (
@@ -38,7 +44,9 @@ __all__ = [
     "STRESS_FPRS",
     "Embedder",
     "EvaluationResult",
+    "GalleryFigures",
     "GroupsResult",
+    "IdentificationRates",
     "IdentificationResult",
     "Interval",
     "ListedFigures",
@@ -50,6 +58,7 @@ __all__ = [
     "Rates",
     "StressFigures",
     "StressResult",
+    "TemplateIdentification",
     "TemplateProtocol",
     "TemplateResult",
     "TorchEmbedder",

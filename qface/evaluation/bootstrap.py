@@ -32,6 +32,7 @@ __all__ = [
     "CONFIDENCE",
     "REPLICATES",
     "Draws",
+    "Floats",
     "Interval",
     "PairIntervals",
     "TprDrop",
@@ -336,7 +337,13 @@ def _listed_pairs(
     of_one, of_two = (
         descending([OwnedScores(cosines[kind], first[kind], second[kind])]) for kind in (genuine, ~genuine)
     )
-    return WeighedPairs(of_one, of_two, lambda weights: int(weights[of_two.first] @ weights[of_two.second]))
+    return WeighedPairs(of_one, of_two, functools.partial(_sum_of_weights, of_two))
+
+
+def _sum_of_weights(pairs: OwnedScores, weights: Ints) -> int:
+    starts = range(0, len(pairs.scores), _BLOCK)
+    parts = (slice(start, start + _BLOCK) for start in starts)
+    return sum(int(weights[pairs.first[part]] @ weights[pairs.second[part]]) for part in parts)
 
 
 def _tpr_intervals(pairs: WeighedPairs, draws: Draws, fprs: Sequence[str]) -> dict[str, Interval | None]:
@@ -523,9 +530,10 @@ class WeighedPairs:
     def tprs(self, weights: Ints, fprs: Sequence[str]) -> Floats:
         """Compute the true-positive rate at each rate; inf below the kept impostor scores, NaN without pairs."""
         owned = _cumulative(weights[self.genuine.first])
-        if not owned[-1] or not self.total(weights):
+        total = self.total(weights)
+        if not owned[-1] or not total:
             return np.full(len(fprs), np.nan)
-        thresholds = self.thresholds_at(weights, fprs)
+        thresholds = self._thresholds(weights, fprs, total)
         accepted = np.searchsorted(-self.genuine.scores, -thresholds, side="left")
         return np.where(np.isinf(thresholds), np.inf, owned[accepted] / owned[-1])
 
@@ -551,7 +559,9 @@ class WeighedPairs:
 
     def thresholds_at(self, weights: Ints, fprs: Sequence[str]) -> Scores:
         """Return the impostor scores at the weighted ranks of ``fprs``; -inf below the kept scores."""
-        total = self.total(weights)
+        return self._thresholds(weights, fprs, self.total(weights))
+
+    def _thresholds(self, weights: Ints, fprs: Sequence[str], total: int) -> Scores:
         ranks = np.array([int(total * Fraction(fpr)) for fpr in fprs], np.int64)
         found = np.full(len(ranks), -np.inf, np.float32)
         above, last = 0, ranks.max(initial=0)
