@@ -460,6 +460,7 @@ def test_templates_are_verified_by_either_protocol(workplace: Path) -> None:
     table = run(*arguments)
     assert table.exit_code == 0, table.output
     assert "protocol paper, neither flip nor detector score" in " ".join(table.stdout.split())
+    assert "rank 1, mean" in table.stdout
     assert "other images or settings" in refusal(run(*arguments, "--flip"))
 
 

@@ -19,7 +19,15 @@ from qface.compression.trials import Trial
 from qface.deployment import Agreement
 from qface.deployment.agreement import LayerAgreement
 from qface.deployment.size import SizeEntry
-from qface.evaluation import Interval, ListedFigures, Rates, StressFigures
+from qface.evaluation import (
+    GalleryFigures,
+    IdentificationRates,
+    Interval,
+    ListedFigures,
+    Rates,
+    StressFigures,
+    TemplateIdentification,
+)
 from qface.evaluation.groups import Estimate, Gap, Group, GroupRates, ModelGroups
 from qface.evaluation.score_histogram import ScoreHistogram
 from qface.evaluation.thresholds import PairingThreshold
@@ -35,9 +43,9 @@ TAGS = {"table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "br"}
 
 def evaluation(text: str, value: float) -> qface.EvaluationResult:
     rates = {"1e-3": value}
-    listed = ListedFigures(1, 1, value, rates, rates, Interval(value, value), {}, "people")
+    listed = ListedFigures(1, 1, value, rates, rates, Interval(value, value), Interval(value, value), {}, "people")
     return qface.EvaluationResult(
-        value, value, rates, rates, 1, 1, 1, 0, 1, 1, text, 1.0, text, None, value, 1, {}, listed
+        value, value, rates, rates, 1, 1, 1, 0, 1, 1, text, 1.0, text, None, value, 1, {}, listed=listed
     )
 
 
@@ -81,6 +89,15 @@ def identification(text: str, value: float) -> qface.IdentificationResult:
     return qface.IdentificationResult(value, value, {"1e-1": value}, {"1e-1": None}, 1, 1, 1, 0, text, text)
 
 
+def templates(text: str, value: float) -> qface.TemplateResult:
+    rates, interval = {"1e-3": value}, Interval(value, value)
+    searched = IdentificationRates(value, value, rates, {"rank_1": interval}, {"1e-3": None})
+    found = TemplateIdentification(searched, {text: GalleryFigures(1, 1, 1, rates, searched)})
+    return qface.TemplateResult(
+        "paper", True, True, rates, rates, 1, 1, 1, 1, text, 1.0, text, 1, {"1e-3": interval}, found
+    )
+
+
 EXAMPLES: dict[type[Result], Callable[[str, float], Result]] = {
     Agreement: lambda text, value: Agreement((LayerAgreement(text, text, 6, 9, 1, 1, (0, 1)),) * 20, 1, value, value),
     ReportData: report,
@@ -97,9 +114,7 @@ EXAMPLES: dict[type[Result], Callable[[str, float], Result]] = {
     qface.Sensitivity: lambda text, value: qface.Sensitivity(1, (LayerSensitivity(text, 1, {4: value}, {}),) * 20),
     qface.SizeReport: lambda text, value: qface.SizeReport("file", (SizeEntry(text, "weight", 1, 1, 6),) * 209),
     qface.StressResult: stress,
-    qface.TemplateResult: lambda text, value: qface.TemplateResult(
-        "paper", True, True, {"1e-3": value}, {"1e-3": value}, 1, 1, 1, 1, text, 1.0, text
-    ),
+    qface.TemplateResult: templates,
 }
 """An example of each class, of any text and number."""
 

@@ -173,7 +173,7 @@ def identify(
 @click.command(
     cls=Command,
     examples=(
-        "qface ijb student.onnx --data IJBC/ --run-dir runs/ijbc",
+        "qface ijb student.onnx --data IJBC/ --run-dir runs/ijbc --bootstrap 200",
         "qface ijb student.onnx --data IJBB/ --protocol arcface --flip --detector-score",
     ),
 )
@@ -183,7 +183,7 @@ def identify(
     "--protocol",
     type=click.Choice(get_args(TemplateProtocol)),
     default="paper",
-    help="A template is the mean of its images (arcface), or of its photos and videos (paper).",
+    help="A template is the mean of its images (paper), or of its photos and videos (arcface).",
 )
 @click.option("--flip", is_flag=True, help="Add the embedding of the mirrored image.")
 @click.option("--detector-score", is_flag=True, help="Weight images by the detector's score.")
@@ -191,6 +191,12 @@ def identify(
     "--run-dir",
     type=FilePath,
     help="Folder to store embeddings in; a stopped run continues there.  [default: none]",
+)
+@click.option(
+    "--bootstrap",
+    type=int,
+    default=0,
+    help="Bootstrap replicates over people, for 95 % confidence intervals; 0 for none.",
 )
 @preprocessing_options
 @json_option
@@ -201,14 +207,15 @@ def ijb(
     flip: bool,
     detector_score: bool,
     run_dir: Path | None,
+    bootstrap: int,
     preprocessing: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Measure 1:1 verification of templates on IJB-B or IJB-C; MODEL as for evaluate."""
+    """Measure 1:1 verification and 1:N identification of templates on IJB-B or IJB-C; MODEL as for evaluate."""
     from qface.evaluation import as_embedder
 
     chosen = as_embedder(model, preprocessing)
-    result = qface.evaluate_templates(chosen, data, protocol, flip, detector_score, run_dir)
+    result = qface.evaluate_templates(chosen, data, protocol, flip, detector_score, run_dir, bootstrap)
     show(result.to_dict(), result, as_json)
 
 

@@ -13,6 +13,7 @@ from qface.data.records import RecordImages
 from qface.data.relabeled import Relabeled
 from qface.data.sources import as_image_source
 from qface.data.subset import Subset, nested_subset
+from qface.data.template_galleries import TemplateGalleries, read_galleries
 from qface.data.templates import LooseCrops, TemplateSet, read_templates
 from qface.data.verification_bin import VerificationBin
 
@@ -33,6 +34,7 @@ __all__ = [
     "Relabeled",
     "ResolvedPairs",
     "Subset",
+    "TemplateGalleries",
     "TemplateSet",
     "TensorImages",
     "VerificationBin",
@@ -41,6 +43,7 @@ __all__ = [
     "load_detector",
     "nested_subset",
     "normalize",
+    "read_galleries",
     "read_landmarks",
     "read_lfw_pairs",
     "read_pairs",

@@ -7,7 +7,8 @@ The folder as published by InsightFace::
     IJBC/meta/ijbc_name_5pts_score.txt      image, five landmarks, detection score
     IJBC/meta/ijbc_template_pair_label.txt  template, template, 1 for genuine or 0 for impostor pairs
 
-The first two files list the same images in the same order.
+The first two files list the same images in the same order. :mod:`qface.data.template_galleries` reads the files of 1:N
+identification.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from qface.data.alignment import align_face, landmark_fault
 from qface.data.decoding import UNREADABLE, opened, stack_crops, upright
 from qface.data.images import IndexedImages, named_content
 from qface.data.landmarks import FaceLandmarks, check_landmarks, read_landmarks
-from qface.data.text_lines import numbered_lines, whole_number
+from qface.data.text_lines import integer, numbered_lines
 from qface.errors import ImagesError, PairsError, one_line
 
-__all__ = ["LooseCrops", "TemplateSet", "read_templates"]
+__all__ = ["LooseCrops", "TemplateSet", "people_of", "positions_of", "read_templates"]
 
 _LOGGER = logging.getLogger("qface")
 _FILES = {"faces": "*_face_tid_mid.txt", "landmarks": "*_name_5pts_score.txt", "pairs": "*_template_pair_label.txt"}
@@ -156,7 +157,7 @@ def _read_faces(path: Path, faces: Sequence[FaceLandmarks]) -> tuple[npt.NDArray
     rows = []
     for position, (number, line) in enumerate(numbered_lines(path)):
         fields = line.split()
-        numbers = [_number(field) for field in fields[1:]]
+        numbers = [integer(field) for field in fields[1:]]
         if len(numbers) != 2 or None in numbers:
             raise ImagesError(f"{path}, line {number}: expected 'image template media', got {line.strip()!r}")
         if position < len(faces) and fields[0] != faces[position].file:
@@ -173,12 +174,6 @@ def _read_faces(path: Path, faces: Sequence[FaceLandmarks]) -> tuple[npt.NDArray
     return table[:, 0], table[:, 1]
 
 
-def _number(text: str) -> int | None:
-    """Parse an integer, also a negative one; None if ``text`` is not one."""
-    number = whole_number(text.removeprefix("-"))
-    return -number if number is not None and text.startswith("-") else number
-
-
 def _read_pairs(
     path: Path, templates: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
@@ -189,13 +184,56 @@ def _read_pairs(
         raise PairsError(f"{path} cannot be read as pairs of templates ({one_line(error)}): restore it") from error
     if not table.size or table.shape[1] != 3 or not np.isin(table[:, 2], (0, 1)).all():
         raise PairsError(f"{path} must have lines 'template template 0-or-1': restore it")
-    positions = np.searchsorted(templates, table[:, :2]).clip(max=len(templates) - 1).astype(np.int32)
-    unknown = (templates[positions] != table[:, :2]).any(axis=1)
-    if unknown.any():
-        raise PairsError(
-            f"{np.count_nonzero(unknown)} of {len(table)} pairs in {path} have templates without images: restore the "
-            "files"
-        )
+    positions, unknown = positions_of(templates, table[:, :2])
+    lost = np.count_nonzero(unknown.any(axis=1))
+    if lost:
+        raise PairsError(f"{lost} of {len(table)} pairs in {path} have templates without images: restore the files")
     if len(np.unique(table[:, 2])) < 2:
         raise PairsError(f"{path} has only one kind of pairs: verification needs genuine and impostor pairs")
     return positions[:, 0].copy(), positions[:, 1].copy(), table[:, 2] == 1
+
+
+def positions_of(
+    names: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Find template numbers in ``names``.
+
+    Args:
+        names: int64 [templates], ascending.
+        numbers: int64 [any shape], template numbers.
+
+    Returns:
+        Their indices, and True where there is no such template; of the shape of ``numbers``.
+    """
+    positions = np.searchsorted(names, numbers).clip(max=len(names) - 1).astype(np.int32)
+    return positions, np.asarray(names[positions] != numbers)
+
+
+def people_of(templates: TemplateSet) -> npt.NDArray[np.int64]:
+    """Number the people by the pairs: templates that genuine pairs connect show one person.
+
+    Args:
+        templates: the templates with their pairs.
+
+    Returns:
+        int64 [templates], person of each template, numbered from 0.
+
+    Raises:
+        PairsError: an impostor pair has templates of one person.
+    """
+    first, second = templates.first[templates.same], templates.second[templates.same]
+    lowest, before = np.arange(len(templates.names)), np.empty(0, np.int64)
+    while not np.array_equal(lowest, before):
+        before = lowest.copy()
+        np.minimum.at(lowest, first, before[second])
+        np.minimum.at(lowest, second, before[first])
+        lowest = lowest[lowest]
+    people = np.unique(lowest, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    wrong = (people[templates.first] == people[templates.second]) & ~templates.same
+    if wrong.any():
+        at = np.argmax(wrong)
+        one, two = templates.names[[templates.first[at], templates.second[at]]]
+        raise PairsError(
+            f"templates {one} and {two} are an impostor pair, but genuine pairs connect them: restore the pair list"
+        )
+    return people

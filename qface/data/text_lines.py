@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qface.errors import ImagesError, QFaceError, one_line
 
-__all__ = ["numbered_lines", "whole_number"]
+__all__ = ["integer", "numbered_lines", "whole_number"]
 
 _MAX_DIGITS = 18  # fits into int64; int() raises for more than 4,300 digits
 
@@ -32,3 +32,9 @@ def numbered_lines(path: Path, error: type[QFaceError] = ImagesError) -> Iterato
 def whole_number(text: str) -> int | None:
     """Parse an integer >= 0; None if ``text`` is not a decimal number of at most 18 digits."""
     return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else None
+
+
+def integer(text: str) -> int | None:
+    """Parse an integer, also a negative one; None if ``text`` is not a decimal number of at most 18 digits."""
+    number = whole_number(text.removeprefix("-"))
+    return -number if number is not None and text.startswith("-") else number

@@ -12,9 +12,10 @@ replicate weights them. Its thresholds are exact weighted ranks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +32,16 @@ __all__ = [
     "CONFIDENCE",
     "REPLICATES",
     "Draws",
+    "Floats",
     "Interval",
     "PairIntervals",
     "TprDrop",
     "WeighedPairs",
+    "bootstrap_eer",
     "bootstrap_pairs",
     "bootstrap_tpr",
     "bootstrap_tpr_drop",
+    "bootstrap_tpr_of_scores",
     "descending",
     "each_draw",
     "images_of",
@@ -88,10 +92,12 @@ class PairIntervals:
 
     Args:
         accuracy: interval of the accuracy over folds; None if no replicate has enough pairs.
+        eer: interval of the equal error rate, likewise.
         tpr_at_fpr: interval of the true-positive rate at each false-positive rate; None if it is not measured.
     """
 
     accuracy: Interval | None
+    eer: Interval | None
     tpr_at_fpr: dict[str, Interval | None]
 
 
@@ -135,6 +141,50 @@ def bootstrap_tpr(
     draws = Draws(len(images_of(labels)), replicates, seed, confidence)
     tprs = each_draw(probes, labels, fprs, gallery, draws, WeighedPairs.tprs)
     return {fpr: None if values is None else draws.interval(values) for fpr, values in tprs.items()}
+
+
+def bootstrap_eer(
+    eer: float,
+    probes: Scores,
+    labels: npt.ArrayLike,
+    gallery: Scores | None = None,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> Interval | None:
+    """Compute the confidence interval of :func:`qface.evaluation.equal_error_rate` over all pairs of images.
+
+    Args:
+        eer: equal error rate of these pairs, 0..1; determines the number of scores to keep.
+        probes: float32 [images, dimensions], L2-normalized.
+        labels: [images], identity labels.
+        gallery: embeddings of the same images by another model; see :func:`qface.evaluation.tpr_at_fpr`.
+        replicates: number of bootstrap replicates.
+        seed: random seed.
+        confidence: level of the interval, between 0 and 1.
+
+    Returns:
+        The interval; None if more than about 10 million impostors are accepted, since their scores are not kept.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        ImagesError: there are no genuine or no impostor pairs.
+        QFaceError: the embeddings do not match the labels or each other, or are not finite.
+
+    Example:
+        >>> faces = np.eye(8, dtype=np.float32)[np.repeat(np.arange(8), 2)]
+        >>> bootstrap_eer(0.0, faces, np.repeat(np.arange(8), 2))
+        Interval(low=0.0, high=0.0)
+    """
+    draws = Draws(len(images_of(labels)), replicates, seed, confidence)
+    scores = PairScores(probes, labels, gallery)
+    ranks = {"eer": int(eer * count_pairs(labels, scores.ordered)[1])}
+    values = _each_draw_at_ranks(scores, labels, ranks, draws, _equal_errors)["eer"]
+    return None if values is None else draws.interval(values)
+
+
+def _equal_errors(pairs: WeighedPairs, weights: Ints, fprs: Sequence[str]) -> Floats:
+    return np.full(len(fprs), pairs.equal_error(weights))
 
 
 def bootstrap_tpr_drop(
@@ -231,16 +281,77 @@ def bootstrap_pairs(
     def counts(weights: Ints) -> Ints:
         return weights[first] * np.where(genuine, 1, weights[second])
 
+    pairs = _listed_pairs(cosines, genuine, first, second)
+    accuracies = draws.each(lambda weights: _accuracy(cosines, genuine, np.asarray(fold), counts(weights)))
+    return PairIntervals(
+        accuracy=draws.interval(accuracies),
+        eer=draws.interval(draws.each(pairs.equal_error)),
+        tpr_at_fpr=_tpr_intervals(pairs, draws, fprs),
+    )
+
+
+def bootstrap_tpr_of_scores(
+    scores: npt.ArrayLike,
+    same: npt.ArrayLike,
+    people: tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]],
+    fprs: Sequence[str] = FPRS,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> dict[str, Interval | None]:
+    """Compute confidence intervals of :func:`qface.evaluation.tpr_at_fpr_of_scores` over listed pairs.
+
+    Args:
+        scores: float32 [pairs], cosines.
+        same: bool [pairs], True for genuine pairs.
+        people: identities of both sides of each pair, int [pairs] each, numbered from 0.
+        fprs: rates as decimals; the keys of the result.
+        replicates: number of bootstrap replicates.
+        seed: random seed.
+        confidence: level of the intervals, between 0 and 1.
+
+    Returns:
+        Interval by rate; None for rates that are not measured.
+
+    Raises:
+        ConfigError: a setting is out of range.
+
+    Example:
+        >>> person = np.arange(40) % 8
+        >>> same = np.tile([True, False], 20)
+        >>> bootstrap_tpr_of_scores(np.where(same, 0.9, 0.1), same, (person, person + ~same), ["0.5"])
+        {'0.5': Interval(low=1.0, high=1.0)}
+    """
+    first, second = people
+    draws = Draws(1 + max(int(first.max()), int(second.max())), replicates, seed, confidence)
+    pairs = _listed_pairs(np.asarray(scores, np.float32), np.asarray(same, np.bool_), first, second)
+    return _tpr_intervals(pairs, draws, fprs)
+
+
+def _listed_pairs(
+    cosines: Scores,
+    genuine: npt.NDArray[np.bool_],
+    first: npt.NDArray[np.integer[Any]],
+    second: npt.NDArray[np.integer[Any]],
+) -> WeighedPairs:
     of_one, of_two = (
         descending([OwnedScores(cosines[kind], first[kind], second[kind])]) for kind in (genuine, ~genuine)
     )
-    pairs = WeighedPairs(of_one, of_two, lambda weights: int(counts(weights)[~genuine].sum()))
-    ranks = ranks_of(fprs, int(np.count_nonzero(~genuine)))
-    measured = [fpr for fpr, rank in ranks.items() if rank is not None]
+    return WeighedPairs(of_one, of_two, functools.partial(_sum_of_weights, of_two))
+
+
+def _sum_of_weights(pairs: OwnedScores, weights: Ints) -> int:
+    starts = range(0, len(pairs.scores), _BLOCK)
+    parts = (slice(start, start + _BLOCK) for start in starts)
+    return sum(int(weights[pairs.first[part]] @ weights[pairs.second[part]]) for part in parts)
+
+
+def _tpr_intervals(pairs: WeighedPairs, draws: Draws, fprs: Sequence[str]) -> dict[str, Interval | None]:
+    """Return the interval of each rate over pairs whose impostors are all kept."""
+    measured = [fpr for fpr, rank in ranks_of(fprs, len(pairs.impostors.scores)).items() if rank is not None]
     table = draws.each(functools.partial(pairs.tprs, fprs=measured))
     tprs = {fpr: draws.interval(table[:, at]) for at, fpr in enumerate(measured)}
-    accuracies = draws.each(lambda weights: _accuracy(cosines, genuine, np.asarray(fold), counts(weights)))
-    return PairIntervals(draws.interval(accuracies), {fpr: tprs.get(fpr) for fpr in fprs})
+    return {fpr: tprs.get(fpr) for fpr in fprs}
 
 
 def _accuracy(scores: Scores, same: npt.NDArray[np.bool_], fold: npt.NDArray[np.int64], counts: Ints) -> float:
@@ -334,13 +445,36 @@ def each_draw(
         Metrics [1 + replicates, ...] by rate, with the original identities first; None if too few or too many
         impostors are accepted.
     """
-    scores, images = PairScores(probes, labels, gallery), images_of(labels)
-    impostors = count_pairs(labels, scores.ordered)[1]
-    ranks = {fpr: rank for fpr, rank in ranks_of(fprs, impostors).items() if rank is not None}
+    scores = PairScores(probes, labels, gallery)
+    ranks = ranks_of(fprs, count_pairs(labels, scores.ordered)[1])
+    measured = {fpr: rank for fpr, rank in ranks.items() if rank is not None}
+    return dict.fromkeys(fprs) | _each_draw_at_ranks(scores, labels, measured, draws, measure)
+
+
+def _each_draw_at_ranks(
+    scores: PairScores,
+    labels: npt.ArrayLike,
+    ranks: Mapping[str, int],
+    draws: Draws,
+    measure: Callable[..., Floats],
+) -> dict[str, Floats | None]:
+    """Evaluate ``measure`` on each replicate with as many impostor scores as its thresholds need.
+
+    Args:
+        scores: scores of all pairs.
+        labels: [images], identity labels.
+        ranks: rank of the threshold among the impostor scores, by rate; the keys of the result.
+        draws: replicates of the identities.
+        measure: see :func:`each_draw`.
+
+    Returns:
+        Metrics [1 + replicates, ...] by rate; None if too many impostors are accepted.
+    """
+    images, impostors = images_of(labels), count_pairs(labels, scores.ordered)[1]
     wanted = [fpr for fpr, rank in ranks.items() if _with_margin(rank) <= _MAX_KEPT]
     most = min(impostors, _MAX_KEPT)
     kept = min(most, _with_margin(max((ranks[fpr] for fpr in wanted), default=0)))
-    found: dict[str, Floats | None] = dict.fromkeys(fprs)
+    found: dict[str, Floats | None] = dict.fromkeys(ranks)
     while wanted:
         pairs = _kept_pairs(scores, kept, impostors, images)
         table = draws.each(functools.partial(measure, pairs, fprs=wanted))
@@ -395,16 +529,39 @@ class WeighedPairs:
 
     def tprs(self, weights: Ints, fprs: Sequence[str]) -> Floats:
         """Compute the true-positive rate at each rate; inf below the kept impostor scores, NaN without pairs."""
-        owned = np.concatenate([[0], np.cumsum(weights[self.genuine.first])])
-        if not owned[-1] or not self.total(weights):
+        owned = _cumulative(weights[self.genuine.first])
+        total = self.total(weights)
+        if not owned[-1] or not total:
             return np.full(len(fprs), np.nan)
-        thresholds = self.thresholds_at(weights, fprs)
+        thresholds = self._thresholds(weights, fprs, total)
         accepted = np.searchsorted(-self.genuine.scores, -thresholds, side="left")
         return np.where(np.isinf(thresholds), np.inf, owned[accepted] / owned[-1])
 
+    def equal_error(self, weights: Ints) -> float:
+        """Compute the equal error rate; inf below the kept impostor scores, NaN without pairs."""
+        owned, total = _cumulative(weights[self.genuine.first]), self.total(weights)
+        if not owned[-1] or not total:
+            return float("nan")
+        above = _cumulative(weights[self.impostors.first] * weights[self.impostors.second])
+        accepted_genuine, accepted_impostors = self._accepted_above_impostors
+        missed = (owned[-1] - owned[accepted_genuine]) / owned[-1]
+        false = above[accepted_impostors] / total
+        if above[-1] < total and not (false >= missed).any():
+            return float("inf")
+        return float(np.maximum(false, missed).min(initial=1.0))
+
+    @functools.cached_property
+    def _accepted_above_impostors(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """Numbers of genuine and of impostor scores above each impostor score."""
+        descending_thresholds = -self.impostors.scores
+        of_genuine = np.searchsorted(-self.genuine.scores, descending_thresholds, side="left")
+        return of_genuine, np.searchsorted(descending_thresholds, descending_thresholds, side="left")
+
     def thresholds_at(self, weights: Ints, fprs: Sequence[str]) -> Scores:
         """Return the impostor scores at the weighted ranks of ``fprs``; -inf below the kept scores."""
-        total = self.total(weights)
+        return self._thresholds(weights, fprs, self.total(weights))
+
+    def _thresholds(self, weights: Ints, fprs: Sequence[str], total: int) -> Scores:
         ranks = np.array([int(total * Fraction(fpr)) for fpr in fprs], np.int64)
         found = np.full(len(ranks), -np.inf, np.float32)
         above, last = 0, ranks.max(initial=0)
@@ -418,3 +575,9 @@ class WeighedPairs:
             if above > last:
                 break
         return found
+
+
+def _cumulative(weights: Ints) -> Ints:
+    """Return the sums of the first 0, 1, ... weights."""
+    sums: Ints = np.concatenate([[0], np.cumsum(weights)])
+    return sums

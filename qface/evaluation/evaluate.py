@@ -17,7 +17,7 @@ from qface.data.images import Images, ImageSource, Labels, labels_of
 from qface.data.pairs import PairedImages, ResolvedPairs, read_pairs, resolve_pairs
 from qface.data.sources import as_image_source
 from qface.errors import ImagesError, PairsError
-from qface.evaluation.bootstrap import Interval, PairIntervals, bootstrap_pairs, bootstrap_tpr
+from qface.evaluation.bootstrap import Interval, PairIntervals, bootstrap_eer, bootstrap_pairs, bootstrap_tpr
 from qface.evaluation.embedding import Embedder, Embeddings, Model, as_embedder
 from qface.evaluation.pair_scores import Scores
 from qface.evaluation.shared_embedding import embed_shared
@@ -53,6 +53,7 @@ class ListedFigures:
         tpr_at_fpr: true-positive rate at each false-positive rate; None if there are too few impostor pairs.
         thresholds: cosine above which a pair is accepted, at the same rates.
         accuracy_interval: confidence interval of the accuracy; None without bootstrap.
+        eer_interval: confidence interval of ``eer``, likewise.
         tpr_intervals: confidence intervals of ``tpr_at_fpr``; empty without bootstrap.
         resampled: unit of the bootstrap: ``"people"``, or ``"pairs"`` for unlabeled images; None without bootstrap.
     """
@@ -63,6 +64,7 @@ class ListedFigures:
     tpr_at_fpr: dict[str, float | None]
     thresholds: dict[str, float | None]
     accuracy_interval: Interval | None
+    eer_interval: Interval | None
     tpr_intervals: dict[str, Interval | None]
     resampled: str | None
 
@@ -92,6 +94,8 @@ class EvaluationResult(Result):
             images.
         bootstrap: number of bootstrap replicates; 0 for no intervals.
         tpr_intervals: 95 % confidence intervals of ``tpr_at_fpr`` by bootstrap over identities; empty without.
+        eer_interval: 95 % confidence interval of ``eer``, likewise; None without bootstrap, or if more than about 10
+            million impostor pairs are accepted.
         listed: error rates over the pair list; None without one.
 
     Example:
@@ -116,6 +120,7 @@ class EvaluationResult(Result):
     eer: float | None = None
     bootstrap: int = 0
     tpr_intervals: dict[str, Interval | None] = field(default_factory=dict)
+    eer_interval: Interval | None = None
     listed: ListedFigures | None = None
 
     def _key_figures(self) -> Mapping[str, object]:
@@ -200,7 +205,8 @@ def evaluate(
     points = _points(probes, labels, mates, folder)
     cosines = None if listed is None else listed_cosines(listed, probes, probes if mates is None else mates)
     accuracy, deviation = _accuracy(listed, cosines)
-    intervals = bootstrap_tpr(probes, labels, FPRS, mates, bootstrap) if bootstrap and labels is not None else {}
+    eer = None if labels is None else equal_error_rate(probes, labels, mates)
+    tpr_intervals, eer_interval = _intervals(probes, labels, mates, eer, bootstrap)
     return EvaluationResult(
         accuracy=accuracy,
         accuracy_std=deviation,
@@ -216,9 +222,10 @@ def evaluate(
         seconds=seconds,
         preprocessing=prober.preprocessing.describe(),
         gallery_preprocessing=None if galleries is None else galleries.preprocessing.describe(),
-        eer=None if labels is None else equal_error_rate(probes, labels, mates),
+        eer=eer,
         bootstrap=bootstrap,
-        tpr_intervals=intervals,
+        tpr_intervals=tpr_intervals,
+        eer_interval=eer_interval,
         listed=_listed_figures(listed, cosines, labels, bootstrap),
     )
 
@@ -271,6 +278,16 @@ def _points(
     return tpr_at_fpr(probes, labels, gallery=mates, run_dir=folder)
 
 
+def _intervals(
+    probes: Embeddings, labels: Labels | None, mates: Embeddings | None, eer: float | None, bootstrap: int
+) -> tuple[dict[str, Interval | None], Interval | None]:
+    """Return the confidence intervals of TPR at FPR and of the equal error rate; empty and None without bootstrap."""
+    if not bootstrap or labels is None or eer is None:
+        return {}, None
+    tprs = bootstrap_tpr(probes, labels, FPRS, mates, bootstrap)
+    return tprs, bootstrap_eer(eer, probes, labels, mates, bootstrap)
+
+
 def listed_cosines(pairs: ResolvedPairs, probes: Embeddings, mates: Embeddings) -> Scores:
     """Compute the cosines of listed pairs, float32 [pairs].
 
@@ -298,7 +315,7 @@ def _listed_figures(
         return None
     points = tpr_at_fpr_of_scores(cosines, pairs.same)
     people = None if labels is None else (labels[pairs.first], labels[pairs.second])
-    intervals = PairIntervals(None, {})
+    intervals = PairIntervals(None, None, {})
     if bootstrap:
         intervals = bootstrap_pairs(cosines, pairs.same, pairs.fold, people, replicates=bootstrap)
     genuine = int(np.count_nonzero(pairs.same))
@@ -309,6 +326,7 @@ def _listed_figures(
         tpr_at_fpr={fpr: point.tpr for fpr, point in points.items()},
         thresholds={fpr: point.threshold for fpr, point in points.items()},
         accuracy_interval=intervals.accuracy,
+        eer_interval=intervals.eer,
         tpr_intervals=intervals.tpr_at_fpr,
         resampled=None if not bootstrap else "pairs" if people is None else "people",
     )

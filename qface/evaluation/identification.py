@@ -18,19 +18,29 @@ from qface.checks import check_seed, check_whole
 from qface.data.images import Images, Labels, labels_of
 from qface.data.sources import as_image_source
 from qface.errors import ImagesError
-from qface.evaluation.bootstrap import CONFIDENCE, Draws, Interval, WeighedPairs, descending
+from qface.evaluation.bootstrap import CONFIDENCE, Draws, Floats, Interval, WeighedPairs, descending
 from qface.evaluation.embedding import Embeddings, Model, as_embedder, embed
 from qface.evaluation.pair_scores import OwnedScores, Scores
-from qface.evaluation.verification import ranks_of
+from qface.evaluation.verification import MIN_FALSE_POSITIVES, ranks_of
 from qface.progress import shows_progress
 from qface.results import Result
 
-__all__ = ["FPIRS", "IdentificationResult", "ProbeScores", "Protocol", "evaluate_identification", "probe_scores"]
+__all__ = [
+    "FPIRS",
+    "IdentificationRates",
+    "IdentificationResult",
+    "ProbeScores",
+    "Protocol",
+    "Search",
+    "draw_rates",
+    "evaluate_identification",
+    "probe_scores",
+]
 
 FPIRS = ("1e-1", "1e-2", "1e-3")
 """Reported false-positive identification rates, as exact decimals."""
 
-_RANKS = (1, 5)
+_RANKS = {"rank_1": 1, "rank_5": 5}
 _PROBES = 2048  # probes compared with the gallery at a time
 
 
@@ -89,6 +99,45 @@ class ProbeScores:
     mate: Scores
     rank: npt.NDArray[np.int64]
     highest: Scores
+
+
+@dataclass(frozen=True)
+class IdentificationRates:
+    """Rates of 1:N identification, as fractions 0..1, with 95 % confidence intervals over identities.
+
+    Args:
+        rank_1: rank-1 identification rate (closed set).
+        rank_5: rank-5 identification rate (closed set).
+        tpir_at_fpir: true-positive identification rate at each false-positive identification rate (open set); None if
+            too few non-mated probes may exceed the threshold.
+        rank_intervals: intervals of ``"rank_1"`` and ``"rank_5"``; empty without bootstrap.
+        tpir_intervals: intervals of ``tpir_at_fpir``, likewise.
+    """
+
+    rank_1: float
+    rank_5: float
+    tpir_at_fpir: dict[str, float | None]
+    rank_intervals: dict[str, Interval | None]
+    tpir_intervals: dict[str, Interval | None]
+
+    @classmethod
+    def of(cls, drawn: Floats, draws: Draws | None) -> IdentificationRates:
+        """Summarize rates.
+
+        Args:
+            drawn: [1 + replicates, rates], rates of :meth:`Search.rates`, with the original identities first.
+            draws: the replicates; None without bootstrap.
+        """
+        names = [*_RANKS, *FPIRS]
+        values = {name: None if np.isnan(rate) else float(rate) for name, rate in zip(names, drawn[0], strict=True)}
+        intervals = {} if draws is None else dict(zip(names, map(draws.interval, drawn.T), strict=True))
+        return cls(
+            rank_1=float(drawn[0, 0]),
+            rank_5=float(drawn[0, 1]),
+            tpir_at_fpir={fpir: values[fpir] for fpir in FPIRS},
+            rank_intervals={name: intervals[name] for name in _RANKS if intervals},
+            tpir_intervals={fpir: intervals[fpir] for fpir in FPIRS if intervals},
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -185,19 +234,16 @@ def evaluate_identification(
         raise ImagesError("identification needs labeled images: pass a folder with one subfolder per identity")
     protocol = Protocol.of(labels, seed)
     embedder = as_embedder(model)
-    scores = probe_scores(embed(embedder, source, batch_size, flip), labels, protocol)
-    pairs = _weighed(scores, labels, protocol)
-    measured = [fpir for fpir, rank in ranks_of(FPIRS, len(scores.highest)).items() if rank is not None]
-    once = np.ones(int(labels.max()) + 2, np.int64)
-    rates = dict(zip(measured, map(float, pairs.tprs(once, measured)), strict=True))
-    found = dict(zip(measured, map(float, pairs.thresholds_at(once, measured)), strict=True))
-    draws = Draws(int(labels.max()) + 1, bootstrap, seed, CONFIDENCE, fixed=1) if bootstrap else None
-    rank_intervals, tpir_intervals = _intervals(scores, pairs, labels[protocol.mated], draws, measured)
+    embeddings = embed(embedder, source, batch_size, flip)
+    search = Search(probe_scores(embeddings, labels, protocol), labels, protocol, max_rank=1)
+    people = int(labels.max()) + 1
+    draws = Draws(people, bootstrap, seed, CONFIDENCE, fixed=1) if bootstrap else None
+    rates = IdentificationRates.of(draw_rates([search], people, draws)[:, 0], draws)
     return IdentificationResult(
-        rank_1=float(np.mean(scores.rank <= 1)),
-        rank_5=float(np.mean(scores.rank <= 5)),
-        tpir_at_fpir={fpir: rates.get(fpir) for fpir in FPIRS},
-        thresholds={fpir: found.get(fpir) for fpir in FPIRS},
+        rank_1=rates.rank_1,
+        rank_5=rates.rank_5,
+        tpir_at_fpir=rates.tpir_at_fpir,
+        thresholds=search.thresholds,
         enrolled=len(protocol.gallery),
         mated_probes=len(protocol.mated),
         non_mated_probes=len(protocol.non_mated),
@@ -205,8 +251,8 @@ def evaluate_identification(
         runtime=str(getattr(embedder, "runtime", type(embedder).__name__)),
         preprocessing=embedder.preprocessing.describe(),
         bootstrap=bootstrap,
-        rank_intervals=rank_intervals,
-        tpir_intervals=tpir_intervals,
+        rank_intervals=rates.rank_intervals,
+        tpir_intervals=rates.tpir_intervals,
     )
 
 
@@ -237,34 +283,77 @@ def probe_scores(embeddings: Embeddings, labels: npt.ArrayLike, protocol: Protoc
     return ProbeScores(np.concatenate(mates), np.concatenate(ranks), np.concatenate(highest))
 
 
-def _weighed(scores: ProbeScores, labels: Labels, protocol: Protocol) -> WeighedPairs:
+class Search:
+    """Search of probes in a gallery, for weighted identities.
+
+    Args:
+        scores: scores of the probes.
+        labels: [images], identities, numbered from 0.
+        protocol: gallery and probes.
+        max_rank: maximum rank at which a mated probe counts as identified in the open set. None: any rank.
+        min_false_positives: minimum number of non-mated probes that an FPIR must accept to be measured.
+
+    Attributes:
+        thresholds: cosine above which a probe is identified, by FPIR; None for rates that are not measured.
+    """
+
+    def __init__(
+        self,
+        scores: ProbeScores,
+        labels: Labels,
+        protocol: Protocol,
+        max_rank: int | None,
+        min_false_positives: int = MIN_FALSE_POSITIVES,
+    ) -> None:
+        self._ranks, self._mated = scores.rank, labels[protocol.mated]
+        self._pairs = _weighed(scores, labels, protocol, max_rank)
+        ranks = ranks_of(FPIRS, len(scores.highest), min_false_positives)
+        self._measured = [fpir for fpir, rank in ranks.items() if rank is not None]
+        self._columns = [len(_RANKS) + FPIRS.index(fpir) for fpir in self._measured]
+        once = np.ones(int(labels.max()) + 2, np.int64)
+        found = dict(zip(self._measured, map(float, self._pairs.thresholds_at(once, self._measured)), strict=True))
+        self.thresholds = {fpir: found.get(fpir) for fpir in FPIRS}
+
+    def rates(self, weights: npt.NDArray[np.int64]) -> Floats:
+        """Compute rank 1, rank 5, and TPIR at each of :data:`FPIRS`; NaN if not measured or without probes.
+
+        Args:
+            weights: weight of each identity, and a last 1 for the gallery.
+        """
+        counts = weights[self._mated]
+        rates = np.full(len(_RANKS) + len(FPIRS), np.nan)
+        if counts.any():
+            hits = [counts[self._ranks <= rank].sum() for rank in _RANKS.values()]
+            rates[: len(_RANKS)] = np.array(hits) / counts.sum()
+        rates[self._columns] = self._pairs.tprs(weights, self._measured)
+        return rates
+
+
+def draw_rates(searches: Sequence[Search], identities: int, draws: Draws | None) -> Floats:
+    """Compute the rates of searches with the original identities, and with those of each replicate.
+
+    Args:
+        searches: searches of images of the same identities.
+        identities: number of identities.
+        draws: the replicates, with one fixed unit; None computes the rates of the original identities only.
+
+    Returns:
+        [1 + replicates, searches, rates]; see :meth:`Search.rates`.
+    """
+
+    def rates(weights: npt.NDArray[np.int64]) -> Floats:
+        return np.stack([search.rates(weights) for search in searches])
+
+    return rates(np.ones(identities + 1, np.int64))[None] if draws is None else draws.each(rates)
+
+
+def _weighed(scores: ProbeScores, labels: Labels, protocol: Protocol, max_rank: int | None) -> WeighedPairs:
     """Prepare weighted TPIR; the unit after the last identity stands for the gallery and has weight 1."""
     once = int(labels.max()) + 1
-    found = np.where(scores.rank == 1, scores.mate, np.float32(-np.inf))
+    found = scores.mate if max_rank is None else np.where(scores.rank <= max_rank, scores.mate, np.float32(-np.inf))
     mated, strangers = labels[protocol.mated], labels[protocol.non_mated]
     return WeighedPairs(
         descending([OwnedScores(found, mated, mated)]),
         descending([OwnedScores(scores.highest, strangers, np.full(len(strangers), once))]),
         lambda weights: int(weights[strangers].sum()),
-    )
-
-
-def _intervals(
-    scores: ProbeScores, pairs: WeighedPairs, owners: Labels, draws: Draws | None, fpirs: Sequence[str]
-) -> tuple[dict[str, Interval | None], dict[str, Interval | None]]:
-    """Return the confidence intervals of rank-k rates and of TPIR; empty without bootstrap."""
-    if draws is None:
-        return {}, {}
-
-    def hits(weights: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        counts = weights[owners]
-        shares = [counts[scores.rank <= rank].sum() / max(counts.sum(), 1) for rank in _RANKS]
-        return np.array(shares if counts.any() else [np.nan] * len(_RANKS))
-
-    ranks = draws.each(hits)
-    tpirs = draws.each(lambda weights: pairs.tprs(weights, fpirs))
-    of_rates: dict[str, Interval | None] = dict.fromkeys(FPIRS)
-    return (
-        {f"rank_{rank}": draws.interval(ranks[:, at]) for at, rank in enumerate(_RANKS)},
-        of_rates | {fpir: draws.interval(tpirs[:, at]) for at, fpir in enumerate(fpirs)},
     )

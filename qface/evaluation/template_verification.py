@@ -1,4 +1,4 @@
-"""1:1 verification of templates (sets of images), the protocol of IJB-B and IJB-C.
+"""Evaluation of templates (sets of images) by the protocols of IJB-B and IJB-C: 1:1 verification, 1:N identification.
 
 The embedding of a template is the mean of its unnormalized image embeddings, so their norms act as weights
 (``use_norm_score`` in InsightFace's ``eval_ijbc.py``). ``"paper"`` is section 4.2 of Ef-QuantFace, the mean over all
@@ -10,19 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qface.checks import check_choice
+from qface.checks import check_choice, check_whole
 from qface.choices import TemplateProtocol
-from qface.data.templates import TemplateSet, read_templates
+from qface.data.template_galleries import read_galleries
+from qface.data.templates import TemplateSet, people_of, read_templates
 from qface.errors import ConfigError, QFaceError
+from qface.evaluation.bootstrap import Interval, bootstrap_tpr_of_scores
 from qface.evaluation.embedding import Embeddings, Model, as_embedder
 from qface.evaluation.embedding_store import embed_to_file
+from qface.evaluation.template_identification import TemplateIdentification, identify_templates
 from qface.evaluation.verification import FPRS, tpr_at_fpr_of_scores
 from qface.files import temporary_folder
 from qface.progress import shows_progress, track
@@ -52,6 +55,9 @@ class TemplateResult(Result):
         runtime: runtime of the model, such as ``"torch cpu"``.
         seconds: total time of the call in this process.
         preprocessing: preprocessing of the model and its source, in words.
+        bootstrap: number of bootstrap replicates; 0 for no intervals.
+        tpr_intervals: 95 % confidence intervals of ``tpr_at_fpr`` over people; empty without bootstrap.
+        identification: figures of 1:N identification; None if the folder does not have its galleries and probes.
 
     Example:
         >>> qface.evaluate_templates("student.onnx", "IJBC").images > 0
@@ -70,6 +76,9 @@ class TemplateResult(Result):
     runtime: str
     seconds: float
     preprocessing: str = ""
+    bootstrap: int = 0
+    tpr_intervals: dict[str, Interval | None] = field(default_factory=dict)
+    identification: TemplateIdentification | None = None
 
     def _key_figures(self) -> Mapping[str, object]:
         return {"templates": self.templates, "protocol": self.protocol, "tpr_at_fpr": self.tpr_at_fpr}
@@ -87,13 +96,15 @@ def evaluate_templates(
     flip: bool = False,
     detector_score: bool = False,
     run_dir: str | Path | None = None,
+    bootstrap: int = 0,
     batch_size: int = 64,
     progress: bool = False,
 ) -> TemplateResult:
-    """Measure verification of the template pairs of IJB-B or IJB-C.
+    """Measure verification of the template pairs of IJB-B or IJB-C, and identification in its two galleries.
 
-    Embeddings are streamed through a file, so memory does not grow with the number of images. Does not change
-    ``model``.
+    Identification is measured if the folder has the lists of galleries and probes
+    (:mod:`qface.data.template_galleries`). Embeddings are streamed through a file, so memory does not grow with the
+    number of images. Does not change ``model``.
 
     Args:
         model: a module, the path of its file, ``package.module:factory``, or an Embedder.
@@ -103,17 +114,21 @@ def evaluate_templates(
         flip: add the embedding of the mirrored image.
         detector_score: multiply the embedding of each image by its detector score.
         run_dir: folder for embeddings, from which an interrupted call resumes. None saves nothing.
+        bootstrap: number of replicates over people for 95 % confidence intervals
+            (:mod:`qface.evaluation.bootstrap`); 200 suffice, 0 computes none. Pairs show one person if genuine pairs
+            connect their templates; identification has its own list of subjects.
         batch_size: images per forward pass.
         progress: show progress on stderr.
 
     Returns:
-        TPR and threshold at each FPR, with the number of images, templates and pairs.
+        TPR and threshold at each FPR, identification rates, and the number of images, templates and pairs.
 
     Raises:
-        ConfigError: the protocol is unknown, ``run_dir`` holds data of another model, or an image has no detector score
-            that ``detector_score`` needs.
-        ImagesError: the images or their lists cannot be read.
-        PairsError: the pair list is malformed, or has no genuine or no impostor pairs.
+        ConfigError: the protocol is unknown, ``bootstrap`` is negative, ``run_dir`` holds data of another model, or an
+            image has no detector score that ``detector_score`` needs.
+        ImagesError: the images or their lists cannot be read, or the lists contradict each other.
+        PairsError: the pair list is malformed, contradicts itself or the subjects, or has no genuine or no impostor
+            pairs.
         CheckpointError: the model file cannot be read.
         QFaceError: an embedding is not finite.
 
@@ -122,9 +137,12 @@ def evaluate_templates(
         'onnxruntime CPUExecutionProvider'
     """
     check_choice(TemplateProtocol, protocol=protocol)
+    check_whole(0, bootstrap=bootstrap)
     start = time.perf_counter()
     embedder = as_embedder(model)
     templates = read_templates(folder)
+    galleries = read_galleries(folder, templates)
+    people = people_of(templates) if bootstrap else None
     if detector_score and templates.scores is None:
         raise ConfigError(
             f"some landmarks in {folder} have no detector score: "
@@ -137,6 +155,8 @@ def evaluate_templates(
         del embeddings
     scores = pair_scores(joined, templates)
     points = tpr_at_fpr_of_scores(scores, templates.same, FPRS)
+    sides = None if people is None else (people[templates.first], people[templates.second])
+    intervals = {} if sides is None else bootstrap_tpr_of_scores(scores, templates.same, sides, FPRS, bootstrap)
     genuine = int(np.count_nonzero(templates.same))
     return TemplateResult(
         protocol=protocol,
@@ -151,6 +171,9 @@ def evaluate_templates(
         runtime=str(getattr(embedder, "runtime", type(embedder).__name__)),
         seconds=time.perf_counter() - start,
         preprocessing=embedder.preprocessing.describe(),
+        bootstrap=bootstrap,
+        tpr_intervals=intervals,
+        identification=None if galleries is None else identify_templates(joined, galleries, bootstrap),
     )
 
 

@@ -24,6 +24,7 @@ from qface.progress import shows_progress
 
 __all__ = [
     "FPRS",
+    "MIN_FALSE_POSITIVES",
     "OperatingPoint",
     "Rates",
     "count_pairs",
@@ -44,7 +45,7 @@ __all__ = [
 FPRS = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 """Reported false-positive rates, as exact decimals."""
 
-_MIN_FALSE_POSITIVES = 10
+MIN_FALSE_POSITIVES = 10
 """Minimum number of accepted impostors; with fewer, a threshold depends more on them than on the model."""
 
 
@@ -269,12 +270,15 @@ def rates_at(threshold: float, probes: Scores, labels: npt.ArrayLike, gallery: S
     return Rates(int(accepted[0]) / genuine, int(accepted[1]) / impostors)
 
 
-def ranks_of(fprs: Sequence[str], impostors: int) -> dict[str, int | None]:
+def ranks_of(
+    fprs: Sequence[str], impostors: int, min_false_positives: int = MIN_FALSE_POSITIVES
+) -> dict[str, int | None]:
     """Return the rank of the threshold score at each rate: floor(impostors x rate), computed exactly.
 
     Args:
         fprs: rates as decimals between 0 and 1; the keys of the result.
         impostors: number of impostor pairs.
+        min_false_positives: minimum number of accepted impostor pairs.
 
     Returns:
         Rank by rate; None if there are too few impostor pairs.
@@ -282,7 +286,7 @@ def ranks_of(fprs: Sequence[str], impostors: int) -> dict[str, int | None]:
     Raises:
         ConfigError: a rate is not a decimal between 0 and 1.
     """
-    return {fpr: _rank(fpr, impostors) for fpr in fprs}
+    return {fpr: _rank(fpr, impostors, min_false_positives) for fpr in fprs}
 
 
 def unmeasured(fprs: Sequence[str], impostors: int) -> str | None:
@@ -318,10 +322,10 @@ def finest_rate(impostors: int) -> str | None:
 
 def impostors_needed(fpr: str) -> int:
     """Return the minimum number of impostor pairs to measure the rate ``fpr``, a decimal between 0 and 1."""
-    return math.ceil(_MIN_FALSE_POSITIVES / Fraction(fpr))
+    return math.ceil(MIN_FALSE_POSITIVES / Fraction(fpr))
 
 
-def _rank(fpr: str, impostors: int) -> int | None:
+def _rank(fpr: str, impostors: int, min_false_positives: int) -> int | None:
     try:
         # A float first, because Fraction would compute ten to the power of any exponent.
         rate = Fraction(fpr) if 0 < float(fpr) < 1 else Fraction(0)
@@ -330,7 +334,7 @@ def _rank(fpr: str, impostors: int) -> int | None:
     if not 0 < rate < 1:
         raise ConfigError(f"a false-positive rate must be a decimal between 0 and 1 such as '1e-4', got {fpr!r}")
     rank = int(impostors * rate)
-    return rank if rank >= _MIN_FALSE_POSITIVES else None
+    return rank if rank >= min_false_positives else None
 
 
 def _operating_points(ranks: dict[str, int | None], genuine: Scores, impostors: Scores) -> dict[str, OperatingPoint]:

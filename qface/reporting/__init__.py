@@ -13,7 +13,7 @@ from qface.reporting.tables import (
     plan_table,
     sensitivity_tables,
     stress_table,
-    templates_table,
+    templates_tables,
     thresholds_table,
 )
 
@@ -30,6 +30,6 @@ __all__ = [
     "sensitivity_figure",
     "sensitivity_tables",
     "stress_table",
-    "templates_table",
+    "templates_tables",
     "thresholds_table",
 ]

@@ -21,6 +21,7 @@ from qface.evaluation import (
     STRESS_FPRS,
     EvaluationResult,
     GroupsResult,
+    IdentificationRates,
     IdentificationResult,
     Interval,
     ListedFigures,
@@ -29,10 +30,12 @@ from qface.evaluation import (
     Rates,
     StressFigures,
     StressResult,
+    TemplateIdentification,
     TemplateResult,
     unmeasured,
 )
 from qface.evaluation.groups import Estimate, Gap, ModelGroups
+from qface.evaluation.verification import MIN_FALSE_POSITIVES, impostors_needed
 from qface.mixed_precision import Sensitivity
 from qface.pruning import Cost
 from qface.quantization import QuantizationPlan
@@ -57,7 +60,7 @@ __all__ = [
     "stress_losses",
     "stress_table",
     "table_of",
-    "templates_table",
+    "templates_tables",
     "thresholds_table",
 ]
 
@@ -86,7 +89,7 @@ def evaluation_table(result: EvaluationResult) -> Table:
         _add_listed(table, result, result.listed)
         notes += _notes(result.listed, "listed pairs: ")
     if result.eer is not None:
-        table.add_row("equal error rate, all pairs", percent(result.eer), "")
+        table.add_row("equal error rate, all pairs", percent(result.eer) + _between(result.eer_interval), "")
         _add_rates(table, result, result.tpr_intervals)
         notes += _notes(result)
     if result.bootstrap:
@@ -104,7 +107,7 @@ def _add_listed(table: Table, result: EvaluationResult, listed: ListedFigures) -
     else:
         figure = f"{percent(result.accuracy)} ± {100 * result.accuracy_std:.2f}{interval}"
         table.add_row(f"10-fold accuracy ({pairs}, {result.pairs_dropped} dropped)", figure, "")
-    table.add_row("equal error rate, listed pairs", percent(listed.eer), "")
+    table.add_row("equal error rate, listed pairs", percent(listed.eer) + _between(listed.eer_interval), "")
     for fpr, rate in listed.tpr_at_fpr.items():
         if rate is not None:
             value = percent(rate) + _between(listed.tpr_intervals.get(fpr))
@@ -303,8 +306,8 @@ def _by_bits(counts: Mapping[int, int]) -> str:
 
 
 @table_of.register
-def templates_table(result: TemplateResult) -> Table:
-    """Return the table of an evaluation of templates, one row per rate.
+def templates_tables(result: TemplateResult) -> Group:
+    """Return the tables of an evaluation of templates, one row per rate: verification, and identification if measured.
 
     Args:
         result: the result of :func:`qface.evaluate_templates`.
@@ -312,10 +315,51 @@ def templates_table(result: TemplateResult) -> Table:
     added = [name for name, used in (("flip", result.flip), ("detector score", result.detector_score)) if used]
     how = f"protocol {result.protocol}, " + (" and ".join(added) if added else "neither flip nor detector score")
     table = _figures(f"{how}: {result.images} images, {result.templates} templates, {result.runtime}")
-    _add_rates(table, result, {})
+    _add_rates(table, result, result.tpr_intervals)
     notes = ([f"reads {result.preprocessing}"] if result.preprocessing else []) + _notes(result)
+    if result.identification is None:
+        notes.append("no 1:N identification: the folder has no files *_1N_*.csv")
+    if result.bootstrap:
+        notes.append(f"in brackets: 95 % confidence, {result.bootstrap} replicates over people")
     table.caption = escape("\n".join(notes)) if notes else None
+    return Group(table, *([] if result.identification is None else [_galleries_table(result.identification)]))
+
+
+def _galleries_table(found: TemplateIdentification) -> Table:
+    """Return the table of 1:N identification, per rate one row for the mean and one per gallery."""
+    table = _figures("1:N identification")
+    for name, row in (("rank_1", "rank 1"), ("rank_5", "rank 5")):
+        for place, rates, _ in _places(found):
+            value = percent(getattr(rates, name)) + _between(rates.rank_intervals.get(name))
+            table.add_row(f"{row}, {place}", value, "")
+        table.add_section()
+    for fpir in found.mean.tpir_at_fpir:
+        for place, rates, thresholds in _places(found):
+            value = percent(rates.tpir_at_fpir[fpir]) + _between(rates.tpir_intervals.get(fpir))
+            threshold = thresholds.get(fpir)
+            table.add_row(f"TPIR at FPIR {fpir}, {place}", value, "" if threshold is None else f"{threshold:.4f}")
+        table.add_section()
+    table.caption = escape("\n".join(_gallery_notes(found)))
     return table
+
+
+def _places(found: TemplateIdentification) -> Iterator[tuple[str, IdentificationRates, Mapping[str, float | None]]]:
+    """Yield name, rates and thresholds of the mean and of each gallery."""
+    yield "mean", found.mean, {}
+    for name, figures in found.galleries.items():
+        yield escape(name), figures.rates, figures.thresholds
+
+
+def _gallery_notes(found: TemplateIdentification) -> list[str]:
+    notes = [
+        f"{name}: {each.enrolled} people, {each.mated_probes} mated and {each.non_mated_probes} non-mated probes"
+        for name, each in found.galleries.items()
+    ]
+    needed = max(map(impostors_needed, found.mean.tpir_at_fpir))
+    if any(each.non_mated_probes < needed for each in found.galleries.values()):
+        few = f"an FPIR that accepts fewer than {MIN_FALSE_POSITIVES} non-mated probes depends on these few"
+        notes.append(f"{few}; one that accepts none is not measured")
+    return notes
 
 
 def _figures(title: str) -> Table:

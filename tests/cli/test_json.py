@@ -40,7 +40,7 @@ LINES = (
     f"evaluate student.safetensors --images crops --groups groups.csv --reference {NET} --at-fpr 0.1 --bootstrap 2",
     f"evaluate student.safetensors --images crops --stress --reference {NET} --bootstrap 2",
     "identify student.safetensors --images crops --bootstrap 2",
-    "ijb student.safetensors --data IJBC",
+    "ijb student.safetensors --data IJBC --bootstrap 2",
     "align IJBC/loose_crop --landmarks IJBC/meta/ijbc_name_5pts_score.txt -o aligned",
     f"sensitivity {NET} {FACES} --num-images 4",
     f"prune {NET} --ratio 0.5 -o pruned.safetensors",

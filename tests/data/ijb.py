@@ -1,4 +1,4 @@
-"""Writes a small IJB-C: random photos with faces in them, templates, media and pairs."""
+"""Writes a small IJB-C: random photos with faces in them, templates, media, pairs, galleries and probes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class SmallIjb:
         root: the folder.
         rows: (file, template, media, score) of each image.
         pairs: (template, template, same).
+        lists: subject of each template in "gallery_G1", "gallery_G2" (the first templates of every other person) and
+            "probe_mixed".
     """
 
     def __init__(self, root: Path, people: int = 6, templates: int = 3, seed: int = 0) -> None:
@@ -47,6 +49,21 @@ class SmallIjb:
         self.write("ijbc_name_5pts_score.txt", "".join(lines))
         self.write("ijbc_face_tid_mid.txt", "".join(f"{f} {t} {m}\n" for f, t, m, _ in self.rows))
         self.write("ijbc_template_pair_label.txt", "".join(f"{a} {b} {same}\n" for a, b, same in self.pairs))
+
+        self.lists: dict[str, dict[int, int]] = {"gallery_G1": {}, "gallery_G2": {}, "probe_mixed": {}}
+        for at, (template, person) in enumerate(owner.items()):
+            name = "probe_mixed" if at % templates else f"gallery_G{1 + person % 2}"
+            self.lists[name][template] = 90 - 7 * person
+        for name in self.lists:
+            self.write_list(name)
+
+    def write_list(self, name: str) -> None:
+        """Write a list of templates with a line per image, as NIST does."""
+        subjects = self.lists[name]
+        images = [(file, template) for file, template, *_ in self.rows if template in subjects]
+        lines = [f"{template},{subjects[template]},img/{file},1,2,3,4,5" for file, template in images]
+        header = "TEMPLATE_ID,SUBJECT_ID,FILENAME,SIGHTING_ID,FACE_X,FACE_Y,FACE_WIDTH,FACE_HEIGHT"
+        self.write(f"ijbc_1N_{name}.csv", "\n".join([header, *lines, ""]))
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of ``meta``."""

@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qface.errors import ConfigError
-from qface.evaluation import bootstrap, pair_scores, ten_fold_accuracy, tpr_at_fpr
-from qface.evaluation.bootstrap import Interval, bootstrap_pairs, bootstrap_tpr, bootstrap_tpr_drop
+from qface.evaluation import bootstrap, equal_error_rate, pair_scores, ten_fold_accuracy, tpr_at_fpr
+from qface.evaluation.bootstrap import (
+    Interval,
+    bootstrap_eer,
+    bootstrap_pairs,
+    bootstrap_tpr,
+    bootstrap_tpr_drop,
+    bootstrap_tpr_of_scores,
+)
 from qface.evaluation.verification import single_fold_accuracy
 
 FPRS = ("0.05", "0.3")
@@ -43,20 +50,26 @@ def repeated(labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.nd
     )
 
 
-def obvious_tpr(probes: np.ndarray, gallery: np.ndarray | None, labels: np.ndarray, weights: np.ndarray, fpr: str):
-    """TPR of the repeated set; pairs of two copies of a person are no pairs."""
+def repeated_scores(
+    probes: np.ndarray, gallery: np.ndarray | None, labels: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Genuine and impostor scores of the repeated set; pairs of two copies of a person are no pairs."""
     images, people, copies = repeated(labels, weights)
-    if not len(images):
-        return None
     scores = (probes[images] @ (probes if gallery is None else gallery)[images].T).astype(np.float32)
     i, j = np.indices(scores.shape)
     counted = i < j if gallery is None else i != j
     genuine = scores[counted & (copies[:, None] == copies) & (images[:, None] != images)]
-    impostors = np.sort(scores[counted & (people[:, None] != people)])[::-1]
-    if not len(genuine) or not len(impostors):
-        return None
+    return genuine, scores[counted & (people[:, None] != people)]
+
+
+def obvious_tpr(genuine: np.ndarray, impostors: np.ndarray, fpr: str) -> float:
     hundredths = round(100 * float(fpr))
-    return np.mean(genuine > impostors[len(impostors) * hundredths // 100])
+    return np.mean(genuine > np.sort(impostors)[::-1][len(impostors) * hundredths // 100])
+
+
+def obvious_eer(genuine: np.ndarray, impostors: np.ndarray) -> float:
+    thresholds = [-np.inf, *genuine, *impostors]
+    return min(max(np.mean(impostors > each), np.mean(genuine <= each)) for each in thresholds)
 
 
 @settings(max_examples=60)
@@ -77,13 +90,17 @@ def test_a_replicate_is_a_set_with_repeated_people(
     few = mock.patch.object(bootstrap, "_with_margin", lambda rank: rank + margin)
     with few, mock.patch.object(pair_scores, "_TILE_SIZE", tile), mock.patch.object(bootstrap, "_BLOCK", 5):
         found = bootstrap_tpr(probes, labels, FPRS, gallery, replicates=1, seed=seed)
+        eer = bootstrap_eer(equal_error_rate(probes, labels, gallery), probes, labels, gallery, 1, seed)
     measured = tpr_at_fpr(probes, labels, FPRS, gallery)
+    genuine, impostors = repeated_scores(probes, gallery, labels, draw(len(images_of) + 1, seed))
+    if not len(genuine) or not len(impostors):
+        assert [*found.values(), eer] == [None] * 3
+        return
     for fpr in FPRS:
-        expected = obvious_tpr(probes, gallery, labels, draw(len(images_of) + 1, seed), fpr)
-        if measured[fpr].tpr is None or expected is None:
-            assert found[fpr] is None
-        else:
-            assert found[fpr] == Interval(pytest.approx(expected), pytest.approx(expected))
+        expected = pytest.approx(obvious_tpr(genuine, impostors, fpr))
+        assert found[fpr] == (None if measured[fpr].tpr is None else Interval(expected, expected))
+    expected = pytest.approx(obvious_eer(genuine, impostors))
+    assert eer == Interval(expected, expected)
 
 
 def many(people: int, images: int, seed: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
@@ -126,6 +143,10 @@ def test_rates_beyond_what_is_kept_are_not_measured(monkeypatch: pytest.MonkeyPa
     found = bootstrap_tpr(probes, labels, ("1e-1", "1e-2", "1e-6"))
     assert found["1e-1"] is None and found["1e-6"] is None
     assert found["1e-2"] is not None
+    assert bootstrap_eer(0.1, probes, labels) is None
+    monkeypatch.setattr(bootstrap, "_MAX_KEPT", 150)
+    monkeypatch.setattr(bootstrap, "_with_margin", lambda rank: 100)
+    assert bootstrap_eer(0.0, probes, labels) is None  # needs more than 150 scores
 
 
 @settings(max_examples=25)
@@ -155,9 +176,13 @@ def test_listed_pairs_are_those_of_repeated_people(seed: int, known: bool, folds
     if np.count_nonzero(~same) * 3 // 10 < 10:
         assert found.tpr_at_fpr["0.3"] is None
         return
-    impostors = np.sort(scores[rows][~same[rows]])[::-1]
-    tpr = pytest.approx(np.mean(scores[rows][same[rows]] > impostors[len(impostors) * 3 // 10]))
+    genuine, impostors = scores[rows][same[rows]], scores[rows][~same[rows]]
+    eer, tpr = pytest.approx(obvious_eer(genuine, impostors)), pytest.approx(obvious_tpr(genuine, impostors, "0.3"))
+    assert found.eer == Interval(eer, eer)
     assert found.tpr_at_fpr["0.3"] == Interval(tpr, tpr)
+    if known:
+        numbers = tuple(np.searchsorted(names, side) for side in (first, second))
+        assert bootstrap_tpr_of_scores(scores, same, numbers, ("0.3",), 1, seed) == found.tpr_at_fpr
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from qface.data import ImageFolder, TensorImages
 from qface.errors import CheckpointError, ConfigError, ImagesError, PairsError, QFaceError
 from qface.evaluation import (
     FPRS,
+    bootstrap_eer,
     bootstrap_pairs,
     bootstrap_tpr,
     embed,
@@ -80,6 +81,8 @@ def test_intervals_and_listed_rates_are_those_of_the_parts(crops, tmp_path):
     first, second = np.array(listed).T
     cosines = (probes[first] * probes[second]).sum(1)
     assert result.eer == pytest.approx(equal_error_rate(probes, labels))
+    assert result.eer_interval == bootstrap_eer(result.eer, probes, labels, replicates=20)
+    assert result.eer_interval.low < result.eer < result.eer_interval.high
     assert result.tpr_intervals == bootstrap_tpr(probes, labels, replicates=20)
     assert result.listed.eer == pytest.approx(equal_error_rate_of_scores(cosines, same))
     points = tpr_at_fpr_of_scores(cosines, same)
@@ -88,6 +91,7 @@ def test_intervals_and_listed_rates_are_those_of_the_parts(crops, tmp_path):
     expected = bootstrap_pairs(cosines, same, np.zeros(len(listed), int), people, replicates=20)
     assert result.listed.tpr_intervals == expected.tpr_at_fpr
     assert (result.listed.accuracy_interval, result.listed.resampled) == (expected.accuracy, "people")
+    assert result.listed.eer_interval == expected.eer
     assert result.listed.tpr_at_fpr["1e-1"] is not None
     assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
     with pytest.raises(ConfigError, match="bootstrap"):

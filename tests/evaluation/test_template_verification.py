@@ -1,7 +1,8 @@
-"""1:1 verification of templates against a slow, obvious implementation of the same rules."""
+"""Verification and identification of templates against a slow, obvious implementation of the same rules."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 
 import qface
 from qface.data import read_templates
-from qface.errors import ConfigError, ExportError, PairsError, QFaceError
+from qface.errors import ConfigError, ExportError, ImagesError, PairsError, QFaceError
+from qface.evaluation import Interval, tpr_at_fpr_of_scores
 from qface.evaluation import template_verification as templates_module
-from qface.evaluation import tpr_at_fpr_of_scores
 from qface.files import alone_in
 from qface.preprocessing import Preprocessing
 from tests.data.ijb import SmallIjb
 from tests.networks import tiny_face_net
 
 
-def obvious_scores(written: SmallIjb, raw: dict[str, np.ndarray], protocol: str, weighted: bool) -> dict:
-    """The cosine of each pair, by the rules of ArcFace's and Ef-QuantFace's texts."""
+def obvious_templates(
+    written: SmallIjb, raw: dict[str, np.ndarray], protocol: str, weighted: bool
+) -> dict[int, np.ndarray]:
+    """The embedding of each template, by the rules of ArcFace's and Ef-QuantFace's texts."""
     joined = {}
     for template in {template for _, template, _, _ in written.rows}:
         by_media: dict[int, list[np.ndarray]] = {}
@@ -33,7 +36,16 @@ def obvious_scores(written: SmallIjb, raw: dict[str, np.ndarray], protocol: str,
         else:
             vector = np.mean([image for images in by_media.values() for image in images], axis=0)
         joined[template] = vector / np.linalg.norm(vector)
-    return {(a, b): float(joined[a] @ joined[b]) for a, b, _ in written.pairs}
+    return joined
+
+
+def obvious_rank_1(written: SmallIjb, joined: dict[int, np.ndarray], gallery: str) -> float:
+    """Fraction of probes whose subject's template is the most similar, of probes with their subject in the gallery."""
+    enrolled, hits = written.lists[f"gallery_{gallery}"], []
+    for probe, subject in written.lists["probe_mixed"].items():
+        if subject in enrolled.values():
+            hits.append(enrolled[max(enrolled, key=lambda each: joined[each] @ joined[probe])] == subject)
+    return float(np.mean(hits))
 
 
 def obvious_tpr(genuine: list[float], impostors: list[float], fpr: float) -> float:
@@ -58,7 +70,8 @@ def test_against_the_obvious(protocol, weighted: bool, flip: bool, tmp_path: Pat
     written = SmallIjb(tmp_path)
     model = tiny_face_net()
     result = qface.evaluate_templates(model, tmp_path, protocol, flip, weighted)
-    scores = obvious_scores(written, raw_embeddings(model, tmp_path, flip), protocol, weighted)
+    joined = obvious_templates(written, raw_embeddings(model, tmp_path, flip), protocol, weighted)
+    scores = {(a, b): float(joined[a] @ joined[b]) for a, b, _ in written.pairs}
     genuine = [scores[a, b] for a, b, same in written.pairs if same]
     impostors = [scores[a, b] for a, b, same in written.pairs if not same]
     assert (result.protocol, result.flip, result.detector_score) == (protocol, flip, weighted)
@@ -68,6 +81,45 @@ def test_against_the_obvious(protocol, weighted: bool, flip: bool, tmp_path: Pat
     threshold = sorted(impostors, reverse=True)[int(len(impostors) * 0.1)]
     assert result.thresholds["1e-1"] == pytest.approx(threshold, abs=1e-6)
     assert result.tpr_at_fpr["1e-3"] is None  # of 135 impostors
+    rates = [obvious_rank_1(written, joined, gallery) for gallery in ("G1", "G2")]
+    assert [each.rates.rank_1 for each in result.identification.galleries.values()] == rates
+    assert result.identification.mean.rank_1 == pytest.approx(np.mean(rates))
+
+
+def test_intervals_resample_people(tmp_path: Path) -> None:
+    written = SmallIjb(tmp_path)
+    result = qface.evaluate_templates(tiny_face_net(), tmp_path, bootstrap=1)
+    templates = read_templates(tmp_path)
+    joined = obvious_templates(written, raw_embeddings(tiny_face_net(), tmp_path, False), "paper", False)
+    people = dict(zip(templates.names, np.repeat(range(6), 3), strict=True))
+    times = np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6))
+    scores: dict[int, list[float]] = {0: [], 1: []}
+    for a, b, same in written.pairs:
+        scores[same] += [float(joined[a] @ joined[b])] * (times[people[a]] * (1 if same else times[people[b]]))
+    expected = pytest.approx(obvious_tpr(scores[1], scores[0], 0.1))
+    assert (result.bootstrap, result.tpr_intervals["1e-1"]) == (1, Interval(expected, expected))
+    assert result.tpr_intervals["1e-3"] is None
+    assert result.identification.galleries["G2"].rates.rank_intervals["rank_1"] is not None
+    assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+
+
+def test_without_lists_of_galleries_there_is_no_identification(tmp_path: Path) -> None:
+    SmallIjb(tmp_path)
+    for file in (tmp_path / "meta").glob("*_1N_*"):
+        file.unlink()
+    result = qface.evaluate_templates(tiny_face_net(), tmp_path)
+    assert (result.identification, result.tpr_intervals) == (None, {})
+    assert "no 1:N identification: the folder has no files *_1N_*.csv" in " ".join(str(result).split())
+
+
+def test_wrong_lists_are_refused_before_embedding(tmp_path: Path) -> None:
+    written, model = SmallIjb(tmp_path), Counting()
+    written.write("ijbc_1N_gallery_G1.csv", "nothing\n")
+    with pytest.raises(ImagesError, match="must have a header"):
+        qface.evaluate_templates(model, tmp_path)
+    with pytest.raises(ConfigError, match="bootstrap must be an integer >= 0"):
+        qface.evaluate_templates(model, tmp_path, bootstrap=-1)
+    assert model.images == 0
 
 
 def test_protocols_differ_on_videos(tmp_path: Path) -> None:
