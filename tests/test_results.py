@@ -57,7 +57,7 @@ def groups(text: str, value: float) -> qface.GroupsResult:
 
 
 def compression(text: str, value: float) -> qface.Compression:
-    trial = Trial(text, value, value, value, value, value, value, value, None, False)
+    trial = Trial(text, value, value, value, value, value, value, value, None, False, {})
     target = qface.CompressionTarget(max_mb=1)
     return qface.Compression(target, value, 1, 1, (trial,) * 9, trial, text, text)
 
@@ -72,6 +72,7 @@ def report(text: str, value: float) -> ReportData:
         trials=(),
         stopped=None,
         bootstrap=0,
+        stress=None,
     )
 
 
