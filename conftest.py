@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,17 @@ def files_of_examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def example(request: pytest.FixtureRequest) -> None:
-    """Give each example a copy of the files, ``qface``, and both networks as ``teacher`` and ``student``."""
+    """Give each example ``qface`` and, if it names them, a copy of the files and the networks of both."""
     if not isinstance(request.node, DoctestItem):
         return
     import qface
 
-    copy: Path = request.getfixturevalue("tmp_path") / "files"
-    shutil.copytree(request.getfixturevalue("files_of_examples"), copy)
-    request.getfixturevalue("monkeypatch").chdir(copy)
-    networks = {name: qface.load(f"{name}.safetensors") for name in ("teacher", "student")}
     names: dict[str, Any] = request.getfixturevalue("doctest_namespace")
-    names.update(networks, qface=qface)
+    names["qface"] = qface
+    words = set(re.findall(r"\w+", "".join(line.source for line in request.node.dtest.examples)))
+    folder: Path = request.getfixturevalue("tmp_path")
+    if words & {"teacher", "student", "faces", "photos", "landmarks", "groups", "IJBC"}:
+        folder = shutil.copytree(request.getfixturevalue("files_of_examples"), folder / "files")
+    request.getfixturevalue("monkeypatch").chdir(folder)
+    for name in words & {"teacher", "student"}:
+        names[name] = qface.load(folder / f"{name}.safetensors")
