@@ -125,8 +125,8 @@ def main(as_json: bool) -> None:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table, then the paper's errors."""
     table = Table(title="Sizes, published and ours", box=box.SIMPLE, pad_edge=False)
-    for name in ("network", "bits", "published", "off", "whose", "formula", "ours: bytes", "MB", "MiB"):
-        table.add_column(name, justify="left" if name in ("network", "whose", "formula") else "right", overflow="fold")
+    for name in ("network", "bits", "published", "deviation", "source", "formula", "qface: bytes", "MB", "MiB"):
+        table.add_column(name, justify="left" if name in ("network", "source", "formula") else "right", overflow="fold")
     for row in rows:
         figures = row["published"]
         table.add_row(
@@ -142,7 +142,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
     console = Console(width=max(Console().width, 140))
     console.print(table)
-    console.print("off: deviation of the formula from the published size. Errors of the paper:")
+    console.print("deviation: of the formula from the published size. Errors of the paper:")
     for slip in SLIPS:
         console.print(f"- {slip}", soft_wrap=True)
 

@@ -414,8 +414,8 @@ def compression_table(found: Compression) -> Table:
     table = Table(title=f"TPR at FPR {target.at_fpr} of {people}")
     bound = f"at most ({target.confidence:.0%})"
     stress = ("with changed probes",) if target.stress else ()
-    for name in ("", "weights, bits", "MB", "TPR, %", "lost, points", bound, *stress, "ms", "keeps the target"):
-        table.add_column(name, justify="right" if name else "left")
+    for name in ("trial", "weights, bits", "MB", "TPR, %", "lost, points", bound, *stress, "ms", "meets the target"):
+        table.add_column(name, justify="left" if name == "trial" else "right")
     for trial in found.trials:
         largest = max(trial.stress.items(), key=lambda item: item[1], default=None)
         table.add_row(
@@ -440,8 +440,8 @@ def costs_table(before: Cost, after: Cost) -> Table:
         after: cost of the pruned network.
     """
     table = Table()
-    for name in ("", "before", "after", "left"):
-        table.add_column(name, justify="right" if name else "left")
+    for name in ("cost", "before", "after", "share left"):
+        table.add_column(name, justify="left" if name == "cost" else "right")
     rows = (
         ("parameters", before.parameters, after.parameters, "{:,}"),
         ("MACs", before.macs, after.macs, "{:,}"),
