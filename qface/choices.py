@@ -24,7 +24,7 @@ __all__ = [
 CALIBRATION_IMAGES = 512
 """Default size of the calibration set; more images changed no figure."""
 
-SENSITIVITY_IMAGES = 64
+SENSITIVITY_IMAGES = 32
 """Default number of images that sensitivity is measured on."""
 
 ColorOrder = Literal["RGB", "BGR"]

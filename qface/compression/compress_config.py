@@ -74,7 +74,7 @@ class CompressConfig:
             ``max_drop``; ``"for-size"`` also trains smaller files while they meet ``max_drop``; ``"never"`` does not
             train.
         prune: remove channels if the network takes longer than ``max_ms`` at any bits.
-        calibration: settings of calibration. The search measures sensitivity on at most 64 of its images.
+        calibration: settings of calibration. The search measures sensitivity on at most 32 of its images.
         training: settings of distillation.
 
     Raises:

@@ -62,7 +62,7 @@ def allocate_bits(
             :func:`qface.export`.
         identities: identities to use of a folder: ``"first-half"``, ``"second-half"`` or a file of names; None for all.
         activation_bits: bits of the inputs of all convolutions and linear layers, 2 to 8 (default 6).
-        num_images: number of images, evenly spaced in a folder or tensor, the first ones of a loader (default 64).
+        num_images: number of images, evenly spaced in a folder or tensor, the first ones of a loader (default 32).
         batch_size: batch size (default 16).
         table: result of :func:`qface.sensitivity` for the weights of ``model``; None measures it.
         progress: True to show the stages on stderr.

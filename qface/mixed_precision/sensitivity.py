@@ -159,7 +159,7 @@ def sensitivity(
         identities: identities to use of a folder: ``"first-half"``, ``"second-half"`` or a file of names; None for all.
         weight_bits: bits of weights to measure, 2 to 8 (default all); empty skips weights.
         activation_bits: bits of layer inputs to measure, 2 to 8 (default all); empty skips activations.
-        num_images: number of images, evenly spaced in a folder or tensor, the first ones of a loader (default 64).
+        num_images: number of images, evenly spaced in a folder or tensor, the first ones of a loader (default 32).
         batch_size: batch size (default 16).
         run_dir: folder for the losses measured so far; the same call continues there after an interruption. None
             (default) stores nothing.
