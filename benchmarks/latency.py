@@ -37,7 +37,7 @@ from qface.deployment.latency import Candidate, Latency, compare, open_file
 from qface.deployment.runtime import OnnxEmbedder
 from qface.files import make_folder
 from qface.preprocessing import CROP_SIZE, preprocessing_of
-from qface.reporting import latency_table
+from qface.reporting.tables import latency_table
 
 NETWORKS = {
     "mobilefacenet": "mobilefacenet_112x96.safetensors",

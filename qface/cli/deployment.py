@@ -185,7 +185,7 @@ def bench(
 ) -> None:
     """Measure the latency of ONNX files, alternately; ratios are relative to the first file."""
     from qface.deployment.latency import compare, open_file
-    from qface.reporting import latency_table
+    from qface.reporting.tables import latency_table
 
     rows = compare([open_file(file, threads, preprocessing=preprocessing) for file in files], threads, batch, runs)
     show(

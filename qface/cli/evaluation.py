@@ -308,8 +308,7 @@ def sensitivity(
 ) -> None:
     """Measure the loss of quantizing one weight or activation tensor alone, at 2 to 8 bits."""
     from qface.models.resolve import resolve_model
-    from qface.reporting import sensitivity_figure
-    from qface.reporting.figures import check_figure
+    from qface.reporting.figures import check_figure, sensitivity_figure
 
     if figure is not None:
         check_figure(figure)

@@ -74,7 +74,7 @@ def pairs(
 def demo(output: Path, seed: int, as_json: bool) -> None:
     """Run all stages on 400 real faces: train a small teacher, quantize, calibrate, distill, export, evaluate."""
     from qface.demo import run_demo
-    from qface.reporting import demo_table
+    from qface.reporting.tables import demo_table
 
     report = run_demo(output, seed)
     show(report.to_dict(), demo_table(report), as_json)

@@ -76,7 +76,7 @@ def prune(
     from qface.models.resolve import resolve_model
     from qface.models.store import check_model_file, check_savable
     from qface.pruning import cost_of
-    from qface.reporting import costs_table
+    from qface.reporting.tables import costs_table
 
     check_model_file(output)
     if distill and images is None:

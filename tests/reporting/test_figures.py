@@ -8,7 +8,8 @@ from rich.console import Console
 
 from qface.errors import ConfigError, DependencyError, ExportError
 from qface.mixed_precision import LayerSensitivity, Sensitivity
-from qface.reporting import sensitivity_figure, sensitivity_tables
+from qface.reporting.figures import sensitivity_figure
+from qface.reporting.tables import sensitivity_tables
 
 RESULT = Sensitivity(
     images=12,

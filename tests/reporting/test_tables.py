@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from qface.data import AlignmentReport
-from qface.reporting import alignment_table
+from qface.reporting.tables import alignment_table
 
 
 def test_names_that_are_no_utf8_are_shown_with_escapes() -> None:
