@@ -8,7 +8,7 @@ from qface.distillation.distill_config import (
     ScheduleConfig,
 )
 from qface.distillation.heads import ArcFaceHead
-from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
+from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss, SimilarityEmbeddingLoss
 from qface.distillation.trainer import check_run, distill
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "MSEEmbeddingLoss",
     "OptimizerConfig",
     "ScheduleConfig",
+    "SimilarityEmbeddingLoss",
     "check_run",
     "distill",
 ]

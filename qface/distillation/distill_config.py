@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 Surrogate = Literal["sigmoid", "linear"]
-EmbeddingLossName = Literal["cosine", "mse"]
+EmbeddingLossName = Literal["similarity", "cosine", "mse"]
 OptimizerName = Literal["relative_adam", "sgd", "adamw"]
 ScheduleName = Literal["cosine", "constant"]
 
@@ -49,8 +49,10 @@ class LossConfig:
         reference_ekd: follow the authors' code: thresholds start at 0, and a batch without positive pairs fails.
         pseudo_pairs: for images without labels, let EKD use the positive pairs that the teacher is sure of
             (:mod:`qface.distillation.pseudo_labels`). If False, all pairs are negative.
-        embedding_loss: ``"cosine"``, ``"mse"`` (QuantFace), or None for no embedding term. Student and teacher need
-            the same embedding dimension for it; EKD alone does not require that.
+        embedding_loss: ``"similarity"``, the change of cosines with other faces
+            (:class:`qface.distillation.losses.SimilarityEmbeddingLoss`), ``"cosine"``, the distance to the teacher's
+            embedding, ``"mse"`` (QuantFace), or None for no embedding term. Student and teacher need the same embedding
+            dimension for it; EKD alone does not require that.
         embedding_weight: weight of the embedding term.
         feature_loss_weight: weight of the residual sum term, relative to the variance of the sums
             (:mod:`qface.distillation.feature_taps`). The term needs a student that was quantized from the teacher's

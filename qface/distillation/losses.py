@@ -12,7 +12,7 @@ from qface.checks import check_choice
 from qface.distillation.distill_config import Surrogate
 from qface.errors import TrainingError
 
-__all__ = ["CosineEmbeddingLoss", "EKDLoss", "MSEEmbeddingLoss"]
+__all__ = ["CosineEmbeddingLoss", "EKDLoss", "MSEEmbeddingLoss", "SimilarityEmbeddingLoss"]
 
 # All six from Tencent/TFace, recognition/tasks/ekd, the code of Huang et al. (CVPR 2022).
 _INVERSE_FPR = (10, 10**2, 10**3, 10**4, 10**5, 10**6)
@@ -168,6 +168,51 @@ class CosineEmbeddingLoss(nn.Module):
         """
         _require_same_shape(student, teacher)
         return 1 - F.cosine_similarity(student, teacher.detach()).mean()
+
+
+class SimilarityEmbeddingLoss(nn.Module):
+    """Mean squared change of an embedding's cosines with other faces.
+
+    For unit embeddings s of the student and t of the teacher, and the teacher's embedding b of any other face, the
+    expected squared change of the cosine is ``(s - t)' M (s - t)`` with the second moment ``M = E[b b']``. The loss is
+    its mean times D / 2, which for ``M = I / D`` is :class:`CosineEmbeddingLoss`. An error counts more in directions in
+    which faces differ, since only there it changes scores.
+
+    M is the mean of ``b b'`` over all batches so far, and over D images with ``I / D`` before the first one.
+
+    Args:
+        dim: embedding dimension D.
+    """
+
+    second_moment: Tensor
+    num_images: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("second_moment", torch.eye(dim) / dim)
+        self.register_buffer("num_images", torch.tensor(float(dim)))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Update the second moment with a batch, in training mode, and return its loss, a scalar.
+
+        Args:
+            student: embeddings [N, D].
+            teacher: embeddings [N, D] of the same images, which get no gradient.
+
+        Raises:
+            TrainingError: the shapes differ.
+        """
+        _require_same_shape(student, teacher)
+        expected = F.normalize(teacher.detach())
+        if self.training:
+            self._update(expected)
+        change = F.normalize(student) - expected
+        return 0.5 * student.shape[1] * ((change @ self.second_moment) * change).sum(1).mean()
+
+    def _update(self, teacher: Tensor) -> None:
+        total = self.num_images + len(teacher)
+        self.second_moment = (self.second_moment * self.num_images + teacher.T @ teacher) / total
+        self.num_images = total
 
 
 def _require_same_shape(student: Tensor, teacher: Tensor) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from qface.distillation.distill_config import LossConfig
+from qface.distillation.distill_config import EmbeddingLossName, LossConfig
 from qface.distillation.feature_taps import FeatureLoss, FeaturePairs
 from qface.distillation.heads import ArcFaceHead
-from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
+from qface.distillation.losses import CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss, SimilarityEmbeddingLoss
 from qface.errors import TrainingError
 
 __all__ = ["Objective"]
 
-_EMBEDDING_LOSSES = {"cosine": CosineEmbeddingLoss, "mse": MSEEmbeddingLoss}
+_EMBEDDING_LOSSES: dict[EmbeddingLossName, Callable[[int], nn.Module]] = {
+    "cosine": lambda dim: CosineEmbeddingLoss(),
+    "mse": lambda dim: MSEEmbeddingLoss(),
+    "similarity": SimilarityEmbeddingLoss,
+}
+"""The function that makes each loss for an embedding dimension."""
 
 
 class Objective(nn.Module):
@@ -50,7 +57,7 @@ class Objective(nn.Module):
         if config.uses_ekd:
             self.ekd = EKDLoss(config.ekd_surrogate, config.reference_ekd)
         if config.embedding_loss is not None:
-            self.embedding = _EMBEDDING_LOSSES[config.embedding_loss]()
+            self.embedding = _EMBEDDING_LOSSES[config.embedding_loss](teacher_dim)
         if config.class_head:
             self.head = self._class_head(student_dim, num_identities, seed)
         if features:

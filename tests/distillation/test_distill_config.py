@@ -45,7 +45,7 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (LossConfig, {"class_head": True, "class_head_weight": -0.5}, "class_head_weight"),
     (LossConfig, {"scale": 0.0}, "scale must be a finite number > 0, got 0.0"),
     (LossConfig, {"ekd_surrogate": "cubic"}, "ekd_surrogate must be one of 'sigmoid', 'linear', got 'cubic'"),
-    (LossConfig, {"embedding_loss": "l1"}, "embedding_loss must be one of 'cosine', 'mse', got 'l1'"),
+    (LossConfig, {"embedding_loss": "l1"}, "embedding_loss must be one of 'similarity', 'cosine', 'mse', got 'l1'"),
     (LossConfig, {"ekd_weight": 0.0, "embedding_loss": None}, "no loss is left"),
     (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate"),
     (OptimizerConfig, {"learning_rate": float("nan")}, "learning_rate"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qface.distillation import ArcFaceHead, CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss
+from qface.distillation import ArcFaceHead, CosineEmbeddingLoss, EKDLoss, MSEEmbeddingLoss, SimilarityEmbeddingLoss
 from qface.errors import ConfigError, TrainingError
 
 Array = np.ndarray
@@ -173,7 +173,29 @@ def test_embedding_losses_equal_plain_loops_and_let_gradients_through() -> None:
     assert student.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("loss", [MSEEmbeddingLoss(), CosineEmbeddingLoss()])
+def test_the_similarity_loss_is_the_squared_change_of_cosines_with_the_faces_so_far() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loss = SimilarityEmbeddingLoss(4).double()
+    faces = [torch.randn(count, 4, generator=generator, dtype=torch.float64) for count in (3, 4)]
+    for batch in faces:
+        loss(batch + 1, batch)
+    loss.eval()  # so that the two batches stay the faces so far
+    student, teacher = (torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    others = torch.cat([torch.eye(4, dtype=torch.float64), *faces]).numpy()  # the identity's rows are the prior
+    rows = zip(student.numpy(), teacher.numpy(), strict=True)
+    changes = [(cosine(a, other) - cosine(b, other)) ** 2 for a, b in rows for other in others]
+    assert loss(student, teacher).item() == pytest.approx(4 / 2 * np.mean(changes), abs=1e-9)
+    assert loss(3 * teacher, teacher).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_the_similarity_loss_is_the_cosine_distance_before_it_knows_faces() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, 6, generator=generator) for _ in range(2))
+    found = SimilarityEmbeddingLoss(6).eval()(student, teacher)
+    assert found.item() == pytest.approx(CosineEmbeddingLoss()(student, teacher).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [MSEEmbeddingLoss(), CosineEmbeddingLoss(), SimilarityEmbeddingLoss(4)])
 def test_embedding_losses_refuse_another_size(loss: torch.nn.Module) -> None:
     with pytest.raises(TrainingError, match=r"\[2, 3\].*\[2, 4\].*EKD"):
         loss(torch.randn(2, 3), torch.randn(2, 4))
