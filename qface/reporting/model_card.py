@@ -187,7 +187,7 @@ def _code(contents: ExportedFile) -> list[str]:
     exact = contents.metadata.get(WEIGHT_BITS) == "8"
     options = [
         "options = ort.SessionOptions()",
-        'options.add_session_config_entry("session.x64quantprecision", "1")  # exact also on x86 without VNNI',
+        'options.add_session_config_entry("session.x64quantprecision", "1")  # only without VNNI',
     ]
     return [
         "import numpy as np",
