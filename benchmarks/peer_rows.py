@@ -79,8 +79,8 @@ class Row:
 FLOAT = Row("float", 32, 32)
 
 _NNCF = {"preset": "mixed", "fast_bias_correction": True}
-# As in Brevitas' own table of its best settings for MobileNetV2 with weights per channel. GPTQ runs the network once per
-# layer and gets fewer images; MSE ranges of activations take minutes per batch of 32 images.
+# As in Brevitas' own table of its best settings for MobileNetV2 with weights per channel. GPTQ gets fewer images, since
+# it runs the network once per layer; MSE ranges of activations take minutes per batch of 32 images.
 _BREVITAS = {
     "batch_size": 32,
     "calibration_images": 512,

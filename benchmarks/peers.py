@@ -185,7 +185,7 @@ class Comparison:
         environment.install()
         make_folder(folder)
         write_json(folder / "settings.json", self._settings(row))
-        environment.run(SCRIPTS / tool.script, [self._folder, folder], folder)
+        environment.run(SCRIPTS / tool.script, [self._folder, folder], folder / "log.txt")
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return Quantized(
             unit_rows(np.load(folder / "embeddings.npy")),

@@ -52,29 +52,30 @@ class Environment:
         if self.installed.exists() and self.installed.read_text(encoding="utf-8") == wanted:
             return
         make_folder(self.folder)
-        _run([sys.executable, "-m", "venv", "--clear", str(self.folder)], self.folder)
+        log = self.folder.with_name(f"{self.folder.name}.log")
+        _run([sys.executable, "-m", "venv", "--clear", str(self.folder)], log)
+        pip = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         for packages in self.requirements:
-            _run([str(self.python), "-m", "pip", "install", "--quiet", *packages], self.folder)
+            _run([*pip, *packages], log)
         self.installed.write_text(wanted, encoding="utf-8")
 
-    def run(self, script: Path, arguments: Sequence[Path], folder: Path) -> None:
+    def run(self, script: Path, arguments: Sequence[Path], log: Path) -> None:
         """Run a script in the environment.
 
         Args:
             script: the Python file.
             arguments: paths to pass to it.
-            folder: folder for ``log.txt`` with the output of the script.
+            log: file for the output of the script.
 
         Raises:
             ToolError: the script fails; the message has the last line of its output.
         """
-        _run([str(self.python), str(script), *map(str, arguments)], folder)
+        _run([str(self.python), str(script), *map(str, arguments)], log)
 
 
-def _run(command: Sequence[str], folder: Path) -> None:
-    """Run ``command`` without the Python path of this process; its output goes to ``log.txt`` in ``folder``."""
+def _run(command: Sequence[str], log: Path) -> None:
+    """Run ``command`` without the Python path of this process; its output goes to ``log``."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as output:
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
     if status.returncode:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import Result
@@ -15,7 +16,8 @@ import qface
 from qface.data import nested_subset
 from tests.benchmarks.scripts import run, script
 
-script("peers")  # makes its neighbors known
+PEERS = script("peers")
+TOOLS, Halves = sys.modules["peer_rows"].TOOLS, sys.modules["harness.held_out"].Halves
 
 SIMULATES = """
 import json, pathlib, sys
@@ -34,20 +36,20 @@ FAILS = "raise SystemExit('no such processor')"
 def environments(data: Path) -> Path:
     """A folder with an environment of onnxruntime, which is this one, and without any other."""
     root = data.parent / "environments"
-    environment(root / "onnxruntime", "onnxruntime", None)
+    environment(root, "onnxruntime")
     return root
 
 
-def environment(folder: Path, method: str, program: str | None) -> None:
+def environment(root: Path, method: str, program: str | None = None) -> None:
     """Make an environment whose Python is this one; with ``program``, it runs that instead of every script."""
-    tools = sys.modules["peer_rows"].TOOLS if "peer_rows" in sys.modules else script("peer_rows").TOOLS
+    folder = root / method.lower()
     python = folder / "bin" / "python"
     python.parent.mkdir(parents=True, exist_ok=True)
     instead = "" if program is None else f"{folder / 'program.py'} "
     (folder / "program.py").write_text(program or "")
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {instead}"$@"\n')
     python.chmod(0o755)
-    (folder / "requirements.json").write_text(json.dumps(tools[method].requirements))
+    (folder / "requirements.json").write_text(json.dumps(TOOLS[method].requirements))
 
 
 def measure(environments: Path, *rows: str) -> tuple[Result, dict[str, Any]]:
@@ -76,14 +78,14 @@ def test_rows_are_those_of_the_files_and_are_measured_once(environments: Path) -
     (ours,) = (environments.parent / "runs").glob("*qface-w6a6*.onnx")
     assert rows["qface-w6a6"]["bytes"] == ours.stat().st_size
 
-    environment(environments / "onnxruntime", "onnxruntime", FAILS)
+    environment(environments, "onnxruntime", FAILS)
     again, same = measure(environments, *names)
     assert again.exit_code == 0
     assert same == report
 
 
 def test_a_tool_that_fails_is_a_row_and_is_tried_again(environments: Path) -> None:
-    environment(environments / "brevitas", "Brevitas", FAILS)
+    environment(environments, "Brevitas", FAILS)
     (environments / "nncf").write_text("in the way")
     result, report = measure(environments, "float", "nncf-w8a8", "brevitas-w6a6")
     assert result.exit_code == 1
@@ -92,7 +94,7 @@ def test_a_tool_that_fails_is_a_row_and_is_tried_again(environments: Path) -> No
     assert "brevitas-w6a6 failed: no such processor" in result.stderr
     assert "nncf-w8a8 failed: cannot create the folder" in result.stdout
 
-    environment(environments / "brevitas", "Brevitas", SIMULATES)
+    environment(environments, "Brevitas", SIMULATES)
     result, report = measure(environments, "float", "brevitas-w6a6")
     assert result.exit_code == 0, result.output
     figures = report["rows"][1]["figures"]
@@ -103,23 +105,20 @@ def test_a_tool_that_fails_is_a_row_and_is_tried_again(environments: Path) -> No
 def test_all_methods_get_the_same_calibration_images(environments: Path, data: Path) -> None:
     measure(environments, "float")
     (folder,) = (environments.parent / "runs").glob("mobilefacenet-inputs-*")
-    numpy = pytest.importorskip("numpy")
-    pixels = numpy.load(folder / "calibration.npy")
+    pixels = np.load(folder / "calibration.npy")
     tuning = qface.data.ImageFolder(data / "data" / "lfw", identities="first-half")
     crops = nested_subset(tuning, len(tuning), 0).read(range(len(tuning)))
-    assert numpy.allclose(pixels, qface.Preprocessing().normalize(crops).numpy())
+    assert np.allclose(pixels, qface.Preprocessing().normalize(crops).numpy())
 
 
 def test_a_part_of_the_people_is_each_nth_of_them(data: Path) -> None:
-    halves = sys.modules["harness.held_out"].Halves
-    every, some = halves(data / "data"), halves(data / "data", every=5)
+    every, some = Halves(data / "data"), Halves(data / "data", every=5)
     assert some.held_out.names == every.held_out.names[::5]
     assert len(some.held_out) == 5 * 4
     assert some.tuning.paths == every.tuning.paths
 
 
 def test_training_is_an_option() -> None:
-    peers = script("peers")
-    plain, trained = ([row.name for row in peers.chosen([], distill)] for distill in (False, True))
+    plain, trained = ([row.name for row in PEERS.chosen([], distill)] for distill in (False, True))
     assert {name for name in trained if name not in plain} == {"quantface-one-epoch-w6a6", "qface-one-epoch-w6a6"}
-    assert [row.name for row in peers.chosen(["qface-w6a6", "float"], False)] == ["float", "qface-w6a6"]
+    assert [row.name for row in PEERS.chosen(["qface-w6a6", "float"], False)] == ["float", "qface-w6a6"]
