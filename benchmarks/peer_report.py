@@ -15,7 +15,7 @@ Record = dict[str, Any]
 HEADINGS = (
     *("method", "bits"),
     *(f"lost at {fpr}" for fpr in FPRS),
-    *("ten-fold", "cosine to float", "MB", "seconds", "latency"),
+    *("ten-fold", "cosine to float", "MB", "CPU s", "latency"),
 )
 SIMULATED = "simulated"
 
@@ -62,7 +62,7 @@ def _row_cells(row: Record, teacher: Record | None) -> list[str]:
         f"{100 * figures['accuracy']:.2f}",
         f"{1 - figures['distance']:.4f}",
         SIMULATED if figures["bytes"] is None else f"{figures['bytes'] / 1e6:.2f}",
-        "" if figures["seconds"] is None else f"{figures['seconds']:.0f}",
+        "" if figures["cpu_seconds"] is None else f"{figures['cpu_seconds']:.0f}",
         "" if figures["latency_ratio"] is None else f"{figures['latency_ratio']:.2f}",
     ]
 

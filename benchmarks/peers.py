@@ -9,8 +9,8 @@ points of TPR against the float network, whose own TPR is in parentheses.
 
 Files are embedded and timed in onnxruntime, NNCF's in OpenVINO. "latency" is the time of one image on one thread
 relative to the float32 network in the same runtime: the ratio of the medians of ``--runs`` alternating calls. A tool
-that writes no file of these bits is simulated in torch: it has neither size nor latency. "seconds" are those of the
-quantization, without the start of the process.
+that writes no file of these bits is simulated in torch: it has neither size nor latency. "CPU s" is the CPU time of the
+quantization on all threads, which other work on the machine affects little.
 
 Each tool runs in a virtual environment of its own, which is made at the first use and takes up to 7 GB. Its settings
 are its documented ones for convolutional networks: see ``peer_rows.py``. A tool that cannot be installed or that fails
@@ -34,7 +34,7 @@ from harness.held_out import Embeddings, Halves
 from harness.recipes import CALIBRATION_IMAGES, NETWORKS
 from harness.records import Record, Records, digest, digest_of_file
 from harness.report_files import write_json, write_text
-from harness.stopwatch import timed
+from harness.stopwatch import cpu_timed
 from paper import quantface
 from peer_inputs import TEACHER, write_inputs
 from peer_report import markdown, show
@@ -59,14 +59,14 @@ class Quantized:
     Args:
         embeddings: L2-normalized embeddings of the judged images, ``[N, D]``.
         bytes: size of its files; None if it is simulated.
-        seconds: duration of the quantization; None for float.
+        cpu_seconds: CPU time of the quantization on all threads; None for float.
         latency_ratio: time of one image relative to the float network; None if it is simulated.
         versions: versions of the packages that made it.
     """
 
     embeddings: Embeddings
     bytes: int | None = None
-    seconds: float | None = None
+    cpu_seconds: float | None = None
     latency_ratio: float | None = None
     versions: dict[str, str] = field(default_factory=lambda: {"qface": qface.__version__})
 
@@ -132,7 +132,7 @@ class Comparison:
         return {
             **figures,
             "bytes": made.bytes,
-            "seconds": made.seconds,
+            "cpu_seconds": made.cpu_seconds,
             "latency_ratio": made.latency_ratio,
             "versions": made.versions,
         }
@@ -157,7 +157,7 @@ class Comparison:
         return Quantized(self._float_embeddings, (self._folder / TEACHER).stat().st_size, latency_ratio=1.0)
 
     def _qface(self, row: Row) -> Quantized:
-        student, seconds = timed(lambda: self._student(row))
+        student, seconds = cpu_timed(lambda: self._student(row))
         file = qface.export(student, self._path(row, ".onnx"))
         before, after = median_milliseconds([self._folder / TEACHER, file], runs=self._runs)
         return Quantized(self._embeddings(file), file.stat().st_size, seconds, after / before)
@@ -172,8 +172,8 @@ class Comparison:
     def _quantface(self, row: Row) -> Quantized:
         student = quantface.student_of(self._teacher, row.weight_bits, row.activation_bits)
         config = replace(quantface.TRAINING, seed=self._seed)
-        _, seconds = timed(lambda: self._distill(student, config))
-        return Quantized(self._embeddings(student), seconds=seconds)
+        _, seconds = cpu_timed(lambda: self._distill(student, config))
+        return Quantized(self._embeddings(student), cpu_seconds=seconds)
 
     def _distill(self, student: nn.Module, config: qface.DistillConfig) -> None:
         qface.distill(student, self._teacher, self._halves.tuning, config)
@@ -190,7 +190,7 @@ class Comparison:
         return Quantized(
             unit_rows(np.load(folder / "embeddings.npy")),
             sum((folder / name).stat().st_size for name in result["files"]) or None,
-            result["seconds"],
+            result["cpu_seconds"],
             result["latency_ratio"],
             result["versions"],
         )

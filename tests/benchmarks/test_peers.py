@@ -26,7 +26,7 @@ inputs, folder = map(pathlib.Path, sys.argv[2:])
 settings = json.loads((folder / "settings.json").read_text())
 images = np.load(inputs / "images.npy")
 np.save(folder / "embeddings.npy", images.reshape(len(images), -1)[:, :16] * settings["weight_bits"])
-result = {"seconds": 3.0, "files": [], "latency_ratio": None, "versions": {"brevitas": "9.9"}}
+result = {"cpu_seconds": 3.0, "files": [], "latency_ratio": None, "versions": {"brevitas": "9.9"}}
 (folder / "result.json").write_text(json.dumps(result))
 """
 FAILS = "raise SystemExit('no such processor')"
@@ -71,7 +71,7 @@ def test_rows_are_those_of_the_files_and_are_measured_once(environments: Path) -
     assert rows["float"]["distance"] == pytest.approx(0, abs=1e-6) and rows["float"]["latency_ratio"] == 1
     for name in names[1:]:
         assert 0 < rows[name]["distance"] < 0.2
-        assert rows[name]["seconds"] > 0 and rows[name]["latency_ratio"] > 0
+        assert rows[name]["cpu_seconds"] > 0 and rows[name]["latency_ratio"] > 0
     (quantized,) = (environments.parent / "runs").glob("*minmax*/model.onnx")
     assert rows["onnxruntime-minmax-w8a8"]["bytes"] == quantized.stat().st_size
     assert "QuantizeLinear" in {node.op_type for node in onnx.load(quantized).graph.node}
@@ -98,7 +98,7 @@ def test_a_tool_that_fails_is_a_row_and_is_tried_again(environments: Path) -> No
     result, report = measure(environments, "float", "brevitas-w6a6")
     assert result.exit_code == 0, result.output
     figures = report["rows"][1]["figures"]
-    assert (figures["bytes"], figures["latency_ratio"], figures["seconds"]) == (None, None, 3)
+    assert (figures["bytes"], figures["latency_ratio"], figures["cpu_seconds"]) == (None, None, 3)
     assert "simulated" in result.stdout and "brevitas 9.9" in result.stdout
 
 
