@@ -18,6 +18,8 @@ HEADINGS = (
     *("ten-fold", "cosine to float", "MB", "CPU s", "latency"),
 )
 SIMULATED = "simulated"
+INTERVAL_FPR = "1e-4"
+"""FPR of the loss that is shown with its confidence interval."""
 
 
 def show(rows: Sequence[Record], title: str) -> None:
@@ -69,10 +71,14 @@ def _row_cells(row: Record, teacher: Record | None) -> list[str]:
 
 def _own(figures: Record, fpr: str) -> str:
     rate = figures["tpr"][fpr]
-    return "-" if rate is None else f"({100 * rate:.2f})"
+    return "-" if rate is None else f"TPR {100 * rate:.2f}"
 
 
 def _lost(teacher: Record | None, figures: Record, fpr: str) -> str:
     if teacher is None or teacher["tpr"][fpr] is None or figures["tpr"][fpr] is None:
         return "-"
-    return f"{100 * (teacher['tpr'][fpr] - figures['tpr'][fpr]):.2f}"
+    lost = f"{100 * (teacher['tpr'][fpr] - figures['tpr'][fpr]):.2f}"
+    if fpr != INTERVAL_FPR or figures["drop_interval"] is None:
+        return lost
+    low, high = figures["drop_interval"]
+    return f"{lost} ({100 * low:.2f} to {100 * high:.2f})"

@@ -5,12 +5,12 @@
 
 Calibration takes 512 images of the first half of the LFW identities; figures are measured on the second half, or on
 each n-th identity of it (``--every``). Ten folds are LFW's own pairs among these identities. "lost" is percentage
-points of TPR against the float network, whose own TPR is in parentheses.
+points of TPR against the float network, at 1e-4 with a 95 % interval over people; the row "float" has its TPR.
 
 Files are embedded and timed in onnxruntime, NNCF's in OpenVINO. "latency" is the time of one image on one thread
 relative to the float32 network in the same runtime: the ratio of the medians of ``--runs`` alternating calls. A tool
 that writes no file of these bits is simulated in torch: it has neither size nor latency. "CPU s" is the CPU time of the
-quantization on all threads, which other work on the machine affects little.
+quantization on all threads, for qface without the export; other work on the machine affects it little.
 
 Each tool runs in a virtual environment of its own, which is made at the first use and takes up to 7 GB. Its settings
 are its documented ones for convolutional networks: see ``peer_rows.py``. A tool that cannot be installed or that fails
@@ -37,7 +37,7 @@ from harness.report_files import write_json, write_text
 from harness.stopwatch import cpu_timed
 from paper import quantface
 from peer_inputs import TEACHER, write_inputs
-from peer_report import markdown, show
+from peer_report import INTERVAL_FPR, markdown, show
 from peer_rows import EVERY_ROW, ROWS, TOOLS, Row, Tool
 from torch import nn
 
@@ -45,7 +45,7 @@ import qface
 from qface.data import nested_subset
 from qface.deployment import median_milliseconds
 from qface.errors import one_line
-from qface.evaluation import embed
+from qface.evaluation import bootstrap_tpr_drop, embed
 from qface.evaluation.embedding import unit_rows
 from qface.files import make_folder
 
@@ -131,11 +131,19 @@ class Comparison:
         figures = self._halves.figures(made.embeddings, self._float_embeddings)
         return {
             **figures,
+            "drop_interval": self._drop_interval(made.embeddings),
             "bytes": made.bytes,
             "cpu_seconds": made.cpu_seconds,
             "latency_ratio": made.latency_ratio,
             "versions": made.versions,
         }
+
+    def _drop_interval(self, embeddings: Embeddings) -> list[float] | None:
+        """Return the ends of the confidence interval of the loss of TPR at :data:`INTERVAL_FPR`, as fractions."""
+        assert self._halves.held_out.labels is not None
+        labels = self._halves.held_out.labels.numpy()
+        drop = bootstrap_tpr_drop(self._float_embeddings, embeddings, labels, [INTERVAL_FPR])[INTERVAL_FPR]
+        return None if drop is None else [drop.interval.low, drop.interval.high]
 
     @cached_property
     def _folder(self) -> Path:

@@ -80,5 +80,5 @@ def _run(command: Sequence[str], log: Path) -> None:
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
     if status.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), f"status {status.returncode}")
-        raise ToolError(f"{last[:200]} (all output: {log})")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+        raise ToolError(f"{last[:200]} (exit status {status.returncode}; all output: {log})")

@@ -122,3 +122,14 @@ def test_training_is_an_option() -> None:
     plain, trained = ([row.name for row in PEERS.chosen([], distill)] for distill in (False, True))
     assert {name for name in trained if name not in plain} == {"quantface-one-epoch-w6a6", "qface-one-epoch-w6a6"}
     assert [row.name for row in PEERS.chosen(["qface-w6a6", "float"], False)] == ["float", "qface-w6a6"]
+
+
+def test_a_loss_is_shown_with_its_interval() -> None:
+    def row(method: str, tpr: float) -> dict[str, Any]:
+        figures = {"tpr": dict.fromkeys(("1e-3", "1e-4", "1e-5"), tpr), "accuracy": 0.99, "distance": 0.01}
+        figures |= {"drop_interval": [0.01, 0.04], "bytes": None, "cpu_seconds": None, "latency_ratio": None}
+        return {"method": method, "label": method, "bits": "", "options": {}, "figures": {**figures, "versions": {}}}
+
+    lines = sys.modules["peer_report"].markdown([row("float", 0.9), row("NNCF", 0.88)]).splitlines()
+    assert "| float |  | TPR 90.00 | TPR 90.00 | TPR 90.00 |" in lines[2]
+    assert "| NNCF |  | 2.00 | 2.00 (1.00 to 4.00) | 2.00 | 99.00 | 0.9900 | simulated |" in lines[3]
