@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -35,10 +35,14 @@ def markdown(rows: Sequence[Record]) -> str:
     return markdown_table(HEADINGS, _cells(rows)) + "".join(f"\n{line}\n" for line in notes(rows))
 
 
-def notes(rows: Iterable[Record]) -> list[str]:
-    """Return one line per method with its versions and settings, then one per row that failed."""
-    settings = {row["method"]: f"{row['method']}: {_settings(row)}" for row in rows if "figures" in row}
-    return [*settings.values(), *(f"{row['row']} failed: {row['error']}" for row in rows if "error" in row)]
+def notes(rows: Sequence[Record]) -> list[str]:
+    """Return one line per method and settings, with versions of packages, then one per row that failed."""
+    bits: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "figures" in row:
+            bits.setdefault((row["method"], _settings(row)), []).append(row["bits"])
+    used = [f"{method} {', '.join(each)}: {settings}" for (method, settings), each in bits.items()]
+    return [*used, *(f"{row['row']} failed: {row['error']}" for row in rows if "error" in row)]
 
 
 def _settings(row: Record) -> str:

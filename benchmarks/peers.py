@@ -7,7 +7,7 @@ Calibration takes 512 images of the first half of the LFW identities; figures ar
 each n-th identity of it (``--every``). Ten folds are LFW's own pairs among these identities. "lost" is percentage
 points of TPR against the float network, at 1e-4 with a 95 % interval over people; the row "float" has its TPR.
 
-Files are embedded and timed in onnxruntime, NNCF's in OpenVINO. "latency" is the time of one image on one thread
+Files are embedded and timed in onnxruntime, NNCF's in OpenVINO. "latency" is the CPU time of one image on one thread
 relative to the float32 network in the same runtime: the ratio of the medians of ``--runs`` alternating calls. A tool
 that writes no file of these bits is simulated in torch: it has neither size nor latency. "CPU s" is the CPU time of the
 quantization on all threads, for qface without the export; other work on the machine affects it little.
@@ -39,15 +39,17 @@ from paper import quantface
 from peer_inputs import TEACHER, write_inputs
 from peer_report import INTERVAL_FPR, markdown, show
 from peer_rows import EVERY_ROW, ROWS, TOOLS, Row, Tool
+from peer_tools.task import latency_ratio
 from torch import nn
 
 import qface
 from qface.data import nested_subset
-from qface.deployment import median_milliseconds
+from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import one_line
 from qface.evaluation import bootstrap_tpr_drop, embed
 from qface.evaluation.embedding import unit_rows
 from qface.files import make_folder
+from qface.preprocessing import preprocessing_of
 
 SCRIPTS = Path(__file__).parent / "peer_tools"
 
@@ -60,7 +62,7 @@ class Quantized:
         embeddings: L2-normalized embeddings of the judged images, ``[N, D]``.
         bytes: size of its files; None if it is simulated.
         cpu_seconds: CPU time of the quantization on all threads; None for float.
-        latency_ratio: time of one image relative to the float network; None if it is simulated.
+        latency_ratio: CPU time of one image relative to the float network; None if it is simulated.
         versions: versions of the packages that made it.
     """
 
@@ -167,8 +169,12 @@ class Comparison:
     def _qface(self, row: Row) -> Quantized:
         student, seconds = cpu_timed(lambda: self._student(row))
         file = qface.export(student, self._path(row, ".onnx"))
-        before, after = median_milliseconds([self._folder / TEACHER, file], runs=self._runs)
-        return Quantized(self._embeddings(file), file.stat().st_size, seconds, after / before)
+        return Quantized(self._embeddings(file), file.stat().st_size, seconds, self._latency_ratio(file))
+
+    def _latency_ratio(self, file: Path) -> float:
+        image = preprocessing_of(self._teacher)(self._calibration.read([0]))
+        quantized, teacher = (OnnxEmbedder(path, threads=1) for path in (file, self._folder / TEACHER))
+        return latency_ratio(lambda: quantized(image), lambda: teacher(image), self._runs)
 
     def _student(self, row: Row) -> nn.Module:
         config = qface.QuantizationConfig(row.weight_bits, row.activation_bits)

@@ -76,7 +76,7 @@ class Task:
             versions: version of each package that made the network.
             batch_size: images per call.
             files: files of the quantized network; none if the tool only simulates it.
-            latency_ratio: time of one image relative to the float network in the same runtime.
+            latency_ratio: CPU time of one image relative to the float network in the same runtime.
         """
         embeddings = np.concatenate([embed(batch) for batch in self.batches(self._images, batch_size)])
         np.save(self.folder / "embeddings.npy", embeddings.astype(np.float32))
@@ -90,11 +90,14 @@ class Task:
 
 
 def latency_ratio(quantized: Callable[[], object], teacher: Callable[[], object], runs: int) -> float:
-    """Return the median time of ``quantized`` relative to ``teacher``; their calls alternate."""
+    """Return the median time of ``quantized`` relative to ``teacher``; their calls alternate.
+
+    It is CPU time, which equals latency on one thread, and does not grow while other processes have the core.
+    """
     times: dict[Callable[[], object], list[float]] = {quantized: [], teacher: []}
     for _ in range(_WARM_UP + runs):
         for call, measured in times.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            measured.append(time.perf_counter() - start)
+            measured.append(time.process_time() - start)
     return statistics.median(times[quantized][_WARM_UP:]) / statistics.median(times[teacher][_WARM_UP:])
