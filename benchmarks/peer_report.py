@@ -41,7 +41,7 @@ def notes(rows: Sequence[Record]) -> list[str]:
     for row in rows:
         if "figures" in row:
             bits.setdefault((row["method"], _settings(row)), []).append(row["bits"])
-    used = [f"{method} {', '.join(each)}: {settings}" for (method, settings), each in bits.items()]
+    used = [f"{method} {', '.join(each)}".strip() + f": {settings}" for (method, settings), each in bits.items()]
     return [*used, *(f"{row['row']} failed: {row['error']}" for row in rows if "error" in row)]
 
 

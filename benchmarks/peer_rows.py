@@ -91,7 +91,7 @@ _BREVITAS = {
     "gptq": True,
     "gptq_images": 128,
 }
-# Ranges up to the percentile leave nothing of the network at 4 bits. MSE ranges take minutes per batch of 32 images.
+# At 4 bits these ranges lose everything. MSE ranges take more than a minute per batch, so they get fewer images.
 _BREVITAS_4_BITS = {**_BREVITAS, "activation_ranges": "mse", "calibration_images": 64}
 # Qualcomm's settings for its current processor: weights per channel, nothing rounded between convolution and PReLU.
 _AIMET = {
