@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from qface.data import ImageFolder, read_lfw_pairs, resolve_pairs
 from qface.evaluation import ten_fold_accuracy, tpr_at_fpr
+from qface.files import temporary_folder
 
 FPRS = ("1e-3", "1e-4", "1e-5")
 
@@ -19,14 +20,18 @@ Embeddings = npt.NDArray[np.float32]
 class Halves:
     """Both halves of LFW, from ``lfw`` and ``lfw_pairs.txt`` in the folder ``faces``.
 
+    Args:
+        faces: the folder.
+        every: keep only each ``every``-th identity of the second half.
+
     Attributes:
         tuning: images of the first half of the identities.
         held_out: images of the second half.
     """
 
-    def __init__(self, faces: Path) -> None:
+    def __init__(self, faces: Path, every: int = 1) -> None:
         self.tuning = ImageFolder(faces / "lfw", identities="first-half")
-        self.held_out = ImageFolder(faces / "lfw", identities="second-half")
+        self.held_out = _each(every, ImageFolder(faces / "lfw", identities="second-half"))
         self._pairs = resolve_pairs(read_lfw_pairs(faces / "lfw_pairs.txt"), self.held_out)
 
     def names(self) -> str:
@@ -64,3 +69,13 @@ class Halves:
         pairs = self._pairs
         cosines = np.sum(embeddings[pairs.first] * embeddings[pairs.second], axis=1)
         return ten_fold_accuracy(cosines, pairs.same, pairs.fold)[0]
+
+
+def _each(every: int, folder: ImageFolder) -> ImageFolder:
+    """Return ``folder`` with each ``every``-th of its identities."""
+    if every == 1:
+        return folder
+    with temporary_folder() as temporary:
+        names = temporary / "identities.txt"
+        names.write_text("\n".join(folder.names[::every]), encoding="utf-8")
+        return ImageFolder(folder.root, identities=names)

@@ -14,3 +14,10 @@ def timed(work: Callable[[], ResultT]) -> tuple[ResultT, float]:
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start
+
+
+def cpu_timed(work: Callable[[], ResultT]) -> tuple[ResultT, float]:
+    """Call ``work``; return its result and the CPU seconds of all threads of this process."""
+    start = time.process_time()
+    result = work()
+    return result, time.process_time() - start
