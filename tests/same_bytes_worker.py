@@ -11,6 +11,7 @@ import torch
 import qface
 from qface.cli import main
 from qface.quantization import QuantizationConfig
+from qface.reporting.figures import sensitivity_figure
 from tests.networks import random_faces, tiny_face_net
 
 
@@ -39,7 +40,7 @@ def write() -> None:
     result = qface.sensitivity(network, faces, activation_bits=())
     Path("sensitivity.json").write_text(json.dumps(result.to_dict()), encoding="utf-8")
     for kind in ("svg", "pdf", "png"):
-        qface.reporting.sensitivity_figure(result, f"sensitivity.{kind}")
+        sensitivity_figure(result, f"sensitivity.{kind}")
 
 
 if __name__ == "__main__":
