@@ -19,6 +19,7 @@ from qface.cli.options import (
     preprocessing_options,
     training_options,
 )
+from qface.cli.resumable import continued
 
 __all__ = ["compress"]
 
@@ -110,7 +111,8 @@ def compress(
         training=distill_config(**options),
     )
     teacher = resolve_model(model, preprocessing=preprocessing)
-    found = qface.compress(teacher, images, output, target, config, identities, eval_identities, run_dir)
+    with continued():
+        found = qface.compress(teacher, images, output, target, config, identities, eval_identities, run_dir)
     show(found.to_dict(), found, as_json)
     if found.chosen is None:
         note(f"no file was written: {found.stopped}; the trials are in {found.run_dir}")

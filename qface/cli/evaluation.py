@@ -12,6 +12,7 @@ import qface
 from qface.choices import SENSITIVITY_IMAGES, TemplateProtocol
 from qface.cli.command import Command, note, show
 from qface.cli.options import FilePath, images_option, json_option, people_option, preprocessing_options
+from qface.cli.resumable import continued_in
 from qface.errors import ConfigError
 
 __all__ = ["evaluate", "identify", "ijb", "sensitivity", "thresholds"]
@@ -98,19 +99,23 @@ def evaluate(
         show(compared.to_dict(), compared, as_json)
         return
     if stress:
-        changed = qface.evaluate_stress(chosen, images, pairs, identities, second, bootstrap=bootstrap, run_dir=run_dir)
+        with continued_in(run_dir):
+            changed = qface.evaluate_stress(
+                chosen, images, pairs, identities, second, bootstrap=bootstrap, run_dir=run_dir
+            )
         show(changed.to_dict(), changed, as_json)
         return
-    result = qface.evaluate(
-        chosen,
-        images,
-        pairs=pairs,
-        identities=identities,
-        gallery=second,
-        flip=flip,
-        run_dir=run_dir,
-        bootstrap=bootstrap,
-    )
+    with continued_in(run_dir):
+        result = qface.evaluate(
+            chosen,
+            images,
+            pairs=pairs,
+            identities=identities,
+            gallery=second,
+            flip=flip,
+            run_dir=run_dir,
+            bootstrap=bootstrap,
+        )
     show(result.to_dict(), result, as_json)
 
 
@@ -215,7 +220,8 @@ def ijb(
     from qface.evaluation import as_embedder
 
     chosen = as_embedder(model, preprocessing)
-    result = qface.evaluate_templates(chosen, data, protocol, flip, detector_score, run_dir, bootstrap)
+    with continued_in(run_dir):
+        result = qface.evaluate_templates(chosen, data, protocol, flip, detector_score, run_dir, bootstrap)
     show(result.to_dict(), result, as_json)
 
 
@@ -313,7 +319,8 @@ def sensitivity(
     if figure is not None:
         check_figure(figure)
     network = resolve_model(model, preprocessing=preprocessing)
-    result = qface.sensitivity(network, images, identities, num_images=num_images, run_dir=run_dir)
+    with continued_in(run_dir):
+        result = qface.sensitivity(network, images, identities, num_images=num_images, run_dir=run_dir)
     if figure is not None:
         sensitivity_figure(result, figure)
     show(result.to_dict(), result, as_json)

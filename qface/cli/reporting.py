@@ -12,6 +12,7 @@ import qface
 from qface.choices import FigureKind
 from qface.cli.command import Command, show, written
 from qface.cli.options import FilePath, json_option, preprocessing_options
+from qface.cli.resumable import continued_in
 from qface.errors import ConfigError
 
 __all__ = ["plot", "report", "tensorboard"]
@@ -68,17 +69,18 @@ def report(
 
     RUN is a run folder of qface compress; without one, give --teacher, --student, --file and --images.
     """
-    data = qface.report(
-        _record(run, fields),
-        output,
-        fpr,
-        faces,
-        latency_runs,
-        bootstrap=bootstrap,
-        preprocessing=preprocessing,
-        stress=stress,
-        run_dir=run_dir,
-    )
+    with continued_in(run_dir):
+        data = qface.report(
+            _record(run, fields),
+            output,
+            fpr,
+            faces,
+            latency_runs,
+            bootstrap=bootstrap,
+            preprocessing=preprocessing,
+            stress=stress,
+            run_dir=run_dir,
+        )
     show(data.to_dict(), f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB)", as_json)
 
 

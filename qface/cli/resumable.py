@@ -1,4 +1,4 @@
-"""Run folders of the commands that train."""
+"""Run folders of commands, in which a stopped command continues."""
 
 from __future__ import annotations
 
@@ -7,13 +7,28 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from qface.cli.command import note
 
-__all__ = ["Run", "run_of"]
+__all__ = ["Run", "continued", "continued_in", "run_of"]
+
+
+@contextmanager
+def continued(*options: str) -> Iterator[None]:
+    """If a signal ends the block, print the command that continues: this command with ``options``."""
+    try:
+        yield
+    except SystemExit:
+        note(f"stopped; to continue: {shlex.join(['qface', *sys.argv[1:], *options])}")
+        raise
+
+
+def continued_in(run_dir: Path | None) -> AbstractContextManager[None]:
+    """Like :func:`continued` if there is a run folder; otherwise a stopped command starts over, and says nothing."""
+    return nullcontext() if run_dir is None else continued()
 
 
 @dataclass(frozen=True)
@@ -28,15 +43,9 @@ class Run:
     folder: Path
     resume: bool
 
-    @contextmanager
-    def resumable(self) -> Iterator[None]:
+    def resumable(self) -> AbstractContextManager[None]:
         """If a signal ends the block, after training wrote a checkpoint, print the command that continues."""
-        try:
-            yield
-        except SystemExit:
-            resume = [] if self.resume else ["--resume"]
-            note(f"stopped; to continue: {shlex.join(['qface', *sys.argv[1:], *resume])}")
-            raise
+        return continued(*([] if self.resume else ["--resume"]))
 
 
 @contextmanager

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 import qface
 from qface.cli import main
+from qface.data import ImageFolder
 from qface.distillation.checkpoint import RunFolder
 from qface.signals import ended_by_signals
 from tests.crops import write_crops
@@ -80,6 +82,37 @@ def test_the_same_command_goes_on_after_a_signal(
     assert files[0] == files[1]
     networks = [f"{name}.safetensors" for name in ("stopped", "student", "whole")]
     assert sorted(path.name for path in folder.iterdir()) == ["crops", *networks]
+
+
+@pytest.mark.parametrize(
+    ("command", "continues"),
+    [
+        ([*"evaluate NET --images crops --run-dir runs".split()], True),
+        ([*"sensitivity NET --images crops --run-dir runs --num-images 20".split()], True),
+        ([*"compress NET --images more --bits 6 --at-fpr 1e-1 --num-images 4 -o small.onnx".split()], True),
+        ([*"evaluate NET --images crops".split()], False),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_command_that_can_continue_says_so_when_it_is_stopped(
+    command: list[str],
+    continues: bool,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [NET if word == "NET" else word for word in command]
+    write_crops(folder / "more", {f"person_{number:02d}": 6 for number in range(12)})
+    read = ImageFolder.read
+
+    def interrupted(self: ImageFolder, indices: Sequence[int]) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return read(self, indices)
+
+    monkeypatch.setattr(ImageFolder, "read", interrupted)
+    assert run(monkeypatch, *words) == 130
+    found = capsys.readouterr().err
+    assert (f"stopped; to continue: qface {' '.join(words)}\n" in found) == continues
 
 
 def test_a_folder_that_was_chosen_stays_and_is_resumed_where_that_is_asked_for(
