@@ -279,7 +279,7 @@ class _Search:
             network = prune(self.teacher, Budget(cost.macs * left, "macs"), self.tuning)
         raise ConfigError(
             f"one image takes {milliseconds:.2f} ms here with 8 bits, and fewer bits take as long: "
-            + ("pruning does not reach max_ms either" if self.config.prune else "raise max_ms, or allow pruning")
+            + ("raise max_ms, which pruning misses too" if self.config.prune else "raise max_ms, or allow pruning")
         )
 
     def _milliseconds_at_8_bits(self, network: nn.Module) -> float:
