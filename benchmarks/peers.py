@@ -56,7 +56,7 @@ SCRIPTS = Path(__file__).parent / "peer_tools"
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a method made.
+    """Embeddings, size and costs of one quantized network.
 
     Args:
         embeddings: L2-normalized embeddings of the judged images, ``[N, D]``.

@@ -24,7 +24,8 @@ def opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
         LimitError: the directory of the archive takes more memory than the limit ``bytes``.
         zipfile.BadZipFile: the file is no complete archive.
     """
-    check("bytes", _BYTES_PER_ENTRY * _max_entries(path), str(path))
+    if zipfile.is_zipfile(path):  # reads the end only; any other file, however large, is refused below
+        check("bytes", _BYTES_PER_ENTRY * _max_entries(path), str(path))
     with zipfile.ZipFile(path) as archive:
         yield archive
 

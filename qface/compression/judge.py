@@ -65,6 +65,7 @@ class Judge:
         _check_rate(target.at_fpr, count_pairs(labels)[1])
         self.faces, self._labels, self._target = faces, labels, target
         self._teacher, self._folder = as_embedder(teacher), folder
+        self._stressed: dict[str, Embeddings] = {}  # the teacher's, by condition
         self._reference = self._reference_of(faces, folder)
         tpr = tpr_at_fpr(self._reference, labels, [target.at_fpr])[target.at_fpr].tpr
         assert tpr is not None  # the rate was checked
@@ -89,8 +90,9 @@ class Judge:
             if found.largest_bound > self._max_drop:
                 break
             images = StressedImages(self.faces, condition)
-            reference = self._reference_of(images, self._folder / condition)
-            found.stress[condition] = self._drop(reference, embed(embedder, images), gallery)
+            if condition not in self._stressed:
+                self._stressed[condition] = self._reference_of(images, self._folder / condition)
+            found.stress[condition] = self._drop(self._stressed[condition], embed(embedder, images), gallery)
         return found
 
     @property

@@ -45,8 +45,8 @@ def saturation_probe() -> tuple[ModelProto, npt.NDArray[np.uint8], npt.NDArray[n
         tensors += [(f"{name}.weight", weights), (f"{name}.scale", np.float32(scale))]
         inputs = ["images", "one", "zero", f"{name}.weight", "one", "int8_zero", f"{name}.scale", "middle"]
         nodes.append(helper.make_node("QLinearConv", inputs, [name], group=groups, kernel_shape=[size, size]))
+        nodes.append(helper.make_node("Cast", [name], [f"{name}.float"], to=TensorProto.FLOAT))
         nodes.append(helper.make_node("ReduceMean", [f"{name}.float"], [f"{name}.mean"], axes=[2, 3], keepdims=0))
-        nodes.insert(-1, helper.make_node("Cast", [name], [f"{name}.float"], to=TensorProto.FLOAT))
         expected.append((128 + np.round(sums / scale)).astype(np.float32))
     nodes.append(helper.make_node("Concat", [f"{name}.mean" for name in _KERNELS], ["output"], axis=1))
     graph = helper.make_graph(

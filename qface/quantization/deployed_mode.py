@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from qface.quantization.fake_quantize import LSQFakeQuantize
+from qface.quantization.calibrate import quantizers
 from qface.training_mode import preserve_training_mode, shared_by_threads
 
 __all__ = ["deployed_mode", "deployed_on_cpu"]
@@ -21,7 +21,7 @@ def deployed_mode(student: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _deployed_mode(student: nn.Module) -> Iterator[None]:
-    observing = [module for module in student.modules() if isinstance(module, LSQFakeQuantize) and module.observing]
+    observing = [quantizer for quantizer in quantizers(student) if quantizer.observing]
     with preserve_training_mode(student):
         student.eval()
         for quantizer in observing:

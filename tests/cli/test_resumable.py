@@ -87,10 +87,10 @@ def test_the_same_command_goes_on_after_a_signal(
 @pytest.mark.parametrize(
     ("command", "continues"),
     [
-        ([*"evaluate NET --images crops --run-dir runs".split()], True),
-        ([*"sensitivity NET --images crops --run-dir runs --num-images 20".split()], True),
-        ([*"compress NET --images more --bits 6 --at-fpr 1e-1 --num-images 4 -o small.onnx".split()], True),
-        ([*"evaluate NET --images crops".split()], False),
+        ("evaluate NET --images crops --run-dir runs".split(), True),
+        ("sensitivity NET --images crops --run-dir runs --num-images 20".split(), True),
+        ("compress NET --images more --bits 6 --at-fpr 1e-1 --num-images 4 -o small.onnx".split(), True),
+        ("evaluate NET --images crops".split(), False),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
