@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from types import FrameType
 from typing import Any
 
 __all__ = ["ended_by_signals", "signals_noted"]
+
+_LOGGER = logging.getLogger("qface")
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _AGAIN_AFTER = 0.01  # seconds
@@ -33,6 +36,7 @@ def ended_by_signals() -> Iterator[None]:
         _let_end(heard)
         if _noted is not None:
             _noted.append(number)
+            _LOGGER.warning("stopping after this step; a second signal stops at once, and the step is lost")
             return
         raise SystemExit(128 + received[0])
 
@@ -57,10 +61,11 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Delay the SystemExit of :func:`ended_by_signals` until the end of the block, which should be short.
+    """Delay the SystemExit of :func:`ended_by_signals` until the end of the block, which should leave soon.
 
     Yields:
-        A list to which a received signal number is added. A second signal ends the process immediately.
+        A list to which a received signal number is added, with a warning that the current step ends first. A second
+        signal ends the process immediately.
 
     Raises:
         SystemExit: a signal was received within the block.

@@ -85,5 +85,6 @@ def test_a_signal_while_torch_is_imported(name: str, expected: int, tmp_path: Pa
 def test_a_noted_signal_ends_at_the_end_of_the_block(tmp_path: Path) -> None:
     code = "from qface.signals import signals_noted\nwith ended_by_signals():\n with signals_noted() as noted:\n"
     code += "  send('SIGTERM')\n  open('went on', 'w').close() if noted else None\n open('too far', 'w')\n"
-    assert ended(code, tmp_path) == (143, "")
+    number, said = ended(code, tmp_path)
+    assert number == 143 and said.startswith("stopping after this step")
     assert [path.name for path in tmp_path.iterdir()] == ["went on"]

@@ -22,6 +22,7 @@ __all__ = [
     "people_option",
     "preprocessing_options",
     "pruning_options",
+    "run_dir_option",
     "run_options",
     "training_options",
     "weights_option",
@@ -156,6 +157,13 @@ training_options = _options(
     click.option("--seed", type=int, default=0, help="Seed of batches, flips and augmentation."),
     click.option("--device", help="Device to train on, as torch names it.  [default: cuda if present, else cpu]"),
     click.option("--checkpoint-every", type=int, help="Steps between two checkpoints.  [default: the recipe's]"),
+)
+
+run_dir_option = click.option(
+    "--run-dir",
+    type=FilePath,
+    help="Folder in which the same command continues after a signal.  [default: OUTPUT.run, deleted when the output "
+    "is written]",
 )
 
 run_options = _options(

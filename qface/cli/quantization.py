@@ -17,8 +17,10 @@ from qface.cli.options import (
     json_option,
     people_option,
     preprocessing_options,
+    run_dir_option,
     weights_option,
 )
+from qface.cli.resumable import run_of
 from qface.errors import ConfigError
 
 __all__ = ["allocate_bits", "calibrate", "quantize"]
@@ -104,6 +106,7 @@ def _config_of(file: Path, options: dict[str, Any]) -> qface.QuantizationConfig:
 @click.option("--gptq/--no-gptq", default=True, help="Round weights with GPTQ.")
 @click.option("--correct-biases/--no-correct-biases", default=True, help="Run DFQ bias correction last.")
 @click.option("-o", "--output", required=True, type=FilePath, help="Student file to write (.safetensors).")
+@run_dir_option
 @json_option
 @preprocessing_options
 def calibrate(
@@ -111,6 +114,7 @@ def calibrate(
     images: Path,
     identities: str | None,
     output: Path,
+    run_dir: Path | None,
     as_json: bool,
     preprocessing: dict[str, Any],
     **settings: Any,
@@ -121,8 +125,11 @@ def calibrate(
 
     check_model_file(output)
     network: Any = resolve_model(student, preprocessing=preprocessing)
-    calibrated = qface.calibrate(network, images, qface.CalibrationConfig(**settings), identities)
-    qface.save(calibrated, output)
+    config = qface.CalibrationConfig(**settings)
+    with run_of(output, run_dir, resume=True) as run:
+        with run.resumable():
+            calibrated = qface.calibrate(network, images, config, identities, run_dir=run.folder)
+        qface.save(calibrated, output)
     show(written(output), f"wrote {output}", as_json)
 
 
@@ -145,6 +152,7 @@ def calibrate(
 @click.option(
     "-o", "--output", required=True, type=FilePath, help="File to write (.json), for qface quantize --config."
 )
+@run_dir_option
 @json_option
 @preprocessing_options
 def allocate_bits(
@@ -155,6 +163,7 @@ def allocate_bits(
     activation_bits: int,
     num_images: int,
     output: Path,
+    run_dir: Path | None,
     as_json: bool,
     preprocessing: dict[str, Any],
 ) -> None:
@@ -164,8 +173,12 @@ def allocate_bits(
 
     check_folder(output)
     network = resolve_model(model, preprocessing=preprocessing)
-    config = qface.allocate_bits(network, images, budget_mb, identities, activation_bits, num_images)
-    qface.save_bits(config, output)
+    with run_of(output, run_dir, resume=True) as run:
+        with run.resumable():
+            config = qface.allocate_bits(
+                network, images, budget_mb, identities, activation_bits, num_images, run_dir=run.folder
+            )
+        qface.save_bits(config, output)
     record = {"weight_bits": config.weight_bits, "activation_bits": activation_bits, "overrides": len(config.overrides)}
     bits = f"{config.weight_bits} bits per weight, other bits in {len(config.overrides)} layers"
     next_command = shlex.join(["qface", "quantize", model, "--config", str(output), "-o", "student.safetensors"])

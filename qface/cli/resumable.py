@@ -33,10 +33,10 @@ def continued_in(run_dir: Path | None) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """The run folder of a command that trains.
+    """The run folder of a command.
 
     Args:
-        folder: folder of checkpoints and the log.
+        folder: folder of checkpoints.
         resume: True to continue from its checkpoint.
     """
 
@@ -44,7 +44,7 @@ class Run:
     resume: bool
 
     def resumable(self) -> AbstractContextManager[None]:
-        """If a signal ends the block, after training wrote a checkpoint, print the command that continues."""
+        """If a signal ends the block, after a checkpoint was written, print the command that continues."""
         return continued(*([] if self.resume else ["--resume"]))
 
 

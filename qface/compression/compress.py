@@ -11,7 +11,6 @@ import functools
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,16 +18,17 @@ from torch import nn
 
 from qface.choices import SENSITIVITY_IMAGES
 from qface.compression.compress_config import CompressConfig, CompressionTarget
-from qface.compression.judge import Judge, milliseconds_of
+from qface.compression.judge import Judge
 from qface.compression.run_record import RunRecord
+from qface.compression.timed_network import TimedNetwork, network_within
 from qface.compression.trials import Compression, Trial, smallest_passing
 from qface.data.content_digest import digest_of_images
 from qface.data.folders import ImageFolder
 from qface.data.identities import FIRST_HALF, SECOND_HALF
 from qface.deployment import export
 from qface.distillation import distill
-from qface.errors import CheckpointError, ConfigError, ExportError
-from qface.files import alone_in, as_path, check_folder, make_folder, replacing
+from qface.errors import ConfigError, ExportError
+from qface.files import as_path, check_folder, make_folder, replacing
 from qface.graph.queries import is_quantized
 from qface.mixed_precision import Sensitivity, allocate_bits, average_bits, bits_for, draft_file, sensitivity
 from qface.model_digest import digest_of_structure, digest_of_values
@@ -37,17 +37,15 @@ from qface.models.resolve import NetworkLike, as_network
 from qface.models.store import check_savable
 from qface.preprocessing import preprocessing_of
 from qface.progress import shows_progress
-from qface.pruning import Budget, cost_of, prune
 from qface.quantization import QuantizationConfig, calibrate, quantize
 from qface.quantization.quantization_config import MAX_BITS
+from qface.run_folder import run_folder
 
 __all__ = ["compress"]
 
 AVERAGE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
 """Average bits per weight to try; steps are finer at low bits, where a bit costs more."""
 
-_PRUNING_ATTEMPTS = 4
-"""Attempts to prune to ``max_ms``, since time falls more slowly than MACs."""
 _MIN_STEP = 0.25
 """Minimum difference in average bits between the largest trial that fits and the next one."""
 
@@ -112,7 +110,7 @@ def compress(
         raise ConfigError("this network is quantized already: compress the float network that it was made from")
     tuning, judged = _people(images, identities, eval_identities)
     folder = output.with_suffix(".run") if run_dir is None else Path(run_dir)
-    with _run_of(folder, teacher, (tuning, judged), target, config):
+    with run_folder(folder, _inputs(teacher, (tuning, judged), target, config)):
         judge = Judge(teacher, judged, target, folder / "reference")
         found = _Search(teacher, tuning, judge, target, config, folder).run()
         if found.chosen is not None:
@@ -137,16 +135,11 @@ def _people(
     return tuning, judged
 
 
-@contextmanager
-def _run_of(
-    folder: Path,
-    teacher: nn.Module,
-    people: tuple[ImageFolder, ImageFolder],
-    target: CompressionTarget,
-    config: CompressConfig,
-) -> Iterator[None]:
-    """Lock the run folder, and refuse one that belongs to another network, image set, target or config."""
-    inputs = {
+def _inputs(
+    teacher: nn.Module, people: tuple[ImageFolder, ImageFolder], target: CompressionTarget, config: CompressConfig
+) -> dict[str, object]:
+    """Return a digest or the values of everything that the trials depend on."""
+    return {
         "layers": digest_of_structure(teacher),
         "weights": digest_of_values(teacher),
         "preprocessing": preprocessing_of(teacher).describe(),
@@ -155,24 +148,6 @@ def _run_of(
         "target": asdict(target),
         "config": asdict(config),
     }
-    make_folder(folder)
-    with alone_in(folder):
-        path = folder / "inputs.json"
-        if not path.exists():
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(inputs) + "\n", encoding="utf-8")
-        _check_inputs(path, json.loads(json.dumps(inputs)))
-        yield
-
-
-def _check_inputs(path: Path, inputs: dict[str, object]) -> None:
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = [name for name in inputs if before[name] != inputs[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: choose another run folder") from error
-    if other:
-        raise ConfigError(f"{path.parent} belongs to a run with different {other[0]}: choose another run folder")
 
 
 @dataclass
@@ -240,7 +215,7 @@ class _Search:
     def _trained_largest(self, averages: list[float]) -> tuple[Trial | None, str]:
         """Train the student with the most bits, if that can help it to meet the target."""
         largest = self._trial(averages[-1])
-        if self.config.distill == "never" or any(_misses_beside_tpr(largest, self.target)):
+        if self.config.distill == "never" or _is_too_large(largest, self.target):
             return None, f"{largest.name} is the largest file allowed, and misses the target: {_listed(largest)}"
         trained = self._trial(averages[-1], distilled=True)
         if trained.misses:
@@ -259,33 +234,14 @@ class _Search:
         return kept, "there are no fewer bits"
 
     @functools.cached_property
-    def network(self) -> nn.Module:
-        """The network to quantize: the teacher, pruned if ``max_ms`` needs it and the config allows it."""
-        if self.target.max_ms is None:
-            return self.teacher
-        kept = self.folder / "pruned.safetensors"
-        if kept.exists():
-            return load(kept)
-        network, left, cost = self.teacher, 1.0, cost_of(self.teacher)
-        for _ in range(_PRUNING_ATTEMPTS):
-            milliseconds = self._milliseconds_at_8_bits(network)
-            if milliseconds <= self.target.max_ms:
-                if network is not self.teacher:
-                    save(network, kept)
-                return network
-            if not self.config.prune:
-                break
-            left *= 0.95 * self.target.max_ms / milliseconds
-            network = prune(self.teacher, Budget(cost.macs * left, "macs"), self.tuning)
-        raise ConfigError(
-            f"one image takes {milliseconds:.2f} ms here with 8 bits, and fewer bits take as long: "
-            + ("raise max_ms, which pruning misses too" if self.config.prune else "raise max_ms, or allow pruning")
-        )
+    def timed(self) -> TimedNetwork:
+        """The network to quantize and its time."""
+        return network_within(self.teacher, self.tuning, self.target, self.config, self.folder)
 
-    def _milliseconds_at_8_bits(self, network: nn.Module) -> float:
-        config = QuantizationConfig(MAX_BITS, self.config.activation_bits)
-        with draft_file(network, config, self.tuning) as file:
-            return milliseconds_of(file)
+    @property
+    def network(self) -> nn.Module:
+        """The network to quantize."""
+        return self.timed.network
 
     @functools.cached_property
     def table(self) -> Sensitivity:
@@ -352,7 +308,9 @@ class _Search:
         return average_bits(self.table, config) if config.overrides else float(config.weight_bits)
 
     def _calibrated(self, average: float) -> nn.Module:
-        return calibrate(quantize(self.network, self._config(average)), self.tuning, self.config.calibration)
+        student = quantize(self.network, self._config(average))
+        run = self.folder / self._name(average) / "calibration"
+        return calibrate(student, self.tuning, self.config.calibration, run_dir=run)
 
     def _distilled(self, average: float, folder: Path) -> nn.Module:
         calibrated = self.folder / self._name(average) / "student.safetensors"
@@ -381,7 +339,7 @@ class _Search:
             drop_low=100 * drop.interval.low,
             drop_high=100 * drop.interval.high,
             drop_bound=100 * drop.upper,
-            ms=None if self.target.max_ms is None else milliseconds_of(file),
+            ms=self.timed.ms,
             distilled=distilled,
             stress={condition: 100 * each.upper for condition, each in drops.stress.items()},
         )
@@ -397,15 +355,13 @@ def _misses(trial: Trial, target: CompressionTarget) -> Iterator[str]:
     for condition, bound in trial.stress.items():
         if target.max_drop is not None and bound > target.max_drop:
             yield f"it loses up to {bound:.2f} percentage points under the condition {condition!r}"
-    yield from _misses_beside_tpr(trial, target)
-
-
-def _misses_beside_tpr(trial: Trial, target: CompressionTarget) -> Iterator[str]:
-    """Yield the limits that training cannot help to meet, since it changes neither size nor time."""
-    if target.max_mb is not None and trial.mb > target.max_mb:
+    if _is_too_large(trial, target):
         yield f"{trial.mb:.3f} MB"
-    if target.max_ms is not None and trial.ms is not None and trial.ms > target.max_ms:
-        yield f"{trial.ms:.2f} ms"
+
+
+def _is_too_large(trial: Trial, target: CompressionTarget) -> bool:
+    """True for a file above ``max_mb``, which training cannot change."""
+    return target.max_mb is not None and trial.mb > target.max_mb
 
 
 def _listed(trial: Trial) -> str:

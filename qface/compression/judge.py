@@ -11,7 +11,6 @@ from qface.compression.compress_config import CompressionTarget
 from qface.data.folders import ImageFolder
 from qface.data.images import IndexedImages, labels_of
 from qface.data.stress import StressedImages
-from qface.deployment.latency import compare, open_file
 from qface.errors import ConfigError, ImagesError
 from qface.evaluation.bootstrap import TprDrop, bootstrap_tpr_drop
 from qface.evaluation.embedding import Embeddings, as_embedder, embed
@@ -19,7 +18,7 @@ from qface.evaluation.shared_embedding import embed_shared
 from qface.evaluation.verification import count_pairs, finest_rate, impostors_needed, ranks_of, tpr_at_fpr
 from qface.parallel import processes_for
 
-__all__ = ["Drops", "Judge", "milliseconds_of"]
+__all__ = ["Drops", "Judge"]
 
 
 @dataclass(frozen=True)
@@ -127,13 +126,3 @@ def _check_rate(fpr: str, impostors: int) -> None:
         f"FPR {fpr} needs {impostors_needed(fpr):,} impostor pairs, and the people to evaluate on have {impostors:,}: "
         + ("give more people" if advice is None else f"give more people, or use the FPR {advice} (at_fpr, --at-fpr)")
     )
-
-
-def milliseconds_of(file: Path) -> float:
-    """Return the median time per image on one thread in onnxruntime, in ms.
-
-    Args:
-        file: the ONNX file.
-    """
-    (row,) = compare([open_file(file)])
-    return row.median

@@ -32,7 +32,7 @@ class Trial:
         drop_low: lower end of the two-sided confidence interval of ``drop``.
         drop_high: upper end of that interval.
         drop_bound: one-sided upper bound of ``drop``, which ``max_drop`` limits.
-        ms: median time per image on one thread, in ms; None without ``max_ms``.
+        ms: median time per image on one thread, in ms, measured once for the network; None without ``max_ms``.
         distilled: True if the student was trained.
         stress: one-sided upper bound of the drop under each evaluated stress condition, in percentage points. No
             condition is evaluated after the first one that misses ``max_drop``.

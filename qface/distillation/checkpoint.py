@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
-import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qface.archives import opened
+from qface.checkpoint_file import read_checkpoint, restoring, write_checkpoint
 from qface.data.content_digest import digest_of_images
 from qface.data.images import ImageSource
 from qface.distillation.distill_config import DistillConfig
-from qface.errors import CheckpointError, ConfigError, ExportError, LimitError, TrainingError
+from qface.errors import CheckpointError, ConfigError, ExportError, TrainingError
 from qface.files import alone_in, check_folder, make_folder, replacing, sync
 from qface.model_digest import digest_of_structure, digest_of_values
 
@@ -146,9 +144,7 @@ class RunFolder:
         return state
 
     def _read(self) -> dict[str, Any]:
-        with self.restoring():
-            _check_sums(self._checkpoint)
-            saved: Any = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        saved = read_checkpoint(self._checkpoint)
         if not _is_checkpoint(saved):
             raise CheckpointError(f"{self._checkpoint} is no checkpoint of a distillation: choose another run folder")
         if (found := saved.get("format", 1)) != _FORMAT:
@@ -158,20 +154,9 @@ class RunFolder:
             )
         return dict(saved)
 
-    @contextmanager
-    def restoring(self) -> Iterator[None]:
-        """Turn errors while the checkpoint is read or its state is restored into one line.
-
-        Raises:
-            CheckpointError: the block failed.
-            LimitError: the file exceeds a limit of :mod:`qface.limits`.
-        """
-        try:
-            yield
-        except (LimitError, MemoryError, torch.cuda.OutOfMemoryError):  # the file may be complete
-            raise
-        except Exception as error:  # torch checks little, so damaged bytes may raise anything
-            raise CheckpointError(f"{self._checkpoint} is damaged: delete it to start over") from error
+    def restoring(self) -> AbstractContextManager[None]:
+        """Turn errors while the state is restored into a :class:`~qface.errors.CheckpointError` of one line."""
+        return restoring(self._checkpoint)
 
     def _require_same_config(self, saved: dict[str, Any]) -> None:
         longer = _is_longer(saved, self._config)
@@ -209,12 +194,7 @@ class RunFolder:
         if self._log.exists():
             sync(self._log)  # or, after a power failure, the checkpoint could be ahead of the log
         content = {"format": _FORMAT, "config": self._config, "inputs": self._inputs, "state": state}
-        # Given a path, torch would store its name in the file.
-        with replacing(self._checkpoint) as temporary, temporary.open("wb") as file:
-            try:
-                torch.save(_interned(content), file)
-            except RuntimeError as error:  # torch's error for a full disk
-                raise ExportError(f"cannot write all of {self._checkpoint}: make room on the disk") from error
+        write_checkpoint(self._checkpoint, content)
 
     def begin_log(self, step: int) -> None:
         """Cut the log after the first ``step`` lines; a killed run may have logged more steps than it saved.
@@ -251,15 +231,6 @@ class RunFolder:
             ) from error
 
 
-def _interned(value: Any) -> Any:
-    """Share equal strings: pickle stores an object once, so resumed runs write the same bytes."""
-    if type(value) is dict:
-        return {_interned(key): _interned(each) for key, each in value.items()}
-    if type(value) is list:
-        return [_interned(each) for each in value]
-    return sys.intern(value) if type(value) is str else value
-
-
 def _holds(student: nn.Module, trained: Mapping[str, Any]) -> bool:
     """True if ``student`` has the values ``trained``, as after this run in the same process."""
     own = student.state_dict()
@@ -281,18 +252,6 @@ def _is_longer(saved: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     if not all(isinstance(saved.get(name), int | None) for name in _LENGTH):
         return False
     return all(config[name] is None or (saved[name] is not None and config[name] >= saved[name]) for name in _LENGTH)
-
-
-def _check_sums(path: Path) -> None:
-    """Check the CRC-32 sums in the archive ``path``, which torch writes but does not check.
-
-    Raises:
-        zipfile.BadZipFile: a sum differs, or the file is no archive.
-    """
-    with opened(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(damaged)
 
 
 def _is_checkpoint(saved: Any) -> bool:

@@ -49,6 +49,7 @@ def allocate_bits(
     batch_size: int = 16,
     table: Sensitivity | None = None,
     progress: bool = False,
+    run_dir: str | Path | None = None,
 ) -> QuantizationConfig:
     """Choose 2 to 8 bits per weight tensor so that the exported file fits a size budget with minimum loss.
 
@@ -66,16 +67,17 @@ def allocate_bits(
         batch_size: batch size (default 16).
         table: result of :func:`qface.sensitivity` for the weights of ``model``; None measures it.
         progress: True to show the stages on stderr.
+        run_dir: folder for the losses measured so far, as for :func:`qface.sensitivity`; None (default) stores nothing.
 
     Returns:
         A config with the most frequent bits as ``weight_bits`` and the other layers in ``overrides``.
 
     Raises:
         CheckpointError: the file of the network cannot be read.
-        ConfigError: even 2 bits everywhere exceed the budget, ``budget_mb`` is not > 0, bits are out of range, or the
-            model is already quantized.
+        ConfigError: even 2 bits everywhere exceed the budget, ``budget_mb`` is not > 0, bits are out of range, the
+            model is already quantized, ``run_dir`` belongs to another run, or another run is using it.
         ImagesError: the images cannot be used, or there are none.
-        ExportError: the student of this network cannot be exported.
+        ExportError: the student of this network cannot be exported, or ``run_dir`` cannot be written to.
         TraceError: torch.export cannot trace the network.
         UnsupportedLayerError: a layer cannot be quantized or exported; the message names it.
 
@@ -97,7 +99,9 @@ def allocate_bits(
             f"weights, got {budget_mb}"
         )
     if table is None:
-        table = sensitivity(model, faces, activation_bits=(), batch_size=batch_size, num_images=len(faces))
+        table = sensitivity(
+            model, faces, activation_bits=(), batch_size=batch_size, num_images=len(faces), run_dir=run_dir
+        )
     return _fitting(model, narrowest, table, faces, budget, smallest)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from qface.errors import ConfigError, ExportError
-from qface.files import alone_in, make_folder, replacing
+from qface.errors import ExportError
+from qface.files import replacing
+from qface.run_folder import run_folder
 
 __all__ = ["Key", "Losses", "loss_store"]
 
@@ -29,28 +30,25 @@ def loss_store(folder: Path, inputs: Mapping[str, str]) -> Iterator[Losses]:
         inputs: digest of each input of the measurement, by name.
 
     Raises:
+        CheckpointError: the record of the inputs is damaged.
         ConfigError: the folder belongs to other inputs, or another run is using it.
         ExportError: the folder cannot be created or written to.
     """
-    make_folder(folder)
-    with alone_in(folder):
-        yield _StoredLosses(folder / _FILE, inputs)
+    with run_folder(folder, inputs):
+        yield _StoredLosses(folder / _FILE)
 
 
 class _StoredLosses(Losses):
-    """Losses mirrored in the file ``path``: a header line with ``inputs``, then one line per loss."""
+    """Losses mirrored in the file ``path``, one line per loss."""
 
-    def __init__(self, path: Path, inputs: Mapping[str, str]) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        header = json.dumps(dict(inputs), sort_keys=True)
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else [header]
-        if lines[:1] != [header]:
-            raise ConfigError(f"{path} belongs to another model, other images or settings; choose another folder")
-        stored = list(_parsed(lines[1:]))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        stored = list(_parsed(lines))
         self.update(stored)
         with replacing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in (header, *map(_line, stored))), encoding="utf-8")
+            temporary.write_text("".join(f"{_line(each)}\n" for each in stored), encoding="utf-8")
 
     def __setitem__(self, key: Key, loss: float) -> None:
         super().__setitem__(key, loss)

@@ -32,9 +32,8 @@ from qface.model_digest import digest_of_structure, digest_of_values
 from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import example_input, preprocessing_of
 from qface.progress import shows_progress, stage
-from qface.quantization.calibrate import quantizers
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
-from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize
+from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, quantizers
 from qface.quantization.placement import Role, role_of
 from qface.quantization.prepare import quantize
 from qface.quantization.quantization_config import MAX_BITS, MIN_BITS, QuantizationConfig

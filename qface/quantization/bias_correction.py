@@ -6,7 +6,6 @@ layers before it, the difference to the mean of the float network is added to th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, fx, nn
 
 from qface.graph.layers import along_channels
 from qface.graph.queries import layer_of
-from qface.progress import track
 from qface.quantization.quantized_layers import WeightedLayer
 
 __all__ = ["channel_means", "correct_biases"]
@@ -36,20 +34,20 @@ def channel_means(student: fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
     return recorder.means
 
 
-def correct_biases(student: fx.GraphModule, batches: Sequence[Tensor], wanted: Sequence[dict[str, Tensor]]) -> None:
+def correct_biases(student: fx.GraphModule, images: Tensor, wanted: dict[str, Tensor], number: int = 1) -> None:
     """Correct the biases of ``student`` in place, to restore the channel means of the float network.
 
-    Each batch corrects the error that earlier batches left; all batches have equal weight.
+    Called for one batch after the other, each batch corrects the error that the batches before it left, and all have
+    equal weight.
 
     Args:
         student: calibrated, in eval mode.
-        batches: normalized images, each float32 [N, 3, H, W].
-        wanted: the result of :func:`channel_means` for each batch, with fake quantization off.
+        images: normalized images, float32 [N, 3, H, W].
+        wanted: the result of :func:`channel_means` for ``images``, with fake quantization off.
+        number: number of this batch, from 1.
     """
     with torch.no_grad():
-        parts = list(zip(batches, wanted, strict=True))
-        for number, (images, means) in enumerate(track(parts, "correct biases"), 1):
-            _Corrector(student, means, 1 / number).run(images)
+        _Corrector(student, wanted, 1 / number).run(images)
 
 
 class _Recorder(fx.Interpreter):

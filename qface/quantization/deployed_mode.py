@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from qface.quantization.calibrate import quantizers
+from qface.quantization.fake_quantize import quantizers
 from qface.training_mode import preserve_training_mode, shared_by_threads
 
 __all__ = ["deployed_mode", "deployed_on_cpu"]

@@ -16,7 +16,7 @@ from qface.quantization.lsq import lsq_fake_quantize, lsq_fake_quantize_prelu
 from qface.quantization.observers import make_observer
 from qface.quantization.qparams import QUINT8_MAX, IntegerRange, QParams
 
-__all__ = ["NOT_CALIBRATED", "ImageFakeQuantize", "LSQFakeQuantize", "SharedScaleFakeQuantize"]
+__all__ = ["NOT_CALIBRATED", "ImageFakeQuantize", "LSQFakeQuantize", "SharedScaleFakeQuantize", "quantizers"]
 
 NOT_CALIBRATED = (
     "this student is not calibrated: run qface calibrate STUDENT --images FACES -o FILE, or call "
@@ -198,6 +198,11 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         """Return the quantization parameters in a shape that broadcasts against ``x``."""
         qparams, shape = self.qparams(), self._shape(x)
         return qparams._replace(scale=qparams.scale.view(shape), zero_point=qparams.zero_point.view(shape))
+
+
+def quantizers(model: nn.Module) -> list[LSQFakeQuantize]:
+    """Return the fake-quantize modules of ``model`` that have a scale of their own."""
+    return [module for module in model.modules() if isinstance(module, LSQFakeQuantize)]
 
 
 class SharedScaleFakeQuantize(nn.Module):

@@ -8,18 +8,17 @@ NeurIPS 2023, theorem 6: GPTQ equals LDLQ). The rounded weights are multiples of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from qface.models.patches import Layer, Positions, as_map, patches
-from qface.progress import track
 from qface.quantization.quantized_layers import WeightedLayer
 
-__all__ = ["HessianCollector", "gptq"]
+__all__ = ["HessianCollector"]
 
 _POSITIONS = 1024  # sampled positions per layer and batch
 _PERCDAMP = 1e-2
@@ -66,35 +65,51 @@ class _Moments:
             rows = slice(start, start + _PRODUCTS)
             self.products[:, rows, start:].add_(values[:, :, rows].mT @ values[:, :, start:])
 
+    def hessian(self) -> Tensor:
+        """Return the damped Hessian, float64 [groups, K, K], upper triangle valid."""
+        mean, squares = self.sums / self.count, self.products / self.count
+        hessian = squares - mean[:, :, None] * mean[:, None, :]
+        weights = hessian.shape[1]
+        damping = (_PERCDAMP + weights / self.count) * _mean_diagonal(hessian)
+        damping += weights * _PRECISION * _mean_diagonal(squares)
+        return hessian + torch.diag_embed(damping[:, None].expand(-1, weights))
+
 
 class HessianCollector:
     """Collector of each layer's Hessian: the covariance of its input patches.
 
-    As a context manager, it observes every forward pass of the network.
+    As a context manager, it observes every forward pass of the network. Layers with too many weights, and linear layers
+    over the positions of a sequence or map, are left out.
 
     Args:
         student: a network with quantized convolutions and linear layers.
+
+    Attributes:
+        layers: names of the layers that may be observed.
     """
 
     def __init__(self, student: fx.GraphModule) -> None:
-        self._layers = [
-            layer
-            for layer in student.modules()
+        self._modules = {
+            name: layer
+            for name, layer in student.named_modules()
             if isinstance(layer, WeightedLayer) and layer.weight[0].numel() <= _MAX_WEIGHTS
-        ]
+        }
+        self.layers = list(self._modules)
         self._generator = torch.Generator().manual_seed(0)
-        self._moments: dict[nn.Module, _Moments] = {}
+        self._moments: dict[str, _Moments] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> HessianCollector:
-        self._hooks = [layer.register_forward_hook(self._observe) for layer in self._layers]
+        self._hooks = [
+            layer.register_forward_hook(partial(self._observe, name)) for name, layer in self._modules.items()
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _observe(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _observe(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.ndim not in (2, 4) or (isinstance(layer, nn.Linear) and output.ndim != 2):
             return  # a linear layer over the positions of a sequence or map
         height, width = as_map(output).shape[2:]
@@ -102,34 +117,30 @@ class HessianCollector:
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         found = patches(cast(Layer, layer), inputs[0].detach().cpu(), positions)
         values = found.reshape(len(found), groups, -1).transpose(0, 1)  # [groups, M, weights]
-        if layer not in self._moments:
-            self._moments[layer] = _Moments.none(groups, values.shape[2])
-        self._moments[layer].add(values)
+        if name not in self._moments:
+            self._moments[name] = _Moments.none(groups, values.shape[2])
+        self._moments[name].add(values)
 
-    def __len__(self) -> int:
-        """Return the number of observed layers."""
-        return len(self._moments)
+    @torch.no_grad()
+    def round_weights(self, name: str) -> None:
+        """Round the weights of a layer in place, and free its Hessian; scales do not change.
 
-    def items(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Yield each layer and its damped Hessian, float64 [groups, K, K], upper triangle valid."""
-        for layer, moments in self._moments.items():
-            count, mean, squares = moments.count, moments.sums / moments.count, moments.products / moments.count
-            hessian = squares - mean[:, :, None] * mean[:, None, :]
-            weights = hessian.shape[1]
-            damping = (_PERCDAMP + weights / count) * _mean_diagonal(hessian)
-            damping += weights * _PRECISION * _mean_diagonal(squares)
-            yield layer, hessian + torch.diag_embed(damping[:, None].expand(-1, weights))
+        Args:
+            name: one of :attr:`layers`. A layer that was never observed keeps its weights.
+        """
+        moments = self._moments.pop(name, None)
+        if moments is not None:
+            _round(cast(Any, self._modules[name]), moments.hessian())
 
+    def state(self) -> dict[str, Any]:
+        """Return everything observed so far, for :meth:`restore`."""
+        moments = {name: vars(each) for name, each in self._moments.items()}
+        return {"generator": self._generator.get_state(), "moments": moments}
 
-@torch.no_grad()
-def gptq(hessians: HessianCollector) -> None:
-    """Round the weights of all observed layers in place; scales do not change.
-
-    Args:
-        hessians: filled by forward passes over the calibration set.
-    """
-    for layer, hessian in track(hessians.items(), "round weights", len(hessians)):
-        _round(cast(Any, layer), hessian)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from the ``state`` of another collector for the same network."""
+        self._generator.set_state(state["generator"])
+        self._moments = {name: _Moments(**each) for name, each in state["moments"].items()}
 
 
 def _round(layer: Any, hessian: Tensor) -> None:

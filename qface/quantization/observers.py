@@ -76,6 +76,14 @@ class RangeObserver(ObserverBase):
         """Discard everything observed so far."""
 
     @abstractmethod
+    def statistics(self) -> dict[str, Tensor]:
+        """Return everything observed so far, for :meth:`restore`; empty before the first tensor."""
+
+    @abstractmethod
+    def restore(self, statistics: dict[str, Tensor], device: torch.device) -> None:
+        """Continue from the ``statistics`` of another observer with the same settings, for tensors on ``device``."""
+
+    @abstractmethod
     def observe(self, rows: Tensor) -> None:
         """Add the values of ``rows``, float32 [num_rows, n]."""
 
@@ -96,6 +104,16 @@ class MinMaxObserver(RangeObserver):
     def empty(self) -> bool:
         """True if no tensor was observed yet."""
         return self.low is None
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return the ends of the range."""
+        return {} if self.low is None or self.high is None else {"low": self.low, "high": self.high}
+
+    def restore(self, statistics: dict[str, Tensor], device: torch.device) -> None:
+        """Continue from these ends of the range."""
+        self.reset()
+        if statistics:
+            self.low, self.high = statistics["low"].to(device), statistics["high"].to(device)
 
     def observe(self, rows: Tensor) -> None:
         """Widen the range."""
@@ -140,6 +158,19 @@ class _SamplingObserver(RangeObserver):
     def empty(self) -> bool:
         """True if no tensor was observed yet."""
         return self.samples is None
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return the sample, its keys and the state of the generator."""
+        if self.samples is None:
+            return {}
+        return {"samples": self.samples, "keys": self._keys, "generator": self._generator.get_state()}
+
+    def restore(self, statistics: dict[str, Tensor], device: torch.device) -> None:
+        """Continue from this sample."""
+        self.reset()
+        if statistics:
+            self.samples, self._keys = statistics["samples"].to(device), statistics["keys"]
+            self._generator.set_state(statistics["generator"])
 
     def observe(self, rows: Tensor) -> None:
         """Add the values of ``rows`` to the sample."""

@@ -1,10 +1,11 @@
-"""Commands that train: a signal leaves a checkpoint, and the same command goes on to the same file."""
+"""Commands that a signal stops: they leave a checkpoint, and the same command goes on to the same file."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -13,6 +14,7 @@ import qface
 from qface.cli import main
 from qface.data import ImageFolder
 from qface.distillation.checkpoint import RunFolder
+from qface.quantization import calibration_steps
 from qface.signals import ended_by_signals
 from tests.crops import write_crops
 from tests.networks import random_faces, tiny_face_net
@@ -84,12 +86,41 @@ def test_the_same_command_goes_on_after_a_signal(
     assert sorted(path.name for path in folder.iterdir()) == ["crops", *networks]
 
 
+def test_a_calibration_goes_on_after_a_signal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    qface.save(qface.quantize(tiny_face_net()), folder / "student.safetensors")
+    options = ["--images", "crops", "--batch-size", "8"]
+    whole, stopped = (["calibrate", "student.safetensors", *options, "-o", f"{name}.safetensors"] for name in "ab")
+    assert run(monkeypatch, *whole) == 0
+    correct = calibration_steps.correct_biases
+
+    def interrupted(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        correct(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration_steps, "correct_biases", interrupted)
+        assert run(patch, *stopped) == 143
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == [
+        "stopping after this step; a second signal stops at once, and the step is lost",
+        f"stopped; to continue: qface {' '.join(stopped)}",
+    ]
+    assert not (folder / "b.safetensors").exists()
+    assert run(monkeypatch, *stopped) == 0
+    assert "continuing the calibration in b.safetensors.run" in capsys.readouterr().err
+    assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
+    assert not (folder / "b.safetensors.run").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "continues"),
     [
         ("evaluate NET --images crops --run-dir runs".split(), True),
         ("sensitivity NET --images crops --run-dir runs --num-images 20".split(), True),
         ("compress NET --images more --bits 6 --at-fpr 1e-1 --num-images 4 -o small.onnx".split(), True),
+        ("allocate-bits NET --images crops --budget-mb 1 --num-images 20 -o bits.json".split(), True),
         ("evaluate NET --images crops".split(), False),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

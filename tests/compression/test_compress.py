@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from qface.compression.run_record import RunRecord
 from qface.compression.trials import smallest_passing
 from qface.data import ImageFolder
 from qface.data.stress import STRESS_CONDITIONS, StressedImages
+from qface.deployment.latency import Candidate
 from qface.errors import ConfigError, QFaceError
 from qface.evaluation import embed
 from qface.evaluation.bootstrap import bootstrap_tpr_drop
@@ -124,6 +126,29 @@ def test_what_cannot_be_is_refused_before_the_work(
     with pytest.raises(QFaceError, match=message):
         qface.compress(network(), folder, tmp_path / "small.onnx", target, QUICK, *people)
     assert not (tmp_path / "small.onnx").exists()
+
+
+def test_a_network_that_is_too_slow_is_pruned_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopwatch that shows the bytes of the file: fewer channels are faster, other processes are not."""
+
+    def watched(candidates: Sequence[Candidate]) -> list[SimpleNamespace]:
+        return [SimpleNamespace(median=candidate.bytes / 1000) for candidate in candidates]
+
+    monkeypatch.setattr("qface.compression.timed_network.compare", watched)
+    whole, pruned = replace(QUICK, weight_bits=8), replace(QUICK, weight_bits=8, prune=True)
+    target = CompressionTarget(max_ms=1000.0, at_fpr="1e-1")
+    (slow,) = qface.compress(network(), folder, tmp_path / "slow.onnx", target, whole).trials
+    assert slow.ms is not None and slow.keeps
+    limit = CompressionTarget(max_ms=0.92 * slow.ms, at_fpr="1e-1")
+    with pytest.raises(ConfigError, match="raise max_ms, or allow pruning"):
+        qface.compress(network(), folder, tmp_path / "none.onnx", limit, whole)
+    found = qface.compress(network(), folder, tmp_path / "fast.onnx", limit, pruned)
+    assert found.chosen is not None and found.chosen.ms is not None
+    assert found.chosen.ms <= 0.92 * slow.ms and found.chosen.mb < slow.mb
+    monkeypatch.delattr("qface.compression.timed_network.compare")  # the run folder knows the time
+    assert qface.compress(network(), folder, tmp_path / "fast.onnx", limit, pruned) == found
 
 
 def test_a_search_without_limits_is_refused(tmp_path: Path) -> None:

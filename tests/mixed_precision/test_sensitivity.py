@@ -239,5 +239,5 @@ def test_a_measurement_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert sensitivity(network, faces, batch_size=4, run_dir=tmp_path) == whole
     assert file.read_text() == "".join(lines)
     assert sensitivity(network, faces, batch_size=4) == whole
-    with pytest.raises(ConfigError, match="choose another folder"):
+    with pytest.raises(ConfigError, match="run with different images: delete it, or choose another run folder"):
         sensitivity(network, random_faces(6), batch_size=4, run_dir=tmp_path)

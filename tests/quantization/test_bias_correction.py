@@ -10,7 +10,7 @@ from torch import nn
 
 from qface.quantization import CalibrationConfig, calibrate, quantize
 from qface.quantization.bias_correction import channel_means, correct_biases
-from qface.quantization.calibrate import quantizers
+from qface.quantization.fake_quantize import quantizers
 from tests.networks import foreign_net, random_faces, tiny_face_net
 from tests.quantization.test_cross_layer_equalization import floating, images, sized
 
@@ -26,7 +26,7 @@ def test_every_channel_gets_back_its_mean(make: Callable[..., nn.Module], bits: 
     student = calibrate(quantize(model, bits), random_faces(16), UNCORRECTED).eval()
     before = channel_means(student, batch)
     weights = [layer.weight.clone() for layer in student.modules() if hasattr(layer, "weight_fake_quant")]
-    correct_biases(student, [batch], [wanted])
+    correct_biases(student, batch, wanted)
     after = channel_means(student, batch)
 
     def distance(found: dict[str, torch.Tensor]) -> float:
@@ -61,8 +61,8 @@ def test_batches_count_alike() -> None:
     model, batch = sized(tiny_face_net), images(16)
     biases = []
     for batches in ([batch], [batch[:8], batch[8:]]):
-        wanted = [channel_means(floating(model, 8), part) for part in batches]
         student = calibrate(quantize(model, 8), random_faces(16), UNCORRECTED).eval()
-        correct_biases(student, batches, wanted)
+        for number, part in enumerate(batches, 1):
+            correct_biases(student, part, channel_means(floating(model, 8), part), number)
         biases.append(torch.cat([v for name, v in student.named_parameters() if name.endswith("bias")]))
     assert torch.allclose(biases[0], biases[1], atol=0.01)

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import CalibrationConfig, LSQFakeQuantize, QuantizationConfig, calibrate, quantize
-from qface.quantization.calibrate import quantizers
 from qface.quantization.cross_layer_equalization import cross_layer_equalization, find_regions
+from qface.quantization.fake_quantize import quantizers
 from tests.deployment.networks import Gate, Sum, framed, prelu
 from tests.networks import foreign_net, random_faces, tiny_face_net
 

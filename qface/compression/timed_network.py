@@ -1,0 +1,107 @@
+"""The network that a search quantizes: the teacher, pruned until one image takes no longer than ``max_ms``.
+
+Bits do not change the time of a network, so it is measured once, on a draft with 8 bits. Weights of 8 bits take the
+longest where a processor adds products of integers in 16 bits (:mod:`qface.deployment.int8_saturation`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from qface.compression.compress_config import CompressConfig, CompressionTarget
+from qface.data.images import Images
+from qface.deployment.latency import compare, open_file
+from qface.errors import CheckpointError, ConfigError
+from qface.files import replacing
+from qface.limits import named, parse_json
+from qface.mixed_precision import draft_file
+from qface.models import load, save
+from qface.pruning import Budget, cost_of, prune
+from qface.quantization import QuantizationConfig
+from qface.quantization.quantization_config import MAX_BITS
+
+__all__ = ["TimedNetwork", "network_within"]
+
+_ATTEMPTS = 4
+"""Attempts to prune to ``max_ms``, since time falls more slowly than MACs."""
+_REPEATS = 3
+"""Measurements of which the smallest median counts: other processes only make a network slower."""
+_RECORD, _PRUNED = "time.json", "pruned.safetensors"
+
+
+@dataclass(frozen=True)
+class TimedNetwork:
+    """A float network and the time of its quantized file.
+
+    Args:
+        network: the network.
+        ms: median time per image on one thread, in ms; None if there is no limit.
+    """
+
+    network: nn.Module
+    ms: float | None
+
+
+def network_within(
+    teacher: nn.Module, images: Images, target: CompressionTarget, config: CompressConfig, folder: Path
+) -> TimedNetwork:
+    """Return the teacher, or the teacher pruned until it is fast enough; measured once for a run folder.
+
+    Args:
+        teacher: the float network.
+        images: people to tune on.
+        target: its ``max_ms`` is used.
+        config: its ``prune`` and ``activation_bits`` are used.
+        folder: the run folder.
+
+    Raises:
+        CheckpointError: the record in the folder is damaged.
+        ConfigError: no network meets ``max_ms``.
+        ExportError: the folder cannot be written to.
+    """
+    if target.max_ms is None:
+        return TimedNetwork(teacher, None)
+    if (folder / _RECORD).exists():
+        network = load(folder / _PRUNED) if (folder / _PRUNED).exists() else teacher
+        return TimedNetwork(network, _read_milliseconds(folder / _RECORD))
+    found = _pruned_to(target.max_ms, teacher, images, config)
+    if found.network is not teacher:
+        save(found.network, folder / _PRUNED)
+    with replacing(folder / _RECORD) as temporary:
+        temporary.write_text(json.dumps({"ms": found.ms}) + "\n", encoding="utf-8")
+    return found
+
+
+def _read_milliseconds(record: Path) -> float:
+    try:
+        with named(record):
+            return float(parse_json(record.read_text(encoding="utf-8"), "the time")["ms"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{record} is damaged: choose another run folder") from error
+
+
+def _pruned_to(max_ms: float, teacher: nn.Module, images: Images, config: CompressConfig) -> TimedNetwork:
+    network, macs = teacher, float(cost_of(teacher).macs)
+    attempts = _ATTEMPTS if config.prune else 0
+    milliseconds = _milliseconds(network, images, config)
+    while milliseconds > max_ms and attempts:
+        macs *= 0.95 * max_ms / milliseconds
+        network = prune(teacher, Budget(macs, "macs"), images)
+        milliseconds, attempts = _milliseconds(network, images, config), attempts - 1
+    if milliseconds > max_ms:
+        raise ConfigError(
+            f"one image takes {milliseconds:.2f} ms here with 8 bits, and fewer bits take as long: "
+            + ("raise max_ms, which pruning misses too" if config.prune else "raise max_ms, or allow pruning")
+        )
+    return TimedNetwork(network, milliseconds)
+
+
+def _milliseconds(network: nn.Module, images: Images, config: CompressConfig) -> float:
+    """Return the time of one image on one thread in onnxruntime, in ms."""
+    with draft_file(network, QuantizationConfig(MAX_BITS, config.activation_bits), images) as file:
+        opened = open_file(file)
+        return min(compare([opened])[0].median for _ in range(_REPEATS))

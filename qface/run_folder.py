@@ -1,0 +1,52 @@
+"""Run folders: locked against other processes, and bound to the inputs of one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from qface.errors import CheckpointError, ConfigError
+from qface.files import alone_in, make_folder, replacing
+
+__all__ = ["run_folder"]
+
+_INPUTS = "inputs.json"
+_CURE = "delete it, or choose another run folder"
+
+
+@contextmanager
+def run_folder(path: Path, inputs: Mapping[str, object]) -> Iterator[None]:
+    """Lock the folder ``path`` until the end of the block, and refuse one that belongs to a run with other inputs.
+
+    Args:
+        path: the folder; it is created if it is missing.
+        inputs: value or digest of each input of the run, by its name in words.
+
+    Raises:
+        CheckpointError: the record of the inputs is damaged.
+        ConfigError: the folder belongs to a run with other inputs, or another run is using it.
+        ExportError: the folder cannot be created or written to.
+    """
+    make_folder(path)
+    with alone_in(path):
+        record = path / _INPUTS
+        if not record.exists():
+            with replacing(record) as temporary:
+                temporary.write_text(json.dumps(dict(inputs)) + "\n", encoding="utf-8")
+        _check_inputs(record, json.loads(json.dumps(dict(inputs))))
+        yield
+
+
+def _check_inputs(record: Path, inputs: Mapping[str, object]) -> None:
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        names = before.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{record} is damaged: {_CURE}") from error
+    if names != inputs.keys():
+        raise ConfigError(f"{record.parent} belongs to a run of another function: {_CURE}")
+    other = [name for name in inputs if before[name] != inputs[name]]
+    if other:
+        raise ConfigError(f"{record.parent} belongs to a run with different {other[0]}: {_CURE}")
