@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 import qface
 from qface.cli import export_alias, main
 from qface.deployment.metadata import add_metadata, read_metadata
+from qface.distillation.distill_config import MIN_STEPS
 from qface.models.resolve import resolve_model
 from qface.preprocessing import preprocessing_of
 from qface.provenance import provenance_of
@@ -240,7 +241,7 @@ def distilling(student: str | Path) -> tuple[str | Path, ...]:
 
 @pytest.mark.parametrize(("recipe", "precision"), [("qface", "float32"), ("paper", "bf16")])
 def test_recipes(student: Path, recipe: str, precision: str) -> None:
-    options = ("--batch-size", "8", "--recipe", recipe, "--lr", "0.0001", "--precision", precision)
+    options = ("--batch-size", "8", "--recipe", recipe, "--lr", "0.0001", "--precision", precision, "--epochs", "1")
     result = run(*distilling(student), *options, "-o", "trained.safetensors")
     assert result.exit_code == 0, result.output
     settings = provenance_of(qface.load("trained.safetensors"))[-1]
@@ -251,7 +252,10 @@ def test_recipes(student: Path, recipe: str, precision: str) -> None:
 def test_what_is_not_given_is_the_recipes(student: Path) -> None:
     result = run(*distilling(student), "-o", "trained.safetensors")
     assert result.exit_code == 0, result.output
-    assert asdict(qface.DistillConfig()).items() <= provenance_of(qface.load("trained.safetensors"))[-1].items()
+    settings = provenance_of(qface.load("trained.safetensors"))[-1]
+    steps_per_epoch = settings["images"] // 16
+    assert (settings["epochs"] - 1) * steps_per_epoch < MIN_STEPS <= settings["epochs"] * steps_per_epoch
+    assert asdict(qface.DistillConfig(epochs=settings["epochs"])).items() <= settings.items()
 
 
 def test_a_killed_run_resumes(student: Path) -> None:
@@ -400,14 +404,14 @@ def test_sensitivity_prints_every_layer_and_draws_a_figure(workplace: Path) -> N
 def test_prune_says_what_is_left_and_its_file_goes_on(workplace: Path) -> None:
     faces = ("--images", "crops", "--people", "first-half")
     network = ("my_networks:make", "--ratio", "0.5")
-    options = (*network, "--distill", "--iterative-steps", "2", "--batch-size", "8")
+    options = (*network, "--distill", "--iterative-steps", "2", "--batch-size", "8", "--epochs", "1")
     result = run("prune", *options, *faces, "-o", "pruned.safetensors", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert record["after"]["parameters"] == 4 * 28 + 4 * 2 + 4 + 4 * 16 + 16
     assert record["after"]["macs"] < record["before"]["macs"]
     last = provenance_of(qface.load("pruned.safetensors"))[-1]
-    assert last.items() >= (asdict(qface.DistillConfig(batch_size=8)) | {"step": "distill"}).items()
+    assert last.items() >= (asdict(qface.DistillConfig(epochs=1, batch_size=8)) | {"step": "distill"}).items()
     calibrated("pruned.safetensors")
     table = run("prune", "my_networks:make", "--mb", "0.001", "-o", "small.safetensors")
     assert table.exit_code == 0, table.output

@@ -1,4 +1,4 @@
-"""The network that a search quantizes: the teacher, pruned until one image takes no longer than ``max_ms``.
+"""The network that a search quantizes: the teacher, pruned as little as makes one image take no longer than ``max_ms``.
 
 Bits do not change the time of a network, so it is measured once, on a draft with 8 bits. Weights of 8 bits take the
 longest where a processor adds products of integers in 16 bits (:mod:`qface.deployment.int8_saturation`).
@@ -15,19 +15,26 @@ from torch import nn
 from qface.compression.compress_config import CompressConfig, CompressionTarget
 from qface.data.images import Images
 from qface.deployment.latency import compare, open_file
+from qface.distillation import distill
+from qface.distillation.checkpoint import CHECKPOINT
 from qface.errors import CheckpointError, ConfigError
 from qface.files import replacing
 from qface.limits import named, parse_json
 from qface.mixed_precision import draft_file
 from qface.models import load, save
-from qface.pruning import Budget, cost_of, prune
+from qface.progress import track
+from qface.pruning import PruningConfig, prune
 from qface.quantization import QuantizationConfig
 from qface.quantization.quantization_config import MAX_BITS
 
 __all__ = ["TimedNetwork", "network_within"]
 
-_ATTEMPTS = 4
-"""Attempts to prune to ``max_ms``, since time falls more slowly than MACs."""
+_PRUNING = PruningConfig(global_pruning=True, round_to=16)
+"""Other numbers of channels are slower, and a compact network loses less by global pruning (``docs/pruning.md``)."""
+_MAX_RATIO = 0.7
+"""Maximum ratio of removed channels; beyond it hardly anything of a network is left."""
+_PROBES = 5
+"""Ratios that the bisection measures."""
 _REPEATS = 3
 """Measurements of which the smallest median counts: other processes only make a network slower."""
 _RECORD, _PRUNED = "time.json", "pruned.safetensors"
@@ -49,13 +56,13 @@ class TimedNetwork:
 def network_within(
     teacher: nn.Module, images: Images, target: CompressionTarget, config: CompressConfig, folder: Path
 ) -> TimedNetwork:
-    """Return the teacher, or the teacher pruned until it is fast enough; measured once for a run folder.
+    """Return the teacher, or the teacher pruned and trained until it is fast enough; measured once for a run folder.
 
     Args:
         teacher: the float network.
         images: people to tune on.
         target: its ``max_ms`` is used.
-        config: its ``prune`` and ``activation_bits`` are used.
+        config: its ``prune``, ``distill``, ``training`` and ``activation_bits`` are used.
         folder: the run folder.
 
     Raises:
@@ -68,7 +75,7 @@ def network_within(
     if (folder / _RECORD).exists():
         network = load(folder / _PRUNED) if (folder / _PRUNED).exists() else teacher
         return TimedNetwork(network, _read_milliseconds(folder / _RECORD))
-    found = _pruned_to(target.max_ms, teacher, images, config)
+    found = _teacher_or_pruned(target.max_ms, teacher, images, config, folder)
     if found.network is not teacher:
         save(found.network, folder / _PRUNED)
     with replacing(folder / _RECORD) as temporary:
@@ -84,20 +91,43 @@ def _read_milliseconds(record: Path) -> float:
         raise CheckpointError(f"{record} is damaged: choose another run folder") from error
 
 
-def _pruned_to(max_ms: float, teacher: nn.Module, images: Images, config: CompressConfig) -> TimedNetwork:
-    network, macs = teacher, float(cost_of(teacher).macs)
-    attempts = _ATTEMPTS if config.prune else 0
-    milliseconds = _milliseconds(network, images, config)
-    while milliseconds > max_ms and attempts:
-        macs *= 0.95 * max_ms / milliseconds
-        network = prune(teacher, Budget(macs, "macs"), images)
-        milliseconds, attempts = _milliseconds(network, images, config), attempts - 1
-    if milliseconds > max_ms:
-        raise ConfigError(
-            f"one image takes {milliseconds:.2f} ms here with 8 bits, and fewer bits take as long: "
-            + ("raise max_ms, which pruning misses too" if config.prune else "raise max_ms, or allow pruning")
-        )
+def _teacher_or_pruned(
+    max_ms: float, teacher: nn.Module, images: Images, config: CompressConfig, folder: Path
+) -> TimedNetwork:
+    milliseconds = _milliseconds(teacher, images, config)
+    if milliseconds <= max_ms:
+        return TimedNetwork(teacher, milliseconds)
+    if not config.prune:
+        raise ConfigError(_too_slow(milliseconds) + "raise max_ms, or allow pruning")
+    ratio, milliseconds = _smallest_ratio(max_ms, teacher, images, config)
+    network = prune(teacher, ratio, images, _PRUNING)
+    if config.distill != "never":
+        run = folder / "pruned"
+        distill(network, teacher, images, config.training, run, resume=(run / CHECKPOINT).exists())
     return TimedNetwork(network, milliseconds)
+
+
+def _smallest_ratio(max_ms: float, teacher: nn.Module, images: Images, config: CompressConfig) -> tuple[float, float]:
+    """Return the smallest ratio of channels to remove that is fast enough, and its time."""
+    milliseconds = _milliseconds(prune(teacher, _MAX_RATIO, config=_PRUNING), images, config)
+    if milliseconds > max_ms:
+        raise ConfigError(_too_slow(milliseconds) + f"raise max_ms, which removing {_MAX_RATIO:.0%} of channels misses")
+    slow, fast = 0.0, _MAX_RATIO
+    for _ in track(range(_PROBES), "choose channels"):
+        ratio = (slow + fast) / 2
+        try:
+            measured = _milliseconds(prune(teacher, ratio, config=_PRUNING), images, config)
+        except ConfigError:  # fewer than 16 channels of each layer
+            measured = float("inf")
+        if measured <= max_ms:
+            fast, milliseconds = ratio, measured
+        else:
+            slow = ratio
+    return fast, milliseconds
+
+
+def _too_slow(milliseconds: float) -> str:
+    return f"one image takes {milliseconds:.2f} ms here with 8 bits, and fewer bits take as long: "
 
 
 def _milliseconds(network: nn.Module, images: Images, config: CompressConfig) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -30,11 +32,11 @@ from qface.data.relabeled import Relabeled
 from qface.data.sample import evenly
 from qface.data.subset import Subset
 from qface.distillation.batch_sampler import PairSampler, StepIndices, flips
-from qface.distillation.distill_config import DistillConfig
+from qface.distillation.distill_config import MIN_STEPS, DistillConfig
 from qface.errors import ConfigError, ImagesError, QFaceError
 from qface.parallel import Parallel
 
-__all__ = ["Batch", "Batches", "batches_of"]
+__all__ = ["Batch", "Batches", "batches_of", "with_epochs"]
 
 _MAX_WORKERS = 4  # one worker decodes 1,200 LFW crops per second (12.6 ms per batch of 16)
 
@@ -88,6 +90,22 @@ def batches_of(source: ImageSource, config: DistillConfig, parallel: Parallel) -
         raise ConfigError("several processes need images that can be read in any order: pass a folder or a tensor")
     loader = source.loader if isinstance(source, LoaderImages) else _InOrder(source, config.batch_size)
     return _LoaderBatches(loader, config)
+
+
+def with_epochs(config: DistillConfig, source: ImageSource) -> DistillConfig:
+    """Return ``config`` with a number of epochs; where it has none, those that ``MIN_STEPS`` steps on ``source`` need.
+
+    Args:
+        config: settings of the distillation.
+        source: the training images.
+    """
+    if config.epochs is not None:
+        return config
+    if isinstance(source, IndexedImages):
+        steps: int | None = len(source) // config.batch_size
+    else:
+        steps = length_of(source.loader) if isinstance(source, LoaderImages) else None
+    return replace(config, epochs=1 if steps is None else math.ceil(MIN_STEPS / max(1, steps)))
 
 
 class _IndexedBatches(Batches):

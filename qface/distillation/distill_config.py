@@ -13,6 +13,7 @@ from qface.errors import ConfigError
 
 __all__ = [
     "LR_PER_RMS_DISTANCE",
+    "MIN_STEPS",
     "DistillConfig",
     "EmbeddingLossName",
     "LossConfig",
@@ -32,6 +33,10 @@ ScheduleName = Literal["cosine", "constant"]
 
 LR_PER_RMS_DISTANCE = 0.017
 """Best learning rate of relative_adam, divided by the RMS distance of student and teacher before training."""
+
+
+MIN_STEPS = 400
+"""Minimum number of steps if the number of epochs is not given."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +192,10 @@ class DistillConfig:
 
     Args:
         epochs: number of epochs of ``floor(images / batch_size)`` steps, at least one step (for a loader: its
-            length). With EKD and known identities, half of each batch is chosen for its positive pairs, and an epoch
-            repeats some images and skips others (a quarter of LFW). Without EKD it shows each image once.
+            length). None means one epoch, or as many as :data:`MIN_STEPS` steps need, since steps count more than
+            images (``docs/research/distillation.md``). With EKD and known identities, half of each batch is chosen for
+            its positive pairs, and an epoch repeats some images and skips others (a quarter of LFW). Without EKD it
+            shows each image once.
         batch_size: images per step over all processes; smaller if there are fewer images. A loader keeps its own
             batches.
         max_steps: maximum number of steps in total, which the schedule then spans; None sets no limit.
@@ -220,7 +227,7 @@ class DistillConfig:
         16
     """
 
-    epochs: int = 1
+    epochs: int | None = None
     batch_size: int = 16
     max_steps: int | None = None
     losses: LossConfig = field(default_factory=LossConfig)
@@ -242,7 +249,7 @@ class DistillConfig:
         _check_type(ScheduleConfig, schedule=self.schedule)
         if self.augmentation is not None:
             _check_type(AugmentationConfig, augmentation=self.augmentation)
-        check_whole(1, epochs=self.epochs, checkpoint_every=self.checkpoint_every, **_given(max_steps=self.max_steps))
+        check_whole(1, checkpoint_every=self.checkpoint_every, **_given(epochs=self.epochs, max_steps=self.max_steps))
         check_whole(2, batch_size=self.batch_size)
         check_whole(0, observer_steps=self.observer_steps)
         check_whole(0, **_given(bn_statistics_steps=self.bn_statistics_steps, num_workers=self.num_workers))

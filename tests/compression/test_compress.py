@@ -128,6 +128,14 @@ def test_what_cannot_be_is_refused_before_the_work(
     assert not (tmp_path / "small.onnx").exists()
 
 
+def wide_network() -> nn.Module:
+    """A network with enough channels to remove 16 of each layer."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 64, 3, 4), nn.PReLU(64), nn.Conv2d(64, 64, 3, 4), nn.PReLU(64), nn.Conv2d(64, 16, 3)]
+    size = Preprocessing(size=(48, 48), std=(128.0,) * 3)
+    return with_preprocessing(nn.Sequential(*layers, nn.Flatten()).eval(), size)
+
+
 def test_a_network_that_is_too_slow_is_pruned_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,18 +145,23 @@ def test_a_network_that_is_too_slow_is_pruned_once(
         return [SimpleNamespace(median=candidate.bytes / 1000) for candidate in candidates]
 
     monkeypatch.setattr("qface.compression.timed_network.compare", watched)
-    whole, pruned = replace(QUICK, weight_bits=8), replace(QUICK, weight_bits=8, prune=True)
+    whole, pruned = replace(QUICK, weight_bits=8), replace(QUICK, weight_bits=8, prune=True, distill="if-needed")
     target = CompressionTarget(max_ms=1000.0, at_fpr="1e-1")
-    (slow,) = qface.compress(network(), folder, tmp_path / "slow.onnx", target, whole).trials
+    (slow,) = qface.compress(wide_network(), folder, tmp_path / "slow.onnx", target, whole).trials
     assert slow.ms is not None and slow.keeps
-    limit = CompressionTarget(max_ms=0.92 * slow.ms, at_fpr="1e-1")
+    limit = CompressionTarget(max_ms=0.8 * slow.ms, at_fpr="1e-1")
     with pytest.raises(ConfigError, match="raise max_ms, or allow pruning"):
-        qface.compress(network(), folder, tmp_path / "none.onnx", limit, whole)
-    found = qface.compress(network(), folder, tmp_path / "fast.onnx", limit, pruned)
+        qface.compress(wide_network(), folder, tmp_path / "none.onnx", limit, whole)
+    with pytest.raises(ConfigError, match="raise max_ms, which removing 70% of channels misses"):
+        qface.compress(wide_network(), folder, tmp_path / "no.onnx", replace(limit, max_ms=1e-6), pruned)
+    found = qface.compress(wide_network(), folder, tmp_path / "fast.onnx", limit, pruned)
     assert found.chosen is not None and found.chosen.ms is not None
-    assert found.chosen.ms <= 0.92 * slow.ms and found.chosen.mb < slow.mb
+    assert 0.4 * slow.ms < found.chosen.ms <= 0.8 * slow.ms and found.chosen.mb < slow.mb
+    kept = qface.load(tmp_path / "fast.run" / "pruned.safetensors")
+    assert {layer.out_channels for layer in kept.modules() if isinstance(layer, nn.Conv2d)} <= {16, 32, 48, 64}
+    assert [step["step"] for step in provenance_of(kept)] == ["prune", "distill"]
     monkeypatch.delattr("qface.compression.timed_network.compare")  # the run folder knows the time
-    assert qface.compress(network(), folder, tmp_path / "fast.onnx", limit, pruned) == found
+    assert qface.compress(wide_network(), folder, tmp_path / "fast.onnx", limit, pruned) == found
 
 
 def test_a_search_without_limits_is_refused(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_distilled_student_still_fits(tight: tuple[QuantizationConfig, float],
     model = network(Wide)
     config, budget = tight
     student = qface.calibrate(qface.quantize(model, config), FACES)
-    qface.distill(student, model, FACES, qface.DistillConfig(batch_size=8))
+    qface.distill(student, model, FACES, qface.DistillConfig(epochs=1, batch_size=8))
     assert qface.export(student, tmp_path / "student.onnx").stat().st_size <= budget * 1e6
 
 

@@ -306,7 +306,9 @@ def test_a_pruned_network_is_saved_with_its_shape_and_loads_in_another_process(t
 
 def test_prune_distill_quantize_distill_export(tmp_path: Path) -> None:
     teacher, faces = tiny(), random_faces(16)
-    training = qface.DistillConfig(batch_size=8, optimizer=qface.OptimizerConfig(learning_rate=1e-3), device="cpu")
+    training = qface.DistillConfig(
+        epochs=1, batch_size=8, optimizer=qface.OptimizerConfig(learning_rate=1e-3), device="cpu"
+    )
     pruned = prune(teacher, 0.5, faces, PruningConfig(round_to=4))
     qface.distill(pruned, teacher, faces, training, progress=False)
     student = qface.calibrate(qface.quantize(pruned, 6), faces)
