@@ -12,7 +12,6 @@ from click.testing import CliRunner, Result
 import qface
 from qface.cli import export_alias, main
 from qface.deployment.metadata import add_metadata, read_metadata
-from qface.distillation.distill_config import MIN_STEPS
 from qface.models.resolve import resolve_model
 from qface.preprocessing import preprocessing_of
 from qface.provenance import provenance_of
@@ -101,7 +100,17 @@ def test_the_whole_job(workplace: Path) -> None:
     steps = (
         ("quantize", "my_networks:make", "--bits", "6", "-o", "new.safetensors"),
         ("calibrate", "new.safetensors", *common, "-o", "student.safetensors"),
-        ("distill", "student.safetensors", "--teacher", "my_networks:make", *common, "-o", "again.safetensors"),
+        (
+            "distill",
+            "student.safetensors",
+            "--teacher",
+            "my_networks:make",
+            *common,
+            "--epochs",
+            "1",
+            "-o",
+            "again.safetensors",
+        ),
         ("export", "again.safetensors", "-o", "student.onnx"),
     )
     for step in steps:
@@ -249,13 +258,13 @@ def test_recipes(student: Path, recipe: str, precision: str) -> None:
     assert (settings["optimizer"]["learning_rate"], settings["precision"]) == (0.0001, precision)
 
 
-def test_what_is_not_given_is_the_recipes(student: Path) -> None:
+def test_what_is_not_given_is_the_recipes(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qface.distillation.batches.MIN_STEPS", 8)
     result = run(*distilling(student), "-o", "trained.safetensors")
     assert result.exit_code == 0, result.output
     settings = provenance_of(qface.load("trained.safetensors"))[-1]
-    steps_per_epoch = settings["images"] // 16
-    assert (settings["epochs"] - 1) * steps_per_epoch < MIN_STEPS <= settings["epochs"] * steps_per_epoch
-    assert asdict(qface.DistillConfig(epochs=settings["epochs"])).items() <= settings.items()
+    assert settings["max_steps"] == 8 <= settings["epochs"] * (settings["images"] // 16)
+    assert asdict(qface.DistillConfig(epochs=settings["epochs"], max_steps=8)).items() <= settings.items()
 
 
 def test_a_killed_run_resumes(student: Path) -> None:

@@ -114,6 +114,7 @@ def files_of_pages(files_of_examples: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def workplace(files_of_pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shutil.copytree(files_of_pages, tmp_path / "files"))
+    monkeypatch.setattr("qface.distillation.batches.MIN_STEPS", 4)
 
 
 @pytest.mark.usefixtures("workplace")

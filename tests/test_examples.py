@@ -25,6 +25,7 @@ def test_a_network_is_quantized_on_few_people(
     (tmp_path / "pairs.txt").write_text("\n".join(lines) + "\n")
     qface.save(tiny_face_net(), tmp_path / "network.safetensors")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qface.distillation.batches.MIN_STEPS", 4)
     monkeypatch.setattr(sys, "argv", ["example", "network.safetensors", str(faces), "pairs.txt"])
     runpy.run_path(str(EXAMPLES / "quantize_a_network.py"))
     assert capsys.readouterr().out.count("'1e-4': None") == 2

@@ -137,7 +137,7 @@ def preprocessing_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 training_options = _options(
-    click.option("--epochs", type=int, help="Epochs to train.  [default: 1, or as many as 400 steps need]"),
+    click.option("--epochs", type=int, help="Epochs to train.  [default: 1, or 400 steps where that is more]"),
     click.option("--max-steps", type=int, help="Maximum number of training steps.  [default: no limit]"),
     click.option("--batch-size", type=int, help="Images per training step.  [default: the recipe's]"),
     click.option("--lr", "learning_rate", type=float, help="Learning rate.  [default: the recipe's]"),

@@ -36,7 +36,7 @@ from qface.distillation.distill_config import MIN_STEPS, DistillConfig
 from qface.errors import ConfigError, ImagesError, QFaceError
 from qface.parallel import Parallel
 
-__all__ = ["Batch", "Batches", "batches_of", "with_epochs"]
+__all__ = ["Batch", "Batches", "batches_of", "with_length"]
 
 _MAX_WORKERS = 4  # one worker decodes 1,200 LFW crops per second (12.6 ms per batch of 16)
 
@@ -92,20 +92,23 @@ def batches_of(source: ImageSource, config: DistillConfig, parallel: Parallel) -
     return _LoaderBatches(loader, config)
 
 
-def with_epochs(config: DistillConfig, source: ImageSource) -> DistillConfig:
-    """Return ``config`` with a number of epochs; where it has none, those that ``MIN_STEPS`` steps on ``source`` need.
+def with_length(config: DistillConfig, source: ImageSource) -> DistillConfig:
+    """Return ``config`` with a number of epochs: one, or where that is less than ``MIN_STEPS`` steps, as many steps.
 
     Args:
-        config: settings of the distillation.
+        config: settings of the distillation; returned as they are if they have a number of epochs.
         source: the training images.
     """
     if config.epochs is not None:
         return config
     if isinstance(source, IndexedImages):
-        steps: int | None = len(source) // config.batch_size
+        steps: int | None = max(1, len(source) // config.batch_size)
     else:
         steps = length_of(source.loader) if isinstance(source, LoaderImages) else None
-    return replace(config, epochs=1 if steps is None else math.ceil(MIN_STEPS / max(1, steps)))
+    if not steps or steps >= MIN_STEPS:
+        return replace(config, epochs=1)
+    most = MIN_STEPS if config.max_steps is None else min(MIN_STEPS, config.max_steps)
+    return replace(config, epochs=math.ceil(MIN_STEPS / steps), max_steps=most)
 
 
 class _IndexedBatches(Batches):

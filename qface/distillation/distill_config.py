@@ -192,9 +192,9 @@ class DistillConfig:
 
     Args:
         epochs: number of epochs of ``floor(images / batch_size)`` steps, at least one step (for a loader: its
-            length). None means one epoch, or as many as :data:`MIN_STEPS` steps need, since steps count more than
-            images (``docs/research/distillation.md``). With EKD and known identities, half of each batch is chosen for
-            its positive pairs, and an epoch repeats some images and skips others (a quarter of LFW). Without EKD it
+            length). None means one epoch, or :data:`MIN_STEPS` steps where an epoch has fewer, since steps count more
+            than images (``docs/research/distillation.md``). With EKD and known identities, half of each batch is chosen
+            for its positive pairs, and an epoch repeats some images and skips others (a quarter of LFW). Without EKD it
             shows each image once.
         batch_size: images per step over all processes; smaller if there are fewer images. A loader keeps its own
             batches.

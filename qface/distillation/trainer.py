@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qface.data.images import Images, ImageSource, IndexedImages, normalize
 from qface.data.sources import as_image_source, source_record
 from qface.distillation.batch_sampler import seeded_rng
-from qface.distillation.batches import Batch, Batches, batches_of, with_epochs
+from qface.distillation.batches import Batch, Batches, batches_of, with_length
 from qface.distillation.checkpoint import RunFolder, check_run_folder, run_folder
 from qface.distillation.distill_config import DistillConfig
 from qface.distillation.feature_taps import FeaturePairs, FeatureTaps
@@ -129,7 +129,7 @@ def distill(
     check_run(config, run_dir, resume)
     parallel = processes_for(config.device)
     source = as_image_source(images, identities)
-    config = with_epochs(config, source)
+    config = with_length(config, source)
     writes = parallel.rank == 0
     with ExitStack() as stack:
         folder: RunFolder | None = None
@@ -175,7 +175,7 @@ def _total_steps(config: DistillConfig, batches: Batches) -> int:
         if config.max_steps is None:
             raise ConfigError("the number of images is unknown: set max_steps")
         return config.max_steps
-    assert config.epochs is not None  # see with_epochs
+    assert config.epochs is not None  # see with_length
     steps = config.epochs * batches.steps_per_epoch
     return steps if config.max_steps is None else min(steps, config.max_steps)
 

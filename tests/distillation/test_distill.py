@@ -20,6 +20,7 @@ from qface.data.images import ImageSource, TensorImages
 from qface.distillation import LR_PER_RMS_DISTANCE, DistillConfig, check_run
 from qface.distillation import distill as distill_with_progress
 from qface.distillation.batches import batches_of
+from qface.distillation.distill_config import MIN_STEPS
 from qface.errors import CheckpointError, ConfigError, ExportError, ImagesError, TrainingError
 from qface.files import alone_in
 from qface.parallel import Parallel, SingleProcess
@@ -227,6 +228,24 @@ def test_a_source_of_unknown_length_needs_max_steps(tmp_path: Path) -> None:
         distill(tiny_network(0), tiny_network(1), InOrder(), CPU)
     distill(tiny_network(0), tiny_network(1), InOrder(), changed(CPU, max_steps=5), tmp_path)
     assert len(log(tmp_path)) == 5
+
+
+@pytest.mark.parametrize(
+    ("images", "max_steps", "expected"),
+    [(32, None, MIN_STEPS), (32, 5, 5), (16 * (MIN_STEPS + 2), None, MIN_STEPS + 2), (16 * (MIN_STEPS + 2), 6, 6)],
+)
+def test_without_a_number_of_epochs_few_images_are_seen_often(
+    images: int, max_steps: int | None, expected: int, tmp_path: Path
+) -> None:
+    faces = face_images(images // 4).images.clamp(-6, 6)
+    distill(tiny_network(0), tiny_network(1), faces, changed(CPU, epochs=None, max_steps=max_steps), tmp_path)
+    assert len(log(tmp_path)) == expected
+
+
+def test_a_loader_too_is_read_often_if_it_is_short(tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(face_images().images), batch_size=8)
+    distill(tiny_network(0), tiny_network(1), loader, changed(CPU, epochs=None), tmp_path)
+    assert len(log(tmp_path)) == MIN_STEPS
 
 
 def test_ranks_read_their_own_halves_of_the_batch_of_one_process() -> None:
