@@ -97,6 +97,7 @@ def calibrated(model: str, *options: str) -> Path:
 
 def test_the_whole_job(workplace: Path) -> None:
     common = ("--images", "crops", "--people", "first-half", "--batch-size", "8")
+    training = ("--teacher", "my_networks:make", "--epochs", "1")
     steps = (
         ("quantize", "my_networks:make", "--bits", "6", "-o", "new.safetensors"),
         ("calibrate", "new.safetensors", *common, "-o", "student.safetensors"),
