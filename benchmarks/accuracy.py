@@ -1,7 +1,7 @@
 """Measure the accuracy loss from quantization on LFW, for each network, recipe, bit setting and seed.
 
     python benchmarks/accuracy.py [--data ../shared] [--networks mobilefacenet] [--recipe qface] [--recipe paper]
-                                  [--rows w6a6] [--seeds 3] [--epochs 1] [--max-steps N] [--sweep] [-o runs/accuracy]
+                                  [--rows w6a6] [--seeds 3] [--epochs N] [--max-steps N] [--sweep] [-o runs/accuracy]
                                   [--json FILE]
 
 Calibration, training and the choice of mixed bits use the first half of the identities. All figures are measured on
@@ -59,7 +59,7 @@ class Run:
     recipe: str
     row: Row
     seed: int
-    epochs: int
+    epochs: int | None
     max_steps: int | None
 
     @property
@@ -71,7 +71,7 @@ class Run:
     def training(self) -> qface.DistillConfig:
         """Distillation settings of the recipe with the seed and length of this run."""
         training = RECIPES[self.recipe].training
-        return replace(training, seed=self.seed, epochs=self.epochs, max_steps=self.max_steps)
+        return replace(training, seed=self.seed, epochs=self.epochs or training.epochs, max_steps=self.max_steps)
 
     def settings(self) -> Record:
         """Return all settings that affect the figures, except network and images."""
@@ -229,7 +229,7 @@ def mean_weight_bits(file: Path) -> float:
 @click.option("--recipe", "recipes", type=click.Choice(list(RECIPES)), multiple=True, default=["qface"])
 @click.option("--rows", type=click.Choice(list(EVERY_ROW)), multiple=True, help="Repeatable.  [default: main rows]")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="Passes over the training images.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the training images.  [default: the recipe's]")
 @click.option("--max-steps", type=click.IntRange(1), help="Maximum number of training steps.  [default: all epochs]")
 @click.option("--sweep", is_flag=True, help="Also measure 8, 6, 4 and 2 bits for both weights and activations.")
 @click.option("--no-train", is_flag=True, help="Skip rows that train.")
@@ -241,7 +241,7 @@ def main(
     recipes: Sequence[str],
     rows: Sequence[str],
     seeds: int,
-    epochs: int,
+    epochs: int | None,
     max_steps: int | None,
     sweep: bool,
     no_train: bool,
@@ -273,7 +273,7 @@ def planned(
     recipes: Sequence[str],
     rows: Sequence[Row],
     seeds: int,
-    epochs: int,
+    epochs: int | None,
     max_steps: int | None,
 ) -> Iterator[Run]:
     """Yield the runs by network, then by seed, so that all rows of a seed precede the next seed."""

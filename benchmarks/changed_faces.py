@@ -3,7 +3,7 @@
 Students are evaluated on unchanged faces and with the stress protocol.
 
     python benchmarks/changed_faces.py [--data ../shared] [--network mobilefacenet] [--bits 6] [--arms none --arms all]
-                                      [--seed 0] [--every 5] [--epochs 1] [--max-steps N] [-o runs/changed_faces]
+                                      [--seed 0] [--every 5] [--epochs N] [--max-steps N] [-o runs/changed_faces]
                                       [--json FILE]
 
 Calibration and training use the first half of the LFW identities. The exported file is evaluated in onnxruntime on the
@@ -62,7 +62,7 @@ ARMS: dict[str, qface.AugmentationConfig | None] = {
 @click.option("--arms", type=click.Choice(list(ARMS)), multiple=True, default=list(ARMS))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--every", type=click.IntRange(1), default=5, show_default=True, help="Stress every n-th identity.")
-@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the training images.  [default: the recipe's]")
 @click.option("--max-steps", type=click.IntRange(1), help="Maximum number of training steps.  [default: all epochs]")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/changed_faces"), show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write all figures to this file.")
@@ -73,7 +73,7 @@ def main(
     arms: Sequence[str],
     seed: int,
     every: int,
-    epochs: int,
+    epochs: int | None,
     max_steps: int | None,
     output: Path,
     json_file: Path | None,

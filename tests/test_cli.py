@@ -101,17 +101,7 @@ def test_the_whole_job(workplace: Path) -> None:
     steps = (
         ("quantize", "my_networks:make", "--bits", "6", "-o", "new.safetensors"),
         ("calibrate", "new.safetensors", *common, "-o", "student.safetensors"),
-        (
-            "distill",
-            "student.safetensors",
-            "--teacher",
-            "my_networks:make",
-            *common,
-            "--epochs",
-            "1",
-            "-o",
-            "again.safetensors",
-        ),
+        ("distill", "student.safetensors", *training, *common, "-o", "again.safetensors"),
         ("export", "again.safetensors", "-o", "student.onnx"),
     )
     for step in steps:
