@@ -173,9 +173,26 @@ class Running:
 
 
 def files_in(folder: Path) -> dict[str, str]:
-    """Map the relative path of each file in ``folder`` and its subfolders to its digest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """Map the relative path of each file in ``folder`` and its subfolders to its digest.
+
+    The path of the folder itself, which the record of a compression holds, does not count.
+    """
+    own = str(folder.resolve()).encode()
+    contents = {path: path.read_bytes().replace(own, b"") for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(content).hexdigest() for path, content in contents.items()
+    }
+
+
+def is_emptied(folder: Path) -> bool:
+    """Return True when ``folder`` is empty, at the latest after 10 s.
+
+    The workers of a killed process end by themselves within 5 s, and then remove their folders.
+    """
+    deadline = time.monotonic() + 10
+    while any(folder.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(folder.iterdir())
 
 
 def comparable(printed: str) -> str:
@@ -325,7 +342,7 @@ class Cases:
             self._add_finding(now, f"the next run ends with other files: {', '.join(differing)}")
         elif comparable(ended.stdout) != self.alone.printed and not self.job.kept and "align" not in self.job.name:
             self._add_finding(now, f"the next run prints {ended.stdout[-300:]}")
-        if any((case / "tmp").iterdir()):
+        if not is_emptied(case / "tmp"):
             self._add_finding(now, "the next run leaves temporary files")
 
     def _add_finding(self, now: str, what: str) -> None:
@@ -356,6 +373,8 @@ def write_inputs(folder: Path) -> None:
     """Write a network, its student, the student's ONNX file, noise crops and IJB-C templates."""
     draw = np.random.default_rng(0)
     write_crops(folder / "crops", draw)
+    (folder / "tuning.txt").write_text("p0\np1\n")
+    (folder / "judging.txt").write_text("p2\np3\np4\np5\n")  # 150 impostor pairs
     write_templates(folder / "ijb", draw)
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, 4, 1, bias=False), nn.BatchNorm2d(8), nn.PReLU(8), nn.MaxPool2d(4)]
@@ -407,14 +426,16 @@ def jobs_on(inputs: Path) -> list[Job]:
     def qface_of(*arguments: str) -> Callable[[], object]:
         return lambda: command_line([*arguments], prog_name="qface")
 
-    images, output = ("--images", crops), ("-o", "out/new.safetensors")
+    images, output, own_run = ("--images", crops), ("-o", "out/new.safetensors"), ("new.safetensors.run/",)
     training = ("--batch-size", "8", "--epochs", "2")
     run = ("--run-dir", "out/run", "--resume")
+    people = ("--people", str(inputs / "tuning.txt"), "--eval-people", str(inputs / "judging.txt"))
+    fixed_bits = (*people, "--bits", "6", "--at-fpr", "1e-1", "--num-images", "8")
     distill = ("distill", student, *images)
     prune, taught = ("prune", teacher, *images, "--json"), ("--teacher", teacher)
     return [
         Job("quantize", qface_of("quantize", teacher, *output), files),
-        Job("calibrate", qface_of("calibrate", student, *images, *output), files),
+        Job("calibrate", qface_of("calibrate", student, *images, *output), files, kept=own_run),
         Job("prune", qface_of(*prune, *output), files),
         Job(
             "prune and distill",
@@ -422,7 +443,7 @@ def jobs_on(inputs: Path) -> list[Job]:
             files,
             kept=("run/",),
         ),
-        Job("distill", qface_of(*distill, *taught, *output, *training), files),
+        Job("distill", qface_of(*distill, *taught, *output, *training), files, kept=own_run),
         Job("distill with resume", qface_of(*distill, *taught, *output, *training, *run), files, kept=("run/",)),
         Job("distill by steps", lambda: distill_by_steps(inputs), files, kept=("run/",)),
         Job("export", qface_of("export", student, "-o", "out/new.onnx", "--no-card"), ("new.onnx",)),
@@ -437,6 +458,23 @@ def jobs_on(inputs: Path) -> list[Job]:
             "sensitivity",
             qface_of("sensitivity", teacher, *images, "--figure", "out/new.svg", "--json"),
             ("new.svg",),
+        ),
+        Job(
+            "sensitivity with a run folder",
+            qface_of("sensitivity", teacher, *images, *run[:2], "--json"),
+            kept=("run/",),
+        ),
+        Job(
+            "allocate-bits",
+            qface_of("allocate-bits", teacher, *images, "--budget-mb", "1", "-o", "out/new.json"),
+            ("new.json",),
+            kept=("new.json.run/",),
+        ),
+        Job(
+            "compress",
+            qface_of("compress", teacher, *images, *fixed_bits, *training, "-o", "out/new.onnx", "--no-card", "--json"),
+            ("new.onnx",),
+            kept=("new.run/",),
         ),
         Job(
             "align",

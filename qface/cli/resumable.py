@@ -7,11 +7,13 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from qface.cli.command import note
+from qface.errors import ConfigError
+from qface.files import alone_in
 
 __all__ = ["Run", "continued", "continued_in", "run_of"]
 
@@ -65,4 +67,10 @@ def run_of(output: Path, run_dir: Path | None, resume: bool) -> Iterator[Run]:
     folder = output.with_name(f"{output.name}.run")
     yield Run(folder, resume=True)
     if os.environ.get("RANK", "0") == "0":
+        _delete_unless_used(folder)
+
+
+def _delete_unless_used(folder: Path) -> None:
+    """Delete the run folder, unless the same command runs a second time in it, and will delete it."""
+    with suppress(ConfigError), alone_in(folder):
         shutil.rmtree(folder, ignore_errors=True)
