@@ -136,7 +136,11 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
-        lock.acquire()
+        with contextlib.suppress(FileNotFoundError):  # a run that ended just now deleted the folder
+            lock.acquire()
+        if not lock.is_locked:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout:
         raise ConfigError(f"another run is writing to {folder}: wait for it, or choose another folder") from None
     except (OSError, NotImplementedError):

@@ -206,6 +206,12 @@ def test_a_temporary_folder_goes_and_so_does_that_of_a_dead_process(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_another_run_deleted_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "deleted"
+    with alone_in(folder), pytest.raises(ConfigError, match="another run"), alone_in(folder):
+        pass
+
+
 def test_one_run_is_alone_in_its_folder(tmp_path: Path) -> None:
     with alone_in(tmp_path), pytest.raises(ConfigError, match="another run"), alone_in(tmp_path):
         pytest.fail("two are in one folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import qface
 from qface.cli import main
 from qface.data import ImageFolder
 from qface.distillation.checkpoint import RunFolder
+from qface.files import alone_in
 from qface.quantization import calibration_steps
 from qface.signals import ended_by_signals
 from tests.crops import write_crops
@@ -144,6 +146,24 @@ def test_a_command_that_can_continue_says_so_when_it_is_stopped(
     assert run(monkeypatch, *words) == 130
     found = capsys.readouterr().err
     assert (f"stopped; to continue: qface {' '.join(words)}\n" in found) == continues
+
+
+def test_a_folder_in_which_a_second_process_began_is_left_to_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = folder / "trained.safetensors.run"
+    command = [*COMMANDS["distill"], "--images", "crops", "--max-steps", "2", "-o", "trained.safetensors"]
+    save = qface.save
+    with ExitStack() as second:
+
+        def saved(*arguments: Any) -> None:
+            second.enter_context(alone_in(run_dir))
+            save(*arguments)
+
+        monkeypatch.setattr(qface, "save", saved)
+        assert run(monkeypatch, *command) == 0
+        assert (run_dir / "checkpoint.pt").exists()
+    monkeypatch.setattr(qface, "save", save)
+    assert run(monkeypatch, *command) == 0
+    assert not run_dir.exists()
 
 
 def test_a_folder_that_was_chosen_stays_and_is_resumed_where_that_is_asked_for(
