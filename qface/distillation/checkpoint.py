@@ -22,7 +22,7 @@ from qface.errors import CheckpointError, ConfigError, ExportError, TrainingErro
 from qface.files import alone_in, check_folder, make_folder, replacing, sync
 from qface.model_digest import digest_of_structure, digest_of_values
 
-__all__ = ["CHECKPOINT", "RunFolder", "check_run_folder", "run_folder"]
+__all__ = ["CHECKPOINT", "TrainingRun", "check_run_folder", "training_run"]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -64,9 +64,9 @@ def check_run_folder(path: Path, resume: bool) -> None:
 
 
 @contextmanager
-def run_folder(
+def training_run(
     path: Path, config: DistillConfig, student: nn.Module, teacher: nn.Module, source: ImageSource, writes: bool
-) -> Iterator[RunFolder]:
+) -> Iterator[TrainingRun]:
     """Open the run folder ``path`` and lock it against other runs until the end of the block.
 
     Args:
@@ -91,11 +91,11 @@ def run_folder(
             "teacher weights": digest_of_values(teacher),
             "images": digest_of_images(source),
         }
-        yield RunFolder(path, config, inputs, student, writes)
+        yield TrainingRun(path, config, inputs, student, writes)
 
 
-class RunFolder:
-    """Checkpoint and log of a run; open it with :func:`run_folder`.
+class TrainingRun:
+    """Checkpoint and log of a run; open it with :func:`training_run`.
 
     Args:
         path: the folder, which exists.
@@ -255,7 +255,7 @@ def _is_longer(saved: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 
 def _is_checkpoint(saved: Any) -> bool:
-    """True if ``saved`` has the structure and types that :meth:`RunFolder.save` writes."""
+    """True if ``saved`` has the structure and types that :meth:`TrainingRun.save` writes."""
     if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in _PARTS):
         return False
     typed = isinstance(saved.get("format", 1), int) and _is_plain(saved["config"])

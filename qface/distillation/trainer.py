@@ -18,7 +18,7 @@ from qface.data.images import Images, ImageSource, IndexedImages, normalize
 from qface.data.sources import as_image_source, source_record
 from qface.distillation.batch_sampler import seeded_rng
 from qface.distillation.batches import Batch, Batches, batches_of, with_length
-from qface.distillation.checkpoint import RunFolder, check_run_folder, run_folder
+from qface.distillation.checkpoint import TrainingRun, check_run_folder, training_run
 from qface.distillation.distill_config import DistillConfig
 from qface.distillation.feature_taps import FeaturePairs, FeatureTaps
 from qface.distillation.memory import memory_kept
@@ -132,9 +132,9 @@ def distill(
     config = with_length(config, source)
     writes = parallel.rank == 0
     with ExitStack() as stack:
-        folder: RunFolder | None = None
+        folder: TrainingRun | None = None
         if run_dir is not None:
-            folder = stack.enter_context(run_folder(Path(run_dir), config, student, teacher, source, writes))
+            folder = stack.enter_context(training_run(Path(run_dir), config, student, teacher, source, writes))
         state = None if folder is None else folder.load()
         stack.enter_context(memory_kept())
         stack.enter_context(on_device(parallel.device, student, teacher))
@@ -261,7 +261,7 @@ class _Trainer:
             raise TrainingError(f"{type(model).__name__} does not map images to embeddings: {error}") from error
         return embeddings.float() if embeddings.dtype in (torch.bfloat16, torch.float16) else embeddings
 
-    def run(self, folder: RunFolder | None, state: dict[str, Any] | None) -> None:
+    def run(self, folder: TrainingRun | None, state: dict[str, Any] | None) -> None:
         """Train from the first step, or the step of ``state``, to the last, and update ``folder``.
 
         In a command that handles signals, the first signal takes effect after the current step, whose state is saved.
@@ -331,7 +331,7 @@ class _Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule = schedule_for(self.config.schedule, self.optimizer, self.step, self.total)
 
-    def _write(self, folder: RunFolder, record: dict[str, float], signals: list[int]) -> bool:
+    def _write(self, folder: TrainingRun, record: dict[str, float], signals: list[int]) -> bool:
         """Log the step, save a checkpoint if it is due or a signal came, and return True in the latter case."""
         folder.log(record)
         stops = bool(signals)

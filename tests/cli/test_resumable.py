@@ -14,7 +14,7 @@ from torch import Tensor
 import qface
 from qface.cli import main
 from qface.data import ImageFolder
-from qface.distillation.checkpoint import RunFolder
+from qface.distillation.checkpoint import TrainingRun
 from qface.files import alone_in
 from qface.quantization import calibration_steps
 from qface.signals import ended_by_signals
@@ -57,14 +57,14 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the process get Ctrl-C while it logs a step."""
-    log = RunFolder.log
+    log = TrainingRun.log
 
-    def interrupted(self: RunFolder, record: dict[str, float]) -> None:
+    def interrupted(self: TrainingRun, record: dict[str, float]) -> None:
         log(self, record)
         if record["step"] == step:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(RunFolder, "log", interrupted)
+    monkeypatch.setattr(TrainingRun, "log", interrupted)
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
