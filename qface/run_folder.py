@@ -17,12 +17,14 @@ _CURE = "delete it, or choose another run folder"
 
 
 @contextmanager
-def run_folder(path: Path, inputs: Mapping[str, object]) -> Iterator[None]:
+def run_folder(path: Path, inputs: Mapping[str, object], state: str | None = None) -> Iterator[None]:
     """Lock the folder ``path`` until the end of the block, and refuse one that belongs to a run with other inputs.
 
     Args:
         path: the folder; it is created if it is missing.
         inputs: value or digest of each input of the run, by its name in words.
+        state: name of the file in which the run stores its state; without it, a folder of other inputs is taken over.
+            None takes over none.
 
     Raises:
         CheckpointError: the record of the inputs is damaged.
@@ -32,7 +34,7 @@ def run_folder(path: Path, inputs: Mapping[str, object]) -> Iterator[None]:
     make_folder(path)
     with alone_in(path):
         record = path / _INPUTS
-        if not record.exists():
+        if not record.exists() or not (state is None or (path / state).exists()):
             with replacing(record) as temporary:
                 temporary.write_text(json.dumps(dict(inputs)) + "\n", encoding="utf-8")
         _check_inputs(record, json.loads(json.dumps(dict(inputs))))

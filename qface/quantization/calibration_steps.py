@@ -181,7 +181,7 @@ def calibration_checkpoint(
         "images": pixels.hexdigest()[:16],
         "settings": asdict(config),
     }
-    with run_folder(folder, inputs):
+    with run_folder(folder, inputs, _CHECKPOINT):
         yield folder / _CHECKPOINT
 
 

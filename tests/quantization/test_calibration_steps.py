@@ -122,6 +122,13 @@ def copied(model: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
+def test_a_folder_without_a_state_is_taken_over(tmp_path: Path) -> None:
+    stopped(tmp_path, "equalize", 1)  # before there is a state
+    whole = values(calibrate(student(), FACES, RANGES_ONLY))
+    found = values(calibrate(student(), FACES, RANGES_ONLY, run_dir=tmp_path))
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
 def test_a_folder_belongs_to_one_calibration(tmp_path: Path) -> None:
     stopped(tmp_path, "observe", 1)
     for images, config, other in (
