@@ -481,7 +481,7 @@ def _each_draw_at_ranks(
         suffices = [not np.isinf(table[:, at]).any() for at in range(len(wanted))]
         found |= {fpr: table[:, at] for at, fpr in enumerate(wanted) if suffices[at]}
         wanted = [fpr for at, fpr in enumerate(wanted) if not suffices[at] and kept < most]
-        kept = min(2 * kept, most)
+        kept = min(max(1, 2 * kept), most)
     return found
 
 

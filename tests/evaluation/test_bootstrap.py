@@ -103,6 +103,14 @@ def test_a_replicate_is_a_set_with_repeated_people(
     assert eer == Interval(expected, expected)
 
 
+def test_faces_without_an_error_need_scores_too() -> None:
+    """An equal error rate of 0 lies at rank 0, and a replicate needs the score at that rank."""
+    labels = np.repeat(np.arange(8), 2)
+    probes = np.eye(8, dtype=np.float32)[labels]
+    with mock.patch.object(bootstrap, "_with_margin", lambda rank: rank):
+        assert bootstrap_eer(0.0, probes, labels, replicates=5) == Interval(0.0, 0.0)
+
+
 def many(people: int, images: int, seed: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
     labels, rng = np.repeat(np.arange(people), images), np.random.default_rng(seed)
     return unit(rng.normal(size=(people, 8))[labels] + spread * rng.normal(size=(len(labels), 8))), labels
