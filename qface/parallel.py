@@ -7,6 +7,7 @@ scores of its tiles, and the counts are summed.
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -107,7 +108,10 @@ class FabricProcesses(Parallel):
 
     def __init__(self, device: torch.device) -> None:
         self._fabric = _fabric(device)
+        connected = torch.distributed.is_initialized()
         self._fabric.launch()
+        if not connected:
+            atexit.register(_disconnect)
         self.rank = self._fabric.global_rank
         self.world_size = self._fabric.world_size
         self.device = self._fabric.device
@@ -140,6 +144,12 @@ class FabricProcesses(Parallel):
     def wait(self) -> None:
         """Wait until all processes have called this."""
         self._fabric.barrier()
+
+
+def _disconnect() -> None:
+    """Close the connections, which Fabric leaves open on CPUs: their threads may abort a process that ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _fabric(device: torch.device) -> Any:
