@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import qface
-from qface.distillation.memory import memory_kept
+from qface.kept_memory import memory_kept
 from qface.memory_format import fastest_memory_format
 from qface.preprocessing import example_input
 from qface.progress import track

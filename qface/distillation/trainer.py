@@ -21,12 +21,12 @@ from qface.distillation.batches import Batch, Batches, batches_of, with_length
 from qface.distillation.checkpoint import TrainingRun, check_run_folder, training_run
 from qface.distillation.distill_config import DistillConfig
 from qface.distillation.feature_taps import FeaturePairs, FeatureTaps
-from qface.distillation.memory import memory_kept
 from qface.distillation.objective import Objective
 from qface.distillation.optim import initial_learning_rate, optimizer_for, optimizer_step, schedule_for
 from qface.distillation.pseudo_labels import with_pseudo_labels
 from qface.distillation.student_mode import has_batch_norm, mode_changes, on_device, set_observers, set_student_mode
 from qface.errors import ConfigError, TrainingError, UnsupportedLayerError
+from qface.kept_memory import memory_kept
 from qface.memory_format import fastest_memory_format
 from qface.models.resolve import NetworkLike, as_network
 from qface.network_output import embedding_of

@@ -13,6 +13,7 @@ from qface.data.images import Images, check_normalized
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source, source_record
 from qface.errors import ConfigError
+from qface.kept_memory import memory_kept
 from qface.models.resolve import as_network
 from qface.preprocessing import preprocessing_of
 from qface.progress import shows_progress
@@ -115,7 +116,7 @@ def calibrate(
     run: AbstractContextManager[Path | None] = nullcontext()
     if run_dir is not None:
         run = calibration_checkpoint(Path(run_dir), student, parts, config)
-    with run as checkpoint, eval_mode(student), torch.no_grad():
+    with run as checkpoint, memory_kept(), eval_mode(student), torch.no_grad():
         CalibrationSteps(student, parts, config, new).run(checkpoint)
     stages = {"equalize": config.equalize, "gptq": config.gptq, "correct_biases": config.correct_biases}
     left_out = [name for name, wanted in stages.items() if wanted and not new]

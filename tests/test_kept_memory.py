@@ -9,7 +9,7 @@ import pytest
 SCRIPT = """
 import resource
 import torch
-from qface.distillation.memory import memory_kept
+from qface.kept_memory import memory_kept
 
 TENSOR = 2**24  # floats, 64 MB: twice what glibc keeps at most
 

@@ -1,8 +1,8 @@
-"""Memory allocator settings for training.
+"""Memory allocator settings for training and calibration.
 
 glibc returns every freed tensor above 32 MiB to the system, and the next allocation of that size faults in each page
 again. A training step frees and allocates the same gigabytes; without returning them it took half as long
-(MobileFaceNet).
+(MobileFaceNet), and the calibration of an IResNet-18 two thirds.
 """
 
 from __future__ import annotations
