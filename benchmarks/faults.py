@@ -374,7 +374,7 @@ def write_inputs(folder: Path) -> None:
     draw = np.random.default_rng(0)
     write_crops(folder / "crops", draw)
     (folder / "tuning.txt").write_text("p0\np1\n")
-    (folder / "judging.txt").write_text("p2\np3\np4\np5\n")  # 150 impostor pairs
+    (folder / "held_out.txt").write_text("p2\np3\np4\np5\n")  # 150 impostor pairs
     write_templates(folder / "ijb", draw)
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, 4, 1, bias=False), nn.BatchNorm2d(8), nn.PReLU(8), nn.MaxPool2d(4)]
@@ -429,7 +429,7 @@ def jobs_on(inputs: Path) -> list[Job]:
     images, output, own_run = ("--images", crops), ("-o", "out/new.safetensors"), ("new.safetensors.run/",)
     training = ("--batch-size", "8", "--epochs", "2")
     run = ("--run-dir", "out/run", "--resume")
-    people = ("--people", str(inputs / "tuning.txt"), "--eval-people", str(inputs / "judging.txt"))
+    people = ("--people", str(inputs / "tuning.txt"), "--eval-people", str(inputs / "held_out.txt"))
     fixed_bits = (*people, "--bits", "6", "--at-fpr", "1e-1", "--num-images", "8")
     distill = ("distill", student, *images)
     prune, taught = ("prune", teacher, *images, "--json"), ("--teacher", teacher)

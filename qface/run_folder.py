@@ -33,11 +33,11 @@ def run_folder(path: Path, inputs: Mapping[str, object], state: str | None = Non
     """
     make_folder(path)
     with alone_in(path):
-        record = path / _INPUTS
+        record, text = path / _INPUTS, json.dumps(dict(inputs))
         if not record.exists() or not (state is None or (path / state).exists()):
             with replacing(record) as temporary:
-                temporary.write_text(json.dumps(dict(inputs)) + "\n", encoding="utf-8")
-        _check_inputs(record, json.loads(json.dumps(dict(inputs))))
+                temporary.write_text(text + "\n", encoding="utf-8")
+        _check_inputs(record, json.loads(text))
         yield
 
 

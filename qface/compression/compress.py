@@ -317,14 +317,8 @@ class _Search:
         if not calibrated.exists():  # a stopped run continues from this file: another machine may round otherwise
             make_folder(calibrated.parent)
             save(self._calibrated(average), calibrated)
-        run = folder / "distillation"
         return distill(
-            load(calibrated),
-            self.teacher,
-            self.tuning,
-            self.config.training,
-            run,
-            resume=(run / "checkpoint.pt").exists(),
+            load(calibrated), self.teacher, self.tuning, self.config.training, folder / "distillation", resume=True
         )
 
     def _judged(self, name: str, file: Path, weight_bits: float, distilled: bool) -> Trial:

@@ -16,7 +16,6 @@ from qface.compression.compress_config import CompressConfig, CompressionTarget
 from qface.data.images import Images
 from qface.deployment.latency import compare, open_file
 from qface.distillation import distill
-from qface.distillation.checkpoint import CHECKPOINT
 from qface.errors import CheckpointError, ConfigError
 from qface.files import replacing
 from qface.limits import named, parse_json
@@ -72,39 +71,44 @@ def network_within(
     """
     if target.max_ms is None:
         return TimedNetwork(teacher, None)
-    if (folder / _RECORD).exists():
-        network = load(folder / _PRUNED) if (folder / _PRUNED).exists() else teacher
-        return TimedNetwork(network, _read_milliseconds(folder / _RECORD))
-    found = _teacher_or_pruned(target.max_ms, teacher, images, config, folder)
-    if found.network is not teacher:
-        save(found.network, folder / _PRUNED)
-    with replacing(folder / _RECORD) as temporary:
-        temporary.write_text(json.dumps({"ms": found.ms}) + "\n", encoding="utf-8")
-    return found
+    record = folder / _RECORD
+    if not record.exists():  # written before training: a second measurement may choose another ratio
+        ratio, milliseconds = _ratio_within(target.max_ms, teacher, images, config)
+        with replacing(record) as temporary:
+            temporary.write_text(json.dumps({"ratio": ratio, "ms": milliseconds}) + "\n", encoding="utf-8")
+    ratio, milliseconds = _read(record)
+    network = teacher if ratio == 0 else _pruned(ratio, teacher, images, config, folder)
+    return TimedNetwork(network, milliseconds)
 
 
-def _read_milliseconds(record: Path) -> float:
+def _read(record: Path) -> tuple[float, float]:
     try:
         with named(record):
-            return float(parse_json(record.read_text(encoding="utf-8"), "the time")["ms"])
+            values = parse_json(record.read_text(encoding="utf-8"), "the time")
+        return float(values["ratio"]), float(values["ms"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{record} is damaged: choose another run folder") from error
 
 
-def _teacher_or_pruned(
-    max_ms: float, teacher: nn.Module, images: Images, config: CompressConfig, folder: Path
-) -> TimedNetwork:
-    milliseconds = _milliseconds(teacher, images, config)
-    if milliseconds <= max_ms:
-        return TimedNetwork(teacher, milliseconds)
-    if not config.prune:
-        raise ConfigError(_too_slow(milliseconds) + "raise max_ms, or allow pruning")
-    ratio, milliseconds = _smallest_ratio(max_ms, teacher, images, config)
+def _pruned(ratio: float, teacher: nn.Module, images: Images, config: CompressConfig, folder: Path) -> nn.Module:
+    kept = folder / _PRUNED
+    if kept.exists():
+        return load(kept)
     network = prune(teacher, ratio, images, _PRUNING)
     if config.distill != "never":
-        run = folder / "pruned"
-        distill(network, teacher, images, config.training, run, resume=(run / CHECKPOINT).exists())
-    return TimedNetwork(network, milliseconds)
+        distill(network, teacher, images, config.training, folder / "pruned", resume=True)
+    save(network, kept)
+    return network
+
+
+def _ratio_within(max_ms: float, teacher: nn.Module, images: Images, config: CompressConfig) -> tuple[float, float]:
+    """Return the ratio of channels to remove, 0 for a network that is fast enough as it is, and the time."""
+    milliseconds = _milliseconds(teacher, images, config)
+    if milliseconds <= max_ms:
+        return 0.0, milliseconds
+    if not config.prune:
+        raise ConfigError(_too_slow(milliseconds) + "raise max_ms, or allow pruning")
+    return _smallest_ratio(max_ms, teacher, images, config)
 
 
 def _smallest_ratio(max_ms: float, teacher: nn.Module, images: Images, config: CompressConfig) -> tuple[float, float]:
