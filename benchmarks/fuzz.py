@@ -1,6 +1,7 @@
 """Fuzz the file readers: read randomly changed files, each in its own process.
 
-    python benchmarks/fuzz.py [--cases 200] [--seed 0] [--readers onnx,checkpoint] [--keep FOLDER] [--json]
+    python benchmarks/fuzz.py [--cases 200] [--seed 0] [--per-process 1] [--readers onnx,checkpoint] [--keep FOLDER]
+        [--json]
 
 Each case is a valid file with changed bytes, fields, opcodes, zip members or values. The reader may read it or refuse
 it with a one-line error. Anything else is a finding: a traceback, a crash, more than 10 seconds, or over 1 GiB more
@@ -27,7 +28,7 @@ import click
 import numpy as np
 import torch
 from harness.benchmark_command import BenchmarkCommand
-from harness.confinement import Outcome, confined
+from harness.confinement import Outcome, confined, confined_calls
 from harness.mutations import (
     Mutation,
     bytes_changed,
@@ -267,7 +268,7 @@ READERS = {
 # ---- cases
 
 
-def fuzz(name: str, cases: int, seed: int, keep: Path, progress: bool) -> Row:
+def fuzz(name: str, cases: int, seed: int, keep: Path, progress: bool, per_process: int = 1) -> Row:
     """Read ``cases`` changed files with the reader ``name``; files of findings go to ``keep``."""
     reader, row = READERS[name], Row(name)
     with tempfile.TemporaryDirectory() as text:
@@ -275,29 +276,32 @@ def fuzz(name: str, cases: int, seed: int, keep: Path, progress: bool) -> Row:
         reader.write(path)
         honest = path.read_bytes()
         gc.collect()
-        before = _confined(reader, path)
+        before = confined(functools.partial(reader.read, path), SECONDS)
         if before.kind != "read":
             raise click.ClickException(f"{name} does not read a valid file: {before.message}")
-        for number in track(range(cases), name):
-            rng = random.Random(f"{seed} {name} {number}")
-            path.write_bytes(_changed(reader, honest, rng))
-            outcome = _confined(reader, path)
+        draws = [f"{seed} {name} {number}" for number in range(cases)]
+        calls = [functools.partial(_read_changed, reader, path, honest, draw) for draw in draws]
+        outcomes = confined_calls(calls, SECONDS, per_process)
+        for number, outcome in enumerate(track(outcomes, name, total=cases)):
             row.cases += 1
             row.kinds[outcome.kind] = row.kinds.get(outcome.kind, 0) + 1
             row.seconds, row.memory = max(row.seconds, outcome.seconds), max(row.memory, outcome.memory)
             if (finding := _finding(outcome, before)) is not None:
                 keep.mkdir(parents=True, exist_ok=True)
                 kept = keep / f"{name.replace(' ', '_')}_{seed}_{number}{reader.ending}"
-                kept.write_bytes(path.read_bytes())
+                kept.write_bytes(_changed(reader, honest, draws[number]))
                 row.findings.append(f"{kept}: {finding}")
     return row
 
 
-def _confined(reader: Reader, path: Path) -> Outcome:
-    return confined(functools.partial(reader.read, path), SECONDS)
+def _read_changed(reader: Reader, path: Path, honest: bytes, draw: str) -> None:
+    path.write_bytes(_changed(reader, honest, draw))
+    reader.read(path)
 
 
-def _changed(reader: Reader, honest: bytes, rng: random.Random) -> bytes:
+def _changed(reader: Reader, honest: bytes, draw: str) -> bytes:
+    """Return ``honest`` with the change that the seed ``draw`` selects."""
+    rng = random.Random(draw)
     mutation = rng.choice(reader.mutations)
     return mutation(honest, rng)
 
@@ -322,18 +326,21 @@ def _chosen(text: str | None) -> list[str]:
 @click.command(cls=BenchmarkCommand)
 @click.option("--cases", type=click.IntRange(1), default=200, show_default=True, help="Changed files per reader.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the changes.")
+@click.option(
+    "--per-process", type=click.IntRange(1), default=1, show_default=True, help="Changed files that a process reads."
+)
 @click.option("--readers", help="Comma-separated names.  [default: all]")
 @click.option(
     "--keep", type=click.Path(path_type=Path), default=Path("runs/fuzz"), show_default=True, help="Folder for findings."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(cases: int, seed: int, readers: str | None, keep: Path, as_json: bool) -> None:
+def main(cases: int, seed: int, per_process: int, readers: str | None, keep: Path, as_json: bool) -> None:
     """Read changed files; report those that are neither read nor refused in one line."""
     torch.set_num_threads(1)
     names = _chosen(readers)
     for module in ("onnxruntime", "onnx.reference", "qface.models.onnx_import"):
         importlib.import_module(module)  # import before the forks, each of which would need seconds for it
-    rows = [fuzz(name, cases, seed, keep, progress=not as_json) for name in names]
+    rows = [fuzz(name, cases, seed, keep, not as_json, per_process) for name in names]
     if as_json:
         click.echo(json.dumps({"seed": seed, "rows": [asdict(row) for row in rows]}))
     else:

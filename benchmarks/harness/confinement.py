@@ -1,25 +1,27 @@
-"""Run a call in a child process with time and memory limits, so that a crash becomes a result."""
+"""Run calls in child processes with time and memory limits, so that a crash becomes a result."""
 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import resource
 import select
 import signal
+import socket
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import qface
 
-__all__ = ["Outcome", "confined"]
+__all__ = ["Outcome", "confined", "confined_calls"]
 
 _HEADROOM = 4 * 2**30
 """Bytes a child may map beyond its initial size, so that no file exhausts the memory of the machine."""
@@ -32,7 +34,7 @@ class Outcome:
     Args:
         kind: ``"read"``, ``"refused"`` (a QFaceError), ``"traceback"``, ``"crash"`` or ``"timeout"``.
         message: error message, traceback, exit status or time limit; empty for ``"read"``.
-        seconds: lifetime of the child process.
+        seconds: duration of the call, and of the fork if it is the first in its process.
         memory: peak growth of resident memory in bytes; 0 after a crash or timeout.
     """
 
@@ -47,59 +49,93 @@ def confined(call: Callable[[], object], seconds: float) -> Outcome:
 
     Import all modules that ``call`` needs first, and run no other threads in this process.
     """
-    reader, writer = os.pipe()
-    start = time.monotonic()
+    (outcome,) = confined_calls([call], seconds, 1)
+    return outcome
+
+
+def confined_calls(calls: Sequence[Callable[[], object]], seconds: float, per_process: int) -> Iterator[Outcome]:
+    """Run ``calls`` in forked children, up to ``per_process`` in each; yield their outcomes in order.
+
+    A fork takes longer than most calls. A child that crashes or exceeds ``seconds`` in one call ends, and the calls
+    after that one run in a new child.
+    """
+    done = 0
+    while done < len(calls):
+        for outcome in _of_one_child(calls[done : done + per_process], seconds):
+            done += 1
+            yield outcome
+
+
+def _of_one_child(calls: Sequence[Callable[[], object]], seconds: float) -> Iterator[Outcome]:
+    """Yield the outcomes of ``calls`` up to the first one that crashes or exceeds ``seconds``."""
+    ours, theirs = socket.socketpair()
     child = os.fork()
     if child == 0:
-        os.close(reader)
-        _report(call, writer)
-    os.close(writer)
+        ours.close()
+        _run_when_told(calls, theirs)
+    theirs.close()
+    status = None
     try:
-        answer = _answer(reader, start + seconds)
-        if answer is None:
-            os.kill(child, signal.SIGKILL)
+        for _ in calls:
+            start = time.monotonic()
+            ours.sendall(b"\n")
+            answer = _answer(ours, start + seconds)
+            elapsed = time.monotonic() - start
+            if answer is None:
+                yield Outcome("timeout", f"still running after {seconds:g} s", elapsed, 0)
+                return
+            if not answer:
+                _, status = os.waitpid(child, 0)
+                yield Outcome("crash", f"ended with status {os.waitstatus_to_exitcode(status)}", elapsed, 0)
+                return
+            kind, message, memory = json.loads(answer)
+            yield Outcome(kind, message, elapsed, memory)
     finally:
-        os.close(reader)
-        _, status = os.waitpid(child, 0)
-    elapsed = time.monotonic() - start
-    if answer is None:
-        return Outcome("timeout", f"still running after {seconds:g} s", elapsed, 0)
-    if not answer:
-        return Outcome("crash", f"ended with status {os.waitstatus_to_exitcode(status)}", elapsed, 0)
-    kind, message, memory = json.loads(answer)
-    return Outcome(kind, message, elapsed, memory)
+        ours.close()
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
-def _answer(reader: int, deadline: float) -> bytes | None:
-    """Return all output of the child, or None if it is still running at ``deadline``."""
+def _answer(child: socket.socket, deadline: float) -> bytes | None:
+    """Return one line of the child, empty if it has ended, or None if it is still running at ``deadline``."""
     content = b""
-    while True:
-        ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
+    while not content.endswith(b"\n"):
+        ready, _, _ = select.select([child], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
             return None
-        piece = os.read(reader, 65536)
+        piece = child.recv(65536)
         if not piece:
-            return content
+            return b""
         content += piece
+    return content
 
 
-def _report(call: Callable[[], object], writer: int) -> None:
-    """Run ``call``, write its result to the pipe ``writer`` and exit this process."""
+def _run_when_told(calls: Sequence[Callable[[], object]], parent: socket.socket) -> None:
+    """Run a call for each byte from ``parent``, answer with a line, and exit this process."""
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     sys.stderr = sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     warnings.simplefilter("ignore")
     faulthandler.disable()  # it may write to a file other than stderr
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    gc.freeze()  # a collection would walk the objects of the parent and copy their pages
+    for call in calls:
+        if not parent.recv(1):
+            break
+        parent.sendall(json.dumps(_measured(call)).encode() + b"\n")
+    os._exit(0)
+
+
+def _measured(call: Callable[[], object]) -> tuple[str, str, int]:
+    """Return kind, message and memory of the outcome of ``call``."""
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM, the peak resident size
-    mapped = _status("VmSize") + _HEADROOM
-    resource.setrlimit(resource.RLIMIT_AS, (mapped, mapped))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + _HEADROOM, most))
     kind, message = _outcome(call)
-    report: Any = [kind, message, max(0, _status("VmHWM") - before)]
-    os.write(writer, json.dumps(report).encode())
-    os._exit(0)
+    return kind, message, max(0, _status("VmHWM") - before)
 
 
 def _outcome(call: Callable[[], object]) -> tuple[str, str]:
