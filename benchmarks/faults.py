@@ -119,6 +119,7 @@ class Running:
         handle, name = tempfile.mkstemp(dir=case.parent)
         os.close(handle)
         self._printed = Path(name), Path(f"{name}.err")
+        self._printed[1].touch()  # the child may be killed before it opens the file
         # Block signals until the child handles them: before that the child would run the handlers of this process.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         self.pid = os.fork()

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 import qface
 from qface.data.sources import as_image_source
+from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import CheckpointError, LimitError, QFaceError, UnsupportedLayerError
 from qface.evaluation import embed
 from qface.models import MobileFaceNet
 from qface.models.iresnet import IResNet
-from qface.preprocessing import preprocessing_of
+from qface.preprocessing import Preprocessing, preprocessing_of
 from qface.provenance import provenance_of, record_step
 from tests.models.onnx_graphs import Graph, network
 from tests.networks import foreign_net, random_faces, with_statistics
@@ -756,19 +757,38 @@ DAMAGE: dict[str, Callable[[onnx.ModelProto], None]] = {
     "a text as strides": _attribute("strides", "text"),
     "one stride": _attribute("strides", [1]),
     "stride 0": _attribute("strides", [0, 0]),
+    "no output of the graph": lambda model: model.graph.ClearField("output"),
     "no graph": lambda model: model.ClearField("graph"),
     "no opset": lambda model: model.ClearField("opset_import"),
 }
 
 
-@pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_graph_is_one_line(case: str, tmp_path: Path) -> None:
+def damaged(case: str, path: Path, metadata: dict[str, str]) -> Path:
+    """Write a network with ``metadata`` and the damage ``case``."""
     graph = small(17)
     rows(graph)
-    path = graph.save(tmp_path / "net.onnx")
-    model = onnx.load(path)
+    model = onnx.load(graph.save(path))
+    helper.set_model_props(model, metadata)
     DAMAGE[case](model)
     path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_graph_is_one_line(case: str, tmp_path: Path) -> None:
+    path = damaged(case, tmp_path / "net.onnx", {})
     with pytest.raises(QFaceError, match=r"net\.onnx") as error:
         qface.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_damaged_graph_embeds_nothing(own: bool, case: str, tmp_path: Path) -> None:
+    reads = Preprocessing(size=(32, 32)).to_json()
+    path = damaged(
+        case, tmp_path / "net.onnx", {"qface": "0", "input": "float32", "preprocessing": reads} if own else {}
+    )
+    with pytest.raises(QFaceError, match=r"net\.onnx") as error:
+        OnnxEmbedder(path, threads=1)(torch.zeros(1, 3, 32, 32))
     assert "\n" not in str(error.value)

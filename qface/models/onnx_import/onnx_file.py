@@ -188,6 +188,8 @@ def check_onnx(path: Path) -> onnx.ModelProto:
         LimitError: the file asks for more memory or operators than :mod:`qface.limits` allows.
     """
     model = read_proto(path)
+    if not model.graph.output:
+        raise CheckpointError(f"{path} has no output, so it is damaged; export the network again")
     with telling_damage(path):
         check_graph(model, path)
     return model
