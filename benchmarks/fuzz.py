@@ -10,13 +10,16 @@ memory than for the valid file. Files of findings are kept, and the exit code is
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import importlib
 import io
+import itertools
 import json
 import pickle
 import random
+import shutil
 import struct
 import sys
 import tempfile
@@ -45,13 +48,19 @@ from rich.console import Console
 from torch import nn
 
 import qface
+from qface.checkpoint_file import read_checkpoint, write_checkpoint
+from qface.compression.run_record import RunRecord
 from qface.data import ImageFolder, read_landmarks
+from qface.data.groups import read_groups
+from qface.data.identities import select_identities
 from qface.data.pairs import read_pairs
 from qface.data.records import RecordImages
+from qface.data.templates import people_of, read_templates
 from qface.data.verification_bin import VerificationBin
 from qface.deployment.runtime import OnnxEmbedder
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
 from qface.progress import track
+from qface.reporting.run_files import read_training
 
 SECONDS, MEMORY = 10.0, 2**30
 SIZE = (16, 16)
@@ -157,6 +166,10 @@ def _write_float_onnx(path: Path) -> None:
     qface.export(network(), path)
 
 
+def _write_integers(path: Path) -> None:
+    qface.export(student(), path)
+
+
 def _crop(number: int, kind: str = "JPEG") -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (112, 112, 3), dtype=np.uint8)
     content = io.BytesIO()
@@ -169,16 +182,22 @@ def _write_bin(path: Path) -> None:
     path.write_bytes(pickle.dumps((images, [True, False] * 2), 2))
 
 
+def _write_photo(path: Path) -> None:
+    path.write_bytes(_crop(0))
+    path.with_name("landmarks.txt").write_text(f"{path.name} 30 40 70 40 50 60 35 80 65 80\n")
+
+
 def _write_image(path: Path) -> None:
     path.write_bytes(_crop(0, "PNG"))
 
 
+def _record(number: int) -> bytes:
+    data = struct.pack("<IfQQ", 0, number // 2, number, 0) + _crop(number)
+    return struct.pack("<II", 0xCED7230A, len(data)) + data + bytes(-len(data) % 4)
+
+
 def _write_records(path: Path) -> None:
-    content = b""
-    for number in range(4):
-        data = struct.pack("<IfQQ", 0, number // 2, number, 0) + _crop(number)
-        content += struct.pack("<II", 0xCED7230A, len(data)) + data + bytes(-len(data) % 4)
-    path.write_bytes(content)
+    path.write_bytes(b"".join(map(_record, range(4))))
 
 
 def _write_pairs(path: Path) -> None:
@@ -189,6 +208,69 @@ def _write_pairs(path: Path) -> None:
 
 def _write_landmarks(path: Path) -> None:
     path.write_text("".join(f"{number}.jpg 30 40 70 40 50 60 35 80 65 80 0.9\n" for number in range(5)))
+
+
+def _write_index(path: Path) -> None:
+    _write_records(path.with_suffix(".rec"))
+    offsets = itertools.accumulate((len(_record(number)) for number in range(3)), initial=0)
+    path.write_text("".join(f"{number}\t{offset}\n" for number, offset in enumerate(offsets)))
+
+
+def _write_sllfw(path: Path) -> None:
+    path.write_text("".join(f"{name}/{name}_{number:04d}.jpg\n" for name in ("Ann", "Bob") for number in (1, 2)))
+
+
+def _write_flagged(path: Path) -> None:
+    path.write_text("first,second,same\n" + "".join(f"a/{number}.png,b/1.png,{number % 2}\n" for number in range(6)))
+
+
+def _write_dictionaries(path: Path) -> None:
+    names = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")
+    places = ((30, 40), (70, 40), (50, 60), (35, 80), (65, 80))
+    face = {"box": [20, 20, 60, 80], "keypoints": dict(zip(names, places, strict=True)), "confidence": 0.99}
+    path.write_text(json.dumps({f"{number}.jpg": [face] for number in range(4)}))
+
+
+def _write_people(path: Path) -> None:
+    path.write_text("Ann\nBob\n")
+
+
+def _write_groups(path: Path) -> None:
+    for name in ("Ann", "Bob"):
+        (path.parent / "faces" / name).mkdir(parents=True)
+        (path.parent / "faces" / name / "1.png").write_bytes(_crop(0, "PNG"))
+    path.write_text("Ann,old\nBob,young\n")
+
+
+def _write_templates(path: Path) -> None:
+    meta = path.parent / "ijb" / "meta"
+    meta.mkdir(parents=True)
+    (meta.parent / "loose_crop").mkdir()
+    points = "30 40 70 40 50 60 35 80 65 80 0.9"
+    (meta / "ijbc_name_5pts_score.txt").write_text("".join(f"{number}.jpg {points}\n" for number in range(6)))
+    (meta / "ijbc_face_tid_mid.txt").write_text("".join(f"{n}.jpg {n // 2} {n}\n" for n in range(6)))
+    path.write_text("0 1 1\n0 2 0\n1 2 0\n")
+
+
+def _write_bits(path: Path) -> None:
+    overrides = {"conv": qface.LayerBits(8, 6), "linear": qface.LayerBits(4)}
+    qface.save_bits(qface.QuantizationConfig(4, 8, overrides, ignored_layers=("fc.*",)), path)
+
+
+def _write_checkpoint(path: Path) -> None:
+    state = {"step": 3, "total": 9, "student": dict(network().state_dict()), "objective": {}, "optimizer": {"lr": 0.1}}
+    write_checkpoint(path, {"format": 2, "config": {"epochs": 1}, "inputs": {"images": "ab"}, "state": state})
+
+
+def _write_log(path: Path) -> None:
+    path.write_text("".join(json.dumps({"step": step, "loss": 1 / (step + 1), "lr": 0.1}) + "\n" for step in range(5)))
+
+
+def _write_run(path: Path) -> None:
+    trial = {"name": "w6a8", "mb": 1.0, "passes": True, "misses": []}
+    record = RunRecord("teacher.safetensors", "student.safetensors", "student.onnx", "faces", eval_people="second-half")
+    folder = path.parent / "run"
+    dataclasses.replace(record, trials=(trial,)).write(folder).replace(path)
 
 
 # ---- reading
@@ -232,6 +314,39 @@ def _read_folder(path: Path) -> None:
     images.read(range(len(images)))
 
 
+def _read_index(path: Path) -> None:
+    _read_records(path.with_suffix(".rec"))
+
+
+def _select_people(path: Path) -> None:
+    select_identities(["Ann", "Bob", "Cid"], path)
+
+
+def _read_groups(path: Path) -> None:
+    read_groups(path, ImageFolder(path.parent / "faces"))
+
+
+def _read_templates(path: Path) -> None:
+    root = path.parent / "ijb"
+    shutil.copy(path, root / "meta" / "ijbc_template_pair_label.txt")
+    people_of(read_templates(root))
+
+
+def _read_run(path: Path) -> None:
+    folder = path.parent / "run"
+    shutil.copy(path, folder / "run.json")
+    RunRecord.read(folder)
+
+
+def _align(path: Path) -> None:
+    with tempfile.TemporaryDirectory() as crops:
+        qface.align(path.parent, crops, path.with_name("landmarks.txt"))
+
+
+def _test_itself(path: Path) -> None:
+    qface.selftest(path)
+
+
 _IN_ZIP = functools.partial(zip_changed, inner={"data.pkl": pickle_changed, ".json": json_changed})
 _TENSORS = (bytes_changed, _IN_ZIP, _IN_ZIP)
 READERS = {
@@ -250,17 +365,26 @@ READERS = {
     ),
     "exported program": Reader(".pt2", _write_program, _load, _TENSORS),
     "onnx": Reader(".onnx", _write_float_onnx, _load, (bytes_changed, *[onnx_changed] * 4)),
-    "embedder": Reader(
-        ".onnx", lambda path: qface.export(student(), path), _embed, (bytes_changed, *[onnx_changed] * 4)
-    ),
+    "embedder": Reader(".onnx", _write_integers, _embed, (bytes_changed, *[onnx_changed] * 4)),
     "float embedder": Reader(".onnx", _write_float_onnx, _embed, (bytes_changed, *[onnx_changed] * 4)),
-    "size and metadata": Reader(
-        ".onnx", lambda path: qface.export(student(), path), _inspect, (bytes_changed, onnx_changed)
-    ),
+    "size and metadata": Reader(".onnx", _write_integers, _inspect, (bytes_changed, onnx_changed)),
     "verification set": Reader(".bin", _write_bin, _read_bin, (bytes_changed, pickle_changed)),
     "records": Reader(".rec", _write_records, _read_records, (bytes_changed,)),
     "images": Reader(".png", _write_image, _read_folder, (bytes_changed,)),
     "pairs": Reader(".txt", _write_pairs, read_pairs, (bytes_changed, lines_changed)),
+    "CSV pairs": Reader(".csv", _write_flagged, read_pairs, (bytes_changed, lines_changed)),
+    "SLLFW pairs": Reader(".txt", _write_sllfw, read_pairs, (bytes_changed, lines_changed)),
+    "index of records": Reader(".idx", _write_index, _read_index, (bytes_changed, lines_changed)),
+    "people": Reader(".txt", _write_people, _select_people, (bytes_changed, lines_changed)),
+    "groups": Reader(".csv", _write_groups, _read_groups, (bytes_changed, lines_changed)),
+    "pairs of templates": Reader(".txt", _write_templates, _read_templates, (bytes_changed, lines_changed)),
+    "photo": Reader(".jpg", _write_photo, _align, (bytes_changed,)),
+    "self-test": Reader(".onnx", _write_integers, _test_itself, (bytes_changed, *[onnx_changed] * 4)),
+    "bits": Reader(".json", _write_bits, qface.load_bits, (bytes_changed, *[json_changed] * 4)),
+    "checkpoint of a run": Reader(".pt", _write_checkpoint, read_checkpoint, _TENSORS),
+    "training log": Reader(".jsonl", _write_log, read_training, (bytes_changed, lines_changed)),
+    "run record": Reader(".json", _write_run, _read_run, (bytes_changed, *[json_changed] * 4)),
+    "landmark dictionaries": Reader(".json", _write_dictionaries, read_landmarks, (bytes_changed, *[json_changed] * 4)),
     "landmarks": Reader(".txt", _write_landmarks, read_landmarks, (bytes_changed, lines_changed)),
 }
 

@@ -13,6 +13,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedLayerError",
     "one_line",
+    "printable",
 ]
 
 
@@ -26,8 +27,16 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
     return " ".join(str(error).split())[:limit].rstrip(".")
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with characters that a terminal does not print, such as line breaks, as escape sequences."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 class QFaceError(Exception):
     """Base class of all qface errors; the command line prints the message and exits with 2.
+
+    Args:
+        message: the message. Line breaks and other control characters, which names in files may contain, are escaped.
 
     Example:
         >>> try:
@@ -36,6 +45,9 @@ class QFaceError(Exception):
         ...     print(type(error).__name__)
         CheckpointError
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class CheckpointError(QFaceError):

@@ -20,7 +20,10 @@ from typing import Any
 
 from qface.errors import ConfigError, LimitError
 
-__all__ = ["Allowance", "Limits", "check", "elements_of", "limits", "named", "parse_json"]
+__all__ = ["MALFORMED", "Allowance", "Limits", "check", "elements_of", "limits", "named", "parse_json", "read_json"]
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""Errors of code that takes the fields of a record from a file: any of them may be missing, of another type, or NaN."""
 
 _VARIABLE = "QFACE_LIMITS"
 _MAX_DIMENSIONS = 64  # the limit of numpy; torch's is close
@@ -175,6 +178,18 @@ def parse_json(text: str | bytes, what: str) -> Any:
     check("objects", sum(map(text.count, ",[{")), what)
     check("depth", _depth(text), what)
     return json.loads(text)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Parse a JSON file in UTF-8.
+
+    Raises:
+        LimitError: it is nested too deeply or has too many values; the message names ``path``.
+        OSError: it cannot be read.
+        ValueError: it is not valid JSON.
+    """
+    with named(path):
+        return parse_json(path.read_text(encoding="utf-8"), what)
 
 
 def _depth(text: str) -> int:

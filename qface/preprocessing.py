@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from qface.checks import check_choice, check_module
 from qface.choices import ColorOrder
 from qface.errors import CheckpointError, ConfigError
-from qface.limits import check, named, parse_json
+from qface.limits import MALFORMED, check, named, parse_json
 
 __all__ = [
     "CROP_SIZE",
@@ -150,7 +150,7 @@ class Preprocessing:
                 mean=_three(fields["mean"]),
                 std=_three(fields["std"]),
             )
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        except MALFORMED as error:
             raise ConfigError(
                 f"the preprocessing {text[:200]!r} cannot be parsed ({error}): use the output of Preprocessing.to_json"
             ) from error

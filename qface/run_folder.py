@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qface.errors import CheckpointError, ConfigError
 from qface.files import alone_in, make_folder, replacing
+from qface.limits import MALFORMED, read_json
 
 __all__ = ["run_folder"]
 
@@ -30,6 +31,7 @@ def run_folder(path: Path, inputs: Mapping[str, object], state: str | None = Non
         CheckpointError: the record of the inputs is damaged.
         ConfigError: the folder belongs to a run with other inputs, or another run is using it.
         ExportError: the folder cannot be created or written to.
+        LimitError: the record exceeds :mod:`qface.limits`.
     """
     make_folder(path)
     with alone_in(path):
@@ -43,9 +45,9 @@ def run_folder(path: Path, inputs: Mapping[str, object], state: str | None = Non
 
 def _check_inputs(record: Path, inputs: Mapping[str, object]) -> None:
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = read_json(record, "the record")
         names = before.keys()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(f"{record} is damaged: {_CURE}") from error
     if names != inputs.keys():
         raise ConfigError(f"{record.parent} belongs to a run of another function: {_CURE}")

@@ -12,7 +12,7 @@ from typing import Any
 from qface.data.identities import FIRST_HALF, SECOND_HALF
 from qface.errors import ConfigError, one_line
 from qface.files import as_path, make_folder, replacing
-from qface.limits import named, parse_json
+from qface.limits import read_json
 from qface.results import Result
 
 __all__ = ["RUN_FILE", "RunRecord"]
@@ -92,9 +92,7 @@ class RunRecord(Result):
         """
         path = as_path(folder) / RUN_FILE
         try:
-            with named(path):
-                record = parse_json(path.read_text(encoding="utf-8"), "the run record")
-            return cls(**_checked(record, path, Path(folder)))
+            return cls(**_checked(read_json(path, "the run record"), path, Path(folder)))
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(f"{folder} has no {RUN_FILE}: pass the run folder of qface compress") from None
         except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from qface.deployment.latency import compare, open_file
 from qface.distillation import distill
 from qface.errors import CheckpointError, ConfigError
 from qface.files import replacing
-from qface.limits import named, parse_json
+from qface.limits import MALFORMED, read_json
 from qface.mixed_precision import draft_file
 from qface.models import load, save
 from qface.progress import track
@@ -83,10 +83,9 @@ def network_within(
 
 def _read(record: Path) -> tuple[float, float]:
     try:
-        with named(record):
-            values = parse_json(record.read_text(encoding="utf-8"), "the time")
+        values = read_json(record, "the time")
         return float(values["ratio"]), float(values["ms"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(f"{record} is damaged: choose another run folder") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from qface.compression.compress_config import CompressionTarget
 from qface.errors import CheckpointError
 from qface.files import replacing
-from qface.limits import named, parse_json
+from qface.limits import MALFORMED, read_json
 from qface.results import Result
 
 __all__ = ["Compression", "Trial", "smallest_passing"]
@@ -87,11 +87,10 @@ class Trial:
         if not path.exists():
             return None
         try:
-            with named(path):
-                record = parse_json(path.read_text(encoding="utf-8"), "the trial")
+            record = read_json(path, "the trial")
             values = {each.name: record[each.name] for each in fields(cls)}
             return cls(**{**values, "misses": tuple(values["misses"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, *MALFORMED) as error:
             raise CheckpointError(f"{path} is damaged: delete its folder and run the command again") from error
 
 

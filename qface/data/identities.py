@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from qface.errors import ImagesError, one_line
+from qface.data.text_lines import numbered_lines
+from qface.errors import ImagesError
 
 __all__ = ["FIRST_HALF", "SECOND_HALF", "composed", "select_identities"]
 
@@ -76,15 +78,9 @@ def _listed(names: list[str], path: Path) -> list[str]:
 
 
 def _read_names(path: Path) -> set[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
+    if not os.path.exists(path):
         raise ImagesError(
             f"identities file {str(path)!r} does not exist: pass {FIRST_HALF}, {SECOND_HALF} or a text file with one "
             "name per line"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ImagesError(
-            f"the list of identities {path} cannot be read as text ({one_line(error)}): pass a text file in UTF-8"
-        ) from error
-    return {composed(line.strip()) for line in lines if line.strip()}
+        )
+    return {composed(line.strip()) for _, line in numbered_lines(path)}

@@ -18,7 +18,10 @@ import logging
 import mmap
 import os
 import struct
+import warnings
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,33 @@ RecordLabels = npt.NDArray[np.float32]
 Bytes = bytes | memoryview
 
 
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """Offsets of records by number; arrays, since a training set has up to 17 million records.
+
+    Args:
+        keys: int64 [records], ascending numbers of the records.
+        offsets: int64 [records], their first bytes in the file.
+    """
+
+    keys: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+
+    def offset(self, key: int) -> int | None:
+        """Return the offset of record ``key``, or None if it is not in the index."""
+        position = self._position(key)
+        is_record = position < len(self.keys) and self.keys[position] == key
+        return int(self.offsets[position]) if is_record else None
+
+    def within(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the numbers from ``start`` to ``stop - 1`` that are records."""
+        return self.keys[self._position(start) : self._position(stop)]
+
+    def _position(self, key: int) -> int:
+        """Return the position of the first record with a number >= ``key``."""
+        return int(np.searchsorted(self.keys, min(key, np.iinfo(np.int64).max)))
+
+
 class RecordImages(IndexedImages):
     """112x112 crops of a ``.rec`` file, read on demand.
 
@@ -67,10 +97,10 @@ class RecordImages(IndexedImages):
         self.path = Path(path)
         self._data = memoryview(_mapped(self.path))
         index = _index_of(self.path)
-        self._offsets = _read_index(index) if os.path.exists(index) else self._walk()
+        self._index = _read_index(index) if os.path.exists(index) else self._walk()
         header = self._header()
-        self._keys = sorted(self._offsets) if header is None else self._image_keys(header)
-        if not self._keys:
+        self._keys = self._index.keys if header is None else self._image_keys(header)
+        if not len(self._keys):
             raise ImagesError(f"{self.path} has no images: download it again")
         people = self._people(header)
         own = self._own_labels() if not people or len(self._keys) > _EXACT else self._identities(people)
@@ -85,12 +115,12 @@ class RecordImages(IndexedImages):
         Raises:
             ImagesError: an image is damaged or not 112x112; the message names its record.
         """
-        crops = [self._decode(self._keys[index]) for index in indices]
+        crops = [self._decode(int(self._keys[index])) for index in indices]
         return stack_crops(crops)
 
     def content(self, index: int) -> bytes:
         """Return the encoded image at ``index``."""
-        return bytes(self._content(self._keys[index])[1])
+        return bytes(self._content(int(self._keys[index]))[1])
 
     def _decode(self, key: int) -> npt.NDArray[np.uint8]:
         try:
@@ -98,9 +128,9 @@ class RecordImages(IndexedImages):
         except UNREADABLE as error:
             raise self._damaged(key, one_line(error)) from error
 
-    def _walk(self) -> dict[int, int]:
+    def _walk(self) -> _Index:
         """Return the offset of each record, numbered in file order."""
-        offsets: list[int] = []
+        offsets = array("q")
         offset, whole = 0, True
         while offset < len(self._data):
             if whole:
@@ -108,33 +138,34 @@ class RecordImages(IndexedImages):
             kind, _, offset = self._part(len(offsets) - 1, offset)
             whole = kind in (_WHOLE, _LAST)
         _LOGGER.warning("%s has no .idx file: its %d records are numbered in file order", self.path, len(offsets))
-        return dict(enumerate(offsets))
+        return _Index(np.arange(len(offsets)), np.array(offsets, np.int64))
 
     def _header(self) -> RecordLabels | None:
         """Return the labels of record 0 if it has no image."""
-        if 0 not in self._offsets:
+        if self._index.offset(0) is None:
             return None
         labels, image = self._content(0)
         if len(image):
             return None
-        if not 1 <= labels[0] <= max(self._offsets) + 1:
+        if not 1 <= labels[0] <= int(self._index.keys[-1]) + 1:
             raise self._damaged(0, "its label must be the number of the record after the last image")
         return labels
 
-    def _image_keys(self, header: RecordLabels) -> list[int]:
-        keys = range(1, int(header[0]))
-        missing = next((key for key in keys if key not in self._offsets), None)
-        if missing is not None:
-            raise self._lacking(missing)
-        return list(keys)
+    def _image_keys(self, header: RecordLabels) -> npt.NDArray[np.int64]:
+        """Return 1 to the number before the header's first label, after a check that all of them are records."""
+        end = int(header[0])
+        found = self._index.within(1, end)
+        missing = np.flatnonzero(found != np.arange(1, len(found) + 1))
+        if len(found) < end - 1:
+            raise self._lacking(int(missing[0]) + 1 if len(missing) else len(found) + 1)
+        return found
 
     def _people(self, header: RecordLabels | None) -> range:
         """Return the records of identities; empty if the header announces none or the file has none of them."""
         if header is None or len(header) != 2 or not header[0] <= header[1] < np.inf:
             return range(0)
         people = range(int(header[0]), int(header[1]))
-        known = range(people.start, min(people.stop, max(self._offsets) + 1))
-        return people if any(person in self._offsets for person in known) else range(0)
+        return people if len(self._index.within(people.start, people.stop)) else range(0)
 
     def _identities(self, people: range) -> npt.NDArray[np.int64]:
         """Return the identity record of each image."""
@@ -150,16 +181,17 @@ class RecordImages(IndexedImages):
         return identities
 
     def _own_labels(self) -> RecordLabels:
-        return np.array([self._labels_of(key)[0] for key in self._keys], np.float32)
+        return np.array([self._labels_of(int(key))[0] for key in self._keys], np.float32)
 
     def _labels_of(self, key: int) -> RecordLabels:
         return self._content(key)[0]
 
     def _content(self, key: int) -> tuple[RecordLabels, Bytes]:
         """Return the labels of a record (at least one) and the data after them."""
-        if key not in self._offsets:
+        offset = self._index.offset(key)
+        if offset is None:
             raise self._lacking(key)
-        data = self._record(key)
+        data = self._record(key, offset)
         if len(data) < _HEADER.size:
             raise self._damaged(key, "it is too short")
         flag, label, _, _ = _HEADER.unpack_from(data)
@@ -170,10 +202,9 @@ class RecordImages(IndexedImages):
             raise self._damaged(key, f"it is too short for its {flag} labels")
         return np.frombuffer(data[_HEADER.size : end], "<f4"), data[end:]
 
-    def _record(self, key: int) -> Bytes:
-        """Return the data of a record, if possible as a view, so that labels are read without the image."""
+    def _record(self, key: int, offset: int) -> Bytes:
+        """Return the data of the record at ``offset``; as a view if it is whole, so that labels need no image."""
         parts: list[memoryview] = []
-        offset = self._offsets[key]
         while True:
             kind, part, offset = self._part(key, offset)
             if kind in (_WHOLE, _FIRST) if parts else kind in (_MIDDLE, _LAST):
@@ -216,15 +247,19 @@ def _mapped(path: Path) -> mmap.mmap:
         raise ImagesError(f"{path} cannot be opened ({one_line(error)}): pass a .rec file of InsightFace") from error
 
 
-def _read_index(path: Path) -> dict[int, int]:
+def _read_index(path: Path) -> _Index:
     """Read the offset of each record by number from lines ``number<TAB>offset``."""
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
-        offsets = {int(key): int(offset) for key, offset in (line.split() for line in lines if line.strip())}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy warns of a file without lines
+            table = np.loadtxt(path, np.int64, comments=None, ndmin=2, encoding="ascii")
     except (OSError, ValueError) as error:
         raise ImagesError(
             f"{path} cannot be read as an index of records ({one_line(error)}): download it again"
         ) from error
-    if not offsets:
+    if not table.size:
         raise ImagesError(f"{path} lists no records: download it again")
-    return offsets
+    keys, first = np.unique(table[:, 0], return_index=True)
+    if table.shape[1] != 2 or len(keys) < len(table):
+        raise ImagesError(f"{path} must list each record once, as its number and its offset: download it again")
+    return _Index(keys, table[first, 1])

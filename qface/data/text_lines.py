@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qface.errors import ImagesError, QFaceError, one_line
+from qface.limits import check, limits
 
 __all__ = ["integer", "numbered_lines", "whole_number"]
 
@@ -16,11 +17,15 @@ def numbered_lines(path: Path, error: type[QFaceError] = ImagesError) -> Iterato
     """Yield the non-blank lines of ``path`` with their line numbers, starting at 1.
 
     Raises:
+        LimitError: there are too many lines, or a line is too long; see ``objects`` of :mod:`qface.limits`.
         QFaceError: the file cannot be read as text; the exception has the type ``error``.
     """
+    longest = limits().objects
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(iter(lambda: file.readline(longest + 1), ""), start=1):
+                check("objects", number, f"{path}, with one for each line,")
+                check("objects", len(line), f"{path}, line {number}, with one for each character,")
                 if line.strip():
                     yield number, line
     except FileNotFoundError:

@@ -25,7 +25,7 @@ from qface.deployment import integer_graph as ir
 from qface.deployment.metadata import add_metadata, read_metadata
 from qface.deployment.runtime import OnnxEmbedder, providers_for
 from qface.errors import CheckpointError, ExportError, one_line
-from qface.limits import parse_json
+from qface.limits import MALFORMED, parse_json
 from qface.results import Result
 
 __all__ = [
@@ -193,7 +193,7 @@ class GoldenValues:
             if (tolerance == EQUAL) != (len(digests) >= len(rows)):
                 raise ValueError(f"{len(digests)} digests for {len(rows)} embeddings")
             return cls(tolerance, np.stack(rows).astype(np.float32), digests)
-        except (KeyError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             raise CheckpointError(
                 f"the golden values in {path} cannot be read ({one_line(error, 200)}); export it again"
             ) from error

@@ -128,7 +128,7 @@ class OnnxEmbedder:
         shape = self._session.get_inputs()[0].shape
         wanted = tuple(shape[1:3] if self._graph_input.channels_last else shape[2:])
         given = self.preprocessing.size
-        if any(isinstance(w, int) and w != g for w, g in zip(wanted, given, strict=True)):
+        if any(isinstance(w, int) and 0 < w != g for w, g in zip(wanted, given, strict=True)):
             raise CheckpointError(
                 f"the input of {self.path} is {wanted[0]}x{wanted[1]}, but its preprocessing has the size "
                 f"{given[0]}x{given[1]}: write the right preprocessing into the file's metadata"
@@ -217,7 +217,7 @@ def _image_input(path: Path, session: Any) -> tuple[str, str, torch.dtype, int |
         )
     batch = inputs[0].shape[0]
     kind, dtype = _INPUTS[inputs[0].type]
-    return inputs[0].name, kind, dtype, batch if isinstance(batch, int) else None
+    return inputs[0].name, kind, dtype, batch if isinstance(batch, int) and batch > 0 else None
 
 
 def _pad_batch(piece: Tensor, length: int) -> Tensor:

@@ -17,6 +17,7 @@ from qface.data.subset import Subset
 from qface.errors import ConfigError, ExportError, ImagesError
 from qface.evaluation.embedding import Embedder, Embeddings, embedding_batches
 from qface.files import alone_in, replacing
+from qface.limits import read_json
 
 __all__ = ["embed_to_file"]
 
@@ -95,7 +96,7 @@ def _open_file(folder: Path, header: dict[str, Any]) -> Path:
         file.write_bytes(b"")
         with replacing(description) as temporary:
             temporary.write_text(json.dumps(header), encoding="utf-8")
-    elif json.loads(description.read_text(encoding="utf-8")) != header:
+    elif read_json(description, "the record") != header:
         raise ConfigError(f"{folder} holds embeddings of other images or settings: choose another folder")
     return file
 

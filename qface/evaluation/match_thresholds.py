@@ -14,7 +14,7 @@ from qface.deployment.metadata import add_metadata, read_metadata
 from qface.errors import CheckpointError, ImagesError, one_line
 from qface.evaluation.embedding import Model, embed
 from qface.evaluation.verification import count_pairs, ranks_of, tpr_at_fpr, unmeasured
-from qface.limits import parse_json
+from qface.limits import MALFORMED, parse_json
 from qface.progress import shows_progress
 from qface.results import Result
 
@@ -157,7 +157,7 @@ def thresholds_of(file: str | Path) -> MatchThresholds | None:
         by_fpr = {str(fpr): float(threshold) for fpr, threshold in record["by_fpr"].items()}
         images, identities, impostors = (int(record[key]) for key in ("images", "identities", "impostor_pairs"))
         return MatchThresholds(by_fpr, images, identities, impostors, record["people"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise CheckpointError(
             f"the thresholds in {file} cannot be read ({one_line(error, 200)}); write them again"
         ) from error

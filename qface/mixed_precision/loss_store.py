@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from qface.errors import ExportError
+from qface.errors import ExportError, LimitError
 from qface.files import replacing
+from qface.limits import MALFORMED, parse_json
 from qface.run_folder import run_folder
 
 __all__ = ["Key", "Losses", "loss_store"]
@@ -70,7 +71,7 @@ def _parsed(lines: list[str]) -> Iterator[tuple[Key, float]]:
     """Yield the losses up to the first damaged line, such as the last one of an interrupted run."""
     for line in lines:
         try:
-            batch, node, bits, loss = json.loads(line)
+            batch, node, bits, loss = parse_json(line, "a loss")
             yield (int(batch), str(node), int(bits)), float(loss)
-        except (TypeError, ValueError):
+        except (LimitError, *MALFORMED):
             return

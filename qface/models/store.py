@@ -179,9 +179,9 @@ def _from_own_format(
 
 def _other_version(path: str | Path, version: str | None) -> str:
     """Return the error text for a file of another format version."""
-    known = version if version is not None and version.isdecimal() else "0"
+    known = int(version) if version is not None and version.isdecimal() and len(version) < 10 else 0
     formats = f"(format {known}, this version reads {FORMAT_VERSION})"
-    if int(known) > int(FORMAT_VERSION):
+    if known > int(FORMAT_VERSION):
         return f"{path} was written by a newer qface {formats}; update qface"
     return f"{path} was written by an older qface {formats}; create it again, a student with qface quantize"
 

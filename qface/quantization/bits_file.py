@@ -9,7 +9,7 @@ from typing import Any
 
 from qface.errors import ConfigError, one_line
 from qface.files import as_path, check_folder, replacing
-from qface.limits import named, parse_json
+from qface.limits import MALFORMED, read_json
 from qface.quantization.quantization_config import LayerBits, QuantizationConfig
 
 __all__ = ["load_bits", "save_bits"]
@@ -55,9 +55,8 @@ def load_bits(path: str | Path) -> QuantizationConfig:
     """
     path = as_path(path)
     try:
-        with named(path):
-            return _config(parse_json(path.read_text(encoding="utf-8"), "the quantization config"))
-    except (OSError, ValueError, TypeError, ConfigError) as error:
+        return _config(read_json(path, "the quantization config"))
+    except (OSError, ConfigError, *MALFORMED) as error:
         raise ConfigError(
             f"cannot read bits from {path} ({one_line(error, 200)}): give a file of qface allocate-bits"
         ) from error

@@ -19,6 +19,7 @@ from torch.ao.quantization.observer import ObserverBase
 
 from qface.errors import ConfigError
 from qface.quantization.qparams import IntegerRange
+from qface.quantization.quantization_config import check_percentile
 
 __all__ = [
     "MSEObserver",
@@ -264,7 +265,11 @@ def make_observer(observer: str, integer_range: IntegerRange, per_channel: bool,
         integer_range: integers to choose scale and zero point for.
         per_channel: True for weights, False for activations.
         percentile: percentage of the values inside the range, for ``"percentile"``.
+
+    Raises:
+        ConfigError: ``percentile`` is out of range.
     """
+    check_percentile(percentile)
     if observer == "percentile":
         return PercentileObserver(integer_range, per_channel, percentile)
     kinds: dict[str, type[RangeObserver]] = {

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qface.quantization.quantization_config import check_bits
+
 __all__ = ["QUINT8_MAX", "IntegerRange", "QParams"]
 
 QUINT8_MAX = 255
@@ -38,10 +40,16 @@ class IntegerRange:
         bits: 2 to 8.
         symmetric: True for signed integers with zero point 0 (weights), False for uint8 with a zero point
             (activations), which use the top ``2**bits`` integers of the byte.
+
+    Raises:
+        ConfigError: ``bits`` is not an integer from 2 to 8.
     """
 
     bits: int
     symmetric: bool
+
+    def __post_init__(self) -> None:
+        check_bits("bits", self.bits)
 
     @property
     def quant_min(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from qface.checks import check_choice
 from qface.errors import ConfigError
 
-__all__ = ["LayerBits", "QuantizationConfig", "as_config"]
+__all__ = ["MAX_BITS", "MIN_BITS", "LayerBits", "QuantizationConfig", "as_config", "check_bits", "check_percentile"]
 
 WeightObserver = Literal["mse", "minmax", "percentile"]
 ActivationObserver = Literal["mse", "minmax", "moving_average", "percentile"]
@@ -18,9 +18,24 @@ ActivationObserver = Literal["mse", "minmax", "moving_average", "percentile"]
 MIN_BITS, MAX_BITS = 2, 8
 
 
-def _check_bits(name: str, bits: int) -> None:
+def check_bits(name: str, bits: int) -> None:
+    """Check the bits of a tensor.
+
+    Raises:
+        ConfigError: ``bits`` is not an integer from 2 to 8; the message begins with ``name``.
+    """
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise ConfigError(f"{name} must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
+
+
+def check_percentile(percentile: float) -> None:
+    """Check the percentile of an observer.
+
+    Raises:
+        ConfigError: it is not > 50 and <= 100.
+    """
+    if not 50 < percentile <= 100:
+        raise ConfigError(f"percentile must be > 50 and <= 100, got {percentile}")
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class LayerBits:
         for name in ("weight", "activation"):
             bits = getattr(self, name)
             if bits is not None:
-                _check_bits(f"an override's {name}", bits)
+                check_bits(f"an override's {name}", bits)
 
 
 @dataclass(frozen=True)
@@ -87,8 +102,8 @@ class QuantizationConfig:
     ignored_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_bits("weight_bits", self.weight_bits)
-        _check_bits("activation_bits", self.activation_bits)
+        check_bits("weight_bits", self.weight_bits)
+        check_bits("activation_bits", self.activation_bits)
         for name, bits in self.overrides.items():
             if not isinstance(bits, LayerBits):
                 raise ConfigError(f"overrides[{name!r}] must be a LayerBits, got {bits!r}")
@@ -97,8 +112,7 @@ class QuantizationConfig:
         if isinstance(self.ignored_layers, str):
             raise ConfigError(f"ignored_layers must be a tuple of names or patterns, got {self.ignored_layers!r}")
         object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))  # JSON gives a list
-        if not 50 < self.percentile <= 100:
-            raise ConfigError(f"percentile must be > 50 and <= 100, got {self.percentile}")
+        check_percentile(self.percentile)
 
     def ignores(self, layer: str) -> bool:
         """Return True if ``layer`` stays in float."""
@@ -130,5 +144,5 @@ def as_config(bits: int | QuantizationConfig) -> QuantizationConfig:
     """
     if isinstance(bits, QuantizationConfig):
         return bits
-    _check_bits("bits", bits)
+    check_bits("bits", bits)
     return QuantizationConfig(weight_bits=bits, activation_bits=bits)

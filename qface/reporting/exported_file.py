@@ -13,7 +13,7 @@ from qface.deployment.inputs import UINT8_INPUT
 from qface.deployment.metadata import EMBEDDING, UNIT_LENGTH, read_metadata
 from qface.errors import CheckpointError, one_line
 from qface.evaluation.match_thresholds import MatchThresholds, thresholds_of
-from qface.limits import parse_json
+from qface.limits import MALFORMED, parse_json
 from qface.preprocessing import Preprocessing, written_preprocessing
 from qface.provenance import written_provenance
 
@@ -108,7 +108,7 @@ class ExportedFile:
             return None
         try:
             return {int(bits): int(count) for bits, count in parse_json(text, "its activation bits").items()}
-        except (AttributeError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             raise CheckpointError(
                 f"{self.name}: its {ACTIVATION_BITS} cannot be parsed ({one_line(error, 200)}); export it again"
             ) from error

@@ -139,6 +139,25 @@ def test_contradictions_are_named(what: str, tmp_path: Path) -> None:
         RecordImages(write(tmp_path, broken(training_set((2, 1)))[what])).read(range(3))
 
 
+def test_an_index_of_huge_numbers_is_read_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, {0: header((2.0, 1e19), 0), 1: header((7.0,), 1) + png(crop(1))})
+    with path.with_suffix(".idx").open("a") as index:
+        index.write(f"{2**62}\t0\n")
+    with pytest.raises(ImagesError, match="has no record 2"):
+        RecordImages(path)
+    path.with_suffix(".idx").write_text(f"{2**63}\t0\n")
+    with pytest.raises(ImagesError, match=r"train\.idx cannot be read as an index"):
+        RecordImages(path)
+
+
+def test_an_index_lists_each_record_once(tmp_path: Path) -> None:
+    path = write(tmp_path, training_set((2, 1)))
+    with path.with_suffix(".idx").open("a") as index:
+        index.write("1\t0\n")
+    with pytest.raises(ImagesError, match="must list each record once"):
+        RecordImages(path)
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, training_set((2, 1)))
     content, index = path.read_bytes(), path.with_suffix(".idx").read_text()

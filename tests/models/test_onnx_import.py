@@ -747,6 +747,20 @@ def _attribute(name: str, value: object) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+def _renamed_output(name: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.output[0].name = name
+
+    return change
+
+
+def _batch(size: int) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
+
+    return change
+
+
 DAMAGE: dict[str, Callable[[onnx.ModelProto], None]] = {
     "no outputs": _without_outputs,
     "no inputs": _without_inputs,
@@ -758,6 +772,8 @@ DAMAGE: dict[str, Callable[[onnx.ModelProto], None]] = {
     "one stride": _attribute("strides", [1]),
     "stride 0": _attribute("strides", [0, 0]),
     "no output of the graph": lambda model: model.graph.ClearField("output"),
+    "line break in a name": _renamed_output("an\noutput"),
+    "a batch of 2**31": _batch(2**31),
     "no graph": lambda model: model.ClearField("graph"),
     "no opset": lambda model: model.ClearField("opset_import"),
 }
@@ -792,3 +808,29 @@ def test_a_damaged_graph_embeds_nothing(own: bool, case: str, tmp_path: Path) ->
     with pytest.raises(QFaceError, match=r"net\.onnx") as error:
         OnnxEmbedder(path, threads=1)(torch.zeros(1, 3, 32, 32))
     assert "\n" not in str(error.value)
+
+
+def test_an_operator_whose_name_is_no_text_is_one_line(tmp_path: Path) -> None:
+    graph = small(17)
+    rows(graph)
+    path = graph.save(tmp_path / "net.onnx")
+    path.write_bytes(path.read_bytes().replace(b"Conv", b"Co\xff\xfe"))
+    for read in (qface.load, OnnxEmbedder):
+        with pytest.raises(QFaceError, match=r"net\.onnx") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_negative_size_is_dynamic(tmp_path: Path) -> None:
+    graph = small(17)
+    rows(graph)
+    path = graph.save(tmp_path / "net.onnx")
+    images = torch.randn(3, 3, 32, 32)
+    expected = OnnxEmbedder(path, threads=1)(images)
+    model = onnx.load(path)
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0]
+    assert batch.dim_param
+    batch.dim_value = -1
+    onnx.save(model, path)
+    assert torch.equal(OnnxEmbedder(path, threads=1)(images), expected)
+    assert torch.allclose(qface.load(path)(images), expected, atol=1e-4)

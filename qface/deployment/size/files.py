@@ -12,7 +12,8 @@ from onnx.external_data_helper import uses_external_data
 from qface.deployment.size.report import KINDS, SizeEntry
 from qface.deployment.size.tensor_roles import TensorRoles
 from qface.deployment.size.wire_format import Field, fields, name_of, size_of
-from qface.errors import CheckpointError, one_line
+from qface.errors import CheckpointError
+from qface.models.onnx_import.onnx_file import telling_damage
 
 __all__ = ["entries_of_file"]
 
@@ -27,10 +28,8 @@ def entries_of_file(path: Path) -> list[SizeEntry]:
         CheckpointError: the file is missing, damaged, or stores weights in external files.
     """
     data, model = _read(path)
-    try:
+    with telling_damage(path):
         return _entries(data, model)
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} is damaged: {one_line(error)}; export it again") from error
 
 
 def _entries(data: bytes, model: onnx.ModelProto) -> list[SizeEntry]:

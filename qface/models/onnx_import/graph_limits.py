@@ -44,6 +44,7 @@ def check_graph(model: onnx.ModelProto, path: str | Path) -> None:
         sides = _sides(image)
         if len(sides) == 4:
             check("image", math.prod(sides[1:]) / min(3, *sides[1:]), f"{path}, with the input {sides},")
+            check("bytes", 4 * math.prod(sides), f"{path}, with the input {sides},")
     _check_sizes(model, path)
 
 
@@ -121,7 +122,9 @@ def _check_sizes(model: onnx.ModelProto, path: str | Path) -> None:
     for value in (*inferred.graph.value_info, *inferred.graph.output):
         sizes = shapes[value.name] = [each.dim_value for each in value.type.tensor_type.shape.dim]
         size, what = 4 * math.prod(map(float, sizes)), f"{path}, in the value {value.name} {sizes},"
-        check("bytes", size, what) if value.name in constant else check("activations", size / max(1, count), what)
+        check("bytes", size, what)
+        if value.name not in constant:
+            check("activations", size / count, what)
     _check_products(model.graph, constant, shapes, path)
 
 

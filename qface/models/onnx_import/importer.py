@@ -72,12 +72,15 @@ class Importer(LayerGraph):
             LimitError: a tensor is too large.
             UnsupportedLayerError: a node cannot be imported; the message names it.
         """
-        self.file.check_importable()
         with telling_damage(self.file.path, self._where):
+            self.file.check_importable()
             self._start()
             for node in needed_nodes(self.file.nodes, self.file.output, self._image.start):
                 self._convert(node)
-        output = self.file.output
+            return self._with_embedding(self.file.output)
+
+    def _with_embedding(self, output: str) -> fx.GraphModule:
+        """Finish the graph with the value ``output``, as [N, D]."""
         if output not in self._values:
             raise CheckpointError(
                 f"{self.file.path}: the output {output} is not computed from the image; export it again"

@@ -190,6 +190,8 @@ def check_onnx(path: Path) -> onnx.ModelProto:
     model = read_proto(path)
     if not model.graph.output:
         raise CheckpointError(f"{path} has no output, so it is damaged; export the network again")
+    for value in (*model.graph.input, *model.graph.output):
+        _clear_negative_sizes(value)
     with telling_damage(path):
         check_graph(model, path)
     return model
@@ -249,6 +251,13 @@ def _outputs(model: onnx.ModelProto) -> tuple[list[str], list[Dimensions | None]
         except Exception:  # a model > 2 GB, or an inconsistent one, which a later step reports
             outputs = model.graph.output
     return [each.name for each in outputs], [_dimensions(each) for each in outputs]
+
+
+def _clear_negative_sizes(value: onnx.ValueInfoProto) -> None:
+    """Make negative sizes of a shape dynamic: some converters write -1 for a dynamic size, as onnxruntime reads it."""
+    for dimension in value.type.tensor_type.shape.dim:
+        if dimension.dim_value < 0:
+            dimension.ClearField("dim_value")
 
 
 def _dimensions(value: onnx.ValueInfoProto) -> list[Any] | None:
