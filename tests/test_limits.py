@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qface
+from qface.data.pairs import read_pairs
 from qface.data.verification_bin import VerificationBin
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, LimitError
@@ -73,6 +74,18 @@ def test_a_variable_that_names_no_limit_is_refused(text: str, monkeypatch: pytes
     monkeypatch.setenv("QFACE_LIMITS", text)
     with pytest.raises(ConfigError, match="QFACE_LIMITS has the invalid entry"):
         limits()
+
+
+def test_a_list_is_read_line_by_line_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("a.png,b.png,1\n" * 30)
+    assert len(read_pairs(path)) == 30
+    monkeypatch.setenv("QFACE_LIMITS", "objects=20")
+    with pytest.raises(LimitError, match=r"pairs\.csv, with one for each line, needs 21 objects"):
+        read_pairs(path)
+    path.write_text(f"a.png,{'b' * 30}.png,1\n")
+    with pytest.raises(LimitError, match=r"pairs\.csv, line 1, with one for each character, needs 21 objects"):
+        read_pairs(path)
 
 
 def test_what_is_no_number_exceeds_every_limit() -> None:

@@ -437,6 +437,21 @@ def test_a_hostile_graph_is_refused_before_anything_runs(
     assert not Path("marker").exists()
 
 
+@pytest.mark.parametrize("bits", [1, 9, 2**31 - 1, -1, None, True])
+def test_quantizers_of_other_bits_are_refused(tmp_path: Path, bits: object) -> None:
+    path = tmp_path / "m.safetensors"
+    save(quantized_tiny(), path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+    for setting in ("bits", "weight_bits"):
+        graph = json.loads(metadata["graph"])
+        layers = [each["arguments"]["dict"] for each in graph["layers"].values()]
+        next(each for each in layers if setting in each)[setting] = bits
+        save_file(tensors, path, {**metadata, "graph": json.dumps(graph)})
+        with pytest.raises(CheckpointError, match=r"m\.safetensors.*bits must be an integer from 2 to 8"):
+            load(path)
+
+
 def test_strings_in_arguments_stay_strings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: tuple[dict[str, Tensor], dict[str, str]]
 ) -> None:
