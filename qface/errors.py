@@ -17,6 +17,9 @@ __all__ = [
 ]
 
 
+_LONGEST = 2000
+
+
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """Return the text of an exception without line breaks and final period, to quote in a message.
 
@@ -32,11 +35,17 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
+def _shortened(text: str) -> str:
+    """Return ``text``, or its beginning and its end, which says what to do."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
 class QFaceError(Exception):
     """Base class of all qface errors; the command line prints the message and exits with 2.
 
     Args:
-        message: the message. Line breaks and other control characters, which names in files may contain, are escaped.
+        message: the message. Names in files may contain anything: line breaks and other control characters are
+            escaped, and a very long message loses its middle.
 
     Example:
         >>> try:
@@ -47,7 +56,7 @@ class QFaceError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(_shortened(printable(message)))
 
 
 class CheckpointError(QFaceError):

@@ -19,6 +19,13 @@ def test_a_message_is_one_printable_line(text: str) -> None:
     assert message == f"the file {text} is damaged" or not text.isprintable()
 
 
+def test_a_long_message_keeps_its_ends() -> None:
+    message = str(QFaceError(f"faces.csv, line 1: got {'a' * 10**6}; restore the file"))
+    assert message.startswith("faces.csv, line 1: got aaa")
+    assert message.endswith("aaa; restore the file")
+    assert len(message) < 2100
+
+
 @pytest.mark.parametrize("kind", [ConfigError, LimitError])
 def test_an_error_survives_pickling(kind: type[QFaceError]) -> None:
     error = pickle.loads(pickle.dumps(kind("a\nb")))

@@ -24,7 +24,7 @@ from qface.data.folders import ImageFolder
 from qface.data.identities import composed
 from qface.data.images import IndexedImages
 from qface.data.text_lines import numbered_lines, whole_number
-from qface.errors import PairsError
+from qface.errors import PairsError, one_line
 
 __all__ = [
     "PairList",
@@ -39,6 +39,8 @@ __all__ = [
 _FOLDS = 10  # for formats without folds
 
 _FLAGS = {"1": True, "0": False, "-1": False, "1.0": True, "0.0": False, "true": True, "false": False}
+
+_MOST_FIELDS = 4  # checked line by line: a list of long lines would fill the memory
 
 LineT = TypeVar("LineT")
 
@@ -114,22 +116,30 @@ def read_pairs(path: str | Path) -> PairList:
     path = Path(path)
     _, first = next(numbered_lines(path, PairsError), (1, ""))
     delimiter = next((each for each in ",;\t" if each in first), None)
-    if len(_fields(first, delimiter)) == 3 or delimiter in (",", ";"):
+    if len(_fields(path, first, delimiter)) == 3 or delimiter in (",", ";"):
         return _read_flagged_pairs(path, delimiter)
     if "." not in first:
         return read_lfw_pairs(path)
     return _read_sllfw_pairs(path) if "/" in first else _read_calfw_pairs(path)
 
 
-def _fields(line: str, delimiter: str | None) -> list[str]:
+def _fields(path: Path, line: str, delimiter: str | None) -> list[str]:
     """Split a line at spaces if ``delimiter`` is None, else as CSV."""
-    fields = line.split() if delimiter is None else next(csv.reader([line.strip()], delimiter=delimiter), [])
-    return [field.strip() for field in fields]
+    if delimiter is None:
+        return line.split()
+    try:
+        return [field.strip() for field in next(csv.reader([line.strip()], delimiter=delimiter), [])]
+    except csv.Error as error:
+        raise PairsError(f"{path} has a line that is not CSV ({one_line(error)}): {line[:80]!r}") from error
 
 
 def _read_flagged_pairs(path: Path, delimiter: str | None) -> PairList:
     """Read lines ``path path flag`` with an optional header."""
-    rows = [(number, line, _fields(line, delimiter)) for number, line in numbered_lines(path, PairsError)]
+    rows = []
+    for number, line in numbered_lines(path, PairsError):
+        rows.append((number, line, _fields(path, line, delimiter)))
+        if len(rows[-1][2]) > _MOST_FIELDS:
+            raise PairsError(f"{path}, line {number}: expected 'path,path,flag,fold', got {line.strip()!r}")
     if not any(field.lower() in _FLAGS for field in rows[0][2]):
         rows = rows[1:]
     if not rows:

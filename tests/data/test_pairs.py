@@ -244,6 +244,13 @@ def test_paths_and_a_flag(write, crops, header, delimiter, different, flag_at):
     assert resolve_pairs(pairs, folder).second.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("line", ["a," * 900 + "1", "a,b," + "c" * 200_000, "a,b,1,0,0"])
+def test_long_lines_are_refused_in_a_short_line(write, line):
+    with pytest.raises(PairsError) as error:
+        read_pairs(write(f"a,b,1\n{line}\n"))
+    assert len(str(error.value)) < 2500
+
+
 def test_names_of_files_may_hold_blanks_and_quotes_in_a_csv(write):
     pairs = read_pairs(write('"a, b/1.png",./c d/2.png,1\nx\\y.png,z/3.png,-1\n'))
     assert pairs.first == ["a, b/1", "x/y"] and pairs.second == ["c d/2", "z/3"]
