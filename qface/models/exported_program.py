@@ -15,6 +15,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def load_exported_program(path: str | Path) -> tuple[fx.GraphModule, Preprocessi
     """
     program = _program(path)
     preprocessing, count = _images_of(program, path)
-    module = ExportedNetwork(program).float()
+    with _telling_damage(path):
+        module = ExportedNetwork(program).float()
     try:
         network = capture(with_preprocessing(module, preprocessing))
     except QFaceError as error:
@@ -81,12 +83,20 @@ def load_exported_program(path: str | Path) -> tuple[fx.GraphModule, Preprocessi
 
 
 def _program(path: str | Path) -> ExportedProgram:
-    try:
-        with named(path), opened(path) as archive:
+    with _telling_damage(path):
+        with opened(path) as archive:
             content = _without_code(archive)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.load(content)
+
+
+@contextmanager
+def _telling_damage(path: str | Path) -> Iterator[None]:
+    """Convert any error that a damaged file causes to a CheckpointError."""
+    try:
+        with named(path):
+            yield
     except LimitError:
         raise
     except _RefusedError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -273,10 +274,17 @@ class ImageFakeQuantize(_SwitchedFakeQuantize):
         scale: one gray level, ``1 / std``.
         zero_point: the byte that represents zero, 0 to 255.
         offset: ``(zero_point - mean) / std``, subtracted from the normalized image before rounding.
+
+    Raises:
+        ConfigError: an argument is out of range.
     """
 
     def __init__(self, scale: float, zero_point: int, offset: float) -> None:
         super().__init__()
+        if not (isinstance(zero_point, int) and 0 <= zero_point <= QUINT8_MAX):
+            raise ConfigError(f"zero_point must be an integer from 0 to {QUINT8_MAX}, got {zero_point!r}")
+        if not (0 < scale < math.inf and math.isfinite(offset)):
+            raise ConfigError(f"scale must be > 0 and offset finite, got {scale} and {offset}")
         self.bits = 8
         self.scale = scale
         self.zero_point = zero_point
