@@ -9,10 +9,25 @@ from itertools import chain
 from torch import Tensor, nn
 
 from qface.data.images import bytes_of
+from qface.preprocessing import preprocessing_of
 
-__all__ = ["digest_of_structure", "digest_of_values", "sha256_of_values"]
+__all__ = ["digest_of_batches", "digest_of_structure", "digest_of_values", "digests_of_network", "sha256_of_values"]
 
 _WORD = 16  # characters of a digest
+
+
+def digests_of_network(model: nn.Module) -> dict[str, str]:
+    """Return what a result of ``model`` depends on, by its name in words, for the record of a run folder."""
+    return {
+        "layers": digest_of_structure(model),
+        "weights": digest_of_values(model),
+        "preprocessing": preprocessing_of(model).to_json(),
+    }
+
+
+def digest_of_batches(batches: Iterable[Tensor]) -> str:
+    """Return a digest of the values of ``batches``."""
+    return _sha256(map(bytes_of, batches))[:_WORD]
 
 
 def digest_of_structure(model: nn.Module) -> str:

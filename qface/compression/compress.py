@@ -31,11 +31,10 @@ from qface.errors import ConfigError, ExportError
 from qface.files import as_path, check_folder, make_folder, replacing
 from qface.graph.queries import is_quantized
 from qface.mixed_precision import Sensitivity, allocate_bits, average_bits, bits_for, draft_file, sensitivity
-from qface.model_digest import digest_of_structure, digest_of_values
+from qface.model_digest import digests_of_network
 from qface.models import load, save
 from qface.models.resolve import NetworkLike, as_network
 from qface.models.store import check_savable
-from qface.preprocessing import preprocessing_of
 from qface.progress import shows_progress
 from qface.quantization import QuantizationConfig, calibrate, quantize
 from qface.quantization.quantization_config import MAX_BITS
@@ -140,9 +139,7 @@ def _inputs(
 ) -> dict[str, object]:
     """Return a digest or the values of everything that the trials depend on."""
     return {
-        "layers": digest_of_structure(teacher),
-        "weights": digest_of_values(teacher),
-        "preprocessing": preprocessing_of(teacher).describe(),
+        **digests_of_network(teacher),
         "images to tune on": digest_of_images(people[0]),
         "images to evaluate on": digest_of_images(people[1]),
         "target": asdict(target),

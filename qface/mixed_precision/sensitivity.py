@@ -7,7 +7,6 @@ quantized to each number of bits, so that earlier layers are never computed twic
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,14 +20,14 @@ from torch import Tensor, fx, nn
 
 from qface.checks import check_whole
 from qface.choices import SENSITIVITY_IMAGES
-from qface.data.images import Images, bytes_of, normalize
+from qface.data.images import Images, normalize
 from qface.data.sample import sample_batches
 from qface.data.sources import as_image_source
 from qface.errors import ConfigError, one_line
 from qface.graph.layers import along_channels
 from qface.graph.queries import is_quantized, is_shape_only, layer_of
 from qface.mixed_precision.loss_store import Losses, loss_store
-from qface.model_digest import digest_of_structure, digest_of_values
+from qface.model_digest import digest_of_batches, digests_of_network
 from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import example_input, preprocessing_of
 from qface.progress import shows_progress, stage
@@ -203,21 +202,15 @@ def sensitivity(
     store: AbstractContextManager[Losses] = nullcontext({})
     if run_dir is not None:
         bits = f"weights {sorted(set(weight_bits))}, activations {sorted(set(activation_bits))}"
-        store = loss_store(Path(run_dir), _inputs(model, faces, f"{bits}, batches of {batch_size}"))
+        inputs = {
+            **digests_of_network(model),
+            "images": digest_of_batches([faces]),
+            "settings": f"{bits}, batches of {batch_size}",
+        }
+        store = loss_store(Path(run_dir), inputs)
     with store as kept:
         losses = _mean_losses(network, batches, changes, kept)
     return Sensitivity(len(faces), tuple(_of_layer(node, losses) for node in layers))
-
-
-def _inputs(model: nn.Module, faces: Tensor, settings: str) -> dict[str, str]:
-    """Return a digest or description of everything that the losses depend on."""
-    return {
-        "layers": digest_of_structure(model),
-        "weights": digest_of_values(model),
-        "preprocessing": preprocessing_of(model).to_json(),
-        "images": hashlib.sha256(bytes_of(faces)).hexdigest()[:16],
-        "settings": settings,
-    }
 
 
 def read_sample(images: Images, identities: str | Path | None, num_images: int) -> Tensor:

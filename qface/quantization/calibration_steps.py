@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from qface.checkpoint_file import read_checkpoint, restoring, write_checkpoint
-from qface.data.images import bytes_of, normalize
+from qface.data.images import normalize
 from qface.memory_format import fastest_memory_format
-from qface.model_digest import digest_of_structure, digest_of_values
+from qface.model_digest import digest_of_batches, digests_of_network
 from qface.preprocessing import preprocessing_of
 from qface.progress import stage
 from qface.quantization.bias_correction import channel_means, correct_biases
@@ -171,16 +170,7 @@ def calibration_checkpoint(
         ConfigError: the folder belongs to another calibration, or another run is using it.
         ExportError: the folder cannot be created or written to.
     """
-    pixels = hashlib.sha256()
-    for part in parts:
-        pixels.update(bytes_of(part))
-    inputs = {
-        "student layers": digest_of_structure(student),
-        "student weights": digest_of_values(student),
-        "preprocessing": preprocessing_of(student).describe(),
-        "images": pixels.hexdigest()[:16],
-        "settings": asdict(config),
-    }
+    inputs = {**digests_of_network(student), "images": digest_of_batches(parts), "settings": asdict(config)}
     with run_folder(folder, inputs, _CHECKPOINT):
         yield folder / _CHECKPOINT
 

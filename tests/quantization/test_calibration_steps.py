@@ -137,7 +137,7 @@ def test_a_folder_belongs_to_one_calibration(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=f"run with different {other}: delete it, or choose another"):
             calibrate(student(), images, config, run_dir=tmp_path)
-    with pytest.raises(ConfigError, match="run with different student layers"):
+    with pytest.raises(ConfigError, match="run with different layers"):
         calibrate(student("minmax"), FACES, IN_EIGHTS, run_dir=tmp_path)
     with alone_in(tmp_path), pytest.raises(ConfigError, match="another run is writing to"):
         calibrate(student(), FACES, IN_EIGHTS, run_dir=tmp_path)
