@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["ended_by_signals", "signals_noted"]
+__all__ = ["ended_by_signals", "signals_held", "signals_noted"]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -79,6 +80,23 @@ def signals_noted() -> Iterator[list[int]]:
         _noted = None
     if noted:
         raise SystemExit(128 + noted[0])
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Delay the SystemExit of :func:`ended_by_signals` until the end of the block, or of a :func:`signals_noted`.
+
+    For blocks in which torch traces a network: its FakeTensorMode does not survive an exception between two operators,
+    and aborts the process.
+
+    Raises:
+        SystemExit: a signal was received within the block.
+    """
+    if _noted is not None or threading.current_thread() is not threading.main_thread():
+        yield  # in another thread, a signal does not interrupt the block
+        return
+    with signals_noted():
+        yield
 
 
 def _let_end(numbers: list[signal.Signals]) -> None:

@@ -88,3 +88,36 @@ def test_a_noted_signal_ends_at_the_end_of_the_block(tmp_path: Path) -> None:
     number, said = ended(code, tmp_path)
     assert number == 143 and said.startswith("stopping after this step")
     assert [path.name for path in tmp_path.iterdir()] == ["went on"]
+
+
+TRACED = """
+import torch, qface
+class Stopped(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3 * 112 * 112, 4)
+    def forward(self, images):
+        if torch.compiler.is_exporting():
+            send('SIGTERM')
+            open('traced', 'w')
+        return self.linear(images.flatten(1))
+with ended_by_signals():
+    qface.quantize(Stopped().eval())
+    open('went on', 'w')
+"""
+
+
+def test_a_signal_waits_while_torch_traces_a_network(tmp_path: Path) -> None:
+    assert ended(TRACED, tmp_path)[0] == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["traced"]
+
+
+def test_held_signals_end_the_outer_block(tmp_path: Path) -> None:
+    code = (
+        "from qface.signals import signals_held, signals_noted\n"
+        "with ended_by_signals(), signals_noted() as noted:\n"
+        " with signals_held(): send('SIGINT')\n"
+        " open(f'noted {noted}', 'w')\n"
+    )
+    assert ended(code, tmp_path)[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["noted [2]"]

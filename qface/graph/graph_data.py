@@ -32,6 +32,7 @@ from qface.graph.layers import (
 )
 from qface.graph.queries import SYMBOLIC_FUNCTIONS
 from qface.limits import Allowance, check
+from qface.signals import signals_held
 
 __all__ = ["check_rebuilt", "graph_from_data", "graph_to_data", "on_rebuild", "register_layer", "registered_layers"]
 
@@ -268,21 +269,26 @@ def graph_from_data(
         LimitError: the data asks for more operators or memory than :mod:`qface.limits` allows.
     """
     try:
-        check("operators", max(len(data["nodes"]), len(data["layers"])), "the saved graph")
-        with BuildGuard(Allowance("the saved graph", sum(each.nbytes for each in tensors.values()))):
-            model = _build(data, tensors)
-        model.load_state_dict(dict(tensors))
-        frozen = set(data["frozen"])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
-        for hook in _REBUILD_HOOKS:
-            hook(model)
-        dry_run(model.eval(), size)
+        with signals_held():
+            return _rebuilt(data, tensors, size)
     except (CheckpointError, LimitError):
         raise
     except Exception as error:  # untrusted data may cause any error
         reason = f"{type(error).__name__}: {one_line(error, 300)}"
         raise CheckpointError(f"the saved graph is damaged or of another version: {reason}") from error
+
+
+def _rebuilt(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], size: tuple[int, int]) -> fx.GraphModule:
+    check("operators", max(len(data["nodes"]), len(data["layers"])), "the saved graph")
+    with BuildGuard(Allowance("the saved graph", sum(each.nbytes for each in tensors.values()))):
+        model = _build(data, tensors)
+    model.load_state_dict(dict(tensors))
+    frozen = set(data["frozen"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    for hook in _REBUILD_HOOKS:
+        hook(model)
+    dry_run(model.eval(), size)
     return model
 
 
