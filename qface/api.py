@@ -44,6 +44,7 @@ from qface.reporting.model_card import model_card
 from qface.reporting.plot import plot
 from qface.reporting.report.report import report
 from qface.reporting.tensorboard import write_tensorboard
+from qface.synthesis import SynthesisConfig, synthesize
 
 __all__ = [
     "AlignmentReport",
@@ -73,6 +74,7 @@ __all__ = [
     "Sensitivity",
     "SizeReport",
     "StressResult",
+    "SynthesisConfig",
     "TemplateResult",
     "align",
     "allocate_bits",
@@ -101,6 +103,7 @@ __all__ = [
     "save_bits",
     "selftest",
     "sensitivity",
+    "synthesize",
     "thresholds_of",
     "verify",
     "with_preprocessing",

@@ -13,7 +13,7 @@ from qface.limits import MALFORMED, read_json
 
 __all__ = ["run_folder"]
 
-_INPUTS = "inputs.json"
+_INPUTS = ".inputs.json"  # hidden, as the lock is: a folder of images ignores both
 _CURE = "delete it, or choose another run folder"
 
 

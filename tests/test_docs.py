@@ -49,6 +49,7 @@ FEW_FACES = {
     "pairs": ("--folds", "2", "--pairs-per-fold", "8"),
     "report": ("--fpr", "1e-1", "--latency-runs", "1"),
     "sensitivity": ("--num-images", "4"),
+    "synthesize": ("--num-images", "2", "--num-steps", "1", "--batch-size", "2"),
     "thresholds": ("--fpr", "1e-1"),
 }
 """Options added to the commands with these words, for twelve people who are noise."""

@@ -19,6 +19,7 @@ from tests.networks import random_faces, tiny_face_net
 
 PEOPLE = tuple(f"{name}_{number}" for name in ("Ann", "Bob", "Cid", "Dee") for number in range(3))
 FACES = random_faces(4)
+ONE_STEP = qface.SynthesisConfig(num_images=2, num_steps=1, batch_size=2)
 LAYERS_ONLY = {"inspect.model", "measure_size.model_or_file"}
 NO_PATHS = {"load.model", "save.model", "with_preprocessing.model"}
 
@@ -64,6 +65,7 @@ VERBS: dict[str, Callable[[Any], Any]] = {
     "quantize.model": qface.quantize,
     "save.model": lambda model: qface.save(model, "saved.safetensors"),
     "sensitivity.model": lambda model: qface.sensitivity(model, FACES, weight_bits=[4], activation_bits=[]),
+    "synthesize.model": lambda model: qface.synthesize(model, "made", ONE_STEP),
     "verify.student": lambda model: qface.verify(model, "student.onnx", FACES),
     "with_preprocessing.model": lambda model: qface.with_preprocessing(model, qface.Preprocessing()),
 }

@@ -14,7 +14,7 @@ import qface
 from qface.cli.compression import compress
 from qface.cli.deployment import bench, export, inspect, selftest, size, verify
 from qface.cli.evaluation import evaluate, identify, ijb, sensitivity, thresholds
-from qface.cli.faces import align, demo, pairs
+from qface.cli.faces import align, demo, pairs, synthesize
 from qface.cli.quantization import allocate_bits, calibrate, quantize
 from qface.cli.reporting import plot, report, tensorboard
 from qface.cli.training import distill, prune
@@ -34,7 +34,7 @@ for _each in (
     *(compress, sensitivity, allocate_bits, quantize, calibrate, distill, prune),
     *(evaluate, identify, ijb, thresholds),
     *(inspect, export, verify, selftest, bench, size),
-    *(report, plot, tensorboard, align, pairs, demo),
+    *(report, plot, tensorboard, align, pairs, synthesize, demo),
 ):
     main.add_command(_each)
 

@@ -58,12 +58,8 @@ class Command(click.Command):
             with _logging_at(_LEVELS[min(verbose or 0, 2)]), _log_to(log_file), progress_shown(not quiet):
                 return super().invoke(ctx)
         except QFaceError as error:
-            click.echo(f"Error: {_line(error)}", err=True)
+            click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
-
-
-def _line(error: QFaceError) -> str:
-    return " ".join(str(error).split())
 
 
 def _common_options() -> list[click.Option]:
@@ -119,7 +115,7 @@ def _appending(file: Path) -> Iterator[None]:
     try:
         yield
     except QFaceError as error:
-        handler.handle(logger.makeRecord("qface", logging.ERROR, __file__, 0, _line(error), (), None))
+        handler.handle(logger.makeRecord("qface", logging.ERROR, __file__, 0, str(error), (), None))
         raise
     finally:
         logger.removeHandler(handler)

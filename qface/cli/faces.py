@@ -1,16 +1,17 @@
-"""Commands that make face crops or pair lists: align, pairs, demo."""
+"""Commands that make face crops or pair lists: align, pairs, synthesize, demo."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 import qface
 from qface.cli.command import Command, show, written
-from qface.cli.options import FilePath, json_option, people_option
+from qface.cli.options import FilePath, json_option, people_option, preprocessing_options, weights_option
 
-__all__ = ["align", "demo", "pairs"]
+__all__ = ["align", "demo", "pairs", "synthesize"]
 
 
 @click.command(
@@ -59,6 +60,44 @@ def pairs(
     genuine = int(drawn.same.sum())
     record = {"folds": folds, "genuine_pairs": genuine, "impostor_pairs": len(drawn) - genuine}
     show({**written(output), **record}, f"wrote {output}: {len(drawn)} pairs in {folds} folds", as_json)
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "qface synthesize teacher.safetensors -o made/",
+        "qface synthesize iresnet50 --weights r50.pth --num-images 64 --seed 1 -o made/ --json",
+    ),
+)
+@click.argument("model")
+@weights_option
+@click.option("-o", "--output", required=True, type=FilePath, help="Folder to write the images to.")
+@click.option("--num-images", type=int, default=256, help="Number of images.")
+@click.option("--num-steps", type=int, default=120, help="Optimizer steps of each batch.")
+@click.option("--batch-size", type=int, default=64, help="Images with common statistics.")
+@click.option("--seed", type=int, default=0, help="Random seed.")
+@json_option
+@preprocessing_options
+def synthesize(
+    model: str,
+    weights: Path | None,
+    output: Path,
+    num_images: int,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    as_json: bool,
+    preprocessing: dict[str, Any],
+) -> None:
+    """Make images from the BatchNorm statistics of a float network, for calibrate and distill without faces.
+
+    MODEL is a file, package.module:factory, or with --weights a name such as iresnet18. A stopped command continues.
+    """
+    from qface.models.resolve import resolve_model
+
+    config = qface.SynthesisConfig(num_images, num_steps, batch_size, seed=seed)
+    qface.synthesize(resolve_model(model, weights, preprocessing), output, config)
+    show({"output": str(output), "images": num_images}, f"wrote {num_images} images to {output}", as_json)
 
 
 @click.command(

@@ -69,7 +69,7 @@ def test_the_log_is_appended_to_with_times_and_ends_with_the_error(tmp_path: Pat
         "WARNING a line: warning",
         "WARNING a line: warning",
         "INFO a line: info",
-        "ERROR no faces: give others",
+        r"ERROR no faces:\ngive others",
     ]
 
 

@@ -41,6 +41,7 @@ LINES = (
     f"evaluate student.safetensors --images crops --stress --reference {NET} --bootstrap 2",
     "identify student.safetensors --images crops --bootstrap 2",
     "ijb student.safetensors --data IJBC --bootstrap 2",
+    f"synthesize {NET} --num-images 2 --num-steps 1 --batch-size 2 -o made",
     "align IJBC/loose_crop --landmarks IJBC/meta/ijbc_name_5pts_score.txt -o aligned",
     f"sensitivity {NET} {FACES} --num-images 4",
     f"prune {NET} --ratio 0.5 -o pruned.safetensors",
