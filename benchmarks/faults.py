@@ -433,6 +433,7 @@ def jobs_on(inputs: Path) -> list[Job]:
     people = ("--people", str(inputs / "tuning.txt"), "--eval-people", str(inputs / "held_out.txt"))
     fixed_bits = (*people, "--bits", "6", "--at-fpr", "1e-1", "--num-images", "8")
     distill = ("distill", student, *images)
+    few_images = ("--num-images", "6", "--num-steps", "3", "--batch-size", "2")
     prune, taught = ("prune", teacher, *images, "--json"), ("--teacher", teacher)
     return [
         Job("quantize", qface_of("quantize", teacher, *output), files),
@@ -481,6 +482,7 @@ def jobs_on(inputs: Path) -> list[Job]:
             "align",
             qface_of("align", f"{ijb}/loose_crop", "-o", "out", "--landmarks", f"{ijb}/meta/landmarks.txt", "--json"),
         ),
+        Job("synthesize", qface_of("synthesize", teacher, "-o", "out/made", *few_images)),
         Job("ijb", qface_of("ijb", student, "--data", ijb, "--json")),
         Job("ijb with a run folder", qface_of("ijb", student, "--data", ijb, *run[:2], "--json"), kept=("run/",)),
     ]

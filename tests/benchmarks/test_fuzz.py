@@ -72,3 +72,11 @@ def test_a_fault_is_a_finding(
 def test_readers_that_are_not_there(tmp_path: Path) -> None:
     result = run("fuzz", "--readers", "pairs,paris")
     assert result.exit_code == 1 and "no reader 'paris'" in result.stderr
+
+
+@pytest.mark.parametrize("per_process", [1, 2, 10])
+def test_a_crash_and_a_hang_cost_one_case_each(per_process: int, tmp_path: Path) -> None:
+    calls: list[Callable[[], object]] = [int, lambda: _die(tmp_path), int, lambda: _wait(tmp_path), int, int]
+    outcomes = list(script("harness.confinement").confined_calls(calls, 2.0, per_process))
+    assert [each.kind for each in outcomes] == ["read", "crash", "read", "timeout", "read", "read"]
+    assert "-11" in outcomes[1].message
