@@ -131,8 +131,12 @@ class Measurement:
 
     def run(self) -> Row:
         """Return the row, filled up to the first step that fails."""
-        with contextlib.suppress(_RefusedError):
+        try:
             self._measure(self._built())
+        except _RefusedError:
+            pass
+        except Exception as error:  # an error that is not one of qface's is a finding; other networks go on
+            self.row.refused = f"{type(error).__name__}: {one_line(error, 200)}"
         return self.row
 
     def _built(self) -> nn.Module:
@@ -242,8 +246,15 @@ def float_operators(student: fx.GraphModule) -> dict[str, int]:
     for node in student.graph.nodes:
         layer = layer_of(node)
         if computes_in_float(node) and not isinstance(layer, L2Normalize) and not _is_number(node):
-            found[type(layer).__name__ if layer is not None else str(node.target).split(".")[1]] += 1
+            found[_operator(node) if layer is None else type(layer).__name__] += 1
     return dict(found.most_common())
+
+
+def _operator(node: fx.Node) -> str:
+    """Return the name of an ATen operator without its overload, or of another function."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -292,12 +303,12 @@ def main(
     for network in track(networks, "networks"):
         with tempfile.TemporaryDirectory() as folder, _silence():
             rows.append(Measurement(network, bits, runs, Path(folder), onnx).run())
+        if output is not None:  # after each network, so that a stopped run has its rows
+            write_text(output, markdown_table(HEADINGS, map(cells, rows)))
     if as_json:
         click.echo(json.dumps({"bits": bits, "rows": [asdict(row) for row in rows]}))
     else:
         Console(width=max(Console().width, 180)).print(terminal_table("Networks", HEADINGS, map(cells, rows)))
-    if output is not None:
-        write_text(output, markdown_table(HEADINGS, map(cells, rows)))
 
 
 def chosen(names: Sequence[str], idioms: bool) -> list[ForeignNetwork]:
