@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qface.data.synthetic import synthetic_crops
+from qface.errors import TrainingError
 from qface.files import as_path, replacing
 from qface.model_digest import digests_of_network
 from qface.models.resolve import NetworkLike, as_network
@@ -49,6 +50,7 @@ def synthesize(
         CheckpointError: the file is missing or damaged, or the record of the run is damaged.
         ConfigError: the folder belongs to a run with another network or other settings, or another run is using it.
         ExportError: the folder cannot be written to.
+        TrainingError: pixels became NaN or infinite.
         UnsupportedLayerError: the network has no BatchNorm with running statistics.
 
     Example:
@@ -85,6 +87,11 @@ def _batch(network: nn.Module, statistics: StatisticsLoss, config: SynthesisConf
             optimizer.step()
             schedule.step()
             advance()
+    if not logits.isfinite().all():
+        raise TrainingError(
+            "the images of this network became NaN or infinite: check its BatchNorm statistics, or set a lower "
+            "learning_rate"
+        )
     return (255 * torch.sigmoid(logits.detach())).round().byte().cpu()
 
 

@@ -15,7 +15,7 @@ import qface
 from qface import SynthesisConfig
 from qface.data.sources import as_image_source
 from qface.data.synthetic import synthetic_crops
-from qface.errors import ConfigError, UnsupportedLayerError
+from qface.errors import ConfigError, TrainingError, UnsupportedLayerError
 from qface.preprocessing import preprocessing_of
 from qface.synthesis.statistics_loss import recorded_statistics
 from tests.networks import random_faces, tiny_face_net
@@ -112,6 +112,14 @@ def test_a_network_without_statistics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLayerError, match="no BatchNorm with running statistics"):
         qface.synthesize(network, tmp_path / "made", CONFIG)
     assert not (tmp_path / "made").exists()
+
+
+def test_broken_statistics_are_refused(tmp_path: Path) -> None:
+    network = trained()
+    next(each for each in network.modules() if isinstance(each, nn.BatchNorm2d)).running_mean.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="NaN or infinite"):
+        qface.synthesize(network, tmp_path / "made", replace(CONFIG, num_steps=2))
+    assert not list((tmp_path / "made").glob("*.png"))
 
 
 @pytest.mark.parametrize(
