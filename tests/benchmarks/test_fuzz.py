@@ -17,10 +17,10 @@ from tests.benchmarks.scripts import run, script
 
 
 def test_a_short_run_finds_nothing(tmp_path: Path) -> None:
-    result = run("fuzz", "--cases", 2, "--seed", 11, "--keep", tmp_path / "kept", "--json")
+    result = run("fuzz", "--cases", 40, "--per-process", 40, "--seed", 11, "--keep", tmp_path / "kept", "--json")
     record = json.loads(result.stdout)
     assert result.exit_code == 0, record
-    assert all(row["cases"] == 2 and not row["findings"] for row in record["rows"])
+    assert all(row["cases"] == 40 and not row["findings"] for row in record["rows"])
     assert not (tmp_path / "kept").exists()
 
 
