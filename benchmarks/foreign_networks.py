@@ -131,6 +131,8 @@ _PYTORCHCV = (
     "cbam_resnet18",
     "bninception",
 )
+_LARGER = dict.fromkeys(("dla34", "hrnet_w18_small_v1", "bninception"), 128)
+"""Sizes of networks whose branches do not fit on 112 pixels."""
 _VIT = {
     "hidden_size": 96,
     "num_hidden_layers": 3,
@@ -168,7 +170,10 @@ _TRANSFORMERS = (
 NETWORKS: dict[str, ForeignNetwork] = {
     network.name: network
     for network in (
-        *(ForeignNetwork(name, "pytorchcv", lambda name=name: _pytorchcv(name)) for name in _PYTORCHCV),
+        *(
+            ForeignNetwork(name, "pytorchcv", lambda name=name: _pytorchcv(name), _LARGER.get(name, 112))
+            for name in _PYTORCHCV
+        ),
         *_TRANSFORMERS,
         *_idioms(),
     )

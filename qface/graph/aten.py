@@ -28,6 +28,7 @@ from qface.graph.layers import (
     Slice,
     UpsampleNearest,
 )
+from qface.graph.pooling import padding_of_ceil_windows
 
 if TYPE_CHECKING:
     from qface.graph.capture import Converter
@@ -535,16 +536,17 @@ def _max_pool(run: Converter, call: Call) -> Any:
 def _average_pool(run: Converter, call: Call) -> Any:
     kernel, padding = _pair(call["kernel_size"]), _pair(call["padding"])
     stride = _pair(call["stride"] or call["kernel_size"])
-    if call["ceil_mode"] and any(padding) and (call["count_include_pad"] or call["divisor_override"] is not None):
-        raise run.refusal(
-            call.node,
-            f"{call.layer_name!r} has ceil_mode=True with count_include_pad=True or divisor_override, for which "
-            "onnxruntime returns other averages; set count_include_pad=False or ceil_mode=False",
-        )
-    counted = call["count_include_pad"] or call["divisor_override"] is not None
+    has_divisor = call["divisor_override"] is not None
+    counted = call["count_include_pad"] or has_divisor
+    x = call["self"]
+    if call["ceil_mode"] and any(padding) and counted:  # onnxruntime returns other averages for these
+        sizes, counts = (tuple(map(int, shape[2:])) for shape in (call.shape("self"), call.output))
+        sides = padding_of_ceil_windows(sizes, counts, kernel, stride, padding, whole=has_divisor)
+        x = run.layer(Pad(sides), (x,), f"{call.layer_name}_pad")
+        padding, counted = (0, 0), has_divisor
     layer = nn.AvgPool2d(kernel, stride, padding, call["ceil_mode"], counted)
-    pooled = run.layer(layer, (call["self"],), call.layer_name)
-    if call["divisor_override"] is None:
+    pooled = run.layer(layer, (x,), call.layer_name)
+    if not has_divisor:
         return pooled
     scale = ChannelAffine(1).to(run.example_parameter)
     with torch.no_grad():

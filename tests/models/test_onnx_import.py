@@ -367,6 +367,10 @@ CASES: dict[str, tuple[int, Callable[[Graph], object]]] = {
     "MaxPool with uneven pads": (13, one("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 1])),
     "MaxPool SAME": (13, one("MaxPool", kernel_shape=[2, 2], auto_pad="SAME_UPPER")),
     "MaxPool with wide pads": (13, one("MaxPool", kernel_shape=[3, 3], pads=[2, 2, 2, 2])),
+    "AveragePool ceil": (
+        19,
+        one("AveragePool", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4, ceil_mode=1, count_include_pad=1),
+    ),
     "MaxPool ceil": (13, one("MaxPool", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)),
     "AveragePool with uneven pads": (13, one("AveragePool", kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 1])),
     "AveragePool counting pads": (

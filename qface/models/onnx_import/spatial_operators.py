@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.graph.layers import Pad, Permute, Reshape, Slice, UpsampleNearest
+from qface.graph.pooling import padding_of_ceil_windows
 from qface.models.onnx_import.importer import Importer, Rule
 from qface.models.onnx_import.onnx_file import Array, Node
 
@@ -167,6 +168,11 @@ def _average_pool(run: Importer, node: Node) -> Any:
     ceil, whole = bool(node.get("ceil_mode", 0)), bool(node.get("count_include_pad", 0))
     x, name, padding = run.value(node), run.name_of(node), (pads[0][0], pads[1][0])
     if _is_even(pads) and all(2 * pad <= size for pad, size in zip(padding, kernel, strict=True)):
+        if ceil and whole and any(padding):
+            sizes = run.sizes(x)[2:]
+            counts = nn.functional.avg_pool2d(torch.empty(1, 1, *sizes), kernel, strides, padding, ceil).shape[2:]
+            sides = padding_of_ceil_windows(sizes, counts, kernel, strides, padding)
+            x, padding, whole = run.layer(Pad(sides), (x,), f"{name}_pad"), (0, 0), False
         return run.layer(nn.AvgPool2d(kernel, strides, padding, ceil, whole), (x,), name)
     if ceil:
         raise run.refuse(node, "ceil_mode=1 with asymmetric padding")
