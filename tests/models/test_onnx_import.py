@@ -348,6 +348,13 @@ CASES: dict[str, tuple[int, Callable[[Graph], object]]] = {
     "Upsample": (9, with_constant("Upsample", value=np.array([1, 1, 2, 2], np.float32))),
     "DepthToSpace": (13, one("DepthToSpace", blocksize=2)),
     "DepthToSpace CRD": (13, one("DepthToSpace", blocksize=2, mode="CRD")),
+    "Col2Im": (
+        18,
+        lambda g: (
+            g.add("Reshape", ints(g, 0, 8, 64)),
+            g.add("Col2Im", ints(g, 16, 16), ints(g, 2, 2), strides=[2, 2]),
+        ),
+    ),
     "SpaceToDepth": (13, one("SpaceToDepth", blocksize=2)),
     "Conv with uneven pads": (13, with_constant("Conv", 8, 8, 3, 3, pads=[0, 0, 1, 1])),
     "Conv SAME_UPPER": (13, with_constant("Conv", 8, 8, 3, 3, auto_pad="SAME_UPPER", strides=[2, 2])),

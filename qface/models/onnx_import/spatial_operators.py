@@ -353,8 +353,22 @@ def _space_to_depth(run: Importer, node: Node) -> Any:
     return run.layer(Reshape((-1, channels * block**2, height // block, width // block)), (x,), f"{name}_map")
 
 
+def _columns_to_image(run: Importer, node: Node) -> Any:
+    image, block = (run.integers(node, position) for position in (1, 2))
+    if image is None or block is None or len(image) != 2:
+        raise run.refuse(node, "a computed shape, or one of other than two dimensions")
+    pads = node.get("pads", [0] * 4)
+    if list(pads[:2]) != list(pads[2:]):
+        raise run.refuse(node, f"the padding {pads}")
+    windows = (_window(node, "dilations", 2), list(pads[:2]), _window(node, "strides", 2))
+    return run.function(
+        aten.col2im.default, (run.value(node), image, block, *map(list, windows)), {}, run.name_of(node)
+    )
+
+
 SPATIAL_RULES: dict[str, Rule] = {
     "AveragePool": _average_pool,
+    "Col2Im": _columns_to_image,
     "Conv": _conv,
     "ConvTranspose": _transposed_conv,
     "DepthToSpace": _depth_to_space,
