@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
+from qface.checks import check_whole
 from qface.errors import ConfigError
 from qface.graph.layers import FakeQuantizer
 from qface.quantization.exact_scales import ExactScale, ExactWeightScale
@@ -281,14 +282,15 @@ class ImageFakeQuantize(_SwitchedFakeQuantize):
 
     def __init__(self, scale: float, zero_point: int, offset: float) -> None:
         super().__init__()
-        if not (isinstance(zero_point, int) and 0 <= zero_point <= QUINT8_MAX):
-            raise ConfigError(f"zero_point must be an integer from 0 to {QUINT8_MAX}, got {zero_point!r}")
-        if not (0 < scale < math.inf and math.isfinite(offset)):
-            raise ConfigError(f"scale must be > 0 and offset finite, got {scale} and {offset}")
+        check_whole(0, zero_point=zero_point)
+        if not (zero_point <= QUINT8_MAX and 0 < scale < math.inf and math.isfinite(offset)):
+            raise ConfigError(
+                f"zero_point must be <= {QUINT8_MAX}, scale > 0 and offset finite, got {zero_point}, {scale}, {offset}"
+            )
         self.bits = 8
-        self.scale = scale
+        self.scale = float(scale)
         self.zero_point = zero_point
-        self.offset = offset
+        self.offset = float(offset)
         self.quant_min, self.quant_max = 0, QUINT8_MAX
         self.dtype = torch.quint8
         self.is_dynamic = False

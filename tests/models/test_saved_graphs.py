@@ -442,7 +442,7 @@ def test_a_hostile_graph_is_refused_before_anything_runs(
     [
         ("bits", [1, 9, 2**31 - 1, -1, None, True]),
         ("weight_bits", [1, 9, 2**31 - 1]),
-        ("zero_point", [-1, 256, 2**31 - 1, 1.5, None]),
+        ("zero_point", [-1, 256, 2**31 - 1, 1.5, None, True]),
         ("scale", [0, -1, float("nan"), float("inf"), "1"]),
         ("offset", [float("nan"), None]),
     ],
