@@ -441,6 +441,19 @@ def onnx_large_map(folder: Path) -> Path:
     return graph.save(folder / "large_map.onnx")
 
 
+def onnx_long_list(folder: Path) -> Path:
+    """A list of 10^9 numbers, of which the file has four."""
+    path = _onnx(
+        folder, "long_list.onnx", lambda graph: _summed(graph, graph.add("Mul", graph.constant(4), after="listed"))
+    )
+    model = onnx.load(path)
+    listed = onnx.helper.make_tensor("listed", TensorProto.FLOAT, [4], bytes(16), raw=True)
+    listed.dims[0] = 10**9
+    model.graph.initializer.append(listed)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
 def onnx_long_prefix(folder: Path) -> Path:
     """2,000 sums before the network, each of which may be a normalization."""
     graph = Graph(opset=17)
@@ -489,5 +502,5 @@ SAVED_GRAPHS: tuple[Attack, ...] = (huge_layer, huge_map, long_chain, deep_graph
 ONNX_FILES: tuple[Attack, ...] = (
     *(onnx_filled, onnx_expanded, onnx_tiled, onnx_padded, onnx_doubled, onnx_range, onnx_poisoned_range),
     *(onnx_one_hot, onnx_large_product, onnx_loop, onnx_idle_loop, onnx_pattern, onnx_functions),
-    *(onnx_large_input, onnx_large_map, onnx_long_prefix, onnx_long_chain),
+    *(onnx_large_input, onnx_large_map, onnx_long_list, onnx_long_prefix, onnx_long_chain),
 )

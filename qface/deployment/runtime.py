@@ -79,7 +79,8 @@ class OnnxEmbedder:
         self.path = as_path(path)
         check_onnx(self.path)  # onnxruntime itself does not check a file for damage
         self._session = _open(self.path, providers, threads)
-        self._name, self.input, dtype, self._batch = _image_input(self.path, self._session)
+        with telling_damage(self.path):
+            self._name, self.input, dtype, self._batch = _image_input(self.path, self._session)
         metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         if not preprocessing and _OWN_KEYS.issubset(metadata):
             written = written_preprocessing(metadata["preprocessing"], self.path)

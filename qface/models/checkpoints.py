@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qface.archives import names_in
 from qface.errors import CheckpointError, one_line
 from qface.files import check_file
+from qface.limits import elements_of
 from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.models.iresnet import IRESNET_BLOCKS, IResNet
 from qface.models.mobilefacenet import MobileFaceNet
@@ -61,11 +62,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a complete safetensors file ({one_line(error, 200)}); download it again"
         ) from error
+    for name, tensor in tensors.items():
+        elements_of(tensor.shape, f"{path}: {name}")
+    return tensors, metadata
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qface.errors import CheckpointError
+from qface.errors import CheckpointError, LimitError
 from qface.models import IResNet, MobileFaceNet, iresnet, load
 from qface.models.insightface_mbf import InsightFaceMobileFaceNet
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
@@ -453,3 +453,9 @@ def test_tensors_that_no_network_has_are_named(kind: str, tmp_path: Path) -> Non
     torch.save(tensors, tmp_path / "odd.pth")
     message = refused(tmp_path / "odd.pth", model=tiny_face_net())
     assert "float32" in message and "download it again" not in message
+
+
+def test_a_tensor_of_too_many_dimensions_is_refused(tmp_path: Path) -> None:
+    save_file({"conv.weight": torch.zeros([1] * 65)}, tmp_path / "deep.safetensors")
+    with pytest.raises(LimitError, match=r"deep\.safetensors: conv\.weight has 65 dimensions"):
+        load(tmp_path / "deep.safetensors", model=MobileFaceNet())

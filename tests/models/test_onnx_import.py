@@ -832,6 +832,16 @@ def test_an_operator_whose_name_is_no_text_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_a_size_whose_name_is_no_text_is_one_line(tmp_path: Path) -> None:
+    graph = small(17, "batch_size")
+    rows(graph)
+    path = graph.save(tmp_path / "net.onnx")
+    path.write_bytes(path.read_bytes().replace(b"batch_size", b"batch_s\xff\xfe\xe8"))
+    with pytest.raises(QFaceError, match=r"net\.onnx") as error:
+        OnnxEmbedder(path, threads=1)
+    assert "\n" not in str(error.value)
+
+
 def test_a_negative_size_is_dynamic(tmp_path: Path) -> None:
     graph = small(17)
     rows(graph)

@@ -20,6 +20,9 @@ _ENDLESS = frozenset({"Loop", "Scan", "SequenceMap"})
 """Operators that may run forever."""
 _FEW = 1024  # maximum elements of a constant that can be a shape
 _LONGEST_LIST = 2**16  # elements
+_ON_LISTS = frozenset("Add Cast Concat Gather Identity Mul Size Slice Squeeze Sub Unsqueeze".split())
+"""Operators whose results on lists of integers, which may be shapes, ONNX's shape inference computes."""
+_MOST_PER_BYTE = 4  # numbers of two bits
 _OPEN = 112  # assumed height and width if the file has dynamic ones
 
 
@@ -29,9 +32,11 @@ def check_graph(model: onnx.ModelProto, path: str | Path) -> None:
     Sizes come from ONNX's shape inference for one image; sizes that depend on pixel values are not checked.
 
     Raises:
+        CheckpointError: a constant declares more numbers than it stores.
         LimitError: the graph exceeds a limit of :mod:`qface.limits` or contains a loop.
     """
     check_functions(model, path)
+    _check_constants(model.graph, path)
     check("operators", sum(1 for _ in all_nodes(model.graph.node)), f"{path}")
     for body in (model.graph.node, *(function.node for function in model.functions)):
         loop = next((node for node in all_nodes(body) if node.op_type in _ENDLESS), None)
@@ -46,6 +51,19 @@ def check_graph(model: onnx.ModelProto, path: str | Path) -> None:
             check("image", math.prod(sides[1:]) / min(3, *sides[1:]), f"{path}, with the input {sides},")
             check("bytes", 4 * math.prod(sides), f"{path}, with the input {sides},")
     _check_sizes(model, path)
+
+
+def _check_constants(graph: onnx.GraphProto, path: str | Path) -> None:
+    """Check that constants store about the numbers that they declare; types and exact sizes are the runtime's."""
+    for tensor in graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            continue
+        texts = (tensor.float_data, tensor.double_data, tensor.int64_data, tensor.uint64_data, tensor.string_data)
+        stored = _MOST_PER_BYTE * (len(tensor.raw_data) + 4 * len(tensor.int32_data)) + sum(map(len, texts))
+        if math.prod(tensor.dims) > stored:
+            raise CheckpointError(
+                f"{path} is damaged: {tensor.name} declares {list(tensor.dims)} numbers and stores fewer; get it again"
+            )
 
 
 def all_nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -138,13 +156,15 @@ def _constants(graph: onnx.GraphProto) -> set[str]:
 
 
 def _is_propagable(graph: onnx.GraphProto) -> bool:
-    """False if Concat nodes build long shape tensors, all of which shape inference would keep in memory."""
+    """False if nodes compute with long lists, since shape inference would keep an object for each number of them."""
     lengths = {each.name: math.prod(each.dims) for each in graph.initializer}
+    lists = {each.name: each.dims[0] for each in graph.initializer if len(each.dims) == 1}
     for node in graph.node:
         inputs = [lengths.get(name, _FEW) for name in node.input]
         length = sum(inputs) if node.op_type == "Concat" else max(inputs, default=_FEW)
         lengths.update(dict.fromkeys(node.output, length))
-        if node.op_type == "Concat" and length > _LONGEST_LIST:
+        longest = max((lists.get(name, 0) for name in node.input), default=0)
+        if (length if node.op_type == "Concat" else longest) > _LONGEST_LIST and node.op_type in _ON_LISTS:
             return False
     return True
 
