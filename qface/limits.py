@@ -36,8 +36,9 @@ class Limits:
 
     Args:
         depth: nesting depth of containers in a pickle or in JSON.
-        objects: number of objects in a pickle, values in JSON, or array elements that become Python objects.
-        bytes: memory beyond the file size, for computed constants, copies and repeated arrays.
+        objects: number of objects in a pickle, values in JSON, array elements that become Python objects, lines of a
+            list, or characters of one of its lines.
+        bytes: memory beyond the file size, for computed constants, copies, repeated arrays and batches of fixed size.
         activations: bytes of the activations that a network holds at once for one image.
         operators: number of nodes of a network.
         photo: pixels of a photo to align.
