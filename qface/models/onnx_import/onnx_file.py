@@ -189,7 +189,7 @@ def check_onnx(path: Path) -> onnx.ModelProto:
     """
     model = read_proto(path)
     if not model.graph.output:
-        raise CheckpointError(f"{path} has no output, so it is damaged; export the network again")
+        raise CheckpointError(f"{path} is not a complete ONNX file: it has no output; export the network again")
     for value in (*model.graph.input, *model.graph.output):
         _clear_negative_sizes(value)
     with telling_damage(path):
