@@ -1,4 +1,4 @@
-"""Fuzz the file readers: read randomly changed files, each in its own process.
+"""Fuzz the file readers: read randomly changed files in processes of their own.
 
     python benchmarks/fuzz.py [--cases 200] [--seed 0] [--per-process 1] [--readers onnx,checkpoint] [--keep FOLDER]
         [--json]

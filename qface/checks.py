@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import cast, get_args
+from typing import TypeGuard, cast, get_args
 
 from torch import Tensor, nn
 
 from qface.errors import CheckpointError, ConfigError
 
-__all__ = ["check_choice", "check_finite", "check_flag", "check_module", "check_seed", "check_whole"]
+__all__ = [
+    "check_choice",
+    "check_finite",
+    "check_flag",
+    "check_module",
+    "check_not_negative",
+    "check_positive",
+    "check_seed",
+    "check_whole",
+]
 
 _SEEDS = 2**63
 
@@ -24,6 +34,32 @@ def check_whole(minimum: int, **settings: object) -> None:
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise ConfigError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def check_positive(**settings: object) -> None:
+    """Raise if a setting is not a finite number > 0.
+
+    Raises:
+        ConfigError: a setting is out of range; the message names it.
+    """
+    for name, value in settings.items():
+        if not (_is_number(value) and value > 0):
+            raise ConfigError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def check_not_negative(**settings: object) -> None:
+    """Raise if a setting is not a finite number >= 0.
+
+    Raises:
+        ConfigError: a setting is out of range; the message names it.
+    """
+    for name, value in settings.items():
+        if not (_is_number(value) and value >= 0):
+            raise ConfigError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def check_choice(choices: object, **settings: object) -> None:

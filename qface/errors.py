@@ -13,11 +13,10 @@ __all__ = [
     "TrainingError",
     "UnsupportedLayerError",
     "one_line",
-    "printable",
 ]
 
 
-_LONGEST = 2000
+_LONGEST = 2000  # characters of a message
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
@@ -30,7 +29,7 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
     return " ".join(str(error).split())[:limit].rstrip(".")
 
 
-def printable(text: str) -> str:
+def _printable(text: str) -> str:
     """Return ``text`` with characters that a terminal does not print, such as line breaks, as escape sequences."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
@@ -56,7 +55,7 @@ class QFaceError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_shortened(printable(message)))
+        super().__init__(_shortened(_printable(message)))
 
 
 class CheckpointError(QFaceError):

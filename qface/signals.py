@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["ended_by_signals", "signals_held", "signals_noted"]
+__all__ = ["ended_by_signals", "signals_noted"]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -62,7 +62,11 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Delay the SystemExit of :func:`ended_by_signals` until the end of the block, which should leave soon.
+    """Delay the SystemExit of :func:`ended_by_signals` until the end of the outermost such block.
+
+    For steps that are kept whole, and where torch traces a network: its FakeTensorMode does not survive an exception
+    between two operators, and aborts the process. In another thread than the main one, which alone hears signals, the
+    block changes nothing.
 
     Yields:
         A list to which a received signal number is added, with a warning that the current step ends first. A second
@@ -72,6 +76,9 @@ def signals_noted() -> Iterator[list[int]]:
         SystemExit: a signal was received within the block.
     """
     global _noted
+    if _noted is not None or threading.current_thread() is not threading.main_thread():
+        yield [] if _noted is None else _noted
+        return
     noted: list[int] = []
     _noted = noted
     try:
@@ -80,23 +87,6 @@ def signals_noted() -> Iterator[list[int]]:
         _noted = None
     if noted:
         raise SystemExit(128 + noted[0])
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Delay the SystemExit of :func:`ended_by_signals` until the end of the block, or of a :func:`signals_noted`.
-
-    For blocks in which torch traces a network: its FakeTensorMode does not survive an exception between two operators,
-    and aborts the process.
-
-    Raises:
-        SystemExit: a signal was received within the block.
-    """
-    if _noted is not None or threading.current_thread() is not threading.main_thread():
-        yield  # in another thread, a signal does not interrupt the block
-        return
-    with signals_noted():
-        yield
 
 
 def _let_end(numbers: list[signal.Signals]) -> None:

@@ -114,9 +114,9 @@ def test_a_signal_waits_while_torch_traces_a_network(tmp_path: Path) -> None:
 
 def test_held_signals_end_the_outer_block(tmp_path: Path) -> None:
     code = (
-        "from qface.signals import signals_held, signals_noted\n"
+        "from qface.signals import signals_noted\n"
         "with ended_by_signals(), signals_noted() as noted:\n"
-        " with signals_held(): send('SIGINT')\n"
+        " with signals_noted(): send('SIGINT')\n"
         " open(f'noted {noted}', 'w')\n"
     )
     assert ended(code, tmp_path)[0] == 130

@@ -23,7 +23,7 @@ import qface
 __all__ = ["Outcome", "confined", "confined_calls"]
 
 _HEADROOM = 4 * 2**30
-"""Bytes a child may map beyond its initial size, so that no file exhausts the memory of the machine."""
+"""Bytes a child may map beyond its size before a call, so that no file exhausts the memory of the machine."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from qface.files import make_folder, replacing
 from qface.progress import shows_progress, track
 from qface.results import Result
 
-__all__ = ["AlignmentReport", "align"]
+__all__ = ["AlignmentReport", "align", "write_crop"]
 
 _LOGGER = logging.getLogger("qface")
 
@@ -135,7 +135,7 @@ def align(
             _LOGGER.warning("%s is not aligned: its landmarks are not a face: %s", name, reason)
             misplaced.append(f"{name}: {reason}")
         else:
-            _write(crop, target)
+            write_crop(crop, target)
     aligned = len(missing) - len(faceless) - len(misplaced) - len(unreadable)
     present = len(names) - len(missing)
     return AlignmentReport(len(names), aligned, present, tuple(faceless), tuple(misplaced), tuple(unreadable))
@@ -240,7 +240,12 @@ def _photo_of(file: str, photos: Mapping[str, str]) -> str | None:
     return next((photos[name] for name in spellings if name in photos), None)
 
 
-def _write(crop: Image.Image, target: Path) -> None:
+def write_crop(crop: Image.Image, target: Path) -> None:
+    """Write ``crop`` as a PNG file, in a folder that is created if missing.
+
+    Raises:
+        ExportError: the file cannot be written.
+    """
     make_folder(target.parent)
     with replacing(target) as temporary:
         crop.save(temporary, format="PNG")

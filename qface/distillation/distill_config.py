@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
-from qface.checks import check_choice, check_seed, check_whole
+from qface.checks import check_choice, check_not_negative, check_positive, check_seed, check_whole
 from qface.choices import PrecisionName
 from qface.data.augmentation import AugmentationConfig
 from qface.errors import ConfigError
@@ -92,14 +91,14 @@ class LossConfig:
         check_choice(Surrogate, ekd_surrogate=self.ekd_surrogate)
         if self.embedding_loss is not None:
             check_choice(EmbeddingLossName, embedding_loss=self.embedding_loss)
-        _check_not_negative(
+        check_not_negative(
             ekd_weight=self.ekd_weight,
             embedding_weight=self.embedding_weight,
             feature_loss_weight=self.feature_loss_weight,
             class_head_weight=self.class_head_weight,
             margin=self.margin,
         )
-        _check_positive(scale=self.scale)
+        check_positive(scale=self.scale)
         if not (self.uses_ekd or self.uses_embedding_loss or self.class_head):
             raise ConfigError(
                 "no loss is left: set embedding_loss and embedding_weight, ekd_weight > 0, or class_head=True"
@@ -153,9 +152,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_choice(OptimizerName, optimizer=self.name)
-        _check_positive(**_given(learning_rate=self.learning_rate, max_gradient_norm=self.max_gradient_norm))
-        _check_not_negative(momentum=self.momentum, weight_decay=self.weight_decay)
-        _check_not_negative(**_given(scale_learning_rate=self.scale_learning_rate))
+        check_positive(**_given(learning_rate=self.learning_rate, max_gradient_norm=self.max_gradient_norm))
+        check_not_negative(momentum=self.momentum, weight_decay=self.weight_decay)
+        check_not_negative(**_given(scale_learning_rate=self.scale_learning_rate))
         if self.learning_rate is None and self.name != "relative_adam":
             raise ConfigError(f"the optimizer {self.name!r} needs a learning_rate: set it")
         if self.name == "sgd" and self.nesterov and self.momentum == 0:
@@ -303,22 +302,6 @@ class DistillConfig:
 
 def _given(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _check_not_negative(**fields: object) -> None:
-    for name, value in fields.items():
-        if not (_is_number(value) and value >= 0):
-            raise ConfigError(f"{name} must be a finite number >= 0, got {value!r}")
-
-
-def _check_positive(**fields: object) -> None:
-    for name, value in fields.items():
-        if not (_is_number(value) and value > 0):
-            raise ConfigError(f"{name} must be a finite number > 0, got {value!r}")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _check_type(kind: type, **fields: object) -> None:

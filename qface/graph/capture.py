@@ -30,7 +30,7 @@ from qface.graph.queries import SYMBOLIC_FUNCTIONS, is_layer_graph
 from qface.network_output import position_of_embedding, written_shape
 from qface.preprocessing import example_input
 from qface.provenance import carry
-from qface.signals import signals_held
+from qface.signals import signals_noted
 from qface.training_mode import eval_mode
 
 __all__ = ["Converter", "capture", "unwrapped"]
@@ -78,7 +78,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _exported(model: nn.Module, images: Tensor) -> tuple[ExportedProgram, BatchDependent]:
     """Export ``model`` with a dynamic batch size, or for two images with batch-dependent arguments."""
-    with signals_held(), eval_mode(model), _quiet(), torch.no_grad():
+    with signals_noted(), eval_mode(model), _quiet(), torch.no_grad():
         _check_runs(model, images)
         try:
             return torch.export.export(model, (images,), dynamic_shapes=_any_number(model), strict=False), {}

@@ -32,7 +32,7 @@ from qface.graph.layers import (
 )
 from qface.graph.queries import SYMBOLIC_FUNCTIONS
 from qface.limits import Allowance, check
-from qface.signals import signals_held
+from qface.signals import signals_noted
 
 __all__ = ["check_rebuilt", "graph_from_data", "graph_to_data", "on_rebuild", "register_layer", "registered_layers"]
 
@@ -269,7 +269,7 @@ def graph_from_data(
         LimitError: the data asks for more operators or memory than :mod:`qface.limits` allows.
     """
     try:
-        with signals_held():
+        with signals_noted():
             return _rebuilt(data, tensors, size)
     except (CheckpointError, LimitError):
         raise

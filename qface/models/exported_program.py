@@ -32,7 +32,7 @@ from qface.limits import Allowance, check, elements_of, named, parse_json
 from qface.models.checkpoints import preprocessing_for
 from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.signals import signals_held
+from qface.signals import signals_noted
 
 __all__ = ["is_exported_program", "load_exported_program"]
 
@@ -72,7 +72,7 @@ def load_exported_program(path: str | Path) -> tuple[fx.GraphModule, Preprocessi
     """
     program = _program(path)
     preprocessing, count = _images_of(program, path)
-    with _telling_damage(path), signals_held():
+    with _telling_damage(path), signals_noted():
         module = ExportedNetwork(program).float()
     try:
         network = capture(with_preprocessing(module, preprocessing))
@@ -87,7 +87,7 @@ def _program(path: str | Path) -> ExportedProgram:
     with _telling_damage(path):
         with opened(path) as archive:
             content = _without_code(archive)
-        with signals_held(), warnings.catch_warnings():
+        with signals_noted(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.load(content)
 

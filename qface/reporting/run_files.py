@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qface import limits
 from qface.compression.run_record import RunRecord
 from qface.errors import ConfigError, one_line
 from qface.limits import named, parse_json
@@ -39,7 +41,9 @@ def read_training(path: str | Path) -> tuple[Mapping[str, float], ...]:
     Raises:
         ConfigError: the file cannot be read, or is not such a log.
     """
-    rows = _parsed(path, lambda encoding: f"[{','.join(Path(path).read_text(encoding=encoding).splitlines())}]")
+    with _telling_damage(path), named(path):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        rows = parse_json(f"[{','.join(lines)}]", "its JSON")
     if not all(_is_step(row) for row in rows):
         raise ConfigError(f"{path} is not a log of a distillation: pass log.jsonl of a run folder")
     return tuple(rows)
@@ -59,12 +63,13 @@ def read_json(path: str | Path) -> Any:
     Raises:
         ConfigError: the file cannot be read.
     """
-    return _parsed(path, Path(path).read_text)
+    with _telling_damage(path):
+        return limits.read_json(Path(path), "its JSON")
 
 
-def _parsed(path: str | Path, read: Any) -> Any:
+@contextmanager
+def _telling_damage(path: str | Path) -> Iterator[None]:
     try:
-        with named(path):
-            return parse_json(read(encoding="utf-8"), "its JSON")
+        yield
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({one_line(error, 200)}): restore it") from error

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 
-from qface.checks import check_seed, check_whole
-from qface.errors import ConfigError
+from qface.checks import check_not_negative, check_positive, check_seed, check_whole
 
 __all__ = ["SynthesisConfig"]
 
@@ -42,7 +40,5 @@ class SynthesisConfig:
         check_whole(1, num_images=self.num_images, num_steps=self.num_steps)
         check_whole(2, batch_size=self.batch_size)
         check_seed(self.seed)
-        if not 0 < self.learning_rate < inf:
-            raise ConfigError(f"learning_rate must be > 0, got {self.learning_rate}")
-        if not 0 <= self.smoothness < inf:
-            raise ConfigError(f"smoothness must be >= 0, got {self.smoothness}")
+        check_positive(learning_rate=self.learning_rate)
+        check_not_negative(smoothness=self.smoothness)

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from qface.data.crops import write_crop
 from qface.data.synthetic import synthetic_crops
 from qface.errors import TrainingError
-from qface.files import as_path, replacing
+from qface.files import as_path
 from qface.model_digest import digests_of_network
 from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import preprocessing_of
@@ -63,10 +64,12 @@ def synthesize(
     inputs = {**digests_of_network(network), "settings": asdict(config)}
     with recorded_statistics(network) as statistics, run_folder(folder, inputs):
         for start in range(0, config.num_images, config.batch_size):
-            files = [folder / f"{number:05d}.png" for number in range(start, start + config.batch_size)]
-            files = files[: config.num_images - start]
+            end = min(start + config.batch_size, config.num_images)
+            files = [folder / f"{number:05d}.png" for number in range(start, end)]
             if not all(file.exists() for file in files):
-                _write(_batch(network, statistics, config, start), files)
+                images = _batch(network, statistics, config, start).permute(0, 2, 3, 1).numpy()
+                for pixels, file in zip(images, files, strict=False):  # of the last batch, as many as are wanted
+                    write_crop(Image.fromarray(pixels), file)
     return folder
 
 
@@ -106,9 +109,3 @@ def _moved(pixels: Tensor, draw: torch.Generator) -> Tensor:
 def _total_variation(pixels: Tensor) -> Tensor:
     """Return the mean difference of neighboring pixels, vertical plus horizontal."""
     return pixels.diff(dim=2).abs().mean() + pixels.diff(dim=3).abs().mean()
-
-
-def _write(images: Tensor, files: list[Path]) -> None:
-    for image, file in zip(images, files, strict=False):
-        with replacing(file) as temporary:
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="PNG")

@@ -58,8 +58,8 @@ def _check_constants(graph: onnx.GraphProto, path: str | Path) -> None:
     for tensor in graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
             continue
-        texts = (tensor.float_data, tensor.double_data, tensor.int64_data, tensor.uint64_data, tensor.string_data)
-        stored = _MOST_PER_BYTE * (len(tensor.raw_data) + 4 * len(tensor.int32_data)) + sum(map(len, texts))
+        typed = (tensor.float_data, tensor.double_data, tensor.int64_data, tensor.uint64_data, tensor.string_data)
+        stored = _MOST_PER_BYTE * (len(tensor.raw_data) + 4 * len(tensor.int32_data)) + sum(map(len, typed))
         if math.prod(tensor.dims) > stored:
             raise CheckpointError(
                 f"{path} is damaged: {tensor.name} declares {list(tensor.dims)} numbers and stores fewer; get it again"
@@ -163,8 +163,9 @@ def _is_propagable(graph: onnx.GraphProto) -> bool:
         inputs = [lengths.get(name, _FEW) for name in node.input]
         length = sum(inputs) if node.op_type == "Concat" else max(inputs, default=_FEW)
         lengths.update(dict.fromkeys(node.output, length))
-        longest = max((lists.get(name, 0) for name in node.input), default=0)
-        if (length if node.op_type == "Concat" else longest) > _LONGEST_LIST and node.op_type in _ON_LISTS:
+        if node.op_type == "Concat" and length > _LONGEST_LIST:
+            return False
+        if node.op_type in _ON_LISTS and any(lists.get(name, 0) > _LONGEST_LIST for name in node.input):
             return False
     return True
 

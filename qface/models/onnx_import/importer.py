@@ -22,7 +22,7 @@ from qface.models.onnx_import.constants import ConstantFolder
 from qface.models.onnx_import.image_input import ImageInput
 from qface.models.onnx_import.onnx_file import Array, Node, OnnxFile, needed_nodes, telling_damage
 from qface.network_output import is_embedding
-from qface.signals import signals_held
+from qface.signals import signals_noted
 
 __all__ = ["Importer", "Rule"]
 
@@ -73,7 +73,7 @@ class Importer(LayerGraph):
             LimitError: a tensor is too large.
             UnsupportedLayerError: a node cannot be imported; the message names it.
         """
-        with telling_damage(self.file.path, self._where), signals_held():
+        with telling_damage(self.file.path, self._where), signals_noted():
             self.file.check_importable()
             self._start()
             for node in needed_nodes(self.file.nodes, self.file.output, self._image.start):
