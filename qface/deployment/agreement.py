@@ -32,6 +32,7 @@ from qface.deployment.lowering import lower, value_name
 from qface.deployment.openvino_runtime import OpenVinoEmbedder
 from qface.deployment.runtime import OnnxEmbedder, cpu_session, providers_for
 from qface.errors import ExportError, ImagesError
+from qface.graph.layers import along_channels
 from qface.graph.queries import layer_of
 from qface.models.resolve import NetworkLike, as_network
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
@@ -345,7 +346,9 @@ class _Recorder(fx.Interpreter):
         layer = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         if isinstance(layer, Quantizer):
             scale, zero_point, *_ = layer.qparams()
-            self.integers[self._value(n)] = ((result / scale).round() + zero_point).byte().cpu().numpy()
+            self.integers[self._value(n)] = (
+                ((result / scale).round() + along_channels(zero_point, result)).byte().cpu().numpy()
+            )
         return result
 
     def _value(self, quantizer: fx.Node) -> str:

@@ -1,8 +1,8 @@
 """Integer graph: the form of a student between lowering and the writers of ONNX.
 
 It is a list of operations over named values. A value with :class:`TensorQParams` is a uint8 tensor with ``2^bits``
-levels, which represents ``scale * (q - zero_point)``; a value without is float32. All code after lowering uses this
-graph and never the student.
+levels, which represents ``scale * (q - zero_point)``, perhaps with one zero point per channel; a value without is
+float32. All code after lowering uses this graph and never the student.
 """
 
 from __future__ import annotations
@@ -59,11 +59,19 @@ Clamp = tuple[float | None, float | None]
 
 @dataclass(frozen=True)
 class TensorQParams:
-    """Per-tensor scale and zero point of a uint8 tensor with the levels 256 - 2^bits .. 255."""
+    """Per-tensor scale and zero point of a uint8 tensor with the levels 256 - 2^bits .. 255.
+
+    Args:
+        bits: 2 to 8.
+        scale: one step.
+        zero_point: integer of zero.
+        shifts: by how much the zero point of each channel exceeds ``zero_point``; empty if no channel differs.
+    """
 
     bits: int
     scale: float
     zero_point: int
+    shifts: tuple[int, ...] = ()
 
     @property
     def quant_min(self) -> int:
@@ -156,8 +164,13 @@ class _MatmulOp(IntegerOp):
 
 @dataclass(frozen=True)
 class ConvolutionOp(_MatmulOp):
-    """2-d convolution with zero padding (height, width), equal on both sides."""
+    """2-d convolution with zero padding (height, width), equal on both sides.
 
+    Args:
+        size: height and width of the input.
+    """
+
+    size: Pair
     stride: Pair
     padding: Pair
     dilation: Pair

@@ -36,6 +36,7 @@ from qface.quantization import (
 from qface.quantization.deployed_mode import deployed_mode
 from qface.quantization.fake_quantize import NOT_CALIBRATED
 from qface.quantization.placement import computes_in_float
+from qface.quantization.qparams import shifts
 from qface.quantization.quantized_layers import AFFINE_BITS, Quantizer, is_quantizer
 
 __all__ = ["lower", "value_name"]
@@ -208,6 +209,7 @@ class _Lowering:
             )
         return ir.ConvolutionOp(
             **self._matmul(node, layer),
+            size=cast(ir.Pair, self._shapes[input_of(node).name][2:]),
             stride=pair_of(layer.stride),
             padding=pair_of(layer.padding),
             dilation=pair_of(layer.dilation),
@@ -401,7 +403,8 @@ def _qparams_of(layer: Quantizer, node: fx.Node) -> ir.TensorQParams:
     if isinstance(layer, LSQFakeQuantize) and not layer.calibrated.item():
         raise ConfigError(NOT_CALIBRATED)
     scale, zero_point, *_ = layer.qparams()
-    return ir.TensorQParams(layer.bits, float(scale), int(zero_point))
+    moved = shifts(zero_point).tolist()
+    return ir.TensorQParams(layer.bits, float(scale), int(zero_point.median()), tuple(moved) if any(moved) else ())
 
 
 def _limits(clamp: fx.Node | None) -> ir.Clamp | None:

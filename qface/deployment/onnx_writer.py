@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from functools import singledispatchmethod
+from typing import cast
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from qface.deployment import integer_graph as ir
 from qface.deployment.nodes import Direct, NodeCollector, along_channels, assemble, convolution, window
 from qface.deployment.prelu import prelu_table
 from qface.deployment.runtime import WEIGHT_BITS
 from qface.deployment.weight_formats import WeightFormat, make_weight_format
+from qface.deployment.zero_points import bias_of, channel_zero_points, slope_bias_of
 
 __all__ = ["to_onnx"]
 
 _BYTE = 8
 _HIGH = 255  # every uint8 kernel saturates there, so no Clip is needed
 _ROWS = 2  # dimensions of [N, channels]
+_MAP = 4  # dimensions of [N, channels, height, width]
 
 
 def to_onnx(graph: ir.IntegerGraph, metadata: dict[str, str], weight_format: str = "packed") -> onnx.ModelProto:
@@ -66,6 +69,7 @@ class _Writer(NodeCollector):
         self._dequantized: dict[str, str] = {}
         self._images: set[str] = set()
         self._named: dict[tuple[float, int], str] = {}
+        self._borders: dict[tuple[int, ...], str] = {}
 
     @singledispatchmethod
     def write(self, operation: ir.IntegerOp) -> None:
@@ -143,8 +147,35 @@ class _Writer(NodeCollector):
 
     @write.register
     def _(self, operation: ir.ConvolutionOp) -> None:
+        (source,) = operation.inputs
+        if source.qparams is not None and source.qparams.shifts and any(operation.padding):
+            padded = ir.Value(self._padded_channels(operation, source), source.qparams)
+            operation = replace(operation, inputs=(padded,), padding=(0, 0))
         product = self.node("Conv", self._matmul_inputs(operation), **convolution(operation))
         self._finish(operation.output, product, operation.clamp)
+
+    def _padded_channels(self, operation: ir.ConvolutionOp, source: ir.Value) -> str:
+        """Pad the integers of ``source``, whose channels have different zero points.
+
+        Pad knows one value, so it pads with zeros, and a maximum with a constant raises the border.
+        """
+        assert source.qparams is not None
+        top, left = operation.padding
+        pads = self.constant(f"pads_{top}_{left}", np.array([0, 0, top, left, 0, 0, top, left]))
+        padded = self.node("Pad", [source.name, pads, self._byte(0)])
+        border = self._border(operation.size, operation.padding, pads)
+        level = self.node("Where", [border, self._zeros(source), self._byte(0)])
+        return self.node("Max", [padded, level])
+
+    def _border(self, size: ir.Pair, padding: ir.Pair, pads: str) -> str:
+        """Return the name of a bool [1, 1, height, width] that is True on the border of a padded map."""
+        key = (*size, *padding)
+        if key not in self._borders:
+            shape = self.constant("map_{}_{}".format(*size), np.array([1, 1, *size]))
+            false = numpy_helper.from_array(np.zeros(1, bool))
+            inside = self.node("ConstantOfShape", [shape], value=false)
+            self._borders[key] = self.node("Pad", [inside, pads, self.constant("true", np.array(True))])
+        return self._borders[key]
 
     @write.register
     def _(self, operation: ir.LinearOp) -> None:
@@ -166,8 +197,9 @@ class _Writer(NodeCollector):
         else:
             floats = self.float_name(source)
         inputs = [floats, self._factors(name, scale, (len(weight.scale),))]
-        if operation.bias is not None:
-            inputs.append(self._bias(operation.name, operation.bias, source, scale))
+        bias = bias_of(operation)
+        if bias is not None:
+            inputs.append(self._bias(operation.name, bias, source, scale))
         return inputs
 
     def _with_fourth_color(self, source: ir.Value, weight: str) -> tuple[str, str]:
@@ -186,6 +218,11 @@ class _Writer(NodeCollector):
         scale = self.node("Mul", [self._qparams(source)[0], weight_scale])
         zeros = self.constant(f"zeros_int32_{len(integers)}", np.zeros_like(integers))
         return self.node("DequantizeLinear", [self.constant(f"{layer}.bias", integers), scale, zeros], axis=0)
+
+    def _short(self, name: str, integers: ir.Int32) -> str:
+        """Store int32 numbers in 16 bits if they fit; onnxruntime folds the Cast at load time."""
+        stored = self.constant(name, integers.astype(np.min_scalar_type(-np.abs(integers).max())))
+        return self.node("Cast", [stored], to=TensorProto.INT32)
 
     def _factors(self, integers: str, scale: str, shape: tuple[int, ...] = ()) -> str:
         """Dequantize weights whose ``scale`` has this shape: [channels], or () for per-tensor."""
@@ -226,10 +263,16 @@ class _Writer(NodeCollector):
         """Multiply ``integers`` by the slopes and requantize to the qparams of the output."""
         slopes = self.constant(f"{operation.name}.slope", _depthwise(operation.slopes))
         scale = self.constant(f"{operation.name}.slope_scale", np.float32(operation.slope_scale))
-        return self._depthwise_product(operation, integers, slopes, scale)
+        return self._depthwise_product(operation, integers, slopes, scale, slope_bias_of(operation))
 
-    def _depthwise_product(self, operation: ir.PReluOp, integers: str, weight: str, scale: str) -> str:
+    def _depthwise_product(
+        self, operation: ir.PReluOp, integers: str, weight: str, scale: str, bias: ir.Int32 | None = None
+    ) -> str:
         inputs = [self._dequantize(integers, operation.inputs[0]), self._factors(weight, scale)]
+        if bias is not None:
+            unit = self.node("Mul", [self._qparams(operation.inputs[0])[0], scale])
+            integers = self._short(f"{operation.name}.slope_bias", bias)
+            inputs.append(self.node("DequantizeLinear", [integers, unit]))
         product = self.node("Conv", inputs, kernel_shape=(1, 1), group=len(operation.slopes))
         return self._quantize(product, operation.output)
 
@@ -240,11 +283,18 @@ class _Writer(NodeCollector):
         """
         (source,) = operation.inputs
         assert source.qparams is not None and operation.output.qparams is not None
-        zero = self._byte(source.qparams.zero_point)
-        positive = self._kept(operation, self.node("Clip", [integers, zero]))
-        negative = self._scaled(operation, self.node("Clip", [integers, "", zero]))
-        twice_shifted = self.node("Add", [positive, negative])
-        return self.node("Sub", [twice_shifted, self._byte(operation.output.qparams.zero_point)])
+        before, after = (self._zeros(value) for value in (source, operation.output))
+        positive = self._kept(operation, self.node("Max", [integers, before]))
+        negative = self._scaled(operation, self.node("Min", [integers, before]))
+        return self.node("Sub", [self.node("Add", [positive, negative]), after])
+
+    def _zeros(self, value: ir.Value) -> str:
+        """Return the name of the zero points of ``value``: one byte, or one per channel of a map."""
+        assert value.qparams is not None
+        if not value.qparams.shifts:
+            return self._byte(value.qparams.zero_point)
+        zeros = along_channels(channel_zero_points(value.qparams), rank=_MAP).astype(np.uint8)
+        return self.constant(f"{value.name}_zero_points", zeros)
 
     def _as_map(self, value: str, rank: int) -> str:
         """Reshape [N, channels] to [N, channels, 1, 1]; return other ranks unchanged."""
@@ -279,7 +329,7 @@ class _Writer(NodeCollector):
         inputs = [
             self._dequantize(self._as_map(source.name, operation.rank), source),
             self._factors(weight, scale, (channels,)),
-            self._bias(operation.name, operation.bias, source, scale),
+            self._bias(operation.name, cast(ir.Int32, bias_of(operation)), source, scale),
         ]
         product = self.node("Conv", inputs, kernel_shape=(1, 1), group=channels)
         between = _clamped_range(operation.output.qparams, operation.clamp)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qface.deployment.integer_graph import Int32, PReluOp, TensorQParams
+from qface.deployment.zero_points import slope_bias_of
 
 __all__ = ["PReluTable", "prelu_table"]
 
@@ -20,7 +21,7 @@ class PReluTable:
     Args:
         kept: requantized input value, [256, 1].
         scaled: requantized product of input value and slope, [256, channels].
-        positive: True if the input value is above zero, [256, 1].
+        positive: True if the input value is above zero, [256, 1], or [256, channels] with zero points per channel.
     """
 
     kept: Int32
@@ -49,10 +50,14 @@ def prelu_table(operation: PReluOp) -> PReluTable:
     (source,) = operation.inputs
     before, after = source.qparams, operation.output.qparams
     assert before is not None and after is not None
-    values = np.arange(256, dtype=np.float32)[:, None] - np.float32(before.zero_point)
-    kept = _requantized(values, before, np.float32(1), after)
-    products = values * operation.slopes.astype(np.float32)
-    scaled = _requantized(products, before, np.float32(operation.slope_scale), after)
+    stored = np.arange(256, dtype=np.float32)[:, None] - np.float32(before.zero_point)
+    bias = slope_bias_of(operation)
+    products = stored * operation.slopes.astype(np.float32)
+    kept = _requantized(stored, before, np.float32(1), after)
+    scaled = _requantized(
+        products if bias is None else products + bias, before, np.float32(operation.slope_scale), after
+    )
+    values = stored - np.array(before.shifts or (0,), np.float32)
     return PReluTable(kept, scaled, values > 0)
 
 

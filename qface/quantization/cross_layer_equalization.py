@@ -4,6 +4,9 @@ An activation tensor has one scale and zero point, which its widest channel deci
 passes through sums and homogeneous activation functions, so it can be moved into the weights before and after them
 without changing the network's output (Nagel et al., Data-Free Quantization, ICCV 2019).
 
+A tensor with one zero point per channel can also be shifted: its channels are equalized around the middle of their
+ranges.
+
 Here the factors minimize the rounding and clipping error of the shared scale: over all zero points, the one with the
 smallest total error, with the best factor for each channel. A depthwise convolution or BatchNorm that consumes the
 tensor has a scale per channel, so any factor is free. Other consumers hold the weights of all input channels on one
@@ -12,6 +15,7 @@ scale per output channel; there the factor is a compromise between activations a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
@@ -36,6 +40,8 @@ _RELATIVE_FACTORS = torch.logspace(-0.26, 0.42, 17)
 """Candidate factors 0.55 to 2.6, relative to the factor that maps a channel's range to all integers."""
 _ZERO_POINTS = torch.linspace(0, 0.6, 13)
 """Candidate zero points of a tensor, as a fraction of the integer range."""
+_SHARES_OF_RANGE = torch.linspace(0.4, 1, 9).tolist()
+"""Candidate ends of a channel's range, relative to the range without the tails."""
 _SHARE_OF_ACTIVATIONS = 0.8
 """Weight of the activations where consumers share a scale; see :func:`_share_of_activations`."""
 
@@ -132,8 +138,45 @@ def cross_layer_equalization(student: fx.GraphModule, batches: Sequence[Tensor])
     for region in track(regions, "equalize"):
         seen = {quantizer: values[quantizer] for quantizer in region.quantizers if quantizer in values}
         found = [seen.pop(quantizer) for quantizer in _lowest_bit_quantizers(region) if quantizer in seen]
-        if found:
+        if len(region.quantizers) == 1 and found and region.quantizers[0].center is not None:
+            _equalize_around_centers(region, region.quantizers[0].center, found[0])
+        elif found:
             _multiply(region, _bounded(region, _factors(region, found), found, seen))
+
+
+def _equalize_around_centers(region: Region, center: Tensor, values: Tensor) -> None:
+    """Equalize the channels of a tensor with a zero point per channel, and set ``center``, [C], which moves these."""
+    low, high = _best_ranges(values, _lowest_bit_quantizers(region)[0].integer_range.num_steps)
+    middle = (low + high) / 2
+    factor = _factors(region, [values - middle[:, None]])
+    _multiply(region, factor)
+    center.copy_(middle * factor)
+
+
+def _best_ranges(values: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Return the range of each channel with the smallest quantization error, zero included.
+
+    Args:
+        values: sampled values, [C, values].
+        num_steps: number of integer steps.
+
+    Returns:
+        Lower and upper ends, [C] each.
+    """
+    low, high = _ends(values)
+    tried = [(low * below, high * above) for below, above in itertools.product(_SHARES_OF_RANGE, repeat=2)]
+    errors = torch.stack([_range_errors(values, *ends, num_steps) for ends in tried])
+    best = errors.argmin(0, keepdim=True)
+    lows, highs = (torch.stack(ends).gather(0, best)[0] for ends in zip(*tried, strict=True))
+    return lows, highs
+
+
+def _range_errors(values: Tensor, low: Tensor, high: Tensor, num_steps: int) -> Tensor:
+    """Return the mean squared error of each channel [C] with the range from ``low`` to ``high``."""
+    step = ((high - low) / num_steps).clamp(min=torch.finfo(values.dtype).tiny)[:, None]
+    steps = values / step
+    rounded = torch.minimum(torch.maximum(steps.round(), (low[:, None] / step).round()), (high[:, None] / step).round())
+    return (rounded - steps).square_().mean(1) * step[:, 0].square()
 
 
 def _lowest_bit_quantizers(region: Region) -> list[LSQFakeQuantize]:
@@ -247,9 +290,15 @@ def _squared_weights(layer: Scalable) -> Tensor:
 
 def _ranges(values: Tensor) -> Tensor:
     """Return the range of each channel of ``values`` [C, values], without the tails, zero included; [C]."""
+    low, high = _ends(values)
+    return high - low
+
+
+def _ends(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ends of each channel's range without the tails, zero included; [C] each."""
     tail = max(1, int(_TAIL * values.shape[1]))
     high, low = values.topk(tail).values[:, -1], values.topk(tail, largest=False).values[:, -1]
-    return high.clamp(min=0) - low.clamp(max=0)
+    return low.clamp(max=0), high.clamp(min=0)
 
 
 def _has_scale_per_input_channel(layer: Scalable) -> bool:

@@ -12,11 +12,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from qface.quantization.lsq import Bound
 from qface.quantization.qparams import QParams
 
 __all__ = [
@@ -55,7 +56,11 @@ class Scaled(Protocol):
         """Learned parameter, or the fixed number of the image."""
 
     @property
-    def bounds(self) -> tuple[int, int]:
+    def bits(self) -> int:
+        """2 to 8."""
+
+    @property
+    def bounds(self) -> tuple[Bound, Bound]:
         """Minimum and maximum integer minus the zero point."""
 
     def exact_scale(self) -> Tensor:
@@ -177,8 +182,7 @@ class ScaleRatio:
 
     def _error(self, ratio: Tensor) -> Tensor:
         """Return the maximum error of a kernel in steps of the output."""
-        low, high = self.output.bounds
-        of_result = (self.roundings - 1) * (high - low + 1) + _BYTE
+        of_result = (self.roundings - 1) * (1 << self.output.bits) + _BYTE
         return _HALF_ULP * (of_result + self.terms * _BYTE * self.count * ratio)
 
     def _scale(self, quantizer: Scaled, group: ScaleGroup, unit: Tensor) -> Tensor:
@@ -233,7 +237,7 @@ class ExactScale:
     def _first_far_from_ties(self, candidates: Tensor, values: Tensor) -> Tensor:
         """Return the first of ``candidates`` [n] that keeps all values away from ties, else the first."""
         low, high = self.quantizer.bounds
-        steps = (values / candidates.double()[:, None]).clamp(low, high)
+        steps = (values / candidates.double()[:, None]).clamp(cast(int, low), cast(int, high))
         distances = (steps - steps.floor() - 0.5).abs().amin(1)
         return candidates[(distances > _LOOKUP_DISTANCE).int().argmax().reshape(1)]
 

@@ -11,10 +11,10 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from qface.checks import check_whole
 from qface.errors import ConfigError
-from qface.graph.layers import FakeQuantizer
+from qface.graph.layers import FakeQuantizer, along_channels
 from qface.quantization.exact_scales import ExactScale, ExactWeightScale
 from qface.quantization.kernels import quantize_affine
-from qface.quantization.lsq import lsq_fake_quantize, lsq_fake_quantize_prelu
+from qface.quantization.lsq import Bound, lsq_fake_quantize, lsq_fake_quantize_prelu
 from qface.quantization.observers import make_observer
 from qface.quantization.qparams import QUINT8_MAX, IntegerRange, QParams
 
@@ -56,27 +56,40 @@ class _SwitchedFakeQuantize(FakeQuantizer, FakeQuantizeBase):
 class LSQFakeQuantize(_SwitchedFakeQuantize):
     """Learned step size quantization (LSQ, Esser et al., ICLR 2020) of a weight or an activation.
 
-    Weights are quantized per channel and symmetrically, activations per tensor and affinely. ``scale`` is a parameter,
-    so that an optimizer can train it; :func:`qface.calibrate` initializes it with the observer.
+    Weights are quantized per channel and symmetrically, activations affinely, with one scale per tensor. ``scale`` is a
+    parameter, so that an optimizer can train it; :func:`qface.calibrate` initializes it with the observer.
+
+    An activation [N, C, ...] may have one zero point per channel, so that channels with different means share a scale
+    (channel-wise shifting, Wei et al., Outlier Suppression+, EMNLP 2023). Integer kernels have one zero point per
+    tensor; the biases around the tensor absorb the rest (:mod:`qface.deployment.zero_points`).
 
     Args:
         bits: 2 to 8.
         num_channels: number of output channels of a weight; None for an activation.
         observer: name of the observer, see :class:`qface.quantization.QuantizationConfig`.
         percentile: percentage of the values inside the range, for the observer ``"percentile"``.
+        num_zero_points: number of zero points of an activation: 1, or its number of channels.
     """
 
     scale: nn.Parameter
     zero_point: Tensor
     calibrated: Tensor
+    center: Tensor | None
     scale_rule: ExactScale | ExactWeightScale | None = None
     """Rule that computes the scale used for rounding from the learned one; None if both are the same."""
 
     def __init__(
-        self, bits: int, num_channels: int | None = None, observer: str = "mse", percentile: float = 99.99
+        self,
+        bits: int,
+        num_channels: int | None = None,
+        observer: str = "mse",
+        percentile: float = 99.99,
+        num_zero_points: int = 1,
     ) -> None:
         super().__init__()
+        check_whole(1, num_zero_points=num_zero_points)
         self.bits = bits
+        self.num_zero_points = num_zero_points
         self.num_channels = num_channels
         self.observer = observer
         self.percentile = percentile
@@ -89,14 +102,16 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         self.behind_prelu = False  # True after a PReLU whose input shares this scale
         self.activation_post_process = make_observer(observer, self.integer_range, num_channels is not None, percentile)
         self.scale = nn.Parameter(torch.ones(num_channels or 1))
-        self.register_buffer("zero_point", torch.zeros(num_channels or 1, dtype=torch.int32))
+        self.register_buffer("zero_point", torch.zeros(num_channels or num_zero_points, dtype=torch.int32))
+        # Middle of each channel's range, which equalization finds; the zero points of channels differ by it.
+        self.register_buffer("center", torch.zeros(num_zero_points) if num_zero_points > 1 else None)
         self.register_buffer("calibrated", torch.zeros(1, dtype=torch.uint8))
         self.disable_observer()
 
     def _mirror(self) -> None:
         super()._mirror()
         self._ready = bool(self.calibrated.item()) if "calibrated" in self._buffers else False
-        self._zero = int(self.zero_point[0].item()) if "zero_point" in self._buffers else 0
+        self._only_zero = int(self.zero_point[0].item()) if "zero_point" in self._buffers else 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x``.
@@ -112,12 +127,11 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
             raise ConfigError(NOT_CALIBRATED)
         if not self.training:
             return self._deployed(x)
-        return self.fake_quantize(x, self.quant_min, self.quant_max)
+        return self.fake_quantize(x, *self.bounds)
 
-    def fake_quantize(self, x: Tensor, quant_min: int, quant_max: int) -> Tensor:
-        """Fake-quantize ``x`` with this scale and the integers ``quant_min`` to ``quant_max``; differentiable."""
-        scale = self._learned_scale().view(self._shape(x))
-        return lsq_fake_quantize(x, scale, quant_min - self._zero, quant_max - self._zero, self._grad_factor(x))
+    def fake_quantize(self, x: Tensor, low: Bound, high: Bound) -> Tensor:
+        """Fake-quantize ``x`` with this scale and integers, minus the zero point, of ``low`` to ``high``."""
+        return lsq_fake_quantize(x, self._learned_scale().view(self._shape(x)), low, high, self._grad_factor(x))
 
     @property
     def rounds_within_prelu(self) -> bool:
@@ -126,9 +140,7 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
 
     def prelu(self, x: Tensor, slopes: Tensor) -> Tensor:
         """Apply PReLU to ``x`` [N, C, ...]; round its input to uint8 and its output to this integer range."""
-        return lsq_fake_quantize_prelu(
-            x, slopes, self._learned_scale(), -self._zero, *self.bounds, self._grad_factor(x)
-        )
+        return lsq_fake_quantize_prelu(x, slopes, self._learned_scale(), -self.zero, *self.bounds, self._grad_factor(x))
 
     def _learned_scale(self) -> Tensor:
         # In place on ``data``, since a quantizer that shares the scale may already have saved it for its backward.
@@ -142,23 +154,31 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         return self.scale.detach() if self.scale_rule is None else self.scale_rule()
 
     @property
-    def bounds(self) -> tuple[int, int]:
-        """Minimum and maximum integer minus the zero point."""
-        return self.quant_min - self._zero, self.quant_max - self._zero
+    def zero(self) -> Bound:
+        """The only zero point, or those of the channels, [C]."""
+        return self._only_zero if self.num_zero_points == 1 else self.zero_point
+
+    @property
+    def bounds(self) -> tuple[Bound, Bound]:
+        """Minimum and maximum integer minus the zero point; [C] where each channel has its own."""
+        return self.quant_min - self.zero, self.quant_max - self.zero
 
     def _grad_factor(self, x: Tensor) -> float:
         """Return LSQ's gradient scale: 1 / sqrt(values per image that share the scale x number of steps)."""
         return float((x[0].numel() * self.integer_range.num_steps) ** -0.5)
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:
-        """Return the shape in which scale and zero point broadcast against ``x``."""
+        """Return the shape in which the scale broadcasts against ``x``."""
         return (1,) if self.num_channels is None else (-1,) + (1,) * (x.ndim - 1)
 
     def observe(self, x: Tensor) -> None:
-        """Pass ``x`` to the observer; for a weight, only the last tensor counts."""
+        """Pass ``x`` to the observer; for a weight, only the last tensor counts.
+
+        Of an activation with zero points per channel, it sees each channel around its center.
+        """
         if self.num_channels is not None:
             self.activation_post_process.reset()
-        self.activation_post_process(x)
+        self.activation_post_process(x if self.center is None else x - along_channels(self.center, x))
         if self.quantizing:  # during training, update the range at once
             self.set_range()
 
@@ -169,6 +189,9 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
             ConfigError: the observer has seen no tensor.
         """
         scale, zero_point = self.calculate_qparams()
+        if self.center is not None:
+            moved = zero_point - (self.center / scale).round()
+            zero_point = moved.clamp(self.quant_min, self.quant_max)  # zero stays exact, as padding needs it
         self.set_qparams(scale, zero_point)
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -199,7 +222,8 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
     def _qparams_along(self, x: Tensor) -> QParams:
         """Return the quantization parameters in a shape that broadcasts against ``x``."""
         qparams, shape = self.qparams(), self._shape(x)
-        return qparams._replace(scale=qparams.scale.view(shape), zero_point=qparams.zero_point.view(shape))
+        zero_point = qparams.zero_point.view(shape) if self.num_zero_points == 1 else along_channels(self.zero_point, x)
+        return qparams._replace(scale=qparams.scale.view(shape), zero_point=zero_point)
 
 
 def quantizers(model: nn.Module) -> list[LSQFakeQuantize]:
@@ -240,9 +264,9 @@ class SharedScaleFakeQuantize(nn.Module):
         return self.owner.exact_scale()
 
     @property
-    def bounds(self) -> tuple[int, int]:
-        """Minimum and maximum integer minus the zero point."""
-        return -self.owner._zero, QUINT8_MAX - self.owner._zero
+    def bounds(self) -> tuple[Bound, Bound]:
+        """Minimum and maximum integer minus the zero point; [C] where each channel has its own."""
+        return -self.owner.zero, QUINT8_MAX - self.owner.zero
 
     @property
     def quantizing(self) -> bool:
@@ -254,9 +278,11 @@ class SharedScaleFakeQuantize(nn.Module):
         if not self.quantizing or self.owner.rounds_within_prelu:
             return x
         if self.training:
-            return self.owner.fake_quantize(x, 0, QUINT8_MAX)
+            return self.owner.fake_quantize(x, *self.bounds)
         qparams = self.qparams()
-        return quantize_affine(x, *qparams).sub_(qparams.zero_point).mul_(qparams.scale)
+        zero_point = along_channels(qparams.zero_point, x)
+        integers = quantize_affine(x, qparams.scale, zero_point, qparams.quant_min, qparams.quant_max)
+        return integers.sub_(zero_point).mul_(qparams.scale)
 
     def qparams(self) -> QParams:
         """Return the quantization parameters, without gradient."""
@@ -310,7 +336,7 @@ class ImageFakeQuantize(_SwitchedFakeQuantize):
         return low, high
 
     @property
-    def bounds(self) -> tuple[int, int]:
+    def bounds(self) -> tuple[Bound, Bound]:
         """Minimum and maximum integer minus the zero point."""
         return self.quant_min - self.zero_point, self.quant_max - self.zero_point
 

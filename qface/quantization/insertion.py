@@ -13,6 +13,7 @@ from qface.quantization.placement import OTHER_BITS, activation_bits, computes_i
 from qface.quantization.quantization_config import QuantizationConfig
 from qface.quantization.quantized_layers import (
     QuantizedAffine,
+    QuantizedConv2d,
     QuantizedPReLU,
     WeightedLayer,
     is_quantizer,
@@ -46,7 +47,12 @@ def place_quantizers(student: fx.GraphModule, config: QuantizationConfig, prepro
         elif _shares_scale_of_prelu(node, config):
             quantizer = SharedScaleFakeQuantize()
         else:
-            quantizer = LSQFakeQuantize(bits, observer=config.activation_observer, percentile=config.percentile)
+            quantizer = LSQFakeQuantize(
+                bits,
+                observer=config.activation_observer,
+                percentile=config.percentile,
+                num_zero_points=_num_zero_points(node),
+            )
         _insert(student, node, quantizer, old_names.get(node))
 
 
@@ -103,6 +109,22 @@ def _shares_scale_of_prelu(node: fx.Node, config: QuantizationConfig) -> bool:
         return False
     bits = activation_bits(consumer, config)
     return bits is not None and bits < OTHER_BITS
+
+
+def _num_zero_points(node: fx.Node) -> int:
+    """Return the number of channels if each may have a zero point of its own, else 1.
+
+    Biases absorb the differences: those of the layer before, of a PReLU's integer form if its input shares the scale,
+    and of the convolutions after it.
+    """
+    producer = node
+    if isinstance(layer_of(node), QuantizedPReLU) and isinstance(layer_of(input_of(node)), SharedScaleFakeQuantize):
+        producer = input_of(input_of(node))
+    readers = [layer_of(user) for user in node.users]
+    if not isinstance(layer_of(producer), (QuantizedConv2d, QuantizedAffine)):
+        return 1
+    channels = {reader.in_channels for reader in readers if isinstance(reader, QuantizedConv2d)}
+    return channels.pop() if all(isinstance(reader, QuantizedConv2d) for reader in readers) else 1
 
 
 def _image_quantizer(preprocessing: Preprocessing) -> ImageFakeQuantize | None:

@@ -3,6 +3,8 @@
 On a CPU, torch's fake-quantize and PReLU kernels take ten times as long as the few vectorized passes used here, since
 they handle one value at a time. Rounding uses the straight-through estimator inside the range.
 
+Bounds are integers relative to the zero point. They are tensors [C] where each channel has its own zero point.
+
 All functions here are homogeneous, ``y(x, s) = s f(x / s)``. By Euler's theorem the gradient of y with respect to the
 scale s is ``(y - x dy/dx) / s``, which needs no pass of its own.
 """
@@ -16,21 +18,24 @@ from torch import Tensor
 
 from qface.graph.layers import along_channels
 
-__all__ = ["lsq_fake_quantize", "lsq_fake_quantize_prelu", "prelu"]
+__all__ = ["Bound", "lsq_fake_quantize", "lsq_fake_quantize_prelu", "prelu"]
+
+Bound = int | Tensor
+"""A minimum or maximum integer minus the zero point; [C] if each channel has its own zero point."""
 
 # One-pass masking kernels without a public name in torch: they pass the gradient where low < x < high, or x > low.
 _between = torch.ops.aten.hardtanh_backward
 _above = torch.ops.aten.threshold_backward
 
 
-def lsq_fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_factor: float) -> Tensor:
+def lsq_fake_quantize(x: Tensor, scale: Tensor, quant_min: Bound, quant_max: Bound, grad_factor: float) -> Tensor:
     """Fake-quantize ``x``; the gradient passes up to half a step outside the range.
 
     Args:
         x: any shape, float32.
         scale: [1], or [C, 1, ...] with one value per slice of dimension 0.
-        quant_min: minimum integer minus the zero point.
-        quant_max: maximum integer minus the zero point.
+        quant_min: minimum integer minus the zero point; [C] for the channels in dimension 1.
+        quant_max: maximum integer minus the zero point, likewise.
         grad_factor: factor of the gradient of ``scale``.
     """
     found = _LSQFakeQuantize.apply(x, scale, quant_min, quant_max, grad_factor)  # type: ignore[no-untyped-call]
@@ -41,9 +46,9 @@ def lsq_fake_quantize_prelu(
     x: Tensor,
     slopes: Tensor,
     scale: Tensor,
-    input_quant_min: int,
-    quant_min: int,
-    quant_max: int,
+    input_quant_min: Bound,
+    quant_min: Bound,
+    quant_max: Bound,
     grad_factor: float,
 ) -> Tensor:
     """Fake-quantize ``x``, apply PReLU, and fake-quantize the result, in one fused pass.
@@ -55,9 +60,9 @@ def lsq_fake_quantize_prelu(
         x: [N, C, ...], float32.
         slopes: [C] or [1].
         scale: [1], shared by input and output.
-        input_quant_min: minimum integer of the PReLU's input, minus the zero point.
-        quant_min: minimum integer of the PReLU's output, minus the zero point.
-        quant_max: maximum integer of both, minus the zero point.
+        input_quant_min: minimum integer of the PReLU's input, minus the zero point; [C] if that is per channel.
+        quant_min: minimum integer of the PReLU's output, likewise.
+        quant_max: maximum integer of both, likewise.
         grad_factor: factor of the gradient of ``scale``.
     """
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 would change the slopes and so the results
@@ -80,9 +85,9 @@ def prelu(x: Tensor, slopes: Tensor) -> Tensor:
 
 class _LSQFakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, quant_min: Bound, quant_max: Bound, grad_factor: float) -> Tensor:
         steps = x / scale
-        rounded = steps.round().clamp_(quant_min, quant_max).mul_(scale)
+        rounded = _clamp_(steps.round(), quant_min, quant_max).mul_(scale)
         ctx.save_for_backward(steps, rounded, scale)
         ctx.quant_min, ctx.quant_max, ctx.grad_factor = quant_min, quant_max, grad_factor
         return rounded
@@ -91,7 +96,7 @@ class _LSQFakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         steps, rounded, scale = ctx.saved_tensors
-        passed = _between(gradient, steps, ctx.quant_min - 0.5, ctx.quant_max + 0.5)
+        passed = _passed(gradient, steps, ctx.quant_min - 0.5, ctx.quant_max + 0.5)
         return passed, ctx.grad_factor * _scale_gradient(gradient, rounded, passed, steps, scale), None, None, None
 
 
@@ -102,14 +107,14 @@ class _LSQFakeQuantizePReLU(torch.autograd.Function):
         x: Tensor,
         slopes: Tensor,
         scale: Tensor,
-        input_quant_min: int,
-        quant_min: int,
-        quant_max: int,
+        input_quant_min: Bound,
+        quant_min: Bound,
+        quant_max: Bound,
         grad_factor: float,
     ) -> Tensor:
         steps = x / scale
-        read = steps.round().clamp_(input_quant_min, quant_max)
-        output = torch.prelu(read, slopes).round_().clamp_(quant_min, quant_max).mul_(scale)
+        read = _clamp_(steps.round(), input_quant_min, quant_max)
+        output = _clamp_(torch.prelu(read, slopes).round_(), quant_min, quant_max).mul_(scale)
         ctx.save_for_backward(steps, slopes, output, scale)
         ctx.input_quant_min, ctx.quant_min, ctx.quant_max = input_quant_min, quant_min, quant_max
         ctx.grad_factor = grad_factor
@@ -119,8 +124,10 @@ class _LSQFakeQuantizePReLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         steps, slopes, output, scale = ctx.saved_tensors
-        positive = _between(gradient, steps, 0.0, ctx.quant_max + 0.5)
-        # The lower clipping bound differs by channel; dividing by its magnitude maps all of them to -1.
+        # The clipping bounds differ by channel; dividing by their magnitude maps all of them to 1 and -1.
+        upper = ctx.quant_max + 0.5
+        in_range = steps / along_channels(upper, steps) if isinstance(upper, Tensor) else steps
+        positive = _between(gradient, in_range, 0.0, 1.0 if isinstance(upper, Tensor) else upper)
         lower = along_channels(_lower_input_bound(slopes, ctx.input_quant_min, ctx.quant_min, ctx.quant_max), steps)
         negative = _between(gradient, steps / -lower, -1.0, torch.finfo(steps.dtype).tiny)
         passed = positive.addcmul_(negative, along_channels(slopes, steps))
@@ -143,6 +150,22 @@ class _PReLU(torch.autograd.Function):
         return passed, _sum_to(x.clamp(max=0).mul_(gradient), slopes)
 
 
+def _clamp_(x: Tensor, low: Bound, high: Bound) -> Tensor:
+    """Clamp ``x`` in place."""
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return x.clamp_(along_channels(low, x), along_channels(high, x))
+    return x.clamp_(cast(int, low), cast(int, high))
+
+
+def _passed(gradient: Tensor, steps: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Return ``gradient`` where low < steps < high, and zero elsewhere."""
+    if not isinstance(high, Tensor):
+        return cast(Tensor, _between(gradient, steps, low, high))
+    # Comparisons with bounds per channel take five times as long as mapping all channels to one range.
+    middle, half = along_channels((high + low) / 2, steps), along_channels((high - low) / 2, steps)
+    return cast(Tensor, _between(gradient, torch.addcmul(-middle / half, steps, 1 / half), -1.0, 1.0))
+
+
 def _scale_gradient(gradient: Tensor, output: Tensor, passed: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
     """Return the scale's gradient; ``steps`` is the input / scale, and ``passed`` the input's gradient."""
     return _dot(gradient, output, scale) / scale - _dot(passed, steps, scale)
@@ -161,7 +184,7 @@ def _flat(x: Tensor, like: Tensor) -> Tensor:
     return (x.movedim(1, -1) if channels_last else x).flatten()
 
 
-def _lower_input_bound(slopes: Tensor, input_quant_min: int, quant_min: int, quant_max: int) -> Tensor:
+def _lower_input_bound(slopes: Tensor, input_quant_min: Bound, quant_min: Bound, quant_max: Bound) -> Tensor:
     """Return the lower bound of a PReLU's unclipped input in steps, [C] or [1]; its output may clip first."""
     end = torch.where(slopes > 0, quant_min - 0.5, quant_max + 0.5)
     return torch.where(slopes == 0, -torch.inf, end / slopes).clamp(min=input_quant_min - 0.5)

@@ -53,7 +53,7 @@ register_layer(QuantizedLinear, (*LINEAR_ARGUMENTS, *_WEIGHT_ARGUMENTS))
 register_layer(QuantizedPReLU, ("num_parameters",))
 register_layer(QuantizedGlobalAveragePool, ("num_values",))
 register_layer(QuantizedAffine, ("num_channels", "dim"))
-register_layer(LSQFakeQuantize, ("bits", "num_channels", "observer", "percentile"))
+register_layer(LSQFakeQuantize, ("bits", "num_channels", "observer", "percentile", "num_zero_points"))
 register_layer(SharedScaleFakeQuantize, ())
 register_layer(ImageFakeQuantize, ("scale", "zero_point", "offset"))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qface.quantization.quantization_config import check_bits
 
-__all__ = ["QUINT8_MAX", "IntegerRange", "QParams"]
+__all__ = ["QUINT8_MAX", "IntegerRange", "QParams", "shifts"]
 
 QUINT8_MAX = 255
 """Maximum integer of an activation, which is stored as uint8 whatever its bits."""
@@ -21,7 +21,7 @@ class QParams(NamedTuple):
 
     Args:
         scale: float32 [1], or [C] with one value per output channel of a weight.
-        zero_point: int32, same shape as the scale.
+        zero_point: int32, same shape as the scale, or [C] with one value per channel of an activation.
         quant_min: minimum integer.
         quant_max: maximum integer.
     """
@@ -30,6 +30,17 @@ class QParams(NamedTuple):
     zero_point: Tensor
     quant_min: int
     quant_max: int
+
+
+def shifts(zero_point: Tensor) -> Tensor:
+    """Return by how much the zero point of each channel exceeds the one that the tensor has in an exported file.
+
+    That one is the median; integer kernels have a single zero point per tensor.
+
+    Args:
+        zero_point: int32 [C] or [1].
+    """
+    return zero_point - zero_point.median()
 
 
 @dataclass(frozen=True)

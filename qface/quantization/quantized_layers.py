@@ -20,6 +20,7 @@ from qface.quantization.exact_scales import exact_weight_scale
 from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
 from qface.quantization.kernels import accumulate, requantize
 from qface.quantization.lsq import prelu
+from qface.quantization.qparams import shifts
 
 __all__ = [
     "MAX_BIAS",
@@ -58,6 +59,15 @@ class QuantContext:
     def rounding(self) -> bool:
         """True if all inputs and the output are quantized, and fake quantization is on."""
         return self.complete and all(cast(Quantizer, quantizer).quantizing for quantizer in (*self.inputs, self.output))
+
+    def output_shift(self) -> Tensor | None:
+        """Return by how much each output channel's zero point exceeds the tensor's, int32 [C]; None for nothing."""
+        output = self.output
+        if isinstance(output, SharedScaleFakeQuantize):
+            output = output.owner
+        if not isinstance(output, LSQFakeQuantize) or output.num_zero_points == 1 or not output.quantizing:
+            return None
+        return shifts(output.zero_point)
 
     def scales(self) -> tuple[Tensor, ...]:
         """Return the scales of inputs and output, which must all be quantized."""
@@ -136,15 +146,22 @@ class _QuantizedMatmul(nn.Module):
 
     def used_bias(self) -> Tensor | None:
         """Return the bias in use, rounded for integer products; the gradient passes straight through."""
-        if self.bias is None or not self._has_integer_products:
+        if not self._has_integer_products:
             return cast("Tensor | None", self.bias)
-        return cast(Tensor, self.bias + (cast(Tensor, self.rounded_bias()) - self.bias).detach())
+        rounded = self.rounded_bias()
+        if self.bias is None or rounded is None:
+            return rounded
+        return cast(Tensor, self.bias + (rounded - self.bias).detach())
 
     @torch.no_grad()
     def rounded_bias(self) -> Tensor | None:
-        """Return the bias that the integer kernel adds, float32 [C]."""
-        integers = self.bias_integers()
-        return None if integers is None else integers * self._step()
+        """Return the bias that the integer kernel adds, float32 [C], with the error of a rounded shift."""
+        integers, shift = self.bias_integers(), self.quant_context.output_shift()
+        rounded = None if integers is None else integers * self._step()
+        if shift is None:
+            return rounded
+        error = self._shift_integers(shift) * self._step() - shift * self._output_scale()
+        return error if rounded is None else rounded + error
 
     @torch.no_grad()
     def bias_integers(self) -> Tensor | None:
@@ -153,6 +170,13 @@ class _QuantizedMatmul(nn.Module):
             return None
         return cast(Tensor, self.bias / self._step()).round_().clamp_(-MAX_BIAS, MAX_BIAS)
 
+    def _shift_integers(self, shift: Tensor) -> Tensor:
+        """Return the shift of the output's zero points in units of the bias, integers as float32 [C]."""
+        return (shift * (self._output_scale() / self._step())).round()
+
+    def _output_scale(self) -> Tensor:
+        return cast(Quantizer, self.quant_context.output).qparams().scale
+
     def _step(self) -> Tensor:
         (quantizer,) = self.quant_context.inputs
         assert quantizer is not None
@@ -160,7 +184,10 @@ class _QuantizedMatmul(nn.Module):
 
     def _deployed(self, x: Tensor) -> Tensor:
         weight = self.weight_fake_quant.integers(self.weight)
-        bias = self.bias_integers()
+        bias, shift = self.bias_integers(), self.quant_context.output_shift()
+        if shift is not None:
+            moved = self._shift_integers(shift)
+            bias = moved if bias is None else bias + moved
         scale = cast(Quantizer, self.quant_context.inputs[0]).qparams().scale
         shape = (-1,) + (1,) * (self.weight.ndim - 2)
         sums = accumulate(self.multiply, (x / scale).round_(), weight, None if bias is None else bias.view(shape))
@@ -169,7 +196,10 @@ class _QuantizedMatmul(nn.Module):
         if output is None or not output.quantizing:
             return sums * (scale * weight_scale)
         output_scale = output.qparams().scale
-        return requantize(sums, scale, weight_scale, output_scale).mul_(output_scale)
+        integers = requantize(sums, scale, weight_scale, output_scale)
+        if shift is not None:
+            integers.sub_(shift.view(shape))
+        return integers.mul_(output_scale)
 
 
 class QuantizedConv2d(_QuantizedMatmul, nn.Conv2d):
@@ -277,9 +307,14 @@ class QuantizedPReLU(nn.PReLU):
 
     def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
         integers = (x / scale).round_()
-        slopes = along_channels(self.slope_integers(), x)
-        scaled = requantize(integers * slopes, scale, self.weight_fake_quant.exact_scale(), output_scale)
+        slopes, slope_scale = along_channels(self.slope_integers(), x), self.weight_fake_quant.exact_scale()
         kept = requantize(integers.clone(), scale, torch.ones_like(scale), output_scale)
+        products, shift = integers * slopes, self.quant_context.output_shift()
+        if shift is None:
+            scaled = requantize(products, scale, slope_scale, output_scale)
+        else:  # input and output share one scale
+            products.add_(along_channels((shift / slope_scale).round(), x))
+            scaled = requantize(products, scale, slope_scale, output_scale).sub_(along_channels(shift, x))
         return torch.where(integers > 0, kept, scaled).mul_(output_scale)
 
     @classmethod
@@ -336,9 +371,16 @@ class QuantizedAffine(ChannelAffine):
         return (self.weight / step).round(), step, (self.bias / (input_scale * step)).round()
 
     def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
-        weight, weight_scale, bias = (along_channels(values, x) for values in self.integers())
+        weight, weight_scale, bias = self.integers()
+        shift = self.quant_context.output_shift()
+        if shift is not None:
+            bias = bias + (shift * (output_scale / (scale * weight_scale))).round()
+        weight, weight_scale, bias = (along_channels(values, x) for values in (weight, weight_scale, bias))
         sums = accumulate(torch.mul, (x / scale).round_(), weight, bias)
-        return requantize(sums, scale, weight_scale, output_scale).mul_(output_scale)
+        integers = requantize(sums, scale, weight_scale, output_scale)
+        if shift is not None:
+            integers.sub_(along_channels(shift, x))
+        return integers.mul_(output_scale)
 
     @classmethod
     def from_float(cls, layer: ChannelAffine) -> QuantizedAffine:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from qface.deployment import OnnxEmbedder, export, lower
+from qface.graph.layers import along_channels
 from qface.preprocessing import preprocessing_of
 from qface.quantization.quantized_layers import Quantizer
 from tests.networks import random_faces
@@ -64,7 +65,7 @@ def run_student(student: fx.GraphModule, images: Tensor) -> tuple[list[npt.NDArr
             quantizer = student.get_submodule(str(n.target)) if n.op == "call_module" else None
             if isinstance(quantizer, Quantizer):
                 scale, zero_point, *_ = quantizer.qparams()
-                found.append(((result / scale).round() + zero_point).numpy())
+                found.append(((result / scale).round() + along_channels(zero_point, result)).numpy())
             return result
 
     with torch.no_grad():

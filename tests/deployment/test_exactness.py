@@ -20,6 +20,7 @@ from qface.data.folders import ImageFolder
 from qface.deployment import OnnxEmbedder
 from qface.graph.capture import capture
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
+from qface.quantization.fake_quantize import quantizers
 from tests.deployment.integers import assert_exact, compare, optimized_operators
 from tests.deployment.networks import (
     CHANNELS,
@@ -77,6 +78,14 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
         nn.Conv2d(CHANNELS, 3, 1), nn.ReLU(), nn.Conv2d(3, CHANNELS, 3, padding=1), nn.ReLU(), conv(1)
     ),
     "BatchNorm behind flatten": lambda: nn.Sequential(nn.MaxPool2d(6), nn.Flatten(), nn.BatchNorm1d(32), nn.ReLU()),
+    "padding behind each kind of layer": lambda: nn.Sequential(
+        conv(1),
+        conv(3, padding=1),
+        prelu(0.1, 1.9, -0.3),
+        conv((3, 1), (1, 2), (1, 0), groups=CHANNELS),
+        prelu(0.2),
+        Sum(nn.Sequential(nn.BatchNorm2d(CHANNELS), conv(3, padding=2, dilation=2, bias=False), prelu(0.3), conv(1))),
+    ),
     "leaky ReLU": lambda: nn.Sequential(nn.LeakyReLU(0.2), conv(1)),
     "hard-swish": lambda: nn.Sequential(nn.Hardswish(), conv(1)),
     "SiLU": lambda: nn.Sequential(nn.SiLU(), conv(1)),
@@ -95,6 +104,25 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("body", EXACT)
 def test_every_integer_is_equal(body: str, bits: int, tmp_path: Path) -> None:
     assert_exact(calibrated(captured(body), bits), tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("body", EXACT)
+def test_every_integer_is_equal_with_a_zero_point_per_channel(body: str, bits: int, tmp_path: Path) -> None:
+    student = with_drawn_zero_points(calibrated(captured(body), bits))
+    if student is not None:
+        assert_exact(student, tmp_path / "net.onnx")
+
+
+def with_drawn_zero_points(student: fx.GraphModule, seed: int = 0) -> fx.GraphModule | None:
+    """``student`` with any zero point in each channel that may have its own; None if there is none."""
+    generator = torch.Generator().manual_seed(seed)
+    found = [quantizer for quantizer in quantizers(student) if quantizer.center is not None]
+    for quantizer in found:
+        low, high = quantizer.quant_min, quantizer.quant_max
+        zero_point = torch.randint(low, high + 1, quantizer.zero_point.shape, generator=generator)
+        quantizer.set_qparams(quantizer.scale.detach(), zero_point)
+    return student if found else None
 
 
 @cache
@@ -218,13 +246,15 @@ def test_real_network_at_six_bits_embeds_as_its_student_does(
     optimized = optimized_operators(tmp_path / "net.onnx", tmp_path)
     # From the image to the embedding nothing is computed in float: 49 layers and 33 PReLUs, sums and the embedding.
     # Of 12 sums 9 are made once more for the convolutions that read them beside the next one, which 3 others have too.
+    # Sixteen padded convolutions read channels with different zero points: a Pad, and a maximum for the border.
     # Three sums are the only readers of a convolution, whose bytes they take as their own maximum, for OpenVINO.
     assert {kind: number for kind, number in optimized.items() if number > 2} == {
         "QLinearConv": 49 + 33 + 3,
-        "Max": 33 + 3,
+        "Max": 33 + 3 + 16,
+        "Pad": 1 + 16,
         "Clip": optimized["Clip"],
         "QLinearAdd": 12 + 9,
     }
     assert {kind for kind, number in optimized.items() if number <= 2} == {
-        "Sub", "QuantizeLinear", "Pad", "Transpose", "Flatten", "QGemm",
+        "Sub", "QuantizeLinear", "Transpose", "Flatten", "QGemm",
     }  # fmt: skip

@@ -54,7 +54,7 @@ def test_qparams_are_those_of_the_quantizers(bits: int) -> None:
     found = output_qparams(lower(student))
     for qparams, quantizer in zip(found, quantizers(student), strict=True):
         scale, zero_point, *_ = quantizer.qparams()
-        assert qparams == TensorQParams(quantizer.bits, float(scale), int(zero_point))
+        assert qparams == TensorQParams(quantizer.bits, float(scale), int(zero_point[0]))
         assert qparams.quant_min <= qparams.zero_point < 256 == qparams.quant_min + 2**qparams.bits
     assert {qparams.bits for qparams in found} == {bits, 8}
 

@@ -30,7 +30,7 @@ from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.quantized_layers import WeightedLayer
 from tests.benchmarks.scripts import script
-from tests.deployment.networks import Sum, calibrated, framed, prelu
+from tests.deployment.networks import CHANNELS, Sum, calibrated, framed, prelu
 from tests.networks import foreign_net, random_faces, tiny_face_net
 
 BITS = range(2, 9)
@@ -236,7 +236,10 @@ def test_iresnet_at_six_bits() -> None:
     assert report.source == "prediction"
     slopes = sum(layer.num_parameters for layer in model.modules() if isinstance(layer, nn.PReLU))
     # By hand: packed weights, folded BatchNorm, and scales, biases and slopes in float32; here a slope takes a byte.
-    expected = 18.073e6 - 3 * slopes
+    # Zero points of channels: a byte for what a convolution pads, and two for each slope in front of it.
+    blocks = [layer for layer in model.modules() if hasattr(layer, "conv2")]
+    shifted = sum(block.conv1.in_channels + 3 * block.conv2.in_channels for block in blocks)
+    expected = 18.073e6 - 3 * slopes + shifted
     assert report.mb == pytest.approx(expected / 1e6, rel=0.0005)
     assert report.mib == pytest.approx(expected / 2**20, rel=0.0005)
 
@@ -258,8 +261,24 @@ def test_the_prediction_is_the_formula() -> None:
     report = measure_size(student)
     words = elements(report, "bias", "scale")
     packed = sum(-(-count * bits // 8) for count, bits in weights(student))
-    assert report.bytes == packed + 4 * words + elements(report, "slope", "affine", "zero_point")
+    zero_points = sum(entry.bytes for entry in report.of_kind("zero_point").entries)
+    assert report.bytes == packed + 4 * words + elements(report, "slope", "affine") + zero_points
     assert {entry.bits for entry in report.of_kind("slope").entries} == {8}
+
+
+def test_the_prediction_counts_the_zero_points_of_channels(tmp_path: Path) -> None:
+    model = framed(
+        lambda: nn.Sequential(prelu(0.2, -0.3), nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), prelu(0.1, 0.2))
+    )
+    student = calibrate(quantize(model, 4), random_faces(8))
+    qface.export(student, tmp_path / "net.onnx")
+
+    def bytes_of(model: Path | fx.GraphModule, ending: str) -> int:
+        entries = measure_size(model).of_kind("zero_point").entries
+        return sum(entry.bytes for entry in entries if entry.name.endswith(ending))
+
+    assert bytes_of(student, "slope_bias") == bytes_of(tmp_path / "net.onnx", "slope_bias") == 2 * CHANNELS
+    assert bytes_of(student, "zero_points") == CHANNELS  # in the file they are operands of a Where
 
 
 def test_saved_networks_are_read(tmp_path: Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from qface.graph.layers import along_channels
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import CalibrationConfig, LSQFakeQuantize, QuantizationConfig, calibrate, quantize
 from qface.quantization.cross_layer_equalization import cross_layer_equalization, find_regions
 from qface.quantization.fake_quantize import quantizers
-from tests.deployment.networks import Gate, Sum, framed, prelu
+from tests.deployment.networks import CHANNELS, Gate, Sum, framed, prelu
 from tests.networks import foreign_net, random_faces, tiny_face_net
 
 SIDE = 24
@@ -40,6 +42,12 @@ def uneven(layer: nn.Conv2d) -> nn.Conv2d:
     with torch.no_grad():
         layer.weight.mul_(torch.logspace(0, 3, len(layer.weight)).view(-1, 1, 1, 1))
     return layer
+
+
+def quantizer_behind(student: fx.GraphModule, layer: str) -> LSQFakeQuantize:
+    (node,) = (each for each in student.graph.nodes if each.target == layer)
+    (reader,) = node.users
+    return cast(LSQFakeQuantize, student.get_submodule(str(reader.target)))
 
 
 class Spread(nn.Module):
@@ -129,15 +137,40 @@ def test_a_channel_of_another_shape_gets_a_factor_of_its_own() -> None:
         model.body.prelu.weight.fill_(0.9)
         model.body.prelu.weight[:4] = 0.01
     student = floating(model)
+    quantizer = quantizer_behind(student, "body.prelu")
     seen: dict[str, Tensor] = {}
-    student.get_submodule("body.prelu").register_forward_hook(lambda _, __, output: seen.update(values=output))
+    quantizer.register_forward_hook(lambda _, __, output: seen.update(values=output))
     with torch.no_grad():
         student(images())
         before = rounding_error(seen["values"], 4).mean()
         cross_layer_equalization(student, [images()])
         student(images())
-        after = rounding_error(seen["values"], 4).mean()
+        after = rounding_error(seen["values"] - along_channels(quantizer.center, seen["values"]), 4).mean()
     assert after < before
+
+
+def test_a_channel_around_another_mean_gets_a_zero_point_of_its_own() -> None:
+    """Channels of one width on either side of zero: their ranges together are twice as wide as each of them."""
+    model = framed(Spread)
+    with torch.no_grad():
+        model.body.front.weight[1:] = model.body.front.weight[0]
+        model.body.front.bias.copy_(torch.tensor([-0.3, 0.3]).repeat(CHANNELS // 2))
+        model.body.prelu.weight.fill_(0.9)
+    student = quantize(model, 4).eval()
+    calibrate(student, random_faces(8))
+    quantizer = quantizer_behind(student, "body.prelu")
+    assert quantizer.center is not None and len(quantizer.zero_point.unique()) > 1
+    seen: list[Tensor] = []
+    for each in quantizers(student):
+        each.enable_fake_quant(False)
+    with quantizer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        student(images())
+    for each in quantizers(student):
+        each.enable_fake_quant()
+    error = (quantizer(seen[0]) - seen[0]).square().mean()
+    quantizer.center.zero_()  # one zero point for all
+    calibrate(student, random_faces(8))
+    assert (quantizer(seen[0]) - seen[0]).square().mean() > 2 * error
 
 
 def test_the_side_with_fewer_bits_is_equalized_more() -> None:

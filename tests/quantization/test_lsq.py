@@ -41,6 +41,39 @@ def test_rounding(seed: int, bounds: tuple[int, int], scale: float, shape: tuple
     torch.testing.assert_close(of_step, 0.25 * wanted_of_step, atol=1e-3, rtol=1e-3)
 
 
+@given(SEEDS, st.floats(0.01, 1))
+def test_bounds_of_channels_are_those_of_single_tensors(seed: int, scale: float) -> None:
+    """Values and gradients; a scale has the sum of the channels' gradients."""
+    x, slopes, step = draw(seed, 2, 3, 4, 5), draw(seed + 1, 3), torch.tensor([scale])
+    low = torch.randint(-63, 1, (3,), generator=torch.Generator().manual_seed(seed))
+    high = low + 63
+
+    def apply(of_prelu: bool, x: Tensor, slopes: Tensor, low: Tensor | int, high: Tensor | int) -> tuple[Tensor, ...]:
+        x, slopes, own_step = (each.clone().requires_grad_() for each in (x, slopes, step))
+        made = (
+            lsq_fake_quantize_prelu(x, slopes, own_step, low - 192, low, high, 1.0)
+            if of_prelu
+            else lsq_fake_quantize(x, own_step, low, high, 1.0)
+        )
+        made.backward(weights[:, : x.shape[1]] if x.shape[1] == 3 else weights[:, channel : channel + 1])
+        grads = (x.grad, own_step.grad, *([slopes.grad] if of_prelu else []))
+        return (made.detach(), *(grad for grad in grads if grad is not None))
+
+    weights = draw(99, 2, 3, 4, 5)
+    for of_prelu in (False, True):
+        values, of_x, of_step, *of_slopes = apply(of_prelu, x, slopes, low, high)
+        steps = torch.zeros(1)
+        for channel in range(3):
+            one = slice(channel, channel + 1)
+            found = apply(of_prelu, x[:, one], slopes[one], int(low[channel]), int(high[channel]))
+            torch.testing.assert_close(values[:, one], found[0])
+            torch.testing.assert_close(of_x[:, one], found[1])
+            steps += found[2]
+            if of_prelu:
+                torch.testing.assert_close(of_slopes[0][one], found[3], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(of_step, steps, atol=1e-3, rtol=1e-3)
+
+
 @given(SEEDS, st.integers(-40, 0), st.floats(0.01, 0.5), st.sampled_from([1, 3]))
 def test_prelu_between_two_roundings(seed: int, low: int, scale: float, slope_count: int) -> None:
     input_low, high = low - 100, low + 63

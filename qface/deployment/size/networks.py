@@ -56,8 +56,13 @@ def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
         if layer.bias is not None:
             yield _words(f"{name}.bias", "bias", layer.bias.numel(), BIAS_BITS)
         yield _words(f"{name}.weight_scale", "scale", len(layer.weight))
+        if isinstance(layer, QuantizedConv2d) and any(layer.padding) and _differ(layer.quant_context.inputs[0]):
+            channels = layer.in_channels  # the values of its padding
+            yield SizeEntry(f"{name}.zero_points", "zero_point", channels, channels, 8)
     elif isinstance(layer, QuantizedPReLU):
         slopes = layer.weight.numel()
+        if _differ(layer.quant_context.output):
+            yield SizeEntry(f"{name}.slope_bias", "zero_point", 2 * slopes, slopes, 16)
         yield SizeEntry(f"{name}.slope", "slope", slopes, slopes, SLOPE_BITS)
         yield _words(f"{name}.slope_scale", "scale", 1)
     elif isinstance(layer, QuantizedAffine) and layer.quant_context.complete:
@@ -76,6 +81,11 @@ def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
         for kind, parameter in layer.named_parameters():
             role = kind if multiplies else "affine"
             yield _words(f"{name}.{kind}", role, parameter.numel())
+
+
+def _differ(quantizer: nn.Module | None) -> bool:
+    """Return True if calibration gives the channels of a tensor different zero points."""
+    return isinstance(quantizer, LSQFakeQuantize) and quantizer.center is not None
 
 
 def _words(name: str, kind: str, elements: int, bits: int = 32) -> SizeEntry:

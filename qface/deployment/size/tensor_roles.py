@@ -87,7 +87,14 @@ class TensorRoles:
             yield from ((name, "affine") for name in node.input if name in self._constant)
         for place, kind in _ROLES.get(node.op_type, {}).items():
             if place < len(node.input) and node.input[place] in self._constant:
-                yield node.input[place], self._weight_kind(node) if kind == "weight" else kind
+                yield node.input[place], self._kind_of_operand(node, kind)
+
+    def _kind_of_operand(self, node: onnx.NodeProto, kind: str) -> str:
+        """Return the kind of a weight or bias that export wrote for another layer than a convolution."""
+        if kind == "weight":
+            return self._weight_kind(node)
+        is_shift = kind == "bias" and node.op_type == "Conv" and self._weight_kind(node) == "slope"
+        return "zero_point" if is_shift else kind
 
     def _weight_kind(self, node: onnx.NodeProto) -> str:
         """Return the kind of a convolution's weights.
