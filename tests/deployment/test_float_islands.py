@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import qface
 from qface.deployment import export
 from qface.graph.aten import FLOAT_FUNCTIONS, operator_name
 from qface.preprocessing import Preprocessing, with_preprocessing
+from tests.deployment.integers import assert_exact
+from tests.deployment.networks import CHANNELS, calibrated, framed
 from tests.networks import RANGES_ONLY, random_faces
 
 SIZE = Preprocessing(size=(16, 16))
@@ -183,6 +186,30 @@ def test_a_float_function_goes_the_whole_way(name: str, tmp_path: Any) -> None:
     student = qface.load(tmp_path / "student.safetensors")
     agreement = qface.verify(student, export(student, tmp_path / "student.onnx"), random_faces(3, seed=4))
     assert agreement.agrees
+
+
+class Mixer(nn.Module):
+    """Pooling and a sum of normalized values, as in a PoolFormer; the last sum has an integer input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.pool, self.relu = nn.GroupNorm(2, CHANNELS), nn.AvgPool2d(3, 1, 1), nn.ReLU()
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        return cast(Tensor, self.conv(self.relu(self.pool(normed) + normed)) + x)
+
+
+def test_layers_without_weights_stay_in_float_where_all_their_inputs_are(tmp_path: Path) -> None:
+    model = framed(lambda: nn.Sequential(Mixer(), nn.AvgPool2d(3)))
+    layers = qface.inspect(model).layers
+    assert {layer.kind for layer in layers if not layer.integer} == {"GroupNorm", "AvgPool2d", "Add", "ReLU"}
+    assert [layer.kind for layer in layers if layer.integer].count("AvgPool2d") == 1
+    assert [layer.kind for layer in layers if layer.integer].count("Add") == 1
+    assert_exact(calibrated(model), tmp_path / "net.onnx")
+    qface.save(calibrated(model), tmp_path / "student.safetensors")
+    assert_exact(qface.load(tmp_path / "student.safetensors"), tmp_path / "loaded.onnx")
 
 
 def test_every_float_function_is_tried() -> None:
