@@ -113,6 +113,12 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         self._ready = bool(self.calibrated.item()) if "calibrated" in self._buffers else False
         self._only_zero = int(self.zero_point[0].item()) if "zero_point" in self._buffers else 0
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        low, high = (0, 0) if self.integer_range.symmetric else (self.quant_min, self.quant_max)
+        if self.calibrated.item() and not bool(((self.zero_point >= low) & (self.zero_point <= high)).all()):
+            args[-1].append(f"{prefix}zero_point is outside {low} to {high}")
+
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x``.
 

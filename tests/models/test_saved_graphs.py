@@ -461,6 +461,19 @@ def test_quantizers_with_settings_out_of_range_are_refused(tmp_path: Path, setti
             load(path)
 
 
+@pytest.mark.parametrize("value", [-1, 100, 256, 2**31 - 1])
+def test_zero_points_out_of_range_are_refused(tmp_path: Path, value: int) -> None:
+    path = tmp_path / "m.safetensors"
+    save(quantized_tiny(), path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+    changed = [name for name, tensor in tensors.items() if name.endswith("zero_point") and len(tensor) > 1]
+    tensors[changed[-1]][-1] = value
+    save_file(tensors, path, metadata)
+    with pytest.raises(CheckpointError, match="zero_point is outside"):
+        load(path)
+
+
 def test_strings_in_arguments_stay_strings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: tuple[dict[str, Tensor], dict[str, str]]
 ) -> None:
