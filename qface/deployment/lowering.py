@@ -403,8 +403,9 @@ def _qparams_of(layer: Quantizer, node: fx.Node) -> ir.TensorQParams:
     if isinstance(layer, LSQFakeQuantize) and not layer.calibrated.item():
         raise ConfigError(NOT_CALIBRATED)
     scale, zero_point, *_ = layer.qparams()
-    moved = shifts(zero_point).tolist()
-    return ir.TensorQParams(layer.bits, float(scale), int(zero_point.median()), tuple(moved) if any(moved) else ())
+    moved = shifts(zero_point)
+    of_channels = tuple(moved.tolist()) if moved.any() else ()
+    return ir.TensorQParams(layer.bits, float(scale), int((zero_point - moved)[0]), of_channels)
 
 
 def _limits(clamp: fx.Node | None) -> ir.Clamp | None:

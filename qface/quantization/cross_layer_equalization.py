@@ -28,6 +28,7 @@ from qface.graph.layers import Add, ChannelAffine
 from qface.graph.queries import layer_of, makes_rows
 from qface.progress import track
 from qface.quantization.fake_quantize import LSQFakeQuantize
+from qface.quantization.qparams import IntegerRange
 from qface.quantization.quantized_layers import WeightedLayer, is_quantizer
 
 __all__ = ["Region", "cross_layer_equalization", "find_regions"]
@@ -146,37 +147,28 @@ def cross_layer_equalization(student: fx.GraphModule, batches: Sequence[Tensor])
 
 def _equalize_around_centers(region: Region, center: Tensor, values: Tensor) -> None:
     """Equalize the channels of a tensor with a zero point per channel, and set ``center``, [C], which moves these."""
-    low, high = _best_ranges(values, _lowest_bit_quantizers(region)[0].integer_range.num_steps)
+    low, high = _best_ranges(values, _lowest_bit_quantizers(region)[0].integer_range)
     middle = (low + high) / 2
     factor = _factors(region, [values - middle[:, None]])
     _multiply(region, factor)
     center.copy_(middle * factor)
 
 
-def _best_ranges(values: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+def _best_ranges(values: Tensor, integer_range: IntegerRange) -> tuple[Tensor, Tensor]:
     """Return the range of each channel with the smallest quantization error, zero included.
 
     Args:
         values: sampled values, [C, values].
-        num_steps: number of integer steps.
+        integer_range: integers of the tensor.
 
     Returns:
         Lower and upper ends, [C] each.
     """
     low, high = _ends(values)
     tried = [(low * below, high * above) for below, above in itertools.product(_SHARES_OF_RANGE, repeat=2)]
-    errors = torch.stack([_range_errors(values, *ends, num_steps) for ends in tried])
-    best = errors.argmin(0, keepdim=True)
+    best = torch.stack([integer_range.squared_errors(values, *ends) for ends in tried]).argmin(0, keepdim=True)
     lows, highs = (torch.stack(ends).gather(0, best)[0] for ends in zip(*tried, strict=True))
     return lows, highs
-
-
-def _range_errors(values: Tensor, low: Tensor, high: Tensor, num_steps: int) -> Tensor:
-    """Return the mean squared error of each channel [C] with the range from ``low`` to ``high``."""
-    step = ((high - low) / num_steps).clamp(min=torch.finfo(values.dtype).tiny)[:, None]
-    steps = values / step
-    rounded = torch.minimum(torch.maximum(steps.round(), (low[:, None] / step).round()), (high[:, None] / step).round())
-    return (rounded - steps).square_().mean(1) * step[:, 0].square()
 
 
 def _lowest_bit_quantizers(region: Region) -> list[LSQFakeQuantize]:

@@ -218,14 +218,14 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
         """Quantize ``x``; return the integers as floats of the same shape."""
-        return quantize_affine(x, *self._qparams_along(x))
+        return quantize_affine(x, *self.qparams_along(x))
 
     @torch.no_grad()
     def _deployed(self, x: Tensor) -> Tensor:
-        qparams = self._qparams_along(x)
+        qparams = self.qparams_along(x)
         return quantize_affine(x, *qparams).sub_(qparams.zero_point).mul_(qparams.scale)
 
-    def _qparams_along(self, x: Tensor) -> QParams:
+    def qparams_along(self, x: Tensor) -> QParams:
         """Return the quantization parameters in a shape that broadcasts against ``x``."""
         qparams, shape = self.qparams(), self._shape(x)
         zero_point = qparams.zero_point.view(shape) if self.num_zero_points == 1 else along_channels(self.zero_point, x)
@@ -285,10 +285,8 @@ class SharedScaleFakeQuantize(nn.Module):
             return x
         if self.training:
             return self.owner.fake_quantize(x, *self.bounds)
-        qparams = self.qparams()
-        zero_point = along_channels(qparams.zero_point, x)
-        integers = quantize_affine(x, qparams.scale, zero_point, qparams.quant_min, qparams.quant_max)
-        return integers.sub_(zero_point).mul_(qparams.scale)
+        qparams = self.owner.qparams_along(x)._replace(quant_min=0, quant_max=QUINT8_MAX)
+        return quantize_affine(x, *qparams).sub_(qparams.zero_point).mul_(qparams.scale)
 
     def qparams(self) -> QParams:
         """Return the quantization parameters, without gradient."""

@@ -121,10 +121,9 @@ def _num_zero_points(node: fx.Node) -> int:
     if isinstance(layer_of(node), QuantizedPReLU) and isinstance(layer_of(input_of(node)), SharedScaleFakeQuantize):
         producer = input_of(input_of(node))
     readers = [layer_of(user) for user in node.users]
-    if not isinstance(layer_of(producer), (QuantizedConv2d, QuantizedAffine)):
-        return 1
-    channels = {reader.in_channels for reader in readers if isinstance(reader, QuantizedConv2d)}
-    return channels.pop() if all(isinstance(reader, QuantizedConv2d) for reader in readers) else 1
+    convolutions = [reader for reader in readers if isinstance(reader, QuantizedConv2d)]
+    made = isinstance(layer_of(producer), (QuantizedConv2d, QuantizedAffine))
+    return convolutions[0].in_channels if made and len(convolutions) == len(readers) else 1
 
 
 def _image_quantizer(preprocessing: Preprocessing) -> ImageFakeQuantize | None:

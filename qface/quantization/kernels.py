@@ -51,7 +51,9 @@ def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: 
     return (sums if bias is None else sums.add_(bias.to(dtype))).float()
 
 
-def requantize(sums: Tensor, input_scale: Tensor, weight_scale: Tensor, output_scale: Tensor) -> Tensor:
+def requantize(
+    sums: Tensor, input_scale: Tensor, weight_scale: Tensor, output_scale: Tensor, shift: Tensor | None = None
+) -> Tensor:
     """Requantize accumulator values in place; round half to even, without zero point or clamp.
 
     Args:
@@ -59,5 +61,7 @@ def requantize(sums: Tensor, input_scale: Tensor, weight_scale: Tensor, output_s
         input_scale: scale of the input; all scales broadcast against ``sums``.
         weight_scale: scale of the weight.
         output_scale: scale of the output.
+        shift: what the sums contain for zero points per channel, in steps of the output; it is subtracted again.
     """
-    return sums.mul_(input_scale * weight_scale / output_scale).round_()
+    integers = sums.mul_(input_scale * weight_scale / output_scale).round_()
+    return integers if shift is None else integers.sub_(shift)

@@ -126,8 +126,10 @@ class _LSQFakeQuantizePReLU(torch.autograd.Function):
         steps, slopes, output, scale = ctx.saved_tensors
         # The clipping bounds differ by channel; dividing by their magnitude maps all of them to 1 and -1.
         upper = ctx.quant_max + 0.5
-        in_range = steps / along_channels(upper, steps) if isinstance(upper, Tensor) else steps
-        positive = _between(gradient, in_range, 0.0, 1.0 if isinstance(upper, Tensor) else upper)
+        if isinstance(upper, Tensor):
+            positive = _between(gradient, steps / along_channels(upper, steps), 0.0, 1.0)
+        else:
+            positive = _between(gradient, steps, 0.0, upper)
         lower = along_channels(_lower_input_bound(slopes, ctx.input_quant_min, ctx.quant_min, ctx.quant_max), steps)
         negative = _between(gradient, steps / -lower, -1.0, torch.finfo(steps.dtype).tiny)
         passed = positive.addcmul_(negative, along_channels(slopes, steps))

@@ -227,10 +227,7 @@ class MSEObserver(_SamplingObserver):
         best_error = torch.full_like(largest, torch.inf)
         best_bound = largest.clone()
         for fraction in _SYMMETRIC_FRACTIONS.tolist():
-            scale, zero_point = self.integer_range.choose_qparams(-fraction * largest, fraction * largest)
-            error = (
-                (self.integer_range.fake_quantize(rows, scale[:, None], zero_point[:, None]) - rows).square().mean(1)
-            )
+            error = self.integer_range.squared_errors(rows, -fraction * largest, fraction * largest)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_bound = torch.where(better, fraction * largest, best_bound)
@@ -248,13 +245,9 @@ class MSEObserver(_SamplingObserver):
 
     def _best(self, values: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pair of ends with the smallest squared error."""
-        errors = torch.stack([self._errors(values, low.expand_as(highs), highs) for low in lows])
+        errors = torch.stack([self.integer_range.squared_errors(values, low.expand_as(highs), highs) for low in lows])
         row, column = divmod(int(errors.argmin()), len(highs))
         return lows[row], highs[column]
-
-    def _errors(self, values: Tensor, lows: Tensor, highs: Tensor) -> Tensor:
-        scale, zero_point = self.integer_range.choose_qparams(lows, highs)
-        return (self.integer_range.fake_quantize(values, scale[:, None], zero_point[:, None]) - values).square().mean(1)
 
 
 def make_observer(observer: str, integer_range: IntegerRange, per_channel: bool, percentile: float) -> RangeObserver:

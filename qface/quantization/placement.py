@@ -65,24 +65,16 @@ class Role(enum.Enum):
     FLOAT = "float"
 
 
+_WITHOUT_WEIGHTS = (*CLAMPS, nn.Sigmoid, nn.AvgPool2d, Add, Multiply, Concat, Maximum)
 INTEGER_LAYERS = (
     QuantizedConv2d,
     QuantizedLinear,
     QuantizedPReLU,
     QuantizedAffine,
     QuantizedGlobalAveragePool,
-    *CLAMPS,
-    nn.Sigmoid,
-    nn.AvgPool2d,
-    Add,
-    Multiply,
-    Concat,
-    Maximum,
+    *_WITHOUT_WEIGHTS,
 )
 """Layers with quantized inputs and outputs; all others compute in float."""
-
-
-_WITHOUT_WEIGHTS = (*CLAMPS, nn.Sigmoid, nn.AvgPool2d, Add, Multiply, Concat, Maximum)
 
 
 def computes_in_float(node: fx.Node) -> bool:

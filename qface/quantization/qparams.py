@@ -99,6 +99,17 @@ class IntegerRange:
         zero_point = self.quant_min + (-low / scale).round().clamp(0, self.num_steps)
         return scale.float(), zero_point.int()
 
+    def squared_errors(self, rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Return the mean squared quantization error of ``rows`` [n, values] with the ranges from low to high, [n].
+
+        Args:
+            rows: values; one row, [values], serves all ranges.
+            low: lower ends, [n].
+            high: upper ends, [n].
+        """
+        scale, zero_point = self.choose_qparams(low, high)
+        return (self.fake_quantize(rows, scale[:, None], zero_point[:, None]) - rows).square().mean(1)
+
     def fake_quantize(self, rows: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Quantize and dequantize ``rows``; scale and zero point must broadcast against it."""
         integers = (rows / scale).round_().add_(zero_point).clamp_(self.quant_min, self.quant_max)

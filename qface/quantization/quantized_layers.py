@@ -74,6 +74,16 @@ class QuantContext:
         return tuple(cast(Quantizer, quantizer).qparams().scale for quantizer in (*self.inputs, self.output))
 
 
+def _bias_integers(bias: Tensor, step: Tensor) -> Tensor:
+    """Return ``bias`` in units of ``step``, input scale x weight scale; integers as float32 [C]."""
+    return (bias / step).round_().clamp_(-MAX_BIAS, MAX_BIAS)
+
+
+def _shift_integers(shift: Tensor, step: Tensor, output_scale: Tensor) -> Tensor:
+    """Return the shift of the output's zero points in units of ``step``, as a bias; integers as float32 [C]."""
+    return (shift * (output_scale / step)).round()
+
+
 def _take_weights(target: LayerT, source: nn.Module) -> LayerT:
     """Move the parameters of ``source`` into ``target``."""
     target._parameters.update(source._parameters)
@@ -156,23 +166,18 @@ class _QuantizedMatmul(nn.Module):
     @torch.no_grad()
     def rounded_bias(self) -> Tensor | None:
         """Return the bias that the integer kernel adds, float32 [C], with the error of a rounded shift."""
-        integers, shift = self.bias_integers(), self.quant_context.output_shift()
-        rounded = None if integers is None else integers * self._step()
+        step, shift = self._step(), self.quant_context.output_shift()
+        rounded = None if self.bias is None else _bias_integers(self.bias, step) * step
         if shift is None:
             return rounded
-        error = self._shift_integers(shift) * self._step() - shift * self._output_scale()
+        output_scale = self._output_scale()
+        error = _shift_integers(shift, step, output_scale) * step - shift * output_scale
         return error if rounded is None else rounded + error
 
     @torch.no_grad()
     def bias_integers(self) -> Tensor | None:
         """Return the bias in units of input scale x weight scale, integers as float32 [C]."""
-        if self.bias is None:
-            return None
-        return cast(Tensor, self.bias / self._step()).round_().clamp_(-MAX_BIAS, MAX_BIAS)
-
-    def _shift_integers(self, shift: Tensor) -> Tensor:
-        """Return the shift of the output's zero points in units of the bias, integers as float32 [C]."""
-        return (shift * (self._output_scale() / self._step())).round()
+        return None if self.bias is None else _bias_integers(self.bias, self._step())
 
     def _output_scale(self) -> Tensor:
         return cast(Quantizer, self.quant_context.output).qparams().scale
@@ -186,7 +191,7 @@ class _QuantizedMatmul(nn.Module):
         weight = self.weight_fake_quant.integers(self.weight)
         bias, shift = self.bias_integers(), self.quant_context.output_shift()
         if shift is not None:
-            moved = self._shift_integers(shift)
+            moved = _shift_integers(shift, self._step(), self._output_scale())
             bias = moved if bias is None else bias + moved
         scale = cast(Quantizer, self.quant_context.inputs[0]).qparams().scale
         shape = (-1,) + (1,) * (self.weight.ndim - 2)
@@ -196,10 +201,8 @@ class _QuantizedMatmul(nn.Module):
         if output is None or not output.quantizing:
             return sums * (scale * weight_scale)
         output_scale = output.qparams().scale
-        integers = requantize(sums, scale, weight_scale, output_scale)
-        if shift is not None:
-            integers.sub_(shift.view(shape))
-        return integers.mul_(output_scale)
+        shift = None if shift is None else shift.view(shape)
+        return requantize(sums, scale, weight_scale, output_scale, shift).mul_(output_scale)
 
 
 class QuantizedConv2d(_QuantizedMatmul, nn.Conv2d):
@@ -310,11 +313,10 @@ class QuantizedPReLU(nn.PReLU):
         slopes, slope_scale = along_channels(self.slope_integers(), x), self.weight_fake_quant.exact_scale()
         kept = requantize(integers.clone(), scale, torch.ones_like(scale), output_scale)
         products, shift = integers * slopes, self.quant_context.output_shift()
-        if shift is None:
-            scaled = requantize(products, scale, slope_scale, output_scale)
-        else:  # input and output share one scale
-            products.add_(along_channels((shift / slope_scale).round(), x))
-            scaled = requantize(products, scale, slope_scale, output_scale).sub_(along_channels(shift, x))
+        if shift is not None:  # input and output share one scale
+            shift = along_channels(shift, x)
+            products.add_((shift / slope_scale).round())
+        scaled = requantize(products, scale, slope_scale, output_scale, shift)
         return torch.where(integers > 0, kept, scaled).mul_(output_scale)
 
     @classmethod
@@ -374,13 +376,11 @@ class QuantizedAffine(ChannelAffine):
         weight, weight_scale, bias = self.integers()
         shift = self.quant_context.output_shift()
         if shift is not None:
-            bias = bias + (shift * (output_scale / (scale * weight_scale))).round()
+            bias = bias + _shift_integers(shift, scale * weight_scale, output_scale)
+            shift = along_channels(shift, x)
         weight, weight_scale, bias = (along_channels(values, x) for values in (weight, weight_scale, bias))
         sums = accumulate(torch.mul, (x / scale).round_(), weight, bias)
-        integers = requantize(sums, scale, weight_scale, output_scale)
-        if shift is not None:
-            integers.sub_(along_channels(shift, x))
-        return integers.mul_(output_scale)
+        return requantize(sums, scale, weight_scale, output_scale, shift).mul_(output_scale)
 
     @classmethod
     def from_float(cls, layer: ChannelAffine) -> QuantizedAffine:

@@ -110,8 +110,9 @@ def test_every_integer_is_equal(body: str, bits: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("body", EXACT)
 def test_every_integer_is_equal_with_a_zero_point_per_channel(body: str, bits: int, tmp_path: Path) -> None:
     student = with_drawn_zero_points(calibrated(captured(body), bits))
-    if student is not None:
-        assert_exact(student, tmp_path / "net.onnx")
+    if student is None:
+        pytest.skip("no tensor of this network may have a zero point per channel")
+    assert_exact(student, tmp_path / "net.onnx")
 
 
 def with_drawn_zero_points(student: fx.GraphModule, seed: int = 0) -> fx.GraphModule | None:
