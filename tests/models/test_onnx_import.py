@@ -585,6 +585,15 @@ REFUSED: dict[str, tuple[Callable[[Graph], object], str]] = {
         lambda g: (g.add("Shape"), g.add("Cast", to=TensorProto.FLOAT), g.add("Sqrt"), g.add("Mul", "conv0_0")),
         "depends on the batch size",
     ),
+    "rows for each image in another order": (
+        lambda g: (
+            g.add("Shape"),
+            g.add("Expand", g.last, after=g.constant(1, 8, 8, 8)),
+            g.add("Transpose", perm=[1, 0, 2, 3]),
+            g.add("Mul", "conv0_0"),
+        ),
+        "depends on the batch size",
+    ),
     "a huge constant": (
         lambda g: (g.add("ConstantOfShape", after=ints(g, 100000, 100000)), g.add("Add", "conv0_0")),
         "needs 4e.10 bytes beyond the file size",
@@ -690,10 +699,31 @@ class Transformer(nn.Module):
         return F.normalize(self.head(self.block(tokens)[:, 0]))
 
 
+class Windows(nn.Module):
+    """Attention in windows with a mask for each of them, repeated for each image, as in Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.scores = nn.Linear(8, 4)
+        self.register_buffer("mask", torch.randn(4, 4, 4))
+        self.bias = nn.Parameter(torch.randn(1, 4, 4))
+        self.head = nn.Linear(8 * 16, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        count = images.shape[0]
+        windows = self.patches(images).permute(0, 2, 3, 1).reshape(-1, 4, 8)
+        mask = self.mask.unsqueeze(0).expand(windows.shape[0] // 4, -1, -1, -1).reshape(-1, 4, 4)
+        mask = mask + self.bias.expand(mask.shape[0], -1, -1)
+        weights = (self.scores(windows) + mask).softmax(-1)
+        return F.normalize(self.head((weights @ windows).reshape(count, -1)))
+
+
 @pytest.mark.parametrize("opset", [14, 17, 20])
-def test_a_vision_transformer(opset: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [Transformer, Windows])
+def test_a_vision_transformer(make: type[nn.Module], opset: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Transformer().eval()
+    model = make().eval()
     path = tmp_path / "vit.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

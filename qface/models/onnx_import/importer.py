@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -57,7 +57,7 @@ class Importer(LayerGraph):
         self._stored: dict[str, Tensor] = {}
         self._origins: dict[str, str] = {}
         self._counts: set[str] = set()
-        self._batched: set[str] = set()
+        self._for_two: dict[str, Array] = {}  # constants with rows for each image, for two; ``_constants`` has one's
         self._values: dict[str, fx.Node] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._readers = Counter(name for node in file.nodes for name in node.inputs)
@@ -115,7 +115,7 @@ class Importer(LayerGraph):
 
     def _convert(self, node: Node) -> None:
         self._node = node
-        if node.op in ("Shape", "Size") and node.inputs[0] not in self._constants:
+        if node.op in ("Shape", "Size") and not self._is_plain_constant(node.inputs[0]):
             self._read_shape(node)
         elif all(name in self._constants for name in node.inputs if name):
             self._compute(node)
@@ -125,6 +125,7 @@ class Importer(LayerGraph):
                 f"supported are {', '.join(sorted(self._rules))}"
             )
         else:
+            self._repeat_rows(node)
             made = self._rules[node.op](self, node)
             if made is None:
                 raise self.file.refusal(node, "unsupported attributes")
@@ -144,43 +145,72 @@ class Importer(LayerGraph):
     def _compute(self, node: Node) -> None:
         given = {name: self._constants[name] for name in node.inputs if name}
         counts = any(self._counts_images(name) for name in given)
-        if counts and node.op in ("ConstantOfShape", "Expand"):
-            results = self._folder.compute(node, self._of_one_image(node, given))
+        outputs = [name for name in node.outputs if name]
+        if (counts and node.op in ("ConstantOfShape", "Expand")) or any(name in self._for_two for name in given):
+            counts = False
+            results = self._compute_for_each_image(node, outputs, given)
         else:
             results = self._folder.compute(node, given)
             if counts:
                 self._check_counts(node, given, results)
-        for name, value in zip((each for each in node.outputs if each), results, strict=True):
+        for name, value in zip(outputs, results, strict=True):
             if node.inputs:
                 self._origins[name] = self._origins.get(node.inputs[0], node.inputs[0])
             self._add_constant(name, value, counts)
-            if any(each in self._batched for each in given):
-                self._batched.add(name)
+
+    def _compute_for_each_image(self, node: Node, outputs: Sequence[str], given: Iterable[str]) -> list[Array]:
+        """Return the outputs for one image; those for two tell later how they depend on the number of images."""
+        one, two = (
+            self._folder.compute(node, {name: self._for_images(name, count) for name in given}) for count in (1, 2)
+        )
+        for name, first, second in zip(outputs, one, two, strict=True):
+            if not np.array_equal(first, second):
+                self._for_two[name] = second
+        return one
 
     def _check_counts(self, node: Node, given: dict[str, Array], results: list[Array]) -> None:
         """Reject a node whose results are neither constant in the batch size nor proportional to it."""
         others = self._folder.compute(node, {name: self._for_other_batch(name) for name in given})
         for one, other in zip(results, others, strict=True):
-            if one.shape != other.shape or not bool(((one == other) | (_in_other_batch(one) == other)).all()):
+            if one.shape != other.shape or not bool(((one == other) | (_in_batch(one, _OTHER_BATCH) == other)).all()):
                 raise self.refuse(node, "a constant that depends on the batch size")
 
     def _for_other_batch(self, name: str) -> Array:
         value = self._constants[name]
-        return _in_other_batch(value) if self._counts_images(name) else value
+        return _in_batch(value, _OTHER_BATCH) if self._counts_images(name) else value
 
-    def _of_one_image(self, node: Node, given: dict[str, Array]) -> dict[str, Array]:
-        """Return the inputs with a batch size of 1; consumers of the result repeat it for each image."""
-        name = node.inputs[-1]
-        sizes = given[name]
-        if sizes[0] != _BATCH or any(size % _BATCH == 0 and size for size in sizes[1:]):
-            raise self.refuse(node, "a size that depends on the batch size")
-        self._batched.add(node.outputs[0])
-        return {**given, name: np.array([1, *sizes[1:]], sizes.dtype)}
+    def _for_images(self, name: str, count: int) -> Array:
+        """Return a constant for ``count`` images, 1 or 2."""
+        if count == 2 and name in self._for_two:
+            return self._for_two[name]
+        value = self._constants[name]
+        return _in_batch(value, count) if self._counts_images(name) else value
+
+    def _repeat_rows(self, node: Node) -> None:
+        """Turn constant inputs of ``node`` with several rows for each image into values; a single row is broadcast.
+
+        Raises:
+            UnsupportedLayerError: a constant depends on the batch size in another way.
+        """
+        for name in self._for_two.keys() & set(node.inputs):
+            one, two = self._constants[name], self._for_two[name]
+            if not one.ndim or not np.array_equal(two, np.concatenate([one, one])):
+                raise self.refuse(node, "a constant that depends on the batch size")
+            if len(one) > 1:
+                repeats = [self.count_of_images(), *(1 for _ in one.shape[1:])]
+                kept = self.keep(torch.from_numpy(np.array(one)), self._origins.get(name, name))
+                self._values[name] = self.function(
+                    torch.ops.aten.repeat.default, (kept, repeats), {}, f"{_plain(name)}_repeated"
+                )
+                del self._for_two[name], self._constants[name]
 
     def _add_constant(self, name: str, value: Array, counts: bool) -> None:
         self._constants[name] = value
         if counts:
             self._counts.add(name)
+
+    def _is_plain_constant(self, name: str) -> bool:
+        return name in self._constants and name not in self._for_two
 
     def _counts_images(self, name: str) -> bool:
         """True if an element of a constant is a multiple of the batch size."""
@@ -272,7 +302,7 @@ class Importer(LayerGraph):
     def repeated(self, node: Node, position: int) -> fx.Node:
         """Return the node of input ``position``; a constant for one image is repeated for the batch."""
         made = self.tensor(node, position)
-        if node.inputs[position] not in self._batched:
+        if node.inputs[position] not in self._for_two:
             return made
         sizes = [self.count_of_images(), *made.meta["value"].shape[1:]]
         return self.function(torch.ops.aten.expand.default, (made, sizes), {}, f"{self.name_of(node)}_repeated")
@@ -283,12 +313,21 @@ class Importer(LayerGraph):
         return self.function(torch.ops.aten.sym_size.int, (images, 0), {}, "count")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor that is not constant, with :attr:`batch` as its batch size."""
+        """Return the shape of a tensor that is no plain constant, with :attr:`batch` as its batch size."""
+        if name in self._for_two:
+            return self._shape_of_rows(name)
         if name in self._values:
             return self.sizes(self._values[name])
         if name not in self._shapes:
             raise CheckpointError(f"{self.file.path}: the tensor {name} is undefined; export it again")
         return self._shapes[name]
+
+    def _shape_of_rows(self, name: str) -> tuple[int, ...]:
+        one, two = self._constants[name].shape, self._for_two[name].shape
+        if one[1:] != two[1:] or not one or two[0] not in (one[0], 2 * one[0]):
+            assert self._node is not None
+            raise self.refuse(self._node, "a shape that depends on the batch size")
+        return one if one == two else (_BATCH * one[0], *one[1:])
 
     def shape_of(self, node: Node, position: int = 0) -> tuple[int, ...]:
         """Return the shape of input ``position``."""
@@ -425,10 +464,11 @@ def _shaped(layer: nn.Module, inputs: Sequence[Any]) -> Any:
     return torch.func.functional_call(layer, fakes, tuple(inputs))
 
 
-def _in_other_batch(value: Array) -> Array:
+def _in_batch(value: Array, batch: int) -> Array:
+    """Return sizes for another batch size."""
     if value.dtype == np.bool_:
         return value
-    return np.where(value % _BATCH == 0, value // _BATCH * _OTHER_BATCH, value).astype(value.dtype)
+    return np.where(value % _BATCH == 0, value // _BATCH * batch, value).astype(value.dtype)
 
 
 def _plain(name: str) -> str:
