@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 
 from qface.deployment.integer_graph import AffineOp, ConvolutionOp, Int32, LinearOp, PReluOp, TensorQParams
+from qface.quantization.quantized_layers import MAX_BIAS
 
 __all__ = ["bias_of", "channel_zero_points", "slope_bias_of"]
 
@@ -25,7 +26,8 @@ def bias_of(operation: ConvolutionOp | LinearOp | AffineOp) -> Int32 | None:
     parts = [] if operation.bias is None else [operation.bias]
     if after is not None and after.shifts:
         ratio = np.float32(after.scale) / (np.float32(before.scale) * operation.weight.scale)
-        parts.append(np.rint(_shifts(after).astype(np.float32) * ratio).astype(np.int32))
+        moved = np.rint(_shifts(after).astype(np.float32) * ratio)
+        parts.append(moved.clip(-MAX_BIAS, MAX_BIAS).astype(np.int32))
     if before.shifts and isinstance(operation, ConvolutionOp):
         parts.append(-_products_with(operation, _shifts(before)))
     return sum(parts[1:], parts[0]) if parts else None

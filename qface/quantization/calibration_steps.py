@@ -212,8 +212,10 @@ def _observing(found: list[LSQFakeQuantize]) -> Iterator[None]:
 def _keep_biases_in_range(student: fx.GraphModule) -> None:
     """Enlarge the scale of channels whose bias would overflow, such as channels that pruning left near zero."""
     for layer in student.modules():
-        if isinstance(layer, WeightedLayer) and layer.bias is not None and layer.quant_context.inputs[0] is not None:
-            input_scale = layer.quant_context.inputs[0].qparams().scale
-            minimum = layer.bias.detach().abs() / (MAX_BIAS / 2 * input_scale)
+        if isinstance(layer, WeightedLayer) and layer.quant_context.inputs[0] is not None:
+            largest = layer.quant_context.output_offset()
+            if layer.bias is not None:
+                largest = largest + layer.bias.detach().abs()
+            minimum = largest / (MAX_BIAS / 2 * layer.quant_context.inputs[0].qparams().scale)
             scale = layer.weight_fake_quant.scale
             scale.data.copy_(torch.maximum(scale.data, minimum))

@@ -69,6 +69,11 @@ class QuantContext:
             return None
         return shifts(output.zero_point)
 
+    def output_offset(self) -> Tensor | float:
+        """Return the magnitude of :meth:`output_shift` as a value, [C]; 0 for nothing."""
+        shift = self.output_shift()
+        return 0.0 if shift is None else shift.abs() * cast(Quantizer, self.output).qparams().scale
+
     def scales(self) -> tuple[Tensor, ...]:
         """Return the scales of inputs and output, which must all be quantized."""
         return tuple(cast(Quantizer, quantizer).qparams().scale for quantizer in (*self.inputs, self.output))
@@ -81,7 +86,7 @@ def _bias_integers(bias: Tensor, step: Tensor) -> Tensor:
 
 def _shift_integers(shift: Tensor, step: Tensor, output_scale: Tensor) -> Tensor:
     """Return the shift of the output's zero points in units of ``step``, as a bias; integers as float32 [C]."""
-    return (shift * (output_scale / step)).round()
+    return (shift * (output_scale / step)).round().clamp_(-MAX_BIAS, MAX_BIAS)
 
 
 def _take_weights(target: LayerT, source: nn.Module) -> LayerT:
@@ -367,7 +372,8 @@ class QuantizedAffine(ChannelAffine):
         input_scale, output_scale = self.quant_context.scales()
         quant_max = (1 << (AFFINE_BITS - 1)) - 1
         # If a channel is dominated by its bias, the step must be large enough for the bias to fit its integer.
-        step = torch.maximum(self.weight.abs() / quant_max, self.bias.abs() / (input_scale * MAX_BIAS / 2))
+        offset = self.bias.abs() + self.quant_context.output_offset()
+        step = torch.maximum(self.weight.abs() / quant_max, offset / (input_scale * MAX_BIAS / 2))
         step = step.clamp(min=torch.finfo(step.dtype).tiny)
         step = exact_weight_scale(step, input_scale, output_scale).to(step.dtype)
         return (self.weight / step).round(), step, (self.bias / (input_scale * step)).round()

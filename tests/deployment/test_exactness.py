@@ -48,6 +48,15 @@ def conv(*args: object, **kwargs: object) -> nn.Conv2d:
     return nn.Conv2d(CHANNELS, CHANNELS, *args, **kwargs)  # type: ignore[arg-type]
 
 
+def faded(layer: nn.Conv2d) -> nn.Conv2d:
+    """A convolution with two output channels that training has all but removed."""
+    with torch.no_grad():
+        layer.weight[:2] *= torch.tensor([1e-12, 1e-30]).view(-1, 1, 1, 1)
+        if layer.bias is not None:
+            layer.bias[:2] = 0
+    return layer
+
+
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "asymmetric kernels": lambda: nn.Sequential(
         conv((3, 1), (2, 1), (1, 0)), nn.ReLU(), conv((1, 5), (1, 2), (0, 2)), nn.ReLU(), conv((2, 3))
@@ -85,6 +94,9 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
         conv((3, 1), (1, 2), (1, 0), groups=CHANNELS),
         prelu(0.2),
         Sum(nn.Sequential(nn.BatchNorm2d(CHANNELS), conv(3, padding=2, dilation=2, bias=False), prelu(0.3), conv(1))),
+    ),
+    "channels of hardly any weight": lambda: nn.Sequential(
+        faded(conv(3)), conv(3, padding=1), faded(conv(1, bias=False)), prelu(0.2, 0.0, -0.3), conv(3, padding=1)
     ),
     "leaky ReLU": lambda: nn.Sequential(nn.LeakyReLU(0.2), conv(1)),
     "hard-swish": lambda: nn.Sequential(nn.Hardswish(), conv(1)),
