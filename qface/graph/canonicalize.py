@@ -12,13 +12,21 @@ from qface.data.synthetic import synthetic_crops
 from qface.errors import TraceError
 from qface.graph.capture import capture, unwrapped
 from qface.graph.edit import propagate_shapes
-from qface.graph.passes.activations import activations_to_products, leaky_relu_to_prelu, scales_before_clamps
+from qface.graph.passes.activations import (
+    activations_to_products,
+    leaky_relu_to_prelu,
+    merge_clamps,
+    scales_before_clamps,
+)
 from qface.graph.passes.affine_maps import fold_affine_maps
 from qface.graph.passes.matrix_products import convolutions_to_linear_layers, tokens_to_rows
 from qface.graph.passes.no_operations import remove_no_operations
 from qface.graph.passes.normalization import recognize_normalization
+from qface.graph.passes.padding import fold_padding
 from qface.graph.passes.parameters import own_parameters
+from qface.graph.passes.permutations import move_permutations
 from qface.graph.passes.prelu_slopes import prepare_prelu_slopes
+from qface.graph.passes.rectifiers import recognize_rectifiers
 from qface.network_output import embedding_of
 from qface.preprocessing import dtype_of, example_input, preprocessing_of
 from qface.provenance import carry
@@ -38,11 +46,14 @@ _TOLERANCE_FLOAT32 = 1e-3  # for a network that runs only in float32
 PASSES = (
     own_parameters,
     remove_no_operations,
+    merge_clamps,
+    recognize_rectifiers,
     recognize_normalization,
     activations_to_products,
     leaky_relu_to_prelu,
     scales_before_clamps,
     fold_affine_maps,
+    fold_padding,
     convolutions_to_linear_layers,
     prepare_prelu_slopes,
     tokens_to_rows,
@@ -70,6 +81,7 @@ def canonicalize(model: nn.Module) -> fx.GraphModule:
     check_finite(model.state_dict(), "this network")
     model = _in_float32(model)
     graph_module = copy.deepcopy(capture(model))
+    move_permutations(graph_module)  # before shapes are recorded, since it changes them
     propagate_shapes(graph_module, example_input(model))
     for step in PASSES:
         step(graph_module)

@@ -209,6 +209,32 @@ class StochasticDepth(nn.Module):
         return y + x
 
 
+class PaddedSum(nn.Module):
+    """Padding that the convolution cannot have, since a sum reads it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (1, 1, 1, 1))
+        return x + self.conv(x)
+
+
+class ChannelsLast(nn.Module):
+    """As TensorFlow's networks are when they are converted: permutations around each convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(padding=0), conv(2 * CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).permute(0, 3, 1, 2)
+        x = self.first(x).permute(0, 2, 3, 1)
+        x = F.relu(x) + SLOPES.flatten() * (x - x.abs()) * 0.5
+        return self.second(torch.cat([x, x], 3).permute(0, 3, 1, 2))
+
+
 class Autocast(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -329,6 +355,7 @@ def _float(layer: Any, **layers: int) -> dict[str, Any]:
 
 
 CONV = {nn.Conv2d: 1}
+SLOPES = torch.linspace(-0.3, 0.8, CHANNELS)[:, None, None]
 HARD_SWISH = {ChannelAffine: 1, nn.Hardtanh: 1, Multiply: 1}
 NORMALIZED = {L2Normalize: 1}
 GATE = {nn.AdaptiveAvgPool2d: 1, nn.Linear: 2, nn.Flatten: 1, nn.ReLU: 1, Reshape: 1, Multiply: 1}
@@ -347,6 +374,8 @@ IDIOMS: dict[str, Idiom] = {
     "sqrt of sum of products": ends(
         lambda x: x / torch.sqrt(torch.sum(x * x, dim=1, keepdim=True) + 1e-10), layers=NORMALIZED
     ),
+    "x * (1 / norm)": ends(lambda x: x * x.norm(dim=1, keepdim=True).reciprocal(), layers=NORMALIZED),
+    "x * sum ** -0.5": ends(lambda x: x * x.pow(2).sum(1, keepdim=True).clamp(min=1e-10).pow(-0.5), layers=NORMALIZED),
     "x * rsqrt": ends(lambda x: x * (x**2).sum(1, keepdim=True).rsqrt(), layers=NORMALIZED),
     # constant factors and shifts
     "f(x) * 0.17 + x": Idiom(branch(lambda y, x: y * 0.17 + x), CONV | {Add: 1}),
@@ -367,6 +396,17 @@ IDIOMS: dict[str, Idiom] = {
     "clamp(0, 6)": Idiom(of_conv(lambda y: torch.clamp(y, 0, 6)), CONV | {nn.ReLU6: 1}),
     "clamp(-1, 1)": Idiom(of_conv(lambda y: y.clamp(-1, 1)), CONV | {nn.Hardtanh: 1}),
     "maximum(x, 0)": Idiom(of_conv(lambda y: torch.maximum(y, torch.zeros(1))), CONV | {nn.ReLU: 1}),
+    "min(relu(x), 6)": Idiom(of_conv(lambda y: F.relu(y).clamp(max=6)), CONV | {nn.ReLU6: 1}),
+    "relu(min(x, 6))": Idiom(of_conv(lambda y: F.relu(y.clamp(max=6))), CONV | {nn.ReLU6: 1}),
+    "(x + |x|) / 2": Idiom(of_conv(lambda y: (y + y.abs()) / 2), CONV | {nn.ReLU: 1}),
+    "relu(x) + a * (x - |x|) / 2": Idiom(
+        of_conv(lambda y: F.relu(y) + SLOPES * (y - y.abs()) * 0.5), CONV | {nn.PReLU: 1}
+    ),
+    "max(x, 0) + a * min(x, 0)": Idiom(
+        of_conv(lambda y: y.clamp(min=0) + SLOPES * y.clamp(max=0)), CONV | {nn.PReLU: 1}
+    ),
+    "relu(x) - a * relu(-x)": Idiom(of_conv(lambda y: F.relu(y) - SLOPES * F.relu(-y)), CONV | {nn.PReLU: 1}),
+    "max(x, 0.1 x)": Idiom(of_conv(lambda y: torch.max(y, 0.1 * y)), CONV | {nn.PReLU: 1}),
     "PReLU of one slope": Idiom(after_conv(nn.PReLU()), CONV | {nn.PReLU: 1}),
     "ELU": Idiom(after_conv(nn.ELU()), **_float(nn.ELU)),
     "Mish": Idiom(after_conv(nn.Mish()), **_float(nn.Mish)),
@@ -397,12 +437,19 @@ IDIOMS: dict[str, Idiom] = {
     "ReLU6 after a sum in place": Idiom(branch(lambda y, x: F.relu6(y.add_(x))), CONV | {Add: 1, nn.ReLU6: 1}),
     # padding
     "uneven padding": Idiom(lambda: FaceNet(padded((0, 1, 0, 1), stride=2)), CONV | {Pad: 1}),
-    "even padding": Idiom(lambda: FaceNet(padded((1, 1, 1, 1))), CONV | {Pad: 1}),
+    "even padding": Idiom(lambda: FaceNet(padded((1, 1, 1, 1))), CONV),
+    "padding that a sum reads too": Idiom(lambda: FaceNet(PaddedSum()), CONV | {Pad: 1, Add: 1}),
     "same padding": Idiom(lambda: FaceNet(conv(padding="same")), CONV),
     "same padding of an even kernel": Idiom(lambda: FaceNet(conv(kernel=4, padding="same")), CONV | {Pad: 1}),
     "reflect padding": Idiom(lambda: FaceNet(conv(padding_mode="reflect")), CONV | {Pad: 1}),
     "nn.ReflectionPad2d": Idiom(lambda: FaceNet(nn.ReflectionPad2d(1)), {Pad: 1}),
     "replicate padding": Idiom(lambda: FaceNet(conv(padding_mode="replicate")), CONV | {Pad: 1}),
+    # channels last
+    "layers on channels last": Idiom(lambda: FaceNet(ChannelsLast()), {nn.Conv2d: 2, nn.PReLU: 1, Concat: 1}),
+    "mean of channels last": Idiom(
+        lambda: FaceNet(lambda x: x * x.permute(0, 2, 3, 1).mean((1, 2))[:, :, None, None]),
+        {nn.AdaptiveAvgPool2d: 1, nn.Flatten: 1, Reshape: 2, Multiply: 1},
+    ),
     # size
     "nearest upsampling": Idiom(lambda: FaceNet(lambda x: F.interpolate(x, scale_factor=2)), {UpsampleNearest: 1}),
     "nn.Upsample": Idiom(lambda: FaceNet(nn.Upsample((32, 48))), {UpsampleNearest: 1}),

@@ -16,7 +16,27 @@ from qface.graph.edit import bypass, insert_layer, set_layer
 from qface.graph.layers import ChannelAffine, Multiply
 from qface.graph.queries import input_of, is_clamp, layer_of, limits_of, shape_of
 
-__all__ = ["activations_to_products", "leaky_relu_to_prelu", "scales_before_clamps"]
+__all__ = ["activations_to_products", "leaky_relu_to_prelu", "merge_clamps", "scales_before_clamps"]
+
+
+def merge_clamps(graph_module: fx.GraphModule) -> None:
+    """Merge each clamp with a clamp before it: ReLU6 may be written as a ReLU and a minimum."""
+    for node in list(graph_module.graph.nodes):
+        if not is_clamp(node) or not is_clamp(input_of(node)) or len(input_of(node).users) > 1:
+            continue
+        first, second = (limits_of(cast(nn.Module, layer_of(each))) for each in (input_of(node), node))
+        low, high = (_limited(limit, *second, default) for limit, default in zip(first, second, strict=True))
+        set_layer(graph_module, str(node.target), clamp_layer(low, high))
+        before = input_of(node)
+        bypass(before, input_of(before))
+
+
+def _limited(limit: float | None, low: float | None, high: float | None, default: float | None) -> float | None:
+    """Return ``limit`` clamped to ``low``..``high``; None is no limit, and becomes ``default``."""
+    if limit is None:
+        return default
+    limit = limit if low is None else max(limit, low)
+    return limit if high is None else min(limit, high)
 
 
 def activations_to_products(graph_module: fx.GraphModule) -> None:

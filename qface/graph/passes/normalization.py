@@ -29,18 +29,30 @@ def recognize_normalization(graph_module: fx.GraphModule) -> None:
 
 
 def _normalized(node: fx.Node) -> fx.Node | None:
-    """Return the rows that ``node`` normalizes, by a division or ``rsqrt(sum(x * x))``, or None."""
+    """Return the rows that ``node`` normalizes, by a division or a product with the inverse norm, or None."""
     if _is_function(node, _ATEN.div.Tensor):
-        value, norm = node.args[0], _without_guards(node.args[1])
-        found = any(matches(norm, value) for matches in (_is_vector_norm, _is_scalar_norm, _is_root_of_sum))
-        return _as_rows(value) if found else None
+        value = node.args[0]
+        return _as_rows(value) if _is_norm(_without_guards(node.args[1]), value) else None
     if not isinstance(layer_of(node), Multiply) or len(node.args) != 2:
         return None
     for value, factor in (node.args, node.args[::-1]):
-        inverse = _without_guards(factor)
-        if _is_function(inverse, _ATEN.rsqrt.default) and _is_sum_of_squares(input_of(inverse), value):
+        if _is_inverse_norm(_without_guards(factor), value):
             return _as_rows(value)
     return None
+
+
+def _is_inverse_norm(node: Any, value: Any) -> bool:
+    """True if ``node`` is ``rsqrt(sum(x * x))``, ``sum(x * x) ** -0.5`` or the reciprocal of a norm of ``value``."""
+    if _is_function(node, _ATEN.reciprocal.default):
+        return _is_norm(_without_guards(input_of(node)), value)
+    if _is_function(node, _ATEN.rsqrt.default):
+        return _is_sum_of_squares(input_of(node), value)
+    power = _is_function(node, _ATEN.pow.Tensor_Scalar) and node.args[1] == -0.5
+    return power and _is_sum_of_squares(input_of(node), value)
+
+
+def _is_norm(node: Any, value: Any) -> bool:
+    return any(matches(node, value) for matches in (_is_vector_norm, _is_scalar_norm, _is_root_of_sum))
 
 
 def _as_rows(value: Any) -> fx.Node | None:
