@@ -58,9 +58,10 @@ class LossConfig:
             embedding, ``"mse"`` (QuantFace), or None for no embedding term. Student and teacher need the same embedding
             dimension for it; EKD alone does not require that.
         embedding_weight: weight of the embedding term.
-        feature_loss_weight: weight of the residual sum term, relative to the variance of the sums
-            (:mod:`qface.distillation.feature_taps`). The term needs a student that was quantized from the teacher's
-            architecture, and is left out for other students.
+        feature_loss_weight: weight of the residual sum term in the first step, relative to the variance of the sums
+            (:mod:`qface.distillation.feature_taps`). It falls to 0 with the square of the share of steps that are left.
+            The term needs a student that was quantized from the teacher's architecture, and is left out for other
+            students.
         class_head: also train an ArcFace head on the identities (equation 3 of the paper). It needs a folder or a
             tensor with labels.
         class_head_weight: weight of the ArcFace loss, whose gradient is about 100 times as long as the cosine gradient.

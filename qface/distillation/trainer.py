@@ -314,8 +314,13 @@ class _Trainer:
         labels = None if batch.labels is None else batch.labels.to(student.device)
         terms: dict[str, Tensor] = self.objective(student, teacher, labels)
         if features := self.taps.take(len(images)):
-            terms["feature"] = self.parallel.gather(self.objective.weighted_feature_loss(features)).mean()
+            loss = self.parallel.gather(self.objective.weighted_feature_loss(features)).mean()
+            terms["feature"] = self._share_of_steps_left**2 * loss
         return terms
+
+    @property
+    def _share_of_steps_left(self) -> float:
+        return 1 - self.step / self.total
 
     def _require_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):

@@ -110,6 +110,16 @@ def test_the_term_brings_the_sums_nearer(tmp_path: Path) -> None:
     assert ends[0] < 0.5 * ends[1]
 
 
+def test_the_term_falls_with_the_square_of_the_steps_that_are_left(tmp_path: Path) -> None:
+    images = face_images()
+    config = changed(
+        CONFIG, epochs=4, batch_size=len(images), optimizer={"learning_rate": 1e-12}, horizontal_flip=False
+    )
+    distill(disturbed(student_of(residual_network())), residual_network(), images, config, tmp_path, progress=False)
+    first, *others = [loss for loss in losses(tmp_path) if loss is not None]
+    assert [loss / first for loss in others] == pytest.approx([9 / 16, 4 / 16, 1 / 16], rel=1e-3)
+
+
 def test_sums_of_constants_are_not_compared(tmp_path: Path) -> None:
     teacher = with_preprocessing(Shifted(), Preprocessing(size=(8, 8), std=(20.0,) * 3))
     distill(student_of(teacher), teacher, face_images(), CONFIG, tmp_path, progress=False)
