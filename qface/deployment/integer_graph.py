@@ -283,7 +283,7 @@ class MoveOp(IntegerOp):
 
 @dataclass(frozen=True)
 class PadOp(IntegerOp):
-    """Padding of height and width; keeps the qparams of the input.
+    """Padding of channels, height and width; keeps the qparams of the input.
 
     Args:
         pads: begin of all four dimensions, then end of all four, as in ONNX.

@@ -311,8 +311,9 @@ class _Lowering:
         return ir.MaxOp(str(node.target), self._inputs(node), self._output(node))
 
     def pad(self, node: fx.Node, layer: layers.Pad) -> ir.IntegerOp:
-        left, right, top, bottom = layer.padding
-        pads, mode = (0, 0, top, left, 0, 0, bottom, right), {"replicate": "edge"}.get(layer.mode, layer.mode)
+        left, right, top, bottom, *channels = layer.padding
+        first, last = channels or (0, 0)
+        pads, mode = (0, first, top, left, 0, last, bottom, right), {"replicate": "edge"}.get(layer.mode, layer.mode)
         return ir.PadOp(str(node.target), self._inputs(node), self._with_qparams_of_input(node), pads, mode)
 
     def permute(self, node: fx.Node, layer: layers.Permute) -> ir.IntegerOp:

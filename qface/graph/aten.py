@@ -782,14 +782,15 @@ def _pad(run: Converter, call: Call) -> Any:
     mode = _PAD_MODES.get(call.name, call.get("mode", "constant"))
     if len(call.output) != 4 or not all(isinstance(each, int) and each >= 0 for each in padding):
         return None
-    if len(padding) > 4 and any(padding[4:]):
+    padding = (*padding, *(0,) * (8 - len(padding)))
+    pixels, channels, images = padding[:4], padding[4:6], padding[6:]
+    if any(images) or (any(channels) and mode != "constant"):
         return None
     if mode not in ("constant", "reflect", "replicate") or (mode == "constant" and call.get("value") not in (None, 0)):
         return None
-    padding = (*padding[:4], *(0,) * (4 - len(padding)))
     if not any(padding):
         return call["self"]
-    return run.layer(Pad(padding, mode), (call["self"],), call.layer_name)
+    return run.layer(Pad((*pixels, *(channels if any(channels) else ())), mode), (call["self"],), call.layer_name)
 
 
 def _upsample_nearest(run: Converter, call: Call) -> Any:

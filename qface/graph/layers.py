@@ -135,14 +135,15 @@ class Slice(nn.Module):
 
 
 class Pad(nn.Module):
-    """Padding of height and width of [N, C, H, W].
+    """Padding of height and width, and perhaps of channels, of [N, C, H, W].
 
     Args:
-        padding: pixels at the left, right, top and bottom, in the order of ``torch.nn.functional.pad``.
+        padding: pixels at the left, right, top and bottom, in the order of ``torch.nn.functional.pad``; perhaps
+            followed by the number of channels of zeros before and after those of the input.
         mode: ``"constant"`` (zeros), ``"reflect"`` or ``"replicate"``.
     """
 
-    def __init__(self, padding: tuple[int, int, int, int], mode: str = "constant") -> None:
+    def __init__(self, padding: tuple[int, ...], mode: str = "constant") -> None:
         super().__init__()
         self.padding = tuple(padding)
         self.mode = mode

@@ -438,6 +438,9 @@ IDIOMS: dict[str, Idiom] = {
     # padding
     "uneven padding": Idiom(lambda: FaceNet(padded((0, 1, 0, 1), stride=2)), CONV | {Pad: 1}),
     "even padding": Idiom(lambda: FaceNet(padded((1, 1, 1, 1))), CONV),
+    "padding of channels": Idiom(
+        lambda: FaceNet(Branch(lambda y, x: y + F.pad(x, (0, 0, 0, 0, 1, 3)), 12), 12), CONV | {Pad: 1, Add: 1}
+    ),
     "padding that a sum reads too": Idiom(lambda: FaceNet(PaddedSum()), CONV | {Pad: 1, Add: 1}),
     "same padding": Idiom(lambda: FaceNet(conv(padding="same")), CONV),
     "same padding of an even kernel": Idiom(lambda: FaceNet(conv(kernel=4, padding="same")), CONV | {Pad: 1}),

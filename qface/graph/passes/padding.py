@@ -17,7 +17,7 @@ def fold_padding(graph_module: fx.GraphModule) -> None:
     """Remove each even zero padding that only convolutions read, which then pad themselves."""
     for node in list(graph_module.graph.nodes):
         layer = layer_of(node)
-        if not isinstance(layer, Pad) or layer.mode != "constant":
+        if not isinstance(layer, Pad) or layer.mode != "constant" or len(layer.padding) > 4:
             continue
         left, right, top, bottom = layer.padding
         readers = [layer_of(user) for user in node.users]

@@ -7,7 +7,7 @@ other passes expect them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -106,21 +106,31 @@ def _move_along_dimension(graph_module: fx.GraphModule, node: fx.Node, dims: _Di
 
 
 def _move_padding(graph_module: fx.GraphModule, node: fx.Node, dims: _Dims) -> None:
-    """Pad height and width by a :class:`Pad`, which has an integer form; other padding stays."""
+    """Pad channels, height and width by a :class:`Pad`, which has an integer form; other padding stays."""
     pads = [(0, 0)] * len(dims)
-    given = list(cast(list[int], node.args[1]))  # last dimension first
+    given = _padding_of(node)
     for position, (before, after) in enumerate(zip(given[::2], given[1::2], strict=True)):
         pads[dims[len(dims) - 1 - position]] = (before, after)
-    if len(dims) != 4 or any(map(any, pads[:2])) or min(map(min, pads)) < 0:
+    if len(dims) != 4 or any(pads[0]) or min(map(min, pads)) < 0:
         return
-    path = add_layer(graph_module, node.name, Pad((*pads[3], *pads[2])))
+    channels = pads[1] if any(pads[1]) else ()
+    path = add_layer(graph_module, node.name, Pad((*pads[3], *pads[2], *channels)))
     with graph_module.graph.inserting_before(node):
         padded = graph_module.graph.call_module(path, (input_of(input_of(node)),))
     _permute_after(graph_module, padded, dims)
     bypass(node, next(iter(padded.users)))
 
 
+def _padding_of(node: fx.Node) -> Sequence[int]:
+    """Return the padding before and after each dimension, the last dimension first."""
+    layer = layer_of(node)
+    return layer.padding if isinstance(layer, Pad) else cast(list[int], node.args[1])
+
+
 def _is_zero_padding(node: fx.Node) -> bool:
+    layer = layer_of(node)
+    if isinstance(layer, Pad):
+        return layer.mode == "constant"
     if node.op != "call_function" or node.kwargs:
         return False
     if node.target is _ATEN.constant_pad_nd.default:

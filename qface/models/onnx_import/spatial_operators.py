@@ -213,9 +213,12 @@ def _pad(run: Importer, node: Node) -> Any:
         raise run.refuse(node, "padding of the batch")
     if mode not in _PAD_MODES:
         raise run.refuse(node, f"the mode {mode}")
-    on_map = len(shape) == 4 and not any(pads[1]) and min(map(min, pads)) >= 0
-    if on_map and (mode in ("reflect", "edge") or value == 0):
+    on_map = len(shape) == 4 and min(map(min, pads)) >= 0
+    if on_map and not any(pads[1]) and mode in ("reflect", "edge"):
         return run.layer(Pad(_for_torch(pads[2:]), _PAD_MODES[mode]), (x,), name)
+    if on_map and mode == "constant" and value == 0:
+        channels = pads[1] if any(pads[1]) else ()
+        return run.layer(Pad((*_for_torch(pads[2:]), *channels)), (x,), name)
     if mode != "constant":
         raise run.refuse(node, f"the mode {mode} with pads {pads}")
     last_first = [pixels for pair in reversed(pads) for pixels in pair]
