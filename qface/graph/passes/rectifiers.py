@@ -28,7 +28,7 @@ class _Map:
 
     Args:
         source: the node x.
-        positive: [C], or [1] for all channels.
+        positive: [C], or [1] for all channels; on the CPU.
         negative: likewise.
     """
 
@@ -40,12 +40,13 @@ class _Map:
 def recognize_rectifiers(graph_module: fx.GraphModule) -> None:
     """Replace sums, differences, maxima, minima and scaled ones that are a ReLU or PReLU of one value."""
     maps: dict[fx.Node, _Map] = {}
+    device = next((each.device for each in graph_module.parameters()), None)
     for node in list(graph_module.graph.nodes):
         found = _map_of(node, maps)
         if found is None:
             continue
         if _is_written_out(node, maps) and bool((found.positive == 1).all()):
-            layer = _rectifier(found.negative, shape_of(node)[1])
+            layer = _rectifier(found.negative, shape_of(node)[1]).to(device)
             bypass(node, insert_layer(graph_module, layer, (found.source,), node.name, node))
         else:
             maps[node] = found
@@ -60,7 +61,7 @@ def _is_written_out(node: fx.Node, maps: dict[fx.Node, _Map]) -> bool:
 def _rectifier(slopes: Tensor, channels: int) -> nn.Module:
     if not slopes.any():
         return nn.ReLU()
-    layer = nn.PReLU(channels, device=slopes.device)
+    layer = nn.PReLU(channels)
     layer.weight.data.copy_(slopes.expand(channels))
     return layer
 
@@ -70,9 +71,8 @@ def _map_of(node: fx.Node, maps: dict[fx.Node, _Map]) -> _Map | None:
     if len(shape_of(node)) < 2 or not all(isinstance(each, fx.Node) for each in node.args) or node.kwargs:
         return None
     given = [maps.get(each) or _identity(each) for each in node.args if isinstance(each, fx.Node)]
-    if len({each.source for each in given}) != 1 or {shape_of(each) for each in node.all_input_nodes} != {
-        shape_of(node)
-    }:
+    shapes = {shape_of(each) for each in (node, *node.all_input_nodes)}
+    if len(given) not in (1, 2) or len({each.source for each in given}) > 1 or len(shapes) > 1:
         return None
     factors = _factors(node, given)
     return None if factors is None else _Map(given[0].source, *factors)
@@ -84,29 +84,36 @@ def _identity(node: fx.Node) -> _Map:
 
 
 def _factors(node: fx.Node, given: list[_Map]) -> tuple[Tensor, Tensor] | None:
-    """Return the factors of a layer or function of maps; a product with x < 0 turns a maximum into a minimum."""
-    layer, positive, negative = layer_of(node), given[0].positive, given[0].negative
-    if len(given) == 2:
-        other = given[1]
-        if isinstance(layer, Add):
-            return positive + other.positive, negative + other.negative
-        if node.target is _ATEN.sub.Tensor:
-            return positive - other.positive, negative - other.negative
-        if isinstance(layer, Maximum) or node.target is _ATEN.maximum.default:
-            return torch.maximum(positive, other.positive), torch.minimum(negative, other.negative)
-        if node.target is _ATEN.minimum.default:
-            return torch.minimum(positive, other.positive), torch.maximum(negative, other.negative)
-        return None
-    if is_clamp(node):
-        limits = limits_of(layer) if layer is not None else ()
+    return _of_two(node, *given) if len(given) == 2 else _of_one(node, *given)
+
+
+def _of_two(node: fx.Node, one: _Map, other: _Map) -> tuple[Tensor, Tensor] | None:
+    """Return the factors of a join of two maps; for x < 0 the smaller factor gives the larger value."""
+    layer = layer_of(node)
+    if isinstance(layer, Add):
+        return one.positive + other.positive, one.negative + other.negative
+    if node.target is _ATEN.sub.Tensor:
+        return one.positive - other.positive, one.negative - other.negative
+    if isinstance(layer, Maximum) or node.target is _ATEN.maximum.default:
+        return torch.maximum(one.positive, other.positive), torch.minimum(one.negative, other.negative)
+    if node.target is _ATEN.minimum.default:
+        return torch.minimum(one.positive, other.positive), torch.maximum(one.negative, other.negative)
+    return None
+
+
+def _of_one(node: fx.Node, given: _Map) -> tuple[Tensor, Tensor] | None:
+    """Return the factors of a function of one map."""
+    layer = layer_of(node)
+    if layer is not None and is_clamp(node):
+        limits = limits_of(layer)
         if limits == (0.0, None):
-            return positive.clamp(min=0), negative.clamp(max=0)
-        return (positive.clamp(max=0), negative.clamp(min=0)) if limits == (None, 0.0) else None
+            return given.positive.clamp(min=0), given.negative.clamp(max=0)
+        return (given.positive.clamp(max=0), given.negative.clamp(min=0)) if limits == (None, 0.0) else None
     if node.target is _ATEN.abs.default:
-        return positive.abs(), -negative.abs()
+        return given.positive.abs(), -given.negative.abs()
     if isinstance(layer, ChannelAffine) and not layer.bias.any() and _scales_channels(layer, len(shape_of(node))):
-        weight = layer.weight.detach().to(positive.device)
-        return positive * weight, negative * weight
+        weight = layer.weight.detach().cpu()
+        return given.positive * weight, given.negative * weight
     return None
 
 
