@@ -783,14 +783,13 @@ def _pad(run: Converter, call: Call) -> Any:
     if len(call.output) != 4 or not all(isinstance(each, int) and each >= 0 for each in padding):
         return None
     padding = (*padding, *(0,) * (8 - len(padding)))
-    pixels, channels, images = padding[:4], padding[4:6], padding[6:]
-    if any(images) or (any(channels) and mode != "constant"):
+    if any(padding[6:]) or (any(padding[4:]) and mode != "constant"):
         return None
     if mode not in ("constant", "reflect", "replicate") or (mode == "constant" and call.get("value") not in (None, 0)):
         return None
     if not any(padding):
         return call["self"]
-    return run.layer(Pad((*pixels, *(channels if any(channels) else ())), mode), (call["self"],), call.layer_name)
+    return run.layer(Pad(padding[:6], mode), (call["self"],), call.layer_name)
 
 
 def _upsample_nearest(run: Converter, call: Call) -> Any:

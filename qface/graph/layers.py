@@ -145,7 +145,7 @@ class Pad(nn.Module):
 
     def __init__(self, padding: tuple[int, ...], mode: str = "constant") -> None:
         super().__init__()
-        self.padding = tuple(padding)
+        self.padding = tuple(padding if any(padding[4:]) else padding[:4])
         self.mode = mode
 
     def forward(self, x: Tensor) -> Tensor:

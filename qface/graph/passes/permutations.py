@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from qface.graph.edit import add_layer, bypass, set_layer
+from qface.graph.edit import bypass, insert_layer, set_layer
 from qface.graph.layers import Add, ChannelAffine, Concat, Maximum, Multiply, Pad, Permute
 from qface.graph.queries import input_of, layer_of
 
@@ -113,12 +113,9 @@ def _move_padding(graph_module: fx.GraphModule, node: fx.Node, dims: _Dims) -> N
         pads[dims[len(dims) - 1 - position]] = (before, after)
     if len(dims) != 4 or any(pads[0]) or min(map(min, pads)) < 0:
         return
-    channels = pads[1] if any(pads[1]) else ()
-    path = add_layer(graph_module, node.name, Pad((*pads[3], *pads[2], *channels)))
-    with graph_module.graph.inserting_before(node):
-        padded = graph_module.graph.call_module(path, (input_of(input_of(node)),))
-    _permute_after(graph_module, padded, dims)
-    bypass(node, next(iter(padded.users)))
+    layer = Pad((*pads[3], *pads[2], *pads[1]))
+    padded = insert_layer(graph_module, layer, (input_of(input_of(node)),), node.name, node)
+    bypass(node, _permute_after(graph_module, padded, dims))
 
 
 def _padding_of(node: fx.Node) -> Sequence[int]:
@@ -143,22 +140,15 @@ def _move_mean(graph_module: fx.GraphModule, node: fx.Node, dims: _Dims) -> None
     axes, keep = cast(list[int], node.args[1]), any(node.args[2:])
     if len(dims) != 4 or {dims[axis % len(dims)] for axis in axes} != {2, 3}:
         return
-    value: fx.Node = input_of(input_of(node))
-    names = [node.name, f"{node.name}_flatten"]
-    layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(1)] if keep else [nn.AdaptiveAvgPool2d(1), nn.Flatten(1)]
-    for name, layer in zip(names, layers, strict=False):
-        path = add_layer(graph_module, name, layer)
-        with graph_module.graph.inserting_before(node):
-            value = graph_module.graph.call_module(path, (value,))
+    pooled = insert_layer(graph_module, nn.AdaptiveAvgPool2d(1), (input_of(input_of(node)),), node.name, node)
     if keep:
-        _permute_after(graph_module, value, dims)
-        value = next(iter(value.users))
-    bypass(node, value)
+        bypass(node, _permute_after(graph_module, pooled, dims))
+    else:
+        bypass(node, insert_layer(graph_module, nn.Flatten(1), (pooled,), f"{node.name}_flatten", node))
 
 
-def _permute_after(graph_module: fx.GraphModule, node: fx.Node, dims: _Dims) -> None:
-    """Permute the output of ``node`` for all of its consumers."""
-    path = add_layer(graph_module, f"{node.name}_permuted", Permute(dims))
-    with graph_module.graph.inserting_after(node):
-        permuted = graph_module.graph.call_module(path, (node,))
+def _permute_after(graph_module: fx.GraphModule, node: fx.Node, dims: _Dims) -> fx.Node:
+    """Permute the output of ``node`` for all of its consumers, and return the permutation."""
+    permuted = insert_layer(graph_module, Permute(dims), (node,), f"{node.name}_permuted", node.next)
     node.replace_all_uses_with(permuted, delete_user_cb=lambda user: user is not permuted)
+    return permuted

@@ -217,8 +217,7 @@ def _pad(run: Importer, node: Node) -> Any:
     if on_map and not any(pads[1]) and mode in ("reflect", "edge"):
         return run.layer(Pad(_for_torch(pads[2:]), _PAD_MODES[mode]), (x,), name)
     if on_map and mode == "constant" and value == 0:
-        channels = pads[1] if any(pads[1]) else ()
-        return run.layer(Pad((*_for_torch(pads[2:]), *channels)), (x,), name)
+        return run.layer(Pad((*_for_torch(pads[2:]), *pads[1])), (x,), name)
     if mode != "constant":
         raise run.refuse(node, f"the mode {mode} with pads {pads}")
     last_first = [pixels for pair in reversed(pads) for pixels in pair]
