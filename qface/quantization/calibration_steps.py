@@ -23,7 +23,7 @@ from qface.quantization.calibration_config import CalibrationConfig
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
 from qface.quantization.fake_quantize import LSQFakeQuantize, quantizers
 from qface.quantization.gptq import HessianCollector
-from qface.quantization.quantized_layers import MAX_BIAS, WeightedLayer
+from qface.quantization.quantized_layers import WeightedLayer
 from qface.run_folder import run_folder
 from qface.signals import signals_noted
 
@@ -212,10 +212,6 @@ def _observing(found: list[LSQFakeQuantize]) -> Iterator[None]:
 def _keep_biases_in_range(student: fx.GraphModule) -> None:
     """Enlarge the scale of channels whose bias would overflow, such as channels that pruning left near zero."""
     for layer in student.modules():
-        if isinstance(layer, WeightedLayer) and layer.quant_context.inputs[0] is not None:
-            largest = layer.quant_context.output_offset()
-            if layer.bias is not None:
-                largest = largest + layer.bias.detach().abs()
-            minimum = largest / (MAX_BIAS / 2 * layer.quant_context.inputs[0].qparams().scale)
+        if isinstance(layer, WeightedLayer):
             scale = layer.weight_fake_quant.scale
-            scale.data.copy_(torch.maximum(scale.data, minimum))
+            scale.copy_(torch.maximum(scale, layer.minimum_weight_scale()))

@@ -79,6 +79,11 @@ class QuantContext:
         return tuple(cast(Quantizer, quantizer).qparams().scale for quantizer in (*self.inputs, self.output))
 
 
+def _minimum_step(offset: Tensor, input_scale: Tensor) -> Tensor:
+    """Return the smallest weight scale with which a bias of magnitude ``offset`` fits its integer, with reserve."""
+    return offset / (MAX_BIAS / 2 * input_scale)
+
+
 def _bias_integers(bias: Tensor, step: Tensor) -> Tensor:
     """Return ``bias`` in units of ``step``, input scale x weight scale; integers as float32 [C]."""
     return (bias / step).round_().clamp_(-MAX_BIAS, MAX_BIAS)
@@ -183,6 +188,15 @@ class _QuantizedMatmul(nn.Module):
     def bias_integers(self) -> Tensor | None:
         """Return the bias in units of input scale x weight scale, integers as float32 [C]."""
         return None if self.bias is None else _bias_integers(self.bias, self._step())
+
+    @torch.no_grad()
+    def minimum_weight_scale(self) -> Tensor:
+        """Return the smallest weight scale with which the bias fits its integer, [C]; 0 for a float input."""
+        (quantizer,) = self.quant_context.inputs
+        if quantizer is None:
+            return torch.zeros_like(self.weight_fake_quant.scale)
+        magnitude = torch.zeros_like(self.weight_fake_quant.scale) if self.bias is None else self.bias.abs()
+        return _minimum_step(magnitude + self.quant_context.output_offset(), quantizer.qparams().scale)
 
     def _output_scale(self) -> Tensor:
         return cast(Quantizer, self.quant_context.output).qparams().scale
@@ -373,7 +387,7 @@ class QuantizedAffine(ChannelAffine):
         quant_max = (1 << (AFFINE_BITS - 1)) - 1
         # If a channel is dominated by its bias, the step must be large enough for the bias to fit its integer.
         offset = self.bias.abs() + self.quant_context.output_offset()
-        step = torch.maximum(self.weight.abs() / quant_max, offset / (input_scale * MAX_BIAS / 2))
+        step = torch.maximum(self.weight.abs() / quant_max, _minimum_step(offset, input_scale))
         step = step.clamp(min=torch.finfo(step.dtype).tiny)
         step = exact_weight_scale(step, input_scale, output_scale).to(step.dtype)
         return (self.weight / step).round(), step, (self.bias / (input_scale * step)).round()

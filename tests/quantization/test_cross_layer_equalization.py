@@ -283,7 +283,7 @@ def test_what_an_activation_function_hides_keeps_its_steps_fine(make: Callable[[
         lost = [
             1 - torch.cosine_similarity(student.eval()(x), expected).mean()
             for config in (CalibrationConfig(equalize=False), CalibrationConfig())
-            for student in [calibrate(quantize(model, QuantizationConfig(8, bits)), random_faces(16), config)]
+            for student in [calibrate(quantize(model, QuantizationConfig(8, bits)), random_faces(64), config)]
         ]
     assert lost[1] < 1.2 * lost[0]
 

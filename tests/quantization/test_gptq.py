@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qface.models.patches import Positions, patches
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import CalibrationConfig, QuantizationConfig, calibrate, quantize
+from qface.quantization import CalibrationConfig, LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.quantized_layers import WeightedLayer
 from tests.deployment.networks import framed
 from tests.networks import foreign_net, random_faces, tiny_face_net
@@ -20,8 +20,8 @@ SIZE = Preprocessing(size=(32, 32))
 FACES = random_faces(64)
 
 
-def calibrated(model: nn.Module, weight_bits: int, gptq: bool) -> nn.Module:
-    student = quantize(model, QuantizationConfig(weight_bits, 8))
+def calibrated(model: nn.Module, weight_bits: int, gptq: bool, observer: str = "mse") -> nn.Module:
+    student = quantize(model, QuantizationConfig(weight_bits, 8, weight_observer=observer))
     return calibrate(student, FACES, CalibrationConfig(equalize=False, gptq=gptq, correct_biases=False)).eval()
 
 
@@ -38,12 +38,14 @@ def test_the_embedding_is_closer(make: Callable[..., nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_face_net, foreign_net])
-def test_weights_are_multiples_of_the_scales_that_they_had(make: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize("observer", ["mse", "minmax"])
+def test_weights_are_multiples_of_their_scales(make: Callable[..., nn.Module], observer: str) -> None:
+    """Ranges that the user asks for stay; those of least error may move, as GPTQ knows the error of the output."""
     model = with_preprocessing(make(size=SIZE.size), SIZE).eval()
-    plain, rounded = (calibrated(model, 4, choice) for choice in (False, True))
+    plain, rounded = (calibrated(model, 4, choice, observer) for choice in (False, True))
     for one, other in zip(plain.modules(), rounded.modules(), strict=True):
         if isinstance(one, WeightedLayer):
-            assert torch.equal(one.weight_fake_quant.scale, other.weight_fake_quant.scale)
+            assert torch.equal(one.weight_fake_quant.scale, other.weight_fake_quant.scale) == (observer == "minmax")
             rounded = other.weight_fake_quant(other.weight)
             torch.testing.assert_close(rounded, other.weight, rtol=1e-5, atol=1e-7)
             assert (other.weight - one.weight).abs().max() > 0
@@ -71,6 +73,22 @@ def test_a_layer_of_two_weights_gets_about_the_best_of_all_roundings() -> None:
         best = min(loss(scale[group] * torch.tensor(choice, dtype=torch.float32)) for choice in choices)
         nearest = (before[group].flatten() / scale[group]).round().clamp(-1, 1) * scale[group]
         assert loss(layer.weight.detach()[group].flatten()) <= min(loss(nearest), 2 * best) + 1e-7
+
+
+def test_a_layer_of_many_weights_is_rounded_by_its_samples() -> None:
+    """48 x 10 x 10 inputs are more than second moments are kept of."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 48, 5, stride=3, padding=1), nn.PReLU(48), nn.Flatten(), nn.Linear(4800, 16))
+    model = with_preprocessing(layers, SIZE).eval()
+    x = SIZE(FACES)
+    with torch.no_grad():
+        expected = model(x)
+        errors = []
+        for gptq in (False, True):
+            student = quantize(model, QuantizationConfig(8, 8, overrides={"3": LayerBits(weight=3)}))
+            calibrate(student, FACES, CalibrationConfig(equalize=False, gptq=gptq)).eval()
+            errors.append(float((student(x) - expected).square().mean()))
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_a_layer_that_reads_nothing_does_no_harm() -> None:

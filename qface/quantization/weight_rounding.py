@@ -1,0 +1,161 @@
+"""GPTQ: weights are rounded one by one, and later weights compensate for the errors of earlier ones.
+
+The output error of a layer is error' H error, with the Hessian H, the second moments of the layer's inputs. Each weight
+is first shifted by its share of the earlier errors (Hassibi and Stork, Optimal Brain Surgeon, 1993; Frantar et al.,
+GPTQ, ICLR 2023). The shares come from a triangular factor of H, so no inverse is needed (LDLQ; Chee et al., QuIP,
+NeurIPS 2023, theorem 6: GPTQ equals LDLQ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["Grid", "LowRankProblem", "RoundingProblem"]
+
+_BLOCK = 128  # weights per block; later weights get a block's errors by one matrix product
+_LOW_RANK_BLOCK = 512  # weights per Hessian of a low-rank problem
+_SWEEPS = 4  # of coordinate descent; few weights still change in the last one
+_RETRIED_DAMPING = 1e-3  # of mean(diag(H)), where float32 errors outweigh the damping that H has
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Multiples of a scale per channel.
+
+    Args:
+        scale: float64 [groups, channels].
+        quant_min: minimum integer.
+        quant_max: maximum integer.
+    """
+
+    scale: Tensor
+    quant_min: int
+    quant_max: int
+
+    def round(self, values: Tensor) -> Tensor:
+        """Round ``values`` [groups, channels] to the nearest multiples."""
+        return (values / self.scale).round().clamp_(self.quant_min, self.quant_max) * self.scale
+
+
+@dataclass(frozen=True)
+class RoundingProblem:
+    """Weights to round, and the metric of their errors. Weights are rounded in the order in which they stand.
+
+    Args:
+        weight: float64 [groups, channels, K].
+        hessian: float64 [groups, K, K], positive definite.
+    """
+
+    weight: Tensor
+    hessian: Tensor
+
+    def repeated(self, times: int) -> RoundingProblem:
+        """Return the problem with all channels ``times`` times."""
+        return replace(self, weight=self.weight.repeat(1, times, 1))
+
+    def losses(self, rounded: Tensor) -> Tensor:
+        """Return the mean squared output error of each channel of ``rounded``, [groups, channels]."""
+        errors = rounded - self.weight
+        return ((errors @ self.hessian) * errors).sum(2)
+
+    def gptq(self, grid: Grid) -> Tensor:
+        """Return the weights rounded by GPTQ, float64 [groups, channels, K]."""
+        shares = _shares(self.hessian)
+        rounded, errors = torch.empty_like(self.weight), torch.empty_like(self.weight)
+        for start, stop in _blocks(self.weight, _BLOCK):
+            wanted = self.weight[:, :, start:stop] + errors[:, :, :start] @ shares[:, :start, start:stop]
+            for index in range(start, stop):
+                compensation = errors[:, :, start:index] @ shares[:, start:index, index, None]
+                rounded[:, :, index] = grid.round(wanted[:, :, index - start] + compensation[:, :, 0])
+                errors[:, :, index] = self.weight[:, :, index] - rounded[:, :, index]
+        return rounded
+
+    def descend(self, rounded: Tensor, grid: Grid) -> Tensor:
+        """Return ``rounded`` after coordinate descent: each weight is rounded again, given all others.
+
+        The losses do not rise (Behdin et al., QuantEase, 2023).
+        """
+        rounded = rounded.clone()
+        for _ in range(_SWEEPS):
+            before = rounded.clone()
+            for start, stop in _blocks(self.weight, _BLOCK):
+                self._descend_block(rounded, grid, start, stop)
+            if torch.equal(rounded, before):
+                break
+        return rounded
+
+    def _descend_block(self, rounded: Tensor, grid: Grid, start: int, stop: int) -> None:
+        hessian = self.hessian[:, start:stop, start:stop]
+        slopes = (rounded - self.weight) @ self.hessian[:, :, start:stop]  # half the gradient of the losses
+        for index in range(stop - start):
+            old = rounded[:, :, start + index].clone()
+            new = grid.round(old - slopes[:, :, index] / hessian[:, index, index, None])
+            slopes.add_((new - old)[:, :, None] * hessian[:, index, None])
+            rounded[:, :, start + index] = new
+
+
+@dataclass(frozen=True)
+class LowRankProblem:
+    """Weights to round by few samples: the Hessian is samples' samples + damping x identity, and is never formed.
+
+    Args:
+        weight: float64 [groups, channels, K].
+        samples: centered inputs divided by the square root of their number, float64 [groups, N, K] with N below K.
+        damping: float64 [groups], above 0.
+    """
+
+    weight: Tensor
+    samples: Tensor
+    damping: Tensor
+
+    def gptq(self, grid: Grid) -> Tensor:
+        """Return the weights rounded by GPTQ, float64 [groups, channels, K].
+
+        For each block, the weights after it are eliminated: as they can still compensate for its errors, the block's
+        own metric is what is left of the Hessian (its Schur complement), by the matrix inversion lemma in N dimensions.
+        """
+        samples, damping = self.samples, self.damping[:, None, None]
+        identity = torch.eye(samples.shape[1], dtype=samples.dtype)
+        later = samples @ samples.mT + damping * identity  # of the samples' later weights
+        rounded = torch.empty_like(self.weight)
+        output_errors = self.weight.new_zeros(*self.weight.shape[:2], samples.shape[1])
+        for start, stop in _blocks(self.weight, _LOW_RANK_BLOCK):
+            block = samples[:, :, start:stop]
+            later = later - block @ block.mT
+            left = torch.cholesky_solve(damping * block, torch.linalg.cholesky(later))
+            hessian = block.mT @ left + damping * torch.eye(stop - start, dtype=samples.dtype)
+            compensation = torch.linalg.solve(hessian, (output_errors @ left).mT).mT
+            weight = self.weight[:, :, start:stop]
+            rounded[:, :, start:stop] = RoundingProblem(weight - compensation, hessian).gptq(grid)
+            output_errors = output_errors + (rounded[:, :, start:stop] - weight) @ block.mT
+        return rounded
+
+
+def _blocks(weight: Tensor, size: int) -> Iterator[tuple[int, int]]:
+    """Yield both ends of each block of ``size`` weights per channel."""
+    count = weight.shape[2]
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
+
+
+def _shares(hessian: Tensor) -> Tensor:
+    """Return the share of each weight's error that later weights compensate, [groups, K, K].
+
+    Rows are the rounded weights, columns the later ones.
+
+    With U upper triangular and U U^T = H, this is U with each column divided by its diagonal element; the upper
+    triangle is valid. If float32 errors outweigh the damping of H, it grows until H is positive definite.
+    """
+    damping = _RETRIED_DAMPING * hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(1, 2))
+        if not failed.any():
+            upper = lower.flip(1, 2)
+            return cast(Tensor, upper / upper.diagonal(dim1=1, dim2=2)[:, None, :])
+        hessian = hessian + torch.diag_embed(damping[:, None].expand(hessian.shape[:2]))
+        damping = 4 * damping
