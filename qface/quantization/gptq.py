@@ -50,7 +50,7 @@ _SCALE_FACTORS = torch.linspace(0.6, 1.2, 13).tolist()  # of the scale that roun
 
 
 class _Statistics(Protocol):
-    """What a layer's inputs tell about the errors of its weights."""
+    """Statistics of a layer's inputs, by which its weights are rounded."""
 
     def add(self, values: Tensor) -> None:
         """Add patches ``values`` [groups, M, K]."""
