@@ -52,6 +52,9 @@ _SCALE_FACTORS = torch.linspace(0.6, 1.2, 13).tolist()  # of the scale that roun
 class _Statistics(Protocol):
     """Statistics of a layer's inputs, by which its weights are rounded."""
 
+    def wanted(self, images: int) -> int:
+        """Return the maximum number of patches to draw from a batch of ``images`` images."""
+
     def add(self, values: Tensor) -> None:
         """Add patches ``values`` [groups, M, K]."""
 
@@ -78,6 +81,10 @@ class _Moments:
         """Return moments of no patches."""
         zeros = torch.zeros(groups, weights, weights, dtype=torch.float64)
         return cls(0, zeros[:, 0].clone(), zeros)
+
+    def wanted(self, images: int) -> int:
+        """Return the maximum number of patches to draw from a batch."""
+        return _VALUES // self.sums.numel()
 
     def add(self, values: Tensor) -> None:
         """Add patches ``values`` [groups, M, K]; products within a batch are float32, which is twice as fast."""
@@ -122,10 +129,17 @@ class _Samples:
         """Return no patches."""
         return cls(torch.empty(groups, 0, weights))
 
+    def wanted(self, images: int) -> int:
+        """Return the maximum number of patches to draw from a batch, 0 if there are enough."""
+        return 2 * images if self._room else 0
+
     def add(self, values: Tensor) -> None:
         """Add patches ``values`` [groups, M, K], as long as there are few."""
-        room = _MAX_SAMPLES - self.patches.shape[1]
-        self.patches = torch.cat([self.patches, values[:, :room]], 1)
+        self.patches = torch.cat([self.patches, values[:, : self._room]], 1)
+
+    @property
+    def _room(self) -> int:
+        return _MAX_SAMPLES - self.patches.shape[1]
 
     def round(self, layer: Any, weight: Tensor) -> Tensor:
         """Return ``weight`` [groups, channels, K] rounded."""
@@ -172,18 +186,18 @@ class HessianCollector:
     def _observe(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.ndim not in (2, 4) or (isinstance(layer, nn.Linear) and output.ndim != 2):
             return  # a linear layer over the positions of a sequence or map
-        height, width = as_map(output).shape[2:]
-        groups, size, kind = _groups(layer), self._modules[name].weight[0].numel(), self._kind(name)
-        number = _VALUES // (groups * size) if kind is _Moments else 2 * len(output)
-        positions = Positions.drawn(len(output), height, width, number, self._generator)
-        found = patches(cast(Layer, layer), inputs[0].detach().cpu(), positions)
-        values = found.view(-1, groups, size).transpose(0, 1)  # [groups, M, K]
+        groups, size = _shape(layer)
         if name not in self._statistics:
-            self._statistics[name] = kind.none(groups, size)
-        self._statistics[name].add(values)
+            self._statistics[name] = self._kind(name).none(groups, size)
+        statistics, (height, width) = self._statistics[name], as_map(output).shape[2:]
+        wanted = statistics.wanted(len(output))
+        positions = Positions.drawn(len(output), height, width, wanted, self._generator)
+        if wanted:
+            found = patches(cast(Layer, layer), inputs[0].detach().cpu(), positions)
+            statistics.add(found.view(-1, groups, size).transpose(0, 1))
 
     def _kind(self, name: str) -> type[_Moments | _Samples]:
-        return _Moments if self._modules[name].weight[0].numel() <= _MAX_WEIGHTS else _Samples
+        return _Moments if _shape(self._modules[name])[1] <= _MAX_WEIGHTS else _Samples
 
     @torch.no_grad()
     def round_weights(self, name: str) -> None:
@@ -196,7 +210,8 @@ class HessianCollector:
         """
         statistics, layer = self._statistics.pop(name, None), self._modules[name]
         if statistics is not None:
-            weight = layer.weight.detach().cpu().double().reshape(_groups(layer), -1, layer.weight[0].numel())
+            groups, size = _shape(layer)
+            weight = layer.weight.detach().cpu().double().reshape(groups, -1, size)
             layer.weight.copy_(statistics.round(layer, weight).view_as(layer.weight))
 
     def state(self) -> dict[str, Any]:
@@ -210,8 +225,9 @@ class HessianCollector:
         self._statistics = {name: self._kind(name)(**each) for name, each in state["statistics"].items()}
 
 
-def _groups(layer: nn.Module) -> int:
-    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+def _shape(layer: Any) -> tuple[int, int]:
+    """Return the number of groups and of weights per output channel."""
+    return layer.groups if isinstance(layer, nn.Conv2d) else 1, layer.weight[0].numel()
 
 
 def _mean(diagonal: Tensor) -> Tensor:
@@ -233,7 +249,7 @@ def _restored(rows: Tensor, order: Tensor) -> Tensor:
 def _grid(layer: Any) -> Grid:
     """Return the grid of a layer's weights."""
     quantizer: LSQFakeQuantize = layer.weight_fake_quant
-    scale = quantizer.exact_scale().cpu().double().view(_groups(layer), -1)
+    scale = quantizer.exact_scale().cpu().double().view(_shape(layer)[0], -1)
     return Grid(scale, quantizer.quant_min, quantizer.quant_max)
 
 
