@@ -18,6 +18,7 @@ from qface.choices import TargetName
 from qface.cli import main
 from qface.deployment import LayerAgreement
 from qface.errors import ExportError, ImagesError
+from qface.graph.queries import layer_of
 from qface.preprocessing import Preprocessing, with_preprocessing
 from tests.deployment.networks import calibrated, framed
 from tests.networks import random_faces, tiny_face_net
@@ -88,6 +89,29 @@ def test_a_rounding_is_forgiven_where_floats_are_rounded() -> None:
     assert not replace(layer, exact=True).agrees
     assert not replace(layer, different=11).agrees
     assert not replace(layer, max_difference=2).agrees
+
+
+def test_integers_near_a_tie_are_forgiven_where_floats_are_rounded() -> None:
+    """Many pixels may have one value, which then round differently together."""
+    layer = LayerAgreement("a", "Quantize", 8, 10_000, 300, 1, (0, 255), exact=False, near_ties=295)
+    assert layer.agrees
+    assert not replace(layer, near_ties=280).agrees
+    assert not replace(layer, max_difference=2).agrees
+    assert not replace(layer, exact=True).agrees
+
+
+def test_values_near_a_tie_are_counted(tmp_path: Path) -> None:
+    """A float layer that is a little off, less than a thousandth of a step, rounds only values at ties differently."""
+    student = calibrated(framed(lambda: nn.Sequential(nn.GroupNorm(8, 8), nn.Conv2d(8, 8, 1))), 8)
+    qface.export(student, tmp_path / "net.onnx")
+    (node,) = [node for node in student.graph.nodes if isinstance(layer_of(node), nn.GroupNorm)]
+    (quantizer,) = node.users
+    step = float(layer_of(quantizer).qparams().scale)
+    layer_of(node).bias.data.add_(8e-4 * step)
+    found = qface.verify(student, tmp_path / "net.onnx", random_faces(8))
+    different = [layer for layer in found.layers if layer.different]
+    assert different
+    assert all(layer.near_ties == layer.different for layer in different)
 
 
 def test_too_many_integers_are_found(student: fx.GraphModule, file: Path) -> None:
