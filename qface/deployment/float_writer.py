@@ -121,7 +121,7 @@ class _FloatWriter(NodeCollector):
         (source,) = operation.inputs
         weight, rank = operation.weight, operation.weight.integers.ndim
         name = f"{operation.name}.weight"
-        self.weights.add(name, weight.integers, weight.bits)
+        self.weights.add(name, weight)
         scale = self.constant(f"{name}_scale", weight.scale)
         column = self.constant(f"column_{rank}", np.array([-1, *(1,) * (rank - 1)]))
         inputs = [self.as_number(source), self._dequantized(name, self.node("Reshape", [scale, column]))]

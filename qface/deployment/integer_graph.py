@@ -94,11 +94,33 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """Signed integers of ``bits`` bits with one ``scale`` per slice of dimension 0 and zero point 0."""
+    """Signed integers with one scale per slice of dimension 0, a channel, and zero point 0.
+
+    Args:
+        integers: int8 [C, ...], ``stride * q + offset`` with a signed q of ``bits`` bits.
+        scale: float32 [C].
+        bits: 2 to 8.
+        offset: int8 [C]; None for zeros.
+        stride: 1 or 2.
+    """
 
     integers: Int8
     scale: Float32
     bits: int
+    offset: Int8 | None = None
+    stride: int = 1
+
+    @property
+    def codes(self) -> Int8:
+        """The q that are stored."""
+        integers = self.integers.astype(np.int16) - (0 if self.offset is None else self.column)
+        return (integers // self.stride).astype(np.int8)
+
+    @property
+    def column(self) -> Int8:
+        """The offsets in a shape that broadcasts against the integers."""
+        assert self.offset is not None
+        return self.offset.reshape(-1, *(1,) * (self.integers.ndim - 1))
 
 
 @dataclass(frozen=True)

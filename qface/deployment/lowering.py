@@ -229,8 +229,6 @@ class _Lowering:
             raise ExportError(
                 f"the input of layer {node.target!r} is not quantized; quantize the network again with qface.quantize"
             )
-        quantizer = layer.weight_fake_quant
-        weight = ir.Weight(_int8(quantizer.integers(layer.weight)), _float32(quantizer.exact_scale()), quantizer.bits)
         integers = layer.bias_integers()
         bias = None if integers is None else integers.to(torch.int32).cpu().numpy()
         clamp = self._clamp_after(node)
@@ -238,7 +236,7 @@ class _Lowering:
             "name": str(node.target),
             "inputs": (source,),
             "output": self._output(node, clamp),
-            "weight": weight,
+            "weight": _weight(layer),
             "bias": bias,
             "clamp": _limits(clamp),
         }
@@ -411,6 +409,13 @@ def _qparams_of(layer: Quantizer, node: fx.Node) -> ir.TensorQParams:
 
 def _limits(clamp: fx.Node | None) -> ir.Clamp | None:
     return None if clamp is None else limits_of(cast(nn.Module, layer_of(clamp)))
+
+
+def _weight(layer: QuantizedConv2d | QuantizedLinear) -> ir.Weight:
+    quantizer = layer.weight_fake_quant
+    offset = _int8(quantizer.offset) if bool(quantizer.offset.any()) else None
+    integers, scale = _int8(quantizer.integers(layer.weight)), _float32(quantizer.exact_scale())
+    return ir.Weight(integers, scale, quantizer.bits, offset, int(quantizer.stride))
 
 
 def _int8(integers: Tensor) -> ir.Int8:

@@ -189,7 +189,7 @@ class _Writer(NodeCollector):
         assert source.qparams is not None
         weight = operation.weight
         name = f"{operation.name}.weight"
-        self.weights.add(name, weight.integers, weight.bits)
+        self.weights.add(name, weight)
         scale = self.constant(f"{name}_scale", weight.scale)
         # Only for images: after another integer convolution, onnxruntime 1.31 moves the Pad past it and fails.
         if source.name in self._images and _takes_three_channels(operation):

@@ -1,6 +1,6 @@
 """Weight storage in an ONNX file: int8 tensors, or packed bits that standard operators unpack.
 
-The writer adds the integers of every weight tensor to a weight format under a name. At the end the format returns the
+The writer adds every weight tensor to a weight format under a name. At the end the format returns the
 initializers and nodes that provide int8 tensors of these names.
 """
 
@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qface.checks import check_choice
-from qface.deployment.integer_graph import Int8
+from qface.deployment.integer_graph import Weight
 from qface.deployment.packing import Place, offset, pack, places
 
 __all__ = ["WEIGHT_FORMATS", "Int8Format", "PackedFormat", "WeightFormat", "make_weight_format"]
@@ -24,8 +24,8 @@ __all__ = ["WEIGHT_FORMATS", "Int8Format", "PackedFormat", "WeightFormat", "make
 class WeightFormat(Protocol):
     """Interface of the ONNX writers to a weight storage."""
 
-    def add(self, name: str, integers: Int8, bits: int) -> None:
-        """Store ``integers`` of ``bits`` bits under ``name``."""
+    def add(self, name: str, weight: Weight) -> None:
+        """Store the integers of ``weight`` under ``name``."""
 
     def contents(self) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
         """Return initializers and nodes, to be placed before all other nodes."""
@@ -37,9 +37,9 @@ class Int8Format:
     def __init__(self) -> None:
         self._initializers: list[onnx.TensorProto] = []
 
-    def add(self, name: str, integers: Int8, bits: int) -> None:
-        """Store ``integers`` under ``name``; ``bits`` is ignored."""
-        self._initializers.append(numpy_helper.from_array(integers, name))
+    def add(self, name: str, weight: Weight) -> None:
+        """Store the integers of ``weight`` under ``name``."""
+        self._initializers.append(numpy_helper.from_array(weight.integers, name))
 
     def contents(self) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
         """Return initializers only."""
@@ -49,24 +49,25 @@ class Int8Format:
 class PackedFormat:
     """Weight storage in packed buffers, shared by tensors of equal bits (:mod:`qface.deployment.packing`).
 
-    A dozen nodes unpack a buffer, and a Split gives each layer its weights. onnxruntime folds them to constants at load
-    time, so they cost nothing at run time. Load time depends on memory traffic rather than arithmetic, because
-    onnxruntime copies every intermediate result and keeps it to the end. Hence all nodes work on bytes, most of them on
-    single runs, and large networks have several buffers: large results get fresh pages, small ones reuse memory.
+    A dozen nodes unpack a buffer, a Split gives each layer its weights, and an Add its offsets. onnxruntime folds them
+    to constants at load time, so they cost nothing at run time. Load time depends on memory traffic rather than
+    arithmetic, because onnxruntime copies every intermediate result and keeps it to the end. Hence all nodes work on
+    bytes, most of them on single runs, and large networks have several buffers: large results get fresh pages, small
+    ones reuse memory.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[int, list[_Weight]] = defaultdict(list)
+        self._groups: dict[tuple[int, int], list[_NamedWeight]] = defaultdict(list)
 
-    def add(self, name: str, integers: Int8, bits: int) -> None:
-        """Store ``integers`` of ``bits`` bits under ``name``."""
-        self._groups[bits].append((name, integers))
+    def add(self, name: str, weight: Weight) -> None:
+        """Store the integers of ``weight`` under ``name``."""
+        self._groups[weight.bits, weight.stride].append((name, weight))
 
     def contents(self) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
         """Return the planes of each buffer and the nodes that unpack them."""
         unpackers = [
-            _Unpacker(f"w{bits}.{number}" if number else f"w{bits}", bits, weights)
-            for bits, group in sorted(self._groups.items())
+            _Unpacker(_prefix(bits, stride, number), bits, stride, weights)
+            for (bits, stride), group in sorted(self._groups.items())
             for number, weights in enumerate(_buffers(group))
         ]
         initializers = [tensor for unpacker in unpackers for tensor in unpacker.initializers]
@@ -74,17 +75,22 @@ class PackedFormat:
 
 
 _BYTE = 8
-_Weight = tuple[str, Int8]
+_NamedWeight = tuple[str, Weight]
 _BUFFER = 1 << 23
 """Maximum number of integers per buffer; a single layer with more gets its own."""
 
 
-def _buffers(weights: list[_Weight]) -> list[list[_Weight]]:
+def _prefix(bits: int, stride: int, number: int) -> str:
+    """Return the prefix of a buffer's names; ``number`` counts the buffers of equal bits and stride."""
+    return f"w{bits}" + ("x2" if stride == 2 else "") + (f".{number}" if number else "")
+
+
+def _buffers(weights: list[_NamedWeight]) -> list[list[_NamedWeight]]:
     """Split ``weights`` into buffers in order."""
-    buffers: list[list[_Weight]] = []
+    buffers: list[list[_NamedWeight]] = []
     room = 0
     for weight in weights:
-        size = weight[1].size
+        size = weight[1].integers.size
         if not buffers or size > room:
             buffers.append([])
             room = _BUFFER
@@ -102,15 +108,17 @@ class _Unpacker:
     onnxruntime wraps and other runtimes saturate.
     """
 
-    def __init__(self, prefix: str, bits: int, weights: list[_Weight]) -> None:
+    def __init__(self, prefix: str, bits: int, stride: int, weights: list[_NamedWeight]) -> None:
         self.initializers: list[onnx.TensorProto] = []
         self.nodes: list[onnx.NodeProto] = []
         self._prefix = prefix
-        planes = pack(np.concatenate([integers.reshape(-1) for _, integers in weights]), bits)
+        planes = pack(np.concatenate([weight.codes.reshape(-1) for _, weight in weights]), bits)
         width = bits // len(planes)
         names = [self._constant(f"plane{place * width}", plane) for place, plane in enumerate(planes)]
         runs = [self._run(names, place, bits) for place in places(bits)]
-        self._split(self._signed(self._node("Concat", runs, axis=0), bits), len(runs) * planes.shape[1], weights)
+        codes = self._signed(self._node("Concat", runs, axis=0), bits)
+        strided = codes if stride == 1 else self._node("Add", [codes, codes])
+        self._split(strided, len(runs) * planes.shape[1], weights)
 
     def _run(self, planes: list[str], place: Place, bits: int) -> str:
         """Unpack the integers of one run, uint8."""
@@ -144,17 +152,22 @@ class _Unpacker:
             return signed
         return self._node("Sub", [signed, self._constant("offset", np.array([offset(bits)], np.int8))])
 
-    def _split(self, signed: str, count: int, weights: list[_Weight]) -> None:
-        """Split ``count`` integers into the layers' weights and the padding of the last run."""
-        parts = {f"{name}_flat": integers.size for name, integers in weights}
+    def _split(self, integers: str, count: int, weights: list[_NamedWeight]) -> None:
+        """Split ``count`` integers into the layers' weights and the padding of the last run; add the offsets."""
+        parts = {f"{name}_flat": weight.integers.size for name, weight in weights}
         rest = count - sum(parts.values())
         if rest:
             parts[f"{self._prefix}_rest"] = rest
         lengths = self._constant("sizes", np.array(list(parts.values())))
-        self.nodes.append(helper.make_node("Split", [signed, lengths], list(parts), axis=0))
-        for name, integers in weights:
-            shape = self._constant("shape_" + "x".join(map(str, integers.shape)), np.array(integers.shape))
-            self.nodes.append(helper.make_node("Reshape", [f"{name}_flat", shape], [name]))
+        self.nodes.append(helper.make_node("Split", [integers, lengths], list(parts), axis=0))
+        for name, weight in weights:
+            dims = weight.integers.shape
+            shape = self._constant("shape_" + "x".join(map(str, dims)), np.array(dims))
+            shaped = name if weight.offset is None else f"{name}_centered"
+            self.nodes.append(helper.make_node("Reshape", [f"{name}_flat", shape], [shaped]))
+            if weight.offset is not None:
+                self.initializers.append(numpy_helper.from_array(weight.column, f"{name}_offset"))
+                self.nodes.append(helper.make_node("Add", [shaped, f"{name}_offset"], [name]))
 
     def _constant(self, name: str, value: npt.NDArray[Any]) -> str:
         name = f"{self._prefix}_{name}"

@@ -43,7 +43,8 @@ from qface.provenance import provenance_of, with_provenance, written_provenance
 __all__ = ["MODEL_NAMES", "check_model_file", "load", "save"]
 
 FORMAT = "qface"
-FORMAT_VERSION = "4"
+FORMAT_VERSION = "5"
+_READ_VERSIONS = ("4", FORMAT_VERSION)  # format 4 has no offsets of weights
 _SUFFIX = ".safetensors"
 
 MODEL_NAMES = ("mobilefacenet", "mbf", *(f"iresnet{depth}" for depth in IRESNET_BLOCKS))
@@ -160,7 +161,7 @@ def _from_own_format(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | Path, size: tuple[int, int]
 ) -> nn.Module:
     version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in _READ_VERSIONS:
         raise CheckpointError(_other_version(path, version))
     try:
         with named(path):

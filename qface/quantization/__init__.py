@@ -2,7 +2,12 @@
 
 from qface.quantization.calibrate import calibrate, scale_parameters, set_observers
 from qface.quantization.calibration_config import CalibrationConfig
-from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
+from qface.quantization.fake_quantize import (
+    ImageFakeQuantize,
+    LSQFakeQuantize,
+    SharedScaleFakeQuantize,
+    WeightFakeQuantize,
+)
 from qface.quantization.observers import (
     MinMaxObserver,
     MovingAverageObserver,
@@ -45,6 +50,7 @@ __all__ = [
     "RangeObserver",
     "Role",
     "SharedScaleFakeQuantize",
+    "WeightFakeQuantize",
     "activation_bits",
     "calibrate",
     "inspect",

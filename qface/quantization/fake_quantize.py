@@ -16,9 +16,17 @@ from qface.quantization.exact_scales import ExactScale, ExactWeightScale
 from qface.quantization.kernels import quantize_affine
 from qface.quantization.lsq import Bound, lsq_fake_quantize, lsq_fake_quantize_prelu
 from qface.quantization.observers import make_observer
-from qface.quantization.qparams import QUINT8_MAX, IntegerRange, QParams
+from qface.quantization.qparams import QUINT8_MAX, SAFE_WEIGHT, IntegerRange, QParams
 
-__all__ = ["NOT_CALIBRATED", "ImageFakeQuantize", "LSQFakeQuantize", "SharedScaleFakeQuantize", "quantizers"]
+__all__ = [
+    "NOT_CALIBRATED",
+    "ImageFakeQuantize",
+    "LSQFakeQuantize",
+    "SharedScaleFakeQuantize",
+    "WeightFakeQuantize",
+    "offset_range",
+    "quantizers",
+]
 
 NOT_CALIBRATED = (
     "this student is not calibrated: run qface calibrate STUDENT --images FACES -o FILE, or call "
@@ -230,6 +238,89 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         qparams, shape = self.qparams(), self._shape(x)
         zero_point = qparams.zero_point.view(shape) if self.num_zero_points == 1 else along_channels(self.zero_point, x)
         return qparams._replace(scale=qparams.scale.view(shape), zero_point=zero_point)
+
+
+class WeightFakeQuantize(LSQFakeQuantize):
+    """Learned step size quantization of a weight whose channels may have integers of their own.
+
+    A channel has the integers ``stride * q + offset``, with q a signed integer of ``bits`` bits. Files store q and the
+    offsets; kernels read the integers, with zero point 0. Offsets other than 0 suit channels whose weights are not
+    symmetric about 0, as many of depthwise convolutions, and an odd offset at stride 2 makes the levels symmetric,
+    without a level at 0 (mid-rise). :mod:`qface.quantization.weight_grids` chooses them.
+
+    Args:
+        bits: 2 to 8.
+        num_channels: number of output channels.
+        observer: name of the observer, see :class:`qface.quantization.QuantizationConfig`.
+        percentile: percentage of the values inside the range, for the observer ``"percentile"``.
+    """
+
+    offset: Tensor
+    stride: Tensor
+
+    def __init__(self, bits: int, num_channels: int, observer: str = "mse", percentile: float = 99.99) -> None:
+        super().__init__(bits, num_channels, observer, percentile)
+        self.register_buffer("offset", torch.zeros(num_channels, dtype=torch.int32))
+        self.register_buffer("stride", torch.ones(1, dtype=torch.int32))
+        self._mirror()
+
+    def _mirror(self) -> None:
+        super()._mirror()
+        self._stride = int(self.stride.item()) if "stride" in self._buffers else 1
+        self.has_offsets = self._stride > 1 or ("offset" in self._buffers and bool(self.offset.any()))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in ("offset", "stride"):  # files of format 4 have none
+            state_dict.setdefault(f"{prefix}{name}", self._buffers[name])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._stride not in (1, 2):
+            args[-1].append(f"{prefix}stride is neither 1 nor 2")
+            return
+        low, high = offset_range(self.bits, self._stride)
+        if not bool(((self.offset >= low) & (self.offset <= high)).all()):
+            args[-1].append(f"{prefix}offset is outside {low} to {high}")
+
+    def set_range(self) -> None:
+        """Set the scales from the observer, which knows no offsets; weights that have some keep their scales."""
+        if not self.has_offsets:
+            super().set_range()
+
+    def set_grid(self, scale: Tensor, offset: Tensor, stride: int) -> None:
+        """Set scales, float [C], offsets, int [C], and the stride, 1 or 2."""
+        self.offset.copy_(offset)
+        self.stride.fill_(stride)
+        self.set_qparams(scale, self.zero_point)
+
+    @torch.no_grad()
+    def integers(self, x: Tensor) -> Tensor:
+        """Quantize ``x`` [C, ...]; return the integers as floats of the same shape."""
+        shape, offset = self._shape(x), self.offset.view(self._shape(x))
+        codes = x.div(self.exact_scale().view(shape)).sub_(offset).div_(self._stride).round_()
+        return codes.clamp_(self.quant_min, self.quant_max).mul_(self._stride).add_(offset)
+
+    @torch.no_grad()
+    def _deployed(self, x: Tensor) -> Tensor:
+        return self.integers(x).mul_(self.exact_scale().view(self._shape(x)))
+
+    def fake_quantize(self, x: Tensor, low: Bound, high: Bound) -> Tensor:
+        """Fake-quantize ``x`` with this scale and signed integers of ``low`` to ``high``, strided and offset."""
+        if not self.has_offsets:
+            return super().fake_quantize(x, low, high)
+        scale = _with_gradient_times(self._grad_factor(x), self._learned_scale()).view(self._shape(x))
+        shift = scale * self.offset.view(self._shape(x))
+        return lsq_fake_quantize(x - shift, self._stride * scale, low, high, 1.0) + shift
+
+
+def _with_gradient_times(factor: float, values: Tensor) -> Tensor:
+    """Return ``values``, whose gradient is multiplied by ``factor``."""
+    return values + (factor - 1) * (values - values.detach())
+
+
+def offset_range(bits: int, stride: int) -> tuple[int, int]:
+    """Return the minimum and maximum offset of weights of ``bits`` bits, with which no integer exceeds its limit."""
+    integers = IntegerRange(bits, symmetric=True)
+    low, high = -SAFE_WEIGHT - stride * integers.quant_min, SAFE_WEIGHT - stride * integers.quant_max
+    return (low, high) if low <= 0 <= high else (0, 0)
 
 
 def quantizers(model: nn.Module) -> list[LSQFakeQuantize]:

@@ -2,7 +2,8 @@
 
 The weights of the largest inputs are rounded first, as by ``act_order`` in the code of GPTQ. Channels with few weights
 have little room for compensation, so more is tried there: several scales per channel, and coordinate descent after
-GPTQ. What has the smallest output error is kept.
+GPTQ. Grids that are symmetric about 0 compete with others (:mod:`qface.quantization.weight_grids`). What has the
+smallest output error is kept.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.models.patches import Layer, Positions, as_map, patches
-from qface.quantization.fake_quantize import LSQFakeQuantize
+from qface.quantization.fake_quantize import WeightFakeQuantize
 from qface.quantization.quantized_layers import WeightedLayer
+from qface.quantization.weight_grids import WeightGrid, weight_grids
 from qface.quantization.weight_rounding import Grid, LowRankProblem, RoundingProblem
 
 __all__ = ["HessianCollector"]
@@ -104,13 +106,18 @@ class _Moments:
         return upper.triu() + upper.triu(1).mT + torch.diag_embed(damping[:, None].expand(-1, size))
 
     def round(self, layer: Any, weight: Tensor) -> Tensor:
-        """Return ``weight`` [groups, channels, K] rounded; narrow channels may get other scales."""
+        """Return ``weight`` [groups, channels, K] rounded; the layer gets the grids with the smallest loss."""
         hessian = self.hessian()
-        order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        importance = hessian.diagonal(dim1=1, dim2=2)
+        order = importance.argsort(dim=1, descending=True, stable=True)
         hessian = _ordered(_ordered(hessian, order).mT, order)
         problem = RoundingProblem(_ordered(weight, order), hessian)
-        searching = weight.shape[2] <= _SEARCHED_WEIGHTS and layer.weight_fake_quant.observer == "mse"
-        rounded = _search_scales(layer, problem) if searching else problem.gptq(_grid(layer))
+        grids = _grids(layer, weight, importance)
+        if weight.shape[2] <= _SEARCHED_WEIGHTS and layer.weight_fake_quant.observer == "mse":
+            scaled = [replace(grid, scale=grid.scale * factor) for grid in grids for factor in _SCALE_FACTORS]
+            rounded = _best(layer, problem, scaled, descends=True)
+        else:
+            rounded = _best(layer, problem, grids, descends=False)
         return _restored(rounded, order)
 
 
@@ -149,6 +156,7 @@ class _Samples:
         order = variances.argsort(dim=1, descending=True, stable=True)
         samples = _ordered(centered, order) / count**0.5
         damping = (_PERCDAMP + _LOW_RANK_DAMPING * size / count) * _mean(variances)
+        _set_nearest(layer, weight, _grids(layer, weight, variances), variances)
         problem = LowRankProblem(_ordered(weight, order), samples, damping)
         return _restored(problem.gptq(_grid(layer)), order)
 
@@ -203,7 +211,8 @@ class HessianCollector:
     def round_weights(self, name: str) -> None:
         """Round the weights of a layer in place, and free its statistics.
 
-        The scales change too in layers of at most 576 weights per channel whose weight observer is ``"mse"``.
+        Where the weight observer is ``"mse"``, offsets change too in layers of at most 6 bits, and scales in those and
+        in layers of at most 576 weights per channel.
 
         Args:
             name: one of :attr:`layers`. A layer that was never observed keeps its weights.
@@ -246,30 +255,58 @@ def _restored(rows: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(rows).scatter_(2, order[:, None].expand_as(rows), rows)
 
 
+def _grids(layer: Any, weight: Tensor, importance: Tensor) -> list[WeightGrid]:
+    """Return the grids worth trying for ``weight`` [groups, channels, K]; ``importance`` is [groups, K]."""
+    rows = weight.flatten(0, 1)
+    return weight_grids(layer.weight_fake_quant, rows, importance.repeat_interleave(weight.shape[1], 0))
+
+
+def _set(layer: Any, grid: WeightGrid) -> Grid:
+    """Set the grid of a layer's weights, with scales that are large enough for its bias; return the exact levels."""
+    quantizer: WeightFakeQuantize = layer.weight_fake_quant
+    minimum = layer.minimum_weight_scale()
+    quantizer.set_grid(torch.maximum(grid.scale.to(minimum), minimum), grid.offset.to(minimum.device), grid.stride)
+    return _grid(layer)
+
+
 def _grid(layer: Any) -> Grid:
-    """Return the grid of a layer's weights."""
-    quantizer: LSQFakeQuantize = layer.weight_fake_quant
-    scale = quantizer.exact_scale().cpu().double().view(_shape(layer)[0], -1)
-    return Grid(scale, quantizer.quant_min, quantizer.quant_max)
+    """Return the levels of a layer's weights."""
+    quantizer: WeightFakeQuantize = layer.weight_fake_quant
+    shape = (_shape(layer)[0], -1)
+    scale, offset = quantizer.exact_scale().cpu().double().view(shape), quantizer.offset.cpu().double().view(shape)
+    return Grid(scale, offset, int(quantizer.stride), quantizer.quant_min, quantizer.quant_max)
 
 
-def _search_scales(layer: Any, problem: RoundingProblem) -> Tensor:
-    """Set the scale of each channel to the candidate with the smallest loss; return the weights rounded with it.
+def _best(layer: Any, problem: RoundingProblem, grids: list[WeightGrid], descends: bool) -> Tensor:
+    """Give each channel the one of ``grids`` with the smallest loss; return the weights rounded to it.
 
-    All candidates are rounded at once, as if each were a channel.
+    All grids are tried at once, as if each were a channel.
     """
-    scale, minimum = layer.weight_fake_quant.scale, layer.minimum_weight_scale()
-    candidates = [torch.maximum(scale * factor, minimum) for factor in _SCALE_FACTORS]
-    grids = []
-    for candidate in candidates:
-        scale.copy_(candidate)
-        grids.append(_grid(layer))
+    groups, channels, _ = problem.weight.shape
+    levels = [_set(layer, grid) for grid in grids]
     together = problem.repeated(len(grids))
-    grid = replace(grids[0], scale=torch.cat([grid.scale for grid in grids], 1))
-    rounded = together.descend(together.gptq(grid), grid)
-    groups, channels, size = problem.weight.shape
-    best = together.losses(rounded).view(groups, -1, channels).argmin(1, keepdim=True)  # [groups, 1, channels]
-    stacked = torch.stack(candidates).view(-1, groups, channels).transpose(0, 1)
-    scale.copy_(stacked.gather(1, best.to(scale.device)).view_as(scale))
-    chosen = best[..., None].expand(groups, 1, channels, size)
-    return rounded.view(groups, -1, channels, size).gather(1, chosen)[:, 0]
+    joined = replace(
+        levels[0],
+        scale=torch.cat([each.scale for each in levels], 1),
+        offset=torch.cat([each.offset for each in levels], 1),
+    )
+    rounded = together.gptq(joined)
+    if descends:
+        rounded = together.descend(rounded, joined)
+    best = together.losses(rounded).view(groups, -1, channels).argmin(1)  # [groups, channels]
+    _set(layer, _chosen(grids, best.flatten()))
+    channel = best * channels + torch.arange(channels)
+    return rounded.gather(1, channel[..., None].expand_as(problem.weight))
+
+
+def _set_nearest(layer: Any, weight: Tensor, grids: list[WeightGrid], importance: Tensor) -> None:
+    """Give each channel the one of ``grids`` that rounds ``weight`` to the nearest levels best."""
+    errors = [((_set(layer, grid).round_all(weight) - weight).square() * importance[:, None]).sum(2) for grid in grids]
+    _set(layer, _chosen(grids, torch.stack(errors).argmin(0).flatten()))
+
+
+def _chosen(grids: list[WeightGrid], best: Tensor) -> WeightGrid:
+    """Return the grid that takes each channel, of all groups, from ``grids[best[channel]]``; all have one stride."""
+    channel = torch.arange(len(best))
+    scale, offset = torch.stack([grid.scale for grid in grids]), torch.stack([grid.offset for grid in grids])
+    return replace(grids[0], scale=scale[best, channel], offset=offset[best, channel])

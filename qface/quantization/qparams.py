@@ -10,10 +10,13 @@ from torch import Tensor
 
 from qface.quantization.quantization_config import check_bits
 
-__all__ = ["QUINT8_MAX", "IntegerRange", "QParams", "shifts"]
+__all__ = ["QUINT8_MAX", "SAFE_WEIGHT", "IntegerRange", "QParams", "shifts"]
 
 QUINT8_MAX = 255
 """Maximum integer of an activation, which is stored as uint8 whatever its bits."""
+SAFE_WEIGHT = 64
+"""Maximum magnitude of a weight of fewer than 8 bits: two products with a uint8 then fit into int16, in which
+processors without VNNI add them."""
 
 
 class QParams(NamedTuple):

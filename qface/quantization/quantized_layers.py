@@ -17,7 +17,12 @@ from torch import Tensor, fx, nn
 from qface.graph.layers import ChannelAffine, along_channels
 from qface.graph.queries import layer_of
 from qface.quantization.exact_scales import exact_weight_scale
-from qface.quantization.fake_quantize import ImageFakeQuantize, LSQFakeQuantize, SharedScaleFakeQuantize
+from qface.quantization.fake_quantize import (
+    ImageFakeQuantize,
+    LSQFakeQuantize,
+    SharedScaleFakeQuantize,
+    WeightFakeQuantize,
+)
 from qface.quantization.kernels import accumulate, requantize
 from qface.quantization.lsq import prelu
 from qface.quantization.qparams import shifts
@@ -116,7 +121,7 @@ class _QuantizedMatmul(nn.Module):
 
     weight: Any
     bias: Any
-    weight_fake_quant: LSQFakeQuantize
+    weight_fake_quant: WeightFakeQuantize
     quant_context = QuantContext()
 
     # Saving a graph needs the constructor arguments back; the quantizer has them.
@@ -239,7 +244,7 @@ class QuantizedConv2d(_QuantizedMatmul, nn.Conv2d):
         self, *args: Any, weight_bits: int = 8, weight_observer: str = "mse", percentile: float = 99.99, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.weight_fake_quant = LSQFakeQuantize(weight_bits, self.out_channels, weight_observer, percentile)
+        self.weight_fake_quant = WeightFakeQuantize(weight_bits, self.out_channels, weight_observer, percentile)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve ``x`` with ``weight`` and add ``bias``."""
@@ -285,7 +290,7 @@ class QuantizedLinear(_QuantizedMatmul, nn.Linear):
         percentile: float = 99.99,
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        self.weight_fake_quant = LSQFakeQuantize(weight_bits, out_features, weight_observer, percentile)
+        self.weight_fake_quant = WeightFakeQuantize(weight_bits, out_features, weight_observer, percentile)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply ``x`` by the transposed ``weight`` and add ``bias``."""

@@ -25,21 +25,33 @@ _RETRIED_DAMPING = 1e-3  # of mean(diag(H)), where float32 errors outweigh the d
 
 @dataclass(frozen=True)
 class Grid:
-    """Multiples of a scale per channel.
+    """Levels of each channel: ``scale * (stride * q + offset)`` for integers q in a range.
 
     Args:
         scale: float64 [groups, channels].
-        quant_min: minimum integer.
-        quant_max: maximum integer.
+        offset: float64 [groups, channels].
+        stride: 1 or 2.
+        quant_min: minimum q.
+        quant_max: maximum q.
     """
 
     scale: Tensor
+    offset: Tensor
+    stride: int
     quant_min: int
     quant_max: int
 
     def round(self, values: Tensor) -> Tensor:
-        """Round ``values`` [groups, channels] to the nearest multiples."""
-        return (values / self.scale).round().clamp_(self.quant_min, self.quant_max) * self.scale
+        """Round ``values`` [groups, channels] to the nearest levels."""
+        return self._round(values, self.scale, self.offset)
+
+    def round_all(self, weight: Tensor) -> Tensor:
+        """Round ``weight`` [groups, channels, K] to the nearest levels."""
+        return self._round(weight, self.scale[..., None], self.offset[..., None])
+
+    def _round(self, values: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        codes = (values / scale).sub_(offset).div_(self.stride).round_()
+        return codes.clamp_(self.quant_min, self.quant_max).mul_(self.stride).add_(offset).mul_(scale)
 
 
 @dataclass(frozen=True)

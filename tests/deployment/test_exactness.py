@@ -20,7 +20,8 @@ from qface.data.folders import ImageFolder
 from qface.deployment import OnnxEmbedder
 from qface.graph.capture import capture
 from qface.preprocessing import Preprocessing, preprocessing_of, with_preprocessing
-from qface.quantization.fake_quantize import quantizers
+from qface.quantization.fake_quantize import offset_range, quantizers
+from qface.quantization.quantized_layers import WeightedLayer
 from tests.deployment.integers import assert_exact, compare, optimized_operators
 from tests.deployment.networks import (
     CHANNELS,
@@ -136,6 +137,20 @@ def with_drawn_zero_points(student: fx.GraphModule, seed: int = 0) -> fx.GraphMo
         zero_point = torch.randint(low, high + 1, quantizer.zero_point.shape, generator=generator)
         quantizer.set_qparams(quantizer.scale.detach(), zero_point)
     return student if found else None
+
+
+@pytest.mark.parametrize("bits", [bits for bits in BITS if bits < 8])
+@pytest.mark.parametrize("body", EXACT)
+def test_every_integer_is_equal_with_offsets_of_weights(body: str, bits: int, tmp_path: Path) -> None:
+    student = calibrated(captured(body), bits)
+    generator = torch.Generator().manual_seed(0)
+    for layer in student.modules():
+        if isinstance(layer, WeightedLayer):
+            quantizer = layer.weight_fake_quant
+            low, high = offset_range(bits, stride=2)
+            offset = torch.randint(low, high + 1, quantizer.offset.shape, generator=generator)
+            quantizer.set_grid(quantizer.scale.detach(), offset, stride=2)
+    assert_exact(student, tmp_path / "net.onnx")
 
 
 @cache

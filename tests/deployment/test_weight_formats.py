@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper
 
 from qface.choices import WeightFormatName
+from qface.deployment.integer_graph import Weight
 from qface.deployment.nodes import IR_VERSION, OPSET
-from qface.deployment.weight_formats import WEIGHT_FORMATS, make_weight_format
+from qface.deployment.weight_formats import WEIGHT_FORMATS, WeightFormat, make_weight_format
+from qface.quantization.fake_quantize import offset_range
 
 Weights = dict[str, npt.NDArray[np.int8]]
 
@@ -29,7 +31,12 @@ def stored(weight_format: str, bits: dict[str, int], integers: Weights) -> Model
     """A model that gives ``integers`` back out of ``weight_format``."""
     content = make_weight_format(weight_format)
     for name, values in integers.items():
-        content.add(name, values, bits[name])
+        content.add(name, Weight(values, np.ones(len(values), np.float32), bits[name]))
+    return model_of(content, integers)
+
+
+def model_of(content: WeightFormat, integers: Weights) -> ModelProto:
+    """A model that gives ``integers`` back out of ``content``."""
     initializers, nodes = content.contents()
     outputs = [
         helper.make_tensor_value_info(f"{name}_out", TensorProto.INT8, values.shape)
@@ -56,6 +63,29 @@ def test_every_choice_has_a_format() -> None:
 def test_onnxruntime_finds_every_integer(weight_format: str, bits: int) -> None:
     integers = weights(bits, (64, 32, 3, 3), (7, 5, 1, 1), (16, 1, 3, 3), (13, 11))
     assert_given_back(stored(weight_format, dict.fromkeys(integers, bits), integers), integers)
+
+
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+@given(
+    bits=st.integers(2, 6),
+    stride=st.integers(1, 2),
+    shape=st.sampled_from([(6, 4), (5, 3, 3, 3), (1, 1, 1, 1)]),
+    seed=st.integers(0, 2**16),
+)
+def test_onnxruntime_finds_integers_with_strides_and_offsets(
+    weight_format: str, bits: int, stride: int, shape: tuple[int, ...], seed: int
+) -> None:
+    low, high = offset_range(bits, stride) if bits < 6 or stride == 1 else (0, 0)
+    random = np.random.default_rng(seed)
+    offset = random.integers(low, high, shape[0], np.int8, endpoint=True)
+    codes = weights(bits, shape)["layer0.weight"]
+    integers = stride * codes + offset.reshape(-1, *(1,) * (len(shape) - 1))
+    weight = Weight(integers, np.ones(len(codes), np.float32), bits, offset, stride)
+    np.testing.assert_array_equal(weight.codes, codes)
+    content = make_weight_format(weight_format)
+    content.add("odd", weight)
+    content.add("plain", Weight(codes, np.ones(len(codes), np.float32), bits))
+    assert_given_back(model_of(content, {"odd": integers, "plain": codes}), {"odd": integers, "plain": codes})
 
 
 @given(st.lists(st.tuples(st.integers(2, 8), st.integers(1, 40)), min_size=1, max_size=4))

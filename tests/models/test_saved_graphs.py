@@ -491,7 +491,7 @@ def test_strings_in_arguments_stay_strings(
 @pytest.mark.parametrize(
     "entries",
     [
-        {"format_version": "5"},
+        {"format_version": "6"},
         {"format_version": ""},
         {"graph": "no json"},
         {"graph": "[" * 100_000},
@@ -521,8 +521,8 @@ def test_broken_metadata_is_refused(
 @pytest.mark.parametrize(
     ("version", "wanted"),
     [
-        ("3", "by an older qface (format 3, this version reads 4); create it again, a student with qface quantize"),
-        ("5", "by a newer qface (format 5, this version reads 4); update qface"),
+        ("3", "by an older qface (format 3, this version reads 5); create it again, a student with qface quantize"),
+        ("6", "by a newer qface (format 6, this version reads 5); update qface"),
     ],
 )
 def test_files_of_another_format_are_refused_with_what_to_do(

@@ -17,12 +17,13 @@ SEEDS = st.integers(0, 2**16)
 
 
 def drawn(shape: tuple[int, int, int, int], seed: int) -> tuple[Tensor, Tensor, Grid]:
-    """Return weights [groups, channels, K], samples [groups, N, K] and a grid of 3 bits."""
+    """Return weights [groups, channels, K], samples [groups, N, K] and a grid of 3 bits with offsets."""
     groups, channels, samples, size = shape
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(groups, channels, size, generator=generator, dtype=torch.float64)
     inputs = torch.randn(groups, samples, size, generator=generator, dtype=torch.float64)
-    return weight, inputs / samples**0.5, Grid(weight.abs().amax(2) / 3, -4, 3)
+    offset = torch.randint(-3, 4, (groups, channels), generator=generator).double()
+    return weight, inputs / samples**0.5, Grid(weight.abs().amax(2) / 6, offset, 2, -4, 3)
 
 
 def hessian_of(samples: Tensor, damping: float) -> Tensor:
@@ -52,8 +53,8 @@ def test_coordinate_descent_never_adds_loss(shape: tuple[int, int, int, int], se
     rounded = problem.gptq(grid)
     improved = problem.descend(rounded, grid)
     assert (problem.losses(improved) <= problem.losses(rounded) * (1 + 1e-9) + 1e-12).all()
-    integers = improved / grid.scale[..., None]
-    torch.testing.assert_close(integers, integers.round().clamp(-4, 3))
+    codes = (improved / grid.scale[..., None] - grid.offset[..., None]) / 2
+    torch.testing.assert_close(codes, codes.round().clamp(-4, 3))
 
 
 def test_three_weights_come_near_the_best_of_all_roundings() -> None:
@@ -61,8 +62,10 @@ def test_three_weights_come_near_the_best_of_all_roundings() -> None:
     samples = samples + 2 * samples[..., :1]  # inputs that go together
     problem = RoundingProblem(weight, hessian_of(samples, 1e-6))
     choices = torch.tensor(list(itertools.product(range(-4, 4), repeat=3)), dtype=torch.float64)
-    losses = torch.stack([problem.losses(choice * grid.scale[..., None]) for choice in choices])
+    scale, offset = grid.scale[..., None], grid.offset[..., None]
+    losses = torch.stack([problem.losses((2 * choice + offset) * scale) for choice in choices])
     nearest = torch.stack([grid.round(weight[..., index]) for index in range(3)], 2)
+    assert torch.equal(nearest, grid.round_all(weight))
     found = problem.losses(problem.descend(problem.gptq(grid), grid))
     assert losses.amin(0).mean() <= found.mean() + 1e-12
     assert found.mean() < 1.3 * losses.amin(0).mean()

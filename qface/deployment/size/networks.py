@@ -18,10 +18,12 @@ from qface.quantization import (
     QuantizedConv2d,
     QuantizedLinear,
     QuantizedPReLU,
+    WeightFakeQuantize,
     quantize,
 )
 from qface.quantization.placement import BIAS_BITS
 from qface.quantization.quantized_layers import AFFINE_BITS, SLOPE_BITS
+from qface.quantization.weight_grids import takes_offsets
 
 __all__ = ["entries_of_network"]
 
@@ -51,14 +53,7 @@ def entries_of_network(model: nn.Module, bits: int | QuantizationConfig) -> Iter
 
 def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
     if isinstance(layer, (QuantizedConv2d, QuantizedLinear)):
-        weight = SizeEntry(f"{name}.weight", "weight", 0, layer.weight.numel(), layer.weight_fake_quant.bits)
-        yield replace(weight, bytes=weight.packed_bytes)
-        if layer.bias is not None:
-            yield _words(f"{name}.bias", "bias", layer.bias.numel(), BIAS_BITS)
-        yield _words(f"{name}.weight_scale", "scale", len(layer.weight))
-        if isinstance(layer, QuantizedConv2d) and any(layer.padding) and _differ(layer.quant_context.inputs[0]):
-            channels = layer.in_channels  # the values of its padding
-            yield SizeEntry(f"{name}.zero_points", "zero_point", channels, channels, 8)
+        yield from _matmul_entries(name, layer)
     elif isinstance(layer, QuantizedPReLU):
         slopes = layer.weight.numel()
         if _differ(layer.quant_context.output):
@@ -81,6 +76,25 @@ def _layer_entries(name: str, layer: nn.Module) -> Iterator[SizeEntry]:
         for kind, parameter in layer.named_parameters():
             role = kind if multiplies else "affine"
             yield _words(f"{name}.{kind}", role, parameter.numel())
+
+
+def _matmul_entries(name: str, layer: QuantizedConv2d | QuantizedLinear) -> Iterator[SizeEntry]:
+    weight, channels = layer.weight, len(layer.weight)
+    packed = SizeEntry(f"{name}.weight", "weight", 0, weight.numel(), layer.weight_fake_quant.bits)
+    yield replace(packed, bytes=packed.packed_bytes)
+    if _has_offsets(layer.weight_fake_quant):
+        yield SizeEntry(f"{name}.weight_offset", "zero_point", channels, channels, 8)
+    if layer.bias is not None:
+        yield _words(f"{name}.bias", "bias", layer.bias.numel(), BIAS_BITS)
+    yield _words(f"{name}.weight_scale", "scale", channels)
+    if isinstance(layer, QuantizedConv2d) and any(layer.padding) and _differ(layer.quant_context.inputs[0]):
+        padded = layer.in_channels  # the values of its padding
+        yield SizeEntry(f"{name}.zero_points", "zero_point", padded, padded, 8)
+
+
+def _has_offsets(quantizer: WeightFakeQuantize) -> bool:
+    """Return True if channels of a weight have offsets, or will have some once it is calibrated."""
+    return bool(quantizer.offset.any()) if quantizer.calibrated else takes_offsets(quantizer)
 
 
 def _differ(quantizer: nn.Module | None) -> bool:

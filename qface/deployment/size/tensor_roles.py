@@ -85,6 +85,8 @@ class TensorRoles:
         """Yield the constant inputs of ``node``, each with its kind."""
         if node.op_type in ("Mul", "Add") and not self._constant.issuperset(node.output):
             yield from ((name, "affine") for name in node.input if name in self._constant)
+        if node.op_type == "Add" and self._constant.issuperset(node.output):  # offsets of packed weights
+            yield from ((name, "zero_point") for name in node.input[1:] if self._is_int8(name))
         for place, kind in _ROLES.get(node.op_type, {}).items():
             if place < len(node.input) and node.input[place] in self._constant:
                 yield node.input[place], self._kind_of_operand(node, kind)
@@ -160,6 +162,9 @@ class TensorRoles:
             return list(node.input[:1])
         # A scalar is a parameter of the operation, not data.
         return [name for name in node.input if not self._is_scalar(name)] or list(node.input)
+
+    def _is_int8(self, name: str) -> bool:
+        return name in self._tensors and self._tensors[name].data_type == TensorProto.INT8
 
     def _is_scalar(self, name: str) -> bool:
         return name in self._tensors and math.prod(self._tensors[name].dims) == 1
