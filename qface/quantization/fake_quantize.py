@@ -246,7 +246,7 @@ class WeightFakeQuantize(LSQFakeQuantize):
     A channel has the integers ``stride * q + offset``, with q a signed integer of ``bits`` bits. Files store q and the
     offsets; kernels read the integers, with zero point 0. Offsets other than 0 suit channels whose weights are not
     symmetric about 0, as many of depthwise convolutions, and an odd offset at stride 2 makes the levels symmetric,
-    without a level at 0 (mid-rise). :mod:`qface.quantization.weight_grids` chooses them.
+    without a level at 0 (mid-rise). :mod:`qface.quantization.weight_qparams` chooses them.
 
     Args:
         bits: 2 to 8.
@@ -285,7 +285,7 @@ class WeightFakeQuantize(LSQFakeQuantize):
         if not self.has_offsets:
             super().set_range()
 
-    def set_grid(self, scale: Tensor, offset: Tensor, stride: int) -> None:
+    def set_weight_qparams(self, scale: Tensor, offset: Tensor, stride: int) -> None:
         """Set scales, float [C], offsets, int [C], and the stride, 1 or 2."""
         self.offset.copy_(offset)
         self.stride.fill_(stride)

@@ -2,8 +2,8 @@
 
 The weights of the largest inputs are rounded first, as by ``act_order`` in the code of GPTQ. Channels with few weights
 have little room for compensation, so more is tried there: several scales per channel, and coordinate descent after
-GPTQ. Grids that are symmetric about 0 compete with others (:mod:`qface.quantization.weight_grids`). What has the
-smallest output error is kept.
+GPTQ. Symmetric integers compete with others (:mod:`qface.quantization.weight_qparams`). What has the smallest output
+error is kept.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from qface.models.patches import Layer, Positions, as_map, patches
 from qface.quantization.fake_quantize import WeightFakeQuantize
 from qface.quantization.quantized_layers import WeightedLayer
-from qface.quantization.weight_grids import WeightGrid, weight_grids
-from qface.quantization.weight_rounding import Grid, LowRankProblem, RoundingProblem
+from qface.quantization.weight_qparams import WeightQParams, candidate_qparams
+from qface.quantization.weight_rounding import ChannelQParams, LowRankProblem, RoundingProblem
 
 __all__ = ["HessianCollector"]
 
@@ -106,18 +106,18 @@ class _Moments:
         return upper.triu() + upper.triu(1).mT + torch.diag_embed(damping[:, None].expand(-1, size))
 
     def round(self, layer: Any, weight: Tensor) -> Tensor:
-        """Return ``weight`` [groups, channels, K] rounded; the layer gets the grids with the smallest loss."""
+        """Return ``weight`` [groups, channels, K] rounded; the layer gets the parameters of least loss."""
         hessian = self.hessian()
         importance = hessian.diagonal(dim1=1, dim2=2)
         order = importance.argsort(dim=1, descending=True, stable=True)
         hessian = _ordered(_ordered(hessian, order).mT, order)
         problem = RoundingProblem(_ordered(weight, order), hessian)
-        grids = _grids(layer, weight, importance)
+        candidates = _candidates(layer, weight, importance)
         if weight.shape[2] <= _SEARCHED_WEIGHTS and layer.weight_fake_quant.observer == "mse":
-            scaled = [replace(grid, scale=grid.scale * factor) for grid in grids for factor in _SCALE_FACTORS]
+            scaled = [replace(each, scale=each.scale * factor) for each in candidates for factor in _SCALE_FACTORS]
             rounded = _best(layer, problem, scaled, descends=True)
         else:
-            rounded = _best(layer, problem, grids, descends=False)
+            rounded = _best(layer, problem, candidates, descends=False)
         return _restored(rounded, order)
 
 
@@ -156,9 +156,9 @@ class _Samples:
         order = variances.argsort(dim=1, descending=True, stable=True)
         samples = _ordered(centered, order) / count**0.5
         damping = (_PERCDAMP + _LOW_RANK_DAMPING * size / count) * _mean(variances)
-        _set_nearest(layer, weight, _grids(layer, weight, variances), variances)
+        _set_nearest(layer, weight, _candidates(layer, weight, variances), variances)
         problem = LowRankProblem(_ordered(weight, order), samples, damping)
-        return _restored(problem.gptq(_grid(layer)), order)
+        return _restored(problem.gptq(_qparams(layer)), order)
 
 
 class HessianCollector:
@@ -255,58 +255,60 @@ def _restored(rows: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(rows).scatter_(2, order[:, None].expand_as(rows), rows)
 
 
-def _grids(layer: Any, weight: Tensor, importance: Tensor) -> list[WeightGrid]:
-    """Return the grids worth trying for ``weight`` [groups, channels, K]; ``importance`` is [groups, K]."""
+def _candidates(layer: Any, weight: Tensor, importance: Tensor) -> list[WeightQParams]:
+    """Return the parameters worth trying for ``weight`` [groups, channels, K]; ``importance`` is [groups, K]."""
     rows = weight.flatten(0, 1)
-    return weight_grids(layer.weight_fake_quant, rows, importance.repeat_interleave(weight.shape[1], 0))
+    return candidate_qparams(layer.weight_fake_quant, rows, importance.repeat_interleave(weight.shape[1], 0))
 
 
-def _set(layer: Any, grid: WeightGrid) -> Grid:
-    """Set the grid of a layer's weights, with scales that are large enough for its bias; return the exact levels."""
+def _set(layer: Any, qparams: WeightQParams) -> ChannelQParams:
+    """Set the parameters of a layer's weights, with scales that fit its bias; return the exact ones."""
     quantizer: WeightFakeQuantize = layer.weight_fake_quant
     minimum = layer.minimum_weight_scale()
-    quantizer.set_grid(torch.maximum(grid.scale.to(minimum), minimum), grid.offset.to(minimum.device), grid.stride)
-    return _grid(layer)
+    scale = torch.maximum(qparams.scale.to(minimum), minimum)
+    quantizer.set_weight_qparams(scale, qparams.offset.to(minimum.device), qparams.stride)
+    return _qparams(layer)
 
 
-def _grid(layer: Any) -> Grid:
-    """Return the levels of a layer's weights."""
+def _qparams(layer: Any) -> ChannelQParams:
+    """Return the exact parameters of a layer's weights."""
     quantizer: WeightFakeQuantize = layer.weight_fake_quant
     shape = (_shape(layer)[0], -1)
     scale, offset = quantizer.exact_scale().cpu().double().view(shape), quantizer.offset.cpu().double().view(shape)
-    return Grid(scale, offset, int(quantizer.stride), quantizer.quant_min, quantizer.quant_max)
+    return ChannelQParams(scale, offset, int(quantizer.stride), quantizer.quant_min, quantizer.quant_max)
 
 
-def _best(layer: Any, problem: RoundingProblem, grids: list[WeightGrid], descends: bool) -> Tensor:
-    """Give each channel the one of ``grids`` with the smallest loss; return the weights rounded to it.
+def _best(layer: Any, problem: RoundingProblem, candidates: list[WeightQParams], descends: bool) -> Tensor:
+    """Give each channel the candidate with the smallest loss; return the weights rounded with it.
 
-    All grids are tried at once, as if each were a channel.
+    All candidates are tried at once, as if each were a channel.
     """
     groups, channels, _ = problem.weight.shape
-    levels = [_set(layer, grid) for grid in grids]
-    together = problem.repeated(len(grids))
-    joined = replace(
-        levels[0],
-        scale=torch.cat([each.scale for each in levels], 1),
-        offset=torch.cat([each.offset for each in levels], 1),
+    exact = [_set(layer, candidate) for candidate in candidates]
+    together = problem.repeated(len(candidates))
+    qparams = replace(
+        exact[0],
+        scale=torch.cat([each.scale for each in exact], 1),
+        offset=torch.cat([each.offset for each in exact], 1),
     )
-    rounded = together.gptq(joined)
+    rounded = together.gptq(qparams)
     if descends:
-        rounded = together.descend(rounded, joined)
+        rounded = together.descend(rounded, qparams)
     best = together.losses(rounded).view(groups, -1, channels).argmin(1)  # [groups, channels]
-    _set(layer, _chosen(grids, best.flatten()))
+    _set(layer, _chosen(candidates, best.flatten()))
     channel = best * channels + torch.arange(channels)
     return rounded.gather(1, channel[..., None].expand_as(problem.weight))
 
 
-def _set_nearest(layer: Any, weight: Tensor, grids: list[WeightGrid], importance: Tensor) -> None:
-    """Give each channel the one of ``grids`` that rounds ``weight`` to the nearest levels best."""
-    errors = [((_set(layer, grid).round_all(weight) - weight).square() * importance[:, None]).sum(2) for grid in grids]
-    _set(layer, _chosen(grids, torch.stack(errors).argmin(0).flatten()))
+def _set_nearest(layer: Any, weight: Tensor, candidates: list[WeightQParams], importance: Tensor) -> None:
+    """Give each channel the candidate that rounds ``weight`` to nearest best."""
+    squares = [(_set(layer, each).round_all(weight) - weight).square() for each in candidates]
+    errors = torch.stack([(each * importance[:, None]).sum(2) for each in squares])
+    _set(layer, _chosen(candidates, errors.argmin(0).flatten()))
 
 
-def _chosen(grids: list[WeightGrid], best: Tensor) -> WeightGrid:
-    """Return the grid that takes each channel, of all groups, from ``grids[best[channel]]``; all have one stride."""
+def _chosen(candidates: list[WeightQParams], best: Tensor) -> WeightQParams:
+    """Return the parameters of ``candidates[best[channel]]`` for each channel of all groups; all have one stride."""
     channel = torch.arange(len(best))
-    scale, offset = torch.stack([grid.scale for grid in grids]), torch.stack([grid.offset for grid in grids])
-    return replace(grids[0], scale=scale[best, channel], offset=offset[best, channel])
+    scale, offset = torch.stack([each.scale for each in candidates]), torch.stack([each.offset for each in candidates])
+    return replace(candidates[0], scale=scale[best, channel], offset=offset[best, channel])

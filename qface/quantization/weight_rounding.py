@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["Grid", "LowRankProblem", "RoundingProblem"]
+__all__ = ["ChannelQParams", "LowRankProblem", "RoundingProblem"]
 
 _BLOCK = 128  # weights per block; later weights get a block's errors by one matrix product
 _LOW_RANK_BLOCK = 512  # weights per Hessian of a low-rank problem
@@ -24,8 +24,8 @@ _RETRIED_DAMPING = 1e-3  # of mean(diag(H)), where float32 errors outweigh the d
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Levels of each channel: ``scale * (stride * q + offset)`` for integers q in a range.
+class ChannelQParams:
+    """Quantization parameters of channels, whose weights are ``scale * (stride * q + offset)`` for integers q.
 
     Args:
         scale: float64 [groups, channels].
@@ -42,11 +42,11 @@ class Grid:
     quant_max: int
 
     def round(self, values: Tensor) -> Tensor:
-        """Round ``values`` [groups, channels] to the nearest levels."""
+        """Round ``values`` [groups, channels] to nearest."""
         return self._round(values, self.scale, self.offset)
 
     def round_all(self, weight: Tensor) -> Tensor:
-        """Round ``weight`` [groups, channels, K] to the nearest levels."""
+        """Round ``weight`` [groups, channels, K] to nearest."""
         return self._round(weight, self.scale[..., None], self.offset[..., None])
 
     def _round(self, values: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class RoundingProblem:
         errors = rounded - self.weight
         return ((errors @ self.hessian) * errors).sum(2)
 
-    def gptq(self, grid: Grid) -> Tensor:
+    def gptq(self, qparams: ChannelQParams) -> Tensor:
         """Return the weights rounded by GPTQ, float64 [groups, channels, K]."""
         shares = _shares(self.hessian)
         rounded, errors = torch.empty_like(self.weight), torch.empty_like(self.weight)
@@ -83,11 +83,11 @@ class RoundingProblem:
             wanted = self.weight[:, :, start:stop] + errors[:, :, :start] @ shares[:, :start, start:stop]
             for index in range(start, stop):
                 compensation = errors[:, :, start:index] @ shares[:, start:index, index, None]
-                rounded[:, :, index] = grid.round(wanted[:, :, index - start] + compensation[:, :, 0])
+                rounded[:, :, index] = qparams.round(wanted[:, :, index - start] + compensation[:, :, 0])
                 errors[:, :, index] = self.weight[:, :, index] - rounded[:, :, index]
         return rounded
 
-    def descend(self, rounded: Tensor, grid: Grid) -> Tensor:
+    def descend(self, rounded: Tensor, qparams: ChannelQParams) -> Tensor:
         """Return ``rounded`` after coordinate descent: each weight is rounded again, given all others.
 
         The losses do not rise (Behdin et al., QuantEase, 2023).
@@ -96,17 +96,17 @@ class RoundingProblem:
         for _ in range(_SWEEPS):
             before = rounded.clone()
             for start, stop in _blocks(self.weight, _BLOCK):
-                self._descend_block(rounded, grid, start, stop)
+                self._descend_block(rounded, qparams, start, stop)
             if torch.equal(rounded, before):
                 break
         return rounded
 
-    def _descend_block(self, rounded: Tensor, grid: Grid, start: int, stop: int) -> None:
+    def _descend_block(self, rounded: Tensor, qparams: ChannelQParams, start: int, stop: int) -> None:
         hessian = self.hessian[:, start:stop, start:stop]
         slopes = (rounded - self.weight) @ self.hessian[:, :, start:stop]  # half the gradient of the losses
         for index in range(stop - start):
             old = rounded[:, :, start + index].clone()
-            new = grid.round(old - slopes[:, :, index] / hessian[:, index, index, None])
+            new = qparams.round(old - slopes[:, :, index] / hessian[:, index, index, None])
             slopes.add_((new - old)[:, :, None] * hessian[:, index, None])
             rounded[:, :, start + index] = new
 
@@ -125,7 +125,7 @@ class LowRankProblem:
     samples: Tensor
     damping: Tensor
 
-    def gptq(self, grid: Grid) -> Tensor:
+    def gptq(self, qparams: ChannelQParams) -> Tensor:
         """Return the weights rounded by GPTQ, float64 [groups, channels, K].
 
         For each block, the weights after it are eliminated: as they can still compensate for its errors, the block's
@@ -143,7 +143,7 @@ class LowRankProblem:
             hessian = block.mT @ left + damping * torch.eye(stop - start, dtype=samples.dtype)
             compensation = torch.linalg.solve(hessian, (output_errors @ left).mT).mT
             weight = self.weight[:, :, start:stop]
-            rounded[:, :, start:stop] = RoundingProblem(weight - compensation, hessian).gptq(grid)
+            rounded[:, :, start:stop] = RoundingProblem(weight - compensation, hessian).gptq(qparams)
             output_errors = output_errors + (rounded[:, :, start:stop] - weight) @ block.mT
         return rounded
 

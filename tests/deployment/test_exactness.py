@@ -149,7 +149,7 @@ def test_every_integer_is_equal_with_offsets_of_weights(body: str, bits: int, tm
             quantizer = layer.weight_fake_quant
             low, high = offset_range(bits, stride=2)
             offset = torch.randint(low, high + 1, quantizer.offset.shape, generator=generator)
-            quantizer.set_grid(quantizer.scale.detach(), offset, stride=2)
+            quantizer.set_weight_qparams(quantizer.scale.detach(), offset, stride=2)
     assert_exact(student, tmp_path / "net.onnx")
 
 

@@ -29,7 +29,7 @@ from qface.models import iresnet
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import LayerBits, QuantizationConfig, calibrate, quantize
 from qface.quantization.quantized_layers import WeightedLayer
-from qface.quantization.weight_grids import takes_offsets
+from qface.quantization.weight_qparams import takes_offsets
 from tests.benchmarks.scripts import script
 from tests.deployment.networks import CHANNELS, Sum, calibrated, framed, prelu
 from tests.networks import foreign_net, random_faces, tiny_face_net

@@ -23,7 +23,7 @@ from qface.quantization import (
 )
 from qface.quantization.placement import BIAS_BITS
 from qface.quantization.quantized_layers import AFFINE_BITS, SLOPE_BITS
-from qface.quantization.weight_grids import takes_offsets
+from qface.quantization.weight_qparams import takes_offsets
 
 __all__ = ["entries_of_network"]
 

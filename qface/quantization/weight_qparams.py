@@ -1,4 +1,4 @@
-"""Levels to which the weights of a layer may be rounded, one grid per channel.
+"""Quantization parameters worth trying for the weights of a layer, for each channel.
 
 Integer kernels have no zero point for weights, but a channel's integers may be any (asymmetric weights; Krishnamoorthi,
 2018, section 2.1, has the zero point in the kernel instead). :class:`qface.quantization.WeightFakeQuantize` says how.
@@ -14,7 +14,7 @@ from torch import Tensor
 from qface.quantization.fake_quantize import WeightFakeQuantize, offset_range
 from qface.quantization.qparams import SAFE_WEIGHT
 
-__all__ = ["WeightGrid", "takes_offsets", "weight_grids"]
+__all__ = ["WeightQParams", "candidate_qparams", "takes_offsets"]
 
 _MAX_BITS = 6  # more leave no room for offsets in the 7 bits that are safe on all processors
 _HALF_STEP_BITS = 4  # up to here there is room for integers that are twice as large
@@ -23,8 +23,8 @@ _CENTERS = (0.0, 0.25, 0.5, 0.75, 1.0)  # candidate centers, from 0 to the middl
 
 
 @dataclass(frozen=True)
-class WeightGrid:
-    """Levels ``scale * (stride * q + offset)`` of each channel.
+class WeightQParams:
+    """Parameters of weights, which are ``scale * (stride * q + offset)``.
 
     Args:
         scale: float32 [C].
@@ -42,8 +42,8 @@ def takes_offsets(quantizer: WeightFakeQuantize) -> bool:
     return quantizer.observer == "mse" and quantizer.bits <= _MAX_BITS
 
 
-def weight_grids(quantizer: WeightFakeQuantize, rows: Tensor, importance: Tensor) -> list[WeightGrid]:
-    """Return the grids worth trying for a weight: the symmetric one it has, and, at up to 6 bits, one with offsets.
+def candidate_qparams(quantizer: WeightFakeQuantize, rows: Tensor, importance: Tensor) -> list[WeightQParams]:
+    """Return the symmetric parameters that a weight has, and at up to 6 bits others with offsets.
 
     Weights whose observer is not ``"mse"`` keep the range that was asked for.
 
@@ -54,13 +54,15 @@ def weight_grids(quantizer: WeightFakeQuantize, rows: Tensor, importance: Tensor
     """
     scale, offset = quantizer.scale.detach().cpu(), torch.zeros(len(rows), dtype=torch.int32)
     if not takes_offsets(quantizer):
-        return [WeightGrid(scale, offset, 1)]
+        return [WeightQParams(scale, offset, 1)]
     stride = 2 if quantizer.bits <= _HALF_STEP_BITS else 1
-    symmetric = WeightGrid(scale / stride, offset, stride)
+    symmetric = WeightQParams(scale / stride, offset, stride)
     return [symmetric, _with_offsets(quantizer, rows.float(), importance.float(), symmetric)]
 
 
-def _with_offsets(quantizer: WeightFakeQuantize, rows: Tensor, importance: Tensor, symmetric: WeightGrid) -> WeightGrid:
+def _with_offsets(
+    quantizer: WeightFakeQuantize, rows: Tensor, importance: Tensor, symmetric: WeightQParams
+) -> WeightQParams:
     """Return the scales and offsets with the smallest weighted squared error; channels of equal weights stay."""
     low, high = rows.aminmax(dim=1)
     stride, (minimum, maximum) = symmetric.stride, offset_range(quantizer.bits, symmetric.stride)
@@ -79,4 +81,4 @@ def _with_offsets(quantizer: WeightFakeQuantize, rows: Tensor, importance: Tenso
             better = (error < best) & (high > low)
             best = torch.where(better, error, best)
             scale, offset = torch.where(better, steps, scale), torch.where(better, shift.int(), offset)
-    return WeightGrid(scale, offset, stride)
+    return WeightQParams(scale, offset, stride)

@@ -18,7 +18,7 @@ from qface.models.store import save
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.quantization import CalibrationConfig, QuantizationConfig, WeightFakeQuantize, calibrate, quantize
 from qface.quantization.fake_quantize import offset_range
-from qface.quantization.weight_grids import WeightGrid, weight_grids
+from qface.quantization.weight_qparams import WeightQParams, candidate_qparams
 from tests.networks import random_faces, tiny_face_net
 
 SIZE = Preprocessing(size=(32, 32))
@@ -32,20 +32,20 @@ def quantizer_of(weight: Tensor, bits: int, observer: str = "mse") -> WeightFake
     return quantizer
 
 
-def errors(weight: Tensor, quantizer: WeightFakeQuantize, grid: WeightGrid) -> Tensor:
-    quantizer.set_grid(grid.scale, grid.offset, grid.stride)
+def errors(weight: Tensor, quantizer: WeightFakeQuantize, qparams: WeightQParams) -> Tensor:
+    quantizer.set_weight_qparams(qparams.scale, qparams.offset, qparams.stride)
     return (quantizer.eval()(weight) - weight).square().sum(1)
 
 
 @st.composite
 def offset_quantizers(draw: st.DrawFn) -> tuple[WeightFakeQuantize, Tensor]:
-    """A quantizer with any grid that it may have, and a weight that may reach beyond it."""
+    """A quantizer with any parameters that it may have, and a weight that may reach beyond it."""
     bits, stride, channels = draw(st.integers(2, 6)), draw(st.integers(1, 2)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     low, high = offset_range(bits, stride)
     quantizer = WeightFakeQuantize(bits, channels)
     scale = torch.rand(channels, generator=generator) + 0.1
-    quantizer.set_grid(scale, torch.randint(low, high + 1, (channels,), generator=generator), stride)
+    quantizer.set_weight_qparams(scale, torch.randint(low, high + 1, (channels,), generator=generator), stride)
     return quantizer, 20 * torch.randn(channels, 7, generator=generator)
 
 
@@ -80,7 +80,7 @@ def test_training_rounds_to_the_same_levels_and_learns_the_scale(case: tuple[Wei
 def test_the_gradient_of_the_scale_is_that_of_scaled_integers() -> None:
     """Where all weights are outside, the output is scale times an integer."""
     quantizer = WeightFakeQuantize(2, 1)
-    quantizer.set_grid(torch.tensor([1.0]), torch.tensor([3]), stride=2)
+    quantizer.set_weight_qparams(torch.tensor([1.0]), torch.tensor([3]), stride=2)
     quantizer(torch.tensor([[100.0, 100.0]])).sum().backward()
     factor = (2 * quantizer.integer_range.num_steps) ** -0.5
     assert quantizer.scale.grad is not None
@@ -91,14 +91,14 @@ def test_the_gradient_of_the_scale_is_that_of_scaled_integers() -> None:
 def test_offsets_suit_weights_of_one_sign(bits: int) -> None:
     weight = torch.rand(8, 9, generator=torch.Generator().manual_seed(0)) + 0.2
     quantizer = quantizer_of(weight, bits)
-    symmetric, offset = weight_grids(quantizer, weight, torch.ones_like(weight))
+    symmetric, offset = candidate_qparams(quantizer, weight, torch.ones_like(weight))
     assert (errors(weight, quantizer, offset) < 0.6 * errors(weight, quantizer, symmetric)).all()
 
 
 def test_two_bits_are_symmetric_without_a_level_at_zero() -> None:
     weight = torch.randn(4, 4000, generator=torch.Generator().manual_seed(0))
     quantizer = quantizer_of(weight, 2)
-    symmetric, offset = weight_grids(quantizer, weight, torch.ones_like(weight))
+    symmetric, offset = candidate_qparams(quantizer, weight, torch.ones_like(weight))
     ratio = errors(weight, quantizer, offset) / errors(weight, quantizer, symmetric)
     assert (ratio < 0.9).all()
     assert ((offset.offset - 1).abs() <= 1).all()
@@ -111,8 +111,8 @@ def test_important_weights_count() -> None:
     weight = torch.tensor([[-1.0, 0.1, 0.3, 0.35, 0.4]])
     quantizer = quantizer_of(weight, 2)
     importance = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0]])
-    _, grid = weight_grids(quantizer, weight, importance)
-    quantizer.set_grid(grid.scale, grid.offset, grid.stride)
+    _, qparams = candidate_qparams(quantizer, weight, importance)
+    quantizer.set_weight_qparams(qparams.scale, qparams.offset, qparams.stride)
     error = (quantizer.eval()(weight) - weight).square()
     assert error[0, 1:].sum() < 0.01 < error[0, 0]
 
@@ -121,15 +121,15 @@ def test_important_weights_count() -> None:
 def test_other_weights_stay_symmetric(bits: int, observer: str) -> None:
     weight = torch.rand(3, 5)
     quantizer = quantizer_of(weight, bits, observer)
-    (grid,) = weight_grids(quantizer, weight, torch.ones_like(weight))
-    assert torch.equal(grid.scale, quantizer.scale) and not grid.offset.any() and grid.stride == 1
+    (qparams,) = candidate_qparams(quantizer, weight, torch.ones_like(weight))
+    assert torch.equal(qparams.scale, quantizer.scale) and not qparams.offset.any() and qparams.stride == 1
 
 
 def test_channels_of_equal_weights_keep_their_scale() -> None:
     weight = torch.tensor([[0.0] * 4, [2.0] * 4])
     quantizer = quantizer_of(weight, 4)
-    _, grid = weight_grids(quantizer, weight, torch.ones_like(weight))
-    assert torch.equal(2 * grid.scale, quantizer.scale) and not grid.offset.any()
+    _, qparams = candidate_qparams(quantizer, weight, torch.ones_like(weight))
+    assert torch.equal(2 * qparams.scale, quantizer.scale) and not qparams.offset.any()
 
 
 def student(bits: int = 4) -> nn.Module:
