@@ -6,7 +6,7 @@ a network or student, the tensors of its packed file are predicted:
 
     bytes = sum over weights of ceil(elements x bits / 8)
           + slopes + 4 x (biases + weight scales) + 9 x channels of BatchNorms that are not folded
-          + 5 x activation quantizers with a range of their own
+          + 5 x activation quantizers with a range of their own + channels of weights with offsets
 
 A prediction leaves out names, nodes, types and shapes.
 """
