@@ -154,20 +154,21 @@ class _Unpacker:
 
     def _split(self, integers: str, count: int, weights: list[_NamedWeight]) -> None:
         """Split ``count`` integers into the layers' weights and the padding of the last run; add the offsets."""
-        parts = {f"{name}_flat": weight.integers.size for name, weight in weights}
+        # Short names: those of layers would take as many bytes as the offsets.
+        parts = {f"{self._prefix}_part{number}": weight.integers.size for number, (_, weight) in enumerate(weights)}
         rest = count - sum(parts.values())
         if rest:
             parts[f"{self._prefix}_rest"] = rest
         lengths = self._constant("sizes", np.array(list(parts.values())))
         self.nodes.append(helper.make_node("Split", [integers, lengths], list(parts), axis=0))
-        for name, weight in weights:
+        for number, (part, (name, weight)) in enumerate(zip(parts, weights, strict=False)):
             dims = weight.integers.shape
             shape = self._constant("shape_" + "x".join(map(str, dims)), np.array(dims))
-            shaped = name if weight.offset is None else f"{name}_centered"
-            self.nodes.append(helper.make_node("Reshape", [f"{name}_flat", shape], [shaped]))
-            if weight.offset is not None:
-                self.initializers.append(numpy_helper.from_array(weight.column, f"{name}_offset"))
-                self.nodes.append(helper.make_node("Add", [shaped, f"{name}_offset"], [name]))
+            if weight.offset is None:
+                self.nodes.append(helper.make_node("Reshape", [part, shape], [name]))
+            else:
+                shaped, offset = self._node("Reshape", [part, shape]), self._constant(f"offset{number}", weight.column)
+                self.nodes.append(helper.make_node("Add", [shaped, offset], [name]))
 
     def _constant(self, name: str, value: npt.NDArray[Any]) -> str:
         name = f"{self._prefix}_{name}"
