@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper
 
@@ -180,13 +182,19 @@ class TensorRoles:
 
 
 def _bits_of(tensor: TensorProto, kind: str, size: int, elements: int) -> int | None:
-    """Return bits per element as stored; for int8 weights, the minimum bits that hold all values."""
+    """Return bits per element as stored; for int8 weights, the minimum bits that hold the values of any channel."""
     if not elements:
         return None
-    if kind == "weight" and tensor.data_type == TensorProto.INT8:
-        integers = numpy_helper.to_array(tensor)
-        return max(int(integers.max()), -1 - int(integers.min()), 0).bit_length() + 1
+    if kind == "weight" and tensor.data_type == TensorProto.INT8 and tensor.dims:
+        return _bits_of_channels(numpy_helper.to_array(tensor).reshape(tensor.dims[0], -1).astype(np.int16))
     return 8 * size // elements
+
+
+def _bits_of_channels(integers: npt.NDArray[np.int16]) -> int:
+    """Return the bits for all channels [C, K], whose integers are multiples of a stride apart from an offset."""
+    above = integers - integers.min(1, keepdims=True)
+    strides = np.maximum(np.gcd.reduce(above, axis=1), 1)
+    return max(int((above.max(1) // strides).max()).bit_length(), 1)
 
 
 def shares_of(total: int, lengths: list[int]) -> list[int]:
