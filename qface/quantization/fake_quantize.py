@@ -13,7 +13,7 @@ from qface.checks import check_whole
 from qface.errors import ConfigError
 from qface.graph.layers import FakeQuantizer, along_channels
 from qface.quantization.exact_scales import ExactScale, ExactWeightScale
-from qface.quantization.kernels import quantize_affine
+from qface.quantization.kernels import quantize_affine, quantize_strided
 from qface.quantization.lsq import Bound, lsq_fake_quantize, lsq_fake_quantize_prelu
 from qface.quantization.observers import make_observer
 from qface.quantization.qparams import QUINT8_MAX, SAFE_WEIGHT, IntegerRange, QParams
@@ -294,9 +294,8 @@ class WeightFakeQuantize(LSQFakeQuantize):
     @torch.no_grad()
     def integers(self, x: Tensor) -> Tensor:
         """Quantize ``x`` [C, ...]; return the integers as floats of the same shape."""
-        shape, offset = self._shape(x), self.offset.view(self._shape(x))
-        codes = x.div(self.exact_scale().view(shape)).sub_(offset).div_(self._stride).round_()
-        return codes.clamp_(self.quant_min, self.quant_max).mul_(self._stride).add_(offset)
+        scale, offset = (values.view(self._shape(x)) for values in (self.exact_scale(), self.offset))
+        return quantize_strided(x, scale, offset, self._stride, self.quant_min, self.quant_max)
 
     @torch.no_grad()
     def _deployed(self, x: Tensor) -> Tensor:

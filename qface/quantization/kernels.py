@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate", "quantize_affine", "requantize"]
+__all__ = ["accumulate", "quantize_affine", "quantize_strided", "requantize"]
 
 # float32 represents all integers up to here exactly.
 _EXACT_FLOAT32 = 2**24
@@ -31,6 +31,24 @@ def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int
         The integers as floats, zero point included.
     """
     return (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
+
+
+def quantize_strided(x: Tensor, scale: Tensor, offset: Tensor, stride: int, quant_min: int, quant_max: int) -> Tensor:
+    """Quantize ``x`` to the integers ``stride * q + offset``: the nearest q, clamped.
+
+    Args:
+        x: float tensor.
+        scale: broadcasts against ``x``.
+        offset: broadcasts against ``x``.
+        stride: distance of two integers.
+        quant_min: minimum q.
+        quant_max: maximum q.
+
+    Returns:
+        The integers as floats.
+    """
+    codes = (x / scale).sub_(offset).div_(stride).round_()
+    return codes.clamp_(quant_min, quant_max).mul_(stride).add_(offset)
 
 
 def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

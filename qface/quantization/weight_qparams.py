@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qface.quantization.fake_quantize import WeightFakeQuantize, offset_range
+from qface.quantization.kernels import quantize_strided
 from qface.quantization.qparams import SAFE_WEIGHT
 
 __all__ = ["WeightQParams", "candidate_qparams", "takes_offsets"]
@@ -75,9 +76,10 @@ def _with_offsets(
             steps = fraction * widest
             middle = center * (low + high) / 2 / steps - stride * (quantizer.quant_max + quantizer.quant_min) / 2
             shift = middle.round().clamp(minimum, maximum)
-            codes = (rows / steps[:, None] - shift[:, None]).div_(stride).round_()
-            codes.clamp_(quantizer.quant_min, quantizer.quant_max).mul_(stride).add_(shift[:, None])
-            error = (codes.mul_(steps[:, None]).sub_(rows).square_() * importance).sum(1)
+            integers = quantize_strided(
+                rows, steps[:, None], shift[:, None], stride, quantizer.quant_min, quantizer.quant_max
+            )
+            error = (integers.mul_(steps[:, None]).sub_(rows).square_() * importance).sum(1)
             better = (error < best) & (high > low)
             best = torch.where(better, error, best)
             scale, offset = torch.where(better, steps, scale), torch.where(better, shift.int(), offset)

@@ -15,6 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from qface.quantization.kernels import quantize_strided
+
 __all__ = ["ChannelQParams", "LowRankProblem", "RoundingProblem"]
 
 _BLOCK = 128  # weights per block; later weights get a block's errors by one matrix product
@@ -50,8 +52,7 @@ class ChannelQParams:
         return self._round(weight, self.scale[..., None], self.offset[..., None])
 
     def _round(self, values: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        codes = (values / scale).sub_(offset).div_(self.stride).round_()
-        return codes.clamp_(self.quant_min, self.quant_max).mul_(self.stride).add_(offset).mul_(scale)
+        return quantize_strided(values, scale, offset, self.stride, self.quant_min, self.quant_max).mul_(scale)
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ def test_a_float_network_counts_as_its_student() -> None:
 
 
 def unused_offsets(student: fx.GraphModule) -> list[SizeEntry]:
-    """What is foretold for weights of which calibration leaves all channels symmetric."""
+    """Return the predicted entries of weights whose channels all stay symmetric in calibration."""
     quantizers = {
         name: layer.weight_fake_quant for name, layer in student.named_modules() if isinstance(layer, WeightedLayer)
     }

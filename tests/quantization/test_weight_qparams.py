@@ -102,9 +102,8 @@ def test_two_bits_are_symmetric_without_a_level_at_zero() -> None:
     ratio = errors(weight, quantizer, offset) / errors(weight, quantizer, symmetric)
     assert (ratio < 0.9).all()
     assert ((offset.offset - 1).abs() <= 1).all()
-    assert (
-        errors(weight, quantizer, offset) / 4000 < 0.13
-    ).all()  # the best four equidistant levels: 0.1188 (Max, 1960)
+    # The best four equidistant values leave 0.1188 (Max, 1960).
+    assert (errors(weight, quantizer, offset) / 4000 < 0.13).all()
 
 
 def test_important_weights_count() -> None:
