@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Layer", "Positions", "as_map", "patches"]
+__all__ = ["Layer", "Positions", "as_map", "output_size", "patches"]
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -44,19 +44,26 @@ def as_map(x: Tensor) -> Tensor:
     return x[:, :, None, None] if x.ndim == 2 else x
 
 
+def output_size(layer: Layer, output: Tensor) -> tuple[int, int]:
+    """Return height and width of a layer's ``output``; a linear layer has its positions in one column."""
+    if isinstance(layer, nn.Linear):
+        return output[0, ..., 0].numel(), 1
+    return output.shape[2], output.shape[3]
+
+
 def patches(layer: Layer, x: Tensor, positions: Positions) -> Tensor:
     """Return the inputs of ``layer`` at some output positions.
 
     Args:
         layer: a convolution or linear layer.
-        x: the layer's input, [N, C, H, W] or [N, C].
+        x: the layer's input, [N, C, H, W], or of a linear layer [N, ..., C].
         positions: M positions in its output.
 
     Returns:
         All channels under the kernel at each position, [M, C * kernel height * kernel width].
     """
     if isinstance(layer, nn.Linear):
-        return x[positions.image]
+        return x.reshape(len(x), -1, x.shape[-1])[positions.image, positions.row]
     height, width = layer.kernel_size
     # torch's private attribute also resolves padding="same".
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

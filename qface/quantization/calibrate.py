@@ -75,8 +75,8 @@ def calibrate(
     Changes ``student`` in place and returns it; of a path it loads, changes and returns the network, and the file stays
     as it is.
 
-    The first calibration of a student runs four stages: cross-layer equalization, observation of float activations,
-    GPTQ rounding of weights, and DFQ bias correction. A student that was calibrated before, and perhaps trained since,
+    The first calibration of a student runs three stages: cross-layer equalization, observation of float activations,
+    and, layer by layer, GPTQ rounding of weights and correction of biases. A student that was calibrated before, and perhaps trained since,
     only gets new scales and zero points.
 
     Args:

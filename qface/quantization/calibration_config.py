@@ -19,7 +19,8 @@ class CalibrationConfig:
         batch_size: images per forward pass.
         equalize: run cross-layer equalization first (:mod:`qface.quantization.cross_layer_equalization`).
         gptq: round weights with GPTQ (:mod:`qface.quantization.gptq`); otherwise to the nearest value.
-        correct_biases: run DFQ bias correction last (:mod:`qface.quantization.bias_correction`).
+        correct_biases: after the weights of a layer are rounded, change its bias so that its outputs have the means of
+            the float network's (DFQ; Nagel et al., ICCV 2019).
 
     Raises:
         ConfigError: a field has the wrong type or is out of range.

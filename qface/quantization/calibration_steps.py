@@ -7,22 +7,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from qface.checkpoint_file import read_checkpoint, restoring, write_checkpoint
 from qface.data.images import normalize
+from qface.graph.queries import layer_of
 from qface.memory_format import fastest_memory_format
 from qface.model_digest import digest_of_batches, digests_of_network
 from qface.preprocessing import preprocessing_of
 from qface.progress import stage
-from qface.quantization.bias_correction import channel_means, correct_biases
 from qface.quantization.calibration_config import CalibrationConfig
 from qface.quantization.cross_layer_equalization import cross_layer_equalization
 from qface.quantization.fake_quantize import LSQFakeQuantize, quantizers
-from qface.quantization.gptq import HessianCollector
+from qface.quantization.gptq import weight_of
+from qface.quantization.output_errors import OutputErrors, weighted_nodes
 from qface.quantization.quantized_layers import WeightedLayer
 from qface.run_folder import run_folder
 from qface.signals import signals_noted
@@ -33,7 +34,6 @@ _LOGGER = logging.getLogger("qface")
 
 _CHECKPOINT = "calibration.pt"
 _EQUALIZATION_IMAGES = 128
-_BIAS_CORRECTION_IMAGES = 256  # 64 or 512 were no better
 
 _Stage = tuple[str, Sequence[Any], Callable[[Any], None]]
 """Name, items, and the function that makes a step of each item."""
@@ -56,9 +56,9 @@ class CalibrationSteps:
         with _in_float(self._quantizers):
             self._prepare = _preparer(student, parts[0], self._quantizers[0].scale.device)
         self._equalize = is_new and config.equalize
+        self._gptq = is_new and config.gptq
         self._correct = is_new and config.correct_biases
-        self._hessians = HessianCollector(student) if is_new and config.gptq else None
-        self._means: list[dict[str, Tensor]] = []
+        self._errors: OutputErrors | None = None
         self._stage = self._step = 0
         for quantizer in self._quantizers:
             quantizer.activation_post_process.reset()
@@ -106,51 +106,57 @@ class CalibrationSteps:
             self._stage, self._step = self._stage + 1, 0
 
     def _stages(self) -> list[_Stage]:
-        corrected = _first(self._parts, _BIAS_CORRECTION_IMAGES) if self._correct else []
         return [
             ("observe", self._parts, self._observe),
             ("choose ranges", self._quantizers, self._choose_range),
             ("limit biases", [self._student], _keep_biases_in_range),
-            ("round weights", self._hessians.layers if self._hessians else [], self._round_weights),
-            ("correct biases", list(enumerate(corrected)), self._correct_biases),
+            ("round weights", weighted_nodes(self._student) if self._gptq or self._correct else [], self._round),
         ]
 
     def _observe(self, part: Tensor) -> None:
-        observing = _observing(self._quantizers)
-        with _in_float(self._quantizers), observing, self._hessians or nullcontext():
-            self._means.append(channel_means(self._student, self._prepare(part)))
+        with _in_float(self._quantizers), _observing(self._quantizers):
+            self._student(self._prepare(part))
 
     def _choose_range(self, quantizer: LSQFakeQuantize) -> None:
         quantizer.set_range()
         quantizer.activation_post_process.reset()
 
-    def _round_weights(self, name: str) -> None:
-        assert self._hessians is not None
-        self._hessians.round_weights(name)
+    def _round(self, node: fx.Node) -> None:
+        """Round the weights of the layer that ``node`` calls, and give its outputs their means back."""
+        if self._errors is None:
+            self._errors = OutputErrors.of_new(self._student, self._prepared())
+        layer = cast(Any, layer_of(node))
+        statistics, before = self._errors.observe(node), weight_of(layer)
+        if self._gptq:
+            layer.weight.copy_(statistics.round(layer, before).view_as(layer.weight))
+        if self._correct and layer.bias is not None:
+            rounded = layer.weight_fake_quant(layer.weight).cpu().double().reshape_as(before)
+            layer.bias.add_(statistics.bias_shift(before, rounded).to(layer.bias))
 
-    def _correct_biases(self, numbered: tuple[int, Tensor]) -> None:
-        number, part = numbered
-        correct_biases(self._student, self._prepare(part), self._means[number], number + 1)
+    def _prepared(self) -> list[Tensor]:
+        return [self._prepare(part) for part in self._parts]
 
     def _state(self) -> dict[str, Any]:
+        errors = self._errors
         return {
             "stage": self._stage,
             "step": self._step,
             "student": self._student.state_dict(),
             "observers": [quantizer.activation_post_process.statistics() for quantizer in self._quantizers],
-            "hessians": self._hessians and self._hessians.state(),
-            "means": self._means,
+            "original": errors and errors.original.state_dict(),
+            "generator": errors and errors.generator.get_state(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         device = self._quantizers[0].scale.device
         self._stage, self._step = state["stage"], state["step"]
+        if state["original"] is not None:
+            self._student.load_state_dict(state["original"])
+            self._errors = OutputErrors.of_new(self._student, self._prepared())
+            self._errors.generator.set_state(state["generator"])
         self._student.load_state_dict(state["student"])
         for quantizer, statistics in zip(self._quantizers, state["observers"], strict=True):
             quantizer.activation_post_process.restore(statistics, device)
-        if self._hessians is not None:
-            self._hessians.restore(state["hessians"])
-        self._means = [{name: mean.to(device) for name, mean in means.items()} for means in state["means"]]
 
 
 @contextmanager

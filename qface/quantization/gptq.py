@@ -1,6 +1,8 @@
-"""Calibration stage that rounds weights: GPTQ with the Hessians of the calibration images.
+"""GPTQ of a layer, by statistics of the inputs that it has in the student.
 
-The weights of the largest inputs are rounded first, as by ``act_order`` in the code of GPTQ. Channels with few weights
+The target is the output of the float network, not of the float layer: the inputs of the student differ from those of
+the float network, since earlier layers are rounded. By ridge regression the float weights first make up for as much of
+that difference as they can (asymmetric calibration; Li et al., GPTAQ, ICML 2025); then they are rounded. The weights of the largest inputs are rounded first, as by ``act_order`` in the code of GPTQ. Channels with few weights
 have little room for compensation, so more is tried there: several scales per channel, and coordinate descent after
 GPTQ. Symmetric integers compete with others (:mod:`qface.quantization.weight_qparams`). What has the smallest output
 error is kept.
@@ -8,21 +10,17 @@ error is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from qface.models.patches import Layer, Positions, as_map, patches
 from qface.quantization.fake_quantize import WeightFakeQuantize
-from qface.quantization.quantized_layers import WeightedLayer
 from qface.quantization.weight_qparams import WeightQParams, candidate_qparams
 from qface.quantization.weight_rounding import ChannelQParams, LowRankProblem, RoundingProblem
 
-__all__ = ["HessianCollector"]
+__all__ = ["Statistics", "statistics_for", "weight_of"]
 
 _VALUES = 2**22  # of sampled patches per layer and batch: 155,000 patches of a first layer, 910 of 512 x 3 x 3
 _PERCDAMP = 1e-3
@@ -51,17 +49,37 @@ _SEARCHED_WEIGHTS = 576
 _SCALE_FACTORS = torch.linspace(0.6, 1.2, 13).tolist()  # of the scale that rounds to nearest best
 
 
-class _Statistics(Protocol):
-    """Statistics of a layer's inputs, by which its weights are rounded."""
+class Statistics(Protocol):
+    """Statistics of a layer's input patches, and of the errors in its outputs that are to be made up for."""
 
     def wanted(self, images: int) -> int:
         """Return the maximum number of patches to draw from a batch of ``images`` images."""
 
-    def add(self, values: Tensor) -> None:
-        """Add patches ``values`` [groups, M, K]."""
+    def add(self, inputs: Tensor, errors: Tensor) -> None:
+        """Add patches ``inputs`` [groups, M, K] and what is missing in their outputs, ``errors`` [groups, M, channels].
+
+        ``errors`` is what the layer should put out, minus what its float weights make of ``inputs``.
+        """
 
     def round(self, layer: Any, weight: Tensor) -> Tensor:
-        """Return ``weight`` of ``layer``, float64 [groups, channels, K], rounded."""
+        """Return the float ``weight`` of ``layer``, float64 [groups, channels, K], rounded."""
+
+    def bias_shift(self, weight: Tensor, rounded: Tensor) -> Tensor:
+        """Return the mean of what outputs lack with the ``rounded`` weights, float64 [groups x channels]."""
+
+
+def statistics_for(layer: Any) -> Statistics:
+    """Return statistics of no patches for ``layer``."""
+    groups, channels, size = weight_of(layer).shape
+    kind = _Moments if size <= _MAX_WEIGHTS else _Samples
+    return kind.none(groups, channels, size)
+
+
+def weight_of(layer: Any) -> Tensor:
+    """Return the weights of a convolution or linear layer, float64 [groups, channels, K] on the CPU."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    weight: Tensor = layer.weight.detach().cpu().double()
+    return weight.reshape(groups, len(weight) // groups, -1)
 
 
 @dataclass
@@ -70,31 +88,38 @@ class _Moments:
 
     Args:
         count: number of patches.
-        sums: sums of values, float64 [groups, K] with K weights per output channel.
-        products: sums of products, float64 [groups, K, K]; only the upper triangle is valid.
+        sums: sums of inputs, float64 [groups, K] with K weights per output channel.
+        products: sums of products of inputs, float64 [groups, K, K]; only the upper triangle is valid.
+        error_sums: sums of errors, float64 [groups, channels].
+        error_products: sums of products of errors and inputs, float64 [groups, channels, K].
     """
 
     count: int
     sums: Tensor
     products: Tensor
+    error_sums: Tensor
+    error_products: Tensor
 
     @classmethod
-    def none(cls, groups: int, weights: int) -> _Moments:
+    def none(cls, groups: int, channels: int, weights: int) -> _Moments:
         """Return moments of no patches."""
-        zeros = torch.zeros(groups, weights, weights, dtype=torch.float64)
-        return cls(0, zeros[:, 0].clone(), zeros)
+        squares = torch.zeros(groups, weights, weights, dtype=torch.float64)
+        products = torch.zeros(groups, channels, weights, dtype=torch.float64)
+        return cls(0, squares[:, 0].clone(), squares, products[:, :, 0].clone(), products)
 
     def wanted(self, images: int) -> int:
         """Return the maximum number of patches to draw from a batch."""
         return _VALUES // self.sums.numel()
 
-    def add(self, values: Tensor) -> None:
-        """Add patches ``values`` [groups, M, K]; products within a batch are float32, which is twice as fast."""
-        self.count += values.shape[1]
-        self.sums.add_(values.sum(1))
-        for start in range(0, values.shape[2], _PRODUCTS):
+    def add(self, inputs: Tensor, errors: Tensor) -> None:
+        """Add patches; products within a batch are float32, which is twice as fast."""
+        self.count += inputs.shape[1]
+        self.sums.add_(inputs.sum(1))
+        for start in range(0, inputs.shape[2], _PRODUCTS):
             rows = slice(start, start + _PRODUCTS)
-            self.products[:, rows, start:].add_(values[:, :, rows].mT @ values[:, :, start:])
+            self.products[:, rows, start:].add_(inputs[:, :, rows].mT @ inputs[:, :, start:])
+        self.error_sums.add_(errors.sum(1))
+        self.error_products.add_(errors.mT @ inputs)
 
     def hessian(self) -> Tensor:
         """Return the damped Hessian, float64 [groups, K, K]."""
@@ -108,6 +133,7 @@ class _Moments:
     def round(self, layer: Any, weight: Tensor) -> Tensor:
         """Return ``weight`` [groups, channels, K] rounded; the layer gets the parameters of least loss."""
         hessian = self.hessian()
+        weight = weight + self._correction(hessian)
         importance = hessian.diagonal(dim1=1, dim2=2)
         order = importance.argsort(dim=1, descending=True, stable=True)
         hessian = _ordered(_ordered(hessian, order).mT, order)
@@ -120,39 +146,57 @@ class _Moments:
             rounded = _best(layer, problem, candidates, descends=False)
         return _restored(rounded, order)
 
+    def _correction(self, hessian: Tensor) -> Tensor:
+        """Return the change of the float weights that makes up for errors, by ridge regression."""
+        means = self.error_sums[:, :, None] * self.sums[:, None, :] / self.count**2
+        slopes = self.error_products / self.count - means
+        size = hessian.shape[1]
+        damping = _SAMPLE_DAMPING * size / self.count * _mean(hessian.diagonal(dim1=1, dim2=2))
+        return _divided(slopes, hessian + torch.diag_embed(damping[:, None].expand(-1, size)))
+
+    def bias_shift(self, weight: Tensor, rounded: Tensor) -> Tensor:
+        """Return the mean of what outputs lack with the ``rounded`` weights, float64 [groups x channels]."""
+        products = (weight - rounded) @ self.sums[:, :, None]
+        return (self.error_sums + products[:, :, 0]).flatten() / self.count
+
 
 @dataclass
 class _Samples:
     """Input patches of a layer with many weights.
 
     Args:
-        patches: float32 [groups, N, K].
+        inputs: float32 [groups, N, K].
+        errors: float32 [groups, N, channels].
     """
 
-    patches: Tensor
+    inputs: Tensor
+    errors: Tensor
 
     @classmethod
-    def none(cls, groups: int, weights: int) -> _Samples:
+    def none(cls, groups: int, channels: int, weights: int) -> _Samples:
         """Return no patches."""
-        return cls(torch.empty(groups, 0, weights))
+        return cls(torch.empty(groups, 0, weights), torch.empty(groups, 0, channels))
 
     def wanted(self, images: int) -> int:
         """Return the maximum number of patches to draw from a batch, 0 if there are enough."""
         return 2 * images if self._room else 0
 
-    def add(self, values: Tensor) -> None:
-        """Add patches ``values`` [groups, M, K], as long as there are few."""
-        self.patches = torch.cat([self.patches, values[:, : self._room]], 1)
+    def add(self, inputs: Tensor, errors: Tensor) -> None:
+        """Add patches, as long as there are few."""
+        self.inputs, self.errors = (
+            torch.cat([old, new[:, : self._room]], 1) for old, new in ((self.inputs, inputs), (self.errors, errors))
+        )
 
     @property
     def _room(self) -> int:
-        return _MAX_SAMPLES - self.patches.shape[1]
+        return _MAX_SAMPLES - self.inputs.shape[1]
 
     def round(self, layer: Any, weight: Tensor) -> Tensor:
         """Return ``weight`` [groups, channels, K] rounded."""
-        count, size = self.patches.shape[1:]
-        centered = self.patches.double() - self.patches.mean(1, True, dtype=torch.float64)
+        count, size = self.inputs.shape[1:]
+        centered = _centered(self.inputs)
         variances = centered.square().mean(1)
+        weight = weight + self._correction(centered, variances)
         order = variances.argsort(dim=1, descending=True, stable=True)
         samples = _ordered(centered, order) / count**0.5
         damping = (_PERCDAMP + _LOW_RANK_DAMPING * size / count) * _mean(variances)
@@ -160,89 +204,34 @@ class _Samples:
         problem = LowRankProblem(_ordered(weight, order), samples, damping)
         return _restored(problem.gptq(_qparams(layer)), order)
 
+    def _correction(self, centered: Tensor, variances: Tensor) -> Tensor:
+        """Return the change of the float weights that makes up for errors, by ridge regression in N dimensions."""
+        count, size = centered.shape[1:]
+        damping = 2 * _SAMPLE_DAMPING * size * _mean(variances)
+        kernel = centered @ centered.mT + torch.diag_embed(damping[:, None].expand(-1, count))
+        return _divided(_centered(self.errors).mT, kernel) @ centered
 
-class HessianCollector:
-    """Collector of what GPTQ needs to know about the input patches of each layer.
-
-    As a context manager, it observes every forward pass of the network. Linear layers over the positions of a sequence
-    or map are left out.
-
-    Args:
-        student: a network with quantized convolutions and linear layers.
-
-    Attributes:
-        layers: names of the layers that may be observed.
-    """
-
-    def __init__(self, student: fx.GraphModule) -> None:
-        self._modules = {name: layer for name, layer in student.named_modules() if isinstance(layer, WeightedLayer)}
-        self.layers = list(self._modules)
-        self._generator = torch.Generator().manual_seed(0)
-        self._statistics: dict[str, _Statistics] = {}
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> HessianCollector:
-        self._hooks = [
-            layer.register_forward_hook(partial(self._observe, name)) for name, layer in self._modules.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _observe(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.ndim not in (2, 4) or (isinstance(layer, nn.Linear) and output.ndim != 2):
-            return  # a linear layer over the positions of a sequence or map
-        groups, size = _shape(layer)
-        if name not in self._statistics:
-            self._statistics[name] = self._kind(name).none(groups, size)
-        statistics, (height, width) = self._statistics[name], as_map(output).shape[2:]
-        wanted = statistics.wanted(len(output))
-        positions = Positions.drawn(len(output), height, width, wanted, self._generator)
-        if wanted:
-            found = patches(cast(Layer, layer), inputs[0].detach().cpu(), positions)
-            statistics.add(found.view(-1, groups, size).transpose(0, 1))
-
-    def _kind(self, name: str) -> type[_Moments | _Samples]:
-        return _Moments if _shape(self._modules[name])[1] <= _MAX_WEIGHTS else _Samples
-
-    @torch.no_grad()
-    def round_weights(self, name: str) -> None:
-        """Round the weights of a layer in place, and free its statistics.
-
-        Where the weight observer is ``"mse"``, offsets change too in layers of at most 6 bits, and scales in those and
-        in layers of at most 576 weights per channel.
-
-        Args:
-            name: one of :attr:`layers`. A layer that was never observed keeps its weights.
-        """
-        statistics, layer = self._statistics.pop(name, None), self._modules[name]
-        if statistics is not None:
-            groups, size = _shape(layer)
-            weight = layer.weight.detach().cpu().double().reshape(groups, -1, size)
-            layer.weight.copy_(statistics.round(layer, weight).view_as(layer.weight))
-
-    def state(self) -> dict[str, Any]:
-        """Return everything observed so far, for :meth:`restore`."""
-        statistics = {name: vars(each) for name, each in self._statistics.items()}
-        return {"generator": self._generator.get_state(), "statistics": statistics}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from the ``state`` of another collector for the same network."""
-        self._generator.set_state(state["generator"])
-        self._statistics = {name: self._kind(name)(**each) for name, each in state["statistics"].items()}
+    def bias_shift(self, weight: Tensor, rounded: Tensor) -> Tensor:
+        """Return the mean of what outputs lack with the ``rounded`` weights, float64 [groups x channels]."""
+        products = (weight - rounded) @ self.inputs.mean(1, dtype=torch.float64)[:, :, None]
+        return (self.errors.mean(1, dtype=torch.float64) + products[:, :, 0]).flatten()
 
 
-def _shape(layer: Any) -> tuple[int, int]:
-    """Return the number of groups and of weights per output channel."""
-    return layer.groups if isinstance(layer, nn.Conv2d) else 1, layer.weight[0].numel()
+def _centered(samples: Tensor) -> Tensor:
+    """Return ``samples`` [groups, N, size] minus their mean, float64."""
+    return samples.double() - samples.mean(1, True, dtype=torch.float64)
 
 
 def _mean(diagonal: Tensor) -> Tensor:
     """Return the mean of a ``diagonal`` [groups, K] per group; 1 for zeros."""
     mean = diagonal.mean(1).clamp(min=0)
     return torch.where(mean > torch.finfo(torch.float32).tiny, mean, 1.0)
+
+
+def _divided(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``rows`` [groups, N, K] times the inverse of the symmetric ``matrix`` [groups, K, K]."""
+    solution: Tensor = torch.linalg.solve(matrix, rows.mT)
+    return solution.mT
 
 
 def _ordered(rows: Tensor, order: Tensor) -> Tensor:
@@ -273,7 +262,7 @@ def _set(layer: Any, qparams: WeightQParams) -> ChannelQParams:
 def _qparams(layer: Any) -> ChannelQParams:
     """Return the exact parameters of a layer's weights."""
     quantizer: WeightFakeQuantize = layer.weight_fake_quant
-    shape = (_shape(layer)[0], -1)
+    shape = (weight_of(layer).shape[0], -1)
     scale, offset = quantizer.exact_scale().cpu().double().view(shape), quantizer.offset.cpu().double().view(shape)
     return ChannelQParams(scale, offset, int(quantizer.stride), quantizer.quant_min, quantizer.quant_max)
 

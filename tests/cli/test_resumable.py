@@ -16,7 +16,7 @@ from qface.cli import main
 from qface.data import ImageFolder
 from qface.distillation.checkpoint import TrainingRun
 from qface.files import alone_in
-from qface.quantization import calibration_steps
+from qface.quantization import output_errors
 from qface.signals import ended_by_signals
 from tests.crops import write_crops
 from tests.networks import random_faces, tiny_face_net
@@ -95,14 +95,14 @@ def test_a_calibration_goes_on_after_a_signal(
     options = ["--images", "crops", "--batch-size", "8"]
     whole, stopped = (["calibrate", "student.safetensors", *options, "-o", f"{name}.safetensors"] for name in "ab")
     assert run(monkeypatch, *whole) == 0
-    correct = calibration_steps.correct_biases
+    observe = output_errors.OutputErrors.observe
 
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
-        correct(*arguments)
+        return observe(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_steps, "correct_biases", interrupted)
+        patch.setattr(output_errors.OutputErrors, "observe", interrupted)
         assert run(patch, *stopped) == 143
     said = capsys.readouterr().err.splitlines()
     assert said[-2:] == [

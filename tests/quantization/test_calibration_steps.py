@@ -78,8 +78,8 @@ def stopped(folder: Path, stage: str, item: int, observer: str = "mse") -> Inter
         ("observe", 2),
         ("observe", 3),
         ("choose ranges", 4),
+        ("round weights", 1),
         ("round weights", 3),
-        ("correct biases", 1),
     ],
 )
 def test_it_goes_on_where_a_signal_stopped_it(stage: str, item: int, observer: str, tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""What the outputs of a student's layers lack, layer by layer, while the student is rounded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from qface.graph.queries import layer_of
+from qface.models.patches import Layer, Positions, output_size, patches
+from qface.quantization.fake_quantize import quantizers
+from qface.quantization.gptq import Statistics, statistics_for, weight_of
+from qface.quantization.layer_walk import LayerWalk
+from qface.quantization.quantized_layers import WeightedLayer
+
+__all__ = ["OutputErrors", "weighted_nodes"]
+
+_MAX_BYTES = 2**32
+"""Maximum memory of the activations that wait between two layers, of the student and the float network together."""
+
+
+def weighted_nodes(student: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes that first call each convolution or linear layer, in execution order."""
+    first: dict[int, fx.Node] = {}
+    for node in student.graph.nodes:
+        if isinstance(layer := layer_of(node), WeightedLayer):
+            first.setdefault(id(layer), node)
+    return list(first.values())
+
+
+class OutputErrors:
+    """Calibration images on their way through a student and its float network.
+
+    Args:
+        student: with ranges, in eval mode; the caller rounds its layers.
+        original: a copy of ``student`` from before that. Its quantizers are switched off.
+        batches: normalized images, float32 [N, 3, H, W] each; as many as fit into memory are used.
+    """
+
+    def __init__(self, student: fx.GraphModule, original: fx.GraphModule, batches: Sequence[Tensor]) -> None:
+        for quantizer in quantizers(original):
+            quantizer.enable_fake_quant(False)
+        self.original = original
+        self.generator = torch.Generator().manual_seed(0)
+        batches = _affordable(original, batches)
+        self._student, self._original = LayerWalk(student, batches), LayerWalk(original, batches)
+
+    @classmethod
+    def of_new(cls, student: fx.GraphModule, batches: Sequence[Tensor]) -> OutputErrors:
+        """Return the errors of a student of which no layer is rounded yet."""
+        return cls(student, copy.deepcopy(student), batches)
+
+    def observe(self, node: fx.Node) -> Statistics:
+        """Return statistics of the layer that ``node`` calls.
+
+        Args:
+            node: one of :func:`weighted_nodes`; they have to come in this order, each after the layer before it is
+                rounded.
+        """
+        layer = cast(Layer, layer_of(node))
+        for walk in (self._student, self._original):
+            walk.advance_to(node.name)
+        statistics, weight = statistics_for(layer), weight_of(layer).float()
+        for (found,), (wanted,) in zip(self._student.arguments(), self._original.arguments(), strict=True):
+            height, width = output_size(layer, cast(Any, layer).multiply(found[:1], layer.weight))
+            count = statistics.wanted(len(found))
+            positions = Positions.drawn(len(found), height, width, count, self.generator)
+            inputs, wanted_inputs = (_grouped(patches(layer, x.cpu(), positions), weight) for x in (found, wanted))
+            statistics.add(inputs, (wanted_inputs - inputs) @ weight.mT)
+        return statistics
+
+
+def _affordable(network: fx.GraphModule, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the first of ``batches``, as many as two networks can keep between layers, at least one."""
+    walk, most = LayerWalk(network, [batches[0][:1]]), 1
+    for node in weighted_nodes(network):
+        walk.advance_to(node.name)
+        most = max(most, walk.num_bytes())
+    return batches[: max(1, _MAX_BYTES // (2 * most * len(batches[0])))]
+
+
+def _grouped(found: Tensor, weight: Tensor) -> Tensor:
+    """Return ``found`` [M, groups x K] as [groups, M, K] for ``weight`` [groups, channels, K]."""
+    groups, _, size = weight.shape
+    return found.view(-1, groups, size).transpose(0, 1)
