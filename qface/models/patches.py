@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Layer", "Positions", "as_map", "output_size", "patches"]
+__all__ = ["Layer", "Positions", "output_size", "outputs_at", "patches"]
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -39,16 +39,18 @@ class Positions:
         return Positions(self.image[inside] - start, self.row[inside], self.column[inside])
 
 
-def as_map(x: Tensor) -> Tensor:
-    """Return ``x`` [N, C] or [N, C, H, W] as [N, C, H, W]."""
-    return x[:, :, None, None] if x.ndim == 2 else x
-
-
 def output_size(layer: Layer, output: Tensor) -> tuple[int, int]:
     """Return height and width of a layer's ``output``; a linear layer has its positions in one column."""
     if isinstance(layer, nn.Linear):
         return output[0, ..., 0].numel(), 1
     return output.shape[2], output.shape[3]
+
+
+def outputs_at(layer: Layer, output: Tensor, positions: Positions) -> Tensor:
+    """Return the ``output`` of ``layer`` at M positions, [M, channels]."""
+    if isinstance(layer, nn.Linear):
+        return output.reshape(len(output), -1, output.shape[-1])[positions.image, positions.row]
+    return output[positions.image, :, positions.row, positions.column]
 
 
 def patches(layer: Layer, x: Tensor, positions: Positions) -> Tensor:
@@ -63,7 +65,7 @@ def patches(layer: Layer, x: Tensor, positions: Positions) -> Tensor:
         All channels under the kernel at each position, [M, C * kernel height * kernel width].
     """
     if isinstance(layer, nn.Linear):
-        return x.reshape(len(x), -1, x.shape[-1])[positions.image, positions.row]
+        return outputs_at(layer, x, positions)
     height, width = layer.kernel_size
     # torch's private attribute also resolves padding="same".
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

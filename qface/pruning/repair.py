@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qface.models.patches import Layer, Positions, as_map, patches
+from qface.models.patches import Layer, Positions, outputs_at, patches
 from qface.progress import track
 from qface.training_mode import preserve_training_mode
 
@@ -112,14 +112,15 @@ def _outputs(
 ) -> dict[str, Tensor]:
     """Return the outputs of each layer at its positions, [M, channels]."""
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    layers = {name: cast(Layer, model.get_submodule(name)) for name in names}
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
 
         def note(name: str, start: int = start, count: int = len(batch)) -> Callable[[Tensor, Tensor], None]:
             at = positions[name].within(start, count)
-            return lambda _, output: parts[name].append(as_map(output)[at.image, :, at.row, at.column])
+            return lambda _, output: parts[name].append(outputs_at(layers[name], output, at))
 
-        _run(model, {model.get_submodule(name): note(name) for name in names}, batch)
+        _run(model, {layer: note(name) for name, layer in layers.items()}, batch)
     return {name: torch.cat(of) for name, of in parts.items()}
 
 

@@ -76,8 +76,8 @@ def calibrate(
     as it is.
 
     The first calibration of a student runs three stages: cross-layer equalization, observation of float activations,
-    and, layer by layer, GPTQ rounding of weights and correction of biases. A student that was calibrated before, and perhaps trained since,
-    only gets new scales and zero points.
+    and, layer by layer, GPTQ rounding of weights and correction of biases. A student that was calibrated before, and
+    perhaps trained since, only gets new scales and zero points.
 
     Args:
         student: the result of :func:`qface.quantize`, or the path of its file.

@@ -2,7 +2,9 @@
 
 The target is the output of the float network, not of the float layer: the inputs of the student differ from those of
 the float network, since earlier layers are rounded. By ridge regression the float weights first make up for as much of
-that difference as they can (asymmetric calibration; Li et al., GPTAQ, ICML 2025); then they are rounded. The weights of the largest inputs are rounded first, as by ``act_order`` in the code of GPTQ. Channels with few weights
+that difference as they can (asymmetric calibration; Li et al., GPTAQ, ICML 2025); then they are rounded.
+
+The weights of the largest inputs are rounded first, as by ``act_order`` in the code of GPTQ. Channels with few weights
 have little room for compensation, so more is tried there: several scales per channel, and coordinate descent after
 GPTQ. Symmetric integers compete with others (:mod:`qface.quantization.weight_qparams`). What has the smallest output
 error is kept.

@@ -9,12 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from qface.graph.layers import Add
 from qface.graph.queries import layer_of
-from qface.models.patches import Layer, Positions, output_size, patches
+from qface.models.patches import Layer, Positions, output_size, outputs_at, patches
 from qface.quantization.fake_quantize import quantizers
 from qface.quantization.gptq import Statistics, statistics_for, weight_of
 from qface.quantization.layer_walk import LayerWalk
-from qface.quantization.quantized_layers import WeightedLayer
+from qface.quantization.quantized_layers import WeightedLayer, is_quantizer
 
 __all__ = ["OutputErrors", "weighted_nodes"]
 
@@ -46,6 +47,7 @@ class OutputErrors:
         self.original = original
         self.generator = torch.Generator().manual_seed(0)
         batches = _affordable(original, batches)
+        self._num_batches = len(batches)
         self._student, self._original = LayerWalk(student, batches), LayerWalk(original, batches)
 
     @classmethod
@@ -64,13 +66,37 @@ class OutputErrors:
         for walk in (self._student, self._original):
             walk.advance_to(node.name)
         statistics, weight = statistics_for(layer), weight_of(layer).float()
-        for (found,), (wanted,) in zip(self._student.arguments(), self._original.arguments(), strict=True):
-            height, width = output_size(layer, cast(Any, layer).multiply(found[:1], layer.weight))
-            count = statistics.wanted(len(found))
-            positions = Positions.drawn(len(found), height, width, count, self.generator)
-            inputs, wanted_inputs = (_grouped(patches(layer, x.cpu(), positions), weight) for x in (found, wanted))
-            statistics.add(inputs, (wanted_inputs - inputs) @ weight.mT)
+        arguments = zip(self._student.arguments(), self._original.arguments(), strict=True)
+        for ((found,), (wanted,)), missing in zip(arguments, self._errors_of(_summand(node)), strict=True):
+            output = cast(Any, layer).multiply(found[:1], layer.weight)
+            positions = Positions.drawn(
+                len(found), *output_size(layer, output), statistics.wanted(len(found)), self.generator
+            )
+            inputs, wanted_inputs = (
+                _by_group(patches(layer, x.cpu(), positions), len(weight)) for x in (found, wanted)
+            )
+            errors = (wanted_inputs - inputs) @ weight.mT
+            if missing is not None and missing.shape[1:] == output.shape[1:]:
+                errors += _by_group(outputs_at(layer, missing.cpu(), positions), len(weight))
+            statistics.add(inputs, errors)
         return statistics
+
+    def _errors_of(self, node: fx.Node | None) -> list[Tensor | None]:
+        """Return what the values of ``node`` lack, for each batch; None for values that do not exist yet."""
+        if node is None or not self._student.has(node.name):
+            return [None] * self._num_batches
+        pairs = zip(self._original.values(node.name), self._student.values(node.name), strict=True)
+        return [wanted - found for wanted, found in pairs]
+
+
+def _summand(node: fx.Node) -> fx.Node | None:
+    """Return the node whose values are added to those of ``node``, as in a residual connection, if any."""
+    users = list(node.users)
+    while len(users) == 1 and is_quantizer(users[0]):
+        node, users = users[0], list(users[0].users)
+    others = {other for user in users for other in user.all_input_nodes if other is not node}
+    sums = all(isinstance(layer_of(user), Add) for user in users)
+    return others.pop() if sums and len(others) == 1 else None
 
 
 def _affordable(network: fx.GraphModule, batches: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -82,7 +108,6 @@ def _affordable(network: fx.GraphModule, batches: Sequence[Tensor]) -> Sequence[
     return batches[: max(1, _MAX_BYTES // (2 * most * len(batches[0])))]
 
 
-def _grouped(found: Tensor, weight: Tensor) -> Tensor:
-    """Return ``found`` [M, groups x K] as [groups, M, K] for ``weight`` [groups, channels, K]."""
-    groups, _, size = weight.shape
-    return found.view(-1, groups, size).transpose(0, 1)
+def _by_group(rows: Tensor, groups: int) -> Tensor:
+    """Return ``rows`` [M, groups x K] as [groups, M, K]."""
+    return rows.view(len(rows), groups, -1).transpose(0, 1)
