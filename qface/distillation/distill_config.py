@@ -134,6 +134,8 @@ class OptimizerConfig:
         weight_decay: weight decay of SGD and AdamW on weights of convolutions and linear layers; biases, norms, PReLU
             slopes and quantizer scales have none. Relative_adam ignores it.
         max_gradient_norm: clip the gradient to this 2-norm; None does not clip.
+        dampening: share of the distance to the values of their integers by which weights of quantized layers move after
+            the last step. It grows linearly from 0 (oscillation dampening; Nagel et al., ICML 2022).
 
     Raises:
         ConfigError: a value is out of range, or ``sgd`` or ``adamw`` has no learning rate.
@@ -150,11 +152,15 @@ class OptimizerConfig:
     nesterov: bool = True
     weight_decay: float = 5e-4
     max_gradient_norm: float | None = None
+    dampening: float = 0.01
 
     def __post_init__(self) -> None:
         check_choice(OptimizerName, optimizer=self.name)
         check_positive(**_given(learning_rate=self.learning_rate, max_gradient_norm=self.max_gradient_norm))
         check_not_negative(momentum=self.momentum, weight_decay=self.weight_decay)
+        check_not_negative(dampening=self.dampening)
+        if self.dampening > 1:
+            raise ConfigError(f"dampening must be at most 1, got {self.dampening}")
         check_not_negative(**_given(scale_learning_rate=self.scale_learning_rate))
         if self.learning_rate is None and self.name != "relative_adam":
             raise ConfigError(f"the optimizer {self.name!r} needs a learning_rate: set it")
@@ -295,6 +301,7 @@ class DistillConfig:
                 momentum=0.9,
                 nesterov=False,
                 weight_decay=5e-4,
+                dampening=0.0,
             ),
             schedule=ScheduleConfig("constant", warmup_steps=0),
             bn_statistics_steps=None,

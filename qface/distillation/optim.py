@@ -96,18 +96,27 @@ def schedule_for(config: ScheduleConfig, optimizer: torch.optim.Optimizer, step:
     return LambdaLR(optimizer, factor, last_epoch=step - 1)
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, max_norm: float | None) -> float:
-    """Clip the gradient to the 2-norm ``max_norm`` and take one step, unless the gradient is not finite.
+def optimizer_step(optimizer: torch.optim.Optimizer, student: nn.Module, config: OptimizerConfig, done: float) -> float:
+    """Clip the gradient and take one step, unless the gradient is not finite.
+
+    Weights of quantized layers move with their scales, and towards their integers.
 
     Args:
         optimizer: the optimizer; its parameters hold their gradients.
-        max_norm: maximum 2-norm of the gradient over all parameters; None does not clip.
+        student: the network that it trains.
+        config: settings of the optimizer.
+        done: share of all steps before this one, 0 to 1.
 
     Returns:
         The 2-norm of the gradient before clipping.
     """
+    from qface.quantization import pull_to_integers, weights_follow_scales  # only that package knows about torch.ao
+
     parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm))
+    limit = math.inf if config.max_gradient_norm is None else config.max_gradient_norm
+    norm = float(nn.utils.clip_grad_norm_(parameters, limit))
     if math.isfinite(norm):
-        optimizer.step()
+        with weights_follow_scales(student):
+            optimizer.step()
+        pull_to_integers(student, config.dampening * done)
     return norm

@@ -300,7 +300,8 @@ class _Trainer:
         self.objective.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        record["gradient_norm"] = optimizer_step(self.optimizer, self.config.optimizer.max_gradient_norm)
+        done = 1 - self._share_of_steps_left
+        record["gradient_norm"] = optimizer_step(self.optimizer, self.student, self.config.optimizer, done)
         self._require_finite("gradient", record["gradient_norm"])
         self.schedule.step()
         return record

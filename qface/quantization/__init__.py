@@ -8,6 +8,7 @@ from qface.quantization.fake_quantize import (
     SharedScaleFakeQuantize,
     WeightFakeQuantize,
 )
+from qface.quantization.latent_weights import pull_to_integers, weights_follow_scales
 from qface.quantization.observers import (
     MinMaxObserver,
     MovingAverageObserver,
@@ -54,8 +55,10 @@ __all__ = [
     "activation_bits",
     "calibrate",
     "inspect",
+    "pull_to_integers",
     "quantize",
     "role_of",
     "scale_parameters",
     "set_observers",
+    "weights_follow_scales",
 ]

@@ -140,7 +140,7 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         if not self._ready:
             raise ConfigError(NOT_CALIBRATED)
         if not self.training:
-            return self._deployed(x)
+            return self.rounded(x)
         return self.fake_quantize(x, *self.bounds)
 
     def fake_quantize(self, x: Tensor, low: Bound, high: Bound) -> Tensor:
@@ -156,9 +156,13 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         """Apply PReLU to ``x`` [N, C, ...]; round its input to uint8 and its output to this integer range."""
         return lsq_fake_quantize_prelu(x, slopes, self._learned_scale(), -self.zero, *self.bounds, self._grad_factor(x))
 
-    def _learned_scale(self) -> Tensor:
+    def keep_positive(self) -> None:
+        """Raise a scale that a step of an optimizer left at or below 0."""
         # In place on ``data``, since a quantizer that shares the scale may already have saved it for its backward.
         self.scale.data.clamp_(min=_MIN_SCALE)
+
+    def _learned_scale(self) -> Tensor:
+        self.keep_positive()
         if self.scale_rule is None:
             return self.scale
         return self.scale + (self.exact_scale() - self.scale).detach()
@@ -229,7 +233,8 @@ class LSQFakeQuantize(_SwitchedFakeQuantize):
         return quantize_affine(x, *self.qparams_along(x))
 
     @torch.no_grad()
-    def _deployed(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return the values that the integers of ``x`` stand for."""
         qparams = self.qparams_along(x)
         return quantize_affine(x, *qparams).sub_(qparams.zero_point).mul_(qparams.scale)
 
@@ -298,19 +303,26 @@ class WeightFakeQuantize(LSQFakeQuantize):
         return quantize_strided(x, scale, offset, self._stride, self.quant_min, self.quant_max)
 
     @torch.no_grad()
-    def _deployed(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return the values that the integers of ``x`` stand for."""
         return self.integers(x).mul_(self.exact_scale().view(self._shape(x)))
 
     def fake_quantize(self, x: Tensor, low: Bound, high: Bound) -> Tensor:
-        """Fake-quantize ``x`` with this scale and signed integers of ``low`` to ``high``, strided and offset."""
-        if not self.has_offsets:
-            return super().fake_quantize(x, low, high)
-        scale = _with_gradient_times(self._grad_factor(x), self._learned_scale()).view(self._shape(x))
-        shift = scale * self.offset.view(self._shape(x))
-        return lsq_fake_quantize(x - shift, self._stride * scale, low, high, 1.0) + shift
+        """Fake-quantize ``x`` with this scale and signed integers of ``low`` to ``high``, strided and offset.
+
+        The gradient of the scale is that of fixed integers, unlike LSQ's, because a trained weight follows its scale
+        (:mod:`qface.quantization.latent_weights`). It is divided by the sum of squared integers: a step of gradient
+        descent then changes the values as far along the channel's direction as one that moves them freely.
+        """
+        scale = self._learned_scale().view(self._shape(x))
+        fixed = scale.detach()
+        shift = fixed * self.offset.view(self._shape(x))
+        rounded = lsq_fake_quantize(x - shift, self._stride * fixed, low, high, 1.0) + shift
+        squares = (rounded.detach() / fixed).square().flatten(1).sum(1).clamp(min=1).view(self._shape(x))
+        return rounded * _with_gradient_times(1 / squares, scale / fixed)
 
 
-def _with_gradient_times(factor: float, values: Tensor) -> Tensor:
+def _with_gradient_times(factor: Tensor, values: Tensor) -> Tensor:
     """Return ``values``, whose gradient is multiplied by ``factor``."""
     return values + (factor - 1) * (values - values.detach())
 
