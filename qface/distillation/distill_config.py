@@ -152,7 +152,7 @@ class OptimizerConfig:
     nesterov: bool = True
     weight_decay: float = 5e-4
     max_gradient_norm: float | None = None
-    dampening: float = 0.01
+    dampening: float = 0.003
 
     def __post_init__(self) -> None:
         check_choice(OptimizerName, optimizer=self.name)

@@ -42,6 +42,12 @@ _PRECISION = 4 * torch.finfo(torch.float32).eps
 
 Subtracting the mean may cancel nearly the whole product, and the errors of all weights may add up in one direction.
 """
+_CORRECTED_SHARE = 0.5
+"""Share of the least-squares correction that weights take.
+
+A full one also shrinks them, as regression on noisy inputs does: activations are rounded, and the more so the fewer bits
+they have.
+"""
 _PRODUCTS = 1024  # rows of the second moments per matrix product, which skips most of the lower triangle
 _MAX_WEIGHTS = 4608
 """Maximum weights per output channel, 512 x 3 x 3, with second moments, which take gigabytes for more."""
@@ -135,7 +141,7 @@ class _Moments:
     def round(self, layer: Any, weight: Tensor) -> Tensor:
         """Return ``weight`` [groups, channels, K] rounded; the layer gets the parameters of least loss."""
         hessian = self.hessian()
-        weight = weight + self._correction(hessian)
+        weight = weight + _CORRECTED_SHARE * self._correction(hessian)
         importance = hessian.diagonal(dim1=1, dim2=2)
         order = importance.argsort(dim=1, descending=True, stable=True)
         hessian = _ordered(_ordered(hessian, order).mT, order)
@@ -198,7 +204,7 @@ class _Samples:
         count, size = self.inputs.shape[1:]
         centered = _centered(self.inputs)
         variances = centered.square().mean(1)
-        weight = weight + self._correction(centered, variances)
+        weight = weight + _CORRECTED_SHARE * self._correction(centered, variances)
         order = variances.argsort(dim=1, descending=True, stable=True)
         samples = _ordered(centered, order) / count**0.5
         damping = (_PERCDAMP + _LOW_RANK_DAMPING * size / count) * _mean(variances)
