@@ -1,4 +1,4 @@
-"""What the outputs of a student's layers lack, layer by layer, while the student is rounded."""
+"""Errors in the outputs of a student's layers, layer by layer, while the student is rounded."""
 
 from __future__ import annotations
 
