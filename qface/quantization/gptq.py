@@ -45,8 +45,8 @@ Subtracting the mean may cancel nearly the whole product, and the errors of all 
 _CORRECTED_SHARE = 0.5
 """Share of the least-squares correction that weights take.
 
-A full one also shrinks them, as regression on noisy inputs does: activations are rounded, and the more so the fewer bits
-they have.
+A full one also shrinks them, as regression on noisy inputs does: activations are rounded, and the more so the fewer
+bits they have.
 """
 _PRODUCTS = 1024  # rows of the second moments per matrix product, which skips most of the lower triangle
 _MAX_WEIGHTS = 4608
