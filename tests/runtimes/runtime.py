@@ -163,7 +163,9 @@ class Runtime:
         return response
 
     def _variables(self) -> dict[str, str]:
-        variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        # OpenBLAS's variables, such as OPENBLAS_CORETYPE, describe this processor, not the emulated one.
+        ours = ("PYTHONPATH", "PYTHONHOME", "OPENBLAS_")
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         if self.environment.packages is not None:
             packages = str(self.environment.packages())
             variables |= {"PYTHONPATH": packages, "NODE_PATH": packages}
