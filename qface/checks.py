@@ -19,6 +19,7 @@ __all__ = [
     "check_not_negative",
     "check_positive",
     "check_seed",
+    "check_share",
     "check_whole",
 ]
 
@@ -56,6 +57,17 @@ def check_not_negative(**settings: object) -> None:
     for name, value in settings.items():
         if not (_is_number(value) and value >= 0):
             raise ConfigError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def check_share(**settings: object) -> None:
+    """Raise if a setting is not a number from 0 to 1.
+
+    Raises:
+        ConfigError: a setting is out of range; the message names it.
+    """
+    for name, value in settings.items():
+        if not (_is_number(value) and 0 <= value <= 1):
+            raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from qface.errors import ConfigError
+from qface.checks import check_share
 
 __all__ = ["AugmentationConfig", "augmented"]
 
@@ -79,10 +79,7 @@ class AugmentationConfig:
     mixture: float = 0.1
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            share = getattr(self, field.name)
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-                raise ConfigError(f"augmentation {field.name} must be a number from 0 to 1, got {share!r}")
+        check_share(**{f"augmentation {field.name}": getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def none(cls) -> AugmentationConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qface.checks import check_choice, check_not_negative, check_positive, check_seed, check_whole
+from qface.checks import check_choice, check_not_negative, check_positive, check_seed, check_share, check_whole
 from qface.choices import PrecisionName
 from qface.data.augmentation import AugmentationConfig
 from qface.errors import ConfigError
@@ -158,9 +158,7 @@ class OptimizerConfig:
         check_choice(OptimizerName, optimizer=self.name)
         check_positive(**_given(learning_rate=self.learning_rate, max_gradient_norm=self.max_gradient_norm))
         check_not_negative(momentum=self.momentum, weight_decay=self.weight_decay)
-        check_not_negative(dampening=self.dampening)
-        if self.dampening > 1:
-            raise ConfigError(f"dampening must be at most 1, got {self.dampening}")
+        check_share(dampening=self.dampening)
         check_not_negative(**_given(scale_learning_rate=self.scale_learning_rate))
         if self.learning_rate is None and self.name != "relative_adam":
             raise ConfigError(f"the optimizer {self.name!r} needs a learning_rate: set it")

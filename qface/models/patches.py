@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +40,11 @@ class Positions:
         return Positions(self.image[inside] - start, self.row[inside], self.column[inside])
 
 
-def output_size(layer: Layer, output: Tensor) -> tuple[int, int]:
-    """Return height and width of a layer's ``output``; a linear layer has its positions in one column."""
+def output_size(layer: Layer, shape: torch.Size) -> tuple[int, int]:
+    """Return height and width of a layer's output of this ``shape``; a linear layer has one column of positions."""
     if isinstance(layer, nn.Linear):
-        return output[0, ..., 0].numel(), 1
-    return output.shape[2], output.shape[3]
+        return math.prod(shape[1:-1]), 1
+    return shape[2], shape[3]
 
 
 def outputs_at(layer: Layer, output: Tensor, positions: Positions) -> Tensor:

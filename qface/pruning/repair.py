@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qface.models.patches import Layer, Positions, outputs_at, patches
+from qface.models.patches import Layer, Positions, output_size, outputs_at, patches
 from qface.progress import track
 from qface.training_mode import preserve_training_mode
 
@@ -100,11 +100,11 @@ def _output_sizes(model: nn.Module, names: Sequence[str], image: Tensor) -> dict
     def note(name: str) -> Callable[[Tensor, Tensor], None]:
         return lambda _, output: shapes[name].append(output.shape)
 
-    layers = {name: model.get_submodule(name) for name in names}
+    layers = {name: cast(Layer, model.get_submodule(name)) for name in names}
     _run(model, {layer: note(name) for name, layer in layers.items()}, image)
     dimensions = {name: 2 if isinstance(layer, nn.Linear) else 4 for name, layer in layers.items()}
     once = {name: made[0] for name, made in shapes.items() if len(made) == 1 and len(made[0]) == dimensions[name]}
-    return {name: (1, 1) if len(shape) == 2 else (shape[2], shape[3]) for name, shape in once.items()}
+    return {name: output_size(layers[name], shape) for name, shape in once.items()}
 
 
 def _outputs(

@@ -124,7 +124,7 @@ class CalibrationSteps:
     def _round(self, node: fx.Node) -> None:
         """Round the weights of the layer that ``node`` calls, and give its outputs their means back."""
         if self._errors is None:
-            self._errors = OutputErrors.of_new(self._student, self._prepared())
+            self._errors = OutputErrors(self._student, self._prepared())
         layer = cast(Any, layer_of(node))
         statistics, before = self._errors.observe(node), weight_of(layer)
         if self._gptq:
@@ -152,7 +152,7 @@ class CalibrationSteps:
         self._stage, self._step = state["stage"], state["step"]
         if state["original"] is not None:
             self._student.load_state_dict(state["original"])
-            self._errors = OutputErrors.of_new(self._student, self._prepared())
+            self._errors = OutputErrors(self._student, self._prepared())
             self._errors.generator.set_state(state["generator"])
         self._student.load_state_dict(state["student"])
         for quantizer, statistics in zip(self._quantizers, state["observers"], strict=True):

@@ -76,18 +76,20 @@ class Statistics(Protocol):
         """Return the mean of what outputs lack with the ``rounded`` weights, float64 [groups x channels]."""
 
 
-def statistics_for(layer: Any) -> Statistics:
-    """Return statistics of no patches for ``layer``."""
-    groups, channels, size = weight_of(layer).shape
+def statistics_for(groups: int, channels: int, size: int) -> Statistics:
+    """Return statistics of no patches for a layer with a weight [groups, channels, size]."""
     kind = _Moments if size <= _MAX_WEIGHTS else _Samples
     return kind.none(groups, channels, size)
 
 
 def weight_of(layer: Any) -> Tensor:
     """Return the weights of a convolution or linear layer, float64 [groups, channels, K] on the CPU."""
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight: Tensor = layer.weight.detach().cpu().double()
-    return weight.reshape(groups, len(weight) // groups, -1)
+    return weight.reshape(_groups(layer), len(weight) // _groups(layer), -1)
+
+
+def _groups(layer: Any) -> int:
+    return layer.groups if isinstance(layer, nn.Conv2d) else 1
 
 
 @dataclass
@@ -270,7 +272,7 @@ def _set(layer: Any, qparams: WeightQParams) -> ChannelQParams:
 def _qparams(layer: Any) -> ChannelQParams:
     """Return the exact parameters of a layer's weights."""
     quantizer: WeightFakeQuantize = layer.weight_fake_quant
-    shape = (weight_of(layer).shape[0], -1)
+    shape = (_groups(layer), -1)
     scale, offset = quantizer.exact_scale().cpu().double().view(shape), quantizer.offset.cpu().double().view(shape)
     return ChannelQParams(scale, offset, int(quantizer.stride), quantizer.quant_min, quantizer.quant_max)
 

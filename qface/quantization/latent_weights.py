@@ -1,8 +1,8 @@
-"""The float weights that an optimizer moves behind the integers of a student.
+"""Float weights of quantized layers during training, from which the integers are rounded.
 
-Both functions keep integers from changing for no reason. If a scale alone moved, the integers of its whole channel
-would be rounded anew, and weights between two integers jump from one to the other and back in every few steps
-(oscillation; Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022).
+Both functions keep integers from changing where the loss does not ask for it. If a scale alone moved, the integers of
+its whole channel would be rounded anew, and weights between two integers jump from one to the other and back in every
+few steps (oscillation; Nagel et al., Overcoming Oscillations in Quantization-Aware Training, ICML 2022).
 """
 
 from __future__ import annotations

@@ -51,12 +51,8 @@ class LayerWalk:
             found.append(self._interpreter.fetch_args_kwargs_from_env(self._left[0])[0])
         return found
 
-    def has(self, name: str) -> bool:
-        """True if the node called ``name`` has run, and others that read its values have not."""
-        return any(node.name == name for node in self._values[0])
-
     def values(self, name: str) -> list[Any]:
-        """Return the values of the node called ``name``, for each batch."""
+        """Return the values of the node called ``name``, for each batch; none if it has not run or no node reads it."""
         return [value for values in self._values for node, value in values.items() if node.name == name]
 
     def num_bytes(self) -> int:

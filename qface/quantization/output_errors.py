@@ -36,24 +36,22 @@ class OutputErrors:
     """Calibration images on their way through a student and its float network.
 
     Args:
-        student: with ranges, in eval mode; the caller rounds its layers.
-        original: a copy of ``student`` from before that. Its quantizers are switched off.
+        student: with ranges, in eval mode; no layer is rounded yet, and the caller rounds them.
         batches: normalized images, float32 [N, 3, H, W] each; as many as fit into memory are used.
+
+    Attributes:
+        original: the float network, a copy of ``student`` whose quantizers are switched off.
+        generator: generator of the sampled positions.
     """
 
-    def __init__(self, student: fx.GraphModule, original: fx.GraphModule, batches: Sequence[Tensor]) -> None:
-        for quantizer in quantizers(original):
+    def __init__(self, student: fx.GraphModule, batches: Sequence[Tensor]) -> None:
+        self.original = copy.deepcopy(student)
+        for quantizer in quantizers(self.original):
             quantizer.enable_fake_quant(False)
-        self.original = original
         self.generator = torch.Generator().manual_seed(0)
-        batches = _affordable(original, batches)
+        batches = _affordable(self.original, batches)
         self._num_batches = len(batches)
-        self._student, self._original = LayerWalk(student, batches), LayerWalk(original, batches)
-
-    @classmethod
-    def of_new(cls, student: fx.GraphModule, batches: Sequence[Tensor]) -> OutputErrors:
-        """Return the errors of a student of which no layer is rounded yet."""
-        return cls(student, copy.deepcopy(student), batches)
+        self._student, self._original = LayerWalk(student, batches), LayerWalk(self.original, batches)
 
     def observe(self, node: fx.Node) -> Statistics:
         """Return statistics of the layer that ``node`` calls.
@@ -65,28 +63,28 @@ class OutputErrors:
         layer = cast(Layer, layer_of(node))
         for walk in (self._student, self._original):
             walk.advance_to(node.name)
-        statistics, weight = statistics_for(layer), weight_of(layer).float()
-        arguments = zip(self._student.arguments(), self._original.arguments(), strict=True)
+        weight = weight_of(layer).float()
+        statistics = statistics_for(*weight.shape)
+        arguments = list(zip(self._student.arguments(), self._original.arguments(), strict=True))
+        shape = cast(Any, layer).multiply(arguments[0][0][0][:1], layer.weight).shape
+        size = output_size(layer, shape)
         for ((found,), (wanted,)), missing in zip(arguments, self._errors_of(_summand(node)), strict=True):
-            output = cast(Any, layer).multiply(found[:1], layer.weight)
-            positions = Positions.drawn(
-                len(found), *output_size(layer, output), statistics.wanted(len(found)), self.generator
-            )
+            positions = Positions.drawn(len(found), *size, statistics.wanted(len(found)), self.generator)
             inputs, wanted_inputs = (
                 _by_group(patches(layer, x.cpu(), positions), len(weight)) for x in (found, wanted)
             )
             errors = (wanted_inputs - inputs) @ weight.mT
-            if missing is not None and missing.shape[1:] == output.shape[1:]:
+            if missing is not None and missing.shape[1:] == shape[1:]:
                 errors += _by_group(outputs_at(layer, missing.cpu(), positions), len(weight))
             statistics.add(inputs, errors)
         return statistics
 
     def _errors_of(self, node: fx.Node | None) -> list[Tensor | None]:
         """Return what the values of ``node`` lack, for each batch; None for values that do not exist yet."""
-        if node is None or not self._student.has(node.name):
+        found = [] if node is None else self._student.values(node.name)
+        if node is None or not found:
             return [None] * self._num_batches
-        pairs = zip(self._original.values(node.name), self._student.values(node.name), strict=True)
-        return [wanted - found for wanted, found in pairs]
+        return [wanted - found for wanted, found in zip(self._original.values(node.name), found, strict=True)]
 
 
 def _summand(node: fx.Node) -> fx.Node | None:

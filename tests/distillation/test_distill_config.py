@@ -56,6 +56,8 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (OptimizerConfig, {"momentum": -0.1}, "momentum"),
     (OptimizerConfig, {"momentum": 0.0, "name": "sgd", "learning_rate": 0.005}, "nesterov"),
     (OptimizerConfig, {"max_gradient_norm": 0.0}, "max_gradient_norm"),
+    (OptimizerConfig, {"dampening": 1.1}, "dampening must be a number from 0 to 1, got 1.1"),
+    (OptimizerConfig, {"dampening": -0.1}, "dampening"),
     (OptimizerConfig, {"name": "lamb"}, "optimizer must be one of 'relative_adam', 'sgd', 'adamw', got 'lamb'"),
     (ScheduleConfig, {"name": "step"}, "schedule must be one of 'cosine', 'constant', got 'step'"),
     (ScheduleConfig, {"warmup_steps": -1}, "warmup_steps"),

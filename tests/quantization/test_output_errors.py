@@ -1,4 +1,4 @@
-"""What layers lack in the student, and what makes up for it."""
+"""Errors in the outputs of a student's layers, and the weights and biases that compensate for them."""
 
 from __future__ import annotations
 
@@ -66,8 +66,7 @@ def test_channels_get_back_their_means(make: Callable[..., nn.Module], gptq: boo
 
 
 def test_a_layer_makes_up_for_the_errors_of_the_one_before_it() -> None:
-    """The second layer could undo any change of the first, since both are square; it undoes half, which is
-    three quarters of the squared error."""
+    """The second layer undoes half of the error of the first, which is three quarters of the squared error."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))
     model = framed(lambda: layers)
@@ -76,6 +75,25 @@ def test_a_layer_makes_up_for_the_errors_of_the_one_before_it() -> None:
     wanted, found = (outputs(network, images(16, seed=5)) for network in (floating(model, 8), rounded))
     first, second = (float((found[name] - wanted[name]).square().mean()) for name in ("body_0", "body_1"))
     assert second < 0.3 * first
+
+
+def test_corrected_biases_bring_the_embeddings_closer() -> None:
+    faces, held_out = random_faces(64), images(16, seed=5)
+    model = sized(tiny_face_net)
+    losses = []
+    with torch.no_grad():
+        for correct in (False, True):
+            found = calibrate(quantize(model, 3), faces, CalibrationConfig(correct_biases=correct))
+            losses.append(float((found.eval()(held_out) - model(held_out)).square().mean()))
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("make", [tiny_face_net, foreign_net])
+def test_correcting_biases_alone_changes_no_weight(make: Callable[..., nn.Module]) -> None:
+    plain, corrected = (student(make, 3, gptq=False, correct_biases=correct) for correct in (False, True))
+    for one, other in zip(plain.modules(), corrected.modules(), strict=True):
+        if isinstance(one, WeightedLayer):
+            assert torch.equal(one.weight, other.weight)
 
 
 def test_only_a_new_student_is_rounded_and_corrected() -> None:
@@ -118,7 +136,7 @@ def test_a_layer_that_is_called_twice_is_rounded_once() -> None:
 def test_a_linear_layer_has_the_positions_of_a_sequence(shape: tuple[int, ...]) -> None:
     layer, x = nn.Linear(4, 6), torch.randn(shape)
     made = layer(x)
-    size = output_size(layer, made)
+    size = output_size(layer, made.shape)
     positions = Positions.drawn(5, *size, 1000, torch.Generator().manual_seed(0))
     assert len(positions.image) == made[..., 0].numel()
     found = layer(patches(layer, x, positions))
