@@ -20,6 +20,8 @@ def pages_resident():
 torch.ones(TENSOR)
 before = pages_resident()
 with memory_kept():
+    with memory_kept():
+        pass
     torch.ones(TENSOR)
     print(pages_resident() - before)
 print(pages_resident() - before)

@@ -19,6 +19,7 @@ from qface.data.images import ImageSource, IndexedImages, normalize
 from qface.data.prefetch import prefetched
 from qface.deployment.runtime import OnnxEmbedder
 from qface.errors import ConfigError, ImagesError, QFaceError, one_line
+from qface.kept_memory import memory_kept
 from qface.memory_format import fastest_memory_format
 from qface.models.resolve import NetworkLike, resolve_model
 from qface.network_output import embedding_of
@@ -190,11 +191,12 @@ def embedding_batches(
     batches = source.batches(batch_size, start) if isinstance(source, IndexedImages) else source.batches(batch_size)
     total = math.ceil((len(source) - start) / batch_size) if isinstance(source, IndexedImages) else None
     views = (_views(batch, flip, embedder.preprocessing) for batch in batches)
-    for of_a_batch in track(prefetched(views) if indexed else views, "embed", total):
-        embeddings = _embed_views(embedder, of_a_batch)
-        _check_usable(embeddings, start)
-        start += len(embeddings)
-        yield embeddings
+    with memory_kept():
+        for of_a_batch in track(prefetched(views) if indexed else views, "embed", total):
+            embeddings = _embed_views(embedder, of_a_batch)
+            _check_usable(embeddings, start)
+            start += len(embeddings)
+            yield embeddings
 
 
 def _views(batch: Tensor, flip: bool, preprocessing: Preprocessing) -> list[Tensor]:

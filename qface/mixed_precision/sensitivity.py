@@ -26,6 +26,7 @@ from qface.data.sources import as_image_source
 from qface.errors import ConfigError, one_line
 from qface.graph.layers import along_channels
 from qface.graph.queries import is_quantized, is_shape_only, layer_of
+from qface.kept_memory import memory_kept
 from qface.mixed_precision.loss_store import Losses, loss_store
 from qface.model_digest import digest_of_batches, digests_of_network
 from qface.models.resolve import NetworkLike, as_network
@@ -132,6 +133,7 @@ def _layer_of_record(record: Mapping[str, Any]) -> LayerSensitivity:
 
 
 @shows_progress
+@memory_kept()
 @torch.no_grad()
 def sensitivity(
     model: NetworkLike,

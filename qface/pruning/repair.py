@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qface.kept_memory import memory_kept
 from qface.models.patches import Layer, Positions, output_size, outputs_at, patches
 from qface.progress import track
 from qface.training_mode import preserve_training_mode
@@ -58,7 +59,7 @@ def repair(
     """
     names = [name for name in kept if _lost_inputs(original.get_submodule(name), kept[name])]
     generator = torch.Generator().manual_seed(seed)
-    with preserve_training_mode(pruned), preserve_training_mode(original), torch.no_grad():
+    with memory_kept(), preserve_training_mode(pruned), preserve_training_mode(original), torch.no_grad():
         pruned.eval()
         original.eval()
         sizes = _output_sizes(original, names, images[:1])

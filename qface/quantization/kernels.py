@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate", "quantize_affine", "quantize_strided", "requantize"]
+__all__ = ["accumulate", "choose_positive", "in_memory_order", "quantize_affine", "quantize_strided", "requantize"]
 
 # float32 represents all integers up to here exactly.
 _EXACT_FLOAT32 = 2**24
@@ -60,13 +60,33 @@ def accumulate(multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: 
         weight: integers [out_channels, ...].
         bias: integers that broadcast against the result, or None.
     """
-    low, high = x.aminmax()
+    low, high = in_memory_order(x, like=x).aminmax()
     bound = weight.abs().reshape(len(weight), -1).sum(1).max() * torch.maximum(-low, high)
     if bias is not None:
         bound = bound + bias.abs().max()
     dtype = torch.float32 if bound < _EXACT_FLOAT32 else torch.float64
     sums = multiply(x.to(dtype), weight.to(dtype))
     return (sums if bias is None else sums.add_(bias.to(dtype))).float()
+
+
+def choose_positive(x: Tensor, positive: Tensor, other: Tensor) -> Tensor:
+    """Return ``positive`` where ``x`` is above 0 and ``other`` elsewhere, both finite; overwrite ``other``.
+
+    Takes a third of the time of ``torch.where``.
+    """
+    return other.sub_(_where_positive(x, other)).add_(_where_positive(x, positive))
+
+
+def _where_positive(x: Tensor, values: Tensor) -> Tensor:
+    """Return ``values`` where ``x`` is above 0, else 0."""
+    found: Tensor = torch.ops.aten.threshold_backward(values, x, 0.0)
+    return found
+
+
+def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
+    """Return ``x`` with the dimensions in the order in which ``like`` lies in memory; reductions copy others first."""
+    channels_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1) if channels_last else x
 
 
 def requantize(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qface.graph.layers import along_channels
+from qface.quantization.kernels import in_memory_order
 
 __all__ = ["Bound", "lsq_fake_quantize", "lsq_fake_quantize_prelu", "prelu"]
 
@@ -176,14 +177,8 @@ def _scale_gradient(gradient: Tensor, output: Tensor, passed: Tensor, steps: Ten
 def _dot(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """Return the sum of products per scale."""
     if scale.numel() == 1:
-        return torch.dot(_flat(a, like=a), _flat(b, like=a))
+        return torch.dot(*(in_memory_order(each, like=a).flatten() for each in (a, b)))
     return (a * b).flatten(1).sum(1).view_as(scale)
-
-
-def _flat(x: Tensor, like: Tensor) -> Tensor:
-    """Flatten ``x`` in the memory order of ``like``, which avoids a copy of ``like`` itself."""
-    channels_last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
-    return (x.movedim(1, -1) if channels_last else x).flatten()
 
 
 def _lower_input_bound(slopes: Tensor, input_quant_min: Bound, quant_min: Bound, quant_max: Bound) -> Tensor:

@@ -23,7 +23,7 @@ from qface.quantization.fake_quantize import (
     SharedScaleFakeQuantize,
     WeightFakeQuantize,
 )
-from qface.quantization.kernels import accumulate, requantize
+from qface.quantization.kernels import accumulate, choose_positive, requantize
 from qface.quantization.lsq import prelu
 from qface.quantization.qparams import shifts
 
@@ -335,13 +335,13 @@ class QuantizedPReLU(nn.PReLU):
     def _deployed(self, x: Tensor, scale: Tensor, output_scale: Tensor) -> Tensor:
         integers = (x / scale).round_()
         slopes, slope_scale = along_channels(self.slope_integers(), x), self.weight_fake_quant.exact_scale()
-        kept = requantize(integers.clone(), scale, torch.ones_like(scale), output_scale)
         products, shift = integers * slopes, self.quant_context.output_shift()
         if shift is not None:  # input and output share one scale
             shift = along_channels(shift, x)
             products.add_((shift / slope_scale).round())
         scaled = requantize(products, scale, slope_scale, output_scale, shift)
-        return torch.where(integers > 0, kept, scaled).mul_(output_scale)
+        kept = requantize(integers.clone(), scale, torch.ones_like(scale), output_scale)
+        return choose_positive(integers, kept, scaled).mul_(output_scale)
 
     @classmethod
     def from_float(cls, layer: nn.PReLU) -> QuantizedPReLU:

@@ -13,6 +13,7 @@ from qface.data.crops import write_crop
 from qface.data.synthetic import synthetic_crops
 from qface.errors import TrainingError
 from qface.files import as_path
+from qface.kept_memory import memory_kept
 from qface.model_digest import digests_of_network
 from qface.models.resolve import NetworkLike, as_network
 from qface.preprocessing import preprocessing_of
@@ -29,6 +30,7 @@ _SHIFT = 4  # pixels by which a step moves the images at most, so that no pixel 
 
 
 @shows_progress
+@memory_kept()
 def synthesize(
     model: NetworkLike, folder: str | Path, config: SynthesisConfig | None = None, *, progress: bool = False
 ) -> Path:

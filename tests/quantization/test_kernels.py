@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qface.quantization.kernels import accumulate, quantize_affine, requantize
+from qface.quantization.kernels import accumulate, choose_positive, quantize_affine, requantize
 from qface.quantization.qparams import QParams
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -55,6 +55,17 @@ def test_convolution_sums_are_exact(seed: int, channels: tuple[int, int, int], k
     )
     exact = F.conv2d(torch.from_numpy(x), torch.from_numpy(weight), padding=kernel // 2, groups=groups).numpy() + bias
     np.testing.assert_array_equal(sums.numpy(), exact.astype(np.float32))
+
+
+@given(SEEDS, st.sampled_from([torch.contiguous_format, torch.channels_last]))
+def test_values_of_any_size_are_chosen_by_sign(seed: int, memory_format: torch.memory_format) -> None:
+    rng = np.random.default_rng(seed)
+    x, positive, other = (
+        floats(integers(rng, -3, 3, (2, 3, 4, 5)) * 10.0 ** rng.integers(-9, 9, (2, 3, 4, 5))) for _ in range(3)
+    )
+    expected = torch.where(x > 0, positive, other)
+    chosen = choose_positive(*(each.contiguous(memory_format=memory_format) for each in (x, positive, other)))
+    assert torch.equal(chosen, expected)
 
 
 @given(SEEDS, st.integers(2, 8))
