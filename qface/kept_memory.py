@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
+
+from qface.shared_context import shared_by_threads
 
 __all__ = ["memory_kept"]
 
@@ -22,41 +24,25 @@ _ALL = 2**31 - 1
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
 
-class _Users:
-    """Blocks that want memory to be kept, in all threads; they may overlap."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
-
-    @contextmanager
-    def counted(self, library: ctypes.CDLL) -> Iterator[None]:
-        """Keep memory from the first block that enters to the last one that leaves."""
-        with self._lock:
-            self._count += 1
-            if self._count == 1:
-                _set_thresholds(library, _ALL, _ALL)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._count -= 1
-                if self._count == 0:
-                    _set_thresholds(library, _LARGEST_MMAP_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)
-                    library.malloc_trim(0)
-
-
-_USERS = _Users()
-
-
 @contextmanager
 def memory_kept() -> Iterator[None]:
     """Let glibc keep freed memory within the block; do nothing with another C library."""
     library = _glibc()
-    with nullcontext() if library is None else _USERS.counted(library):
+    with nullcontext() if library is None else shared_by_threads(library, _memory_kept):
         yield
 
 
+@contextmanager
+def _memory_kept(library: ctypes.CDLL) -> Iterator[None]:
+    _set_thresholds(library, _ALL, _ALL)
+    try:
+        yield
+    finally:
+        _set_thresholds(library, _LARGEST_MMAP_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)
+        library.malloc_trim(0)
+
+
+@cache
 def _glibc() -> ctypes.CDLL | None:
     """Return the C library of this process, or None if it is not glibc."""
     if not sys.platform.startswith("linux"):

@@ -37,8 +37,8 @@ from qface.graph.queries import layer_of
 from qface.models.resolve import NetworkLike, as_network
 from qface.quantization import ImageFakeQuantize, LSQFakeQuantize, QuantizedAffine
 from qface.quantization.binding import layers_near_ties
-from qface.quantization.deployed_mode import deployed_on_cpu
 from qface.quantization.quantized_layers import Quantizer, WeightedLayer
+from qface.quantization.student_modes import deployed_on_cpu
 from qface.results import Result
 
 __all__ = [

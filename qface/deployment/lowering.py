@@ -33,11 +33,11 @@ from qface.quantization import (
     QuantizedLinear,
     QuantizedPReLU,
 )
-from qface.quantization.deployed_mode import deployed_mode
 from qface.quantization.fake_quantize import NOT_CALIBRATED
 from qface.quantization.placement import computes_in_float
 from qface.quantization.qparams import shifts
 from qface.quantization.quantized_layers import AFFINE_BITS, Quantizer, is_quantizer
+from qface.quantization.student_modes import deployed_mode
 
 __all__ = ["lower", "value_name"]
 

@@ -25,7 +25,8 @@ from qface.models.resolve import NetworkLike, resolve_model
 from qface.network_output import embedding_of
 from qface.preprocessing import Preprocessing, PreprocessingOverride, dtype_of, preprocessing_of
 from qface.progress import shows_progress, track
-from qface.training_mode import eval_mode, shared_by_threads
+from qface.shared_context import shared_by_threads
+from qface.training_mode import eval_mode
 
 __all__ = ["Embedder", "Embeddings", "Model", "TorchEmbedder", "as_embedder", "embed", "embedding_batches", "unit_rows"]
 

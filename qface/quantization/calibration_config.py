@@ -27,11 +27,11 @@ class CalibrationConfig:
 
     Example:
         >>> CalibrationConfig(num_images=64, gptq=False).batch_size
-        64
+        32
     """
 
     num_images: int = CALIBRATION_IMAGES
-    batch_size: int = 64
+    batch_size: int = 32
     equalize: bool = True
     gptq: bool = True
     correct_biases: bool = True

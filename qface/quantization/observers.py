@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.ao.quantization.observer import ObserverBase
 
 from qface.errors import ConfigError
+from qface.quantization.kernels import in_memory_order
 from qface.quantization.qparams import IntegerRange
 from qface.quantization.quantization_config import check_percentile
 
@@ -54,6 +55,8 @@ class RangeObserver(ObserverBase):
     def forward(self, x: Tensor) -> Tensor:
         """Observe ``x`` and return it."""
         values = x.detach().float()
+        if not self.per_channel:
+            values = in_memory_order(values, like=values)
         self.observe(values.reshape(len(values) if self.per_channel else 1, -1))
         return x
 

@@ -16,6 +16,7 @@ from qface.quantization.fake_quantize import quantizers
 from qface.quantization.gptq import Statistics, statistics_for, weight_of
 from qface.quantization.layer_walk import LayerWalk
 from qface.quantization.quantized_layers import WeightedLayer, is_quantizer
+from qface.quantization.student_modes import simulated_mode
 
 __all__ = ["OutputErrors", "weighted_nodes"]
 
@@ -51,6 +52,7 @@ class OutputErrors:
         self.generator = torch.Generator().manual_seed(0)
         batches = _affordable(self.original, batches)
         self._num_batches = len(batches)
+        self._network = student
         self._student, self._original = LayerWalk(student, batches), LayerWalk(self.original, batches)
 
     def observe(self, node: fx.Node) -> Statistics:
@@ -61,8 +63,9 @@ class OutputErrors:
                 rounded.
         """
         layer = cast(Layer, layer_of(node))
-        for walk in (self._student, self._original):
-            walk.advance_to(node.name)
+        with simulated_mode(self._network):
+            self._student.advance_to(node.name)
+        self._original.advance_to(node.name)
         weight = weight_of(layer).float()
         statistics = statistics_for(*weight.shape)
         arguments = list(zip(self._student.arguments(), self._original.arguments(), strict=True))

@@ -6,7 +6,7 @@ Integer kernels have no zero point for weights, but a channel's integers may be 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class WeightQParams:
     scale: Tensor
     offset: Tensor
     stride: int
+
+    def times(self, factor: float) -> WeightQParams:
+        """Return the same with all scales multiplied by ``factor``."""
+        return replace(self, scale=self.scale * factor)
 
 
 def takes_offsets(quantizer: WeightFakeQuantize) -> bool:

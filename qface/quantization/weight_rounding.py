@@ -8,7 +8,7 @@ NeurIPS 2023, theorem 6: GPTQ equals LDLQ).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -51,6 +51,10 @@ class ChannelQParams:
         """Round ``weight`` [groups, channels, K] to nearest."""
         return self._round(weight, self.scale[..., None], self.offset[..., None])
 
+    def of_channels(self, chosen: Tensor) -> ChannelQParams:
+        """Return the parameters of some channels of each group."""
+        return replace(self, scale=self.scale[:, chosen], offset=self.offset[:, chosen])
+
     def _round(self, values: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         return quantize_strided(values, scale, offset, self.stride, self.quant_min, self.quant_max).mul_(scale)
 
@@ -67,9 +71,31 @@ class RoundingProblem:
     weight: Tensor
     hessian: Tensor
 
-    def repeated(self, times: int) -> RoundingProblem:
-        """Return the problem with all channels ``times`` times."""
-        return replace(self, weight=self.weight.repeat(1, times, 1))
+    def of_channels(self, chosen: Tensor) -> RoundingProblem:
+        """Return the problem of some channels of each group."""
+        return replace(self, weight=self.weight[:, chosen])
+
+    def rounded_by_each(self, qparams: Sequence[ChannelQParams], descends: bool) -> tuple[Tensor, Tensor]:
+        """Round the weights by GPTQ once for each of ``qparams``, all at once, as if each had channels of its own.
+
+        Args:
+            qparams: T parameters of all channels.
+            descends: True for coordinate descent afterwards.
+
+        Returns:
+            The rounded weights, [groups, T, channels, K], and their losses, [groups, T, channels].
+        """
+        groups, channels, size = self.weight.shape
+        together = replace(self, weight=self.weight.repeat(1, len(qparams), 1))
+        joined = replace(
+            qparams[0],
+            scale=torch.cat([each.scale for each in qparams], 1),
+            offset=torch.cat([each.offset for each in qparams], 1),
+        )
+        rounded = together.gptq(joined)
+        if descends:
+            rounded = together.descend(rounded, joined)
+        return rounded.view(groups, -1, channels, size), together.losses(rounded).view(groups, -1, channels)
 
     def losses(self, rounded: Tensor) -> Tensor:
         """Return the mean squared output error of each channel of ``rounded``, [groups, channels]."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from qface.models.patches import Positions, patches
 from qface.preprocessing import Preprocessing, with_preprocessing
-from qface.quantization import CalibrationConfig, LayerBits, QuantizationConfig, calibrate, quantize
-from qface.quantization.quantized_layers import WeightedLayer
+from qface.quantization import CalibrationConfig, LayerBits, QuantizationConfig, calibrate, gptq, quantize
+from qface.quantization.gptq import statistics_for, weight_of
+from qface.quantization.quantized_layers import QuantizedLinear, WeightedLayer
 from tests.deployment.networks import framed
 from tests.networks import foreign_net, random_faces, tiny_face_net
 
@@ -89,6 +90,26 @@ def test_a_layer_of_many_weights_is_rounded_by_its_samples() -> None:
             calibrate(student, FACES, CalibrationConfig(equalize=False, gptq=gptq)).eval()
             errors.append(float((student(x) - expected).square().mean()))
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_large_layers_of_two_bits_gain_from_other_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales that suit nearest rounding are too small where weights make up for each other's errors."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 4000, 64, generator=generator) @ torch.randn(64, 600, generator=generator)
+    inputs += torch.randn(inputs.shape, generator=generator)
+    found = statistics_for(1, 24, 600)
+    found.add(inputs, torch.zeros(1, 4000, 24))
+    losses = []
+    for factors in ([1.0], gptq._SCALE_FACTORS):
+        monkeypatch.setattr(gptq, "_SCALE_FACTORS", factors)
+        torch.manual_seed(0)
+        layer = QuantizedLinear(600, 24, weight_bits=2).eval()
+        layer.weight_fake_quant.observe(layer.weight)
+        layer.weight_fake_quant.set_range()
+        weight = weight_of(layer)
+        layer.weight.data.copy_(found.round(layer, weight)[0])
+        losses.append(float((inputs.double() @ (weight_of(layer) - weight).mT).square().mean()))
+    assert losses[1] < 0.95 * losses[0], losses
 
 
 def test_a_layer_that_reads_nothing_does_no_harm() -> None:

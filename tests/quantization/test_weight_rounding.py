@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_coordinate_descent_never_adds_loss(shape: tuple[int, int, int, int], se
     assert (problem.losses(improved) <= problem.losses(rounded) * (1 + 1e-9) + 1e-12).all()
     codes = (improved / qparams.scale[..., None] - qparams.offset[..., None]) / 2
     torch.testing.assert_close(codes, codes.round().clamp(-4, 3))
+
+
+@given(shape=SHAPES, seed=SEEDS, descends=st.booleans())
+def test_several_parameters_at_once_round_as_each_alone(
+    shape: tuple[int, int, int, int], seed: int, descends: bool
+) -> None:
+    weight, samples, qparams = drawn(shape, seed)
+    problem = RoundingProblem(weight, hessian_of(samples, 0.1))
+    tried = [qparams, replace(qparams, scale=1.5 * qparams.scale), replace(qparams, offset=-qparams.offset)]
+    rounded, losses = problem.rounded_by_each(tried, descends)
+    for number, each in enumerate(tried):
+        alone = problem.gptq(each)
+        alone = problem.descend(alone, each) if descends else alone
+        torch.testing.assert_close(rounded[:, number], alone)
+        torch.testing.assert_close(losses[:, number], problem.losses(alone))
 
 
 def test_three_weights_come_near_the_best_of_all_roundings() -> None:
