@@ -55,9 +55,10 @@ _MAX_SAMPLES = 1024  # patches that are kept for a layer with more weights
 _SEARCHED_WEIGHTS = 576
 """Maximum weights per output channel for the search of scales by channel, 64 x 3 x 3.
 
-The channels of larger layers take one factor, which suits some of them; with 2 bits it brings most of the gain.
+The channels of larger layers take one factor, which suits some of them. It brings most of the gain.
 """
 _CHANNELS_OF_FACTOR = 32
+_BITS_OF_FACTOR = 3  # with more bits the best factor is 1
 _SCALE_FACTORS = torch.linspace(0.6, 1.2, 13).tolist()  # of the scale that rounds to nearest best
 
 
@@ -153,15 +154,13 @@ class _Moments:
         hessian = _ordered(_ordered(hessian, order).mT, order)
         problem = RoundingProblem(_ordered(weight, order), hessian)
         candidates = _candidates(layer, weight, importance)
-        if layer.weight_fake_quant.observer != "mse":
-            rounded = _best(layer, problem, candidates, descends=False)
-        elif weight.shape[2] <= _SEARCHED_WEIGHTS:
-            scaled = [each.times(factor) for each in candidates for factor in _SCALE_FACTORS]
-            rounded = _best(layer, problem, scaled, descends=True)
-        else:
-            scaled = [each.times(_common_factor(layer, problem, each)) for each in candidates]
-            rounded = _best(layer, problem, scaled, descends=False)
-        return _restored(rounded, order)
+        searches = layer.weight_fake_quant.observer == "mse"
+        few = weight.shape[2] <= _SEARCHED_WEIGHTS
+        if searches and few:
+            candidates = [each.times(factor) for each in candidates for factor in _SCALE_FACTORS]
+        elif searches and layer.weight_bits <= _BITS_OF_FACTOR:
+            candidates = [each.times(_common_factor(layer, problem, each)) for each in candidates]
+        return _restored(_best(layer, problem, candidates, descends=searches and few), order)
 
     def _correction(self, hessian: Tensor) -> Tensor:
         """Return the change of the float weights that makes up for errors, by ridge regression."""
