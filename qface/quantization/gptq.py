@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qface.quantization.fake_quantize import WeightFakeQuantize
 from qface.quantization.weight_qparams import WeightQParams, candidate_qparams
-from qface.quantization.weight_rounding import ChannelQParams, LowRankProblem, RoundingProblem
+from qface.quantization.weight_rounding import ChannelQParams, LowRankProblem, RoundingProblem, cholesky
 
 __all__ = ["Statistics", "statistics_for", "weight_of"]
 
@@ -246,7 +246,7 @@ def _mean(diagonal: Tensor) -> Tensor:
 
 def _divided(rows: Tensor, matrix: Tensor) -> Tensor:
     """Return ``rows`` [groups, N, K] times the inverse of the positive definite ``matrix`` [groups, K, K]."""
-    return torch.cholesky_solve(rows.mT, torch.linalg.cholesky(matrix)).mT
+    return torch.cholesky_solve(rows.mT, cholesky(matrix)).mT
 
 
 def _ordered(rows: Tensor, order: Tensor) -> Tensor:

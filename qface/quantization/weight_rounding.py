@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qface.quantization.kernels import quantize_strided
 
-__all__ = ["ChannelQParams", "LowRankProblem", "RoundingProblem"]
+__all__ = ["ChannelQParams", "LowRankProblem", "RoundingProblem", "cholesky"]
 
 _BLOCK = 128  # weights per block; later weights get a block's errors by one matrix product
 _LOW_RANK_BLOCK = 512  # weights per Hessian of a low-rank problem
@@ -188,13 +188,22 @@ def _shares(hessian: Tensor) -> Tensor:
     Rows are the rounded weights, columns the later ones.
 
     With U upper triangular and U U^T = H, this is U with each column divided by its diagonal element; the upper
-    triangle is valid. If float32 errors outweigh the damping of H, it grows until H is positive definite.
+    triangle is valid.
     """
-    damping = _RETRIED_DAMPING * hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    upper = cholesky(hessian.flip(1, 2)).flip(1, 2)
+    return upper / upper.diagonal(dim1=1, dim2=2)[:, None, :]
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of ``matrix`` [groups, K, K].
+
+    Where float32 errors outweigh the damping that a group has, this grows until the group is positive definite.
+    """
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    damping = _RETRIED_DAMPING * diagonal.abs().mean(1).clamp(min=torch.finfo(torch.float32).tiny)
     while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(1, 2))
+        lower, failed = torch.linalg.cholesky_ex(matrix)
         if not failed.any():
-            upper = lower.flip(1, 2)
-            return cast(Tensor, upper / upper.diagonal(dim1=1, dim2=2)[:, None, :])
-        hessian = hessian + torch.diag_embed(damping[:, None].expand(hessian.shape[:2]))
+            return cast(Tensor, lower)
+        matrix = matrix + torch.diag_embed(torch.where(failed > 0, damping, 0.0)[:, None].expand_as(diagonal))
         damping = 4 * damping

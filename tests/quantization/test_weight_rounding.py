@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qface.quantization.weight_rounding import ChannelQParams, LowRankProblem, RoundingProblem
+from qface.quantization.weight_rounding import ChannelQParams, LowRankProblem, RoundingProblem, cholesky
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(2, 12))
 SEEDS = st.integers(0, 2**16)
@@ -71,6 +71,16 @@ def test_several_parameters_at_once_round_as_each_alone(
         alone = problem.descend(alone, each) if descends else alone
         torch.testing.assert_close(rounded[:, number], alone)
         torch.testing.assert_close(losses[:, number], problem.losses(alone))
+
+
+def test_a_group_that_is_not_positive_definite_leaves_the_others_alone() -> None:
+    """Such as a channel of a depthwise convolution that is constant but for rounding."""
+    matrix = hessian_of(torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(0)).double(), 0.0)
+    matrix[1] = torch.diag(torch.tensor([1e-9, -1e-9, 2e-9, -3e-9]))
+    factor = cholesky(matrix)
+    assert factor.isfinite().all()
+    torch.testing.assert_close((factor @ factor.mT)[::2], matrix[::2])
+    torch.testing.assert_close(cholesky(torch.zeros(2, 3, 3).double()).triu(1), torch.zeros(2, 3, 3).double())
 
 
 def test_three_weights_come_near_the_best_of_all_roundings() -> None:
