@@ -97,6 +97,7 @@ def calibrate(
         ConfigError: the model is not quantized, ``run_dir`` belongs to another calibration, or another run is using it.
         ExportError: ``run_dir`` cannot be created or written to.
         ImagesError: the images cannot be used.
+        QFaceError: the network's embeddings of the images are NaN or infinite.
 
     Example:
         >>> student = qface.calibrate(qface.quantize(teacher, bits=6), "faces/")

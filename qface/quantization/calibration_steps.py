@@ -14,9 +14,11 @@ from torch import Tensor, fx
 
 from qface.checkpoint_file import read_checkpoint, restoring, write_checkpoint
 from qface.data.images import normalize
+from qface.errors import QFaceError
 from qface.graph.queries import layer_of
 from qface.memory_format import fastest_memory_format
 from qface.model_digest import digest_of_batches, digests_of_network
+from qface.network_output import embedding_of
 from qface.preprocessing import preprocessing_of
 from qface.progress import stage
 from qface.quantization.calibration_config import CalibrationConfig
@@ -115,7 +117,12 @@ class CalibrationSteps:
 
     def _observe(self, part: Tensor) -> None:
         with _in_float(self._quantizers), _observing(self._quantizers):
-            self._student(self._prepare(part))
+            embeddings = embedding_of(self._student(self._prepare(part)))
+        if not embeddings.isfinite().all():
+            raise QFaceError(
+                "the network's embeddings of the calibration images are NaN or infinite: check its weights and "
+                "preprocessing"
+            )
 
     def _choose_range(self, quantizer: LSQFakeQuantize) -> None:
         quantizer.set_range()

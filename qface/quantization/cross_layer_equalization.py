@@ -283,7 +283,7 @@ def _squared_weights(layer: Scalable) -> Tensor:
 def _ranges(values: Tensor) -> Tensor:
     """Return the range of each channel of ``values`` [C, values], without the tails, zero included; [C]."""
     low, high = _ends(values)
-    return high - low
+    return (high - low).abs()  # of zeros with signs it may be -0
 
 
 def _ends(values: Tensor) -> tuple[Tensor, Tensor]:

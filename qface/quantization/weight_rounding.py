@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from qface.errors import QFaceError
 from qface.quantization.kernels import quantize_strided
 
 __all__ = ["ChannelQParams", "LowRankProblem", "RoundingProblem", "cholesky"]
@@ -198,6 +199,9 @@ def cholesky(matrix: Tensor) -> Tensor:
     """Return the lower Cholesky factor of ``matrix`` [groups, K, K].
 
     Where float32 errors outweigh the damping that a group has, this grows until the group is positive definite.
+
+    Raises:
+        QFaceError: a value is NaN or infinite.
     """
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     damping = _RETRIED_DAMPING * diagonal.abs().mean(1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -205,5 +209,7 @@ def cholesky(matrix: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if not failed.any():
             return cast(Tensor, lower)
+        if not matrix.isfinite().all():
+            raise QFaceError("the inputs of a layer are too large for float32: check the weights of the network")
         matrix = matrix + torch.diag_embed(torch.where(failed > 0, damping, 0.0)[:, None].expand_as(diagonal))
         damping = 4 * damping

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qface.data.images import Images
-from qface.errors import ConfigError, ImagesError
+from qface.errors import ConfigError, ImagesError, QFaceError
 from qface.graph import capture
 from qface.preprocessing import Preprocessing, with_preprocessing
 from qface.provenance import provenance_of
@@ -57,6 +57,15 @@ def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
     """A convolution of another batch size may sum in another order."""
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 if a.is_floating_point() else 1)
+
+
+@pytest.mark.parametrize("gptq", [True, False])
+def test_a_network_that_overflows_is_refused(gptq: bool) -> None:
+    model = tiny_face_net()
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.ndim == 4).add_(3e38)
+    with pytest.raises(QFaceError, match="are NaN or infinite: check its weights and preprocessing"):
+        calibrate(quantize(model), random_faces(4), CalibrationConfig(gptq=gptq))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -222,6 +222,25 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
 
 
+def test_zeros_have_no_signs() -> None:
+    """A channel without weights may be 0 or -0, and 1 / -0 is not the largest number but the smallest."""
+    torch.manual_seed(0)
+    student = floating(framed(BODIES["residual"]))
+
+    def silenced(quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        (x,) = inputs
+        if x.ndim < 4 or x.shape[1] < 8:
+            return None
+        silent = torch.where(torch.rand(x[:, :7].shape) < 5e-4, 1e-45, 0.0 * torch.randn(x[:, :7].shape))
+        return torch.cat([silent, x[:, 7:]], 1)
+
+    for quantizer in quantizers(student):
+        quantizer.register_forward_pre_hook(silenced)
+    with torch.no_grad():
+        cross_layer_equalization(student, [images(64)])
+    assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
+
+
 def test_uneven_channels_survive_low_bits_only_when_equalized() -> None:
     model = framed(Spread)
     uneven(model.body.front)
