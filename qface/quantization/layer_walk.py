@@ -20,9 +20,13 @@ class LayerWalk:
     Args:
         network: a graph with one input, in eval mode.
         batches: its inputs, one tensor per batch.
+
+    Attributes:
+        network: the network.
     """
 
     def __init__(self, network: fx.GraphModule, batches: Sequence[Tensor]) -> None:
+        self.network = network
         self._interpreter = fx.Interpreter(network)
         first, *self._left = network.graph.nodes
         self._last_reader = {used: node for node in network.graph.nodes for used in node.all_input_nodes}

@@ -55,9 +55,10 @@ class RangeObserver(ObserverBase):
     def forward(self, x: Tensor) -> Tensor:
         """Observe ``x`` and return it."""
         values = x.detach().float()
-        if not self.per_channel:
-            values = in_memory_order(values, like=values)
-        self.observe(values.reshape(len(values) if self.per_channel else 1, -1))
+        if self.per_channel:
+            self.observe(values.reshape(len(values), -1))
+        else:
+            self.observe(in_memory_order(values, like=values).reshape(1, -1))
         return x
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,6 @@ class OutputErrors:
         self.generator = torch.Generator().manual_seed(0)
         batches = _affordable(self.original, batches)
         self._num_batches = len(batches)
-        self._network = student
         self._student, self._original = LayerWalk(student, batches), LayerWalk(self.original, batches)
 
     def observe(self, node: fx.Node) -> Statistics:
@@ -63,7 +62,7 @@ class OutputErrors:
                 rounded.
         """
         layer = cast(Layer, layer_of(node))
-        with simulated_mode(self._network):
+        with simulated_mode(self._student.network):
             self._student.advance_to(node.name)
         self._original.advance_to(node.name)
         weight = weight_of(layer).float()
