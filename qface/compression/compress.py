@@ -45,6 +45,7 @@ __all__ = ["compress"]
 AVERAGE_BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
 """Average bits per weight to try; steps are finer at low bits, where a bit costs more."""
 
+_STUDENT = "student.safetensors"
 _MIN_STEP = 0.25
 """Minimum difference in average bits between the largest trial that fits and the next one."""
 
@@ -293,9 +294,8 @@ class _Search:
         make_folder(folder)
         trial = Trial.read(folder)
         if trial is None:
-            student = self._distilled(average, folder) if distilled else self._calibrated(average)
-            save(student, folder / "student.safetensors")
-            file = export(student, folder / "student.onnx", images=self.tuning)
+            student = self._distilled(average) if distilled else self._calibrated(average)
+            file = export(load(student), folder / "student.onnx", images=self.tuning)
             trial = self._judged(name, file, self._mean_weight_bits(average), distilled)
             trial.write(folder)
         return trial
@@ -304,19 +304,28 @@ class _Search:
         config = self._config(average)
         return average_bits(self.table, config) if config.overrides else float(config.weight_bits)
 
-    def _calibrated(self, average: float) -> nn.Module:
-        student = quantize(self.network, self._config(average))
-        run = self.folder / self._name(average) / "calibration"
-        return calibrate(student, self.tuning, self.config.calibration, run_dir=run)
+    def _calibrated(self, average: float) -> Path:
+        """Return the file of the calibrated student; calibrate it if it is new.
 
-    def _distilled(self, average: float, folder: Path) -> nn.Module:
-        calibrated = self.folder / self._name(average) / "student.safetensors"
-        if not calibrated.exists():  # a stopped run continues from this file: another machine may round otherwise
-            make_folder(calibrated.parent)
-            save(self._calibrated(average), calibrated)
-        return distill(
-            load(calibrated), self.teacher, self.tuning, self.config.training, folder / "distillation", resume=True
-        )
+        What follows starts from this file, so that a stopped run continues alike on a machine that rounds otherwise.
+        """
+        folder = self.folder / self._name(average)
+        file, run = folder / _STUDENT, folder / "calibration"
+        if not file.exists():
+            make_folder(folder)
+            student = quantize(self.network, self._config(average))
+            save(calibrate(student, self.tuning, self.config.calibration, run_dir=run), file)
+        shutil.rmtree(run, ignore_errors=True)
+        return file
+
+    def _distilled(self, average: float) -> Path:
+        """Return the file of the distilled student; train it if it is new."""
+        folder = self.folder / self._name(average, distilled=True)
+        file = folder / _STUDENT
+        if not file.exists():
+            start, run = load(self._calibrated(average)), folder / "distillation"
+            save(distill(start, self.teacher, self.tuning, self.config.training, run, resume=True), file)
+        return file
 
     def _judged(self, name: str, file: Path, weight_bits: float, distilled: bool) -> Trial:
         drops = self.judge(file)
@@ -377,7 +386,7 @@ def _record(
     tuning, judged = people
     return RunRecord(
         teacher=str(folder / "teacher.safetensors"),
-        student=str(folder / found.chosen.name / "student.safetensors"),
+        student=str(folder / found.chosen.name / _STUDENT),
         file=str(output),
         images=str(images),
         tuning_people=str(tuning or FIRST_HALF),

@@ -80,6 +80,7 @@ def test_the_smallest_file_that_keeps_the_drop_is_written(folder: Path, tmp_path
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "small.run").rglob("student.onnx")}
     assert qface.compress(network(), folder, tmp_path / "small.onnx", target, QUICK) == found
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "small.run").rglob("student.onnx")}
+    assert not list((tmp_path / "small.run").rglob("calibration.pt"))  # students are kept, not their states
     record = RunRecord.read(tmp_path / "small.run")
     assert Path(record.file) == tmp_path / "small.onnx"
     assert record.stopped == found.stopped and len(record.trials) == len(found.trials)
