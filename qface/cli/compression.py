@@ -58,7 +58,7 @@ _LIMITS = ("max_drop", "max_mb", "max_ms", "stress", "at_fpr", "confidence")
 )
 @click.option("--people", "identities", help="People to tune on, as for calibrate.  [default: first-half]")
 @click.option("--eval-people", "eval_identities", help="Other people to evaluate on.  [default: second-half]")
-@click.option("--num-images", type=int, default=CALIBRATION_IMAGES, help="Size of the calibration set, evenly spaced.")
+@click.option("--num-images", type=int, default=CALIBRATION_IMAGES, help="Images to calibrate on, mirrored if few.")
 @click.option(
     "--distill",
     type=click.Choice(get_args(DistillName)),

@@ -100,7 +100,7 @@ def _config_of(file: Path, options: dict[str, Any]) -> qface.QuantizationConfig:
 @click.argument("student")
 @images_option
 @people_option
-@click.option("--num-images", type=int, default=CALIBRATION_IMAGES, help="Size of the calibration set, evenly spaced.")
+@click.option("--num-images", type=int, default=CALIBRATION_IMAGES, help="Images to calibrate on, mirrored if few.")
 @click.option("--batch-size", type=int, default=64, help="Images per forward pass.")
 @click.option("--equalize/--no-equalize", default=True, help="Run cross-layer equalization first.")
 @click.option("--gptq/--no-gptq", default=True, help="Round weights with GPTQ.")

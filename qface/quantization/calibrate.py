@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qface.data.images import Images, check_normalized
-from qface.data.sample import sample_batches
+from qface.data.sample import evenly, sample_batches
 from qface.data.sources import as_image_source, source_record
 from qface.errors import ConfigError
 from qface.kept_memory import memory_kept
@@ -79,6 +79,9 @@ def calibrate(
     and, layer by layer, GPTQ rounding of weights and correction of biases. A student that was calibrated before, and
     perhaps trained since, only gets new scales and zero points.
 
+    Where there are fewer images than ``config.num_images``, mirror images are added, at most one of each. A mirrored
+    face is a face, and with few bits it brings nearly as much as another image (docs/research/calibration.md).
+
     Args:
         student: the result of :func:`qface.quantize`, or the path of its file.
         images: folder of 112x112 crops, tensor [N, 3, H, W], or loader.
@@ -113,7 +116,9 @@ def calibrate(
     preprocessing = preprocessing_of(student)
     for batch in batches:
         check_normalized(batch, preprocessing)
-    parts = _mixed(batches, config.batch_size)
+    originals = torch.cat(batches)
+    mirrored = originals[evenly(len(originals), config.num_images - len(originals))].flip(-1)
+    parts = _mixed(torch.cat([originals, mirrored]), config.batch_size)
     run: AbstractContextManager[Path | None] = nullcontext()
     if run_dir is not None:
         run = calibration_checkpoint(Path(run_dir), student, parts, config)
@@ -123,13 +128,12 @@ def calibrate(
     left_out = [name for name, wanted in stages.items() if wanted and not new]
     if left_out:
         _LOGGER.warning("this student was calibrated before, so these stages are skipped: %s", ", ".join(left_out))
-    seen = {"images": sum(map(len, batches)), **source_record(source)}
+    seen = {"images": len(originals), "mirror_images": len(mirrored), **source_record(source)}
     settings = {**seen, **{name: new and wanted for name, wanted in stages.items()}}
     return record_step(student, "calibrate", settings)
 
 
-def _mixed(batches: list[Tensor], size: int) -> list[Tensor]:
-    """Regroup the images into batches of about ``size``, each with people from the entire set."""
-    images = torch.cat(batches)
+def _mixed(images: Tensor, size: int) -> list[Tensor]:
+    """Group ``images`` into batches of about ``size``, each with people from the entire set."""
     count = -(-len(images) // size)
     return [images[first::count] for first in range(count)]

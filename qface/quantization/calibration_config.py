@@ -16,6 +16,7 @@ class CalibrationConfig:
 
     Args:
         num_images: size of the calibration set: evenly spaced images of a folder or tensor, the first ones of a loader.
+            Mirror images, at most one of each, fill up a smaller set.
         batch_size: images per forward pass.
         equalize: run cross-layer equalization first (:mod:`qface.quantization.cross_layer_equalization`).
         gptq: round weights with GPTQ (:mod:`qface.quantization.gptq`); otherwise to the nearest value.

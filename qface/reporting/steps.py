@@ -46,7 +46,8 @@ def _quantize(step: Mapping[str, Any]) -> str:
 def _calibrate(step: Mapping[str, Any]) -> str:
     parts = {"equalize": "channels equalized", "gptq": "weights rounded by GPTQ", "correct_biases": "biases corrected"}
     done = [words for name, words in parts.items() if step.get(name)]
-    return ", ".join([f"Calibrated on {step.get('images')} images", *done]) + "."
+    mirrored = f" and {step['mirror_images']} mirror images" if step.get("mirror_images") else ""
+    return ", ".join([f"Calibrated on {step.get('images')} images{mirrored}", *done]) + "."
 
 
 def _distill(step: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,16 @@ def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
     """A convolution of another batch size may sum in another order."""
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 if a.is_floating_point() else 1)
+
+
+@pytest.mark.parametrize(("wanted", "mirrored"), [(12, []), (16, [0, 4, 7, 11]), (100, range(12))])
+def test_mirror_images_fill_up_a_small_set(wanted: int, mirrored: Sequence[int]) -> None:
+    found = calibrate(student(), FACES, CalibrationConfig(num_images=wanted))
+    filled = torch.cat([FACES, FACES[list(mirrored)].flip(3)])
+    expected = calibrate(student(), filled, CalibrationConfig(num_images=len(filled)))
+    check_close(ranges(found), ranges(expected))
+    (step,) = [each for each in provenance_of(found) if each["step"] == "calibrate"]
+    assert (step["images"], step["mirror_images"]) == (12, len(mirrored))
 
 
 @pytest.mark.parametrize("gptq", [True, False])
@@ -120,7 +130,7 @@ def test_it_repeats_and_repairs_itself() -> None:
 def test_ranges_are_those_of_float_values() -> None:
     """Rounding to 2 bits plays no part in them; half a gray level of the image does."""
     model = student(QuantizationConfig(2, 8, weight_observer="minmax", activation_observer="minmax"))
-    calibrate(model, FACES, CalibrationConfig(equalize=False))
+    calibrate(model, FACES, CalibrationConfig(len(FACES), equalize=False))
     seen: list[tuple[float, float]] = []
     teacher = tiny_face_net(size=SIZE.size)
     teacher.prelu.register_forward_hook(lambda _, __, out: seen.append((out.min().item(), out.max().item())))

@@ -21,7 +21,7 @@ from qface.signals import ended_by_signals
 from tests.networks import RANGES_ONLY, random_faces, tiny_face_net
 
 FACES = random_faces(24)
-IN_EIGHTS = CalibrationConfig(batch_size=8)
+IN_EIGHTS = CalibrationConfig(len(FACES), batch_size=8)
 
 
 @pytest.fixture(autouse=True)
