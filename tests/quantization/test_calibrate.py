@@ -153,18 +153,18 @@ def test_all_kinds_of_images_give_the_same_ranges(crops: Callable[..., Path], ba
     pixels = ImageFolder(folder).read(range(7))
     kinds: list[Images] = [folder, str(folder), pixels, SIZE(pixels), loader(pixels), loader(SIZE(pixels)), [pixels]]
     config = QuantizationConfig(activation_observer="minmax")
-    expected = ranges(calibrate(student(config), pixels))
+    expected = ranges(calibrate(student(config), pixels, CalibrationConfig(7)))
     for images in kinds:
-        found = ranges(calibrate(student(config), images, CalibrationConfig(batch_size=batch_size)))
+        found = ranges(calibrate(student(config), images, CalibrationConfig(7, batch_size)))
         check_close(found, expected)
 
 
 def test_count_limits_the_images() -> None:
     config = QuantizationConfig(activation_observer="minmax")
-    four = ranges(calibrate(student(config), FACES[:4]))
     limit = CalibrationConfig(num_images=4)
+    four = ranges(calibrate(student(config), FACES[:4], limit))
     check_close(ranges(calibrate(student(config), [FACES[:3], FACES[3:], FACES], limit)), four)
-    spread = ranges(calibrate(student(config), FACES[[0, 4, 7, 11]]))
+    spread = ranges(calibrate(student(config), FACES[[0, 4, 7, 11]], limit))
     assert same(ranges(calibrate(student(config), FACES, limit)), spread)
 
 

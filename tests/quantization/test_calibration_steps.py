@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_a_folder_belongs_to_one_calibration(tmp_path: Path) -> None:
     stopped(tmp_path, "observe", 1)
     for images, config, other in (
         (random_faces(24, seed=1), IN_EIGHTS, "images"),
-        (FACES, CalibrationConfig(batch_size=8, gptq=False), "settings"),
+        (FACES, replace(IN_EIGHTS, gptq=False), "settings"),
     ):
         with pytest.raises(ConfigError, match=f"run with different {other}: delete it, or choose another"):
             calibrate(student(), images, config, run_dir=tmp_path)

@@ -249,7 +249,7 @@ def test_uneven_channels_survive_low_bits_only_when_equalized() -> None:
         expected = model(images(8, seed=2))
         students = [
             calibrate(
-                quantize(model, 6), faces, CalibrationConfig(equalize=choice, gptq=False, correct_biases=False)
+                quantize(model, 6), faces, CalibrationConfig(16, equalize=choice, gptq=False, correct_biases=False)
             ).eval()
             for choice in (False, True)
         ]
@@ -301,7 +301,7 @@ def test_what_an_activation_function_hides_keeps_its_steps_fine(make: Callable[[
         expected = model(x)
         lost = [
             1 - torch.cosine_similarity(student.eval()(x), expected).mean()
-            for config in (CalibrationConfig(equalize=False), CalibrationConfig())
+            for config in (CalibrationConfig(64, equalize=False), CalibrationConfig(64))
             for student in [calibrate(quantize(model, QuantizationConfig(8, bits)), random_faces(64), config)]
         ]
     assert lost[1] < 1.2 * lost[0]

@@ -108,12 +108,12 @@ def test_only_a_new_student_is_rounded_and_corrected() -> None:
 
 def test_few_images_are_enough_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches that do not fit are left out; the first always counts."""
-    config = CalibrationConfig(batch_size=8)
+    config = CalibrationConfig(num_images=8, batch_size=8)
     whole = calibrate(quantize(tiny_face_net(), 4), FACES[:8], config)
     monkeypatch.setattr(output_errors, "_MAX_BYTES", 1)
     short = calibrate(quantize(tiny_face_net(), 4), FACES[:8], config)
     assert all(torch.equal(value, short.state_dict()[name]) for name, value in whole.state_dict().items())
-    less = calibrate(quantize(tiny_face_net(), 4), FACES, config)
+    less = calibrate(quantize(tiny_face_net(), 4), FACES, CalibrationConfig(batch_size=8))
     assert all(torch.isfinite(value).all() for value in less.state_dict().values())
 
 
