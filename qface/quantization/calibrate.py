@@ -117,7 +117,7 @@ def calibrate(
     for batch in batches:
         check_normalized(batch, preprocessing)
     originals = torch.cat(batches)
-    mirrored = originals[evenly(len(originals), config.num_images - len(originals))].flip(-1)
+    mirrored = _mirrored(originals, config.num_images - len(originals))
     parts = _mixed(torch.cat([originals, mirrored]), config.batch_size)
     run: AbstractContextManager[Path | None] = nullcontext()
     if run_dir is not None:
@@ -131,6 +131,11 @@ def calibrate(
     seen = {"images": len(originals), "mirror_images": len(mirrored), **source_record(source)}
     settings = {**seen, **{name: new and wanted for name, wanted in stages.items()}}
     return record_step(student, "calibrate", settings)
+
+
+def _mirrored(images: Tensor, count: int) -> Tensor:
+    """Return mirror images of up to ``count`` evenly spaced ``images``."""
+    return images[evenly(len(images), count)].flip(-1)
 
 
 def _mixed(images: Tensor, size: int) -> list[Tensor]:

@@ -249,7 +249,9 @@ def test_uneven_channels_survive_low_bits_only_when_equalized() -> None:
         expected = model(images(8, seed=2))
         students = [
             calibrate(
-                quantize(model, 6), faces, CalibrationConfig(16, equalize=choice, gptq=False, correct_biases=False)
+                quantize(model, 6),
+                faces,
+                CalibrationConfig(len(faces), equalize=choice, gptq=False, correct_biases=False),
             ).eval()
             for choice in (False, True)
         ]
